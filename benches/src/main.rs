@@ -1,0 +1,2 @@
+//! Side-by-side benchmarks of `qmerge` and `qemu-img`.
+fn main() {}

@@ -1,0 +1,298 @@
+//! What can go wrong, with the file, the offset, what was found and what was expected.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::format::FormatError;
+use crate::units::GuestOffset;
+
+/// The result of every fallible operation of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A failed operation.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused an operation on a file.
+    #[error("{}: cannot {op}{}: {source}", path.display(), at(*offset))]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried, as a verb: "read", "write", "open".
+        op: &'static str,
+        /// The host offset, where there is one.
+        offset: Option<u64>,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// Bytes of an image break a rule of the format, or use a feature that is not supported.
+    #[error("{}: {source}", path.display())]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// Field, offset, what was found and what was expected.
+        source: FormatError,
+    },
+    /// Guest data cannot be produced: a mapping or a compressed cluster is damaged.
+    #[error("{}: guest offset {guest}: {source}", path.display())]
+    Mapping {
+        /// The layer that holds the damage.
+        path: PathBuf,
+        /// Where the guest would see it.
+        guest: GuestOffset,
+        /// Field, offset, what was found and what was expected.
+        source: FormatError,
+    },
+    /// A file named by an image does not exist or cannot be opened.
+    #[error("{}: its {role} '{name}' ({}) cannot be opened: {source}", image.display(), resolved.display())]
+    MissingLayer {
+        /// The image that names it.
+        image: PathBuf,
+        /// "backing file" or "data file".
+        role: &'static str,
+        /// The name as written in the image.
+        name: String,
+        /// The name as resolved.
+        resolved: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A safety rule forbids the operation; nothing was changed.
+    #[error("{}: {reason}", path.display())]
+    Refused {
+        /// The image concerned.
+        path: PathBuf,
+        /// The rule.
+        reason: Refusal,
+    },
+    /// Another process holds the image.
+    #[error("{}: the image is in use{}", path.display(), held_by(holders))]
+    InUse {
+        /// The image.
+        path: PathBuf,
+        /// The processes that have it open, as far as the caller may see them.
+        holders: Vec<Holder>,
+    },
+    /// Not enough room for the result.
+    #[error("{}: not enough space: {needed} bytes are needed, {available} are free", path.display())]
+    NoSpace {
+        /// The file that would grow.
+        path: PathBuf,
+        /// Bytes that the operation needs.
+        needed: u64,
+        /// Bytes that there are.
+        available: u64,
+    },
+    /// The caller asked to stop; nothing is lost, and the same operation goes on.
+    #[error("stopped on request")]
+    Cancelled,
+    /// The arguments do not fit the chain: an unknown layer, a reversed range.
+    #[error("{0}")]
+    Usage(String),
+    /// What was written does not read back as it should.
+    #[error("{}: verification failed at guest offset {guest}: {what}", path.display())]
+    Verify {
+        /// The image that was written.
+        path: PathBuf,
+        /// The first differing byte.
+        guest: GuestOffset,
+        /// What differs.
+        what: String,
+    },
+}
+
+/// A process that has an image open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// Its process id.
+    pub pid: u32,
+    /// Its command name.
+    pub name: String,
+    /// Its command line.
+    pub command_line: Vec<String>,
+}
+
+/// Why a safety rule refuses; each says what the rule protects.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// Images outside the chain read through base or a merged layer.
+    #[error("it is also used by {}, which the merge would corrupt", list(users))]
+    SharedBase {
+        /// The images that use it.
+        users: Vec<PathBuf>,
+    },
+    /// An image names a backing file without its format; formats are never guessed.
+    #[error("its backing file '{name}' has no format, and formats are never guessed")]
+    MissingFormat {
+        /// The backing name as written.
+        name: String,
+    },
+    /// The backing format that an image states is contradicted by the file.
+    #[error("its backing file '{name}' is declared as {declared}, but the file's first bytes say {found}")]
+    FormatMismatch {
+        /// The backing name as written.
+        name: String,
+        /// The declared format.
+        declared: String,
+        /// What the magic says.
+        found: String,
+    },
+    /// A backing name that is not a local file: a network protocol or an unknown driver.
+    #[error("its {role} '{name}' is not a local file ({why})")]
+    NotLocal {
+        /// "backing file" or "data file".
+        role: &'static str,
+        /// The name as written.
+        name: String,
+        /// What was found.
+        why: String,
+    },
+    /// A fifo, socket, character device or directory.
+    #[error("it is {what}, not a regular file or a block device")]
+    NotAFile {
+        /// What it is.
+        what: String,
+    },
+    /// A file outside the folders that the caller allowed.
+    #[error("{} lies outside the allowed folders", file.display())]
+    OutsideAllowed {
+        /// The file.
+        file: PathBuf,
+    },
+    /// The chain comes back to a file that it already holds.
+    #[error("the backing chain is a loop: it comes back to {}", file.display())]
+    Loop {
+        /// The file seen twice.
+        file: PathBuf,
+    },
+    /// The chain is longer than the limit.
+    #[error("the backing chain is longer than {limit} layers")]
+    TooDeep {
+        /// The limit.
+        limit: usize,
+    },
+    /// Internal snapshots in a merged layer would change their content.
+    #[error("it holds {count} internal snapshot(s), whose content would change")]
+    Snapshots {
+        /// How many.
+        count: usize,
+    },
+    /// Persistent bitmaps of merged layers would be lost.
+    #[error("its persistent bitmap(s) {} would be lost", names.join(", "))]
+    Bitmaps {
+        /// Their names.
+        names: Vec<String>,
+    },
+    /// The dirty bit is set: refcounts cannot be trusted.
+    #[error("the image is marked dirty: it was not closed cleanly, and its refcounts cannot be trusted")]
+    Dirty,
+    /// The corrupt bit is set.
+    #[error("the image is marked corrupt")]
+    CorruptBit,
+    /// The consistency check found corruption.
+    #[error("the image is inconsistent: {corruptions} error(s), the first: {first}")]
+    Inconsistent {
+        /// How many.
+        corruptions: u64,
+        /// The first finding.
+        first: String,
+    },
+    /// The new backing name does not fit into cluster 0.
+    #[error("its header has no room for the backing name '{name}'")]
+    HeaderRoom {
+        /// The name.
+        name: String,
+    },
+    /// The file is not writable, or lies on a read-only file system.
+    #[error("it cannot be written: {why}")]
+    NotWritable {
+        /// The system's answer.
+        why: String,
+    },
+    /// Anything that needs words of its own.
+    #[error("{0}")]
+    Other(String),
+}
+
+/// The class of an error: what a caller decides by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The operating system failed.
+    Io,
+    /// An image breaks the format's rules, is dirty, corrupt or inconsistent.
+    Damaged,
+    /// A feature that this engine does not support.
+    Unsupported,
+    /// A safety rule.
+    Refused,
+    /// Another process holds the image.
+    InUse,
+    /// No room.
+    NoSpace,
+    /// Stopped on request.
+    Cancelled,
+    /// Bad arguments.
+    Usage,
+}
+
+impl Error {
+    /// The class of the error.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Io { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+                _ => ErrorKind::Io,
+            },
+            Self::Format { source, .. } | Self::Mapping { source, .. } => {
+                if source.is_unsupported() {
+                    ErrorKind::Unsupported
+                } else {
+                    ErrorKind::Damaged
+                }
+            }
+            Self::Refused { reason, .. } => match reason {
+                Refusal::Dirty | Refusal::CorruptBit | Refusal::Inconsistent { .. } => ErrorKind::Damaged,
+                _ => ErrorKind::Refused,
+            },
+            Self::MissingLayer { .. } => ErrorKind::Io,
+            Self::InUse { .. } => ErrorKind::InUse,
+            Self::NoSpace { .. } => ErrorKind::NoSpace,
+            Self::Cancelled => ErrorKind::Cancelled,
+            Self::Usage(_) => ErrorKind::Usage,
+            Self::Verify { .. } => ErrorKind::Damaged,
+        }
+    }
+
+    /// An I/O error on `path`, at a host offset where there is one.
+    pub fn io(path: &Path, op: &'static str, offset: Option<u64>, source: io::Error) -> Self {
+        Self::Io { path: path.to_owned(), op, offset, source }
+    }
+
+    /// A format error in `path`.
+    pub fn format(path: &Path, source: FormatError) -> Self {
+        Self::Format { path: path.to_owned(), source }
+    }
+
+    /// A refusal that concerns `path`.
+    pub fn refused(path: &Path, reason: Refusal) -> Self {
+        Self::Refused { path: path.to_owned(), reason }
+    }
+}
+
+fn at(offset: Option<u64>) -> String {
+    offset.map(|o| format!(" at offset {o:#x}")).unwrap_or_default()
+}
+
+fn held_by(holders: &[Holder]) -> String {
+    if holders.is_empty() {
+        return String::new();
+    }
+    let names: Vec<_> = holders.iter().map(|h| format!("{} (process {})", h.name, h.pid)).collect();
+    format!(" by {}", names.join(", "))
+}
+
+fn list(paths: &[PathBuf]) -> String {
+    paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
+}

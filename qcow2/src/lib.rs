@@ -1,0 +1,14 @@
+//! A qcow2 engine that reads, checks and merges disk image chains. It knows images and chains, and
+//! nothing of QEMU processes or terminals.
+//!
+//! The modules are floors; each imports only from those below it:
+//!
+//! - [`format`]: bytes to values and back. No I/O.
+//! - [`storage`]: where bytes lie.
+
+pub mod error;
+pub mod format;
+pub mod storage;
+pub mod units;
+
+pub use error::{Error, ErrorKind, Refusal, Result};

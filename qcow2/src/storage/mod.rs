@@ -1,0 +1,168 @@
+//! Where bytes lie: files, block devices, memory.
+//!
+//! Everything above this floor reaches files only through two traits: [`Storage`], one opened file,
+//! and [`Host`], the namespace that files are opened, created, renamed and removed in. Production
+//! code runs on [`OsHost`]; tests and fuzzers run the same code on [`MemHost`].
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::Holder;
+
+/// One opened file, block device or memory buffer, shared by threads. All operations are positional.
+pub trait Storage: Send + Sync + fmt::Debug {
+    /// The length in bytes (the capacity, for a block device).
+    fn size(&self) -> io::Result<u64>;
+
+    /// Reads at `offset`; returns how many bytes were read, fewer than asked for only at the end of
+    /// the file. Interruptions are retried.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// Writes all of `buf` at `offset`, growing a file when needed. Interruptions are retried.
+    fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Makes the range read as zeros, without ever using discard on a block device. A regular file
+    /// may give the blocks back (a hole); a range behind its end makes it grow.
+    fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Gives the blocks of an unused range of a regular file back; does nothing where that is not
+    /// possible, and never on a block device. The range must lie inside the file.
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Copies `len` bytes of `src` at `src_offset` to `dst_offset` of this file, inside the kernel
+    /// where it can (sharing blocks where the file system can). Bytes behind the end of `src` are
+    /// copied as zeros. The ranges do not overlap when `src` is this same file.
+    fn copy_from(&self, src: &dyn Storage, src_offset: u64, dst_offset: u64, len: u64) -> io::Result<()>;
+
+    /// Sets the length of a regular file; an error for a block device if it is too small, nothing if
+    /// it is large enough.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// A barrier: everything written before is durable (content and length) when it returns.
+    /// A failed barrier is final: nothing may be written afterwards.
+    fn sync(&self) -> io::Result<()>;
+
+    /// The next range at or behind `offset` that may hold data other than zeros, or `None` if the
+    /// rest of the file is a hole. A storage that cannot tell answers with all the rest.
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
+
+    /// What the file is: identity, size, times. See [`FileStat`].
+    fn stat(&self) -> io::Result<FileStat>;
+
+    /// Takes QEMU-compatible byte locks and tests for those of others; see [`LockMode`]. The locks
+    /// last as long as the file is open. A second call changes the mode (to a stronger one).
+    fn lock(&self, mode: LockMode) -> Result<(), LockError>;
+
+    /// Asks the system to forget cached pages, so that the next read comes from the device.
+    fn drop_cache(&self) -> io::Result<()>;
+
+    /// The operating system's file, where there is one (for copies inside the kernel).
+    fn as_file(&self) -> Option<&File> {
+        None
+    }
+}
+
+/// What a file is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A regular file.
+    Regular,
+    /// A block device.
+    Block,
+    /// Anything else: directory, fifo, socket, character device; with a word for it.
+    Other(&'static str),
+}
+
+/// The identity of a file: two names lead to the same file exactly if these are equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FileId {
+    /// The device that holds the file (for a block device: zero).
+    pub device: u64,
+    /// The inode (for a block device: its device number).
+    pub inode: u64,
+}
+
+/// What the system says about a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileStat {
+    /// What it is.
+    pub kind: FileKind,
+    /// Its identity.
+    pub id: FileId,
+    /// Its length in bytes (the capacity, for a block device).
+    pub len: u64,
+    /// Bytes that it holds on disk.
+    pub allocated: u64,
+    /// When it was last changed, in nanoseconds since 1970.
+    pub modified_ns: i128,
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Only reading.
+    Read,
+    /// Reading and writing.
+    ReadWrite,
+}
+
+/// Which of QEMU's permissions a lock stands for (`block/file-posix.c`, bytes 100+n and 200+n).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LockMode {
+    /// A reader that allows other readers and no writer (a backing file of an open image).
+    Read,
+    /// The only user: reads, writes and resizes, and shares nothing but what QEMU's `info` needs.
+    Write,
+}
+
+/// Why a lock was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Another process holds a conflicting lock.
+    #[error("held by another process (lock byte {byte})")]
+    Held {
+        /// The byte that conflicts.
+        byte: u64,
+    },
+    /// The system refused.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// The namespace that files live in.
+pub trait Host: Send + Sync + fmt::Debug {
+    /// Opens an existing file; symbolic links are followed. Never blocks on a fifo: what is not a
+    /// regular file or a block device is refused with [`io::ErrorKind::InvalidInput`].
+    fn open(&self, path: &Path, access: Access) -> io::Result<Arc<dyn Storage>>;
+
+    /// Creates a new file for reading and writing; an error if the name exists.
+    fn create_new(&self, path: &Path) -> io::Result<Arc<dyn Storage>>;
+
+    /// What a name leads to; symbolic links are followed.
+    fn stat(&self, path: &Path) -> io::Result<FileStat>;
+
+    /// The absolute name without symbolic links.
+    fn canonicalize(&self, path: &Path) -> io::Result<PathBuf>;
+
+    /// The names in a directory, as full paths.
+    fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>>;
+
+    /// Gives a file a new name in one step, replacing what had it.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Removes a name.
+    fn unlink(&self, path: &Path) -> io::Result<()>;
+
+    /// Makes the names in a directory durable.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+
+    /// Bytes that an unprivileged user may still write to the file system of `path`, where known.
+    fn free_space(&self, path: &Path) -> io::Result<Option<u64>>;
+
+    /// The processes other than this one that have the file open, as far as the caller may see.
+    fn holders(&self, id: FileId) -> Vec<Holder>;
+}

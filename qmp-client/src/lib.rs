@@ -1,0 +1,1 @@
+//! A QMP client for disk image merges.
