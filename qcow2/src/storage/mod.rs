@@ -4,6 +4,13 @@
 //! and [`Host`], the namespace that files are opened, created, renamed and removed in. Production
 //! code runs on [`OsHost`]; tests and fuzzers run the same code on [`MemHost`].
 
+mod copy;
+mod holders;
+mod lock;
+mod mem;
+mod os;
+mod view;
+
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -12,6 +19,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::Holder;
+
+pub use mem::{MemFile, MemHost};
+pub use os::{OsFile, OsHost};
+pub use view::View;
 
 /// One opened file, block device or memory buffer, shared by threads. All operations are positional.
 pub trait Storage: Send + Sync + fmt::Debug {
@@ -63,6 +74,20 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The operating system's file, where there is one (for copies inside the kernel).
     fn as_file(&self) -> Option<&File> {
         None
+    }
+
+    /// A read-only view of the whole content, for a regular file that is held under lock; see [`View`].
+    /// The file must not be shortened while the view lives.
+    fn view(&self) -> Option<View> {
+        None
+    }
+
+    /// Fills all of `buf` from `offset`; bytes behind the end of the file read as zeros. (Metadata of a
+    /// qcow2 image may lie in a cluster that the file ends in.)
+    fn read_exact_or_zero(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let n = self.read_at(buf, offset)?;
+        buf.get_mut(n..).unwrap_or_default().fill(0);
+        Ok(())
     }
 }
 
@@ -166,3 +191,6 @@ pub trait Host: Send + Sync + fmt::Debug {
     /// The processes other than this one that have the file open, as far as the caller may see.
     fn holders(&self, id: FileId) -> Vec<Holder>;
 }
+
+#[cfg(test)]
+mod tests;

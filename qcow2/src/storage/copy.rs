@@ -1,0 +1,99 @@
+//! Copies between files: inside the kernel where it can, through a bounded buffer otherwise.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::io::Errno;
+
+use super::Storage;
+
+/// The most that one `copy_file_range` call is asked to move, in bytes: large enough to share many
+/// blocks at once, small enough for every 32-bit length inside a file system.
+const KERNEL_CHUNK: u64 = 1 << 30;
+
+/// The size of the buffer of a plain copy, in bytes.
+const BUFFER: usize = 1 << 20;
+
+/// Copies with `copy_file_range` from `src` to `dst` as far as that works; returns how many bytes it
+/// moved. Fewer than `len` means that the rest needs a plain copy (which also knows what to do at the
+/// end of `src`). `unsupported` remembers that `dst` cannot be copied to in the kernel at all.
+pub(super) fn copy_in_kernel(
+    src: &File,
+    src_offset: u64,
+    dst: &File,
+    dst_offset: u64,
+    len: u64,
+    unsupported: &AtomicBool,
+) -> io::Result<u64> {
+    let mut done = 0;
+    while done < len && !unsupported.load(Ordering::Relaxed) {
+        let (Some(mut from), Some(mut to)) = (src_offset.checked_add(done), dst_offset.checked_add(done))
+        else {
+            break;
+        };
+        let chunk = usize::try_from((len - done).min(KERNEL_CHUNK)).unwrap_or(usize::MAX);
+        match rustix::fs::copy_file_range(src, Some(&mut from), dst, Some(&mut to), chunk) {
+            Ok(0) => break,
+            Ok(n) => done += n as u64,
+            Err(Errno::INTR) => {}
+            Err(Errno::NOSYS | Errno::OPNOTSUPP | Errno::BADF) => unsupported.store(true, Ordering::Relaxed),
+            // These depend on the pair of files or on the range, and cost next to nothing to meet again.
+            Err(Errno::XDEV | Errno::INVAL | Errno::TXTBSY | Errno::PERM) => break,
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(done)
+}
+
+/// Copies through a buffer of this thread. Bytes behind the end of `src` are copied as zeros.
+pub(super) fn copy_plain(
+    src: &dyn Storage,
+    src_offset: u64,
+    dst: &dyn Storage,
+    dst_offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    thread_local! {
+        static REUSED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+    // Taken out of its cell, so that a storage that copies inside a read or a write finds it free.
+    let mut buf = REUSED.take();
+    let wanted = usize::try_from(len).unwrap_or(BUFFER).min(BUFFER);
+    if buf.len() < wanted {
+        buf.resize(wanted, 0);
+    }
+    let result = copy_through(&mut buf, src, src_offset, dst, dst_offset, len);
+    REUSED.set(buf);
+    result
+}
+
+fn copy_through(
+    buf: &mut [u8],
+    src: &dyn Storage,
+    src_offset: u64,
+    dst: &dyn Storage,
+    dst_offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    let mut done = 0;
+    while done < len {
+        let size = usize::try_from(len - done).unwrap_or(BUFFER).min(buf.len());
+        let Some(piece) = buf.get_mut(..size) else { break };
+        let from = src_offset.checked_add(done).ok_or_else(out_of_range)?;
+        let to = dst_offset.checked_add(done).ok_or_else(out_of_range)?;
+        let n = src.read_at(piece, from)?;
+        if n == 0 {
+            return dst.write_zeroes(to, len - done);
+        }
+        dst.write_all_at(piece.get(..n).unwrap_or_default(), to)?;
+        done += n as u64;
+    }
+    Ok(())
+}
+
+/// The error for a range that does not fit into the offsets of a file.
+pub(super) fn out_of_range() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "the range reaches past the largest offset of a file")
+}

@@ -1,0 +1,392 @@
+//! Files and block devices of the operating system.
+
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom};
+use rustix::io::Errno;
+
+use crate::error::Holder;
+
+use super::copy::{copy_in_kernel, copy_plain, out_of_range};
+use super::view::View;
+use super::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Storage, holders, lock};
+
+/// The real file system.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OsHost;
+
+/// An opened regular file or block device.
+#[derive(Debug)]
+pub struct OsFile {
+    file: File,
+    kind: FileKind,
+    locked: Mutex<Option<LockMode>>,
+    no_kernel_copy: AtomicBool,
+    failed_sync: OnceLock<(ErrorKind, String)>,
+}
+
+/// Zeros to write where nothing better works, in bytes.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// The alignment of requests that block devices zero by themselves, in bytes. No common device has
+/// larger logical blocks; one that has refuses, and gets zeros written.
+const DEVICE_BLOCK: u64 = 4096;
+
+impl OsHost {
+    /// Opens a file like [`Host::open`], as its own type.
+    pub fn open_file(&self, path: &Path, access: Access) -> io::Result<OsFile> {
+        // Looked at before it is opened: merely opening a device or a fifo can have effects. Looked at
+        // again afterwards: the name may lead elsewhere by then, and O_NONBLOCK keeps that harmless.
+        refuse_other(&fs::metadata(path)?)?;
+        let flags = OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(access == Access::ReadWrite)
+            .custom_flags(flags.bits().cast_signed())
+            .open(path)?;
+        OsFile::new(file)
+    }
+
+    /// Creates a file like [`Host::create_new`], as its own type.
+    pub fn create_file(&self, path: &Path) -> io::Result<OsFile> {
+        OsFile::new(OpenOptions::new().read(true).write(true).create_new(true).open(path)?)
+    }
+}
+
+impl Host for OsHost {
+    fn open(&self, path: &Path, access: Access) -> io::Result<Arc<dyn Storage>> {
+        Ok(Arc::new(self.open_file(path, access)?))
+    }
+
+    fn create_new(&self, path: &Path) -> io::Result<Arc<dyn Storage>> {
+        Ok(Arc::new(self.create_file(path)?))
+    }
+
+    fn stat(&self, path: &Path) -> io::Result<FileStat> {
+        let meta = fs::metadata(path)?;
+        let len = if kind_of(&meta) == FileKind::Block { device_len(path, &meta)? } else { meta.len() };
+        Ok(stat_of(&meta, len))
+    }
+
+    fn canonicalize(&self, path: &Path) -> io::Result<PathBuf> {
+        fs::canonicalize(path)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
+        let mut names = fs::read_dir(dir)?.map(|e| e.map(|e| e.path())).collect::<io::Result<Vec<_>>>()?;
+        names.sort();
+        Ok(names)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn unlink(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(dir)?;
+        match dir.sync_all() {
+            // A file system that has no barrier for directories; it orders names by itself.
+            Err(e) if e.kind() == ErrorKind::InvalidInput => Ok(()),
+            other => other,
+        }
+    }
+
+    fn free_space(&self, path: &Path) -> io::Result<Option<u64>> {
+        let stat = rustix::fs::statvfs(path)?;
+        Ok(stat.f_bavail.checked_mul(stat.f_frsize))
+    }
+
+    fn holders(&self, id: FileId) -> Vec<Holder> {
+        holders::holders(id)
+    }
+}
+
+impl OsFile {
+    /// Wraps an opened file; refuses what is not a regular file or a block device.
+    pub fn new(file: File) -> io::Result<Self> {
+        let kind = refuse_other(&file.metadata()?)?;
+        Ok(Self {
+            file,
+            kind,
+            locked: Mutex::new(None),
+            no_kernel_copy: AtomicBool::new(false),
+            failed_sync: OnceLock::new(),
+        })
+    }
+
+    /// An error once a sync has failed: the system may have thrown away what was written before, and
+    /// marked it as written, so nothing that follows can be trusted.
+    fn usable(&self) -> io::Result<()> {
+        match self.failed_sync.get() {
+            None => Ok(()),
+            Some((kind, text)) => {
+                Err(io::Error::new(*kind, format!("an earlier sync of this file failed ({text})")))
+            }
+        }
+    }
+
+    fn write_zero_bytes(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        while len > 0 {
+            let n = len.min(ZEROS.len() as u64);
+            let piece = usize::try_from(n).ok().and_then(|n| ZEROS.get(..n)).unwrap_or_default();
+            self.file.write_all_at(piece, offset)?;
+            offset += n;
+            len -= n;
+        }
+        Ok(())
+    }
+
+    fn zero_regular(&self, offset: u64, len: u64) -> io::Result<()> {
+        let end = checked_end(offset, len)?;
+        let size = self.size()?;
+        let inside = end.min(size).saturating_sub(offset);
+        if inside > 0
+            && !self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, inside)?
+            && !self.fallocate(FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, inside)?
+        {
+            self.write_zero_bytes(offset, inside)?;
+        }
+        if end > size {
+            // The file grows by writing its new last byte, not by setting the length: another thread may
+            // have made it longer in the meantime, and must not see it cut.
+            self.file.write_all_at(&[0], end - 1)?;
+        }
+        Ok(())
+    }
+
+    fn zero_device(&self, offset: u64, len: u64) -> io::Result<()> {
+        let end = checked_end(offset, len)?;
+        if end > self.size()? {
+            // The system would shorten the request in silence.
+            return Err(Errno::NOSPC.into());
+        }
+        let (start, stop) = (offset.next_multiple_of(DEVICE_BLOCK).min(end), end - end % DEVICE_BLOCK);
+        let done = start < stop
+            && self.fallocate(FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, start, stop - start)?;
+        if !done {
+            return self.write_zero_bytes(offset, len);
+        }
+        self.write_zero_bytes(offset, start - offset)?;
+        self.write_zero_bytes(stop, end - stop)
+    }
+
+    /// Calls `fallocate`; false if the file or its file system cannot do what the flags ask for.
+    fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
+        loop {
+            match rustix::fs::fallocate(&self.file, flags, offset, len) {
+                Ok(()) => return Ok(true),
+                Err(Errno::INTR) => {}
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV | Errno::PERM) => {
+                    return Ok(false);
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+impl Storage for OsFile {
+    fn size(&self) -> io::Result<u64> {
+        match self.kind {
+            FileKind::Block => Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?),
+            _ => Ok(self.file.metadata()?.len()),
+        }
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut done = 0;
+        while let Some(rest) = buf.get_mut(done..).filter(|r| !r.is_empty()) {
+            let at = offset.checked_add(done as u64).ok_or_else(out_of_range)?;
+            match self.file.read_at(rest, at) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.usable()?;
+        checked_end(offset, buf.len() as u64)?;
+        self.file.write_all_at(buf, offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.usable()?;
+        match self.kind {
+            _ if len == 0 => Ok(()),
+            FileKind::Block => self.zero_device(offset, len),
+            _ => self.zero_regular(offset, len),
+        }
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.usable()?;
+        if len == 0 || self.kind == FileKind::Block {
+            return Ok(());
+        }
+        self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)?;
+        Ok(())
+    }
+
+    fn copy_from(&self, src: &dyn Storage, src_offset: u64, dst_offset: u64, len: u64) -> io::Result<()> {
+        self.usable()?;
+        checked_end(src_offset, len)?;
+        checked_end(dst_offset, len)?;
+        let done = match src.as_file() {
+            Some(file) if self.kind == FileKind::Regular => {
+                copy_in_kernel(file, src_offset, &self.file, dst_offset, len, &self.no_kernel_copy)?
+            }
+            _ => 0,
+        };
+        copy_plain(src, src_offset + done, self, dst_offset + done, len - done)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.usable()?;
+        match self.kind {
+            FileKind::Block if len <= self.size()? => Ok(()),
+            FileKind::Block => Err(Errno::NOSPC.into()),
+            _ => self.file.set_len(len),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.usable()?;
+        // fdatasync makes the length durable too, as far as reading the data back needs it.
+        self.file.sync_data().inspect_err(|e| {
+            // Of two threads that fail at once the first one's words are kept.
+            let _ = self.failed_sync.set((e.kind(), e.to_string()));
+        })
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        let size = self.size()?;
+        if offset >= size {
+            return Ok(None);
+        }
+        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) if start < size => start,
+            Ok(_) | Err(Errno::NXIO) => return Ok(None),
+            Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(Some(offset..size)),
+            Err(e) => return Err(e.into()),
+        };
+        let end = match rustix::fs::seek(&self.file, SeekFrom::Hole(start)) {
+            Ok(end) if end > start => end.min(size),
+            // The range may have been punched between the two calls; "may hold data" stays true.
+            Ok(_) | Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => size,
+            Err(e) => return Err(e.into()),
+        };
+        Ok(Some(start..end))
+    }
+
+    fn stat(&self) -> io::Result<FileStat> {
+        let len = self.size()?;
+        Ok(stat_of(&self.file.metadata()?, len))
+    }
+
+    fn lock(&self, mode: LockMode) -> Result<(), LockError> {
+        let mut locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
+        if *locked < Some(mode) {
+            lock::acquire(&self.file, *locked, mode)?;
+            *locked = Some(mode);
+        }
+        Ok(())
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        // Pages that are not written yet would stay.
+        self.sync()?;
+        Ok(rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed)?)
+    }
+
+    fn as_file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+
+    fn view(&self) -> Option<View> {
+        let locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
+        if locked.is_none() || self.kind != FileKind::Regular {
+            return None;
+        }
+        View::of(&self.file).ok()
+    }
+}
+
+/// The identity of a file, from what the system says about it.
+pub(super) fn id_of(meta: &Metadata) -> FileId {
+    match kind_of(meta) {
+        FileKind::Block => FileId { device: 0, inode: meta.rdev() },
+        _ => FileId { device: meta.dev(), inode: meta.ino() },
+    }
+}
+
+fn kind_of(meta: &Metadata) -> FileKind {
+    let kind = meta.file_type();
+    if kind.is_file() {
+        FileKind::Regular
+    } else if kind.is_block_device() {
+        FileKind::Block
+    } else if kind.is_dir() {
+        FileKind::Other("a directory")
+    } else if kind.is_fifo() {
+        FileKind::Other("a fifo")
+    } else if kind.is_socket() {
+        FileKind::Other("a socket")
+    } else if kind.is_char_device() {
+        FileKind::Other("a character device")
+    } else {
+        FileKind::Other("a special file")
+    }
+}
+
+fn refuse_other(meta: &Metadata) -> io::Result<FileKind> {
+    match kind_of(meta) {
+        FileKind::Other(what) => Err(not_a_file(what)),
+        kind => Ok(kind),
+    }
+}
+
+/// The error for opening what is not a regular file or a block device.
+pub(super) fn not_a_file(what: &str) -> io::Error {
+    let text = format!("{what}, not a regular file or a block device");
+    io::Error::new(ErrorKind::InvalidInput, text)
+}
+
+fn stat_of(meta: &Metadata, len: u64) -> FileStat {
+    FileStat {
+        kind: kind_of(meta),
+        id: id_of(meta),
+        len,
+        allocated: meta.blocks().saturating_mul(512),
+        modified_ns: i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec()),
+    }
+}
+
+/// The capacity of a block device by its name. The kernel's own table comes first: it needs no right
+/// to read the device.
+fn device_len(path: &Path, meta: &Metadata) -> io::Result<u64> {
+    let (major, minor) = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
+    let sectors = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size"));
+    match sectors.ok().and_then(|text| text.trim().parse::<u64>().ok()) {
+        Some(sectors) => Ok(sectors.saturating_mul(512)),
+        None => OsHost.open_file(path, Access::Read)?.size(),
+    }
+}
+
+fn checked_end(offset: u64, len: u64) -> io::Result<u64> {
+    offset.checked_add(len).filter(|&end| i64::try_from(end).is_ok()).ok_or_else(out_of_range)
+}

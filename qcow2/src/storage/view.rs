@@ -1,0 +1,49 @@
+//! Read-only views of whole files: the one module of the engine with `unsafe` code.
+//!
+//! A mapped file must keep its length: reading a page that was cut off kills the process with SIGBUS.
+//! That is why a view is made only of a file that is held under lock (see
+//! [`Storage::view`](super::Storage::view)), which keeps QEMU and this engine from shortening it, and
+//! why the engine itself never shortens a file that it has a view of. What another program does to the
+//! file behind the locks cannot be prevented, here as little as in QEMU; a view only makes it end in a
+//! signal where a read would have returned an error. Positional reads are used wherever a view is not
+//! measurably better.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+
+use memmap2::Mmap;
+
+/// A regular file's bytes in memory, from its start to the end that it had when the view was made.
+#[derive(Debug)]
+pub struct View {
+    map: Mmap,
+}
+
+impl View {
+    /// Maps a whole file, which must be a regular one that is held under lock.
+    pub(super) fn of(file: &File) -> io::Result<Self> {
+        // SAFETY: the mapping is private to this value, read-only, and lives as long as the slices that
+        // borrow from it. The file is held under lock for as long as it is open (the callers in this
+        // module's parent see to that), so that no well-behaved process shortens it; see the module's
+        // text for the others. The bytes are only ever interpreted by code that accepts any bytes.
+        let map = unsafe { Mmap::map(file)? };
+        Ok(Self { map })
+    }
+
+    /// The bytes of a range, or `None` if it does not lie in the file.
+    pub fn bytes(&self, offset: u64, len: usize) -> Option<&[u8]> {
+        let start = usize::try_from(offset).ok()?;
+        self.map.get(start..start.checked_add(len)?)
+    }
+
+    /// The length of the view in bytes.
+    pub fn len(&self) -> u64 {
+        self.map.len() as u64
+    }
+
+    /// Whether the file was empty.
+    pub fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+}
