@@ -4,12 +4,32 @@
 //! in the documentation are that document's. Integers on disk are big-endian; `byteorder` is used in
 //! this module and nowhere else. Limits that the specification leaves open are QEMU's.
 
+mod build;
+mod cluster0;
 mod error;
+mod extensions;
+pub mod features;
 mod geometry;
+mod header;
 mod l1;
 mod l2;
+mod refcount;
+mod words;
 
+pub use build::RewriteError;
+pub use cluster0::Cluster0;
 pub use error::FormatError;
+pub use extensions::{
+    BitmapsExtension, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_END, EXT_FEATURE_NAMES,
+    EXT_MERGED_INTO, Extension, MAX_BACKING_FORMAT, MAX_BITMAP_DIRECTORY, MAX_BITMAPS,
+};
+pub use features::{FeatureKind, FeatureName};
 pub use geometry::Geometry;
+pub use header::{
+    Compression, FULL_HEADER_LENGTH, Header, MAGIC, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES,
+    MAX_SNAPSHOTS, V2_HEADER_LENGTH, V3_HEADER_LENGTH, is_qcow2,
+};
 pub use l1::L1Entry;
 pub use l2::{L2Entry, SubclusterState, Subclusters};
+pub use refcount::{RefcountTableEntry, RefcountWidth, max_refcount};
+pub use words::{read_be_u64s, write_be_u64s};
