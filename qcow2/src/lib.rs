@@ -6,8 +6,10 @@
 //! - [`format`]: bytes to values and back. No I/O.
 //! - [`storage`]: where bytes lie.
 
+pub mod chain;
 pub mod error;
 pub mod format;
+pub mod image;
 pub mod storage;
 pub mod units;
 

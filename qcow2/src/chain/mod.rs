@@ -1,0 +1,2 @@
+//! Chains of images.
+pub mod view;

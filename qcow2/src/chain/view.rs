@@ -1,0 +1,193 @@
+//! The map through a chain: which layer supplies each range.
+//!
+//! Layers are resolved once for a window of the disk, from the top down: each layer is asked only
+//! about what the layers above it left open. Nothing is kept between windows, so memory is bounded by
+//! the window whatever the size of the disk.
+
+use crate::error::Result;
+use crate::image::{Extent, Image, Mapping};
+use crate::units::{GuestOffset, GuestRange};
+
+/// What supplies a range of the guest's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Supply {
+    /// A layer's data or zeros (never [`Mapping::Unallocated`]).
+    Layer {
+        /// The layer: its position in the list that was resolved.
+        layer: usize,
+        /// How that layer maps the range.
+        mapping: Mapping,
+    },
+    /// Zeros, because a layer below the top ends before here and hides what lies below it.
+    PastEnd {
+        /// The short layer.
+        layer: usize,
+    },
+    /// No layer of the list has it.
+    Nothing,
+}
+
+/// A range of the disk and what supplies it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Supplied {
+    /// The range, never empty.
+    pub range: GuestRange,
+    /// What supplies it.
+    pub supply: Supply,
+}
+
+impl Supply {
+    /// What supplies the bytes `bytes` further on in the same range.
+    pub fn advance(self, bytes: u64) -> Self {
+        match self {
+            Self::Layer { layer, mapping } => Self::Layer { layer, mapping: mapping.advance(bytes) },
+            Self::PastEnd { .. } | Self::Nothing => self,
+        }
+    }
+}
+
+impl Supplied {
+    /// The part inside `range`, or `None` if they do not meet.
+    pub fn clip(&self, range: &GuestRange) -> Option<Self> {
+        let both = self.range.intersect(range)?;
+        Some(Self { range: both, supply: self.supply.advance(both.start - self.range.start) })
+    }
+}
+
+/// A stack of layers, looked at from its top: `layers[first]` is the bottom, the last one the top.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    layers: &'a [&'a Image],
+    first: usize,
+}
+
+impl<'a> View<'a> {
+    /// The view through `layers[first..=top]`, which are ordered bottom first. Layer numbers in the
+    /// result are positions in `layers`.
+    pub fn new(layers: &'a [&'a Image], first: usize, top: usize) -> Self {
+        Self { layers: layers.get(..=top).unwrap_or(layers), first }
+    }
+
+    /// The size of the disk: the top layer's.
+    pub fn size(&self) -> u64 {
+        self.layers.last().map_or(0, |top| top.virtual_size())
+    }
+
+    /// A good size for the windows that [`View::resolve`] is called with: some ten thousand clusters
+    /// of the layer with the smallest clusters, in bytes; a power of two.
+    pub fn window(&self) -> u64 {
+        let bits =
+            self.own().filter_map(|(_, image)| image.as_qcow2()).map(|q| q.geometry().cluster_bits()).min();
+        1 << (bits.unwrap_or(16) + 15)
+    }
+
+    fn own(&self) -> impl Iterator<Item = (usize, &'a Image)> {
+        self.layers.iter().copied().enumerate().skip(self.first)
+    }
+
+    /// The first offset at or behind `from` where a layer may supply something, found without reading
+    /// L2 tables; `None` if there is nothing up to the end.
+    ///
+    /// # Errors
+    /// A table that cannot be read.
+    pub fn next_supplied(&self, from: GuestOffset) -> Result<Option<GuestOffset>> {
+        if from.get() >= self.size() {
+            return Ok(None);
+        }
+        let mut next: Option<GuestOffset> = None;
+        for (n, image) in self.own() {
+            let end = GuestOffset::new(image.virtual_size());
+            // Behind the end of a short layer its zeros begin; the top's end is the disk's end.
+            let past_end = (n + 1 < self.layers.len()).then_some(from.max(end));
+            let allocated = image.next_allocated(from)?;
+            next = [next, past_end, allocated].into_iter().flatten().min();
+            if next == Some(from) {
+                break;
+            }
+        }
+        Ok(next.filter(|next| next.get() < self.size()))
+    }
+
+    /// Resolves a window: appends what supplies each part of `range`, sorted and without gaps. What
+    /// lies behind the disk's end is not reported.
+    ///
+    /// # Errors
+    /// A table that cannot be read, or an entry that breaks the format's rules.
+    pub fn resolve(&self, range: GuestRange, out: &mut Vec<Supplied>) -> Result<()> {
+        let range = GuestRange::between(range.start, range.end().min(GuestOffset::new(self.size())));
+        if range.is_empty() {
+            return Ok(());
+        }
+        let begin = out.len();
+        let mut open = vec![range];
+        let mut extents: Vec<Extent> = Vec::new();
+        for layer in (self.first..self.layers.len()).rev() {
+            let (Some(first), Some(last)) = (open.first(), open.last()) else { break };
+            let Some(image) = self.layers.get(layer) else { break };
+            extents.clear();
+            let hull = GuestRange::between(first.start, last.end());
+            image.map(hull, &mut extents)?;
+            open = split(layer, &open, &extents, GuestOffset::new(image.virtual_size()), out);
+        }
+        out.extend(open.into_iter().map(|range| Supplied { range, supply: Supply::Nothing }));
+        if let Some(new) = out.get_mut(begin..) {
+            new.sort_unstable_by_key(|s| s.range.start);
+        }
+        join(out, begin);
+        Ok(())
+    }
+}
+
+/// Divides the open ranges by what a layer says: what it supplies goes to `out`, the rest is returned.
+fn split(
+    layer: usize,
+    open: &[GuestRange],
+    extents: &[Extent],
+    layer_end: GuestOffset,
+    out: &mut Vec<Supplied>,
+) -> Vec<GuestRange> {
+    let mut still_open: Vec<GuestRange> = Vec::new();
+    let mut extents = extents.iter().peekable();
+    for range in open {
+        while let Some(extent) = extents.peek() {
+            if let Some(part) = extent.clip(range) {
+                match part.mapping {
+                    Mapping::Unallocated => match still_open.last_mut() {
+                        Some(last) if last.end() == part.range.start => last.len += part.range.len,
+                        _ => still_open.push(part.range),
+                    },
+                    mapping => {
+                        out.push(Supplied { range: part.range, supply: Supply::Layer { layer, mapping } });
+                    }
+                }
+            }
+            if extent.range.end() > range.end() {
+                break;
+            }
+            extents.next();
+        }
+        let behind = GuestRange::between(range.start.max(layer_end), range.end());
+        if !behind.is_empty() {
+            out.push(Supplied { range: behind, supply: Supply::PastEnd { layer } });
+        }
+    }
+    still_open
+}
+
+/// Joins neighbours from `begin` on that one entry can say.
+fn join(out: &mut Vec<Supplied>, begin: usize) {
+    let mut kept = begin;
+    for n in begin..out.len() {
+        let next = out[n];
+        if kept > begin {
+            let last = &mut out[kept - 1];
+            if last.range.end() == next.range.start && last.supply.advance(last.range.len) == next.supply {
+                last.range.len += next.range.len;
+                continue;
+            }
+        }
+        out[kept] = next;
+        kept += 1;
+    }
+    out.truncate(kept);
+}

@@ -1,0 +1,129 @@
+//! Allocation of clusters in an image that is being written.
+//!
+//! The allocator goes forward through the refcounts once, handing out free clusters in the order of
+//! the file: gaps first, then the room behind the last cluster. What an operation frees in front of
+//! the allocator may be handed out again, so it is freed only behind the barrier that made it unused,
+//! and its blocks are given back before anything else is allocated.
+
+use std::ops::Range;
+
+use super::Qcow2;
+use super::refcounts::{ClusterIndex, Refcounts};
+use crate::error::{Error, Result};
+use crate::format::FormatError;
+
+/// Hands out free clusters.
+#[derive(Debug)]
+pub(crate) struct Allocator {
+    next: ClusterIndex,
+    /// The block that covers `next`, once it was read.
+    block: Option<(u64, Vec<u8>)>,
+    /// Behind the last cluster that may be handed out: clusters that have a refcount block.
+    limit: ClusterIndex,
+}
+
+impl Allocator {
+    /// An allocator that begins at the start of the file.
+    pub(crate) fn new(refcounts: &Refcounts) -> Self {
+        let blocks = refcounts.table().iter().rposition(|e| e.block().is_some()).map_or(0, |n| n as u64 + 1);
+        // Cluster 0 is the header's, whatever its refcount says.
+        Self { next: 1, block: None, limit: blocks * refcounts.per_block() }
+    }
+
+    /// The next run of free clusters, at most `most` long.
+    ///
+    /// # Errors
+    /// A refcount block that cannot be read; no free cluster left, which means that too few were
+    /// prepared (see [`super::grow`]).
+    pub(crate) fn take(
+        &mut self,
+        image: &Qcow2,
+        refcounts: &Refcounts,
+        most: u64,
+    ) -> Result<Range<ClusterIndex>> {
+        let run = self.find(image, refcounts, most)?;
+        run.ok_or_else(|| {
+            let found = format!("no free cluster below {}", self.limit);
+            Error::format(
+                image.path(),
+                FormatError::malformed("refcount table", 48, found, "room for new clusters"),
+            )
+        })
+    }
+
+    /// The first run of `len` free clusters, or `None`; changes nothing.
+    ///
+    /// # Errors
+    /// A refcount block that cannot be read.
+    pub(crate) fn find_run(
+        image: &Qcow2,
+        refcounts: &Refcounts,
+        len: u64,
+    ) -> Result<Option<Range<ClusterIndex>>> {
+        let mut scout = Self::new(refcounts);
+        loop {
+            match scout.find(image, refcounts, len)? {
+                Some(run) if run.end - run.start < len => {}
+                other => return Ok(other),
+            }
+        }
+    }
+
+    /// How many clusters are free, counted up to `enough`; changes nothing.
+    ///
+    /// # Errors
+    /// A refcount block that cannot be read.
+    pub(crate) fn count_free(image: &Qcow2, refcounts: &Refcounts, enough: u64) -> Result<u64> {
+        let mut scout = Self::new(refcounts);
+        let mut free = 0;
+        while free < enough {
+            match scout.find(image, refcounts, enough - free)? {
+                Some(run) => free += run.end - run.start,
+                None => break,
+            }
+        }
+        Ok(free)
+    }
+
+    fn find(
+        &mut self,
+        image: &Qcow2,
+        refcounts: &Refcounts,
+        most: u64,
+    ) -> Result<Option<Range<ClusterIndex>>> {
+        let per_block = refcounts.per_block();
+        let width = refcounts.width();
+        let mut run: Option<Range<ClusterIndex>> = None;
+        while self.next < self.limit {
+            let index = self.next / per_block;
+            if self.block.as_ref().is_none_or(|(have, _)| *have != index) {
+                let mut bytes = self.block.take().map(|(_, bytes)| bytes).unwrap_or_default();
+                if !refcounts.read_block(image, index, &mut bytes)? {
+                    // Clusters without a refcount block are never handed out.
+                    if run.is_some() {
+                        return Ok(run);
+                    }
+                    self.next = (index + 1) * per_block;
+                    continue;
+                }
+                self.block = Some((index, bytes));
+            }
+            let Some((_, bytes)) = &self.block else { break };
+            let end = (index + 1) * per_block;
+            while self.next < end {
+                let free = width.get(bytes, (self.next % per_block) as usize) == Some(0);
+                match &mut run {
+                    Some(run) if free => run.end += 1,
+                    None if free => run = Some(self.next..self.next + 1),
+                    Some(_) => return Ok(run),
+                    None => {}
+                }
+                self.next += 1;
+                if run.as_ref().is_some_and(|r| r.end - r.start >= most) {
+                    return Ok(run);
+                }
+            }
+        }
+        Ok(run)
+    }
+}

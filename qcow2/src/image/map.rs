@@ -1,0 +1,288 @@
+//! The map of a qcow2 image: L1 and L2 tables to extents.
+//!
+//! Only the parts of the tables that cover the asked range are read, tables that lie side by side in
+//! one piece. Runs of clusters whose entries count up by one cluster are not decoded one by one.
+
+use super::{CompressedPart, Extent, Mapping, Qcow2, push};
+use crate::error::{Error, Result};
+use crate::format::{FormatError, L1Entry, L2Entry, SubclusterState, Subclusters, read_be_u64s};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
+
+/// The most bytes of tables read in one piece.
+const TABLE_READ: u64 = 1 << 20;
+
+/// A slice of an L2 table that covers a part of the asked range.
+#[derive(Clone, Copy, Debug)]
+struct Slice {
+    /// Where the first entry lies.
+    host: HostOffset,
+    /// Length of the slice in bytes.
+    len: u64,
+    /// Length of the gap to where the next table would start, in bytes.
+    guest: GuestRange,
+}
+
+impl Qcow2 {
+    /// See [`super::Image::map`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn map(&self, range: GuestRange, out: &mut Vec<Extent>) -> Result<()> {
+        let end = range.end().min(GuestOffset::new(self.virtual_size()));
+        let range = GuestRange::between(range.start, end);
+        let mut pending: Vec<Slice> = Vec::new();
+        let mut buf = Vec::new();
+        self.for_each_l1(range, |part, entry| {
+            match entry {
+                L1Entry::Unallocated => {
+                    self.decode_slices(&mut pending, &mut buf, out)?;
+                    push(out, part.start, part.len, Mapping::Unallocated);
+                }
+                L1Entry::Table { host, .. } => {
+                    let slice = self.slice(host, part);
+                    let joins = pending.last().is_some_and(|last| last.host + last.len == slice.host)
+                        && pending.iter().map(|s| s.len).sum::<u64>() + slice.len <= TABLE_READ;
+                    if !joins {
+                        self.decode_slices(&mut pending, &mut buf, out)?;
+                    }
+                    pending.push(slice);
+                }
+            }
+            Ok(())
+        })?;
+        self.decode_slices(&mut pending, &mut buf, out)
+    }
+
+    /// See [`super::Image::next_allocated`].
+    ///
+    /// # Errors
+    /// The L1 table cannot be read.
+    pub fn next_allocated(&self, from: GuestOffset) -> Result<Option<GuestOffset>> {
+        let geometry = *self.geometry();
+        let entries = geometry.l1_entries_for(self.virtual_size());
+        let mut index = geometry.l1_index(from);
+        let mut buf = vec![0; 65536];
+        while index < entries {
+            let count = (entries - index).min(buf.len() as u64 / 8);
+            let bytes = &mut buf[..count as usize * 8];
+            self.read_table(self.header().l1_offset + index * 8, bytes)?;
+            if let Some(n) = read_be_u64s(bytes).position(|raw| raw != 0) {
+                let start = GuestOffset::new((index + n as u64) * geometry.l2_coverage());
+                return Ok(Some(start.max(from)));
+            }
+            index += count;
+        }
+        Ok(None)
+    }
+
+    /// Calls `f` with each part of `range` that one L1 entry covers, and the entry. Entries that the
+    /// L1 table does not have are unallocated.
+    pub(crate) fn for_each_l1(
+        &self,
+        range: GuestRange,
+        mut f: impl FnMut(GuestRange, L1Entry) -> Result<()>,
+    ) -> Result<()> {
+        let geometry = *self.geometry();
+        let coverage = geometry.l2_coverage();
+        let mut at = range.start;
+        let mut buf = Vec::new();
+        while at < range.end() {
+            let first = geometry.l1_index(at);
+            let wanted = (range.end().get() - 1) / coverage - first + 1;
+            let have = u64::from(self.header().l1_entries).saturating_sub(first);
+            if have == 0 {
+                return f(GuestRange::between(at, range.end()), L1Entry::Unallocated);
+            }
+            let count = wanted.min(have).min(TABLE_READ / 8);
+            buf.resize(count as usize * 8, 0);
+            let table = self.header().l1_offset + first * 8;
+            self.read_table(table, &mut buf)?;
+            for (n, raw) in read_be_u64s(&buf).enumerate() {
+                let host = table + n as u64 * 8;
+                let entry = L1Entry::decode(raw, &geometry, host.get()).map_err(|e| Error::Mapping {
+                    path: self.path().to_owned(),
+                    guest: at,
+                    source: e,
+                })?;
+                if let L1Entry::Table { host: table, .. } = entry {
+                    self.check_table("L2 table offset in L1 entry", host.get(), table)?;
+                }
+                let next = GuestOffset::new((first + n as u64 + 1).saturating_mul(coverage));
+                f(GuestRange::between(at, next.min(range.end())), entry)?;
+                at = next;
+            }
+        }
+        Ok(())
+    }
+
+    /// The slice of an L2 table that covers `part`, which lies inside the table's coverage.
+    fn slice(&self, table: HostOffset, part: GuestRange) -> Slice {
+        let geometry = self.geometry();
+        let first = geometry.l2_index(part.start);
+        let last = geometry.l2_index(GuestOffset::new(part.end().get() - 1));
+        let size = geometry.l2_entry_size();
+        Slice { host: table + first * size, len: (last - first + 1) * size, guest: part }
+    }
+
+    /// Reads slices that lie side by side, and appends what they say.
+    fn decode_slices(&self, slices: &mut Vec<Slice>, buf: &mut Vec<u8>, out: &mut Vec<Extent>) -> Result<()> {
+        let (Some(first), Some(last)) = (slices.first(), slices.last()) else { return Ok(()) };
+        let start = first.host;
+        buf.resize(((last.host + last.len) - start) as usize, 0);
+        self.read_table(start, buf)?;
+        for slice in slices.drain(..) {
+            let from = (slice.host - start) as usize;
+            let bytes = &buf[from..from + slice.len as usize];
+            if self.geometry().extended_l2() {
+                self.decode_extended(slice, bytes, out)?;
+            } else {
+                self.decode_standard(slice, bytes, out)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn decode_standard(&self, slice: Slice, bytes: &[u8], out: &mut Vec<Extent>) -> Result<()> {
+        let cluster = self.geometry().cluster_size();
+        let mut at = slice.guest.start;
+        let mut words = read_be_u64s(bytes).enumerate().peekable();
+        while let Some((n, raw)) = words.next() {
+            let host = slice.host + n as u64 * 8;
+            let entry = self.decode_entry(raw, 0, host, at)?;
+            // How the raw entry of the next cluster looks if it goes on as this one.
+            let step = match entry {
+                L2Entry::Unallocated | L2Entry::Zero { host: None, .. } => Some(0),
+                L2Entry::Zero { .. } | L2Entry::Standard { .. } => Some(cluster),
+                L2Entry::Compressed { .. } | L2Entry::Mixed { .. } => None,
+            };
+            let mut clusters = 1;
+            if let Some(step) = step {
+                let mut expected = raw.wrapping_add(step);
+                while words.next_if(|&(_, next)| next == expected).is_some() {
+                    expected = expected.wrapping_add(step);
+                    clusters += 1;
+                }
+            }
+            let next = (at.align_down(cluster) + clusters * cluster).min(slice.guest.end());
+            self.push_entry(entry, GuestRange::between(at, next), host, out)?;
+            at = next;
+        }
+        Ok(())
+    }
+
+    fn decode_extended(&self, slice: Slice, bytes: &[u8], out: &mut Vec<Extent>) -> Result<()> {
+        let cluster = self.geometry().cluster_size();
+        let mut at = slice.guest.start;
+        let mut words = read_be_u64s(bytes);
+        let mut host = slice.host;
+        while let (Some(first), Some(second)) = (words.next(), words.next()) {
+            let entry = self.decode_entry(first, second, host, at)?;
+            let next = (at.align_down(cluster) + cluster).min(slice.guest.end());
+            self.push_entry(entry, GuestRange::between(at, next), host, out)?;
+            at = next;
+            host = host + 16;
+        }
+        Ok(())
+    }
+
+    fn decode_entry(&self, first: u64, second: u64, host: HostOffset, guest: GuestOffset) -> Result<L2Entry> {
+        let version = self.header().version;
+        L2Entry::decode(first, second, self.geometry(), version, self.has_data_file(), host.get())
+            .map_err(|e| self.mapping_error(guest, e))
+    }
+
+    /// Appends what an entry says about `range`, which starts inside its cluster.
+    fn push_entry(
+        &self,
+        entry: L2Entry,
+        range: GuestRange,
+        at: HostOffset,
+        out: &mut Vec<Extent>,
+    ) -> Result<()> {
+        let skip = self.geometry().in_cluster(range.start);
+        match entry {
+            L2Entry::Unallocated => push(out, range.start, range.len, Mapping::Unallocated),
+            L2Entry::Zero { host, .. } => {
+                push(out, range.start, range.len, Mapping::Zero { host: host.map(|h| h + skip) });
+            }
+            L2Entry::Standard { host, .. } => {
+                self.check_data(host, range, at)?;
+                push(out, range.start, range.len, Mapping::Data { host: host + skip });
+            }
+            L2Entry::Compressed { host, len } => {
+                if host.get() >= self.file_len() {
+                    return Err(self.beyond_end(
+                        "compressed cluster offset in L2 entry",
+                        host,
+                        range.start,
+                        at,
+                    ));
+                }
+                push(out, range.start, range.len, Mapping::Compressed(CompressedPart { host, len, skip }));
+            }
+            L2Entry::Mixed { host, subclusters, .. } => self.push_mixed(host, subclusters, range, at, out)?,
+        }
+        Ok(())
+    }
+
+    fn push_mixed(
+        &self,
+        host: Option<HostOffset>,
+        subclusters: Subclusters,
+        range: GuestRange,
+        at: HostOffset,
+        out: &mut Vec<Extent>,
+    ) -> Result<()> {
+        let geometry = self.geometry();
+        let base = range.start.align_down(geometry.cluster_size());
+        let size = geometry.subcluster_size();
+        if let Some(host) = host
+            && subclusters.allocated != 0
+        {
+            self.check_data(host, range, at)?;
+        }
+        for n in 0..32 {
+            let part = GuestRange { start: base + u64::from(n) * size, len: size };
+            let Some(part) = part.intersect(&range) else { continue };
+            let here = host.map(|h| h + (part.start - base));
+            let mapping = match (subclusters.get(n), here) {
+                (SubclusterState::Allocated, Some(host)) => Mapping::Data { host },
+                (SubclusterState::Zero, host) => Mapping::Zero { host },
+                _ => Mapping::Unallocated,
+            };
+            push(out, part.start, part.len, mapping);
+        }
+        Ok(())
+    }
+
+    /// Checks a run of data clusters: its last cluster begins inside the file, and in a data file each
+    /// cluster lies at its guest offset.
+    fn check_data(&self, host: HostOffset, range: GuestRange, at: HostOffset) -> Result<()> {
+        let cluster = self.geometry().cluster_size();
+        let first = range.start.align_down(cluster);
+        if self.has_data_file() && host.get() != first.get() {
+            let error = FormatError::malformed(
+                "host offset in L2 entry",
+                at.get(),
+                host,
+                format!("the guest offset {first}, as data files have it"),
+            );
+            return Err(self.mapping_error(range.start, error));
+        }
+        let last = host + (GuestOffset::new(range.end().get() - 1).align_down(cluster) - first);
+        // A data file may be shorter than the disk: what is not there reads as zeros.
+        if !self.has_data_file() && last.get() >= self.data_len() {
+            return Err(self.beyond_end("host offset in L2 entry", last, range.start, at));
+        }
+        Ok(())
+    }
+
+    fn beyond_end(&self, what: &str, host: HostOffset, guest: GuestOffset, at: HostOffset) -> Error {
+        let expected = format!("an offset inside the file of {} bytes", self.data_len());
+        self.mapping_error(guest, FormatError::malformed(what, at.get(), host, expected))
+    }
+
+    fn mapping_error(&self, guest: GuestOffset, source: FormatError) -> Error {
+        Error::Mapping { path: self.path().to_owned(), guest, source }
+    }
+}

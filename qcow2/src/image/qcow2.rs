@@ -1,0 +1,198 @@
+//! An opened qcow2 image.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::error::{Error, Result};
+use crate::format::{Cluster0, FormatError, Geometry, Header};
+use crate::storage::Storage;
+use crate::units::HostOffset;
+
+/// An opened qcow2 image: its header and its files. Tables are read when they are needed.
+#[derive(Debug)]
+pub struct Qcow2 {
+    path: PathBuf,
+    file: Arc<dyn Storage>,
+    data_file: Option<Arc<dyn Storage>>,
+    cluster0: Cluster0,
+    geometry: Geometry,
+    /// Lengths of the image file and the file that holds the data; writers move them.
+    file_len: AtomicU64,
+    data_len: AtomicU64,
+}
+
+impl Qcow2 {
+    /// Opens a qcow2 image; see [`super::Image::open`].
+    ///
+    /// # Errors
+    /// As there; also a data file that the header needs and the caller did not give.
+    pub fn open(path: &Path, file: Arc<dyn Storage>, data_file: Option<Arc<dyn Storage>>) -> Result<Self> {
+        let cluster0 = Self::read_cluster0(path, &*file)?;
+        cluster0.validate().map_err(|e| Error::format(path, e))?;
+        let geometry = cluster0.header.geometry();
+        if cluster0.header.has_data_file() && data_file.is_none() {
+            return Err(Error::format(
+                path,
+                FormatError::malformed("incompatible feature bit 2", 72, "an external data file", "its name"),
+            ));
+        }
+        let data_file = data_file.filter(|_| cluster0.header.has_data_file());
+        let image = Self {
+            path: path.to_owned(),
+            file,
+            data_file,
+            cluster0,
+            geometry,
+            file_len: AtomicU64::new(0),
+            data_len: AtomicU64::new(0),
+        };
+        image.refresh_lengths()?;
+        Ok(image)
+    }
+
+    /// Reads and decodes cluster 0 without judging what it asks for.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or that is not qcow2.
+    pub fn read_cluster0(path: &Path, file: &dyn Storage) -> Result<Cluster0> {
+        let mut bytes = vec![0; 4096];
+        let mut filled = 0;
+        loop {
+            let n = file
+                .read_at(&mut bytes[filled..], filled as u64)
+                .map_err(|e| Error::io(path, "read", Some(filled as u64), e))?;
+            filled += n;
+            let want = Header::decode(&bytes[..filled]).map_or(0, |h| h.geometry().cluster_size() as usize);
+            if n == 0 || filled >= want {
+                bytes.truncate(filled.min(want.max(512)));
+                break;
+            }
+            bytes.resize(want.max(bytes.len()), 0);
+        }
+        Cluster0::decode(&bytes).map_err(|e| Error::format(path, e))
+    }
+
+    /// Reads the lengths of the image's files again, after they grew or shrank.
+    ///
+    /// # Errors
+    /// A length cannot be read.
+    pub fn refresh_lengths(&self) -> Result<()> {
+        let io = |e| Error::io(&self.path, "read the length of", None, e);
+        let file_len = self.file.size().map_err(io)?;
+        self.file_len.store(file_len, Ordering::Relaxed);
+        self.data_len.store(
+            match &self.data_file {
+                Some(data) => data.size().map_err(io)?,
+                None => file_len,
+            },
+            Ordering::Relaxed,
+        );
+        Ok(())
+    }
+
+    /// The header.
+    pub fn header(&self) -> &Header {
+        &self.cluster0.header
+    }
+
+    /// The header with its extensions and the backing name.
+    pub fn cluster0(&self) -> &Cluster0 {
+        &self.cluster0
+    }
+
+    /// The sizes that follow from the header.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// The size of the guest's disk in bytes.
+    pub fn virtual_size(&self) -> u64 {
+        self.cluster0.header.size
+    }
+
+    /// The image's path, as it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The image file.
+    pub fn file(&self) -> &Arc<dyn Storage> {
+        &self.file
+    }
+
+    /// The file that holds plain guest data.
+    pub fn data_file(&self) -> &Arc<dyn Storage> {
+        self.data_file.as_ref().unwrap_or(&self.file)
+    }
+
+    /// Whether plain guest data lies in an external data file.
+    pub fn has_data_file(&self) -> bool {
+        self.data_file.is_some()
+    }
+
+    /// The length of the image file in bytes, when it was last asked for.
+    pub fn file_len(&self) -> u64 {
+        self.file_len.load(Ordering::Relaxed)
+    }
+
+    /// The length of the file that holds plain guest data, in bytes.
+    pub(super) fn data_len(&self) -> u64 {
+        self.data_len.load(Ordering::Relaxed)
+    }
+
+    /// Reads a part of a table; what lies behind the end of the file reads as zeros.
+    pub(crate) fn read_table(&self, host: HostOffset, buf: &mut [u8]) -> Result<()> {
+        read_or_zero(&*self.file, host, buf).map_err(|e| Error::io(&self.path, "read", Some(host.get()), e))
+    }
+
+    /// Writes a part of the image file's metadata.
+    pub(crate) fn write(&self, host: HostOffset, bytes: &[u8]) -> Result<()> {
+        self.file
+            .write_all_at(bytes, host.get())
+            .map_err(|e| Error::io(&self.path, "write", Some(host.get()), e))
+    }
+
+    /// A barrier: everything written to the image and its data file is durable when it returns.
+    pub(crate) fn barrier(&self) -> Result<()> {
+        let io = |e| Error::io(&self.path, "sync", None, e);
+        if let Some(data) = &self.data_file {
+            data.sync().map_err(io)?;
+        }
+        self.file.sync().map_err(io)
+    }
+
+    /// Changes the header and writes the bytes of `changed`, which lie inside one 512-byte sector, in
+    /// one piece; the image goes on with the new header.
+    pub(crate) fn switch_header(
+        &mut self,
+        changed: Range<usize>,
+        change: impl FnOnce(&mut Header),
+    ) -> Result<()> {
+        let mut header = self.cluster0.header.clone();
+        change(&mut header);
+        let bytes = header.encode();
+        self.write(HostOffset::new(changed.start as u64), bytes.get(changed).unwrap_or_default())?;
+        self.cluster0.header = header;
+        Ok(())
+    }
+
+    /// Checks that a table lies inside the file, at least with its first byte.
+    pub(crate) fn check_table(&self, what: &str, at: u64, host: HostOffset) -> Result<()> {
+        if host.get() < self.file_len() {
+            return Ok(());
+        }
+        let expected = format!("an offset inside the file of {} bytes", self.file_len());
+        Err(Error::format(&self.path, FormatError::malformed(what, at, host, expected)))
+    }
+}
+
+/// Reads at an offset; what lies behind the end of the file reads as zeros.
+pub(crate) fn read_or_zero(file: &dyn Storage, host: HostOffset, buf: &mut [u8]) -> std::io::Result<()> {
+    let n = file.read_at(buf, host.get())?;
+    if let Some(rest) = buf.get_mut(n..) {
+        rest.fill(0);
+    }
+    Ok(())
+}
