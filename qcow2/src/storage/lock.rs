@@ -74,6 +74,21 @@ fn take(file: &File, had: &[u64], mode: LockMode, taken: &mut Vec<u64>) -> Resul
     Ok(())
 }
 
+/// How others use the file: whether anybody else holds a lock for writing or resizing, or else any lock.
+pub(super) fn foreign_mode(file: &File) -> io::Result<Option<LockMode>> {
+    for byte in [101, 103] {
+        if foreign(file, byte)? {
+            return Ok(Some(LockMode::Write));
+        }
+    }
+    for byte in [100, 200, 201, 203] {
+        if foreign(file, byte)? {
+            return Ok(Some(LockMode::Read));
+        }
+    }
+    Ok(None)
+}
+
 fn set(file: &File, byte: u64, kind: i32) -> Result<(), Errno> {
     let range = one_byte(byte, kind)?;
     loop {

@@ -386,6 +386,11 @@ impl Storage for MemFile {
         Ok(())
     }
 
+    fn used_by_others(&self) -> io::Result<Option<LockMode>> {
+        let locks = self.inode.locks();
+        Ok(locks.iter().filter(|(open, _)| **open != self.open).map(|(_, &mode)| mode).max())
+    }
+
     fn drop_cache(&self) -> io::Result<()> {
         Ok(())
     }

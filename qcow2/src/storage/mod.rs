@@ -68,6 +68,10 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// last as long as the file is open. A second call changes the mode (to a stronger one).
     fn lock(&self, mode: LockMode) -> Result<(), LockError>;
 
+    /// How others use the file at this moment, as far as their locks tell; takes no lock, and so
+    /// promises nothing about the next moment.
+    fn used_by_others(&self) -> io::Result<Option<LockMode>>;
+
     /// Asks the system to forget cached pages, so that the next read comes from the device.
     fn drop_cache(&self) -> io::Result<()>;
 

@@ -307,6 +307,10 @@ impl Storage for OsFile {
         Ok(())
     }
 
+    fn used_by_others(&self) -> io::Result<Option<LockMode>> {
+        lock::foreign_mode(&self.file)
+    }
+
     fn drop_cache(&self) -> io::Result<()> {
         // Pages that are not written yet would stay.
         self.sync()?;

@@ -245,6 +245,23 @@ fn modes_of_two_opens_conflict_alike() {
     }
 }
 
+#[test]
+fn the_use_by_others_is_seen_without_a_lock() {
+    for place in places() {
+        place.create("a");
+        let open = || place.host.open(&place.name("a"), Access::Read).unwrap();
+        let (user, observer) = (open(), open());
+        assert_eq!(observer.used_by_others().unwrap(), None);
+        user.lock(LockMode::Read).unwrap();
+        assert_eq!(observer.used_by_others().unwrap(), Some(LockMode::Read));
+        assert_eq!(user.used_by_others().unwrap(), None);
+        user.lock(LockMode::Write).unwrap();
+        assert_eq!(observer.used_by_others().unwrap(), Some(LockMode::Write));
+        drop(user);
+        assert_eq!(observer.used_by_others().unwrap(), None);
+    }
+}
+
 /// Random operations, judged by a byte array.
 #[test]
 fn storages_behave_like_a_byte_array() {
