@@ -45,13 +45,22 @@ pub(super) fn acquire(file: &File, before: Option<LockMode>, mode: LockMode) -> 
     let mut taken = Vec::new();
     let result = take(file, had, mode, &mut taken);
     if result.is_err() {
-        for &byte in &taken {
-            // Nothing better can be done if the system refuses to give a lock back: closing the file
-            // drops it, and the error that led here is the one to report.
-            let _ = set(file, byte, libc::F_UNLCK);
-        }
+        give_back(file, &taken);
     }
     result
+}
+
+/// Gives the locks of `mode` back. Closing the file is not enough: a process that another thread is
+/// just starting may share the open file description until it runs its own program.
+pub(super) fn release(file: &File, mode: LockMode) {
+    give_back(file, held(mode));
+}
+
+fn give_back(file: &File, bytes: &[u64]) {
+    for &byte in bytes {
+        // Nothing better can be done if the system refuses: closing the file drops the lock too.
+        let _ = set(file, byte, libc::F_UNLCK);
+    }
 }
 
 fn take(file: &File, had: &[u64], mode: LockMode, taken: &mut Vec<u64>) -> Result<(), LockError> {

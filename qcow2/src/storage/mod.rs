@@ -65,7 +65,9 @@ pub trait Storage: Send + Sync + fmt::Debug {
     fn stat(&self) -> io::Result<FileStat>;
 
     /// Takes QEMU-compatible byte locks and tests for those of others; see [`LockMode`]. The locks
-    /// last as long as the file is open. A second call changes the mode (to a stronger one).
+    /// last as long as the file is open. Never waits. A second call changes the mode (to a stronger
+    /// one); after a failure what was held before is still held. A second open of the same file by this
+    /// process conflicts like that of any other.
     fn lock(&self, mode: LockMode) -> Result<(), LockError>;
 
     /// How others use the file at this moment, as far as their locks tell; takes no lock, and so
@@ -196,5 +198,9 @@ pub trait Host: Send + Sync + fmt::Debug {
     fn holders(&self, id: FileId) -> Vec<Holder>;
 }
 
+#[cfg(test)]
+mod device_tests;
+#[cfg(test)]
+mod lock_tests;
 #[cfg(test)]
 mod tests;

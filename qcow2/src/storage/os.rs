@@ -181,7 +181,8 @@ impl OsFile {
         self.write_zero_bytes(stop, end - stop)
     }
 
-    /// Calls `fallocate`; false if the file or its file system cannot do what the flags ask for.
+    /// Calls `fallocate`; false if the file or its file system cannot do what the flags ask for, or has
+    /// no room left to note it (splitting an extent takes some).
     fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
         loop {
             match rustix::fs::fallocate(&self.file, flags, offset, len) {
@@ -190,8 +191,17 @@ impl OsFile {
                 Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV | Errno::PERM) => {
                     return Ok(false);
                 }
+                Err(Errno::NOSPC | Errno::DQUOT) => return Ok(false),
                 Err(e) => return Err(e.into()),
             }
+        }
+    }
+}
+
+impl Drop for OsFile {
+    fn drop(&mut self) {
+        if let Some(mode) = self.locked.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            lock::release(&self.file, mode);
         }
     }
 }
