@@ -1,0 +1,404 @@
+//! Names that images hold for other files, read as QEMU reads them.
+//!
+//! QEMU has two ways. A *backing name* is a path or a protocol (`bdrv_open`): what stands before the
+//! first colon is a protocol if no slash comes first, so `./a:b` is a path and `a:b` is not. A
+//! relative path starts at the directory of the overlay as named: symbolic links in the overlay's
+//! name are not resolved first. Behind `file:` and inside `json:` a relative path starts at the
+//! working directory of the process. A *data file name* is always a literal path, and a relative one
+//! starts at the working directory. QEMU 10.0.2 was asked for each of these; the tests ask again.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::json::{self, OptionValue};
+use crate::error::Refusal;
+use crate::storage::FileKind;
+
+/// The most bytes of a backing name (specification: "backing_file_size").
+const MAX_NAME: usize = 1023;
+
+/// Options that change how a file is accessed, but not what is read from it.
+const HARMLESS_OPTIONS: &[&str] = &[
+    "aio",
+    "auto-read-only",
+    "cache.direct",
+    "cache.no-flush",
+    "detect-zeroes",
+    "discard",
+    "locking",
+    "node-name",
+    "read-only",
+];
+
+/// How a name is spelt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spelling {
+    /// A path.
+    Path,
+    /// `file:` and a path: a regular file.
+    FilePrefix,
+    /// `host_device:` and a path: a block device.
+    DevicePrefix,
+    /// `json:` and options.
+    Json,
+}
+
+/// What an image calls another file, understood but not yet looked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingName {
+    spelling: Spelling,
+    path: PathBuf,
+    from_working_dir: bool,
+    driver: FileDriver,
+    format: Option<String>,
+}
+
+/// The QEMU driver that would open the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FileDriver {
+    /// Chosen by what the file is.
+    Any,
+    File,
+    HostDevice,
+}
+
+impl BackingName {
+    /// Reads a backing name as it stands in the image.
+    ///
+    /// # Errors
+    /// Why the name does not lead to a local file, in words: a protocol, a driver or an option that is
+    /// not understood, a name that is empty or too long.
+    pub fn parse(raw: &[u8]) -> Result<Self, String> {
+        if raw.len() > MAX_NAME {
+            return Err(format!("it is {} bytes long, more than {MAX_NAME}", raw.len()));
+        }
+        let name = without_trailing_nul(raw)?;
+        match protocol(name) {
+            None => Self::path(Spelling::Path, name, false, FileDriver::Any),
+            Some((b"file", rest)) => Self::path(Spelling::FilePrefix, rest, true, FileDriver::File),
+            Some((b"host_device", rest)) => {
+                Self::path(Spelling::DevicePrefix, rest, true, FileDriver::HostDevice)
+            }
+            Some((b"json", rest)) => Self::from_json(rest),
+            Some((other, _)) => Err(format!("protocol '{}'", String::from_utf8_lossy(other))),
+        }
+    }
+
+    /// Reads the name of an external data file as it stands in the image: a literal path.
+    ///
+    /// # Errors
+    /// Why it is not a path, in words.
+    pub fn parse_data_file(raw: &[u8]) -> Result<Self, String> {
+        let name = without_trailing_nul(raw)?;
+        Self::path(Spelling::Path, name, true, FileDriver::Any)
+    }
+
+    fn path(
+        spelling: Spelling,
+        name: &[u8],
+        from_working_dir: bool,
+        driver: FileDriver,
+    ) -> Result<Self, String> {
+        if name.is_empty() {
+            return Err("the name is empty".to_owned());
+        }
+        let path = PathBuf::from(OsStr::from_bytes(name));
+        Ok(Self { spelling, path, from_working_dir, driver, format: None })
+    }
+
+    fn from_json(text: &[u8]) -> Result<Self, String> {
+        let text = std::str::from_utf8(text).map_err(|_| "json that is not UTF-8".to_owned())?;
+        let mut options = json::flatten(text)?;
+        let mut take = |key: &str| match options.remove(key) {
+            None => Ok(None),
+            Some(OptionValue::Text(text)) => Ok(Some(text)),
+            Some(OptionValue::Other(found)) => Err(format!("json option '{key}' is {found}, not a string")),
+        };
+        let top = take("driver")?;
+        // A file driver without a format driver on top shows the file's bytes as they are.
+        let bare = matches!(top.as_deref(), Some("file" | "host_device"));
+        let (driver, filename, format) = if bare {
+            (top, take("filename")?, Some("raw".to_owned()))
+        } else {
+            (take("file.driver")?, take("file.filename")?, top)
+        };
+        let driver = match driver.as_deref() {
+            None => FileDriver::Any,
+            Some("file") => FileDriver::File,
+            Some("host_device") => FileDriver::HostDevice,
+            Some(other) => return Err(format!("driver '{other}'")),
+        };
+        let understood = |key: &str| HARMLESS_OPTIONS.contains(&key.strip_prefix("file.").unwrap_or(key));
+        if let Some(key) = options.keys().find(|key| !understood(key)) {
+            return Err(format!("json option '{key}' is not supported"));
+        }
+        let filename = filename.ok_or("json without a file name")?;
+        if filename.contains('\0') {
+            return Err("the file name holds a zero byte".to_owned());
+        }
+        let name = Self::path(Spelling::Json, filename.as_bytes(), true, driver)?;
+        Ok(Self { format, ..name })
+    }
+
+    /// How the name is spelt.
+    pub fn spelling(&self) -> Spelling {
+        self.spelling
+    }
+
+    /// The format that a `json:` name gives; a format in the image's own header goes before it.
+    pub fn format(&self) -> Option<&str> {
+        self.format.as_deref()
+    }
+
+    /// Whether the name is a relative path.
+    pub fn is_relative(&self) -> bool {
+        self.path.is_relative()
+    }
+
+    /// Whether the file that is meant depends on the working directory of the process that opens it.
+    pub fn depends_on_working_dir(&self) -> bool {
+        self.from_working_dir && self.is_relative()
+    }
+
+    /// The path that an image named `overlay` leads to, spelt as QEMU does (nothing is normalised).
+    pub fn resolve(&self, overlay: &Path) -> PathBuf {
+        if self.from_working_dir { self.path.clone() } else { beside(overlay, &self.path) }
+    }
+
+    /// The path that the name would lead to if it started at the directory of `overlay`.
+    pub fn resolve_beside(&self, overlay: &Path) -> PathBuf {
+        beside(overlay, &self.path)
+    }
+
+    /// Checks that the file is of the kind that QEMU's driver demands.
+    ///
+    /// # Errors
+    /// [`Refusal::NotAFile`].
+    pub(super) fn check_kind(&self, kind: FileKind) -> Result<(), Refusal> {
+        let what = match (self.driver, kind) {
+            (_, FileKind::Other(what)) => with_article(what),
+            (FileDriver::File, FileKind::Block) => "a block device opened by the driver 'file'".to_owned(),
+            (FileDriver::HostDevice, FileKind::Regular) => {
+                "a regular file opened by the driver 'host_device'".to_owned()
+            }
+            _ => return Ok(()),
+        };
+        Err(Refusal::NotAFile { what })
+    }
+}
+
+/// Every string inside `raw` that may be meant as a file name, also where [`BackingName::parse`]
+/// refuses: for a search that must not overlook a user of a file.
+pub(super) fn candidates(raw: &[u8]) -> Vec<PathBuf> {
+    let name = raw.split(|&b| b == 0).next().unwrap_or(raw);
+    let Some((protocol, rest)) = protocol(name) else {
+        return vec![PathBuf::from(OsStr::from_bytes(name))];
+    };
+    if protocol == b"json" {
+        let options = std::str::from_utf8(rest).ok().and_then(|text| json::flatten(text).ok());
+        let is_name = |key: &str| key == "filename" || key.ends_with(".filename");
+        return options
+            .into_iter()
+            .flatten()
+            .filter(|(key, _)| is_name(key))
+            .filter_map(|(_, value)| match value {
+                OptionValue::Text(text) => Some(PathBuf::from(text)),
+                OptionValue::Other(_) => None,
+            })
+            .collect();
+    }
+    vec![PathBuf::from(OsStr::from_bytes(rest)), PathBuf::from(OsStr::from_bytes(name))]
+}
+
+/// The protocol and what follows it, if `name` is not a path (QEMU: `path_has_protocol`).
+pub(super) fn protocol(name: &[u8]) -> Option<(&[u8], &[u8])> {
+    let at = name.iter().position(|&b| b == b':' || b == b'/')?;
+    let (protocol, rest) = name.split_at(at);
+    rest.strip_prefix(b":").map(|rest| (protocol, rest))
+}
+
+/// `path` started at the directory of `overlay` (QEMU: `path_combine`): the bytes up to the last
+/// slash are kept as they are.
+pub(super) fn beside(overlay: &Path, path: &Path) -> PathBuf {
+    if path.is_absolute() {
+        return path.to_owned();
+    }
+    let overlay = overlay.as_os_str().as_bytes();
+    let dir_len = overlay.iter().rposition(|&b| b == b'/').map_or(0, |at| at + 1);
+    let dir = overlay.get(..dir_len).unwrap_or_default();
+    PathBuf::from(OsStr::from_bytes(&[dir, path.as_os_str().as_bytes()].concat()))
+}
+
+/// The name up to trailing zero bytes; QEMU ends it at the first one, so that what follows would
+/// be seen by some programs and not by others.
+fn without_trailing_nul(raw: &[u8]) -> Result<&[u8], String> {
+    let end = raw.iter().rposition(|&b| b != 0).map_or(0, |at| at + 1);
+    let name = raw.get(..end).unwrap_or_default();
+    if name.contains(&0) { Err("the name holds a zero byte".to_owned()) } else { Ok(name) }
+}
+
+pub(super) fn with_article(what: &str) -> String {
+    let article = if what.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
+    if what.starts_with("a ") || what.starts_with("an ") {
+        what.to_owned()
+    } else {
+        format!("{article} {what}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolved(name: &str, overlay: &str) -> String {
+        BackingName::parse(name.as_bytes()).unwrap().resolve(Path::new(overlay)).display().to_string()
+    }
+
+    fn why(name: &str) -> String {
+        BackingName::parse(name.as_bytes()).unwrap_err()
+    }
+
+    #[test]
+    fn relative_names_start_at_the_overlays_directory_as_named() {
+        assert_eq!(resolved("base", "top"), "base");
+        assert_eq!(resolved("base", "./top"), "./base");
+        assert_eq!(resolved("base", "d//top"), "d//base");
+        assert_eq!(resolved("../base", "/a/b/../top"), "/a/b/../../base");
+        assert_eq!(resolved("/abs", "d/top"), "/abs");
+        assert_eq!(resolved("base", "/top"), "/base");
+    }
+
+    #[test]
+    fn a_colon_before_a_slash_is_a_protocol_and_behind_one_it_is_not() {
+        assert_eq!(resolved("./a:b", "d/top"), "d/./a:b");
+        assert_eq!(resolved("/d/a:b", "top"), "/d/a:b");
+        assert_eq!(resolved("d/nbd:x", "top"), "d/nbd:x");
+        assert_eq!(why("a:b"), "protocol 'a'");
+        assert_eq!(why(":x"), "protocol ''");
+        assert_eq!(why(" json:{}"), "protocol ' json'");
+        assert_eq!(why("JSON:{}"), "protocol 'JSON'");
+    }
+
+    #[test]
+    fn every_other_protocol_is_refused_by_name() {
+        for name in [
+            "nbd:localhost:10809",
+            "nbd+unix:///?socket=/s",
+            "nbd://h/x",
+            "http://h/x",
+            "https://h/x",
+            "ftp://h/x",
+            "ssh://h/x",
+            "rbd:pool/image",
+            "iscsi://h/t/0",
+            "nfs://h/x",
+            "gluster://h/x",
+            "fat:/etc",
+            "data:,x",
+            "blkdebug::/x",
+            "host_cdrom:/dev/sr0",
+            "null-co://",
+        ] {
+            let protocol = name.split(':').next().unwrap();
+            assert_eq!(why(name), format!("protocol '{protocol}'"));
+        }
+    }
+
+    #[test]
+    fn behind_a_prefix_relative_names_start_at_the_working_directory() {
+        assert_eq!(resolved("file:base", "d/top"), "base");
+        assert_eq!(resolved("file:a:b", "d/top"), "a:b");
+        assert_eq!(resolved("file:///x/base", "d/top"), "///x/base");
+        assert_eq!(resolved("host_device:/dev/vdb", "d/top"), "/dev/vdb");
+        assert!(BackingName::parse(b"file:base").unwrap().depends_on_working_dir());
+        assert!(!BackingName::parse(b"file:/base").unwrap().depends_on_working_dir());
+        assert!(!BackingName::parse(b"base").unwrap().depends_on_working_dir());
+    }
+
+    #[test]
+    fn json_names_of_local_files_are_read() {
+        for (name, format) in [
+            (r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"/b"}}"#, Some("qcow2")),
+            (r#"json:{"driver":"raw","file.driver":"file","file.filename":"/b"}"#, Some("raw")),
+            (r#"json:{"file":{"filename":"/b"},"node-name":"n","file.locking":"off"}"#, None),
+            (r#"json:{'driver':'file','filename':'/b','read-only':true}"#, Some("raw")),
+            (r#"json:{"driver":"raw","file":{"driver":"host_device","filename":"/b"}}"#, Some("raw")),
+        ] {
+            let parsed = BackingName::parse(name.as_bytes()).unwrap();
+            assert_eq!(parsed.resolve(Path::new("d/top")), Path::new("/b"), "{name}");
+            assert_eq!(parsed.format(), format, "{name}");
+            assert_eq!(parsed.spelling(), Spelling::Json);
+        }
+        let literal = r#"json:{"file.filename":"file:/b"}"#;
+        assert_eq!(resolved(literal, "d/top"), "file:/b");
+    }
+
+    #[test]
+    fn json_that_means_anything_else_is_refused_by_name() {
+        for (name, expected) in [
+            (r#"json:{"driver":"qcow2","file":{"driver":"nbd","host":"h"}}"#, "driver 'nbd'"),
+            (r#"json:{"driver":"qcow2","file.driver":"https","file.url":"u"}"#, "driver 'https'"),
+            (r#"json:{"driver":"raw","offset":512,"file":{"filename":"/b"}}"#, "'offset'"),
+            (r#"json:{"driver":"qcow2","backing":null,"file":{"filename":"/b"}}"#, "'backing'"),
+            (r#"json:{"driver":"raw","file":{"driver":"qcow2","file":{"filename":"/b"}}}"#, "driver 'qcow2'"),
+            (r#"json:{"driver":"qcow2","file":"node"}"#, "'file'"),
+            (r#"json:{"driver":"qcow2"}"#, "without a file name"),
+            (r#"json:{"file":{"filename":5}}"#, "is 5, not a string"),
+            (r#"json:{"file":{"filename":"a\u0000b"}}"#, "zero byte"),
+            (r#"json:{"driver":"qcow2","driver":"raw","file.filename":"/b"}"#, "given twice"),
+            ("json:", "invalid json"),
+        ] {
+            assert!(why(name).contains(expected), "{name}: {}", why(name));
+        }
+        assert!(BackingName::parse(b"json:{\"file.filename\":\"\xff\"}").is_err());
+    }
+
+    #[test]
+    fn a_zero_byte_cannot_hide_the_rest_of_a_name() {
+        assert!(why("base\0/etc/shadow").contains("zero byte"));
+        assert_eq!(resolved("base\0\0", "top"), "base");
+        assert!(why("").contains("empty"));
+        assert!(why("\0").contains("empty"));
+        assert!(why("file:").contains("empty"));
+    }
+
+    #[test]
+    fn names_longer_than_the_format_allows_are_refused() {
+        assert!(BackingName::parse(&[b'x'; 1023]).is_ok());
+        assert!(BackingName::parse(&[b'x'; 1024]).is_err());
+    }
+
+    #[test]
+    fn names_that_are_not_utf8_are_kept_byte_for_byte() {
+        let name = BackingName::parse(b"b\xffse").unwrap();
+        assert_eq!(name.resolve(Path::new("d/top")).as_os_str().as_bytes(), b"d/b\xffse");
+    }
+
+    #[test]
+    fn data_file_names_are_literal_paths_from_the_working_directory() {
+        for name in ["d.raw", "file:d.raw", "json:{}", "nbd://h"] {
+            let parsed = BackingName::parse_data_file(name.as_bytes()).unwrap();
+            assert_eq!(parsed.resolve(Path::new("d/top")), Path::new(name));
+            assert!(parsed.depends_on_working_dir());
+        }
+        assert!(BackingName::parse_data_file(b"").is_err());
+    }
+
+    #[test]
+    fn drivers_demand_the_kind_of_file_that_qemu_demands() {
+        let kind = |name: &str, kind| BackingName::parse(name.as_bytes()).unwrap().check_kind(kind).is_ok();
+        assert!(kind("/b", FileKind::Regular) && kind("/b", FileKind::Block));
+        assert!(kind("file:/b", FileKind::Regular) && !kind("file:/b", FileKind::Block));
+        assert!(!kind("host_device:/b", FileKind::Regular) && kind("host_device:/b", FileKind::Block));
+        assert!(!kind("/b", FileKind::Other("fifo")));
+    }
+
+    #[test]
+    fn a_search_for_users_takes_names_that_opening_refuses() {
+        let paths = |name: &str| candidates(name.as_bytes());
+        assert_eq!(paths(r#"json:{"driver":"raw","offset":0,"file":{"filename":"/b"}}"#), [Path::new("/b")]);
+        assert_eq!(paths("base\0junk"), [Path::new("base")]);
+        assert!(paths("blkdebug::/b").contains(&PathBuf::from(":/b")));
+    }
+}
