@@ -148,6 +148,14 @@ pub enum Refusal {
         /// What was found.
         why: String,
     },
+    /// The caller's policy lets no image name other files.
+    #[error("it names {role} '{name}', and the policy does not allow images to name files")]
+    NamesDenied {
+        /// "backing file" or "data file".
+        role: &'static str,
+        /// The name as written.
+        name: String,
+    },
     /// A fifo, socket, character device or directory.
     #[error("it is {what}, not a regular file or a block device")]
     NotAFile {

@@ -2,6 +2,8 @@
 
 mod json;
 mod name;
+mod policy;
 pub mod view;
 
 pub use name::{BackingName, Spelling};
+pub use policy::{DEFAULT_MAX_DEPTH, Policy};

@@ -177,7 +177,7 @@ impl BackingName {
     /// [`Refusal::NotAFile`].
     pub(super) fn check_kind(&self, kind: FileKind) -> Result<(), Refusal> {
         let what = match (self.driver, kind) {
-            (_, FileKind::Other(what)) => with_article(what),
+            (_, FileKind::Other(what)) => what.to_owned(),
             (FileDriver::File, FileKind::Block) => "a block device opened by the driver 'file'".to_owned(),
             (FileDriver::HostDevice, FileKind::Regular) => {
                 "a regular file opened by the driver 'host_device'".to_owned()
@@ -236,15 +236,6 @@ fn without_trailing_nul(raw: &[u8]) -> Result<&[u8], String> {
     let end = raw.iter().rposition(|&b| b != 0).map_or(0, |at| at + 1);
     let name = raw.get(..end).unwrap_or_default();
     if name.contains(&0) { Err("the name holds a zero byte".to_owned()) } else { Ok(name) }
-}
-
-pub(super) fn with_article(what: &str) -> String {
-    let article = if what.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
-    if what.starts_with("a ") || what.starts_with("an ") {
-        what.to_owned()
-    } else {
-        format!("{article} {what}")
-    }
 }
 
 #[cfg(test)]
@@ -391,7 +382,7 @@ mod tests {
         assert!(kind("/b", FileKind::Regular) && kind("/b", FileKind::Block));
         assert!(kind("file:/b", FileKind::Regular) && !kind("file:/b", FileKind::Block));
         assert!(!kind("host_device:/b", FileKind::Regular) && kind("host_device:/b", FileKind::Block));
-        assert!(!kind("/b", FileKind::Other("fifo")));
+        assert!(!kind("/b", FileKind::Other("a fifo")));
     }
 
     #[test]

@@ -1,0 +1,257 @@
+//! Which files may be opened because an image names them.
+//!
+//! An image's bytes are untrusted: whoever wrote them chose the names. So the library opens nothing
+//! that an image names unless the caller says so, and then only regular files and block devices.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::name::BackingName;
+use crate::error::{Error, Refusal, Result};
+use crate::storage::{Access, FileId, FileKind, Host, Storage};
+
+/// How many layers a chain may have when the caller does not say.
+pub const DEFAULT_MAX_DEPTH: usize = 256;
+
+/// Which files may be opened because an image names them. The default allows none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    scope: Scope,
+    max_depth: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Scope {
+    Nothing,
+    Anywhere,
+    Inside(Vec<PathBuf>),
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self::deny()
+    }
+}
+
+impl Policy {
+    /// Allows no image to name other files.
+    pub fn deny() -> Self {
+        Self { scope: Scope::Nothing, max_depth: DEFAULT_MAX_DEPTH }
+    }
+
+    /// Allows regular files and block devices anywhere.
+    pub fn local_files() -> Self {
+        Self { scope: Scope::Anywhere, ..Self::deny() }
+    }
+
+    /// Allows files in `dir` and below it, and in directories allowed by earlier calls, and no others.
+    /// Symbolic links are followed before files and directories are compared.
+    pub fn allow_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        match &mut self.scope {
+            Scope::Inside(dirs) => dirs.push(dir.into()),
+            scope => *scope = Scope::Inside(vec![dir.into()]),
+        }
+        self
+    }
+
+    /// Sets the most layers that a chain may have; 256 unless set.
+    pub fn with_max_depth(mut self, layers: usize) -> Self {
+        self.max_depth = layers;
+        self
+    }
+
+    /// The most layers that a chain may have.
+    pub fn max_depth(&self) -> usize {
+        self.max_depth
+    }
+
+    /// Opens the file that `image` names, if it may be opened.
+    ///
+    /// # Errors
+    /// [`Error::MissingLayer`] if there is no such file or it cannot be opened; [`Error::Refused`] if
+    /// the policy forbids it, or if the name means different files to different programs.
+    pub(super) fn open(&self, host: &dyn Host, named: &Named<'_>, access: Access) -> Result<Opened> {
+        let Named { image, role, written, name } = *named;
+        let text = || String::from_utf8_lossy(written).into_owned();
+        if self.scope == Scope::Nothing {
+            return Err(Error::refused(image, Refusal::NamesDenied { role, name: text() }));
+        }
+        let path = name.resolve(image);
+        let missing = |source: io::Error| Error::MissingLayer {
+            image: image.to_owned(),
+            role,
+            name: text(),
+            resolved: path.clone(),
+            source,
+        };
+        let stat = host.stat(&path).map_err(missing)?;
+        name.check_kind(stat.kind).map_err(|reason| Error::refused(&path, reason))?;
+        self.check_scope(host, image, &path)?;
+        refuse_ambiguous(host, named, stat.id)?;
+        let storage = host.open(&path, access).map_err(missing)?;
+        let opened = storage.stat().map_err(|e| Error::io(&path, "stat", None, e))?;
+        if opened.id != stat.id {
+            let reason = Refusal::Other("the name was given to another file while it was opened".to_owned());
+            return Err(Error::refused(&path, reason));
+        }
+        Ok(Opened { path, id: opened.id, kind: opened.kind, storage })
+    }
+
+    fn check_scope(&self, host: &dyn Host, image: &Path, path: &Path) -> Result<()> {
+        let Scope::Inside(dirs) = &self.scope else { return Ok(()) };
+        let real = |path: &Path| host.canonicalize(path).map_err(|e| Error::io(path, "resolve", None, e));
+        let file = real(path)?;
+        for dir in dirs {
+            if file.starts_with(real(dir)?) {
+                return Ok(());
+            }
+        }
+        Err(Error::refused(image, Refusal::OutsideAllowed { file }))
+    }
+}
+
+/// A file that an image names.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Named<'a> {
+    /// The image, as named.
+    pub(super) image: &'a Path,
+    /// "backing file" or "data file".
+    pub(super) role: &'static str,
+    /// The name as it stands in the image.
+    pub(super) written: &'a [u8],
+    /// What it means.
+    pub(super) name: &'a BackingName,
+}
+
+/// A file that was opened.
+#[derive(Clone, Debug)]
+pub(super) struct Opened {
+    /// Its path as QEMU would show it.
+    pub(super) path: PathBuf,
+    /// Its identity.
+    pub(super) id: FileId,
+    /// A regular file or a block device.
+    pub(super) kind: FileKind,
+    /// Its bytes.
+    pub(super) storage: Arc<dyn Storage>,
+}
+
+/// A name that starts at the working directory means what it meant to the VM only if both processes
+/// run in the same directory. If another file of that name lies beside the image, it is likely that
+/// they do not.
+fn refuse_ambiguous(host: &dyn Host, named: &Named<'_>, found: FileId) -> Result<()> {
+    if !named.name.depends_on_working_dir() {
+        return Ok(());
+    }
+    let beside = named.name.resolve_beside(named.image);
+    match host.stat(&beside) {
+        Ok(other) if other.id != found => {
+            let reason = Refusal::Other(format!(
+                "its {} '{}' starts at the working directory, as in QEMU, but a different file of that name \
+                 lies beside the image ({}); run the command in the directory where the VM is started, or give \
+                 the image an absolute name",
+                named.role,
+                String::from_utf8_lossy(named.written),
+                beside.display(),
+            ));
+            Err(Error::refused(named.image, reason))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{MemHost, OsHost};
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+
+    fn try_open(host: &dyn Host, policy: &Policy, image: &Path, name: &str) -> Result<Opened> {
+        let parsed = BackingName::parse(name.as_bytes()).unwrap();
+        let named = Named { image, role: "backing file", written: name.as_bytes(), name: &parsed };
+        policy.open(host, &named, Access::Read)
+    }
+
+    fn reason(result: Result<Opened>) -> Refusal {
+        match result {
+            Err(Error::Refused { reason, .. }) => reason,
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_default_opens_nothing_that_an_image_names() {
+        let host = MemHost::new();
+        host.add("/d/base", b"x").unwrap();
+        let result = try_open(&host, &Policy::default(), Path::new("/d/top"), "base");
+        assert!(matches!(reason(result), Refusal::NamesDenied { .. }));
+        assert!(try_open(&host, &Policy::local_files(), Path::new("/d/top"), "base").is_ok());
+    }
+
+    #[test]
+    fn allowed_folders_confine() {
+        let host = MemHost::new();
+        for file in ["/d/base", "/d2/base", "/e/f/base"] {
+            host.add(file, b"x").unwrap();
+        }
+        let policy = Policy::local_files().allow_dir("/d").allow_dir("/e");
+        let top = Path::new("/d/top");
+        assert!(try_open(&host, &policy, top, "base").is_ok());
+        assert!(try_open(&host, &policy, top, "/e/f/base").is_ok());
+        for outside in ["/d2/base", "../d2/base", "/d/../d2/base"] {
+            let refusal = reason(try_open(&host, &policy, top, outside));
+            assert_eq!(refusal, Refusal::OutsideAllowed { file: "/d2/base".into() });
+        }
+    }
+
+    #[test]
+    fn a_symbolic_link_does_not_lead_out_of_an_allowed_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let inside = dir.path().join("in");
+        std::fs::create_dir(&inside).unwrap();
+        std::fs::write(dir.path().join("secret"), "x").unwrap();
+        symlink("../secret", inside.join("base")).unwrap();
+        symlink("in", dir.path().join("alias")).unwrap();
+        std::fs::write(inside.join("own"), "x").unwrap();
+        let policy = Policy::deny().allow_dir(dir.path().join("alias"));
+        let top = inside.join("top");
+        let refusal = reason(try_open(&OsHost, &policy, &top, "base"));
+        assert!(matches!(refusal, Refusal::OutsideAllowed { file } if file.ends_with("secret")));
+        assert!(try_open(&OsHost, &policy, &top, "own").is_ok());
+    }
+
+    #[test]
+    fn what_is_neither_a_regular_file_nor_a_block_device_is_refused_without_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        let _socket = UnixListener::bind(dir.path().join("socket")).unwrap();
+        for name in ["fifo", "socket", "/dev/zero", "/dev/null", "/proc", "."] {
+            let result = try_open(&OsHost, &Policy::local_files(), &dir.path().join("top"), name);
+            assert!(matches!(reason(result), Refusal::NotAFile { .. }), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_reported_with_name_and_path() {
+        let host = MemHost::new();
+        let error = try_open(&host, &Policy::local_files(), Path::new("/d/top"), "gone").unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, Error::MissingLayer { .. }));
+        assert!(text.contains("'gone'") && text.contains("/d/gone") && text.contains("/d/top"), "{text}");
+    }
+
+    #[test]
+    fn a_name_that_means_two_files_is_refused() {
+        let host = MemHost::new();
+        host.add("/base", b"x").unwrap();
+        let policy = Policy::local_files();
+        assert!(try_open(&host, &policy, Path::new("/d/top"), "file:base").is_ok());
+        host.add("/d/base", b"x").unwrap();
+        let refusal = reason(try_open(&host, &policy, Path::new("/d/top"), "file:base"));
+        assert!(refusal.to_string().contains("working directory"));
+        assert!(try_open(&host, &policy, Path::new("/top"), "file:base").is_ok());
+    }
+}
