@@ -289,7 +289,8 @@ mod tests {
 
     #[test]
     fn limits_hold_up_to_their_last_value() {
-        let changes: [&dyn Fn(&mut Vec<u8>); 7] = [
+        type Change<'a> = &'a dyn Fn(&mut Vec<u8>);
+        let changes: [Change<'_>; 7] = [
             &u32s(36, 4 << 20),
             &u32s(56, 128),
             &u64s(24, 512 << 20),

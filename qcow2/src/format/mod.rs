@@ -4,6 +4,7 @@
 //! in the documentation are that document's. Integers on disk are big-endian; `byteorder` is used in
 //! this module and nowhere else. Limits that the specification leaves open are QEMU's.
 
+mod bitmap;
 mod build;
 mod cluster0;
 mod error;
@@ -14,8 +15,13 @@ mod header;
 mod l1;
 mod l2;
 mod refcount;
+mod snapshot;
 mod words;
 
+pub use bitmap::{
+    BITMAP_AUTO, BITMAP_EXTRA_COMPATIBLE, BITMAP_IN_USE, Bitmap, BitmapTableEntry, MAX_BITMAP_BYTES,
+    MAX_BITMAP_NAME, MAX_BITMAP_TABLE_ENTRIES, decode_bitmap_directory, encode_bitmap_directory,
+};
 pub use build::RewriteError;
 pub use cluster0::Cluster0;
 pub use error::FormatError;
@@ -32,4 +38,7 @@ pub use header::{
 pub use l1::L1Entry;
 pub use l2::{L2Entry, SubclusterState, Subclusters};
 pub use refcount::{RefcountTableEntry, RefcountWidth, max_refcount};
+pub use snapshot::{
+    MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE, Snapshot, decode_snapshots, snapshot_table_bound,
+};
 pub use words::{read_be_u64s, write_be_u64s};

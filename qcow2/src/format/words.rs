@@ -24,6 +24,7 @@ pub(super) fn field(bytes: &[u8], at: usize, len: usize) -> Option<&[u8]> {
 
 /// Appends integers in big-endian order.
 pub(super) trait PutWords {
+    fn put_u16(&mut self, value: u16);
     fn put_u32(&mut self, value: u32);
     fn put_u64(&mut self, value: u64);
     /// Appends zeros up to a multiple of `align` bytes.
@@ -31,6 +32,10 @@ pub(super) trait PutWords {
 }
 
 impl PutWords for Vec<u8> {
+    fn put_u16(&mut self, value: u16) {
+        self.extend_from_slice(&value.to_be_bytes());
+    }
+
     fn put_u32(&mut self, value: u32) {
         self.extend_from_slice(&value.to_be_bytes());
     }
