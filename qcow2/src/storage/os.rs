@@ -28,6 +28,8 @@ pub struct OsFile {
     kind: FileKind,
     locked: Mutex<Option<LockMode>>,
     no_kernel_copy: AtomicBool,
+    /// One sync at a time: the system reports a failure to one caller only.
+    syncing: Mutex<()>,
     failed_sync: OnceLock<(ErrorKind, String)>,
 }
 
@@ -121,6 +123,7 @@ impl OsFile {
             kind,
             locked: Mutex::new(None),
             no_kernel_copy: AtomicBool::new(false),
+            syncing: Mutex::new(()),
             failed_sync: OnceLock::new(),
         })
     }
@@ -275,10 +278,11 @@ impl Storage for OsFile {
     }
 
     fn sync(&self) -> io::Result<()> {
+        let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         self.usable()?;
         // fdatasync makes the length durable too, as far as reading the data back needs it.
         self.file.sync_data().inspect_err(|e| {
-            // Of two threads that fail at once the first one's words are kept.
+            // Only the first failure gets here, so that the cell is always empty.
             let _ = self.failed_sync.set((e.kind(), e.to_string()));
         })
     }
