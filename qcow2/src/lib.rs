@@ -9,6 +9,8 @@
 pub mod chain;
 pub mod error;
 pub mod format;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod image;
 pub mod storage;
 pub mod units;

@@ -1,0 +1,8 @@
+//! Damaged and hostile images: each is refused with an error that names file, offset, field, what was
+//! found and what was expected; nothing is written, nothing panics.
+//!
+//! The images are laid out by [`qcow2::fuzzing::sample`], without the engine's encoders, and damaged
+//! one field at a time. QEMU judges that they are sound before the damage.
+
+#[path = "hostile/sound.rs"]
+mod sound;
