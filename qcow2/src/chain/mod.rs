@@ -1,9 +1,82 @@
 //! Chains of images: how names inside images become files, safely, and the map through the layers.
+//!
+//! Invariants: no file is opened that the user did not name, unless the [`Policy`] allows it; no format
+//! is guessed for a file that an image names; a [`Chain`] holds every file at most once.
 
+mod find;
 mod json;
 mod name;
+mod open;
 mod policy;
 pub mod view;
 
+use std::path::PathBuf;
+
+use crate::image::Image;
+use crate::storage::{Access, FileId};
+
 pub use name::{BackingName, Spelling};
+pub use open::OpenOptions;
 pub use policy::{DEFAULT_MAX_DEPTH, Policy};
+
+/// An opened chain: one layer or more, the bottom first, the active image last.
+#[derive(Debug)]
+pub struct Chain {
+    layers: Vec<Layer>,
+}
+
+/// One image of a chain.
+#[derive(Debug)]
+pub struct Layer {
+    /// Its number, from 1 at the bottom.
+    pub index: usize,
+    /// Its path as QEMU would show it: the name resolved, nothing normalised.
+    pub path: PathBuf,
+    /// Its name as written in the layer above; `None` for the active image.
+    pub written_name: Option<Vec<u8>>,
+    /// Its identity.
+    pub id: FileId,
+    /// How it was opened.
+    pub access: Access,
+    /// Its external data file, if it has one.
+    pub data_file: Option<DataFile>,
+    /// The opened image.
+    pub image: Image,
+}
+
+/// The external data file of a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataFile {
+    /// Its path, as resolved.
+    pub path: PathBuf,
+    /// Its name as written in the image.
+    pub written_name: Vec<u8>,
+    /// Its identity.
+    pub id: FileId,
+}
+
+impl Chain {
+    /// The layers, the bottom first.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// The images of the layers, the bottom first.
+    pub fn images(&self) -> Vec<&Image> {
+        self.layers.iter().map(|layer| &layer.image).collect()
+    }
+
+    /// The position of the active image: that of the last layer.
+    pub fn active(&self) -> usize {
+        self.layers.len().saturating_sub(1)
+    }
+
+    /// The identities of all files of the chain: images and external data files.
+    pub fn files(&self) -> Vec<FileId> {
+        let data = |layer: &Layer| layer.data_file.as_ref().map(|file| file.id);
+        self.layers.iter().flat_map(|layer| [Some(layer.id), data(layer)]).flatten().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::name::BackingName;
 use crate::error::{Error, Refusal, Result};
-use crate::storage::{Access, FileId, FileKind, Host, Storage};
+use crate::storage::{Access, FileId, Host, Storage};
 
 /// How many layers a chain may have when the caller does not say.
 pub const DEFAULT_MAX_DEPTH: usize = 256;
@@ -71,7 +71,12 @@ impl Policy {
     /// # Errors
     /// [`Error::MissingLayer`] if there is no such file or it cannot be opened; [`Error::Refused`] if
     /// the policy forbids it, or if the name means different files to different programs.
-    pub(super) fn open(&self, host: &dyn Host, named: &Named<'_>, access: Access) -> Result<Opened> {
+    pub(super) fn open(
+        &self,
+        host: &dyn Host,
+        named: &Named<'_>,
+        access: impl FnOnce(FileId) -> Access,
+    ) -> Result<Opened> {
         let Named { image, role, written, name } = *named;
         let text = || String::from_utf8_lossy(written).into_owned();
         if self.scope == Scope::Nothing {
@@ -89,13 +94,14 @@ impl Policy {
         name.check_kind(stat.kind).map_err(|reason| Error::refused(&path, reason))?;
         self.check_scope(host, image, &path)?;
         refuse_ambiguous(host, named, stat.id)?;
-        let storage = host.open(&path, access).map_err(missing)?;
+        let access = access(stat.id);
+        let storage = host.open(&path, access).map_err(|e| not_writable(&path, access, e, missing))?;
         let opened = storage.stat().map_err(|e| Error::io(&path, "stat", None, e))?;
         if opened.id != stat.id {
             let reason = Refusal::Other("the name was given to another file while it was opened".to_owned());
             return Err(Error::refused(&path, reason));
         }
-        Ok(Opened { path, id: opened.id, kind: opened.kind, storage })
+        Ok(Opened { path, id: opened.id, storage })
     }
 
     fn check_scope(&self, host: &dyn Host, image: &Path, path: &Path) -> Result<()> {
@@ -131,10 +137,22 @@ pub(super) struct Opened {
     pub(super) path: PathBuf,
     /// Its identity.
     pub(super) id: FileId,
-    /// A regular file or a block device.
-    pub(super) kind: FileKind,
     /// Its bytes.
     pub(super) storage: Arc<dyn Storage>,
+}
+
+/// The error for a file that could not be opened: its own if it only could not be opened for writing.
+pub(super) fn not_writable(
+    path: &Path,
+    access: Access,
+    source: io::Error,
+    otherwise: impl FnOnce(io::Error) -> Error,
+) -> Error {
+    use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+    if access == Access::ReadWrite && matches!(source.kind(), PermissionDenied | ReadOnlyFilesystem) {
+        return Error::refused(path, Refusal::NotWritable { why: source.to_string() });
+    }
+    otherwise(source)
 }
 
 /// A name that starts at the working directory means what it meant to the VM only if both processes
@@ -171,7 +189,7 @@ mod tests {
     fn try_open(host: &dyn Host, policy: &Policy, image: &Path, name: &str) -> Result<Opened> {
         let parsed = BackingName::parse(name.as_bytes()).unwrap();
         let named = Named { image, role: "backing file", written: name.as_bytes(), name: &parsed };
-        policy.open(host, &named, Access::Read)
+        policy.open(host, &named, |_| Access::Read)
     }
 
     fn reason(result: Result<Opened>) -> Refusal {

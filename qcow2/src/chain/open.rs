@@ -1,0 +1,234 @@
+//! Opening a chain: from the active image down, name by name.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::name::BackingName;
+use super::policy::{Named, Opened, Policy, not_writable};
+use super::{Chain, DataFile, Layer};
+use crate::error::{Error, Refusal, Result};
+use crate::format::{Cluster0, EXT_BACKING_FORMAT, FormatError};
+use crate::image::{Image, ImageFormat, Qcow2};
+use crate::storage::{Access, FileId, Host, LockError, LockMode, Storage};
+
+/// How a chain is opened. The default names no formats, opens everything for reading, takes no locks,
+/// and lets no image name other files.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Which files may be opened because an image names them.
+    pub policy: Policy,
+    /// The active image's format; its magic decides if the caller does not say.
+    pub active_format: Option<ImageFormat>,
+    /// Formats of backing files, for images that do not say them. The keys are names of the files as the
+    /// caller calls them, as written in the overlay, or as resolved.
+    pub backing_formats: BTreeMap<PathBuf, ImageFormat>,
+    /// How files are opened that are not opened for reading only. An external data file is opened as
+    /// its image.
+    pub access: BTreeMap<FileId, Access>,
+    /// Whether every file is locked as QEMU does, before anything is read from it: for writing what is
+    /// opened for writing, for reading the rest.
+    pub lock: bool,
+}
+
+impl Chain {
+    /// Opens `active` and all images below it.
+    ///
+    /// # Errors
+    /// - [`Error::MissingLayer`], [`Error::Io`]: a file that does not exist or cannot be read;
+    /// - [`Error::Refused`]: a name that the policy forbids, that is not a local file, or that has no format
+    ///   or the wrong one; a loop; more layers than the policy allows;
+    /// - [`Error::InUse`]: another process holds a file;
+    /// - [`Error::Format`]: an image that is damaged or uses what is not supported.
+    pub fn open(host: &dyn Host, active: &Path, options: &OpenOptions) -> Result<Self> {
+        let mut opener = Opener { host, options, layers: Vec::new() };
+        let mut next = Some(opener.open_active(active)?);
+        while let Some(file) = next {
+            next = opener.add(file)?;
+        }
+        opener.finish()
+    }
+}
+
+/// A file that is about to become a layer.
+struct Found {
+    path: PathBuf,
+    written_name: Option<Vec<u8>>,
+    id: FileId,
+    format: ImageFormat,
+    storage: Arc<dyn Storage>,
+}
+
+struct Opener<'a> {
+    host: &'a dyn Host,
+    options: &'a OpenOptions,
+    /// Top first.
+    layers: Vec<Layer>,
+}
+
+impl Opener<'_> {
+    fn access(&self, id: FileId) -> Access {
+        self.options.access.get(&id).copied().unwrap_or(Access::Read)
+    }
+
+    fn open_active(&self, path: &Path) -> Result<Found> {
+        let io = |op| move |e| Error::io(path, op, None, e);
+        let access = self.access(self.host.stat(path).map_err(io("open"))?.id);
+        let storage = self.host.open(path, access).map_err(|e| not_writable(path, access, e, io("open")))?;
+        let id = storage.stat().map_err(io("stat"))?.id;
+        self.lock(path, id, access, &*storage)?;
+        let format = match self.options.active_format {
+            Some(format) => format,
+            None => ImageFormat::detect(path, &*storage)?,
+        };
+        Ok(Found { path: path.to_owned(), written_name: None, id, format, storage })
+    }
+
+    fn lock(&self, path: &Path, id: FileId, access: Access, storage: &dyn Storage) -> Result<()> {
+        if !self.options.lock {
+            return Ok(());
+        }
+        let mode = match access {
+            Access::Read => LockMode::Read,
+            Access::ReadWrite => LockMode::Write,
+        };
+        storage.lock(mode).map_err(|e| match e {
+            LockError::Held { .. } => Error::InUse { path: path.to_owned(), holders: self.host.holders(id) },
+            LockError::Io(e) => Error::io(path, "lock", None, e),
+        })
+    }
+
+    /// Adds a layer and returns the one below it.
+    fn add(&mut self, file: Found) -> Result<Option<Found>> {
+        let Found { path, written_name, id, format, storage } = file;
+        let mut data_file = None;
+        let mut data_storage = None;
+        let mut below = None;
+        if format == ImageFormat::Qcow2 {
+            let cluster0 = Qcow2::read_cluster0(&path, &*storage)?;
+            cluster0.validate().map_err(|e| Error::format(&path, e))?;
+            if let Some((found, opened)) = self.open_data_file(&path, id, &cluster0)? {
+                data_file = Some(found);
+                data_storage = Some(opened);
+            }
+            below = cluster0.backing_name.clone().map(|name| (name, cluster0));
+        }
+        let image = Image::open(&path, storage, format, data_storage)?;
+        let access = self.access(id);
+        self.layers.push(Layer { index: 0, path: path.clone(), written_name, id, access, data_file, image });
+        below.map(|(name, cluster0)| self.open_backing(&path, name, &cluster0)).transpose()
+    }
+
+    fn open_data_file(
+        &self,
+        image: &Path,
+        image_id: FileId,
+        cluster0: &Cluster0,
+    ) -> Result<Option<(DataFile, Arc<dyn Storage>)>> {
+        let Some(written) = cluster0.data_file_name().filter(|_| cluster0.header.has_data_file()) else {
+            return Ok(None);
+        };
+        let role = "data file";
+        let name =
+            BackingName::parse_data_file(written).map_err(|why| not_local(image, role, written, why))?;
+        let named = Named { image, role, written, name: &name };
+        let access = self.access(image_id);
+        let Opened { path, id, storage } = self.options.policy.open(self.host, &named, |_| access)?;
+        if id == image_id || self.holds(id) {
+            let reason =
+                Refusal::Other(format!("its data file {} is also another file of the chain", path.display()));
+            return Err(Error::refused(image, reason));
+        }
+        self.lock(&path, id, access, &*storage)?;
+        Ok(Some((DataFile { path, written_name: written.to_vec(), id }, storage)))
+    }
+
+    fn open_backing(&self, image: &Path, written: Vec<u8>, cluster0: &Cluster0) -> Result<Found> {
+        let role = "backing file";
+        let name = BackingName::parse(&written).map_err(|why| not_local(image, role, &written, why))?;
+        let limit = self.options.policy.max_depth();
+        if self.layers.len() >= limit {
+            return Err(Error::refused(image, Refusal::TooDeep { limit }));
+        }
+        let named = Named { image, role, written: &written, name: &name };
+        let Opened { path, id, storage } =
+            self.options.policy.open(self.host, &named, |id| self.access(id))?;
+        if self.holds(id) {
+            return Err(Error::refused(image, Refusal::Loop { file: path }));
+        }
+        self.lock(&path, id, self.access(id), &*storage)?;
+        let format = self.backing_format(&named, cluster0, &path, id, &*storage)?;
+        Ok(Found { path, written_name: Some(written), id, format, storage })
+    }
+
+    /// Whether a layer, or a layer's data file, is this file.
+    fn holds(&self, id: FileId) -> bool {
+        self.layers.iter().any(|l| l.id == id || l.data_file.as_ref().is_some_and(|d| d.id == id))
+    }
+
+    /// The format of a backing file: what the overlay says, else what the caller says, never a guess.
+    /// What the overlay says must agree with the file's magic: a raw disk whose guest wrote a qcow2
+    /// header into it must not be taken for an image, nor an image's metadata for a raw disk's content.
+    /// A caller who says "raw" too knows that the disk's content looks like an image.
+    fn backing_format(
+        &self,
+        named: &Named<'_>,
+        cluster0: &Cluster0,
+        path: &Path,
+        id: FileId,
+        storage: &dyn Storage,
+    ) -> Result<ImageFormat> {
+        let Named { image, written, name, .. } = *named;
+        let text = || String::from_utf8_lossy(written).into_owned();
+        let given = self.given_format(written, path, id);
+        let Some(declared) = cluster0.backing_format().or_else(|| name.format().map(str::to_owned)) else {
+            return given.ok_or_else(|| Error::refused(image, Refusal::MissingFormat { name: text() }));
+        };
+        let Some(format) = ImageFormat::from_name(&declared) else {
+            let offset = cluster0.extension(EXT_BACKING_FORMAT).map_or(0, |e| e.offset);
+            let error = FormatError::unsupported("backing format", offset, declared, "raw or qcow2");
+            return Err(Error::format(image, error));
+        };
+        if let Some(given) = given.filter(|&given| given != format) {
+            return Err(Error::Usage(format!(
+                "{}: the format {} was given for its backing file '{}', but the image says {declared}",
+                image.display(),
+                given.name(),
+                text(),
+            )));
+        }
+        let found = ImageFormat::detect(path, storage)?;
+        if found != format && given.is_none() {
+            let found = match found {
+                ImageFormat::Qcow2 => "qcow2",
+                ImageFormat::Raw => "not qcow2",
+            };
+            let reason = Refusal::FormatMismatch { name: text(), declared, found: found.to_owned() };
+            return Err(Error::refused(image, reason));
+        }
+        Ok(format)
+    }
+
+    fn given_format(&self, written: &[u8], path: &Path, id: FileId) -> Option<ImageFormat> {
+        let same = |key: &Path| {
+            key == path
+                || key.as_os_str().as_encoded_bytes() == written
+                || self.host.stat(key).is_ok_and(|stat| stat.id == id)
+        };
+        self.options.backing_formats.iter().find(|(key, _)| same(key)).map(|(_, &format)| format)
+    }
+
+    fn finish(self) -> Result<Chain> {
+        let mut layers = self.layers;
+        layers.reverse();
+        for (at, layer) in layers.iter_mut().enumerate() {
+            layer.index = at + 1;
+        }
+        Ok(Chain { layers })
+    }
+}
+
+fn not_local(image: &Path, role: &'static str, written: &[u8], why: String) -> Error {
+    let name = String::from_utf8_lossy(written).into_owned();
+    Error::refused(image, Refusal::NotLocal { role, name, why })
+}
