@@ -22,6 +22,8 @@ pub struct Cluster0 {
     pub extensions_end: u64,
     /// The backing file's name as written, or `None` if there is none.
     pub backing_name: Option<Vec<u8>>,
+    /// Whether an END mark closes the extensions; else the backing name or the cluster's end does.
+    pub(super) extensions_closed: bool,
     damage: Option<FormatError>,
 }
 
@@ -57,6 +59,7 @@ impl Cluster0 {
             extensions: list.extensions,
             extensions_end: list.end as u64,
             backing_name,
+            extensions_closed: list.closed,
             damage: list.damage,
         })
     }
@@ -66,7 +69,14 @@ impl Cluster0 {
         header.backing_offset = 0;
         header.backing_len = 0;
         let extensions_end = u64::from(header.header_length);
-        Self { header, extensions: Vec::new(), extensions_end, backing_name: None, damage: None }
+        Self {
+            header,
+            extensions: Vec::new(),
+            extensions_end,
+            backing_name: None,
+            extensions_closed: true,
+            damage: None,
+        }
     }
 
     /// Checks everything that cluster 0 alone must fulfil before the image is used.

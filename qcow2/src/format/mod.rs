@@ -15,6 +15,9 @@ mod header;
 mod l1;
 mod l2;
 mod refcount;
+mod rewrite;
+#[cfg(test)]
+mod rewrite_tests;
 mod snapshot;
 mod words;
 
@@ -38,6 +41,7 @@ pub use header::{
 pub use l1::L1Entry;
 pub use l2::{L2Entry, SubclusterState, Subclusters};
 pub use refcount::{RefcountTableEntry, RefcountWidth, max_refcount};
+pub use rewrite::{Switch, Write, plan_backing_switch, plan_drop_bitmaps, plan_feature_bits, plan_mark};
 pub use snapshot::{
     MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE, Snapshot, decode_snapshots, snapshot_table_bound,
 };

@@ -1,0 +1,269 @@
+//! Edits of cluster 0 of an existing image, planned as writes: pure, so that whether an edit fits,
+//! and whether it is atomic, is known before anything is touched.
+//!
+//! A sector of 512 bytes is written wholly or not at all; more is not promised by any disk. So an
+//! edit first puts new bytes where the old header does not look (behind its extensions and beside its
+//! backing name), and then changes everything that the old header does look at by one write inside
+//! one sector: backing name and format switch together, or not at all. The feature name table, which
+//! only serves messages and which QEMU writes anew with every header, is given up where that makes
+//! the edit atomic or makes it fit. Everything else is kept verbatim.
+
+use std::ops::Range;
+
+use super::build::check_backing;
+use super::cluster0::{Cluster0, extension_space_end, pad};
+use super::extensions::{
+    EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_END, EXT_FEATURE_NAMES, EXT_MERGED_INTO, EXTENSION_HEAD, Extension,
+};
+use super::header::at;
+use super::words::{PutWords, u64_at};
+use super::{RewriteError, features};
+
+/// What a disk writes wholly or not at all, in bytes.
+const SECTOR: usize = 512;
+
+/// Bytes to be written at an offset in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Write {
+    /// The host offset, in bytes.
+    pub offset: u64,
+    /// What to write.
+    pub bytes: Vec<u8>,
+}
+
+/// The writes of an edit, in order; each must be durable before the next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Switch {
+    /// The writes; none if the image is as asked already.
+    pub writes: Vec<Write>,
+    /// Whether a crash at any instant leaves the image before or after the edit. If not, there is one
+    /// write that spans sectors, and it must be journaled to survive a power cut.
+    pub atomic: bool,
+}
+
+/// Plans to change the backing file to `name` of the format `format`; `cluster0` is the image's first
+/// cluster.
+///
+/// # Errors
+/// No room, a name or format that is empty or too long, or a cluster 0 that must not be edited.
+pub fn plan_backing_switch(cluster0: &[u8], name: &str, format: &str) -> Result<Switch, RewriteError> {
+    check_backing(name.as_bytes(), format)?;
+    let old = Old::read(cluster0)?;
+    let mut list = old.cluster0.extensions.clone();
+    let place = match list.iter().position(|e| e.magic == EXT_BACKING_FORMAT) {
+        Some(place) => {
+            list.remove(place);
+            place
+        }
+        None => 0,
+    };
+    list.insert(place, Extension::new(EXT_BACKING_FORMAT, format));
+    old.choose(&[list], name.as_bytes())
+}
+
+/// Plans to mark the image as merged into `base` (see [`Cluster0::merged_into`]). The mark is empty if
+/// the path cannot be written atomically, or does not fit.
+///
+/// # Errors
+/// No room even for an empty mark, or a cluster 0 that must not be edited.
+pub fn plan_mark(cluster0: &[u8], base: &str) -> Result<Switch, RewriteError> {
+    let old = Old::read(cluster0)?;
+    let with = |data: &str| {
+        let mut list = old.cluster0.extensions.clone();
+        let mark = Extension::new(EXT_MERGED_INTO, data);
+        match list.iter().position(|e| e.magic == EXT_MERGED_INTO) {
+            Some(place) => {
+                list.remove(place);
+                list.insert(place, mark);
+            }
+            None => list.push(mark),
+        }
+        list
+    };
+    old.choose(&[with(base), with("")], old.name())
+}
+
+/// Plans to remove the bitmaps extension and its autoclear bit. Directory, tables and bitmap data are
+/// no longer referred to afterwards.
+///
+/// # Errors
+/// A cluster 0 that must not be edited.
+pub fn plan_drop_bitmaps(cluster0: &[u8]) -> Result<Switch, RewriteError> {
+    let mut old = Old::read(cluster0)?;
+    let mut list = old.cluster0.extensions.clone();
+    list.retain(|e| e.magic != EXT_BITMAPS);
+    let (incompatible, autoclear) = (old.cluster0.header.incompatible, old.cluster0.header.autoclear);
+    // First the bit: without it the extension means nothing, so a crash between the two is harmless.
+    let mut switch = plan_feature_bits(&old.bytes, incompatible, autoclear & !features::BITMAPS)?;
+    for write in &switch.writes {
+        write.apply_to(&mut old.bytes);
+    }
+    let rest = Old::read(&old.bytes)?;
+    let rest = rest.choose(&[list], rest.name())?;
+    switch.atomic &= rest.atomic;
+    switch.writes.extend(rest.writes);
+    Ok(switch)
+}
+
+/// Plans to set the incompatible and autoclear feature bits of a version 3 image. Autoclear bits that
+/// are not known are cleared, as for every writer. In version 2, which has no such bits, there is
+/// nothing to write.
+///
+/// # Errors
+/// A cluster 0 that must not be edited.
+pub fn plan_feature_bits(cluster0: &[u8], incompatible: u64, autoclear: u64) -> Result<Switch, RewriteError> {
+    let old = Old::read(cluster0)?;
+    let mut new = old.bytes.clone();
+    if old.cluster0.header.version >= 3 {
+        put(&mut new, at::INCOMPATIBLE, &incompatible.to_be_bytes());
+        put(&mut new, at::AUTOCLEAR, &(autoclear & features::KNOWN_AUTOCLEAR).to_be_bytes());
+    }
+    Ok(old.switch_to(&new))
+}
+
+impl Write {
+    /// Does the write in memory; bytes behind the end of `file` are left out.
+    pub(super) fn apply_to(&self, file: &mut [u8]) {
+        if let Ok(offset) = usize::try_from(self.offset) {
+            put(file, offset, &self.bytes);
+        }
+    }
+}
+
+/// Overwrites the bytes at `at`; nothing if they do not fit.
+fn put(bytes: &mut [u8], at: usize, new: &[u8]) {
+    if let Some(place) = bytes.get_mut(at..).and_then(|rest| rest.get_mut(..new.len())) {
+        place.copy_from_slice(new);
+    }
+}
+
+/// Cluster 0 before the edit.
+struct Old {
+    bytes: Vec<u8>,
+    cluster0: Cluster0,
+    /// Header and extensions up to their END mark.
+    list: Range<usize>,
+    /// The backing name.
+    name: Range<usize>,
+}
+
+impl Old {
+    fn read(bytes: &[u8]) -> Result<Self, RewriteError> {
+        let cluster0 = Cluster0::parse(bytes)?;
+        let header = &cluster0.header;
+        let bytes = pad(bytes, header.geometry().cluster_size() as usize).into_owned();
+        // A list without END reaches up to the name: no reader sees where else it would stop.
+        let list_end = if cluster0.extensions_closed {
+            cluster0.extensions_end as usize
+        } else {
+            extension_space_end(header, bytes.len())
+        };
+        let name_at = header.backing_offset as usize;
+        let name_len = cluster0.backing_name.as_ref().map_or(0, Vec::len);
+        Ok(Self { list: 0..list_end, name: name_at..name_at + name_len, bytes, cluster0 })
+    }
+
+    fn name(&self) -> &[u8] {
+        self.cluster0.backing_name.as_deref().unwrap_or_default()
+    }
+
+    /// Whether the old header looks at the byte `at`.
+    fn uses(&self, at: usize) -> bool {
+        self.list.contains(&at) || self.name.contains(&at)
+    }
+
+    /// The first atomic edit that gives one of `lists` with `name`; else the first that fits.
+    fn choose(&self, lists: &[Vec<Extension>], name: &[u8]) -> Result<Switch, RewriteError> {
+        let mut fallback = None;
+        let mut needed = usize::MAX;
+        for list in lists {
+            let mut short = list.clone();
+            short.retain(|e| e.magic != EXT_FEATURE_NAMES);
+            for list in [list, &short] {
+                let list = encode_list(list);
+                let list_end = self.cluster0.header.header_length as usize + list.len();
+                needed = needed.min(list_end + name.len());
+                for name_at in self.places(list_end, name) {
+                    let switch = self.switch_to(&self.edited(&list, name_at, name));
+                    if switch.atomic {
+                        return Ok(switch);
+                    }
+                    fallback.get_or_insert(switch);
+                }
+            }
+        }
+        fallback.ok_or(RewriteError::NoRoom { needed, room: self.bytes.len() })
+    }
+
+    /// Where `name` can stand behind a list that ends at `list_end`, the best places first.
+    fn places(&self, list_end: usize, name: &[u8]) -> Vec<usize> {
+        let room = self.bytes.len();
+        let mut places = Vec::new();
+        if name == self.name() {
+            places.push(self.name.start);
+        }
+        // Right behind the list, as QEMU has it; else in the gaps that the old header leaves.
+        places.extend([list_end, self.list.end.max(list_end), self.name.end, SECTOR]);
+        places.push(room.saturating_sub(name.len()));
+        places.retain(|&at| at >= list_end && at + name.len() <= room);
+        places
+    }
+
+    /// The whole cluster after the edit. Bytes that the new header does not look at stay.
+    fn edited(&self, list: &[u8], name_at: usize, name: &[u8]) -> Vec<u8> {
+        let mut new = self.bytes.clone();
+        let header = &self.cluster0.header;
+        let offset = if name.is_empty() { 0 } else { name_at as u64 };
+        put(&mut new, at::BACKING_OFFSET, &offset.to_be_bytes());
+        put(&mut new, at::BACKING_LEN, &(name.len() as u32).to_be_bytes());
+        if header.version >= 3 {
+            let known = u64_at(&new, at::AUTOCLEAR) & features::KNOWN_AUTOCLEAR;
+            put(&mut new, at::AUTOCLEAR, &known.to_be_bytes());
+        }
+        put(&mut new, header.header_length as usize, list);
+        put(&mut new, name_at, name);
+        new
+    }
+
+    /// The writes that turn the old cluster into `new`.
+    fn switch_to(&self, new: &[u8]) -> Switch {
+        let changed: Vec<usize> =
+            self.bytes.iter().zip(new).enumerate().filter(|(_, (a, b))| a != b).map(|(i, _)| i).collect();
+        let span = |of: &mut dyn Iterator<Item = usize>| -> Option<Write> {
+            let first = of.next()?;
+            let last = of.last().unwrap_or(first);
+            let bytes = new.get(first..=last).unwrap_or_default().to_vec();
+            Some(Write { offset: first as u64, bytes })
+        };
+        let mut used = changed.iter().copied().filter(|&i| self.uses(i));
+        let first_used = used.next();
+        let sector = first_used.unwrap_or_default() / SECTOR;
+        let atomic = used.next_back().is_none_or(|last| last / SECTOR == sector);
+        if !atomic {
+            let whole = span(&mut changed.iter().copied());
+            return Switch { writes: whole.into_iter().collect(), atomic };
+        }
+        // The gaps of the old header, without the sector that switches.
+        let (low, high) = if self.name.is_empty() || self.name.start < self.list.end {
+            (self.list.end..self.list.end, self.list.end)
+        } else {
+            (self.list.end..self.name.start, self.name.end)
+        };
+        let aside = |i: &usize| *i / SECTOR != sector;
+        let mut writes = Vec::new();
+        writes.extend(span(&mut changed.iter().copied().filter(|i| low.contains(i) && *i / SECTOR < sector)));
+        writes.extend(span(&mut changed.iter().copied().filter(|i| low.contains(i) && *i / SECTOR > sector)));
+        writes.extend(span(&mut changed.iter().copied().filter(|i| *i >= high && aside(i))));
+        writes.extend(span(&mut changed.iter().copied().filter(|i| !aside(i))));
+        Switch { writes, atomic }
+    }
+}
+
+/// The extensions and their END mark as they stand on disk.
+fn encode_list(list: &[Extension]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(list.iter().map(Extension::encoded_len).sum::<usize>() + EXTENSION_HEAD);
+    list.iter().for_each(|e| e.encode_into(&mut out));
+    out.put_u32(EXT_END);
+    out.put_u32(0);
+    out
+}
