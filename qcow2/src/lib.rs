@@ -12,6 +12,7 @@ pub mod format;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod image;
+pub mod merge;
 pub mod storage;
 pub mod units;
 

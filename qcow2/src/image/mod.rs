@@ -4,15 +4,16 @@
 //! checked before anything is read through it; no table is held in memory, so memory does not grow
 //! with the image.
 
-mod alloc;
+pub(crate) mod alloc;
+pub(crate) mod edits;
 mod extent;
-mod grow;
+pub(crate) mod grow;
 mod inflate;
 mod map;
 mod qcow2;
 mod raw;
 mod read;
-mod refcounts;
+pub(crate) mod refcounts;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -137,6 +137,20 @@ impl Qcow2 {
         self.file_len.load(Ordering::Relaxed)
     }
 
+    /// Makes the image file at least `len` bytes long: a cluster that is allocated lies inside the file
+    /// even where nothing was written to it.
+    pub(crate) fn extend_to(&self, len: u64) -> Result<()> {
+        if self.file_size()? < len {
+            self.file.set_len(len).map_err(|e| Error::io(&self.path, "grow", Some(len), e))?;
+        }
+        Ok(())
+    }
+
+    /// The length of the image file now.
+    pub(crate) fn file_size(&self) -> Result<u64> {
+        self.file.size().map_err(|e| Error::io(&self.path, "read the length of", None, e))
+    }
+
     /// The length of the file that holds plain guest data, in bytes.
     pub(super) fn data_len(&self) -> u64 {
         self.data_len.load(Ordering::Relaxed)

@@ -1,0 +1,271 @@
+//! Changes to the mapping of an image, collected for a batch and brought to disk in the order that a
+//! crash cannot hurt.
+//!
+//! 1. [`Batch::stage`]: raised refcounts and whole new L2 tables, to which nothing refers yet (the
+//!    caller has written the data); barrier.
+//! 2. [`Batch::publish`]: entries of live L2 tables and of the L1 table; barrier.
+//! 3. [`Batch::settle`]: refcounts of what is no longer referred to are given back; barrier; only then
+//!    are the freed clusters' blocks given back.
+
+use std::ops::Range;
+
+use super::Qcow2;
+use super::refcounts::{ClusterIndex, Refcounts};
+use crate::error::{Error, Result};
+use crate::format::{L1Entry, L2Entry, read_be_u64s, write_be_u64s};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
+
+/// Where new clusters come from: the allocator of an image, or a counter when only planning.
+pub(crate) trait ClusterSource {
+    /// A free cluster.
+    ///
+    /// # Errors
+    /// No cluster is free, or the refcounts cannot be read.
+    fn take(&mut self) -> Result<ClusterIndex>;
+}
+
+/// An L2 table that a batch looks at or changes.
+#[derive(Debug)]
+struct Table {
+    l1_index: u64,
+    place: Place,
+    bytes: Vec<u8>,
+    /// The bytes that changed.
+    dirty: Option<Range<usize>>,
+}
+
+/// Where an L2 table lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// There is none yet.
+    Absent,
+    /// In the file, owned by the active L1 table alone.
+    Live(HostOffset),
+    /// In the file, shared with a snapshot: never changed in place.
+    Shared(HostOffset),
+    /// New, in a cluster of its own; with the shared table that it replaces.
+    Fresh { host: HostOffset, replaces: Option<HostOffset> },
+}
+
+/// The metadata side of a batch.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    current: Option<Table>,
+    changed: Vec<Table>,
+    allocated: Vec<Range<ClusterIndex>>,
+    released: Vec<ClusterIndex>,
+}
+
+impl Batch {
+    /// The L2 entry of a cluster, as the batch has it.
+    ///
+    /// # Errors
+    /// A table that cannot be read, or an entry that breaks the format's rules.
+    pub(crate) fn entry(&mut self, image: &Qcow2, cluster: GuestOffset) -> Result<L2Entry> {
+        let geometry = *image.geometry();
+        let index = geometry.l2_index(cluster);
+        let table = self.table(image, cluster)?;
+        let (first, second) = table.words(index, &geometry);
+        let at = match table.place {
+            Place::Absent => 0,
+            Place::Live(host) | Place::Shared(host) | Place::Fresh { host, .. } => host.get(),
+        };
+        L2Entry::decode(first, second, &geometry, image.header().version, image.has_data_file(), at)
+            .map_err(|e| Error::Mapping { path: image.path().to_owned(), guest: cluster, source: e })
+    }
+
+    /// Changes the L2 entry of a cluster; a table that is missing or shared gets a new cluster.
+    ///
+    /// # Errors
+    /// As [`Batch::entry`], and when no cluster is free.
+    pub(crate) fn set(
+        &mut self,
+        image: &Qcow2,
+        cluster: GuestOffset,
+        entry: L2Entry,
+        source: &mut dyn ClusterSource,
+    ) -> Result<()> {
+        let geometry = *image.geometry();
+        let replaces = match self.table(image, cluster)?.place {
+            Place::Live(_) | Place::Fresh { .. } => None,
+            Place::Absent => Some(None),
+            Place::Shared(host) => Some(Some(host)),
+        };
+        if let Some(replaces) = replaces {
+            let host = HostOffset::new(self.allocate(source)? << geometry.cluster_bits());
+            self.table(image, cluster)?.place = Place::Fresh { host, replaces };
+            if let Some(old) = replaces {
+                self.released.push(old.get() >> geometry.cluster_bits());
+            }
+        }
+        let index = geometry.l2_index(cluster);
+        self.table(image, cluster)?.set(index, entry.encode(&geometry), geometry.extended_l2());
+        Ok(())
+    }
+
+    /// Takes a free cluster.
+    ///
+    /// # Errors
+    /// As [`ClusterSource::take`].
+    pub(crate) fn allocate(&mut self, source: &mut dyn ClusterSource) -> Result<ClusterIndex> {
+        let cluster = source.take()?;
+        match self.allocated.last_mut() {
+            Some(last) if last.end == cluster => last.end += 1,
+            _ => self.allocated.push(cluster..cluster + 1),
+        }
+        Ok(cluster)
+    }
+
+    /// Notes that the host clusters of `len` bytes at `host` are no longer referred to.
+    pub(crate) fn release(&mut self, image: &Qcow2, host: HostOffset, len: u64) {
+        let bits = image.geometry().cluster_bits();
+        self.released.extend(host.get() >> bits..=(host.get() + len.max(1) - 1) >> bits);
+    }
+
+    /// How many clusters the batch has allocated, data and L2 tables.
+    pub(crate) fn allocated(&self) -> u64 {
+        self.allocated.iter().map(|run| run.end - run.start).sum()
+    }
+
+    /// The memory that the batch takes, in bytes.
+    pub(crate) fn memory(&self) -> usize {
+        self.changed.iter().map(|t| t.bytes.len()).sum::<usize>() + self.released.len() * 8
+    }
+
+    /// Whether there is nothing to bring to disk.
+    pub(crate) fn is_empty(&self) -> bool {
+        let clean = self.current.as_ref().is_none_or(|t| t.dirty.is_none());
+        clean && self.changed.is_empty() && self.allocated.is_empty() && self.released.is_empty()
+    }
+
+    /// Forgets everything but the table that is being looked at: for planning, where nothing is written.
+    pub(crate) fn forget(&mut self) {
+        self.changed.clear();
+        self.allocated.clear();
+        self.released.clear();
+    }
+
+    fn table(&mut self, image: &Qcow2, cluster: GuestOffset) -> Result<&mut Table> {
+        let l1_index = image.geometry().l1_index(cluster);
+        let table = match self.current.take() {
+            Some(table) if table.l1_index == l1_index => table,
+            other => {
+                self.changed.extend(other.filter(|t| t.dirty.is_some()));
+                Table::load(image, l1_index)?
+            }
+        };
+        Ok(self.current.insert(table))
+    }
+
+    /// Writes what nothing refers to yet.
+    ///
+    /// # Errors
+    /// An I/O error, or refcounts that are not what they should be.
+    pub(crate) fn stage(&mut self, image: &Qcow2, refcounts: &Refcounts) -> Result<()> {
+        self.changed.extend(self.current.take().filter(|t| t.dirty.is_some()));
+        self.allocated.sort_unstable_by_key(|run| run.start);
+        refcounts.raise(image, &self.allocated)?;
+        if let Some(last) = self.allocated.last() {
+            image.extend_to(last.end << image.geometry().cluster_bits())?;
+        }
+        for table in &self.changed {
+            if let Place::Fresh { host, .. } = table.place {
+                image.write(host, &table.bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the changes visible: what they refer to is durable.
+    ///
+    /// # Errors
+    /// An I/O error.
+    pub(crate) fn publish(&self, image: &Qcow2) -> Result<()> {
+        for table in &self.changed {
+            if let (Place::Live(host), Some(dirty)) = (table.place, table.dirty.clone()) {
+                let at = host + dirty.start as u64;
+                image.write(at, table.bytes.get(dirty).unwrap_or_default())?;
+            }
+        }
+        let fresh = self.changed.iter().filter_map(|table| match table.place {
+            Place::Fresh { host, .. } => {
+                Some((table.l1_index, L1Entry::Table { host, copied: true }.encode()))
+            }
+            _ => None,
+        });
+        let mut run: (u64, Vec<u64>) = (0, Vec::new());
+        for (index, entry) in fresh {
+            if run.0 + run.1.len() as u64 != index {
+                write_l1(image, &run)?;
+                run = (index, Vec::new());
+            }
+            run.1.push(entry);
+        }
+        write_l1(image, &run)
+    }
+
+    /// Gives back what is no longer referred to; the changes that let go of it are durable.
+    ///
+    /// # Errors
+    /// An I/O error, or refcounts that are not what they should be.
+    pub(crate) fn settle(mut self, image: &Qcow2, refcounts: &Refcounts) -> Result<()> {
+        if self.released.is_empty() {
+            return Ok(());
+        }
+        self.released.sort_unstable();
+        let freed = refcounts.lower(image, &self.released)?;
+        image.barrier()?;
+        let bits = image.geometry().cluster_bits();
+        let len = image.file_size()?;
+        for run in freed {
+            let (start, end) = (run.start << bits, (run.end << bits).min(len));
+            if start < end {
+                let io = |e| Error::io(image.path(), "punch a hole into", Some(start), e);
+                image.file().punch_hole(start, end - start).map_err(io)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write_l1(image: &Qcow2, (index, entries): &(u64, Vec<u64>)) -> Result<()> {
+    if entries.is_empty() {
+        return Ok(());
+    }
+    image.write(image.header().l1_offset + index * 8, &write_be_u64s(entries.iter().copied()))
+}
+
+impl Table {
+    fn load(image: &Qcow2, l1_index: u64) -> Result<Self> {
+        let geometry = *image.geometry();
+        let mut bytes = vec![0; geometry.cluster_size() as usize];
+        let start = GuestOffset::new(l1_index * geometry.l2_coverage());
+        let mut place = Place::Absent;
+        image.for_each_l1(GuestRange { start, len: 1 }, |_, entry| {
+            if let L1Entry::Table { host, copied } = entry {
+                image.read_table(host, &mut bytes)?;
+                place = if copied { Place::Live(host) } else { Place::Shared(host) };
+            }
+            Ok(())
+        })?;
+        Ok(Self { l1_index, place, bytes, dirty: None })
+    }
+
+    fn words(&self, index: u64, geometry: &crate::format::Geometry) -> (u64, u64) {
+        let size = geometry.l2_entry_size() as usize;
+        let from = index as usize * size;
+        let mut words = read_be_u64s(self.bytes.get(from..from + size).unwrap_or_default());
+        (words.next().unwrap_or(0), words.next().unwrap_or(0))
+    }
+
+    fn set(&mut self, index: u64, (first, second): (u64, u64), extended: bool) {
+        let size = if extended { 16 } else { 8 };
+        let from = index as usize * size;
+        let new = write_be_u64s([first, second].into_iter().take(size / 8));
+        if let Some(slot) = self.bytes.get_mut(from..from + size) {
+            slot.copy_from_slice(&new);
+        }
+        let dirty = self.dirty.take().unwrap_or(from..from);
+        self.dirty = Some(dirty.start.min(from)..dirty.end.max(from + size));
+    }
+}

@@ -1,0 +1,310 @@
+//! The road from needs to bytes: planning a merge, and carrying it out.
+//!
+//! Both go through the same steps in the same order; planning counts what carrying out does. A window
+//! of the disk is resolved, its needs become operations and changes, and batches of these are brought
+//! to disk behind barriers. Nothing is kept of a window once its batch is done.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rayon::prelude::*;
+
+use super::cluster::{Base, Counter, Effect};
+use super::needs::{Content, Need, Question};
+use super::ops::{Ops, Origin, Run, Target};
+use crate::chain::view::View;
+use crate::error::{Error, Result};
+use crate::image::alloc::Allocator;
+use crate::image::edits::{Batch, ClusterSource};
+use crate::image::refcounts::Refcounts;
+use crate::image::{Extent, Image, Mapping, Qcow2, Raw};
+use crate::storage::FileKind;
+use crate::units::{GuestOffset, GuestRange, HostOffset};
+
+/// A batch is brought to disk when it holds this many operations,
+const BATCH_OPS: usize = 32 << 10;
+/// or this many bytes of data,
+const BATCH_BYTES: u64 = 1 << 30;
+/// or this much metadata.
+const BATCH_MEMORY: usize = 8 << 20;
+
+/// What a merge moves and takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Bytes of the guest's disk that come from the layers.
+    pub bytes_to_copy: u64,
+    /// Bytes of the guest's disk that become zeros.
+    pub bytes_to_zero: u64,
+    /// Clusters that a qcow2 base needs for data and L2 tables.
+    pub clusters_to_allocate: u64,
+    /// Bytes that a raw base or a data file needs where it has a hole now.
+    pub hole_bytes: u64,
+    /// Bytes that are written, old content that moves along included.
+    pub bytes_to_write: u64,
+}
+
+impl Totals {
+    /// Whether the merge changes nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A merge of some layers into a base.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Job<'a> {
+    /// The whole chain, bottom first.
+    pub(crate) layers: &'a [&'a Image],
+    /// The base's position.
+    pub(crate) base: usize,
+    /// What is asked of the layers above base.
+    pub(crate) question: Question<'a>,
+    /// The size of the base's disk when the merge is done.
+    pub(crate) new_size: u64,
+}
+
+/// The parts of a qcow2 base that a merge changes.
+#[derive(Debug)]
+pub(crate) struct Writer<'a> {
+    pub(crate) refcounts: &'a Refcounts,
+    pub(crate) allocator: Allocator,
+}
+
+impl<'a> Job<'a> {
+    fn image(&self) -> Result<&'a Image> {
+        self.layers.get(self.base).copied().ok_or_else(|| Error::Usage("the chain has no such layer".into()))
+    }
+
+    /// A qcow2 base as the cluster steps see it.
+    fn qcow2(&self, image: &'a Qcow2) -> Result<Base<'a>> {
+        let below = (self.base > 0).then(|| View::new(self.layers, 0, self.base - 1));
+        let stat = image.file().stat().map_err(|e| Error::io(image.path(), "stat", None, e))?;
+        let blank_from = match stat.kind {
+            FileKind::Regular => image.file_len().div_ceil(image.geometry().cluster_size()),
+            _ => u64::MAX,
+        };
+        Ok(Base { image, layer: self.base, below, size: self.new_size, blank_from })
+    }
+
+    /// Calls `f` with the needs of each window in order; windows are resolved in parallel.
+    fn for_each_window(&self, mut f: impl FnMut(&[Need]) -> Result<()>) -> Result<()> {
+        let mut windows = self.question.windows();
+        loop {
+            let some = windows.by_ref().take(rayon::current_num_threads() * 2).collect::<Result<Vec<_>>>()?;
+            if some.is_empty() {
+                return Ok(());
+            }
+            let needs: Vec<_> = some.into_par_iter().map(|window| self.question.needs(window)).collect();
+            for needs in needs {
+                f(&needs?)?;
+            }
+        }
+    }
+
+    /// What the merge will do; nothing is changed.
+    ///
+    /// # Errors
+    /// A table that cannot be read or is damaged, or [`Error::Cancelled`].
+    pub(crate) fn plan(&self, cancel: &AtomicBool) -> Result<Totals> {
+        let image = match self.image()? {
+            Image::Raw(raw) => return self.plan_raw(raw, cancel),
+            Image::Qcow2(image) => image,
+        };
+        let mut bytes_to_write = 0;
+        let mut counter = Counter::default();
+        let effect = self.steps(&self.qcow2(image)?, &mut counter, |batch, ops| {
+            check(cancel)?;
+            bytes_to_write += ops.bytes();
+            *ops = Ops::default();
+            batch.forget();
+            Ok(())
+        })?;
+        Ok(Totals {
+            bytes_to_copy: effect.copied,
+            bytes_to_zero: effect.zeroed,
+            clusters_to_allocate: counter.0,
+            hole_bytes: if image.has_data_file() { effect.copied } else { 0 },
+            bytes_to_write,
+        })
+    }
+
+    /// Carries the merge out; the size of the base's disk does not change here. When it returns, all
+    /// data and metadata is durable.
+    ///
+    /// # Errors
+    /// An I/O error, damage, or [`Error::Cancelled`]: what was brought to disk by then is consistent.
+    pub(crate) fn run(&self, writer: Option<&mut Writer<'_>>, run: &Run<'_>) -> Result<Totals> {
+        let image = match self.image()? {
+            Image::Raw(raw) => return self.run_raw(raw, run),
+            Image::Qcow2(image) => image,
+        };
+        let Some(writer) = writer else { return Ok(Totals::default()) };
+        let refcounts = writer.refcounts;
+        let mut source = Source { image, refcounts, allocator: &mut writer.allocator };
+        let target = Target { path: image.path(), file: &**image.data_file() };
+        let mut totals = Totals::default();
+        let effect = self.steps(&self.qcow2(image)?, &mut source, |batch, ops| {
+            check(run.cancel)?;
+            totals.clusters_to_allocate += batch.allocated();
+            totals.bytes_to_write += ops.bytes();
+            std::mem::take(ops).run(self.layers, &target, run)?;
+            bring_to_disk(std::mem::take(batch), image, refcounts)
+        })?;
+        totals.bytes_to_copy = effect.copied;
+        totals.bytes_to_zero = effect.zeroed;
+        Ok(totals)
+    }
+
+    /// Goes through all clusters that need something; `full` is called whenever a batch is.
+    fn steps(
+        &self,
+        base: &Base<'_>,
+        source: &mut dyn ClusterSource,
+        mut full: impl FnMut(&mut Batch, &mut Ops) -> Result<()>,
+    ) -> Result<Effect> {
+        let (mut batch, mut ops) = (Batch::default(), Ops::default());
+        let mut total = Effect::default();
+        self.for_each_window(|needs| {
+            for_each_cluster(needs, base.image.geometry().cluster_size(), |start, needs| {
+                let effect = base.take(start, needs, &mut batch, &mut ops, source)?;
+                total.copied += effect.copied;
+                total.zeroed += effect.zeroed;
+                if ops.len() >= BATCH_OPS || ops.bytes() >= BATCH_BYTES || batch.memory() >= BATCH_MEMORY {
+                    full(&mut batch, &mut ops)?;
+                }
+                Ok(())
+            })
+        })?;
+        full(&mut batch, &mut ops)?;
+        Ok(total)
+    }
+
+    fn plan_raw(&self, raw: &Raw, cancel: &AtomicBool) -> Result<Totals> {
+        let mut totals = Totals::default();
+        self.for_each_window(|needs| {
+            check(cancel)?;
+            let mut ops = Ops::default();
+            add_raw(&mut totals, raw, needs, &mut ops)?;
+            totals.bytes_to_write += ops.bytes();
+            totals.hole_bytes += holes_under(raw, needs)?;
+            Ok(())
+        })?;
+        Ok(totals)
+    }
+
+    fn run_raw(&self, raw: &Raw, run: &Run<'_>) -> Result<Totals> {
+        let target = Target { path: raw.path(), file: &**raw.file() };
+        let mut totals = Totals::default();
+        let mut ops = Ops::default();
+        self.for_each_window(|needs| {
+            add_raw(&mut totals, raw, needs, &mut ops)?;
+            if ops.len() >= BATCH_OPS || ops.bytes() >= BATCH_BYTES {
+                totals.bytes_to_write += ops.bytes();
+                std::mem::take(&mut ops).run(self.layers, &target, run)?;
+            }
+            Ok(())
+        })?;
+        totals.bytes_to_write += ops.bytes();
+        ops.run(self.layers, &target, run)?;
+        if totals.bytes_to_write > 0 {
+            raw.file().sync().map_err(|e| Error::io(raw.path(), "sync", None, e))?;
+        }
+        Ok(totals)
+    }
+}
+
+/// Brings a batch to disk whose data was written: see [`crate::image::edits`] for the order.
+pub(crate) fn bring_to_disk(mut batch: Batch, image: &Qcow2, refcounts: &Refcounts) -> Result<()> {
+    if batch.is_empty() {
+        // Data may have been written in place.
+        return image.barrier();
+    }
+    batch.stage(image, refcounts)?;
+    image.barrier()?;
+    batch.publish(image)?;
+    image.barrier()?;
+    batch.settle(image, refcounts)?;
+    image.refresh_lengths()
+}
+
+/// Free clusters of an image, one by one.
+#[derive(Debug)]
+pub(crate) struct Source<'a> {
+    pub(crate) image: &'a Qcow2,
+    pub(crate) refcounts: &'a Refcounts,
+    pub(crate) allocator: &'a mut Allocator,
+}
+
+impl ClusterSource for Source<'_> {
+    fn take(&mut self) -> Result<u64> {
+        Ok(self.allocator.take(self.image, self.refcounts, 1)?.start)
+    }
+}
+
+fn check(cancel: &AtomicBool) -> Result<()> {
+    if cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+}
+
+/// Cuts sorted needs at cluster borders, and calls `f` once for each cluster with its parts.
+fn for_each_cluster(
+    needs: &[Need],
+    cluster: u64,
+    mut f: impl FnMut(GuestOffset, &[Need]) -> Result<()>,
+) -> Result<()> {
+    let mut parts: Vec<Need> = Vec::new();
+    for need in needs {
+        let mut at = need.range.start;
+        while at < need.range.end() {
+            let start = at.align_down(cluster);
+            if parts.first().is_some_and(|first| first.range.start.align_down(cluster) != start) {
+                f(parts[0].range.start.align_down(cluster), &parts)?;
+                parts.clear();
+            }
+            let whole = GuestRange { start, len: cluster };
+            let Some(part) = need.clip(&whole) else { break };
+            at = part.range.end();
+            parts.push(part);
+        }
+    }
+    match parts.first() {
+        Some(first) => f(first.range.start.align_down(cluster), &parts),
+        None => Ok(()),
+    }
+}
+
+/// Adds the operations that a raw base needs. Zeros are written only where there is something else.
+fn add_raw(totals: &mut Totals, raw: &Raw, needs: &[Need], ops: &mut Ops) -> Result<()> {
+    let mut extents: Vec<Extent> = Vec::new();
+    for need in needs {
+        let guest = need.range.start;
+        let to = HostOffset::new(guest.get());
+        let origin = match need.content {
+            Content::Plain { layer, host } => Origin::Plain { layer, host },
+            Content::Compressed { layer, part } => Origin::Compressed { layer, part, guest },
+            Content::Zeros => {
+                extents.clear();
+                raw.map(need.range, &mut extents)?;
+                for extent in extents.iter().filter(|e| matches!(e.mapping, Mapping::Data { .. })) {
+                    totals.bytes_to_zero += extent.range.len;
+                    ops.push(HostOffset::new(extent.range.start.get()), extent.range.len, Origin::Zeros);
+                }
+                continue;
+            }
+        };
+        totals.bytes_to_copy += need.range.len;
+        ops.push(to, need.range.len, origin);
+    }
+    Ok(())
+}
+
+/// Bytes that data would take where a raw file has a hole, or ends.
+fn holes_under(raw: &Raw, needs: &[Need]) -> Result<u64> {
+    let mut extents: Vec<Extent> = Vec::new();
+    let mut bytes = 0;
+    for need in needs.iter().filter(|need| need.content != Content::Zeros) {
+        extents.clear();
+        raw.map(need.range, &mut extents)?;
+        let held = extents.iter().filter(|e| matches!(e.mapping, Mapping::Data { .. }));
+        bytes += need.range.len - held.map(|e| e.range.len).sum::<u64>();
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,146 @@
+//! What the base must hold when a merge is done: the needs of a window.
+
+use crate::chain::view::{Supplied, Supply, View};
+use crate::error::Result;
+use crate::image::{CompressedPart, Mapping};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
+
+/// What a range of the base must hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// A layer's plain data.
+    Plain {
+        /// The layer, counted from the bottom of the chain.
+        layer: usize,
+        /// Where the first byte lies in the layer's data.
+        host: HostOffset,
+    },
+    /// A part of a layer's compressed cluster.
+    Compressed {
+        /// The layer.
+        layer: usize,
+        /// The part.
+        part: CompressedPart,
+    },
+    /// Zeros.
+    Zeros,
+}
+
+/// A range of the base and what it must hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Need {
+    /// The range, never empty.
+    pub(crate) range: GuestRange,
+    /// What it must hold.
+    pub(crate) content: Content,
+}
+
+impl Need {
+    /// The part inside `range`, or `None` if they do not meet.
+    pub(crate) fn clip(&self, range: &GuestRange) -> Option<Self> {
+        let both = self.range.intersect(range)?;
+        let bytes = both.start - self.range.start;
+        let content = match self.content {
+            Content::Plain { layer, host } => Content::Plain { layer, host: host + bytes },
+            Content::Compressed { layer, part } => Content::Compressed {
+                layer,
+                part: CompressedPart { skip: part.skip.saturating_add(bytes), ..part },
+            },
+            Content::Zeros => Content::Zeros,
+        };
+        Some(Self { range: both, content })
+    }
+}
+
+/// The question that a merge asks of its layers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Question<'a> {
+    /// The layers above base, up to and including top.
+    pub(crate) view: View<'a>,
+    /// The base's size before the merge, in bytes.
+    pub(crate) base_size: u64,
+    /// Behind the end of a short top: up to where the layer above it would see base's old data. Equal
+    /// to the top's size when there is nothing to hide.
+    pub(crate) zero_until: u64,
+}
+
+impl Question<'_> {
+    /// Behind the last byte that the base may need.
+    pub(crate) fn end(&self) -> u64 {
+        self.view.size().max(self.zero_until)
+    }
+
+    /// The windows in which something may be needed, in order; sizes are multiples of every cluster size.
+    pub(crate) fn windows(&self) -> impl Iterator<Item = Result<GuestRange>> + '_ {
+        let size = self.view.window();
+        let mut at = GuestOffset::ZERO;
+        std::iter::from_fn(move || {
+            let start = match self.next(at) {
+                Err(e) => {
+                    at = GuestOffset::new(u64::MAX);
+                    return Some(Err(e));
+                }
+                Ok(None) => return None,
+                Ok(Some(next)) => next.align_down(size),
+            };
+            at = start + size;
+            Some(Ok(GuestRange::between(start, at.min(GuestOffset::new(self.end())))))
+        })
+    }
+
+    fn next(&self, from: GuestOffset) -> Result<Option<GuestOffset>> {
+        if from.get() >= self.end() {
+            return Ok(None);
+        }
+        // Where the base grows, or where old data must be hidden, every window counts.
+        let always = GuestOffset::new(self.base_size.min(self.view.size()));
+        let supplied = self.view.next_supplied(from)?;
+        let next = supplied.map_or(from.max(always), |s| s.min(from.max(always)));
+        Ok((next.get() < self.end()).then_some(next))
+    }
+
+    /// The needs of a window, sorted and disjoint.
+    ///
+    /// # Errors
+    /// As [`View::resolve`].
+    pub(crate) fn needs(&self, window: GuestRange) -> Result<Vec<Need>> {
+        let mut supplied: Vec<Supplied> = Vec::new();
+        self.view.resolve(window, &mut supplied)?;
+        let mut needs: Vec<Need> = Vec::with_capacity(supplied.len());
+        let mut push = |range: GuestRange, content| {
+            if let Some(last) = needs.last_mut()
+                && last.range.end() == range.start
+                && last.content == Content::Zeros
+                && content == Content::Zeros
+            {
+                last.range.len += range.len;
+            } else if !range.is_empty() {
+                needs.push(Need { range, content });
+            }
+        };
+        for part in supplied {
+            match part.supply {
+                Supply::Layer { layer, mapping: Mapping::Data { host } } => {
+                    push(part.range, Content::Plain { layer, host });
+                }
+                Supply::Layer { layer, mapping: Mapping::Compressed(compressed) } => {
+                    push(part.range, Content::Compressed { layer, part: compressed });
+                }
+                Supply::Layer { mapping: Mapping::Zero { .. }, .. } | Supply::PastEnd { .. } => {
+                    push(part.range, Content::Zeros);
+                }
+                // Behind the base's old end the guest saw zeros.
+                Supply::Nothing | Supply::Layer { mapping: Mapping::Unallocated, .. } => {
+                    let start = part.range.start.max(GuestOffset::new(self.base_size));
+                    push(GuestRange::between(start, part.range.end()), Content::Zeros);
+                }
+            }
+        }
+        let hidden =
+            GuestRange::between(GuestOffset::new(self.view.size()), GuestOffset::new(self.zero_until));
+        if let Some(hidden) = hidden.intersect(&window) {
+            push(hidden, Content::Zeros);
+        }
+        Ok(needs)
+    }
+}

@@ -1,0 +1,202 @@
+//! What a merge moves: a list of copies into the base, and running it on all cores.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::image::{ClusterCache, CompressedPart, Image};
+use crate::storage::Storage;
+use crate::units::{GuestOffset, HostOffset};
+
+/// The most bytes that one worker moves in one piece, so that all of them stay busy.
+const PIECE: u64 = 16 << 20;
+
+/// Where the bytes of an operation come from. Layers are positions in the chain, the bottom first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// Plain data of a layer.
+    Plain {
+        /// The layer.
+        layer: usize,
+        /// Where the first byte lies in the layer's data.
+        host: HostOffset,
+    },
+    /// A part of a compressed cluster of a layer.
+    Compressed {
+        /// The layer.
+        layer: usize,
+        /// The part.
+        part: CompressedPart,
+        /// Where the guest sees it, for error messages.
+        guest: GuestOffset,
+    },
+    /// Zeros.
+    Zeros,
+}
+
+/// One operation: bytes that are to lie at `to` in the file that holds the base's data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Op {
+    /// Where the first byte goes.
+    pub(crate) to: HostOffset,
+    /// How many bytes.
+    pub(crate) len: u64,
+    /// Where they come from.
+    pub(crate) origin: Origin,
+}
+
+impl Origin {
+    fn advance(self, bytes: u64) -> Self {
+        match self {
+            Self::Plain { layer, host } => Self::Plain { layer, host: host + bytes },
+            Self::Compressed { layer, part, guest } => Self::Compressed {
+                layer,
+                part: CompressedPart { skip: part.skip.saturating_add(bytes), ..part },
+                guest: guest + bytes,
+            },
+            Self::Zeros => Self::Zeros,
+        }
+    }
+}
+
+/// Operations with disjoint targets, in the order in which they were planned.
+#[derive(Debug, Default)]
+pub(crate) struct Ops {
+    list: Vec<Op>,
+    bytes: u64,
+}
+
+impl Ops {
+    /// Adds an operation, joined to the last one where it goes on from it.
+    pub(crate) fn push(&mut self, to: HostOffset, len: u64, origin: Origin) {
+        if len == 0 {
+            return;
+        }
+        self.bytes += len;
+        if let Some(last) = self.list.last_mut()
+            && last.to + last.len == to
+            && last.origin.advance(last.len) == origin
+        {
+            last.len += len;
+            return;
+        }
+        self.list.push(Op { to, len, origin });
+    }
+
+    /// How many operations there are.
+    pub(crate) fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// The bytes of all operations.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Runs all operations, on all cores.
+    ///
+    /// # Errors
+    /// The first failure of a read or a write, or [`Error::Cancelled`]. Some operations may have been
+    /// done then.
+    pub(crate) fn run(&self, layers: &[&Image], target: &Target<'_>, run: &Run<'_>) -> Result<()> {
+        let pieces: Vec<Op> = self.list.iter().flat_map(Op::pieces).collect();
+        pieces.par_iter().with_min_len((pieces.len() / 64).clamp(1, 32)).try_for_each_init(
+            ClusterCache::new,
+            |cache, op| {
+                if run.cancel.load(Ordering::Relaxed) {
+                    return Err(Error::Cancelled);
+                }
+                op.run(layers, target, cache)?;
+                let done = run.done.fetch_add(op.len, Ordering::Relaxed) + op.len;
+                run.progress.written(done, run.total);
+                Ok(())
+            },
+        )
+    }
+}
+
+/// The file that operations write to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Target<'a> {
+    /// The image that the file belongs to, for error messages.
+    pub(crate) path: &'a Path,
+    /// The file that holds the image's plain data.
+    pub(crate) file: &'a dyn Storage,
+}
+
+/// Told how far a merge is.
+pub trait Progress: Sync {
+    /// `done` of `total` bytes have been written. Called often, from many threads.
+    fn written(&self, done: u64, total: u64);
+}
+
+/// How a merge is carried out: who is told, and who may stop it.
+pub(crate) struct Run<'a> {
+    /// Is told.
+    pub(crate) progress: &'a dyn Progress,
+    /// All bytes that will be written.
+    pub(crate) total: u64,
+    /// Bytes written so far.
+    pub(crate) done: AtomicU64,
+    /// Set by whoever wants the merge to stop.
+    pub(crate) cancel: &'a AtomicBool,
+}
+
+impl Op {
+    fn pieces(&self) -> impl Iterator<Item = Op> {
+        let op = *self;
+        (0..op.len.div_ceil(PIECE)).map(move |n| Op {
+            to: op.to + n * PIECE,
+            len: PIECE.min(op.len - n * PIECE),
+            origin: op.origin.advance(n * PIECE),
+        })
+    }
+
+    fn run(&self, layers: &[&Image], target: &Target<'_>, cache: &mut ClusterCache) -> Result<()> {
+        let failed = |e| Error::io(target.path, "write", Some(self.to.get()), e);
+        match self.origin {
+            Origin::Zeros => target.file.write_zeroes(self.to.get(), self.len).map_err(failed),
+            Origin::Plain { layer, host } => {
+                let Some(image) = layers.get(layer) else { return Ok(()) };
+                target
+                    .file
+                    .copy_from(&**image.data_file(), host.get(), self.to.get(), self.len)
+                    .map_err(|e| Error::io(image.path(), "copy from", Some(host.get()), e))
+            }
+            Origin::Compressed { layer, part, guest } => {
+                let Some(image) = layers.get(layer).and_then(|image| image.as_qcow2()) else { return Ok(()) };
+                let cluster = cache.cluster(image, layer, &part, guest)?;
+                let from = part.skip as usize;
+                let bytes = cluster.get(from..from + self.len as usize).unwrap_or_default();
+                target.file.write_all_at(bytes, self.to.get()).map_err(failed)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operations_that_go_on_are_joined() {
+        let mut ops = Ops::default();
+        let plain = |host| Origin::Plain { layer: 1, host: HostOffset::new(host) };
+        ops.push(HostOffset::new(0), 10, plain(100));
+        ops.push(HostOffset::new(10), 10, plain(110));
+        ops.push(HostOffset::new(20), 10, plain(500));
+        ops.push(HostOffset::new(30), 10, Origin::Zeros);
+        ops.push(HostOffset::new(40), 10, Origin::Zeros);
+        assert_eq!((ops.len(), ops.bytes()), (3, 50));
+    }
+
+    #[test]
+    fn long_operations_are_cut_into_pieces() {
+        let op = Op { to: HostOffset::new(7), len: 2 * PIECE + 1, origin: Origin::Zeros };
+        let pieces: Vec<_> = op.pieces().collect();
+        assert_eq!(pieces.iter().map(|p| p.len).collect::<Vec<_>>(), [PIECE, PIECE, 1]);
+        assert_eq!(pieces[2].to.get(), 7 + 2 * PIECE);
+    }
+}
