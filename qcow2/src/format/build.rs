@@ -5,7 +5,7 @@ use super::extensions::{
     EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_END, EXT_FEATURE_NAMES, EXTENSION_HEAD,
     Extension, MAX_BACKING_FORMAT,
 };
-use super::header::MAX_BACKING_NAME;
+use super::limits::MAX_BACKING_NAME;
 use super::words::PutWords;
 use super::{Header, features};
 

@@ -14,6 +14,7 @@ mod geometry;
 mod header;
 mod l1;
 mod l2;
+mod limits;
 mod refcount;
 mod rewrite;
 #[cfg(test)]
@@ -35,11 +36,11 @@ pub use extensions::{
 pub use features::{FeatureKind, FeatureName};
 pub use geometry::Geometry;
 pub use header::{
-    Compression, FULL_HEADER_LENGTH, Header, MAGIC, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES,
-    MAX_SNAPSHOTS, V2_HEADER_LENGTH, V3_HEADER_LENGTH, is_qcow2,
+    Compression, FULL_HEADER_LENGTH, Header, MAGIC, V2_HEADER_LENGTH, V3_HEADER_LENGTH, is_qcow2,
 };
 pub use l1::L1Entry;
 pub use l2::{L2Entry, SubclusterState, Subclusters};
+pub use limits::{MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS};
 pub use refcount::{RefcountTableEntry, RefcountWidth, max_refcount};
 pub use rewrite::{Switch, Write, plan_backing_switch, plan_drop_bitmaps, plan_feature_bits, plan_mark};
 pub use snapshot::{

@@ -243,6 +243,40 @@ fn marks_in_any_layout_survive_any_crash() {
 }
 
 #[test]
+fn mutated_headers_are_refused_or_edited_rightly() {
+    let (mut accepted, mut refused) = (0, 0);
+    for seed in 0..20_000 {
+        let mut random = Random(seed);
+        let Some(mut bytes) = any_cluster0(&mut random) else { continue };
+        for _ in 0..1 + random.below(3) {
+            let at = if random.chance(70) { random.below(160) } else { random.below(bytes.len() as u64) };
+            let value = [0, 1, 0x7f, 0x80, 0xff, random.below(256)][random.below(6) as usize];
+            bytes[at as usize] = value as u8;
+        }
+        if random.chance(10) {
+            bytes.truncate(random.below(bytes.len() as u64) as usize);
+        }
+        let Ok(read) = Cluster0::parse(&bytes) else {
+            refused += 1;
+            continue;
+        };
+        accepted += 1;
+        let mut old = bytes.clone();
+        old.resize(read.header.geometry().cluster_size() as usize, 0);
+        let name = "a new name";
+        let new = expected(&old, |new| {
+            new.backing_name = Some(name.into());
+            new.header.backing_len = name.len() as u32;
+            replace(new, Extension::new(EXT_BACKING_FORMAT, "raw"), |list, e| list.insert(0, e));
+        });
+        if let Ok(switch) = plan_backing_switch(&bytes, name, "raw") {
+            run(&old, &switch, &[meaning(&old), new]);
+        }
+    }
+    assert!(accepted > 3000 && refused > 3000, "{accepted} {refused}");
+}
+
+#[test]
 fn bitmaps_are_dropped_bit_first() {
     let (mut dropped, mut atomic) = (0, 0);
     for seed in 0..6000 {

@@ -1,6 +1,6 @@
 //! Internal snapshots: the snapshot table (specification: "Snapshots").
 
-use super::header::MAX_L1_BYTES;
+use super::limits::MAX_L1_BYTES;
 use super::words::{PutWords, field, u16_at, u32_at, u64_at};
 use super::{FormatError, Header};
 use crate::units::HostOffset;
