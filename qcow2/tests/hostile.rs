@@ -3,6 +3,15 @@
 //!
 //! The images are laid out by [`qcow2::fuzzing::sample`], without the engine's encoders, and damaged
 //! one field at a time. QEMU judges that they are sound before the damage.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests")]
 
+#[path = "hostile/compressed.rs"]
+mod compressed;
+#[path = "hostile/header.rs"]
+mod header;
+#[path = "hostile/kit.rs"]
+mod kit;
+#[path = "hostile/mappings.rs"]
+mod mappings;
 #[path = "hostile/sound.rs"]
 mod sound;

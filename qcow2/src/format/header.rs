@@ -145,9 +145,8 @@ impl Header {
         }
         let version = u32_at(bytes, 4);
         let least = match version {
-            2 => V2_HEADER_LENGTH,
             3 => V3_HEADER_LENGTH,
-            other => return Err(FormatError::unsupported("version", 4, other, "2 or 3")),
+            _ => V2_HEADER_LENGTH,
         };
         if bytes.len() < least as usize {
             return Err(FormatError::malformed(
@@ -156,6 +155,9 @@ impl Header {
                 format!("a file of {} bytes", bytes.len()),
                 format!("at least {least} bytes"),
             ));
+        }
+        if !(2..=3).contains(&version) {
+            return Err(FormatError::unsupported("version", 4, version, "2 or 3"));
         }
         let v3 = version == 3;
         let v3_u64 = |at| if v3 { u64_at(bytes, at) } else { 0 };

@@ -9,5 +9,5 @@ pub mod mutate;
 pub mod sample;
 mod seeds;
 
-pub use bodies::{BODIES, Body, header};
+pub use bodies::{BODIES, Body, header, image};
 pub use seeds::images;
