@@ -8,6 +8,8 @@ mod json;
 mod name;
 mod open;
 mod policy;
+mod relink;
+mod siblings;
 pub mod view;
 
 use std::path::PathBuf;
@@ -18,6 +20,8 @@ use crate::storage::{Access, FileId};
 pub use name::{BackingName, Spelling};
 pub use open::OpenOptions;
 pub use policy::{DEFAULT_MAX_DEPTH, Policy};
+pub use relink::new_backing_name;
+pub use siblings::{Sibling, Siblings, find_users};
 
 /// An opened chain: one layer or more, the bottom first, the active image last.
 #[derive(Debug)]

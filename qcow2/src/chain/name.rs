@@ -188,27 +188,41 @@ impl BackingName {
     }
 }
 
-/// Every string inside `raw` that may be meant as a file name, also where [`BackingName::parse`]
-/// refuses: for a search that must not overlook a user of a file.
-pub(super) fn candidates(raw: &[u8]) -> Vec<PathBuf> {
+/// Every path that a backing name may lead to, also of names that [`BackingName::parse`] refuses: for a
+/// search that must not overlook a user of a file. Where it depends on the working directory of another
+/// process, the directory of `overlay` is tried too.
+pub(super) fn possible_paths(raw: &[u8], overlay: &Path) -> Vec<PathBuf> {
     let name = raw.split(|&b| b == 0).next().unwrap_or(raw);
-    let Some((protocol, rest)) = protocol(name) else {
-        return vec![PathBuf::from(OsStr::from_bytes(name))];
+    let as_path = |name: &[u8]| PathBuf::from(OsStr::from_bytes(name));
+    let names = match protocol(name) {
+        None => return vec![beside(overlay, &as_path(name))],
+        Some((b"json", text)) => file_names_in_json(text),
+        // `file:x`, but also `blkdebug::x`, and names of programs that know no protocols.
+        Some((_, rest)) => {
+            vec![as_path(rest), as_path(rest.strip_prefix(b":").unwrap_or(rest)), as_path(name)]
+        }
     };
-    if protocol == b"json" {
-        let options = std::str::from_utf8(rest).ok().and_then(|text| json::flatten(text).ok());
-        let is_name = |key: &str| key == "filename" || key.ends_with(".filename");
-        return options
-            .into_iter()
-            .flatten()
-            .filter(|(key, _)| is_name(key))
-            .filter_map(|(_, value)| match value {
-                OptionValue::Text(text) => Some(PathBuf::from(text)),
-                OptionValue::Other(_) => None,
-            })
-            .collect();
-    }
-    vec![PathBuf::from(OsStr::from_bytes(rest)), PathBuf::from(OsStr::from_bytes(name))]
+    names.iter().flat_map(|name| [name.clone(), beside(overlay, name)]).collect()
+}
+
+/// Every path that a data file name may lead to; as [`possible_paths`].
+pub(super) fn possible_data_file_paths(raw: &[u8], image: &Path) -> Vec<PathBuf> {
+    let name = PathBuf::from(OsStr::from_bytes(raw.split(|&b| b == 0).next().unwrap_or(raw)));
+    vec![beside(image, &name), name]
+}
+
+fn file_names_in_json(text: &[u8]) -> Vec<PathBuf> {
+    let options = std::str::from_utf8(text).ok().and_then(|text| json::flatten(text).ok());
+    let is_name = |key: &str| key == "filename" || key.ends_with(".filename");
+    options
+        .into_iter()
+        .flatten()
+        .filter(|(key, _)| is_name(key))
+        .filter_map(|(_, value)| match value {
+            OptionValue::Text(text) => Some(PathBuf::from(text)),
+            OptionValue::Other(_) => None,
+        })
+        .collect()
 }
 
 /// The protocol and what follows it, if `name` is not a path (QEMU: `path_has_protocol`).
@@ -387,9 +401,14 @@ mod tests {
 
     #[test]
     fn a_search_for_users_takes_names_that_opening_refuses() {
-        let paths = |name: &str| candidates(name.as_bytes());
-        assert_eq!(paths(r#"json:{"driver":"raw","offset":0,"file":{"filename":"/b"}}"#), [Path::new("/b")]);
-        assert_eq!(paths("base\0junk"), [Path::new("base")]);
-        assert!(paths("blkdebug::/b").contains(&PathBuf::from(":/b")));
+        let paths = |name: &str| possible_paths(name.as_bytes(), Path::new("/d/top"));
+        let has = |name: &str, path: &str| paths(name).contains(&PathBuf::from(path));
+        assert!(has(r#"json:{"driver":"raw","offset":0,"file":{"filename":"/b"}}"#, "/b"));
+        assert!(has(r#"json:{"file":{"driver":"raw","file":{"filename":"b"}}}"#, "/d/b"));
+        assert!(has("base\0junk", "/d/base"));
+        assert!(has("blkdebug::/b", "/b"));
+        assert!(has("file:b", "b") && has("file:b", "/d/b"));
+        assert!(has("a:b", "/d/a:b"));
+        assert_eq!(paths("b"), [Path::new("/d/b")]);
     }
 }

@@ -1,0 +1,309 @@
+//! Images outside a chain that read through its files: what a merge would corrupt.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+
+use super::Chain;
+use super::name::{possible_data_file_paths, possible_paths};
+use crate::error::{Error, Result};
+use crate::format::{Cluster0, Header, V2_HEADER_LENGTH, is_qcow2};
+use crate::storage::{Access, FileId, FileKind, Host, Storage};
+
+/// How much is read of every file at first, in bytes: enough for the header, the extensions and the
+/// names of nearly every image.
+const HEAD: usize = 4096;
+
+/// An image that uses a file that it must share with the chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sibling {
+    /// The image.
+    pub path: PathBuf,
+    /// The file that it uses.
+    pub uses: FileId,
+    /// As what: "backing file" or "data file".
+    pub role: &'static str,
+}
+
+/// What a search for users found.
+#[derive(Debug, Default)]
+pub struct Siblings {
+    /// The images outside the chain that use one of the files, by path.
+    pub users: Vec<Sibling>,
+    /// Files and folders that could not be read, so that nobody knows what they use.
+    pub unreadable: Vec<(PathBuf, io::Error)>,
+}
+
+impl Chain {
+    /// The folders in which the layers and their data files lie, as named and with symbolic links
+    /// followed: where a search for their users starts.
+    pub fn folders(&self, host: &dyn Host) -> Vec<PathBuf> {
+        let data = self.layers.iter().filter_map(|layer| layer.data_file.as_ref());
+        let paths = self.layers.iter().map(|layer| &layer.path).chain(data.map(|file| &file.path));
+        let with_real = paths.flat_map(|path| [Some(path.clone()), host.canonicalize(path).ok()]);
+        let mut folders = BTreeSet::new();
+        for path in with_real.flatten() {
+            let folder = match path.parent() {
+                Some(folder) if !folder.as_os_str().is_empty() => folder,
+                _ => Path::new("."),
+            };
+            folders.insert(host.canonicalize(folder).unwrap_or_else(|_| folder.to_owned()));
+        }
+        folders.into_iter().collect()
+    }
+}
+
+/// Looks through the folders `dirs` (not through folders in them) for qcow2 images whose backing file
+/// or data file is one of `targets`. Files of `chain` are left out, whatever they are called.
+///
+/// Only headers are read, and no file that an image names is opened. Images with a damaged header
+/// are passed over: nothing can be read through them. Images of a version that is not known are
+/// listed as unreadable. Names that depend on a process's working
+/// directory, or that this engine would not open, count if they may lead to a target.
+///
+/// # Errors
+/// [`Error::Io`] for a folder that does not exist.
+pub fn find_users(
+    host: &dyn Host,
+    dirs: &[PathBuf],
+    targets: &[FileId],
+    chain: &[FileId],
+) -> Result<Siblings> {
+    let mut found = Siblings::default();
+    let mut files = BTreeSet::new();
+    let mut folders = BTreeSet::new();
+    for dir in dirs {
+        let failed = |e| Error::io(dir, "list", None, e);
+        if !folders.insert(host.canonicalize(dir).map_err(failed)?) {
+            continue;
+        }
+        match host.list(dir) {
+            Ok(names) => files.extend(names),
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => found.unreadable.push((dir.clone(), e)),
+            Err(e) => return Err(failed(e)),
+        }
+    }
+    let files: Vec<PathBuf> = files.into_iter().collect();
+    let results: Vec<_> = files.par_iter().map(|path| (path, uses(host, path, targets, chain))).collect();
+    for (path, result) in results {
+        match result {
+            Ok(Some((uses, role))) => found.users.push(Sibling { path: path.clone(), uses, role }),
+            Ok(None) => {}
+            Err(e) => found.unreadable.push((path.clone(), e)),
+        }
+    }
+    Ok(found)
+}
+
+/// Which of `targets` the file at `path` uses, if it is an image outside `chain`.
+fn uses(
+    host: &dyn Host,
+    path: &Path,
+    targets: &[FileId],
+    chain: &[FileId],
+) -> io::Result<Option<(FileId, &'static str)>> {
+    let stat = match host.stat(path) {
+        Ok(stat) => stat,
+        // A link that leads nowhere, or a file that was removed meanwhile.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    if stat.kind != FileKind::Regular || chain.contains(&stat.id) {
+        return Ok(None);
+    }
+    let file = match host.open(path, Access::Read) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    let Some(cluster0) = read_names(&*file)? else { return Ok(None) };
+    let backing = cluster0.backing_name.as_deref().map(|name| possible_paths(name, path));
+    let data = cluster0
+        .data_file_name()
+        .filter(|_| cluster0.header.has_data_file())
+        .map(|name| possible_data_file_paths(name, path));
+    for (paths, role) in [(backing, "backing file"), (data, "data file")] {
+        for named in paths.into_iter().flatten() {
+            if let Ok(named) = host.stat(&named)
+                && targets.contains(&named.id)
+            {
+                return Ok(Some((named.id, role)));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Cluster 0 of a qcow2 image as far as it holds names; `None` if it is no such image, or damaged.
+fn read_names(file: &dyn Storage) -> io::Result<Option<Cluster0>> {
+    let mut bytes = vec![0; HEAD];
+    let n = file.read_at(&mut bytes, 0)?;
+    bytes.truncate(n);
+    if !is_qcow2(&bytes) || n < V2_HEADER_LENGTH as usize {
+        return Ok(None);
+    }
+    let header = match Header::decode(&bytes) {
+        Ok(header) => header,
+        // Another program may well understand it, and use a target.
+        Err(e) if e.is_unsupported() => return Err(io::Error::new(io::ErrorKind::Unsupported, e)),
+        Err(_) => return Ok(None),
+    };
+    let whole = header.geometry().cluster_size() as usize;
+    let name_end = header.backing_offset.saturating_add(u64::from(header.backing_len));
+    let decoded = Cluster0::decode(&bytes).ok();
+    let complete = |cluster0: &Cluster0| name_end.max(cluster0.extensions_end) <= n as u64;
+    if n < HEAD || whole <= HEAD || decoded.as_ref().is_some_and(complete) {
+        return Ok(decoded);
+    }
+    bytes.resize(whole, 0);
+    let n = file.read_at(&mut bytes, 0)?;
+    bytes.truncate(n);
+    Ok(Cluster0::decode(&bytes).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{overlay, with_data_file};
+    use super::*;
+    use crate::format::Extension;
+    use crate::storage::{MemHost, OsHost};
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    fn id(host: &dyn Host, path: &str) -> FileId {
+        host.stat(Path::new(path)).unwrap().id
+    }
+
+    fn users(host: &MemHost, dirs: &[&str], targets: &[&str], chain: &[&str]) -> Vec<String> {
+        let ids = |paths: &[&str]| paths.iter().map(|p| id(host, p)).collect::<Vec<_>>();
+        let dirs: Vec<PathBuf> = dirs.iter().map(PathBuf::from).collect();
+        let found = find_users(host, &dirs, &ids(targets), &ids(chain)).unwrap();
+        assert!(found.unreadable.is_empty());
+        found.users.iter().map(|s| format!("{} {}", s.path.display(), s.role)).collect()
+    }
+
+    #[test]
+    fn images_that_read_through_a_target_are_found_however_they_name_it() {
+        let host = MemHost::new();
+        host.add("/vm/base", b"x").unwrap();
+        host.add("/vm/top", &overlay("base", "raw")).unwrap();
+        for (path, name) in [
+            ("/vm/s1", "base"),
+            ("/vm/s2", "/vm/base"),
+            ("/vm/s3", "file:/vm/base"),
+            ("/vm/s4", r#"json:{"driver":"raw","offset":0,"file":{"driver":"file","filename":"/vm/base"}}"#),
+            ("/vm/s5", "file:base"),
+            ("/vm/no1", "other"),
+            ("/vm/no2", "nbd://h/base"),
+            ("/vm/sub/no3", "/vm/base"),
+            ("/scan/s6", "../vm/base"),
+            ("/scan/no4", "base"),
+        ] {
+            host.add(path, &overlay(name, "raw")).unwrap();
+        }
+        host.add("/vm/s7", &with_data_file("/vm/base")).unwrap();
+        host.add("/vm/noise", b"QFI\xfb").unwrap();
+        host.add("/vm/empty", b"").unwrap();
+        let found = users(&host, &["/vm", "/scan", "/vm/"], &["/vm/base"], &["/vm/base", "/vm/top"]);
+        let expected = [
+            "/scan/s6 backing file",
+            "/vm/s1 backing file",
+            "/vm/s2 backing file",
+            "/vm/s3 backing file",
+            "/vm/s4 backing file",
+            "/vm/s5 backing file",
+            "/vm/s7 data file",
+        ];
+        assert_eq!(found, expected);
+        assert_eq!(users(&host, &["/vm"], &["/vm/top"], &["/vm/base", "/vm/top"]), [""; 0]);
+    }
+
+    #[test]
+    fn a_name_behind_the_first_pages_of_the_header_is_found() {
+        let host = MemHost::new();
+        host.add("/base", b"x").unwrap();
+        let mut cluster0 = Cluster0::parse(&overlay("base", "raw")).unwrap();
+        cluster0.set_extension(Extension::new(0x1234_5678, vec![1; 9000]));
+        let mut bytes = cluster0.encode().unwrap();
+        host.add("/short", &bytes).unwrap();
+        bytes.resize(0x40000, 0);
+        host.add("/far", &bytes).unwrap();
+        assert_eq!(
+            users(&host, &["/"], &["/base"], &["/base"]),
+            ["/far backing file", "/short backing file"]
+        );
+    }
+
+    #[test]
+    fn damaged_headers_are_passed_over() {
+        let host = MemHost::new();
+        host.add("/base", b"x").unwrap();
+        let good = overlay("base", "raw");
+        for at in 8..24 {
+            let mut bad = good.clone();
+            bad[at] ^= 0xff;
+            host.add(format!("/bad{at:02}"), &bad).unwrap();
+        }
+        for cut in 0..120 {
+            host.add(format!("/cut{cut}"), &good[..cut]).unwrap();
+        }
+        // A name that is longer only by zero bytes still leads QEMU to the file.
+        assert_eq!(users(&host, &["/"], &["/base"], &["/base"]), ["/bad19 backing file"]);
+    }
+
+    #[test]
+    fn images_of_an_unknown_version_may_be_users() {
+        let host = MemHost::new();
+        host.add("/base", b"x").unwrap();
+        let mut newer = overlay("base", "raw");
+        newer[7] = 4;
+        host.add("/newer", &newer).unwrap();
+        let target = [id(&host, "/base")];
+        let found = find_users(&host, &["/".into()], &target, &target).unwrap();
+        assert!(found.users.is_empty());
+        assert_eq!(found.unreadable[0].0, Path::new("/newer"));
+    }
+
+    #[test]
+    fn real_folders_with_links_fifos_and_locked_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir(at("sub")).unwrap();
+        fs::write(at("base"), "x").unwrap();
+        fs::write(at("top"), overlay("base", "raw")).unwrap();
+        symlink("top", at("alias-of-top")).unwrap();
+        symlink("nowhere", at("dangling")).unwrap();
+        symlink("base", at("alias-of-base")).unwrap();
+        fs::hard_link(at("base"), at("sub/link")).unwrap();
+        fs::write(at("sibling1"), overlay("alias-of-base", "raw")).unwrap();
+        fs::write(at("sibling2"), overlay("sub/link", "raw")).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(at("fifo")).status().unwrap().success());
+        fs::write(at("secret"), overlay("base", "raw")).unwrap();
+        fs::set_permissions(at("secret"), fs::Permissions::from_mode(0o000)).unwrap();
+        let target = [OsHost.stat(&at("base")).unwrap().id];
+        let chain = [target[0], OsHost.stat(&at("top")).unwrap().id];
+        let found = find_users(&OsHost, &[dir.path().to_owned()], &target, &chain).unwrap();
+        let mut names: Vec<_> = found.users.iter().map(|s| s.path.clone()).collect();
+        // Root may read what nobody may read; everybody else must be told that it was not looked at.
+        names.extend(found.unreadable.into_iter().map(|(path, _)| path));
+        names.sort();
+        assert_eq!(names, [at("secret"), at("sibling1"), at("sibling2")]);
+        assert!(find_users(&OsHost, &[at("gone")], &target, &chain).is_err());
+    }
+
+    #[test]
+    fn thousands_of_files_are_looked_through_quickly() {
+        let host = MemHost::new();
+        host.add("/base", b"x").unwrap();
+        let other = overlay("other", "raw");
+        for n in 0..5000 {
+            host.add(format!("/f{n}"), &other[..0x1000]).unwrap();
+        }
+        host.add("/user", &overlay("base", "raw")).unwrap();
+        let start = std::time::Instant::now();
+        assert_eq!(users(&host, &["/"], &["/base"], &["/base"]), ["/user backing file"]);
+        assert!(start.elapsed().as_secs() < 10);
+    }
+}
