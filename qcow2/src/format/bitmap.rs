@@ -167,10 +167,15 @@ impl Bitmap {
         u64::from(self.table_entries) * 8
     }
 
-    /// The guest bytes for which one entry of the table (one cluster of bits) stands. Granularities
-    /// above 31 bits are taken as 31; [`validate`](Self::validate) refuses them.
+    /// The guest bytes for which one bit stands. Granularities above 31 bits are taken as 31;
+    /// [`validate`](Self::validate) refuses them.
+    pub fn granularity(&self) -> u64 {
+        1 << self.granularity_bits.min(31)
+    }
+
+    /// The guest bytes for which one entry of the table (one cluster of bits) stands.
     pub fn table_entry_coverage(&self, geometry: &Geometry) -> u64 {
-        (geometry.cluster_size() * 8) << self.granularity_bits.min(31)
+        geometry.cluster_size() * 8 * self.granularity()
     }
 
     /// The entries that the table needs for a disk of `disk_size` bytes.

@@ -5,6 +5,7 @@
 //! with the image.
 
 pub(crate) mod alloc;
+mod directory;
 pub(crate) mod edits;
 mod extent;
 pub(crate) mod grow;
@@ -24,6 +25,7 @@ use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange};
 
 pub(crate) use self::extent::push;
+pub use self::directory::{read_bitmaps, read_snapshots};
 pub use self::extent::{CompressedPart, Extent, Mapping};
 pub use self::inflate::Inflater;
 pub use self::qcow2::Qcow2;
