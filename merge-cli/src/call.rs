@@ -1,0 +1,102 @@
+//! The command as the user typed it: errors answer in its words.
+
+use std::path::PathBuf;
+
+use crate::exit::Exit;
+use crate::output::human::shell_word;
+
+/// Which verb runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum VerbName {
+    /// `qmerge info`
+    Info,
+    /// `qmerge map`
+    Map,
+    /// `qmerge check`
+    Check,
+    /// `qmerge compare`
+    Compare,
+    /// `qmerge commit`
+    Commit,
+    /// `qmerge flatten`
+    Flatten,
+    /// `qmerge demo`
+    Demo,
+}
+
+impl VerbName {
+    /// The verb with the given name.
+    pub(crate) fn parse(word: &str) -> Option<Self> {
+        Some(match word {
+            "info" => Self::Info,
+            "map" => Self::Map,
+            "check" => Self::Check,
+            "compare" => Self::Compare,
+            "commit" => Self::Commit,
+            "flatten" => Self::Flatten,
+            "demo" => Self::Demo,
+            _ => return None,
+        })
+    }
+
+    /// The word on the command line.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Info => "info",
+            Self::Map => "map",
+            Self::Check => "check",
+            Self::Compare => "compare",
+            Self::Commit => "commit",
+            Self::Flatten => "flatten",
+            Self::Demo => "demo",
+        }
+    }
+
+    /// The code of every failure, for verbs whose other codes are answers.
+    pub(crate) fn failure_exit(self) -> Option<Exit> {
+        match self {
+            Self::Check => Some(Exit::CHECK_FAILED),
+            Self::Compare => Some(Exit::COMPARE_FAILED),
+            _ => None,
+        }
+    }
+
+    /// The code of bad arguments. `check` answers 2 for corruption, so a typing error must not.
+    pub(crate) fn usage_exit(self) -> Exit {
+        self.failure_exit().unwrap_or(Exit::USAGE)
+    }
+}
+
+/// One call of the command.
+#[derive(Clone, Debug)]
+pub(crate) struct Call {
+    /// The verb.
+    pub(crate) verb: VerbName,
+    /// The (first) image that the user named.
+    pub(crate) image: PathBuf,
+    /// All words after `qmerge`.
+    pub(crate) words: Vec<String>,
+}
+
+impl Call {
+    /// The same command, to be typed again.
+    pub(crate) fn again(&self) -> String {
+        self.again_with(&[])
+    }
+
+    /// The same command with more words at its end.
+    pub(crate) fn again_with(&self, more: &[&str]) -> String {
+        let words = self.words.iter().map(String::as_str).chain(more.iter().copied());
+        words.fold("qmerge".to_owned(), |line, word| line + " " + &shell_word(word))
+    }
+
+    /// The command that prints the verb's help.
+    pub(crate) fn help(&self) -> String {
+        format!("qmerge {} --help", self.verb.as_str())
+    }
+
+    /// Whether the user typed the option.
+    pub(crate) fn has(&self, option: &str) -> bool {
+        self.words.iter().any(|word| word == option)
+    }
+}

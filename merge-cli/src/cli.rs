@@ -1,0 +1,165 @@
+//! The command line.
+
+mod look;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub(crate) use self::look::{InfoArgs, MapArgs};
+use crate::exit;
+
+/// Merges QEMU disk image chains: safely, fast, and without QEMU.
+///
+/// A chain is one disk in several files: `base.raw <- a.qcow2 <- b.qcow2 (active)`. The guest writes to the
+/// active image; what that does not hold is read from its backing file, and so on down. `qmerge commit` moves
+/// the data of overlays down into a base, so that fewer files are left, and the guest sees the same bytes.
+#[derive(Debug, Parser)]
+#[command(
+    name = "qmerge",
+    version,
+    max_term_width = 100,
+    help_expected = true,
+    infer_long_args = false,
+    disable_help_subcommand = true,
+    subcommand_value_name = "VERB",
+    subcommand_help_heading = "Verbs",
+    after_help = "qmerge VERB -h lists a verb's options, qmerge VERB --help explains them.",
+    after_long_help = long_help()
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+/// How to answer.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Output")]
+pub(crate) struct OutputArgs {
+    /// Print JSON on standard output
+    ///
+    /// info, map, check and compare print one document; commit, flatten and demo print lines of
+    /// events: plan, progress, result or error. Keys are kebab-case.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    /// Print nothing but errors, and the JSON that --json asks for
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Show what an image, or each layer of its chain, is
+    #[command(
+        after_long_help = "Examples:\n  qmerge info vm.qcow2\n  qmerge info vm.qcow2 --chain\n  qmerge info vm.qcow2 --chain --json"
+    )]
+    Info(InfoArgs),
+
+    /// Show which layer supplies each range of the disk
+    #[command(after_long_help = "Examples:\n  qmerge map vm.qcow2\n  qmerge map vm.qcow2 --json")]
+    Map(MapArgs),
+}
+
+/// The image and how its chain is opened.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ChainArgs {
+    /// Format of the named image; without it, its first bytes tell
+    #[arg(short, long, value_name = "FMT", help_heading = "Opening")]
+    pub(crate) format: Option<ImageFormat>,
+
+    /// Format of a backing file whose overlay does not state it; LAYER is its name
+    ///
+    /// Formats of backing files are never guessed: a guest that writes to a raw disk could make it look
+    /// like anything. Repeatable.
+    #[arg(long, value_name = "LAYER=FMT", help_heading = "Opening", value_parser = parse_layer_format)]
+    pub(crate) backing_format: Vec<LayerFormat>,
+
+    /// Only follow names inside images to files in DIR (repeatable)
+    ///
+    /// Without it, backing and data files may be regular files or block devices anywhere.
+    #[arg(long, value_name = "DIR", help_heading = "Opening")]
+    pub(crate) allow_dir: Vec<PathBuf>,
+}
+
+/// The format of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ImageFormat {
+    /// Plain bytes, as the guest sees them
+    Raw,
+    /// QEMU's copy-on-write format
+    Qcow2,
+}
+
+impl From<ImageFormat> for qcow2::image::ImageFormat {
+    fn from(format: ImageFormat) -> Self {
+        match format {
+            ImageFormat::Raw => Self::Raw,
+            ImageFormat::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+/// `LAYER=FMT` of `--backing-format`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LayerFormat {
+    /// The layer, as the user names it.
+    pub(crate) layer: String,
+    /// Its format.
+    pub(crate) format: ImageFormat,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  qmerge info vm.qcow2               what an image is
+  qmerge info --chain vm.qcow2       its chain
+  qmerge map vm.qcow2                which layer holds what";
+
+fn long_help() -> String {
+    format!("{EXAMPLES}\n\n{}", exit::TABLE)
+}
+
+fn parse_layer_format(text: &str) -> Result<LayerFormat, String> {
+    let (layer, format) = text.rsplit_once('=').ok_or("write LAYER=FMT, as in base.img=raw")?;
+    if layer.is_empty() {
+        return Err("the layer is missing: write LAYER=FMT, as in base.img=raw".to_owned());
+    }
+    let format =
+        ImageFormat::from_str(format, false).map_err(|_| format!("'{format}' is no format: raw or qcow2"))?;
+    Ok(LayerFormat { layer: layer.to_owned(), format })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_tree_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn short_help_fits_one_screen() {
+        let mut cli = Cli::command();
+        cli.build();
+        for verb in cli.get_subcommands_mut() {
+            let lines = verb.render_help().to_string().lines().count();
+            assert!(lines <= 40, "{}: {lines} lines", verb.get_name());
+        }
+        assert!(cli.render_help().to_string().lines().count() <= 24);
+    }
+
+    #[test]
+    fn layer_formats_split_at_the_last_sign() {
+        let expected = LayerFormat { layer: "a=b.img".into(), format: ImageFormat::Raw };
+        assert_eq!(parse_layer_format("a=b.img=raw"), Ok(expected));
+        for bad in ["base.raw", "=raw", "base.raw=vmdk"] {
+            assert!(parse_layer_format(bad).is_err(), "{bad}");
+        }
+    }
+}

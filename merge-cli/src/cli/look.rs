@@ -1,0 +1,31 @@
+//! Arguments of the verbs that only look.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::ChainArgs;
+
+/// `qmerge info`
+#[derive(Debug, Args)]
+pub(crate) struct InfoArgs {
+    /// The image
+    pub(crate) image: PathBuf,
+
+    /// Show every layer of the chain, and how much the guest sees through each
+    #[arg(long)]
+    pub(crate) chain: bool,
+
+    #[command(flatten)]
+    pub(crate) open: ChainArgs,
+}
+
+/// `qmerge map`
+#[derive(Debug, Args)]
+pub(crate) struct MapArgs {
+    /// The image, the top of the chain to map
+    pub(crate) image: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) open: ChainArgs,
+}

@@ -1,0 +1,89 @@
+//! What one image is, read from its own file alone.
+
+use std::path::{Path, PathBuf};
+
+use qcow2::chain::BackingName;
+use qcow2::error::Holder;
+use qcow2::format::{Bitmap, Cluster0, Snapshot};
+use qcow2::image::{ImageFormat, Qcow2, read_bitmaps, read_snapshots};
+use qcow2::storage::{Access, FileStat, Host, LockMode};
+use qcow2::{Error, Result};
+
+/// What one image is.
+#[derive(Debug)]
+pub(super) struct Facts {
+    /// The image, as the user or the overlay names it.
+    pub(super) path: PathBuf,
+    /// Raw or qcow2.
+    pub(super) format: ImageFormat,
+    /// The file.
+    pub(super) stat: FileStat,
+    /// What cluster 0 says, if the image is qcow2.
+    pub(super) cluster0: Option<Cluster0>,
+    /// The internal snapshots.
+    pub(super) snapshots: Vec<Snapshot>,
+    /// The persistent bitmaps.
+    pub(super) bitmaps: Vec<Bitmap>,
+    /// How others use the file, as their locks tell.
+    pub(super) used: Option<LockMode>,
+    /// The processes that have it open, as far as they are visible.
+    pub(super) holders: Vec<Holder>,
+    /// What makes the image unusable, if anything does.
+    pub(super) problem: Option<Error>,
+}
+
+impl Facts {
+    /// Reads what `path` is. Takes no lock and opens no other file.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or whose header cannot be decoded.
+    pub(super) fn read(host: &dyn Host, path: &Path, format: Option<ImageFormat>) -> Result<Self> {
+        let file = host.open(path, Access::Read).map_err(|e| Error::io(path, "open", None, e))?;
+        let stat = file.stat().map_err(|e| Error::io(path, "read the state of", None, e))?;
+        let format = match format {
+            Some(format) => format,
+            None => ImageFormat::detect(path, &*file)?,
+        };
+        let used = file.used_by_others().map_err(|e| Error::io(path, "read the locks of", None, e))?;
+        // A process that has the file open without a lock (a copy, a checksum) does not count as a user.
+        let holders = if used.is_some() { host.holders(stat.id) } else { Vec::new() };
+        let mut facts = Self {
+            path: path.to_owned(),
+            format,
+            stat,
+            cluster0: None,
+            snapshots: Vec::new(),
+            bitmaps: Vec::new(),
+            used,
+            holders,
+            problem: None,
+        };
+        if format == ImageFormat::Qcow2 {
+            let cluster0 = Qcow2::read_cluster0(path, &*file)?;
+            let problem = cluster0.validate().map_err(|e| Error::format(path, e)).and_then(|()| {
+                facts.snapshots = read_snapshots(path, &*file, &cluster0.header)?;
+                facts.bitmaps = read_bitmaps(path, &*file, &cluster0)?;
+                Ok(())
+            });
+            facts.problem = problem.err();
+            facts.cluster0 = Some(cluster0);
+        }
+        Ok(facts)
+    }
+
+    /// The size of the disk that the guest sees, in bytes.
+    pub(super) fn virtual_size(&self) -> u64 {
+        match &self.cluster0 {
+            Some(cluster0) => cluster0.header.size,
+            // QEMU rounds a raw file up to whole sectors.
+            None => self.stat.len.next_multiple_of(512),
+        }
+    }
+
+    /// The backing file: its name as written, and the path that the name leads to, where it leads to one.
+    pub(super) fn backing(&self) -> Option<(String, std::result::Result<PathBuf, String>)> {
+        let raw = self.cluster0.as_ref()?.backing_name.as_deref()?;
+        let resolved = BackingName::parse(raw).map(|name| name.resolve(&self.path));
+        Some((String::from_utf8_lossy(raw).into_owned(), resolved))
+    }
+}

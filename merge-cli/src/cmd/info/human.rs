@@ -1,0 +1,194 @@
+//! Images as text.
+
+use qcow2::format::{Bitmap, Cluster0, FeatureKind, Snapshot, features};
+use qcow2::storage::LockMode;
+
+use super::Layer;
+use super::facts::Facts;
+use crate::output::human::{Fields, Table, plural};
+use crate::output::size;
+
+/// A table of the layers, the active image first, and what is remarkable about single layers.
+pub(super) fn chain(layers: &[Layer]) -> String {
+    let mut table = Table::new(&["LAYER", "FORMAT", ">VIRTUAL SIZE", ">ON DISK", ">VISIBLE", "FILE"]);
+    let mut notes = Vec::new();
+    for layer in layers {
+        let facts = &layer.facts;
+        table.row(vec![
+            format!("[{}]", layer.index),
+            facts.format.name().to_owned(),
+            size::short(facts.virtual_size()),
+            size::short(facts.stat.allocated),
+            size::short(layer.visible_data),
+            facts.path.display().to_string(),
+        ]);
+        notes.extend(remarks(facts).map(|remark| format!("[{}] {remark}", layer.index)));
+    }
+    let mut text = table.render();
+    text += "\n\nVISIBLE is the data that the guest still sees through a layer; [1] is the bottom.";
+    if !notes.is_empty() {
+        text += "\n\n";
+        text += &notes.join("\n");
+    }
+    text
+}
+
+/// What somebody who wants to merge must know about a layer.
+fn remarks(facts: &Facts) -> impl Iterator<Item = String> {
+    let header = facts.cluster0.as_ref().map(|c| &c.header);
+    let all = [
+        facts.used.map(|_| format!("in use {}", in_use(facts))),
+        header.filter(|h| h.is_dirty()).map(|_| "marked dirty: not closed cleanly".to_owned()),
+        header.filter(|h| h.is_corrupt()).map(|_| "marked corrupt".to_owned()),
+        facts.cluster0.as_ref().and_then(merged),
+        (!facts.snapshots.is_empty())
+            .then(|| plural(facts.snapshots.len(), "internal snapshot", "internal snapshots")),
+        (!facts.bitmaps.is_empty())
+            .then(|| plural(facts.bitmaps.len(), "persistent bitmap", "persistent bitmaps")),
+    ];
+    all.into_iter().flatten()
+}
+
+fn merged(cluster0: &Cluster0) -> Option<String> {
+    let into = cluster0.merged_into()?;
+    let into = if into.is_empty() { "its base".to_owned() } else { into };
+    Some(format!("merged into {into}; no longer needed"))
+}
+
+/// Lines for one image.
+pub(super) fn image(facts: &Facts) -> String {
+    let mut fields = Fields::default();
+    fields.add("image", facts.path.display().to_string());
+    let version = facts.cluster0.as_ref().map(|c| format!(", version {}", c.header.version));
+    fields.add("format", format!("{}{}", facts.format.name(), version.unwrap_or_default()));
+    fields.add("virtual size", size::exact(facts.virtual_size()));
+    fields.add("on disk", size::exact(facts.stat.allocated));
+    if let Some(cluster0) = &facts.cluster0 {
+        fields.add("cluster size", size::short(cluster0.header.geometry().cluster_size()));
+        fields.add("backing file", backing(facts, cluster0));
+        if cluster0.header.has_data_file() {
+            fields.add("data file", data_file(cluster0));
+        }
+        fields.add("features", features_of(cluster0));
+        fields.add("snapshots", list(facts.snapshots.iter().map(snapshot)));
+        fields.add("bitmaps", list(facts.bitmaps.iter().map(bitmap)));
+        fields.add("state", state(facts, cluster0));
+    }
+    fields.add("in use", in_use(facts));
+    fields.render()
+}
+
+/// `a.qcow2 (qcow2)`, and the path that the name leads to where that is another.
+fn backing(facts: &Facts, cluster0: &Cluster0) -> String {
+    let Some((name, resolved)) = facts.backing() else { return "none".to_owned() };
+    let format = cluster0.backing_format().map_or("no format stated".to_owned(), |f| format!("format {f}"));
+    match resolved {
+        Ok(path) if path.as_os_str() == name.as_str() => format!("{name} ({format})"),
+        Ok(path) => format!("{name} ({format})\nthat is {}", path.display()),
+        Err(why) => format!("{name} ({format})\nnot a local file: {why}"),
+    }
+}
+
+fn data_file(cluster0: &Cluster0) -> String {
+    let name = cluster0.data_file_name().map_or("not named".into(), String::from_utf8_lossy);
+    let raw = if cluster0.header.data_file_raw() { " (a raw image by itself)" } else { "" };
+    format!("{name}{raw}")
+}
+
+fn features_of(cluster0: &Cluster0) -> String {
+    let header = &cluster0.header;
+    let names = cluster0.feature_names();
+    // Dirty and corrupt are states, told elsewhere.
+    let incompatible = header.incompatible & !(features::DIRTY | features::CORRUPT);
+    let mut all = features::describe(FeatureKind::Incompatible, incompatible, &names);
+    all.extend(features::describe(FeatureKind::Compatible, header.compatible, &names));
+    all.extend(features::describe(FeatureKind::Autoclear, header.autoclear, &names));
+    all.push(format!("{} compression", header.compression.name()));
+    all.push(format!("{} refcount bits", header.geometry().refcount_bits()));
+    all.join(", ")
+}
+
+fn list(items: impl Iterator<Item = String>) -> String {
+    let items: Vec<_> = items.collect();
+    if items.is_empty() { "none".to_owned() } else { items.join("\n") }
+}
+
+fn snapshot(snapshot: &Snapshot) -> String {
+    let name = String::from_utf8_lossy(&snapshot.name);
+    let id = String::from_utf8_lossy(&snapshot.id);
+    let state = match snapshot.vm_state_size {
+        0 => String::new(),
+        bytes => format!(", with {} of machine state", size::short(bytes)),
+    };
+    format!("{name} (id {id}), taken {}{state}", utc(u64::from(snapshot.date_sec)))
+}
+
+fn bitmap(bitmap: &Bitmap) -> String {
+    let state = if bitmap.is_in_use() {
+        "not saved when the image was last closed"
+    } else if bitmap.is_auto() {
+        "recording"
+    } else {
+        "disabled"
+    };
+    format!("{}, one bit for {}, {state}", bitmap.display_name(), size::short(bitmap.granularity()))
+}
+
+fn state(facts: &Facts, cluster0: &Cluster0) -> String {
+    let header = &cluster0.header;
+    let mut words = Vec::new();
+    if header.is_corrupt() {
+        words.push("marked corrupt: must not be written".to_owned());
+    }
+    if header.is_dirty() {
+        words.push("marked dirty: not closed cleanly, its refcounts cannot be trusted".to_owned());
+    }
+    if let Some(problem) = &facts.problem {
+        words.push(format!("cannot be used: {problem}"));
+    }
+    words.extend(merged(cluster0));
+    if words.is_empty() { "no mark of damage".to_owned() } else { words.join("\n") }
+}
+
+fn in_use(facts: &Facts) -> String {
+    let how = match facts.used {
+        None => return "no".to_owned(),
+        Some(LockMode::Write) => "for writing",
+        Some(LockMode::Read) => "for reading",
+    };
+    if facts.holders.is_empty() {
+        return format!("{how}, by a process that is not visible here (those of other users: to root only)");
+    }
+    let holders: Vec<_> = facts.holders.iter().map(|h| format!("{} (process {})", h.name, h.pid)).collect();
+    format!("{how}, by {}", holders.join(", "))
+}
+
+/// Seconds since 1970 as a date and time, `2026-11-23 00:16:19 UTC` (proleptic Gregorian calendar).
+fn utc(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Years counted from 1 March 0000, so that the leap day comes last.
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_dates() {
+        assert_eq!(utc(0), "1970-01-01 00:00:00 UTC");
+        assert_eq!(utc(951_782_399), "2000-02-28 23:59:59 UTC");
+        assert_eq!(utc(951_782_400), "2000-02-29 00:00:00 UTC");
+        assert_eq!(utc(1_795_392_979), "2026-11-23 00:16:19 UTC");
+        assert_eq!(utc(u64::from(u32::MAX)), "2106-02-07 06:28:15 UTC");
+    }
+}

@@ -1,0 +1,23 @@
+//! One module for each verb.
+
+mod info;
+mod map;
+mod open;
+mod walk;
+
+use std::path::Path;
+
+use crate::call::{Call, VerbName};
+use crate::cli::Verb;
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::output::Console;
+
+/// Runs the verb; `words` is the command line after `qmerge`.
+pub(crate) fn run(verb: &Verb, words: Vec<String>, console: &Console) -> Result<Exit, Failure> {
+    let call = |verb, image: &Path| Call { verb, image: image.to_owned(), words };
+    match verb {
+        Verb::Info(args) => info::run(args, &call(VerbName::Info, &args.image), console),
+        Verb::Map(args) => map::run(args, &call(VerbName::Map, &args.image), console),
+    }
+}

@@ -1,0 +1,32 @@
+//! Opening what the user names, as the options say.
+
+use std::path::{Path, PathBuf};
+
+use qcow2::chain::{Chain, OpenOptions, Policy};
+use qcow2::image::ImageFormat;
+use qcow2::storage::OsHost;
+
+use crate::call::Call;
+use crate::cli::ChainArgs;
+use crate::failure::Failure;
+
+/// How a chain is opened for `args`: names inside images lead to local files anywhere, or only to the
+/// folders that the user allows.
+pub(super) fn options(args: &ChainArgs) -> OpenOptions {
+    let policy = match args.allow_dir.as_slice() {
+        [] => Policy::local_files(),
+        dirs => dirs.iter().fold(Policy::deny(), |policy, dir| policy.allow_dir(dir)),
+    };
+    let formats = args.backing_format.iter().map(|given| (PathBuf::from(&given.layer), given.format.into()));
+    OpenOptions {
+        policy,
+        active_format: args.format.map(ImageFormat::from),
+        backing_formats: formats.collect(),
+        ..OpenOptions::default()
+    }
+}
+
+/// Opens a chain for reading, without locks: what only looks works beside a running QEMU.
+pub(super) fn chain(active: &Path, options: &OpenOptions, call: &Call) -> Result<Chain, Failure> {
+    Chain::open(&OsHost, active, options).map_err(|e| Failure::engine(&e, call))
+}

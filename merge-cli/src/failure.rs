@@ -1,0 +1,177 @@
+//! A failed command: what the user reads, and what the caller's script gets.
+
+use std::fmt;
+use std::io;
+
+use qcow2::{Error, ErrorKind, Refusal};
+
+use crate::call::Call;
+use crate::exit::Exit;
+use crate::hints;
+
+/// Why a command ends early.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// Something failed, and the user is told.
+    Reported(Report),
+    /// The reader of standard output went away (`qmerge map x | head`): nothing to tell, nobody to tell it.
+    PipeClosed,
+}
+
+/// What is told about a failure.
+#[derive(Debug)]
+pub(crate) struct Report {
+    /// A stable word for programs, such as `shared-base`.
+    pub(crate) kind: &'static str,
+    /// What failed, and where.
+    pub(crate) message: String,
+    /// The next thing to type.
+    pub(crate) hint: String,
+    /// What the process answers.
+    pub(crate) exit: Exit,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "qmerge: {}", self.message)?;
+        write!(f, "hint: {}", self.hint)
+    }
+}
+
+impl From<Report> for Failure {
+    fn from(report: Report) -> Self {
+        Self::Reported(report)
+    }
+}
+
+impl Failure {
+    /// An error of the engine, met by `call`.
+    pub(crate) fn engine(error: &Error, call: &Call) -> Self {
+        Report {
+            kind: kind(error),
+            message: error.to_string(),
+            hint: hints::hint(error, call),
+            exit: exit(error.kind(), call),
+        }
+        .into()
+    }
+
+    /// Bad arguments that the parser could not see.
+    pub(crate) fn usage(message: impl Into<String>, call: &Call) -> Self {
+        Report { kind: "usage", message: message.into(), hint: call.help(), exit: call.verb.usage_exit() }
+            .into()
+    }
+
+    /// Standard output could not be written.
+    pub(crate) fn stdout(error: io::Error) -> Self {
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            return Self::PipeClosed;
+        }
+        Report {
+            kind: "io",
+            message: format!("cannot write to standard output: {error}"),
+            hint: "make room where the output goes (df -h), or send it elsewhere: qmerge ... > FILE"
+                .to_owned(),
+            exit: Exit::FAILED,
+        }
+        .into()
+    }
+}
+
+/// The exit code of an error of the given class, where the verb has none of its own.
+fn exit(kind: ErrorKind, call: &Call) -> Exit {
+    if let Some(exit) = call.verb.failure_exit() {
+        return exit;
+    }
+    match kind {
+        ErrorKind::Usage => Exit::USAGE,
+        ErrorKind::InUse => Exit::IN_USE,
+        ErrorKind::Refused => Exit::REFUSED,
+        ErrorKind::Unsupported => Exit::UNSUPPORTED,
+        ErrorKind::NoSpace => Exit::NO_SPACE,
+        ErrorKind::Damaged => Exit::DAMAGED,
+        ErrorKind::Cancelled => Exit::HALFWAY,
+        _ => Exit::FAILED,
+    }
+}
+
+/// The stable word for an error.
+fn kind(error: &Error) -> &'static str {
+    match error {
+        Error::Refused { reason, .. } => refusal_kind(reason),
+        Error::MissingLayer { .. } => "missing-layer",
+        Error::Verify { .. } => "verify-failed",
+        _ => match error.kind() {
+            ErrorKind::Damaged => "malformed",
+            ErrorKind::Unsupported => "unsupported",
+            ErrorKind::Refused => "refused",
+            ErrorKind::InUse => "in-use",
+            ErrorKind::NoSpace => "no-space",
+            ErrorKind::Cancelled => "interrupted",
+            ErrorKind::Usage => "usage",
+            _ => "io",
+        },
+    }
+}
+
+fn refusal_kind(reason: &Refusal) -> &'static str {
+    match reason {
+        Refusal::SharedBase { .. } => "shared-base",
+        Refusal::MissingFormat { .. } => "missing-format",
+        Refusal::FormatMismatch { .. } => "format-mismatch",
+        Refusal::NotLocal { .. } => "not-local",
+        Refusal::NotAFile { .. } => "not-a-file",
+        Refusal::OutsideAllowed { .. } => "outside-allowed",
+        Refusal::Loop { .. } => "loop",
+        Refusal::TooDeep { .. } => "too-deep",
+        Refusal::Snapshots { .. } => "snapshots",
+        Refusal::Bitmaps { .. } => "bitmaps",
+        Refusal::Dirty => "dirty",
+        Refusal::CorruptBit => "corrupt",
+        Refusal::Inconsistent { .. } => "inconsistent",
+        Refusal::HeaderRoom { .. } => "header-room",
+        Refusal::NotWritable { .. } => "not-writable",
+        _ => "refused",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::call::VerbName;
+    use std::path::{Path, PathBuf};
+
+    fn report(error: &Error, verb: VerbName) -> Report {
+        let words = ["commit", "c.qcow2"].map(str::to_owned).to_vec();
+        match Failure::engine(error, &Call { verb, image: PathBuf::from("c.qcow2"), words }) {
+            Failure::Reported(report) => report,
+            Failure::PipeClosed => panic!("not an engine error"),
+        }
+    }
+
+    #[test]
+    fn each_class_has_its_exit_code() {
+        let path = Path::new("b.qcow2");
+        let dirty = Error::refused(path, Refusal::Dirty);
+        assert_eq!(report(&dirty, VerbName::Commit).exit, Exit::DAMAGED);
+        assert_eq!(report(&dirty, VerbName::Check).exit, Exit::CHECK_FAILED);
+        assert_eq!(report(&dirty, VerbName::Compare).exit, Exit::COMPARE_FAILED);
+        let shared = Error::refused(path, Refusal::SharedBase { users: vec!["d.qcow2".into()] });
+        assert_eq!(report(&shared, VerbName::Commit).exit, Exit::REFUSED);
+        assert_eq!(report(&shared, VerbName::Commit).kind, "shared-base");
+        let used = Error::InUse { path: path.into(), holders: Vec::new() };
+        assert_eq!(report(&used, VerbName::Commit).exit, Exit::IN_USE);
+        let full = Error::io(path, "write", Some(0), io::ErrorKind::StorageFull.into());
+        assert_eq!(report(&full, VerbName::Commit).exit, Exit::NO_SPACE);
+        assert_eq!(report(&full, VerbName::Commit).kind, "no-space");
+        assert_eq!(report(&Error::Usage("no".into()), VerbName::Commit).exit, Exit::USAGE);
+    }
+
+    #[test]
+    fn a_report_ends_with_its_hint() {
+        let text =
+            report(&Error::refused(Path::new("b.qcow2"), Refusal::Dirty), VerbName::Commit).to_string();
+        assert!(text.starts_with("qmerge: b.qcow2: "), "{text}");
+        assert!(text.lines().last().is_some_and(|l| l.starts_with("hint: ")), "{text}");
+    }
+}

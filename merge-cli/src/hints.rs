@@ -1,0 +1,197 @@
+//! What to type next, for everything that can go wrong.
+
+use std::io;
+use std::path::Path;
+
+use qcow2::error::Holder;
+use qcow2::{Error, Refusal};
+
+use crate::call::{Call, VerbName};
+use crate::output::human::shell_word;
+
+/// The hint for an error met by `call`.
+pub(crate) fn hint(error: &Error, call: &Call) -> String {
+    match error {
+        Error::Io { path, op, source, .. } => io_hint(path, op, source, call),
+        Error::Format { path, source } | Error::Mapping { path, source, .. } => {
+            let file = word(path);
+            if source.is_unsupported() {
+                format!("qemu-img info {file} names the feature; QEMU itself may still read the image")
+            } else if call.verb == VerbName::Check {
+                format!(
+                    "restore {file} from a backup, or see whether QEMU can mend it: qemu-img check -r all {file}"
+                )
+            } else {
+                format!("qmerge check {file} shows the extent of the damage; restore the image from a backup")
+            }
+        }
+        Error::MissingLayer { image, resolved, .. } => format!(
+            "put {resolved} back, or if it has moved, name its new place: qemu-img rebase -u -F FMT -b NEWNAME {image}",
+            resolved = word(resolved),
+            image = word(image)
+        ),
+        Error::Refused { path, reason } => refusal_hint(path, reason, call),
+        Error::InUse { path, holders } => in_use_hint(path, holders, call),
+        Error::NoSpace { path, .. } => no_space_hint(path, call),
+        Error::Cancelled => format!("nothing is lost; to go on: {}", call.again()),
+        Error::Usage(_) if call.verb == VerbName::Demo => call.help(),
+        Error::Usage(_) => format!("qmerge info --chain {} lists the layers", word(&call.image)),
+        Error::Verify { path, .. } => format!(
+            "nothing was switched or deleted, the overlays still hold everything; look for disk errors (dmesg), then: qmerge check {}",
+            word(path)
+        ),
+        _ => call.help(),
+    }
+}
+
+fn io_hint(path: &Path, op: &str, source: &io::Error, call: &Call) -> String {
+    let file = word(path);
+    match source.kind() {
+        io::ErrorKind::NotFound => format!("see which files there are: ls -l {}", word(&folder(path))),
+        io::ErrorKind::PermissionDenied => format!("as root: sudo {}", call.again()),
+        io::ErrorKind::ReadOnlyFilesystem => {
+            format!("make the file system writable, then again: {}", call.again())
+        }
+        io::ErrorKind::AlreadyExists => {
+            format!("choose another name, or move {file} away: mv {file} {file}.old")
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => no_space_hint(path, call),
+        io::ErrorKind::InvalidInput | io::ErrorKind::IsADirectory => {
+            format!("name a regular file or a block device: ls -ld {file}")
+        }
+        _ => format!(
+            "the system could not {op} {file}: look for its reason with dmesg, then again: {}",
+            call.again()
+        ),
+    }
+}
+
+fn refusal_hint(path: &Path, reason: &Refusal, call: &Call) -> String {
+    let file = word(path);
+    match reason {
+        Refusal::SharedBase { .. } => format!(
+            "make a file of its own: qmerge flatten {} -o NEW.qcow2; or, if nobody needs those images any more: {}",
+            word(&call.image),
+            call.again_with(&["--allow-shared-base"])
+        ),
+        Refusal::MissingFormat { name } => format!(
+            "say what it is: {}",
+            call.again_with(&["--backing-format", &format!("{name}=FMT")]) + " (FMT is raw or qcow2)"
+        ),
+        Refusal::FormatMismatch { name, found, .. } => format!(
+            "find out who wrote those bytes (a guest can); only if {name} really is {found}: qemu-img rebase -u -F {found} -b {} {file}",
+            shell_word(name)
+        ),
+        Refusal::NotLocal { role, .. } => format!(
+            "copy what it names to a local file, and name that as the {role}: qemu-img {} {file}",
+            if *role == "data file" { "amend -o data_file=FILE" } else { "rebase -u -F FMT -b FILE" }
+        ),
+        Refusal::NotAFile { .. } => format!("name a regular file or a block device: ls -ld {file}"),
+        Refusal::OutsideAllowed { file } => {
+            format!("if you trust it: {}", call.again_with(&["--allow-dir", &folder(file).to_string_lossy()]))
+        }
+        Refusal::Loop { .. } => {
+            format!(
+                "qmerge info {file} shows the name that is wrong; to correct it: qemu-img rebase -u -F FMT -b NAME {file}"
+            )
+        }
+        Refusal::TooDeep { .. } => {
+            "merge the lower part first, from a layer that lies deeper: qmerge commit LOWER_LAYER".to_owned()
+        }
+        Refusal::Snapshots { .. } => format!(
+            "delete them (qemu-img snapshot -l {file}; qemu-img snapshot -d NAME {file}), or accept it: {}",
+            call.again_with(&["--allow-snapshot-change"])
+        ),
+        Refusal::Bitmaps { .. } => {
+            format!("if no backup needs them: {}", call.again_with(&["--drop-bitmaps"]))
+        }
+        Refusal::Dirty | Refusal::CorruptBit | Refusal::Inconsistent { .. } => {
+            format!("repair it first: qemu-img check -r all {file}")
+        }
+        Refusal::HeaderRoom { .. } => format!(
+            "give base a shorter name, or make a new file: qmerge flatten {} -o NEW.qcow2",
+            word(&call.image)
+        ),
+        Refusal::NotWritable { .. } => {
+            format!("see who may write it: ls -l {file}; then again, as root: sudo {}", call.again())
+        }
+        _ => format!("qmerge info --chain {} shows the layers", word(&call.image)),
+    }
+}
+
+fn in_use_hint(path: &Path, holders: &[Holder], call: &Call) -> String {
+    let again = call.again();
+    if holders.is_empty() {
+        // Other users' processes are visible to root only.
+        return format!(
+            "see who holds it, as root: sudo lsof {}; shut that down, then again: {again}",
+            word(path)
+        );
+    }
+    if holders.iter().any(|holder| holder.name.starts_with("qemu-system") || holder.name == "kvm") {
+        return format!("shut the virtual machine down, then again: {again}");
+    }
+    let pids: Vec<_> = holders.iter().map(|holder| holder.pid.to_string()).collect();
+    format!("let it finish or end it (kill {}), then again: {again}", pids.join(" "))
+}
+
+fn no_space_hint(path: &Path, call: &Call) -> String {
+    format!("free some space (df -h {}), then again: {}", word(&folder(path)), call.again())
+}
+
+/// The folder that a file lies in, as one can type it.
+fn folder(path: &Path) -> std::path::PathBuf {
+    match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => ".".into(),
+        Some(parent) => parent.to_owned(),
+        None => path.to_owned(),
+    }
+}
+
+fn word(path: &Path) -> String {
+    shell_word(&path.to_string_lossy())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    fn commit() -> Call {
+        let words = ["commit", "my disk.qcow2", "--shallow"].map(str::to_owned).to_vec();
+        Call { verb: VerbName::Commit, image: PathBuf::from("my disk.qcow2"), words }
+    }
+
+    fn refused(reason: Refusal) -> String {
+        hint(&Error::refused(Path::new("b.qcow2"), reason), &commit())
+    }
+
+    #[test]
+    fn refusals_name_the_option_that_allows_them() {
+        for (reason, option) in [
+            (Refusal::SharedBase { users: vec!["d.qcow2".into()] }, "--allow-shared-base"),
+            (Refusal::Snapshots { count: 1 }, "--allow-snapshot-change"),
+            (Refusal::Bitmaps { names: vec!["b0".into()] }, "--drop-bitmaps"),
+            (Refusal::MissingFormat { name: "base.raw".into() }, "--backing-format base.raw=FMT"),
+            (Refusal::OutsideAllowed { file: "/srv/x.raw".into() }, "--allow-dir /srv"),
+        ] {
+            let text = refused(reason);
+            assert!(text.contains(&format!("qmerge commit 'my disk.qcow2' --shallow {option}")), "{text}");
+        }
+    }
+
+    #[test]
+    fn holders_decide_what_to_do() {
+        let holder = |name: &str| Holder { pid: 42, name: name.into(), command_line: Vec::new() };
+        let used = |holders| hint(&Error::InUse { path: "b.qcow2".into(), holders }, &commit());
+        assert!(used(vec![]).contains("as root: sudo lsof b.qcow2"));
+        assert!(used(vec![holder("qemu-system-x86")]).starts_with("shut the virtual machine down"));
+        assert!(used(vec![holder("qemu-nbd")]).contains("kill 42"));
+    }
+
+    #[test]
+    fn a_missing_file_points_at_its_folder() {
+        let error = Error::io(Path::new("x.qcow2"), "open", None, io::ErrorKind::NotFound.into());
+        assert!(hint(&error, &commit()).ends_with("ls -l ."));
+    }
+}

@@ -1,0 +1,99 @@
+//! What the user sees: results on standard output, everything else on standard error.
+
+pub(crate) mod human;
+pub(crate) mod json;
+pub(crate) mod progress;
+pub(crate) mod size;
+
+use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::Value;
+
+use crate::failure::{Failure, Report};
+
+/// Where output goes and how it looks, as the options ask.
+#[derive(Debug)]
+pub(crate) struct Console {
+    json: bool,
+    quiet: bool,
+    /// A document that is not a line of events was begun on standard output.
+    document_begun: AtomicBool,
+}
+
+impl Console {
+    /// A console for `--json` and `--quiet`.
+    pub(crate) fn new(json: bool, quiet: bool) -> Self {
+        Self { json, quiet, document_begun: AtomicBool::new(false) }
+    }
+
+    /// Whether results are JSON.
+    pub(crate) fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Whether only errors (and the JSON that was asked for) are printed.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
+    /// Whether a progress line makes sense: standard error is a terminal, and people read it.
+    pub(crate) fn shows_progress(&self) -> bool {
+        !self.json && !self.quiet && io::stderr().is_terminal()
+    }
+
+    /// Prints a result for people; nothing with `--json` or `--quiet`.
+    pub(crate) fn result(&self, text: &str) -> Result<(), Failure> {
+        if self.json || self.quiet {
+            return Ok(());
+        }
+        write_stdout(text)
+    }
+
+    /// Prints one JSON document, indented, as the whole result.
+    pub(crate) fn document(&self, value: &Value) -> Result<(), Failure> {
+        self.document_begun.store(true, Ordering::Relaxed);
+        write_stdout(&format!("{value:#}"))
+    }
+
+    /// Prints one line of a stream of events; `fields` must be an object.
+    pub(crate) fn event(&self, name: &str, fields: Value) -> Result<(), Failure> {
+        if !self.json {
+            return Ok(());
+        }
+        write_stdout(&json::event(name, fields).to_string())
+    }
+
+    /// Standard output for a document that is written piece by piece.
+    pub(crate) fn stream(&self) -> BufWriter<StdoutLock<'static>> {
+        self.document_begun.store(true, Ordering::Relaxed);
+        BufWriter::new(io::stdout().lock())
+    }
+
+    /// Tells people something on standard error that is no error.
+    pub(crate) fn note(&self, text: &str) {
+        if !self.quiet {
+            write_stderr(text);
+        }
+    }
+
+    /// Reports a failure: text on standard error, and with `--json` the error event on standard output.
+    pub(crate) fn failure(&self, report: &Report) {
+        write_stderr(&report.to_string());
+        if self.json && !self.document_begun.load(Ordering::Relaxed) {
+            // A reader that went away has its answer in the exit code.
+            let _ = self.event("error", json::error(report));
+        }
+    }
+}
+
+/// Writes a text and the end of its last line, and flushes.
+fn write_stdout(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()).map_err(Failure::stdout)
+}
+
+/// Writes to standard error; there is nobody left to tell if that fails.
+fn write_stderr(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{}", text.trim_end_matches('\n'));
+}
