@@ -5,8 +5,10 @@
 //!
 //! - [`format`]: bytes to values and back. No I/O.
 //! - [`storage`]: where bytes lie.
+//! - [`check`]: whether an image is consistent.
 
 pub mod chain;
+pub mod check;
 pub mod error;
 pub mod format;
 #[doc(hidden)]

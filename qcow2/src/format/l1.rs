@@ -58,6 +58,13 @@ impl L1Entry {
         Ok(Self::Table { host, copied: raw & COPIED != 0 })
     }
 
+    /// The table that an entry refers to even if [`decode`](Self::decode) refuses it: reserved bits are
+    /// ignored, and the offset may be unaligned. For checks.
+    pub fn salvage(raw: u64) -> Option<HostOffset> {
+        let host = raw & OFFSET_MASK;
+        (host != 0).then_some(HostOffset::new(host))
+    }
+
     /// The entry as it stands on disk.
     pub fn encode(self) -> u64 {
         match self {
@@ -85,5 +92,7 @@ mod tests {
         for raw in [1, 1 << 56, COPIED, COPIED | 0x30200] {
             assert!(L1Entry::decode(raw, &g, 0).is_err(), "{raw:#x}");
         }
+        assert_eq!(L1Entry::salvage(COPIED | 1 << 56 | 0x30200), Some(HostOffset::new(0x30200)));
+        assert_eq!(L1Entry::salvage(COPIED | 1), None);
     }
 }

@@ -157,6 +157,32 @@ impl L2Entry {
         })
     }
 
+    /// What an entry that [`decode`](Self::decode) refuses still refers to, as QEMU reads it: reserved
+    /// bits, forbidden flags and the bitmap are ignored, and the offset may be unaligned. For checks:
+    /// the clusters of a damaged entry are in use.
+    pub fn salvage(first: u64, geometry: &Geometry, data_file: bool) -> Self {
+        if first & COMPRESSED != 0 {
+            return Self::decode_compressed(first, geometry);
+        }
+        let copied = first & COPIED != 0;
+        let host = HostOffset::new(first & OFFSET_MASK);
+        if host == HostOffset::ZERO && !(data_file && copied) {
+            return Self::Unallocated;
+        }
+        Self::Standard { host, copied }
+    }
+
+    /// The host offset and the COPIED flag of an entry that holds nothing but these and an aligned
+    /// offset other than zero: a standard cluster, valid in every version. A quick test for
+    /// whoever reads many entries; those of a contiguous run differ by the cluster size.
+    #[inline]
+    pub fn plain(first: u64, geometry: &Geometry) -> Option<(HostOffset, bool)> {
+        let aligned = OFFSET_MASK & !(geometry.cluster_size() - 1);
+        let host = first & aligned;
+        (first & !(aligned | COPIED) == 0 && host != 0)
+            .then_some((HostOffset::new(host), first & COPIED != 0))
+    }
+
     fn decode_compressed(first: u64, geometry: &Geometry) -> Self {
         let offset_bits = 62 - (geometry.cluster_bits() - 8);
         // Offsets have 56 bits at most; with small clusters the field is wider, and bits above are zero.
@@ -265,6 +291,38 @@ mod tests {
             assert!(decode(raw, second, geometry).is_err(), "{raw:#x} {second:#x}");
         }
         assert!(L2Entry::decode(1, 0, &g, 2, false, 0).is_err(), "zero flag in version 2");
+    }
+
+    #[test]
+    fn refused_entries_are_salvaged() {
+        let g = Geometry::new(16, 4, false).unwrap();
+        let standard = |host, copied| L2Entry::Standard { host: HostOffset::new(host), copied };
+        for (raw, expected) in [
+            (2 | 0x50000, standard(0x50000, false)),
+            (COPIED | 1 << 61 | 0x50200, standard(0x50200, true)),
+            (COPIED, L2Entry::Unallocated),
+            (COPIED | COMPRESSED | 0x50000, L2Entry::Compressed { host: HostOffset::new(0x50000), len: 512 }),
+        ] {
+            assert!(decode(raw, 0, &g).is_err(), "{raw:#x}");
+            assert_eq!(L2Entry::salvage(raw, &g, false), expected, "{raw:#x}");
+        }
+        assert_eq!(L2Entry::salvage(COPIED | 2, &g, true), standard(0, true));
+    }
+
+    #[test]
+    fn plain_entries_are_what_decode_calls_standard() {
+        for bits in [9, 16, 21] {
+            let g = Geometry::new(bits, 4, false).unwrap();
+            for n in 0..64 {
+                for raw in [1u64 << n, COPIED | 1 << n, 3 << n, COPIED | 0x7e_0000_0000 | 1 << n] {
+                    let expected = match L2Entry::decode(raw, 0, &g, 2, false, 0) {
+                        Ok(L2Entry::Standard { host, copied }) => Some((host, copied)),
+                        _ => None,
+                    };
+                    assert_eq!(L2Entry::plain(raw, &g), expected, "{bits} {raw:#x}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,0 +1,208 @@
+//! The passes of a check: count the references of a window of host clusters, compare, move on.
+
+use std::ops::Range;
+
+use crate::error::{Error, Refusal, Result};
+use crate::format::{BitmapTableEntry, RefcountTableEntry};
+use crate::units::HostOffset;
+
+use super::compare::compare;
+use super::counts::{Counts, Kind, Reference, Width};
+use super::finding::{Finding, Findings, Structure, What};
+use super::layout::{Layout, for_each_word, lay_out};
+use super::naming::name_guests;
+use super::scan::{Scanner, Totals};
+use super::subject::Subject;
+use super::tables::{TableRef, Visitor, for_each_piece, read_piece, tables_per_piece, walk_l1};
+
+/// Words of slots in a window: 40 MiB, enough for 1 TiB of clusters of 64 KiB in one pass.
+pub(super) const WINDOW_WORDS: u64 = 5 << 20;
+/// Pieces of L2 tables of which is remembered which windows they refer to.
+const REMEMBERED: usize = 1 << 20;
+
+const METADATA: Reference = Reference { kind: Kind::Other, copied: None, times: 1 };
+
+/// What the passes found.
+#[derive(Debug)]
+pub(super) struct Census {
+    pub(super) findings: Findings,
+    pub(super) totals: Totals,
+    /// How many clusters lie before the end of the last one in use.
+    pub(super) clusters_in_use: u64,
+}
+
+/// Checks the whole image with slots of a width, `window_words` words of them at a time; `None` if they
+/// are too narrow for it. `limit` findings of each severity are kept.
+pub(super) fn take(
+    subject: &Subject<'_>,
+    width: Width,
+    window_words: u64,
+    limit: usize,
+) -> Result<Option<Census>> {
+    let findings = Findings::new(limit);
+    let totals = Totals::default();
+    let layout = lay_out(subject, &findings)?;
+    let slots = (subject.file_clusters() + 1).min(window_words.saturating_mul(width.lanes()));
+    let mut counts = Counts::new(slots, width).ok_or_else(|| {
+        let why = format!("there is no memory for {slots} refcounts");
+        Error::refused(subject.path, Refusal::Other(why))
+    })?;
+    let mut memory = Memory::default();
+    let mut clusters_in_use = 0;
+    let mut window = 0;
+    let mut first = true;
+    loop {
+        let next = {
+            let scanner = Scanner { subject, counts: &counts, first: first.then_some((&findings, &totals)) };
+            let mut pass = Pass { scanner: &scanner, memory: &mut memory, window, piece: 0, next: u64::MAX };
+            pass.run(&layout)?;
+            pass.next
+        };
+        if counts.is_saturated() {
+            return Ok(None);
+        }
+        clusters_in_use = clusters_in_use.max(compare(subject, &layout, &counts, &findings)?);
+        first = false;
+        window = next.min(next_block(subject, &layout, window, slots));
+        if window == u64::MAX {
+            break;
+        }
+        counts.restart_at(window.saturating_mul(slots));
+    }
+    drop(counts);
+    name_guests(subject, &layout, &findings)?;
+    Ok(Some(Census { findings, totals, clusters_in_use }))
+}
+
+/// The first window behind `window` for whose clusters the refcount table names a block.
+fn next_block(subject: &Subject<'_>, layout: &Layout, window: u64, slots: u64) -> u64 {
+    let per_block = subject.geometry.refcounts_per_block();
+    let start = (window + 1).saturating_mul(slots);
+    let skip = usize::try_from(start / per_block).unwrap_or(usize::MAX);
+    let block = layout.refcount_table.iter().skip(skip).position(|&raw| raw != 0);
+    let Some(block) = block else { return u64::MAX };
+    let cluster = (skip as u64 + block as u64).saturating_mul(per_block).max(start);
+    if cluster < subject.file_clusters() { cluster / slots } else { u64::MAX }
+}
+
+/// For every piece of L2 tables, the next window that it refers to: later passes read only what
+/// concerns them.
+#[derive(Debug, Default)]
+struct Memory {
+    due: Vec<u64>,
+}
+
+struct Pass<'a> {
+    scanner: &'a Scanner<'a>,
+    memory: &'a mut Memory,
+    window: u64,
+    /// The number of the next batch's first piece.
+    piece: usize,
+    /// The first later window that something refers to.
+    next: u64,
+}
+
+impl Pass<'_> {
+    fn run(&mut self, layout: &Layout) -> Result<()> {
+        let subject = self.scanner.subject;
+        for segment in &layout.metadata {
+            self.count(segment.range.clone(), Reference { times: segment.times, ..METADATA });
+        }
+        self.refcount_blocks(layout);
+        for segment in &layout.bitmap_tables {
+            self.bitmap_table(segment.range.clone(), segment.times)?;
+        }
+        let findings = self.scanner.first.map(|(findings, _)| findings);
+        walk_l1(subject, &layout.l1, findings, self)
+    }
+
+    fn count(&mut self, clusters: Range<u64>, reference: Reference) {
+        self.next = self.next.min(self.scanner.count(clusters, reference));
+    }
+
+    /// Counts a cluster of metadata that `times` entries name.
+    fn metadata_cluster(&mut self, structure: Structure, host: HostOffset, times: u64) {
+        let subject = self.scanner.subject;
+        let len = subject.geometry.cluster_size();
+        if subject.is_past_end(host.get(), len) {
+            self.report(What::PastEnd { structure, len, file_len: subject.file_len }, host.get());
+        } else {
+            self.count(subject.clusters(host.get(), len), Reference { times, ..METADATA });
+        }
+    }
+
+    fn report(&self, what: What, host: u64) {
+        if let Some((findings, _)) = self.scanner.first {
+            findings.add_blind(Finding::corruption(what, host, None));
+        }
+    }
+
+    fn refcount_blocks(&mut self, layout: &Layout) {
+        let subject = self.scanner.subject;
+        let table = subject.header.refcount_table_offset.get();
+        for (n, &raw) in layout.refcount_table.iter().enumerate() {
+            if raw == 0 {
+                continue;
+            }
+            let place = table.saturating_add(n as u64 * 8);
+            match RefcountTableEntry::decode(raw, &subject.geometry, place) {
+                Ok(entry) => {
+                    if let Some(host) = entry.block() {
+                        self.metadata_cluster(Structure::RefcountBlock, host, 1);
+                    }
+                }
+                Err(error) => self.report(What::Malformed(error), place),
+            }
+        }
+    }
+
+    fn bitmap_table(&mut self, bytes: Range<u64>, times: u64) -> Result<()> {
+        let subject = self.scanner.subject;
+        let findings = self.scanner.first.map(|(findings, _)| findings);
+        for_each_word(subject, Structure::BitmapTable, bytes, findings, |place, raw| {
+            match BitmapTableEntry::decode(raw, &subject.geometry, place) {
+                Ok(BitmapTableEntry::AllZero | BitmapTableEntry::AllOne) => {}
+                Ok(BitmapTableEntry::Data(host)) => {
+                    self.metadata_cluster(Structure::BitmapData, host, times);
+                }
+                Err(error) => self.report(What::Malformed(error), place),
+            }
+        })
+    }
+}
+
+impl Visitor for Pass<'_> {
+    fn reference(&mut self, table: Range<u64>, reference: Reference) {
+        self.count(table, reference);
+    }
+
+    fn batch(&mut self, tables: &[TableRef]) -> Result<()> {
+        let subject = self.scanner.subject;
+        let first_piece = self.piece;
+        let due = &self.memory.due;
+        let first_pass = self.scanner.first.is_some();
+        let findings = self.scanner.first.map(|(findings, _)| findings);
+        let nexts = for_each_piece(subject, tables, |n, piece, buf| {
+            let known = due.get(first_piece + n).copied();
+            if let Some(due) = known.filter(|&due| !first_pass && due > self.window) {
+                return due;
+            }
+            let mut next = u64::MAX;
+            read_piece(subject, piece, buf, findings, |table, bytes| {
+                next = next.min(self.scanner.scan(table, bytes));
+            });
+            next
+        })?;
+        self.piece += tables.len().div_ceil(tables_per_piece(subject));
+        for (n, next) in nexts.into_iter().enumerate() {
+            self.next = self.next.min(next);
+            let place = first_piece + n;
+            if let Some(due) = self.memory.due.get_mut(place) {
+                *due = next;
+            } else if first_pass && place < REMEMBERED {
+                self.memory.due.push(next);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,220 @@
+//! Where an image's metadata lies: everything but L2 tables and what is found through them.
+
+use std::ops::Range;
+
+use crate::error::Result;
+use crate::format::{Bitmap, Snapshot, decode_bitmap_directory, read_be_u64s, snapshot_table_bound};
+
+use super::finding::{Finding, Findings, Structure, What};
+use super::subject::{Subject, Unread};
+use super::sweep::{Segment, sweep};
+use super::tables::{L1Tables, report_unread};
+
+/// Bytes of a table that are read at once.
+const CHUNK: u64 = 1 << 20;
+
+/// Where the metadata lies.
+#[derive(Debug)]
+pub(super) struct Layout {
+    /// Host clusters that hold metadata which nothing else may share.
+    pub(super) metadata: Vec<Segment>,
+    pub(super) l1: L1Tables,
+    /// The bytes of all bitmap tables.
+    pub(super) bitmap_tables: Vec<Segment>,
+    /// The refcount table's entries as they stand on disk.
+    pub(super) refcount_table: Vec<u64>,
+}
+
+/// Finds the metadata of an image, and reports what of it is damaged.
+///
+/// # Errors
+/// Cancellation, and a header or memory that does not allow to go on.
+pub(super) fn lay_out(subject: &Subject<'_>, findings: &Findings) -> Result<Layout> {
+    let header = &subject.header;
+    let mut survey = Survey { subject, findings, metadata: Vec::new() };
+    survey.claim(Structure::Header, 0, subject.geometry.cluster_size());
+    let active = header.l1_offset.get()..header.l1_offset.get().saturating_add(header.l1_bytes());
+    survey.claim(Structure::ActiveL1, active.start, header.l1_bytes());
+    let table_bytes = header.refcount_table_bytes();
+    survey.claim(Structure::RefcountTable, header.refcount_table_offset.get(), table_bytes);
+    if let Some((host, len)) = subject.encryption {
+        survey.claim(Structure::EncryptionHeader, host.get(), len);
+    }
+    let snapshots = survey.snapshots()?;
+    let bitmap_tables = survey.bitmaps()?;
+    let refcount_table = survey.refcount_table()?;
+    let metadata = sweep(&survey.metadata);
+    Ok(Layout {
+        metadata,
+        l1: L1Tables { active, snapshots: sweep(&snapshots) },
+        bitmap_tables: sweep(&bitmap_tables),
+        refcount_table,
+    })
+}
+
+struct Survey<'a> {
+    subject: &'a Subject<'a>,
+    findings: &'a Findings,
+    metadata: Vec<Range<u64>>,
+}
+
+impl Survey<'_> {
+    /// Notes that a structure takes `len` bytes.
+    fn claim(&mut self, structure: Structure, host: u64, len: u64) {
+        if len == 0 {
+            return;
+        }
+        if self.subject.is_past_end(host, len) {
+            let what = What::PastEnd { structure, len, file_len: self.subject.file_len };
+            self.findings.add_blind(Finding::corruption(what, host, None));
+        } else {
+            self.metadata.push(self.subject.clusters(host, len));
+        }
+    }
+
+    /// Reads the snapshot table; gives the bytes of the snapshots' L1 tables.
+    fn snapshots(&mut self) -> Result<Vec<Range<u64>>> {
+        let (count, start) = (self.subject.header.snapshots, self.subject.header.snapshots_offset.get());
+        let mut tables = Vec::new();
+        let mut window = Window::default();
+        let mut at = start;
+        let bound = start.saturating_add(snapshot_table_bound(count));
+        for _ in 0..count {
+            self.subject.may_go_on()?;
+            let bytes = match window.from(self.subject, at, snapshot_table_bound(1)) {
+                Ok(bytes) => bytes,
+                Err(unread) => {
+                    report_unread(Some(self.findings), unread);
+                    break;
+                }
+            };
+            let (snapshot, len) = match Snapshot::decode(bytes, at) {
+                Ok(decoded) if at.saturating_add(decoded.1 as u64) <= bound => decoded,
+                Ok(_) => {
+                    let what = What::PastEnd {
+                        structure: Structure::SnapshotTable,
+                        len: at - start,
+                        file_len: self.subject.file_len,
+                    };
+                    self.findings.add_blind(Finding::corruption(what, start, None));
+                    break;
+                }
+                Err(error) => {
+                    self.findings.add_blind(Finding::corruption(What::Malformed(error), at, None));
+                    break;
+                }
+            };
+            at += len as u64;
+            if let Err(error) = snapshot.validate(&self.subject.header) {
+                self.findings.add_blind(Finding::corruption(What::Malformed(error), snapshot.offset, None));
+            }
+            let host = snapshot.l1_offset;
+            let usable = host.is_aligned(self.subject.geometry.cluster_size())
+                && snapshot.l1_bytes() <= crate::format::MAX_L1_BYTES
+                && (host.get() != 0 || snapshot.l1_entries == 0);
+            if usable {
+                self.claim(Structure::SnapshotL1, host.get(), snapshot.l1_bytes());
+                tables.push(host.get()..host.get().saturating_add(snapshot.l1_bytes()));
+            }
+        }
+        self.claim(Structure::SnapshotTable, start, at - start);
+        Ok(tables)
+    }
+
+    /// Reads the bitmap directory; gives the bytes of the bitmaps' tables.
+    fn bitmaps(&mut self) -> Result<Vec<Range<u64>>> {
+        let Some(extension) = self.subject.bitmaps else {
+            return Ok(Vec::new());
+        };
+        let (start, len) = (extension.directory_offset.get(), extension.directory_size);
+        self.claim(Structure::BitmapDirectory, start, len);
+        if start.saturating_add(len)
+            > self.subject.file_len.saturating_add(self.subject.geometry.cluster_size())
+        {
+            return Ok(Vec::new());
+        }
+        let mut bytes = vec![0; len as usize];
+        if let Err(unread) = self.subject.read(Structure::BitmapDirectory, &mut bytes, start) {
+            report_unread(Some(self.findings), unread);
+            return Ok(Vec::new());
+        }
+        let bitmaps = decode_bitmap_directory(&bytes, &extension).unwrap_or_else(|error| {
+            self.findings.add_blind(Finding::corruption(What::Malformed(error), start, None));
+            Vec::new()
+        });
+        Ok(bitmaps.iter().filter_map(|bitmap| self.bitmap_table(bitmap)).collect())
+    }
+
+    fn bitmap_table(&mut self, bitmap: &Bitmap) -> Option<Range<u64>> {
+        if let Err(error) = bitmap.validate(&self.subject.geometry, self.subject.header.size) {
+            self.findings.add_blind(Finding::corruption(What::Malformed(error), bitmap.offset, None));
+            return None;
+        }
+        let (host, len) = (bitmap.table_offset.get(), bitmap.table_bytes());
+        self.claim(Structure::BitmapTable, host, len);
+        Some(host..host.saturating_add(len))
+    }
+
+    fn refcount_table(&self) -> Result<Vec<u64>> {
+        let header = &self.subject.header;
+        let start = header.refcount_table_offset.get();
+        let end = start.saturating_add(header.refcount_table_bytes()).min(self.subject.file_len);
+        let mut words = Vec::new();
+        for_each_word(self.subject, Structure::RefcountTable, start..end, Some(self.findings), |_, raw| {
+            words.push(raw);
+        })?;
+        Ok(words)
+    }
+}
+
+/// Reads a table of 64-bit entries piece by piece; gives each entry's place and value. Entries that
+/// cannot be read are taken as zero.
+///
+/// # Errors
+/// Cancellation.
+pub(super) fn for_each_word(
+    subject: &Subject<'_>,
+    structure: Structure,
+    bytes: Range<u64>,
+    findings: Option<&Findings>,
+    mut visit: impl FnMut(u64, u64),
+) -> Result<()> {
+    let mut buf = Vec::new();
+    let mut at = bytes.start;
+    let end = bytes.end.min(subject.file_len);
+    while at < end {
+        subject.may_go_on()?;
+        let len = CHUNK.min(bytes.end - at);
+        buf.resize(len as usize, 0);
+        if let Err(unread) = subject.read(structure, &mut buf, at) {
+            report_unread(findings, unread);
+            buf.fill(0);
+        }
+        for (n, raw) in read_be_u64s(&buf).enumerate() {
+            visit(at + n as u64 * 8, raw);
+        }
+        at += len;
+    }
+    Ok(())
+}
+
+/// A piece of the file that moves on with a reader of entries of unknown length.
+#[derive(Default)]
+struct Window {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Window {
+    /// At least `least` bytes from `at`, or as many as the file has.
+    fn from(&mut self, subject: &Subject<'_>, at: u64, least: u64) -> std::result::Result<&[u8], Unread> {
+        let have = self.start.saturating_add(self.bytes.len() as u64).saturating_sub(at);
+        if at < self.start || have < least {
+            let len = CHUNK.max(least).min(subject.file_len.saturating_sub(at));
+            self.bytes.resize(len as usize, 0);
+            self.start = at;
+            subject.read(Structure::SnapshotTable, &mut self.bytes, at)?;
+        }
+        Ok(self.bytes.get((at - self.start) as usize..).unwrap_or_default())
+    }
+}

@@ -1,0 +1,166 @@
+//! Whether an image is consistent: what its tables refer to, against what its refcounts say.
+//!
+//! The check only reads. It visits every table once (however often tables are shared or overlap), counts
+//! the references of each host cluster in a window of packed counters, and compares a whole window
+//! with the stored refcounts at once; an image with more clusters than the window takes several passes.
+//! Memory does not depend on the image: about 60 MiB at most, sized by the length of the file and never by
+//! what the header claims.
+//!
+//! What is found mirrors `qemu-img check`, and a few things are added that it lets pass:
+//!
+//! - metadata that shares its cluster with something else, even if the refcount says so;
+//! - the zero flag in a version 2 image, and bit 0 of an extended L2 entry;
+//! - in an image with an external data file, data that does not lie where the guest sees it, or that lies
+//!   behind the end of the data file.
+
+mod census;
+mod compare;
+mod counts;
+mod finding;
+mod layout;
+mod naming;
+mod scan;
+mod subject;
+mod sweep;
+mod tables;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+pub use finding::{Finding, Severity, Structure, What};
+
+use crate::error::{Error, Result};
+use crate::format::FormatError;
+use crate::storage::Storage;
+
+use census::{Census, WINDOW_WORDS};
+use counts::Width;
+use subject::Subject;
+
+/// How many findings of each severity are kept; all are counted.
+const KEPT_FINDINGS: usize = 1000;
+
+/// How to check.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CheckOptions<'a> {
+    /// When this becomes true, the check ends with [`Error::Cancelled`](crate::Error::Cancelled).
+    pub cancel: Option<&'a AtomicBool>,
+}
+
+/// What a check found. The numbers are those of `qemu-img check --output=json`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CheckReport {
+    /// How much is corrupt: clusters and entries whose data is damaged, or will be when the image is
+    /// written.
+    pub corruptions: u64,
+    /// How many clusters are lost space: their refcount is higher than their references.
+    pub leaks: u64,
+    /// How many structures could not be read.
+    pub check_errors: u64,
+    /// Where the last cluster in use ends, in bytes.
+    pub image_end_offset: u64,
+    /// The clusters of the guest's disk.
+    pub total_clusters: u64,
+    /// Those that have a host cluster.
+    pub allocated_clusters: u64,
+    /// Those of them that do not follow their predecessor; compressed ones always count.
+    pub fragmented_clusters: u64,
+    /// Those that are compressed.
+    pub compressed_clusters: u64,
+    /// What is wrong, by severity and host offset: the first thousand of each severity.
+    pub findings: Vec<Finding>,
+    /// Whether every reference could be followed. If not, clusters that are reported as leaked may belong
+    /// to a structure that could not be read, and must not be given back.
+    pub references_complete: bool,
+    /// Whether the image is marked dirty: it was not closed cleanly, and wrong refcounts are no surprise.
+    pub dirty: bool,
+    /// Whether the image is marked corrupt.
+    pub marked_corrupt: bool,
+}
+
+/// The outcome of a check in one word, as the exit code of `qemu-img check` tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing is wrong: 0.
+    Clean,
+    /// Something could not be read, and nothing else is corrupt: 1.
+    Failed,
+    /// The image is corrupt: 2.
+    Corrupt,
+    /// Space is lost, and nothing else: 3.
+    Leaks,
+}
+
+impl CheckReport {
+    /// Whether the image can be read and written without harm: leaks are allowed, nothing else is.
+    pub fn is_consistent(&self) -> bool {
+        self.corruptions == 0 && self.check_errors == 0
+    }
+
+    /// The outcome in one word.
+    pub fn verdict(&self) -> Verdict {
+        match (self.corruptions, self.check_errors, self.leaks) {
+            (1.., ..) => Verdict::Corrupt,
+            (0, 1.., _) => Verdict::Failed,
+            (0, 0, 1..) => Verdict::Leaks,
+            (0, 0, 0) => Verdict::Clean,
+        }
+    }
+
+    /// The first thing that makes the image inconsistent.
+    pub fn first_corruption(&self) -> Option<&Finding> {
+        self.findings.iter().find(|finding| finding.severity != Severity::Leak)
+    }
+}
+
+/// Checks the image in `file`, whose name for messages is `path`. With the external data file, if the
+/// image has one, it is also checked that the data lies inside it; its content is not read.
+///
+/// Encrypted images are checked without their key.
+///
+/// # Errors
+/// An image whose header does not allow a check (its features are not supported, or its tables cannot be
+/// found), I/O errors on cluster 0, and cancellation. Damage of anything else is a finding.
+pub fn check(
+    path: &Path,
+    file: &dyn Storage,
+    data_file: Option<&dyn Storage>,
+    options: &CheckOptions<'_>,
+) -> Result<CheckReport> {
+    let subject = Subject::open(path, file, data_file, options.cancel)?;
+    check_subject(&subject, WINDOW_WORDS)
+}
+
+fn check_subject(subject: &Subject<'_>, window_words: u64) -> Result<CheckReport> {
+    for width in [Width::Narrow, Width::Wide] {
+        if let Some(census) = census::take(subject, width, window_words, KEPT_FINDINGS)? {
+            return Ok(report(subject, census));
+        }
+    }
+    let error = FormatError::malformed("host cluster", 0, "2^28 references or more", "fewer references");
+    Err(Error::format(subject.path, error))
+}
+
+fn report(subject: &Subject<'_>, census: Census) -> CheckReport {
+    let Census { findings, totals, clusters_in_use } = census;
+    let header = &subject.header;
+    let cluster_size = subject.geometry.cluster_size();
+    CheckReport {
+        corruptions: findings.count(Severity::Corruption),
+        leaks: findings.count(Severity::Leak),
+        check_errors: findings.count(Severity::Error),
+        image_end_offset: clusters_in_use.saturating_mul(cluster_size),
+        // QEMU counts sectors: what lies behind the last whole one does not exist for it.
+        total_clusters: (header.size & !511).div_ceil(cluster_size),
+        allocated_clusters: totals.allocated.load(Relaxed),
+        fragmented_clusters: totals.fragmented.load(Relaxed),
+        compressed_clusters: totals.compressed.load(Relaxed),
+        references_complete: !findings.is_incomplete(),
+        findings: findings.into_vec(),
+        dirty: header.is_dirty(),
+        marked_corrupt: header.is_corrupt(),
+    }
+}

@@ -1,0 +1,118 @@
+//! The image under check: its file, and what cluster 0 says.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use crate::error::{Error, Result};
+use crate::format::{BitmapsExtension, Cluster0, EXT_CRYPTO, FormatError, Geometry, Header};
+use crate::storage::Storage;
+use crate::units::HostOffset;
+
+use super::finding::Structure;
+
+/// The image under check.
+#[derive(Debug)]
+pub(super) struct Subject<'a> {
+    pub(super) path: &'a Path,
+    pub(super) file: &'a dyn Storage,
+    pub(super) header: Header,
+    pub(super) geometry: Geometry,
+    pub(super) bitmaps: Option<BitmapsExtension>,
+    /// Where the encryption header lies, and its length in bytes.
+    pub(super) encryption: Option<(HostOffset, u64)>,
+    pub(super) file_len: u64,
+    /// The length of the external data file, if the image has one that is open.
+    pub(super) data_len: Option<u64>,
+    cancel: Option<&'a AtomicBool>,
+}
+
+impl<'a> Subject<'a> {
+    /// Reads cluster 0.
+    ///
+    /// # Errors
+    /// A header that does not allow to find the tables, a feature that is not supported, I/O.
+    pub(super) fn open(
+        path: &'a Path,
+        file: &'a dyn Storage,
+        data_file: Option<&dyn Storage>,
+        cancel: Option<&'a AtomicBool>,
+    ) -> Result<Self> {
+        let io = |op, offset| move |source| Error::io(path, op, offset, source);
+        let bad = |source: FormatError| Error::format(path, source);
+        let file_len = file.size().map_err(io("get the size of", None))?;
+        let mut start = vec![0; 1 << 21];
+        let n = file.read_at(&mut start, 0).map_err(io("read", Some(0)))?;
+        start.truncate(n);
+        let mut cluster0 = Cluster0::decode(&start).map_err(bad)?;
+        let encryption = cluster0.crypto();
+        let encrypted = matches!(cluster0.header.crypt_method, 1 | 2);
+        if encrypted {
+            // What is encrypted is the data; the tables can be checked without a key.
+            cluster0.header.crypt_method = 0;
+            cluster0.extensions.retain(|extension| extension.magic != EXT_CRYPTO);
+        }
+        cluster0.validate().map_err(bad)?;
+        let bitmaps = cluster0.bitmaps().map_err(bad)?;
+        let data_len = data_file
+            .map(|file| file.size())
+            .transpose()
+            .map_err(io("get the size of the data file of", None))?;
+        let header = cluster0.header;
+        Ok(Self {
+            path,
+            file,
+            geometry: header.geometry(),
+            bitmaps,
+            encryption: encryption.filter(|_| encrypted),
+            file_len,
+            data_len,
+            cancel,
+            header,
+        })
+    }
+
+    /// How many clusters the file has, the last one perhaps in part.
+    pub(super) fn file_clusters(&self) -> u64 {
+        self.geometry.clusters_for(self.file_len)
+    }
+
+    /// The clusters that a range of bytes touches.
+    pub(super) fn clusters(&self, host: u64, len: u64) -> Range<u64> {
+        let bits = self.geometry.cluster_bits();
+        let end = host.saturating_add(len);
+        if len == 0 { host >> bits..host >> bits } else { host >> bits..(end - 1 >> bits) + 1 }
+    }
+
+    /// Whether a range of bytes leaves the file by a cluster or more; the file may end inside the
+    /// last cluster that is in use.
+    pub(super) fn is_past_end(&self, host: u64, len: u64) -> bool {
+        host.saturating_add(len) >= self.file_len.saturating_add(self.geometry.cluster_size())
+    }
+
+    /// Reads part of a structure; bytes behind the end of the file read as zeros.
+    pub(super) fn read(
+        &self,
+        structure: Structure,
+        buf: &mut [u8],
+        offset: u64,
+    ) -> std::result::Result<(), Unread> {
+        self.file.read_exact_or_zero(buf, offset).map_err(|source| Unread { structure, offset, source })
+    }
+
+    /// Stops the check if the caller wants it to.
+    pub(super) fn may_go_on(&self) -> Result<()> {
+        match self.cancel {
+            Some(cancel) if cancel.load(Relaxed) => Err(Error::Cancelled),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Something that could not be read: a finding, not the end of the check.
+#[derive(Debug)]
+pub(super) struct Unread {
+    pub(super) structure: Structure,
+    pub(super) offset: u64,
+    pub(super) source: std::io::Error,
+}

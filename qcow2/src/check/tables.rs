@@ -1,0 +1,240 @@
+//! From L1 tables to L2 tables: every table of the image once, however often it is referred to.
+//!
+//! L1 entries are gathered into batches, sorted by where their L2 tables lie, and duplicates (shared
+//! with snapshots, or made by somebody hostile) are merged. So L2 tables are read in file order, in
+//! large pieces, by all threads, and the work is bounded by the file, not by what entries claim.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::error::Result;
+use crate::format::{L1Entry, read_be_u64s};
+use crate::units::{GuestOffset, HostOffset};
+
+use super::counts::{Kind, Reference};
+use super::finding::{Finding, Findings, Severity, Structure, What};
+use super::subject::{Subject, Unread};
+use super::sweep::Segment;
+
+/// L1 entries that are sorted together: 8 MiB of memory at most.
+const BATCH: usize = 1 << 18;
+/// Bytes of an L1 table that are read at once.
+const L1_CHUNK: u64 = 1 << 18;
+/// Bytes of L2 tables that one thread takes at once; at least one table.
+const PIECE: u64 = 1 << 20;
+/// Runs of tables of this length are worth asking whether they are holes.
+const WORTH_ASKING: u64 = 1 << 18;
+
+/// An L2 table, and who refers to it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TableRef {
+    pub(super) host: u64,
+    /// How many L1 entries refer to it, those of snapshots included.
+    pub(super) times: u64,
+    /// How many entries of the active L1 table do.
+    pub(super) active: u32,
+    /// The first of these.
+    pub(super) l1_index: u32,
+}
+
+impl TableRef {
+    /// The guest offset of entry `index`, if the table belongs to the active disk.
+    pub(super) fn guest(&self, subject: &Subject<'_>, index: u64) -> Option<GuestOffset> {
+        let g = subject.geometry;
+        let table = u64::from(self.l1_index).checked_mul(g.l2_coverage())?;
+        (self.active > 0).then(|| GuestOffset::new(table.saturating_add(index << g.cluster_bits())))
+    }
+}
+
+/// The L1 tables of an image, cut so that each byte is read once.
+#[derive(Debug)]
+pub(super) struct L1Tables {
+    /// The active table.
+    pub(super) active: Range<u64>,
+    /// Those of snapshots.
+    pub(super) snapshots: Vec<Segment>,
+}
+
+/// What the walk meets.
+pub(super) trait Visitor: Sync {
+    /// An L1 entry that refers to a table: from host offset `at`, `times` tables long.
+    fn reference(&mut self, table: Range<u64>, reference: Reference);
+
+    /// A batch of distinct tables inside the file, in the order of their offsets.
+    fn batch(&mut self, tables: &[TableRef]) -> Result<()>;
+}
+
+/// Walks all L1 tables. Damage goes to `findings`, if there is one.
+pub(super) fn walk_l1(
+    subject: &Subject<'_>,
+    tables: &L1Tables,
+    findings: Option<&Findings>,
+    visitor: &mut dyn Visitor,
+) -> Result<()> {
+    let mut batch = Vec::with_capacity(BATCH);
+    let active = Segment { range: tables.active.clone(), times: 1 };
+    for (segment, is_active) in
+        std::iter::once((&active, true)).chain(tables.snapshots.iter().map(|segment| (segment, false)))
+    {
+        let structure = if is_active { Structure::ActiveL1 } else { Structure::SnapshotL1 };
+        let end = segment.range.end.min(subject.file_len);
+        let mut at = segment.range.start;
+        let mut index = 0u32;
+        let mut buf = Vec::new();
+        while at < end {
+            subject.may_go_on()?;
+            let len = L1_CHUNK.min(segment.range.end - at);
+            buf.resize(len as usize, 0);
+            if let Err(unread) = subject.read(structure, &mut buf, at) {
+                report_unread(findings, unread);
+                buf.fill(0);
+            }
+            for (raw, place) in read_be_u64s(&buf).zip((at..).step_by(8)) {
+                let l1_index = index;
+                index = index.saturating_add(1);
+                if raw == 0 {
+                    continue;
+                }
+                let table = TableRef {
+                    host: 0,
+                    times: segment.times,
+                    active: u32::from(is_active),
+                    l1_index: if is_active { l1_index } else { u32::MAX },
+                };
+                if let Some(host) = examine(subject, raw, place, table, findings, visitor) {
+                    if batch.len() == BATCH {
+                        flush(&mut batch, visitor)?;
+                    }
+                    batch.push(TableRef { host, ..table });
+                }
+            }
+            at += len;
+        }
+    }
+    flush(&mut batch, visitor)
+}
+
+/// Reports what is wrong with an L1 entry and counts its reference; returns where the table lies if
+/// it can be read.
+fn examine(
+    subject: &Subject<'_>,
+    raw: u64,
+    place: u64,
+    table: TableRef,
+    findings: Option<&Findings>,
+    visitor: &mut dyn Visitor,
+) -> Option<u64> {
+    let g = subject.geometry;
+    let (host, copied) = match L1Entry::decode(raw, &g, place) {
+        Ok(L1Entry::Unallocated) => return None,
+        Ok(L1Entry::Table { host, copied }) => (host.get(), Some(copied)),
+        Err(error) => {
+            if let Some(findings) = findings {
+                findings.add_blind(Finding::corruption(
+                    What::Malformed(error),
+                    place,
+                    table.guest(subject, 0),
+                ));
+            }
+            (L1Entry::salvage(raw)?.get(), None)
+        }
+    };
+    let size = g.cluster_size();
+    if subject.is_past_end(host, size) {
+        if let Some(findings) = findings {
+            let what = What::PastEnd { structure: Structure::L2Table, len: size, file_len: subject.file_len };
+            findings.add_blind(Finding::corruption(what, host, table.guest(subject, 0)));
+        }
+        return None;
+    }
+    let copied = copied.filter(|_| table.active > 0);
+    let reference = Reference { kind: Kind::L2Table, copied, times: table.times };
+    visitor.reference(subject.clusters(host, size), reference);
+    (host & (size - 1) == 0).then_some(host)
+}
+
+fn flush(batch: &mut Vec<TableRef>, visitor: &mut dyn Visitor) -> Result<()> {
+    batch.sort_unstable_by_key(|table| (table.host, table.l1_index));
+    batch.dedup_by(|next, kept| {
+        let same = next.host == kept.host;
+        if same {
+            kept.times = kept.times.saturating_add(next.times);
+            kept.active = kept.active.saturating_add(next.active);
+        }
+        same
+    });
+    let result = if batch.is_empty() { Ok(()) } else { visitor.batch(batch) };
+    batch.clear();
+    result
+}
+
+/// How many tables make a piece.
+pub(super) fn tables_per_piece(subject: &Subject<'_>) -> usize {
+    (PIECE / subject.geometry.cluster_size()).max(1) as usize
+}
+
+/// Calls `work` for every piece of a batch, on all threads, with a buffer; collects the answers in
+/// the order of the pieces.
+pub(super) fn for_each_piece<T: Send>(
+    subject: &Subject<'_>,
+    tables: &[TableRef],
+    work: impl Fn(usize, &[TableRef], &mut Vec<u8>) -> T + Sync,
+) -> Result<Vec<T>> {
+    tables
+        .par_chunks(tables_per_piece(subject))
+        .enumerate()
+        .map_init(Vec::new, |buf, (n, piece)| {
+            subject.may_go_on()?;
+            Ok(work(n, piece, buf))
+        })
+        .collect()
+}
+
+/// Reads the tables of a piece, neighbours at once, and calls `visit` with each that is not known to
+/// be all zeros.
+pub(super) fn read_piece(
+    subject: &Subject<'_>,
+    piece: &[TableRef],
+    buf: &mut Vec<u8>,
+    findings: Option<&Findings>,
+    mut visit: impl FnMut(&TableRef, &[u8]),
+) {
+    let size = subject.geometry.cluster_size();
+    for run in piece.chunk_by(|a, b| a.host + size == b.host) {
+        let Some(first) = run.first() else { continue };
+        let len = size * run.len() as u64;
+        if len >= WORTH_ASKING && is_hole(subject, first.host, len) {
+            continue;
+        }
+        buf.resize(len as usize, 0);
+        if let Err(unread) = subject.read(Structure::L2Table, buf, first.host) {
+            report_unread(findings, unread);
+            continue;
+        }
+        for (table, bytes) in run.iter().zip(buf.chunks_exact(size as usize)) {
+            visit(table, bytes);
+        }
+    }
+}
+
+fn is_hole(subject: &Subject<'_>, offset: u64, len: u64) -> bool {
+    match subject.file.next_data(offset) {
+        Ok(Some(data)) => data.start >= offset.saturating_add(len),
+        Ok(None) => true,
+        Err(_) => false,
+    }
+}
+
+/// What could not be read may hold references.
+pub(super) fn report_unread(findings: Option<&Findings>, unread: Unread) {
+    if let Some(findings) = findings {
+        findings.add_blind(Finding {
+            severity: Severity::Error,
+            what: What::Unreadable { structure: unread.structure, error: unread.source.to_string() },
+            host: HostOffset::new(unread.offset),
+            clusters: 1,
+            guest: None,
+        });
+    }
+}

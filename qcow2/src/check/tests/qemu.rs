@@ -1,0 +1,147 @@
+//! QEMU's tools, and a comparison with what they say.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::super::{CheckReport, Verdict};
+
+/// A directory for one test's images; `None`, said loudly, where QEMU's tools are missing.
+pub(super) struct Bench {
+    dir: TempDir,
+}
+
+impl Bench {
+    pub(super) fn new() -> Option<Self> {
+        if Command::new("qemu-img").arg("--version").output().is_err() {
+            assert!(std::env::var_os("CI").is_none(), "qemu-img is needed in CI");
+            eprintln!("SKIPPED: qemu-img is not installed");
+            return None;
+        }
+        Some(Self { dir: TempDir::new().unwrap() })
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs a command line in the directory; it must succeed. Words are split at blanks, except inside
+    /// single quotes.
+    pub(super) fn run(&self, line: &str) {
+        let quoted = line.split('\'').enumerate();
+        let words: Vec<String> = quoted
+            .flat_map(|(n, part)| match n % 2 {
+                0 => part.split_whitespace().map(str::to_owned).collect(),
+                _ => vec![part.to_owned()],
+            })
+            .collect();
+        let output = Command::new(&words[0]).args(&words[1..]).current_dir(self.dir.path()).output().unwrap();
+        assert!(
+            output.status.success(),
+            "{line}: {}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    /// Creates an image `name` with options, and fills it with qemu-io commands, one a line.
+    pub(super) fn image(&self, name: &str, create: &str, fill: &str) -> PathBuf {
+        self.run(&format!("qemu-img create -q -f qcow2 {create}"));
+        self.fill(name, fill);
+        self.path(name)
+    }
+
+    /// Runs qemu-io commands, one a line, on an image.
+    pub(super) fn fill(&self, name: &str, commands: &str) {
+        let commands: Vec<_> = commands.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        if commands.is_empty() {
+            return;
+        }
+        let commands = commands.iter().map(|c| format!(" -c '{c}'")).collect::<String>();
+        self.run(&format!("qemu-io -f qcow2{commands} {name}"));
+    }
+}
+
+/// What `qemu-img check` says: its exit code and its report, if it made one.
+pub(super) fn theirs(path: &Path) -> (i32, Option<Value>) {
+    let output = Command::new("qemu-img")
+        .args(["check", "-f", "qcow2", "--output=json"])
+        .arg(path) // QEMU looks for a data file with a relative name here, not beside the image.
+        .current_dir(path.parent().unwrap())
+        .output()
+        .unwrap();
+    (output.status.code().unwrap_or(-1), serde_json::from_slice(&output.stdout).ok())
+}
+
+/// Demands that every number of our report is that of `qemu-img check`.
+pub(super) fn assert_same(path: &Path, ours: &CheckReport) {
+    let (code, json) = theirs(path);
+    let json = json.unwrap_or_else(|| panic!("{}: exit code {code}, no report", path.display()));
+    let number = |key: &str| json.get(key).map_or(0, |value| value.as_u64().unwrap());
+    let told = [
+        ("image-end-offset", ours.image_end_offset),
+        ("total-clusters", ours.total_clusters),
+        ("allocated-clusters", ours.allocated_clusters),
+        ("fragmented-clusters", ours.fragmented_clusters),
+        ("compressed-clusters", ours.compressed_clusters),
+        ("check-errors", ours.check_errors),
+        ("corruptions", ours.corruptions),
+        ("leaks", ours.leaks),
+    ];
+    for (key, value) in told {
+        assert_eq!(value, number(key), "{}: {key}: {:#?}", path.display(), ours.findings);
+    }
+    assert_eq!(code_of(ours), code, "{}", path.display());
+}
+
+/// The exit code that stands for our verdict.
+pub(super) fn code_of(report: &CheckReport) -> i32 {
+    match report.verdict() {
+        Verdict::Clean => 0,
+        Verdict::Failed => 1,
+        Verdict::Corrupt => 2,
+        Verdict::Leaks => 3,
+    }
+}
+
+/// Overwrites bytes of a file.
+pub(super) fn patch(path: &Path, offset: u64, bytes: &[u8]) {
+    OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, offset).unwrap();
+}
+
+/// Overwrites a 64-bit word.
+pub(super) fn patch_u64(path: &Path, offset: u64, value: u64) {
+    patch(path, offset, &value.to_be_bytes());
+}
+
+/// A 64-bit word of a file.
+pub(super) fn word(path: &Path, offset: u64) -> u64 {
+    let mut bytes = [0; 8];
+    File::open(path).unwrap().read_exact_at(&mut bytes, offset).unwrap();
+    u64::from_be_bytes(bytes)
+}
+
+/// Where things lie in an image, for those who damage them.
+pub(super) struct Places {
+    pub(super) l1: u64,
+    pub(super) l2: u64,
+    pub(super) refcount_table: u64,
+    pub(super) refcount_block: u64,
+    pub(super) snapshots: u64,
+}
+
+pub(super) fn places(path: &Path) -> Places {
+    let offset = |at| word(path, at) & 0x00ff_ffff_ffff_fe00;
+    let (l1, refcount_table) = (offset(40), offset(48));
+    Places {
+        l1,
+        l2: offset(l1),
+        refcount_table,
+        refcount_block: offset(refcount_table),
+        snapshots: offset(64),
+    }
+}
