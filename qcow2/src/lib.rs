@@ -5,6 +5,8 @@
 //!
 //! - [`format`]: bytes to values and back. No I/O.
 //! - [`storage`]: where bytes lie.
+//! - [`image`]: one opened image.
+//! - [`chain`]: names inside images made into files under a policy, layers, and the map through them.
 //! - [`check`]: whether an image is consistent.
 
 pub mod chain;

@@ -14,6 +14,9 @@ use crate::storage::{Access, FileId, Host, Storage};
 /// How many layers a chain may have when the caller does not say.
 pub const DEFAULT_MAX_DEPTH: usize = 256;
 
+/// Where files call themselves regular and are not: reading some waits, or changes the system.
+const KERNEL_FILES: &[&str] = &["/proc", "/sys"];
+
 /// Which files may be opened because an image names them. The default allows none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -90,10 +93,11 @@ impl Policy {
             resolved: path.clone(),
             source,
         };
-        let stat = host.stat(&path).map_err(missing)?;
+        let stat = host.stat(&path);
+        refuse_ambiguous(host, named, stat.as_ref().ok().map(|stat| stat.id))?;
+        let stat = stat.map_err(missing)?;
         name.check_kind(stat.kind).map_err(|reason| Error::refused(&path, reason))?;
         self.check_scope(host, image, &path)?;
-        refuse_ambiguous(host, named, stat.id)?;
         let access = access(stat.id);
         let storage = host.open(&path, access).map_err(|e| not_writable(&path, access, e, missing))?;
         let opened = storage.stat().map_err(|e| Error::io(&path, "stat", None, e))?;
@@ -105,9 +109,13 @@ impl Policy {
     }
 
     fn check_scope(&self, host: &dyn Host, image: &Path, path: &Path) -> Result<()> {
-        let Scope::Inside(dirs) = &self.scope else { return Ok(()) };
         let real = |path: &Path| host.canonicalize(path).map_err(|e| Error::io(path, "resolve", None, e));
         let file = real(path)?;
+        if KERNEL_FILES.iter().any(|dir| file.starts_with(dir)) {
+            let what = format!("a window into the kernel ({})", file.display());
+            return Err(Error::refused(path, Refusal::NotAFile { what }));
+        }
+        let Scope::Inside(dirs) = &self.scope else { return Ok(()) };
         for dir in dirs {
             if file.starts_with(real(dir)?) {
                 return Ok(());
@@ -156,19 +164,18 @@ pub(super) fn not_writable(
 }
 
 /// A name that starts at the working directory means what it meant to the VM only if both processes
-/// run in the same directory. If another file of that name lies beside the image, it is likely that
-/// they do not.
-fn refuse_ambiguous(host: &dyn Host, named: &Named<'_>, found: FileId) -> Result<()> {
+/// run in the same directory. If a file of that name lies beside the image, and it is not the one that was
+/// `found`, it is likely that they do not.
+fn refuse_ambiguous(host: &dyn Host, named: &Named<'_>, found: Option<FileId>) -> Result<()> {
     if !named.name.depends_on_working_dir() {
         return Ok(());
     }
     let beside = named.name.resolve_beside(named.image);
     match host.stat(&beside) {
-        Ok(other) if other.id != found => {
+        Ok(other) if Some(other.id) != found => {
             let reason = Refusal::Other(format!(
                 "its {} '{}' starts at the working directory, as in QEMU, but a different file of that name \
-                 lies beside the image ({}); run the command in the directory where the VM is started, or give \
-                 the image an absolute name",
+                 lies beside the image ({}): run the command in the directory where the VM is started",
                 named.role,
                 String::from_utf8_lossy(named.written),
                 beside.display(),
@@ -246,7 +253,7 @@ mod tests {
         let fifo = dir.path().join("fifo");
         assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
         let _socket = UnixListener::bind(dir.path().join("socket")).unwrap();
-        for name in ["fifo", "socket", "/dev/zero", "/dev/null", "/proc", "."] {
+        for name in ["fifo", "socket", "/dev/zero", "/dev/null", "/proc", "/proc/version", "."] {
             let result = try_open(&OsHost, &Policy::local_files(), &dir.path().join("top"), name);
             assert!(matches!(reason(result), Refusal::NotAFile { .. }), "{name}");
         }
@@ -271,5 +278,8 @@ mod tests {
         let refusal = reason(try_open(&host, &policy, Path::new("/d/top"), "file:base"));
         assert!(refusal.to_string().contains("working directory"));
         assert!(try_open(&host, &policy, Path::new("/top"), "file:base").is_ok());
+        host.add("/d/only", b"x").unwrap();
+        let refusal = reason(try_open(&host, &policy, Path::new("/d/top"), "file:only"));
+        assert!(refusal.to_string().contains("/d/only"));
     }
 }

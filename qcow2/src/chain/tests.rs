@@ -136,6 +136,7 @@ fn the_library_follows_no_name_unless_told() {
     assert!(Chain::open(&alone, Path::new("/a"), &OpenOptions::default()).is_ok());
 }
 
+/// Other engines overflow their stack here.
 #[test]
 fn an_image_that_names_itself_is_a_loop() {
     let host = host(&[("/d/a", overlay("a", "qcow2"))]);
@@ -162,6 +163,7 @@ fn a_chain_may_not_be_deeper_than_the_limit() {
     assert!(matches!(refusal(Chain::open(&host, Path::new("/2"), &options)), Refusal::TooDeep { limit: 2 }));
 }
 
+/// CVE-2008-2004 and its relatives: a raw disk into which the guest wrote a header.
 #[test]
 fn a_backing_file_without_a_format_is_never_probed() {
     let host = host(&[("/base", overlay("", "")), ("/top", overlay("base", ""))]);
@@ -173,6 +175,7 @@ fn a_backing_file_without_a_format_is_never_probed() {
     }
 }
 
+/// CVE-2026-24708, GHSA-jmr4-g2hv-mjj6.
 #[test]
 fn a_raw_base_into_which_the_guest_wrote_a_qcow2_header_is_not_an_image() {
     let mut evil = overlay("/etc/shadow", "raw");
@@ -250,6 +253,7 @@ fn network_names_are_refused_before_anything_is_tried() {
     }
 }
 
+/// CVE-2024-32498: a data file that is any file of the host.
 #[test]
 fn data_files_go_through_the_policy_too() {
     let host = host(&[("/d/a", with_data_file("/d/a.data")), ("/d/a.data", vec![0; 1 << 20])]);
@@ -300,4 +304,46 @@ fn every_layer_is_locked_and_an_image_in_use_is_refused() {
     assert!(matches!(&again, Error::InUse { path, .. } if path.ends_with("base.raw")), "{again}");
     drop(chain);
     assert!(Chain::open(&host, Path::new("/e/c"), &options).is_ok());
+}
+
+/// CVE-2024-4467: QEMU once read options in a data file's name.
+#[test]
+fn a_data_file_name_is_a_path_and_nothing_else() {
+    let name = r#"json:{"driver":"file","filename":"/secret"}"#;
+    let host = host(&[("/a", with_data_file(name)), ("/secret", vec![0; 1 << 20])]);
+    let error = open(&host, "/a").unwrap_err();
+    assert!(matches!(&error, Error::MissingLayer { resolved, .. } if resolved == Path::new(name)), "{error}");
+}
+
+/// CVE-2015-5163: an image that names any file of the host as its backing file.
+#[test]
+fn a_backing_file_outside_the_allowed_folders_is_not_opened() {
+    let host = host(&[("/etc/shadow", vec![b'x'; 512]), ("/d/a", overlay("/etc/shadow", "raw"))]);
+    let options = OpenOptions { policy: Policy::local_files().allow_dir("/d"), ..local() };
+    let result = Chain::open(&host, Path::new("/d/a"), &options);
+    assert_eq!(refusal(result), Refusal::OutsideAllowed { file: "/etc/shadow".into() });
+}
+
+/// No byte of a name makes reading it panic, and none makes it a name of something that was not meant.
+#[test]
+fn names_of_any_bytes_are_read_or_refused() {
+    let seeds: [&[u8]; 4] = [
+        b"base",
+        b"./a:b",
+        b"file:/x/base",
+        br#"json:{"driver":"qcow2","file":{"driver":"file","filename":"/x"}}"#,
+    ];
+    for seed in seeds {
+        for at in 0..seed.len() {
+            for byte in 0..=255 {
+                let mut name = seed.to_vec();
+                name[at] = byte;
+                for name in [&name[..], &name[..at]] {
+                    if let Ok(parsed) = BackingName::parse(name) {
+                        assert!(!parsed.resolve(Path::new("/d/top")).as_os_str().is_empty());
+                    }
+                }
+            }
+        }
+    }
 }
