@@ -5,6 +5,7 @@
 //! with the image.
 
 pub(crate) mod alloc;
+pub(crate) mod create;
 mod directory;
 pub(crate) mod edits;
 mod extent;
@@ -24,8 +25,9 @@ use crate::format::is_qcow2;
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange};
 
-pub(crate) use self::extent::push;
+pub use self::create::{CreateOptions, create, create_raw};
 pub use self::directory::{read_bitmaps, read_snapshots};
+pub(crate) use self::extent::push;
 pub use self::extent::{CompressedPart, Extent, Mapping};
 pub use self::inflate::Inflater;
 pub use self::qcow2::Qcow2;
