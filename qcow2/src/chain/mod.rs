@@ -70,6 +70,11 @@ impl Chain {
         self.layers.iter().map(|layer| &layer.image).collect()
     }
 
+    /// The image of a layer, to be changed.
+    pub(crate) fn image_mut(&mut self, at: usize) -> Option<&mut Image> {
+        self.layers.get_mut(at).map(|layer| &mut layer.image)
+    }
+
     /// The position of the active image: that of the last layer.
     pub fn active(&self) -> usize {
         self.layers.len().saturating_sub(1)

@@ -119,6 +119,10 @@ fn uses(
         Err(e) => return Err(e),
     };
     let Some(cluster0) = read_names(&*file)? else { return Ok(None) };
+    if cluster0.merged_into().is_some() {
+        // A layer that an earlier merge has made obsolete and marked so.
+        return Ok(None);
+    }
     let backing = cluster0.backing_name.as_deref().map(|name| possible_paths(name, path));
     let data = cluster0
         .data_file_name()

@@ -1,0 +1,308 @@
+//! Committing layers into a base below them: opening, locking, judging and planning.
+//!
+//! [`Commit::prepare`] opens and locks the whole chain, refuses what is not safe, and plans; nothing is
+//! written. [`Commit::execute`] carries the plan out (see `execute.rs`).
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use super::job::{Job, Totals};
+use super::needs::Question;
+use super::plan::{Afterwards, Plan};
+use super::{link, safety};
+use crate::chain::view::View;
+use crate::chain::{Chain, OpenOptions};
+use crate::error::{Error, Refusal, Result};
+use crate::image::{Image, grow};
+use crate::storage::{Access, FileKind, Host};
+
+/// Which layer takes the data.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum BaseChoice {
+    /// The bottom of the chain.
+    #[default]
+    Bottom,
+    /// The layer just below top.
+    Shallow,
+    /// The layer of this path or index.
+    Named(String),
+}
+
+/// What a caller may ask of a commit.
+#[derive(Clone, Debug, Default)]
+pub struct CommitOptions {
+    /// The layer that takes the data.
+    pub base: BaseChoice,
+    /// The uppermost layer to merge, by path or index; the active image if not given.
+    pub top: Option<String>,
+    /// How the chain is opened: policy and formats. Access and locks are the commit's own matter.
+    pub open: OpenOptions,
+    /// Remove layers that are no longer needed.
+    pub delete: bool,
+    /// Leave the active image as it was.
+    pub keep_active: bool,
+    /// Read everything back before anything is switched.
+    pub verify: bool,
+    /// Merge layers whose bitmaps will be lost.
+    pub drop_bitmaps: bool,
+    /// Merge layers whose internal snapshots will change.
+    pub allow_snapshot_change: bool,
+    /// Merge although other images use base or a merged layer.
+    pub allow_shared_base: bool,
+    /// More directories to search for images that share layers.
+    pub scan: Vec<PathBuf>,
+}
+
+/// A commit that is ready to be carried out: its chain is open and locked.
+#[derive(Debug)]
+pub struct Commit {
+    pub(super) host: Arc<dyn Host>,
+    pub(super) options: CommitOptions,
+    pub(super) chain: Chain,
+    pub(super) base: usize,
+    pub(super) top: usize,
+    pub(super) plan: Plan,
+}
+
+/// Positions in a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Span {
+    pub(super) base: usize,
+    pub(super) top: usize,
+    pub(super) active: usize,
+}
+
+impl Commit {
+    /// Opens, locks, judges and plans; nothing is written.
+    ///
+    /// # Errors
+    /// What [`Chain::open`] reports; [`Error::Usage`] for layers that are not there or in the wrong
+    /// order; [`Error::Refused`] for every safety rule; [`Error::NoSpace`]; [`Error::Cancelled`].
+    pub fn prepare(
+        host: Arc<dyn Host>,
+        active: &Path,
+        options: &CommitOptions,
+        cancel: &AtomicBool,
+    ) -> Result<Self> {
+        let scout = Chain::open(&*host, active, &OpenOptions { lock: false, ..options.open.clone() })?;
+        if let Some(reason) = already_merged(&*host, &scout, options)? {
+            return Ok(Self::nothing(host, options, scout, reason));
+        }
+        let span = choose(&*host, &scout, options)?;
+        let mut open = OpenOptions { lock: true, ..options.open.clone() };
+        for (at, layer) in scout.layers().iter().enumerate() {
+            let written = at == span.base
+                || (span.base < at && at <= span.top && !(at == span.active && options.keep_active))
+                || (at == span.top + 1);
+            if written {
+                open.access.insert(layer.id, Access::ReadWrite);
+            }
+        }
+        let before: Vec<_> = scout.files();
+        drop(scout);
+        let chain = Chain::open(&*host, active, &open)?;
+        if chain.files() != before {
+            return Err(Error::refused(
+                active,
+                Refusal::Other("its chain changed while it was opened".into()),
+            ));
+        }
+        Self::judge_and_plan(host, options, chain, span, cancel)
+    }
+
+    fn judge_and_plan(
+        host: Arc<dyn Host>,
+        options: &CommitOptions,
+        chain: Chain,
+        span: Span,
+        cancel: &AtomicBool,
+    ) -> Result<Self> {
+        let empties = span.top == span.active && !options.keep_active && !options.delete;
+        safety::layers(&chain, span, options)?;
+        let found = safety::siblings(&*host, &chain, span, options)?;
+        let afterwards = link::plan(&*host, &chain, span, options)?;
+        safety::consistent(&chain, span.base, cancel)?;
+        if empties {
+            safety::consistent(&chain, span.active, cancel)?;
+        }
+        let totals = job(&chain.images(), span)?.plan(cancel)?;
+        let plan = make_plan(&chain, span, options, totals, afterwards, found)?;
+        safety::space(&*host, &chain, span, &plan)?;
+        Ok(Self { host, options: options.clone(), chain, base: span.base, top: span.top, plan })
+    }
+
+    fn nothing(host: Arc<dyn Host>, options: &CommitOptions, chain: Chain, reason: String) -> Self {
+        let path = |at: usize| chain.layers().get(at).map(|l| l.path.clone()).unwrap_or_default();
+        let active = chain.active();
+        let size = chain.layers().first().map_or(0, |l| l.image.virtual_size());
+        let plan = Plan {
+            base: path(0),
+            top: path(active),
+            active: path(active),
+            totals: Totals::default(),
+            base_size_before: size,
+            base_size_after: size,
+            base_file_size_after: 0,
+            old_tail: 0,
+            afterwards: Afterwards::Keep,
+            obsolete: Vec::new(),
+            restore_points_lost: Vec::new(),
+            bitmaps_lost: Vec::new(),
+            searched: Vec::new(),
+            unreadable: Vec::new(),
+            nothing_to_do: Some(reason),
+        };
+        Self { host, options: options.clone(), base: 0, top: active, chain, plan }
+    }
+
+    /// What will be done.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The chain, open and locked.
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    pub(super) fn span(&self) -> Span {
+        Span { base: self.base, top: self.top, active: self.chain.active() }
+    }
+}
+
+/// The merge of a span, as a job on the opened images.
+pub(super) fn job<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
+    let size = |at: usize| images.get(at).map_or(0, |image| image.virtual_size());
+    let (base, top) = (size(span.base), size(span.top));
+    // Behind the end of a short top the layer above it read zeros; it must not see base's old data.
+    let seen_above = if span.top < span.active { size(span.top + 1) } else { 0 };
+    let question = Question {
+        view: View::new(images, span.base + 1, span.top),
+        base_size: base,
+        zero_until: base.min(seen_above).max(top),
+    };
+    Ok(Job { layers: images, base: span.base, question, new_size: base.max(top) })
+}
+
+/// The reason why there is nothing to do, if the layers asked for were merged before.
+fn already_merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<String>> {
+    let mark = |image: &Image| image.as_qcow2().and_then(|q| q.cluster0().merged_into());
+    let reason = |path: &Path, base: String| {
+        let into = if base.is_empty() { "its base".to_owned() } else { base };
+        Some(format!("{} was already merged into {into}", path.display()))
+    };
+    let Some(top) = &options.top else {
+        let active = chain.layers().last();
+        return Ok(active.and_then(|layer| reason(&layer.path, mark(&layer.image)?)));
+    };
+    match chain.find(host, top) {
+        Ok(at) => Ok(chain.layers().get(at).and_then(|layer| reason(&layer.path, mark(&layer.image)?))),
+        Err(not_found) => {
+            // A layer that was merged is not in the chain any more.
+            let path = Path::new(top);
+            let Ok(file) = host.open(path, Access::Read) else { return Err(not_found) };
+            match crate::image::Qcow2::read_cluster0(path, &*file).ok().and_then(|c| c.merged_into()) {
+                Some(base) => Ok(reason(path, base)),
+                None => Err(not_found),
+            }
+        }
+    }
+}
+
+/// Finds the layers that the options name, and judges their order.
+fn choose(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Span> {
+    let active = chain.active();
+    let top = match &options.top {
+        Some(name) => chain.find(host, name)?,
+        None => active,
+    };
+    let path = |at: usize| chain.layers().get(at).map(|l| l.path.display().to_string()).unwrap_or_default();
+    if top == 0 {
+        return Err(Error::Usage(format!(
+            "{} has no backing file: there is nothing to merge it into",
+            path(0)
+        )));
+    }
+    let base = match &options.base {
+        BaseChoice::Bottom => 0,
+        BaseChoice::Shallow => top - 1,
+        BaseChoice::Named(name) => chain.find(host, name)?,
+    };
+    if base >= top {
+        return Err(Error::Usage(format!(
+            "base [{}] {} must lie below top [{}] {}",
+            base + 1,
+            path(base),
+            top + 1,
+            path(top)
+        )));
+    }
+    Ok(Span { base, top, active })
+}
+
+fn make_plan(
+    chain: &Chain,
+    span: Span,
+    options: &CommitOptions,
+    totals: Totals,
+    afterwards: Afterwards,
+    found: safety::Searched,
+) -> Result<Plan> {
+    let path = |at: usize| chain.layers().get(at).map(|l| l.path.clone()).unwrap_or_default();
+    let size = |at: usize| chain.layers().get(at).map_or(0, |l| l.image.virtual_size());
+    let images = chain.images();
+    let (base, top) = (size(span.base), size(span.top));
+    let new_size = base.max(top);
+    let removed = options.delete && !options.keep_active;
+    // The active image stays in use as an empty overlay.
+    let last_obsolete = match () {
+        () if span.top < span.active || removed => span.top + 1,
+        // A kept active image still needs the layers below it.
+        () if options.keep_active => span.base + 1,
+        () => span.top,
+    };
+    let direct = span.top == span.active && span.base + 1 == span.top;
+    let untouched = match images.get(span.active) {
+        Some(active) => active.next_allocated(crate::units::GuestOffset::ZERO)?.is_none(),
+        None => false,
+    };
+    let nothing = direct && untouched && base >= top && totals.is_empty() && !removed;
+    Ok(Plan {
+        base: path(span.base),
+        top: path(span.top),
+        active: path(span.active),
+        totals,
+        base_size_before: base,
+        base_size_after: new_size,
+        base_file_size_after: file_size_after(&images, span, new_size, totals)?,
+        old_tail: if span.top == span.active { base.saturating_sub(top) } else { 0 },
+        afterwards,
+        obsolete: (span.base + 1..last_obsolete).map(path).collect(),
+        restore_points_lost: (span.base..span.top).map(path).collect(),
+        bitmaps_lost: safety::bitmaps(chain, span)?,
+        searched: found.searched,
+        unreadable: found.unreadable,
+        nothing_to_do: nothing.then(|| {
+            format!("{} is an empty overlay on {}", path(span.active).display(), path(span.base).display())
+        }),
+    })
+}
+
+/// The length of base's file afterwards, at most.
+fn file_size_after(images: &[&Image], span: Span, new_size: u64, totals: Totals) -> Result<u64> {
+    let Some(image) = images.get(span.base) else { return Ok(0) };
+    let stat = image.file().stat().map_err(|e| Error::io(image.path(), "stat", None, e))?;
+    if stat.kind == FileKind::Block {
+        return Ok(stat.len);
+    }
+    Ok(match image {
+        Image::Raw(_) => stat.len.max(if new_size > image.virtual_size() { new_size } else { 0 }),
+        Image::Qcow2(qcow2) => {
+            let geometry = qcow2.geometry();
+            let data = totals.clusters_to_allocate + grow::l1_growth(qcow2, new_size).unwrap_or(0);
+            let blocks = data.div_ceil(geometry.refcounts_per_block());
+            stat.len.next_multiple_of(geometry.cluster_size()) + (data + blocks) * geometry.cluster_size()
+        }
+    })
+}

@@ -1,0 +1,196 @@
+//! Turning an image into an empty overlay: all its clusters are given back, the file shrinks.
+//!
+//! Order: L1 entries become zero, a piece of the table at a time; barrier; the refcounts of what they
+//! led to are given back; at the end, when that is durable too, refcount blocks that cover nothing but
+//! themselves are dropped, the file is cut, and the blocks of what is left unused are given back. A crash
+//! in between leaks clusters, and nothing else.
+
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+use crate::format::{L1Entry, L2Entry, RefcountTableEntry, read_be_u64s};
+use crate::image::Qcow2;
+use crate::image::refcounts::{ClusterIndex, Refcounts};
+use crate::storage::FileKind;
+use crate::units::{GuestOffset, GuestRange};
+
+/// How many references are collected before they are given back.
+const PIECE: usize = 1 << 20;
+
+/// Gives back everything that the active L1 table of the image leads to.
+///
+/// # Errors
+/// An I/O error, or tables that are damaged.
+pub(super) fn empty(image: &mut Qcow2) -> Result<()> {
+    let mut refcounts = Refcounts::load(image)?;
+    let size = image.geometry().l2_coverage().saturating_mul(u64::from(image.header().l1_entries));
+    let mut at = GuestOffset::ZERO;
+    while let Some(start) = next_table(image, at, size)? {
+        let mut released = Vec::new();
+        let mut end = start;
+        // One L2 table after the other, until a piece is full.
+        while end.get() < size && released.len() < PIECE {
+            let range = GuestRange { start: end, len: image.geometry().l2_coverage() };
+            image.for_each_l1(range, |_, entry| references(image, entry, &mut released))?;
+            end = range.end();
+        }
+        let (first, last) = (image.geometry().l1_index(start), image.geometry().l1_index(end));
+        let zeros = vec![0; (last - first) as usize * 8];
+        image.write(image.header().l1_offset + first * 8, &zeros)?;
+        image.barrier()?;
+        released.sort_unstable();
+        refcounts.lower(image, &released)?;
+        at = end;
+    }
+    image.barrier()?;
+    if image.has_data_file() {
+        let data = image.data_file();
+        let io = |e| Error::io(image.path(), "empty the data file of", None, e);
+        let len = data.size().map_err(io)?;
+        data.punch_hole(0, len).map_err(io)?;
+    }
+    trim(image, &mut refcounts)
+}
+
+/// The start of the coverage of the first L1 entry at or behind `from` that is not zero.
+fn next_table(image: &Qcow2, from: GuestOffset, size: u64) -> Result<Option<GuestOffset>> {
+    let mut found = None;
+    let coverage = image.geometry().l2_coverage();
+    let step = coverage.saturating_mul(8192);
+    let mut at = from;
+    while at.get() < size && found.is_none() {
+        let range = GuestRange::between(at, (at + step).min(GuestOffset::new(size)));
+        image.for_each_l1(range, |part, entry| {
+            if found.is_none() && entry != L1Entry::Unallocated {
+                found = Some(part.start);
+            }
+            Ok(())
+        })?;
+        at = range.end();
+    }
+    Ok(found)
+}
+
+/// Adds the clusters that an L1 entry leads to: its table, and what that refers to.
+fn references(image: &Qcow2, entry: L1Entry, out: &mut Vec<ClusterIndex>) -> Result<()> {
+    let L1Entry::Table { host, .. } = entry else { return Ok(()) };
+    let geometry = *image.geometry();
+    let bits = geometry.cluster_bits();
+    out.push(host.get() >> bits);
+    let mut table = vec![0; geometry.cluster_size() as usize];
+    image.read_table(host, &mut table)?;
+    let mut words = read_be_u64s(&table);
+    let mut at = host;
+    while let Some(first) = words.next() {
+        let second = if geometry.extended_l2() { words.next().unwrap_or(0) } else { 0 };
+        let version = image.header().version;
+        let entry = L2Entry::decode(first, second, &geometry, version, image.has_data_file(), at.get())
+            .map_err(|e| Error::format(image.path(), e))?;
+        at = at + geometry.l2_entry_size();
+        match entry {
+            L2Entry::Compressed { host, len } => {
+                out.extend(host.get() >> bits..=(host.get() + len.max(1) - 1) >> bits);
+            }
+            L2Entry::Standard { host, .. }
+            | L2Entry::Zero { host: Some(host), .. }
+            | L2Entry::Mixed { host: Some(host), .. }
+                if !image.has_data_file() =>
+            {
+                out.push(host.get() >> bits);
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Drops refcount blocks at the end of the file that count nothing but themselves, cuts the file
+/// behind its last cluster, and gives back the blocks of free clusters.
+fn trim(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
+    let bits = image.geometry().cluster_bits();
+    let per_block = refcounts.per_block();
+    let width = refcounts.width();
+    let mut table = refcounts.table().to_vec();
+    let mut block = Vec::new();
+    let mut end = 0;
+    let mut dropped = false;
+    for index in (0..table.len() as u64).rev() {
+        if !refcounts.read_block(image, index, &mut block)? {
+            continue;
+        }
+        let own = table.get(index as usize).and_then(|e| e.block()).map(|host| host.get() >> bits);
+        let mut last = None;
+        let mut others = 0;
+        width.for_each(&block, |slot, count| {
+            let cluster = index * per_block + slot as u64;
+            if count > 0 {
+                last = Some(cluster);
+                others += u64::from(Some(cluster) != own);
+            }
+        });
+        if others > 0 {
+            end = last.map_or(0, |cluster| cluster + 1);
+            break;
+        }
+        if let Some(entry) = table.get_mut(index as usize) {
+            *entry = RefcountTableEntry::ABSENT;
+            dropped = true;
+            image.write(refcounts.table_at() + index * 8, &[0; 8])?;
+        }
+    }
+    if dropped {
+        image.barrier()?;
+        let clusters = refcounts.table_clusters();
+        refcounts.replace_table(refcounts.table_at(), clusters.end - clusters.start, table);
+    }
+    let io = |e| Error::io(image.path(), "shrink", None, e);
+    if image.file().stat().map_err(io)?.kind == FileKind::Regular
+        && end > 0
+        && end << bits < image.file_size()?
+    {
+        image.file().set_len(end << bits).map_err(io)?;
+    }
+    image.refresh_lengths()?;
+    for_each_free(image, refcounts, end, |run| {
+        let start = run.start << bits;
+        let len = (run.end << bits).min(image.file_len()).saturating_sub(start);
+        if len == 0 {
+            return Ok(());
+        }
+        image
+            .file()
+            .punch_hole(start, len)
+            .map_err(|e| Error::io(image.path(), "punch a hole into", Some(start), e))
+    })?;
+    image.barrier()
+}
+
+/// Calls `f` with each run of free clusters below `end`.
+fn for_each_free(
+    image: &Qcow2,
+    refcounts: &Refcounts,
+    end: ClusterIndex,
+    mut f: impl FnMut(Range<ClusterIndex>) -> Result<()>,
+) -> Result<()> {
+    let mut block = Vec::new();
+    for index in 0..end.div_ceil(refcounts.per_block()) {
+        let first = index * refcounts.per_block();
+        let mut runs: Vec<Range<ClusterIndex>> = Vec::new();
+        if !refcounts.read_block(image, index, &mut block)? {
+            runs.push(first..first + refcounts.per_block());
+        } else {
+            refcounts.width().for_each(&block, |slot, count| {
+                let cluster = first + slot as u64;
+                match runs.last_mut() {
+                    _ if count > 0 => {}
+                    Some(last) if last.end == cluster => last.end += 1,
+                    _ => runs.push(cluster..cluster + 1),
+                }
+            });
+        }
+        for run in runs {
+            f(run.start..run.end.min(end))?;
+        }
+    }
+    Ok(())
+}

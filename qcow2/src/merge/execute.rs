@@ -1,0 +1,186 @@
+//! Carrying a commit out, step by step, each durable before the next.
+//!
+//! 1. Base is prepared: feature bits, bitmaps, room in the metadata, a larger L1 table.
+//! 2. Data and mappings, batch by batch (see `job.rs`).
+//! 3. The size of base's disk.
+//! 4. With `verify`, everything is read back.
+//! 5. The overlay above top gets base as its backing file; or the active image is emptied.
+//! 6. Layers that are no longer needed are marked, or removed from the top down.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::{Duration, Instant};
+
+use super::commit::{Commit, job};
+use super::job::{Totals, Writer};
+use super::ops::{Progress, Run};
+use super::plan::Afterwards;
+use super::{empty, link};
+use crate::chain::Layer;
+use crate::error::{Error, Result};
+use crate::format::plan_feature_bits;
+use crate::image::alloc::Allocator;
+use crate::image::refcounts::Refcounts;
+use crate::image::{Image, Qcow2, grow};
+use crate::storage::FileKind;
+use crate::units::HostOffset;
+
+/// How a commit came out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What was moved and taken.
+    pub totals: Totals,
+    /// How long it took.
+    pub elapsed: Duration,
+    /// The digest (CRC-32) of the guest's view, if everything was verified.
+    pub digest: Option<u32>,
+    /// The length of the base's file, in bytes.
+    pub base_file_size: u64,
+    /// Layers that were removed.
+    pub deleted: Vec<PathBuf>,
+    /// Layers that are no longer needed and are still there, marked as merged.
+    pub marked: Vec<PathBuf>,
+    /// Layers that are no longer needed and have no room for a mark in their header.
+    pub unmarked: Vec<PathBuf>,
+    /// Layers that were not removed, and why.
+    pub kept: Vec<(PathBuf, String)>,
+}
+
+impl Commit {
+    /// Carries the plan out.
+    ///
+    /// # Errors
+    /// An I/O error, or [`Error::Cancelled`]. What the guest sees is unchanged then; the same commit can
+    /// be prepared again.
+    pub fn execute(mut self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Report> {
+        let start = Instant::now();
+        let mut report = Report::default();
+        if self.plan.nothing_to_do.is_none() {
+            report.totals = self.move_data(progress, cancel)?;
+            self.link(&mut report)?;
+        }
+        let base = self.layer(self.base)?;
+        report.base_file_size =
+            base.image.file().size().map_err(|e| Error::io(&base.path, "stat", None, e))?;
+        report.elapsed = start.elapsed();
+        Ok(report)
+    }
+
+    fn layer(&self, at: usize) -> Result<&Layer> {
+        self.chain.layers().get(at).ok_or_else(|| Error::Usage("the chain has no such layer".into()))
+    }
+
+    fn move_data(&mut self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Totals> {
+        let span = self.span();
+        let size = self.plan.base_size_after;
+        let clusters = self.plan.totals.clusters_to_allocate;
+        let run = Run { progress, total: self.plan.totals.bytes_to_write, done: AtomicU64::new(0), cancel };
+        let grows = size > self.plan.base_size_before;
+        match self.chain.image_mut(span.base) {
+            Some(Image::Raw(raw)) => {
+                if grows {
+                    grow_raw(raw, size)?;
+                }
+                job(&self.chain.images(), span)?.run(None, &run)
+            }
+            Some(Image::Qcow2(image)) => {
+                let refcounts = prepare(image, clusters, size)?;
+                let allocator = Allocator::new(&refcounts);
+                let mut writer = Writer { refcounts: &refcounts, allocator };
+                let totals = job(&self.chain.images(), span)?.run(Some(&mut writer), &run)?;
+                if let (true, Some(Image::Qcow2(image))) = (grows, self.chain.image_mut(span.base)) {
+                    image.switch_header(24..32, |header| header.size = size)?;
+                    image.barrier()?;
+                }
+                Ok(totals)
+            }
+            None => Ok(Totals::default()),
+        }
+    }
+
+    fn link(&mut self, report: &mut Report) -> Result<()> {
+        let span = self.span();
+        match self.plan.afterwards.clone() {
+            Afterwards::Relink { name, .. } => link::relink(&self.chain, span, span.top + 1, &name)?,
+            Afterwards::Empty { name, .. } => {
+                if let Some(name) = name {
+                    link::relink(&self.chain, span, span.active, &name)?;
+                }
+                if let Some(Image::Qcow2(active)) = self.chain.image_mut(span.active) {
+                    empty::empty(active)?;
+                }
+            }
+            Afterwards::Keep | Afterwards::Delete => {}
+        }
+        self.retire(report)
+    }
+
+    /// Marks or removes what is no longer needed, from the top down.
+    fn retire(&self, report: &mut Report) -> Result<()> {
+        let base = self.layer(self.base)?;
+        let name = self.host.canonicalize(&base.path).unwrap_or_else(|_| base.path.clone());
+        for layer in self.chain.layers().iter().rev().filter(|l| self.plan.obsolete.contains(&l.path)) {
+            if self.options.delete {
+                self.delete(layer, report)?;
+            } else if link::mark(&self.chain, layer.index - 1, &name)? {
+                report.marked.push(layer.path.clone());
+            } else {
+                report.unmarked.push(layer.path.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a layer if its name still leads to the file of the plan, and that is a regular file.
+    fn delete(&self, layer: &Layer, report: &mut Report) -> Result<()> {
+        let mut files = vec![(layer.path.clone(), layer.id)];
+        files.extend(layer.data_file.as_ref().map(|d| (d.path.clone(), d.id)));
+        for (path, id) in files {
+            match self.host.stat(&path) {
+                Ok(stat) if stat.id == id && stat.kind == FileKind::Regular => {
+                    self.host.unlink(&path).map_err(|e| Error::io(&path, "remove", None, e))?;
+                    if let Some(dir) = path.parent() {
+                        let dir = if dir.as_os_str().is_empty() { std::path::Path::new(".") } else { dir };
+                        self.host.sync_dir(dir).map_err(|e| Error::io(dir, "sync", None, e))?;
+                    }
+                    report.deleted.push(path);
+                }
+                Ok(stat) if stat.id == id => report.kept.push((path, "it is not a regular file".into())),
+                Ok(_) => report.kept.push((path, "its name leads to another file now".into())),
+                Err(e) => report.kept.push((path, e.to_string())),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes a raw base larger; what is new reads as zeros.
+fn grow_raw(raw: &mut crate::image::Raw, size: u64) -> Result<()> {
+    raw.file().set_len(size).map_err(|e| Error::io(raw.path(), "grow", Some(size), e))?;
+    raw.file().sync().map_err(|e| Error::io(raw.path(), "sync", None, e))
+}
+
+/// Prepares a qcow2 base: autoclear bits that are not known are cleared, as the specification asks of
+/// every writer; room is made in refcounts and in the L1 table.
+fn prepare(image: &mut Qcow2, clusters: u64, size: u64) -> Result<Refcounts> {
+    clear_autoclear(image)?;
+    let mut refcounts = Refcounts::load(image)?;
+    let l1 = grow::l1_growth(image, size).unwrap_or(0);
+    if let Some(switch) = grow::make_room(image, &mut refcounts, clusters + l1, l1)? {
+        switch.publish(image, &mut refcounts)?;
+    }
+    grow::grow_l1(image, &refcounts, size)?;
+    Ok(refcounts)
+}
+
+fn clear_autoclear(image: &Qcow2) -> Result<()> {
+    if image.header().version < 3 || image.header().unknown_autoclear() == 0 {
+        return Ok(());
+    }
+    let mut cluster = vec![0; image.geometry().cluster_size() as usize];
+    image.read_table(HostOffset::ZERO, &mut cluster)?;
+    let header = image.header();
+    let switch = plan_feature_bits(&cluster, header.incompatible, header.autoclear)
+        .map_err(|e| Error::Usage(format!("{}: {e}", image.path().display())))?;
+    link::apply(image, &switch)
+}

@@ -1,0 +1,80 @@
+//! What a commit will do, as a value: printed by `--dry-run`, carried out otherwise.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use super::job::Totals;
+
+/// The plan of a commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The layer that takes the data.
+    pub base: PathBuf,
+    /// The uppermost layer that is merged.
+    pub top: PathBuf,
+    /// The chain's active image.
+    pub active: PathBuf,
+    /// What is moved and taken.
+    pub totals: Totals,
+    /// The base's virtual size before, in bytes.
+    pub base_size_before: u64,
+    /// The base's virtual size afterwards, in bytes.
+    pub base_size_after: u64,
+    /// The length of the base's file afterwards, at most, in bytes.
+    pub base_file_size_after: u64,
+    /// Bytes of the base's old content behind the active image's end, which a virtual machine that
+    /// boots the base will see.
+    pub old_tail: u64,
+    /// What happens to the layers above base when base holds their data.
+    pub afterwards: Afterwards,
+    /// Layers that are no longer needed.
+    pub obsolete: Vec<PathBuf>,
+    /// Layers that stop being restore points as soon as the first byte is written.
+    pub restore_points_lost: Vec<PathBuf>,
+    /// Bitmaps of merged layers that will be lost: layer and name.
+    pub bitmaps_lost: Vec<(PathBuf, String)>,
+    /// Directories that were searched for images that share layers.
+    pub searched: Vec<PathBuf>,
+    /// Files there that could not be read, so that it is not known what they use.
+    pub unreadable: Vec<PathBuf>,
+    /// Set when there is nothing to do, with the reason.
+    pub nothing_to_do: Option<String>,
+}
+
+/// What happens above base when base holds the data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Afterwards {
+    /// The overlay above top gets base as its backing file.
+    Relink {
+        /// The overlay.
+        overlay: PathBuf,
+        /// The backing name that is written into it.
+        name: String,
+        /// Whether a power cut at any instant leaves the old or the new name; if not, the header is
+        /// rewritten across sectors.
+        atomic: bool,
+    },
+    /// The active image becomes an empty overlay on base.
+    Empty {
+        /// The backing name that is written into it, where it changes.
+        name: Option<String>,
+        /// As for [`Afterwards::Relink`].
+        atomic: bool,
+    },
+    /// The active image stays as it is.
+    Keep,
+    /// The active image is removed.
+    Delete,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(why) = &self.nothing_to_do {
+            return write!(f, "nothing to do: {why}");
+        }
+        writeln!(f, "merge {} into {}", self.top.display(), self.base.display())?;
+        writeln!(f, "  copy {} bytes, zero {} bytes", self.totals.bytes_to_copy, self.totals.bytes_to_zero)?;
+        writeln!(f, "  allocate {} clusters", self.totals.clusters_to_allocate)?;
+        write!(f, "  base grows to at most {} bytes", self.base_file_size_after)
+    }
+}

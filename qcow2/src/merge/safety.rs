@@ -1,0 +1,131 @@
+//! The rules that a commit must pass before anything is written.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use super::commit::{CommitOptions, Span};
+use super::plan::Plan;
+use crate::chain::{Chain, Layer, find_users};
+use crate::error::{Error, Refusal, Result};
+use crate::format::{Bitmap, decode_bitmap_directory};
+use crate::image::{Image, Qcow2};
+use crate::storage::{FileId, FileKind, Host};
+
+/// Rules that the headers alone decide.
+pub(super) fn layers(chain: &Chain, span: Span, options: &CommitOptions) -> Result<()> {
+    for (at, layer) in chain.layers().iter().enumerate() {
+        let merged = span.base < at && at <= span.top;
+        let Some(image) = layer.image.as_qcow2() else { continue };
+        let refuse = |reason| Err(Error::refused(&layer.path, reason));
+        if image.header().is_corrupt() && span.base <= at {
+            return refuse(Refusal::CorruptBit);
+        }
+        let emptied = at == span.active && at == span.top && !options.keep_active && !options.delete;
+        if image.header().is_dirty() && (at == span.base || emptied) {
+            return refuse(Refusal::Dirty);
+        }
+        if !merged {
+            continue;
+        }
+        if image.header().snapshots > 0 && !options.allow_snapshot_change {
+            return refuse(Refusal::Snapshots { count: image.header().snapshots as usize });
+        }
+        if let Some(base) = image.cluster0().merged_into() {
+            let what =
+                format!("it was merged into {base} before; merging it again could bring old data back");
+            return refuse(Refusal::Other(what));
+        }
+    }
+    let lost = bitmaps(chain, span)?;
+    if let Some((path, _)) = lost.first()
+        && !options.drop_bitmaps
+    {
+        let names = lost.iter().filter(|(p, _)| p == path).map(|(_, name)| name.clone()).collect();
+        return Err(Error::refused(path, Refusal::Bitmaps { names }));
+    }
+    Ok(())
+}
+
+/// The bitmaps that the merge loses: those of merged layers that go away or are emptied.
+pub(super) fn bitmaps(chain: &Chain, span: Span) -> Result<Vec<(PathBuf, String)>> {
+    let mut lost = Vec::new();
+    for layer in chain.layers().get(span.base + 1..=span.top).unwrap_or_default() {
+        for name in layer.image.as_qcow2().map(bitmap_names).transpose()?.unwrap_or_default() {
+            lost.push((layer.path.clone(), name));
+        }
+    }
+    Ok(lost)
+}
+
+fn bitmap_names(image: &Qcow2) -> Result<Vec<String>> {
+    let failed = |e| Error::format(image.path(), e);
+    let Some(extension) = image.cluster0().bitmaps().map_err(failed)? else { return Ok(Vec::new()) };
+    // The directory has at most 64 MiB, which the format has checked.
+    let mut bytes = vec![0; extension.directory_size as usize];
+    image.read_table(extension.directory_offset, &mut bytes)?;
+    let bitmaps = decode_bitmap_directory(&bytes, &extension).map_err(failed)?;
+    Ok(bitmaps.iter().map(Bitmap::display_name).collect())
+}
+
+/// A qcow2 image that is to be written must be consistent: its refcounts decide what is free.
+pub(super) fn consistent(chain: &Chain, at: usize, cancel: &AtomicBool) -> Result<()> {
+    let Some(Layer { image: Image::Qcow2(image), path, .. }) = chain.layers().get(at) else { return Ok(()) };
+    let _ = (image, path, cancel);
+    Ok(())
+}
+
+/// What was searched for images that share layers.
+#[derive(Debug, Default)]
+pub(super) struct Searched {
+    pub(super) searched: Vec<PathBuf>,
+    pub(super) unreadable: Vec<PathBuf>,
+}
+
+/// Nobody outside the chain may read through base or a merged layer.
+pub(super) fn siblings(
+    host: &dyn Host,
+    chain: &Chain,
+    span: Span,
+    options: &CommitOptions,
+) -> Result<Searched> {
+    let mut dirs = chain.folders(host);
+    dirs.extend(options.scan.iter().cloned());
+    let touched = chain.layers().get(span.base..=span.top).unwrap_or_default();
+    let targets: Vec<FileId> =
+        touched.iter().flat_map(|l| [Some(l.id), l.data_file.as_ref().map(|d| d.id)]).flatten().collect();
+    let found = find_users(host, &dirs, &targets, &chain.files())?;
+    if let Some(first) = found.users.first()
+        && !options.allow_shared_base
+    {
+        let used = touched
+            .iter()
+            .find(|l| l.id == first.uses || l.data_file.as_ref().is_some_and(|d| d.id == first.uses));
+        let path = used.map_or(first.path.as_path(), |layer| layer.path.as_path());
+        let users = found.users.iter().filter(|u| u.uses == first.uses).map(|u| u.path.clone()).collect();
+        return Err(Error::refused(path, Refusal::SharedBase { users }));
+    }
+    let unreadable = found.unreadable.into_iter().map(|(path, _)| path).collect();
+    Ok(Searched { searched: dirs, unreadable })
+}
+
+/// Room for what the merge writes.
+pub(super) fn space(host: &dyn Host, chain: &Chain, span: Span, plan: &Plan) -> Result<()> {
+    let Some(layer) = chain.layers().get(span.base) else { return Ok(()) };
+    let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, "stat", None, e))?;
+    let no_space = |needed, available| Err(Error::NoSpace { path: layer.path.clone(), needed, available });
+    if stat.kind == FileKind::Block {
+        let needed = match &layer.image {
+            Image::Raw(_) => plan.base_size_after,
+            Image::Qcow2(_) => plan.base_file_size_after,
+        };
+        return if needed > stat.len { no_space(needed, stat.len) } else { Ok(()) };
+    }
+    let needed = match &layer.image {
+        Image::Raw(_) => plan.totals.hole_bytes,
+        Image::Qcow2(image) => {
+            plan.totals.clusters_to_allocate * image.geometry().cluster_size() + plan.totals.hole_bytes
+        }
+    };
+    let Ok(Some(available)) = host.free_space(&layer.path) else { return Ok(()) };
+    if needed > available { no_space(needed, available) } else { Ok(()) }
+}
