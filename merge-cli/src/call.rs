@@ -94,9 +94,4 @@ impl Call {
     pub(crate) fn help(&self) -> String {
         format!("qmerge {} --help", self.verb.as_str())
     }
-
-    /// Whether the user typed the option.
-    pub(crate) fn has(&self, option: &str) -> bool {
-        self.words.iter().any(|word| word == option)
-    }
 }

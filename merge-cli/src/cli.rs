@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub(crate) use self::look::{InfoArgs, MapArgs};
+pub(crate) use self::look::{CheckArgs, InfoArgs, MapArgs};
 use crate::exit;
 
 /// Merges QEMU disk image chains: safely, fast, and without QEMU.
@@ -63,14 +63,35 @@ pub(crate) enum Verb {
     /// Show which layer supplies each range of the disk
     #[command(after_long_help = "Examples:\n  qmerge map vm.qcow2\n  qmerge map vm.qcow2 --json")]
     Map(MapArgs),
+
+    /// Check the consistency of an image
+    ///
+    /// Exits as qemu-img check: 0 clean, 1 could not check, 2 corruption, 3 leaks only, 63 nothing to check (raw).
+    #[command(
+        after_long_help = "Examples:\n  qmerge check vm.qcow2\n  qmerge check -q vm.qcow2 && echo clean"
+    )]
+    Check(CheckArgs),
 }
 
-/// The image and how its chain is opened.
+/// How one image is opened.
 #[derive(Clone, Debug, Args)]
-pub(crate) struct ChainArgs {
+pub(crate) struct ImageArgs {
     /// Format of the named image; without it, its first bytes tell
     #[arg(short, long, value_name = "FMT", help_heading = "Opening")]
     pub(crate) format: Option<ImageFormat>,
+
+    /// Only follow names inside images to files in DIR (repeatable)
+    ///
+    /// Without it, backing and data files may be regular files or block devices anywhere.
+    #[arg(long, value_name = "DIR", help_heading = "Opening")]
+    pub(crate) allow_dir: Vec<PathBuf>,
+}
+
+/// How a chain is opened.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ChainArgs {
+    #[command(flatten)]
+    pub(crate) image: ImageArgs,
 
     /// Format of a backing file whose overlay does not state it; LAYER is its name
     ///
@@ -78,12 +99,6 @@ pub(crate) struct ChainArgs {
     /// like anything. Repeatable.
     #[arg(long, value_name = "LAYER=FMT", help_heading = "Opening", value_parser = parse_layer_format)]
     pub(crate) backing_format: Vec<LayerFormat>,
-
-    /// Only follow names inside images to files in DIR (repeatable)
-    ///
-    /// Without it, backing and data files may be regular files or block devices anywhere.
-    #[arg(long, value_name = "DIR", help_heading = "Opening")]
-    pub(crate) allow_dir: Vec<PathBuf>,
 }
 
 /// The format of an image.

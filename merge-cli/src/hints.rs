@@ -148,7 +148,8 @@ fn folder(path: &Path) -> std::path::PathBuf {
     }
 }
 
-fn word(path: &Path) -> String {
+/// A path as one types it in a shell.
+pub(crate) fn word(path: &Path) -> String {
     shell_word(&path.to_string_lossy())
 }
 

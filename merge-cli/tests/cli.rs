@@ -1,5 +1,7 @@
 //! The contract of the command line: exit codes, which stream says what, hints, JSON errors.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::fs;
 use std::io::Read;
 use std::path::Path;
@@ -140,6 +142,17 @@ fn info_tells_sizes_in_words_and_bytes() {
     assert_eq!(json["virtual-size"], 1 << 20);
     assert_eq!(json["format"], "raw");
     assert_eq!(json["in-use"], false);
+}
+
+#[test]
+fn check_answers_with_the_codes_of_qemu_img() {
+    let dir = folder();
+    let message = fails(dir.path(), &["check", "disk.raw"], 63);
+    assert!(message.contains("raw"), "{message}");
+    fails(dir.path(), &["check", "nope"], 1);
+    // 2 would mean corruption.
+    fails(dir.path(), &["check", "--bogus", "disk.raw"], 1);
+    fails(dir.path(), &["check", "-f", "qcow2", "disk.raw"], 1);
 }
 
 #[test]

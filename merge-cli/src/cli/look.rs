@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::ChainArgs;
+use super::{ChainArgs, ImageArgs};
 
 /// `qmerge info`
 #[derive(Debug, Args)]
@@ -28,4 +28,14 @@ pub(crate) struct MapArgs {
 
     #[command(flatten)]
     pub(crate) open: ChainArgs,
+}
+
+/// `qmerge check`
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// The image
+    pub(crate) image: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) open: ImageArgs,
 }

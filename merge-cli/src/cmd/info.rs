@@ -22,7 +22,7 @@ pub(super) fn run(args: &InfoArgs, call: &Call, console: &Console) -> Result<Exi
     if args.chain {
         return chain(args, call, console);
     }
-    let facts = Facts::read(&OsHost, &args.image, args.open.format.map(Into::into))
+    let facts = Facts::read(&OsHost, &args.image, args.open.image.format.map(Into::into))
         .map_err(|e| Failure::engine(&e, call))?;
     if console.is_json() {
         console.document(&json::image(&facts))?;

@@ -1,5 +1,6 @@
 //! One module for each verb.
 
+mod check;
 mod info;
 mod map;
 mod open;
@@ -18,6 +19,7 @@ pub(crate) fn run(verb: &Verb, words: Vec<String>, console: &Console) -> Result<
     let call = |verb, image: &Path| Call { verb, image: image.to_owned(), words };
     match verb {
         Verb::Info(args) => info::run(args, &call(VerbName::Info, &args.image), console),
+        Verb::Check(args) => check::run(args, &call(VerbName::Check, &args.image), console),
         Verb::Map(args) => map::run(args, &call(VerbName::Map, &args.image), console),
     }
 }

@@ -7,23 +7,23 @@ use qcow2::image::ImageFormat;
 use qcow2::storage::OsHost;
 
 use crate::call::Call;
-use crate::cli::ChainArgs;
+use crate::cli::{ChainArgs, ImageArgs};
 use crate::failure::Failure;
 
-/// How a chain is opened for `args`: names inside images lead to local files anywhere, or only to the
+/// How an image is opened for `args`: names inside images lead to local files anywhere, or only to the
 /// folders that the user allows.
-pub(super) fn options(args: &ChainArgs) -> OpenOptions {
+pub(super) fn image_options(args: &ImageArgs) -> OpenOptions {
     let policy = match args.allow_dir.as_slice() {
         [] => Policy::local_files(),
         dirs => dirs.iter().fold(Policy::deny(), |policy, dir| policy.allow_dir(dir)),
     };
+    OpenOptions { policy, active_format: args.format.map(ImageFormat::from), ..OpenOptions::default() }
+}
+
+/// How a chain is opened for `args`.
+pub(super) fn options(args: &ChainArgs) -> OpenOptions {
     let formats = args.backing_format.iter().map(|given| (PathBuf::from(&given.layer), given.format.into()));
-    OpenOptions {
-        policy,
-        active_format: args.format.map(ImageFormat::from),
-        backing_formats: formats.collect(),
-        ..OpenOptions::default()
-    }
+    OpenOptions { backing_formats: formats.collect(), ..image_options(&args.image) }
 }
 
 /// Opens a chain for reading, without locks: what only looks works beside a running QEMU.

@@ -69,7 +69,7 @@ impl Table {
 }
 
 /// A word in the number that `count` asks for.
-pub(crate) fn plural(count: usize, one: &str, many: &str) -> String {
+pub(crate) fn plural(count: u64, one: &str, many: &str) -> String {
     if count == 1 { format!("1 {one}") } else { format!("{count} {many}") }
 }
 

@@ -18,7 +18,7 @@ use crate::image::Image;
 use crate::storage::{Access, FileId};
 
 pub use name::{BackingName, Spelling};
-pub use open::OpenOptions;
+pub use open::{OpenOptions, open_data_file};
 pub use policy::{DEFAULT_MAX_DEPTH, Policy};
 pub use relink::new_backing_name;
 pub use siblings::{Sibling, Siblings, find_users};

@@ -50,6 +50,21 @@ impl Chain {
     }
 }
 
+/// Opens the external data file of a single image, if it has one, as the policy and the locks of
+/// `options` say; `id` is the image's own identity, which decides about the access.
+///
+/// # Errors
+/// As [`Chain::open`].
+pub fn open_data_file(
+    host: &dyn Host,
+    image: &Path,
+    id: FileId,
+    cluster0: &Cluster0,
+    options: &OpenOptions,
+) -> Result<Option<(DataFile, Arc<dyn Storage>)>> {
+    Opener { host, options, layers: Vec::new() }.open_data_file(image, id, cluster0)
+}
+
 /// A file that is about to become a layer.
 struct Found {
     path: PathBuf,

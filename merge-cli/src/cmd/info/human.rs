@@ -42,9 +42,9 @@ fn remarks(facts: &Facts) -> impl Iterator<Item = String> {
         header.filter(|h| h.is_corrupt()).map(|_| "marked corrupt".to_owned()),
         facts.cluster0.as_ref().and_then(merged),
         (!facts.snapshots.is_empty())
-            .then(|| plural(facts.snapshots.len(), "internal snapshot", "internal snapshots")),
+            .then(|| plural(facts.snapshots.len() as u64, "internal snapshot", "internal snapshots")),
         (!facts.bitmaps.is_empty())
-            .then(|| plural(facts.bitmaps.len(), "persistent bitmap", "persistent bitmaps")),
+            .then(|| plural(facts.bitmaps.len() as u64, "persistent bitmap", "persistent bitmaps")),
     ];
     all.into_iter().flatten()
 }
