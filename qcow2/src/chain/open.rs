@@ -216,7 +216,7 @@ impl Opener<'_> {
         if found != format && given.is_none() {
             let found = match found {
                 ImageFormat::Qcow2 => "qcow2",
-                ImageFormat::Raw => "not qcow2",
+                ImageFormat::Raw => "something else",
             };
             let reason = Refusal::FormatMismatch { name: text(), declared, found: found.to_owned() };
             return Err(Error::refused(image, reason));

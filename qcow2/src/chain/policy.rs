@@ -282,4 +282,19 @@ mod tests {
         let refusal = reason(try_open(&host, &policy, Path::new("/d/top"), "file:only"));
         assert!(refusal.to_string().contains("/d/only"));
     }
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_told_from_one_that_is_missing() {
+        let error = |access, kind: io::ErrorKind| {
+            not_writable(Path::new("/x"), access, kind.into(), |e| {
+                Error::io(Path::new("/x"), "open", None, e)
+            })
+        };
+        let read_only = error(Access::ReadWrite, io::ErrorKind::ReadOnlyFilesystem);
+        assert!(matches!(read_only, Error::Refused { reason: Refusal::NotWritable { .. }, .. }));
+        let denied = error(Access::ReadWrite, io::ErrorKind::PermissionDenied);
+        assert!(matches!(denied, Error::Refused { reason: Refusal::NotWritable { .. }, .. }));
+        assert!(matches!(error(Access::Read, io::ErrorKind::PermissionDenied), Error::Io { .. }));
+        assert!(matches!(error(Access::ReadWrite, io::ErrorKind::NotFound), Error::Io { .. }));
+    }
 }

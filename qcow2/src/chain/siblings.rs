@@ -301,6 +301,7 @@ mod tests {
     fn thousands_of_files_are_looked_through_quickly() {
         let host = MemHost::new();
         host.add("/base", b"x").unwrap();
+        host.add("/other", b"x").unwrap();
         let other = overlay("other", "raw");
         for n in 0..5000 {
             host.add(format!("/f{n}"), &other[..0x1000]).unwrap();
