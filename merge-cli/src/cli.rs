@@ -1,12 +1,15 @@
 //! The command line.
 
 mod look;
+mod merge;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::look::{CheckArgs, InfoArgs, MapArgs};
+use self::merge::COMMIT_EXAMPLES;
+pub(crate) use self::merge::CommitArgs;
 use crate::exit;
 
 /// Merges QEMU disk image chains: safely, fast, and without QEMU.
@@ -71,6 +74,13 @@ pub(crate) enum Verb {
         after_long_help = "Examples:\n  qmerge check vm.qcow2\n  qmerge check -q vm.qcow2 && echo clean"
     )]
     Check(CheckArgs),
+
+    /// Merge layers of a chain down into a base
+    ///
+    /// Moves the data of the layers above base, up to and including top, down into base. The virtual
+    /// machine must be shut down. What the guest sees through ACTIVE does not change, at no instant.
+    #[command(after_long_help = COMMIT_EXAMPLES)]
+    Commit(CommitArgs),
 }
 
 /// How one image is opened.
@@ -132,7 +142,9 @@ const EXAMPLES: &str = "\
 Examples:
   qmerge info vm.qcow2               what an image is
   qmerge info --chain vm.qcow2       its chain
-  qmerge map vm.qcow2                which layer holds what";
+  qmerge map vm.qcow2                which layer holds what
+  qmerge commit vm.qcow2 --dry-run   what a merge would do
+  qmerge commit vm.qcow2             merge it";
 
 fn long_help() -> String {
     format!("{EXAMPLES}\n\n{}", exit::TABLE)

@@ -1,6 +1,7 @@
 //! One module for each verb.
 
 mod check;
+mod commit;
 mod info;
 mod map;
 mod open;
@@ -20,6 +21,7 @@ pub(crate) fn run(verb: &Verb, words: Vec<String>, console: &Console) -> Result<
     match verb {
         Verb::Info(args) => info::run(args, &call(VerbName::Info, &args.image), console),
         Verb::Check(args) => check::run(args, &call(VerbName::Check, &args.image), console),
+        Verb::Commit(args) => commit::run(args, &call(VerbName::Commit, &args.active), console),
         Verb::Map(args) => map::run(args, &call(VerbName::Map, &args.image), console),
     }
 }

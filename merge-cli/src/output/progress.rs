@@ -28,20 +28,31 @@ struct State {
     shown: Option<Instant>,
     /// Characters of the line that stands on the terminal.
     width: usize,
+    /// Bytes done, and of how many, when it was last told.
+    done: u64,
+    total: u64,
 }
 
 impl<'a> Meter<'a> {
     /// A meter that shows nothing yet.
     pub(crate) fn new(console: &'a Console, what: &'static str) -> Self {
-        Self { console, what, state: Mutex::new(State { begun: Instant::now(), shown: None, width: 0 }) }
+        Self {
+            console,
+            what,
+            state: Mutex::new(State { begun: Instant::now(), shown: None, width: 0, done: 0, total: 0 }),
+        }
     }
 
     /// Tells how many bytes of how many are done.
     pub(crate) fn update(&self, done: u64, total: u64) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        // Threads may come in another order than their work was counted.
+        state.done = state.done.max(done);
+        state.total = total;
+        let done = state.done;
         if self.console.is_quiet() {
             return;
         }
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let every = if self.console.is_json() { EVENT_EVERY } else { DRAW_EVERY };
         let due = state.shown.is_none_or(|shown| shown.elapsed() >= every);
         if !due && done < total {
@@ -57,6 +68,12 @@ impl<'a> Meter<'a> {
             state.width = line.len();
             draw(&format!("\r{line}{:padding$}", ""));
         }
+    }
+
+    /// How much is done, in percent.
+    pub(crate) fn percent(&self) -> f64 {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.total == 0 { 0.0 } else { state.done as f64 / state.total as f64 * 100.0 }
     }
 
     /// Takes the line away, so that the result begins on a clean one.

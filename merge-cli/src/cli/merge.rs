@@ -1,0 +1,82 @@
+//! Arguments of the verbs that merge.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::ChainArgs;
+
+/// `qmerge commit`
+#[derive(Debug, Args)]
+pub(crate) struct CommitArgs {
+    /// The chain's top file, the one that the virtual machine uses
+    pub(crate) active: PathBuf,
+
+    /// Merge down into LAYER [default: the bottom of the chain]
+    ///
+    /// A layer is named by its path, or by its index: [1] is the bottom, the next overlay is [2], and so
+    /// on up; a name before the bracket is accepted, as in vda[1].
+    #[arg(long, value_name = "LAYER", conflicts_with = "shallow", help_heading = "What to merge")]
+    pub(crate) base: Option<String>,
+
+    /// Merge down into top's own backing file
+    #[arg(long, help_heading = "What to merge")]
+    pub(crate) shallow: bool,
+
+    /// The highest layer that is merged [default: ACTIVE]
+    ///
+    /// With ACTIVE itself, ACTIVE becomes an empty overlay on base. With a lower layer, the overlay
+    /// above it gets base as its backing file.
+    #[arg(long, value_name = "LAYER", help_heading = "What to merge")]
+    pub(crate) top: Option<String>,
+
+    /// Print the plan and change nothing
+    #[arg(short = 'n', long, help_heading = "How")]
+    pub(crate) dry_run: bool,
+
+    /// Read back and compare everything before anything is switched or deleted
+    #[arg(long, help_heading = "How")]
+    pub(crate) verify: bool,
+
+    /// Remove the files that are no longer needed
+    ///
+    /// Without it they stay, marked as merged. Files are removed when everything is durable, top-down,
+    /// and only if they are still the files of the plan and no other image uses them.
+    #[arg(long, conflicts_with = "keep_active", help_heading = "How")]
+    pub(crate) delete: bool,
+
+    /// Leave ACTIVE as it is when it is merged
+    ///
+    /// Its data then stands in base too. Do not boot from base while somebody may still boot from ACTIVE.
+    #[arg(long, help_heading = "How")]
+    pub(crate) keep_active: bool,
+
+    /// Also search DIR for images that use base or a merged layer (repeatable)
+    ///
+    /// The folders of the chain are always searched.
+    #[arg(long, value_name = "DIR", help_heading = "Safety")]
+    pub(crate) scan: Vec<PathBuf>,
+
+    /// Merge although an image outside the chain uses base or a merged layer; that image breaks
+    #[arg(long, help_heading = "Safety")]
+    pub(crate) allow_shared_base: bool,
+
+    /// Merge although internal snapshots of merged layers change
+    #[arg(long, help_heading = "Safety")]
+    pub(crate) allow_snapshot_change: bool,
+
+    /// Merge although persistent bitmaps of merged layers are lost
+    #[arg(long, help_heading = "Safety")]
+    pub(crate) drop_bitmaps: bool,
+
+    #[command(flatten)]
+    pub(crate) open: ChainArgs,
+}
+
+pub(super) const COMMIT_EXAMPLES: &str = "\
+Examples, for the chain base.raw <- a.qcow2 <- b.qcow2 <- c.qcow2:
+  qmerge commit c.qcow2 --dry-run           what would happen
+  qmerge commit c.qcow2                     everything into base.raw
+  qmerge commit c.qcow2 --top b.qcow2       base.raw <- c.qcow2 is left
+  qmerge commit c.qcow2 --base [2] --top [3]  b.qcow2 into a.qcow2
+  qmerge commit c.qcow2 --verify --delete   compare, then remove a, b and c";

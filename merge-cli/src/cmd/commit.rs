@@ -1,0 +1,110 @@
+//! `qmerge commit`: merges the layers above base, up to top, down into base.
+
+mod human;
+mod json;
+
+use std::sync::Arc;
+
+use qcow2::merge::{BaseChoice, Commit, CommitOptions, Progress};
+use qcow2::storage::OsHost;
+use qcow2::{Error, ErrorKind};
+
+use super::open;
+use crate::call::Call;
+use crate::cli::CommitArgs;
+use crate::exit::Exit;
+use crate::failure::{Failure, Report};
+use crate::output::Console;
+use crate::output::progress::Meter;
+use crate::signals::Stop;
+
+/// Plans, and carries the plan out unless it is a dry run.
+pub(super) fn run(args: &CommitArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
+    let stop = Stop::on_signals().map_err(|e| signals_failed(&e, call))?;
+    let commit = Commit::prepare(Arc::new(OsHost), &args.active, &options(args), stop.flag())
+        .map_err(|e| unchanged(&e, &stop, call))?;
+    let plan = commit.plan().clone();
+    console.event("plan", json::plan(&plan))?;
+    if args.dry_run {
+        console.result(&human::plan(&plan, args))?;
+        console.note("dry run: nothing was changed");
+        return Ok(Exit::DONE);
+    }
+    if plan.nothing_to_do.is_none() && !console.is_json() {
+        console.note(&human::plan(&plan, args));
+    }
+    let meter = Meter::new(console, "merging");
+    let report = commit.execute(&meter, stop.flag()).map_err(|e| halfway(&e, &stop, &meter, call))?;
+    drop(meter);
+    console.event("result", json::result(&plan, &report))?;
+    console.result(&human::result(&plan, &report))?;
+    Ok(Exit::DONE)
+}
+
+impl Progress for Meter<'_> {
+    fn written(&self, done: u64, total: u64) {
+        self.update(done, total);
+    }
+}
+
+fn options(args: &CommitArgs) -> CommitOptions {
+    let base = match &args.base {
+        Some(layer) => BaseChoice::Named(layer.clone()),
+        None if args.shallow => BaseChoice::Shallow,
+        None => BaseChoice::Bottom,
+    };
+    CommitOptions {
+        base,
+        top: args.top.clone(),
+        open: open::options(&args.open),
+        delete: args.delete,
+        keep_active: args.keep_active,
+        verify: args.verify,
+        drop_bitmaps: args.drop_bitmaps,
+        allow_snapshot_change: args.allow_snapshot_change,
+        allow_shared_base: args.allow_shared_base,
+        scan: args.scan.clone(),
+    }
+}
+
+/// A failure before the first write.
+fn unchanged(error: &Error, stop: &Stop, call: &Call) -> Failure {
+    match (error.kind(), stop.exit()) {
+        (ErrorKind::Cancelled, Some(exit)) => interrupted("before the first write", exit, call),
+        _ => Failure::engine(error, call),
+    }
+}
+
+/// A failure while the plan was carried out: the guest's view is what it was.
+fn halfway(error: &Error, stop: &Stop, meter: &Meter<'_>, call: &Call) -> Failure {
+    meter.clear();
+    if let (ErrorKind::Cancelled, Some(exit)) = (error.kind(), stop.exit()) {
+        return interrupted(&format!("at {:.0} %", meter.percent()), exit, call);
+    }
+    match Failure::engine(error, call) {
+        Failure::Reported(report) if error.kind() == ErrorKind::Io => {
+            Report { exit: Exit::HALFWAY, ..report }.into()
+        }
+        failure => failure,
+    }
+}
+
+fn interrupted(when: &str, exit: Exit, call: &Call) -> Failure {
+    Report {
+        kind: "interrupted",
+        message: format!("stopped {when}; the disk shows the same bytes as before"),
+        hint: format!("nothing is lost; to go on: {}", call.again()),
+        exit,
+    }
+    .into()
+}
+
+fn signals_failed(error: &std::io::Error, call: &Call) -> Failure {
+    Report {
+        kind: "io",
+        message: format!("cannot watch for signals: {error}"),
+        hint: format!("nothing was changed; again: {}", call.again()),
+        exit: Exit::FAILED,
+    }
+    .into()
+}

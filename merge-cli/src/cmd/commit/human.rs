@@ -1,0 +1,140 @@
+//! Plan and result of a commit in words.
+
+use std::path::{Path, PathBuf};
+
+use qcow2::merge::{Afterwards, Plan, Report};
+
+use crate::cli::CommitArgs;
+use crate::output::human::{Fields, plural};
+use crate::output::size;
+
+/// The plan.
+pub(super) fn plan(plan: &Plan, args: &CommitArgs) -> String {
+    if let Some(reason) = &plan.nothing_to_do {
+        return format!("nothing to do: {reason}");
+    }
+    let mut fields = Fields::default();
+    // Every layer from base up to top stops being a restore point, but top itself.
+    let below = plan.restore_points_lost.iter().skip(1);
+    let merged: Vec<_> = below.chain([&plan.top]).map(|file| show(file)).collect();
+    fields.add("merge", format!("{} into {}", merged.join(", "), show(&plan.base)));
+    fields.add("to copy", size::exact(plan.totals.bytes_to_copy));
+    fields.add("to zero", size::exact(plan.totals.bytes_to_zero));
+    if plan.totals.clusters_to_allocate > 0 {
+        fields.add("to allocate", plural(plan.totals.clusters_to_allocate, "cluster", "clusters"));
+    }
+    fields.add("base's file", format!("at most {} afterwards", size::exact(plan.base_file_size_after)));
+    if plan.base_size_after > plan.base_size_before {
+        let (before, after) = (size::short(plan.base_size_before), size::exact(plan.base_size_after));
+        fields.add("base's disk", format!("grows from {before} to {after}"));
+    }
+    fields.add("afterwards", afterwards(plan));
+    fields.add("not needed then", obsolete(plan, args));
+    fields.add(
+        "restore points",
+        format!(
+            "{} will be restore points no more, as soon as the first byte is written",
+            list(&plan.restore_points_lost)
+        ),
+    );
+    for (file, name) in &plan.bitmaps_lost {
+        fields.add("lost", format!("the persistent bitmap {name} of {}", show(file)));
+    }
+    if plan.old_tail > 0 {
+        fields.add("old tail", old_tail(plan));
+    }
+    if !plan.unreadable.is_empty() {
+        let files = list(&plan.unreadable);
+        fields.add("not known", format!("whether these use base, as they could not be read: {files}"));
+    }
+    fields.render()
+}
+
+/// The result.
+pub(super) fn result(plan: &Plan, report: &Report) -> String {
+    if let Some(reason) = &plan.nothing_to_do {
+        return format!("nothing to do: {reason}");
+    }
+    let mut lines = vec![format!(
+        "merged into {}: {} copied, {} zeroed, in {}",
+        show(&plan.base),
+        size::short(report.totals.bytes_to_copy),
+        size::short(report.totals.bytes_to_zero),
+        size::duration(report.elapsed.as_secs_f64())
+    )];
+    if let Some(digest) = report.digest {
+        lines
+            .push(format!("verified: every merged range reads back; digest of the disk: crc32 {digest:08x}"));
+    }
+    match &plan.afterwards {
+        Afterwards::Relink { overlay, name, .. } => {
+            lines.push(format!("{} now has {name} as its backing file", show(overlay)));
+        }
+        Afterwards::Empty { .. } => {
+            lines.push(format!("{} is now an empty overlay on {}", show(&plan.active), show(&plan.base)));
+        }
+        Afterwards::Keep => {
+            lines.push(format!("{} was left as it is; its data stands in base too", show(&plan.active)));
+        }
+        Afterwards::Delete => {}
+    }
+    if plan.old_tail > 0 {
+        lines.push(format!("note: {}", old_tail(plan)));
+    }
+    if !report.deleted.is_empty() {
+        lines.push(format!("removed: {}", list(&report.deleted)));
+    }
+    for (file, why) in &report.kept {
+        lines.push(format!("not removed: {}: {why}", show(file)));
+    }
+    if !report.marked.is_empty() {
+        lines.push(format!("not needed any more, and marked as merged: {}", list(&report.marked)));
+    }
+    if !report.unmarked.is_empty() {
+        lines.push(format!(
+            "not needed any more, without room for a mark (do not merge them again): {}",
+            list(&report.unmarked)
+        ));
+    }
+    lines.join("\n")
+}
+
+fn afterwards(plan: &Plan) -> String {
+    match &plan.afterwards {
+        Afterwards::Relink { overlay, name, atomic } => {
+            format!("{} gets {name} as its backing file{}", show(overlay), torn(*atomic))
+        }
+        Afterwards::Empty { atomic, .. } => {
+            let active = show(&plan.active);
+            format!("{active} becomes an empty overlay on {}{}", show(&plan.base), torn(*atomic))
+        }
+        Afterwards::Keep => format!("{} stays as it is", show(&plan.active)),
+        Afterwards::Delete => format!("{} is removed; boot from {}", show(&plan.active), show(&plan.base)),
+    }
+}
+
+/// A word of care where the switch of the header takes more than one sector.
+fn torn(atomic: bool) -> &'static str {
+    if atomic { "" } else { "\n(its header takes more than one sector: a power cut just then can tear it)" }
+}
+
+fn obsolete(plan: &Plan, args: &CommitArgs) -> String {
+    let what = if args.delete { "will be removed" } else { "stay, marked as merged" };
+    if plan.obsolete.is_empty() { "no file".to_owned() } else { format!("{}: {what}", list(&plan.obsolete)) }
+}
+
+fn old_tail(plan: &Plan) -> String {
+    format!(
+        "base is larger: behind the end of {} the machine will see {} of base's old content",
+        show(&plan.active),
+        size::exact(plan.old_tail)
+    )
+}
+
+fn list(files: &[PathBuf]) -> String {
+    files.iter().map(|file| show(file)).collect::<Vec<_>>().join(", ")
+}
+
+fn show(file: &Path) -> String {
+    file.display().to_string()
+}

@@ -1,0 +1,68 @@
+//! Plan and result of a commit as JSON.
+
+use qcow2::merge::{Afterwards, Plan, Report, Totals};
+use serde_json::{Value, json};
+
+use crate::output::json::{path, paths};
+
+/// The fields of the plan event.
+pub(super) fn plan(plan: &Plan) -> Value {
+    let mut fields = common(plan, &plan.totals, plan.base_file_size_after);
+    fields["restore-points-lost"] = paths(&plan.restore_points_lost);
+    fields["searched"] = paths(&plan.searched);
+    fields["unreadable"] = paths(&plan.unreadable);
+    fields["obsolete"] = paths(&plan.obsolete);
+    fields
+}
+
+/// The fields of the result event: what the plan had, as it came out.
+pub(super) fn result(plan: &Plan, report: &Report) -> Value {
+    let mut fields = common(plan, &report.totals, report.base_file_size);
+    fields["obsolete"] = paths(&plan.obsolete);
+    fields["deleted"] = paths(&report.deleted);
+    fields["marked"] = paths(&report.marked);
+    fields["unmarked"] = paths(&report.unmarked);
+    let kept = report.kept.iter().map(|(file, why)| json!({ "file": path(file), "reason": why }));
+    fields["kept"] = kept.collect();
+    fields["seconds"] = report.elapsed.as_secs_f64().into();
+    if let Some(digest) = report.digest {
+        fields["digest"] = format!("{digest:08x}").into();
+    }
+    fields
+}
+
+fn common(plan: &Plan, totals: &Totals, base_file_size: u64) -> Value {
+    let bitmaps = plan.bitmaps_lost.iter().map(|(file, name)| json!({ "file": path(file), "name": name }));
+    let mut fields = json!({
+        "base": path(&plan.base),
+        "top": path(&plan.top),
+        "active": path(&plan.active),
+        "bytes-to-copy": totals.bytes_to_copy,
+        "bytes-to-zero": totals.bytes_to_zero,
+        "bytes-to-write": totals.bytes_to_write,
+        "clusters-to-allocate": totals.clusters_to_allocate,
+        "base-file-size-after": base_file_size,
+        "base-virtual-size-before": plan.base_size_before,
+        "base-virtual-size-after": plan.base_size_after,
+        "old-tail": plan.old_tail,
+        "bitmaps-lost": bitmaps.collect::<Value>(),
+        "afterwards": afterwards(&plan.afterwards),
+    });
+    if let Some(reason) = &plan.nothing_to_do {
+        fields["nothing-to-do"] = reason.as_str().into();
+    }
+    fields
+}
+
+fn afterwards(afterwards: &Afterwards) -> Value {
+    match afterwards {
+        Afterwards::Relink { overlay, name, atomic } => {
+            json!({ "action": "relink", "overlay": path(overlay), "backing-filename": name, "atomic": atomic })
+        }
+        Afterwards::Empty { name, atomic } => {
+            json!({ "action": "empty", "backing-filename": name, "atomic": atomic })
+        }
+        Afterwards::Keep => json!({ "action": "keep" }),
+        Afterwards::Delete => json!({ "action": "delete" }),
+    }
+}
