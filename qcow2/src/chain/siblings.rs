@@ -59,9 +59,9 @@ impl Chain {
 /// or data file is one of `targets`. Files of `chain` are left out, whatever they are called.
 ///
 /// Only headers are read, and no file that an image names is opened. Images with a damaged header
-/// are passed over: nothing can be read through them. Images of a version that is not known are
-/// listed as unreadable. Names that depend on a process's working
-/// directory, or that this engine would not open, count if they may lead to a target.
+/// are passed over: nothing can be read through them; so are layers that an earlier merge has marked
+/// as merged. Images of a version that is not known are listed as unreadable. Names that depend on a
+/// process's working directory, or that this engine would not open, count if they may lead to a target.
 ///
 /// # Errors
 /// [`Error::Io`] for a folder that does not exist.
@@ -171,7 +171,7 @@ fn read_names(file: &dyn Storage) -> io::Result<Option<Cluster0>> {
 mod tests {
     use super::super::tests::{overlay, with_data_file};
     use super::*;
-    use crate::format::Extension;
+    use crate::format::{EXT_MERGED_INTO, Extension};
     use crate::storage::{MemHost, OsHost};
     use std::fs;
     use std::os::unix::fs::{PermissionsExt, symlink};
@@ -268,6 +268,17 @@ mod tests {
         let found = find_users(&host, &["/".into()], &target, &target).unwrap();
         assert!(found.users.is_empty());
         assert_eq!(found.unreadable[0].0, Path::new("/newer"));
+    }
+
+    #[test]
+    fn layers_that_an_earlier_merge_marked_are_no_users() {
+        let host = MemHost::new();
+        host.add("/base", b"x").unwrap();
+        let mut cluster0 = Cluster0::parse(&overlay("base", "raw")).unwrap();
+        host.add("/user", &cluster0.encode().unwrap()).unwrap();
+        cluster0.set_extension(Extension::new(EXT_MERGED_INTO, "/base"));
+        host.add("/marked", &cluster0.encode().unwrap()).unwrap();
+        assert_eq!(users(&host, &["/"], &["/base"], &["/base"]), ["/user backing file"]);
     }
 
     #[test]
