@@ -13,6 +13,9 @@ use crate::units::{GuestOffset, HostOffset};
 /// The most bytes that one worker moves in one piece, so that all of them stay busy.
 const PIECE: u64 = 16 << 20;
 
+/// Pieces of at least this size are sent to the device as soon as they are copied.
+const EARLY: u64 = 1 << 20;
+
 /// Where the bytes of an operation come from. Layers are positions in the chain, the bottom first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Origin {
@@ -109,6 +112,9 @@ impl Ops {
                     return Err(Error::Cancelled);
                 }
                 op.run(layers, target, cache)?;
+                if op.len >= EARLY {
+                    target.file.start_writing(op.to.get(), op.len);
+                }
                 let done = run.done.fetch_add(op.len, Ordering::Relaxed) + op.len;
                 run.progress.written(done, run.total);
                 Ok(())

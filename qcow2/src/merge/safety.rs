@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use super::commit::{CommitOptions, Span};
 use super::plan::Plan;
 use crate::chain::{Chain, Layer, find_users};
+use crate::check::{CheckOptions, check};
 use crate::error::{Error, Refusal, Result};
 use crate::format::{Bitmap, decode_bitmap_directory};
 use crate::image::{Image, Qcow2};
@@ -31,8 +32,7 @@ pub(super) fn layers(chain: &Chain, span: Span, options: &CommitOptions) -> Resu
             return refuse(Refusal::Snapshots { count: image.header().snapshots as usize });
         }
         if let Some(base) = image.cluster0().merged_into() {
-            let what =
-                format!("it was merged into {base} before; merging it again could bring old data back");
+            let what = format!("it was merged into {base} before; merging it again could bring old data back");
             return refuse(Refusal::Other(what));
         }
     }
@@ -70,8 +70,14 @@ fn bitmap_names(image: &Qcow2) -> Result<Vec<String>> {
 /// A qcow2 image that is to be written must be consistent: its refcounts decide what is free.
 pub(super) fn consistent(chain: &Chain, at: usize, cancel: &AtomicBool) -> Result<()> {
     let Some(Layer { image: Image::Qcow2(image), path, .. }) = chain.layers().get(at) else { return Ok(()) };
-    let _ = (image, path, cancel);
-    Ok(())
+    let data_file = image.has_data_file().then(|| &**image.data_file());
+    let report = check(path, &**image.file(), data_file, &CheckOptions { cancel: Some(cancel) })?;
+    if report.is_consistent() {
+        return Ok(());
+    }
+    let first = report.first_corruption().map(ToString::to_string).unwrap_or_default();
+    let corruptions = report.corruptions + report.check_errors;
+    Err(Error::refused(path, Refusal::Inconsistent { corruptions, first }))
 }
 
 /// What was searched for images that share layers.
@@ -82,12 +88,7 @@ pub(super) struct Searched {
 }
 
 /// Nobody outside the chain may read through base or a merged layer.
-pub(super) fn siblings(
-    host: &dyn Host,
-    chain: &Chain,
-    span: Span,
-    options: &CommitOptions,
-) -> Result<Searched> {
+pub(super) fn siblings(host: &dyn Host, chain: &Chain, span: Span, options: &CommitOptions) -> Result<Searched> {
     let mut dirs = chain.folders(host);
     dirs.extend(options.scan.iter().cloned());
     let touched = chain.layers().get(span.base..=span.top).unwrap_or_default();
@@ -97,9 +98,7 @@ pub(super) fn siblings(
     if let Some(first) = found.users.first()
         && !options.allow_shared_base
     {
-        let used = touched
-            .iter()
-            .find(|l| l.id == first.uses || l.data_file.as_ref().is_some_and(|d| d.id == first.uses));
+        let used = touched.iter().find(|l| l.id == first.uses || l.data_file.as_ref().is_some_and(|d| d.id == first.uses));
         let path = used.map_or(first.path.as_path(), |layer| layer.path.as_path());
         let users = found.users.iter().filter(|u| u.uses == first.uses).map(|u| u.path.clone()).collect();
         return Err(Error::refused(path, Refusal::SharedBase { users }));

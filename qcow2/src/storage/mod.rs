@@ -77,6 +77,10 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Asks the system to forget cached pages, so that the next read comes from the device.
     fn drop_cache(&self) -> io::Result<()>;
 
+    /// Asks the system to begin writing a range to the device now, so that a later barrier has less
+    /// to wait for. Only a hint.
+    fn start_writing(&self, _offset: u64, _len: u64) {}
+
     /// The operating system's file, where there is one (for copies inside the kernel).
     fn as_file(&self) -> Option<&File> {
         None

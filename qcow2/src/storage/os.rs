@@ -331,6 +331,13 @@ impl Storage for OsFile {
         Ok(rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed)?)
     }
 
+    fn start_writing(&self, offset: u64, len: u64) {
+        // Linux begins to write the dirty pages of the range and returns; it is only a hint.
+        if let Some(len) = std::num::NonZeroU64::new(len) {
+            let _ = rustix::fs::fadvise(&self.file, offset, Some(len), Advice::DontNeed);
+        }
+    }
+
     fn as_file(&self) -> Option<&File> {
         Some(&self.file)
     }
