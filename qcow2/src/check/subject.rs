@@ -81,7 +81,7 @@ impl<'a> Subject<'a> {
     pub(super) fn clusters(&self, host: u64, len: u64) -> Range<u64> {
         let bits = self.geometry.cluster_bits();
         let end = host.saturating_add(len);
-        if len == 0 { host >> bits..host >> bits } else { host >> bits..(end - 1 >> bits) + 1 }
+        if len == 0 { host >> bits..host >> bits } else { host >> bits..((end - 1) >> bits) + 1 }
     }
 
     /// Whether a range of bytes leaves the file by a cluster or more; the file may end inside the

@@ -74,6 +74,8 @@ impl ImageFormat {
 }
 
 /// An opened image.
+// A chain holds a handful of these; a box around the larger one would only cost clarity.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 pub enum Image {
     /// A raw image.

@@ -32,7 +32,8 @@ pub(super) fn layers(chain: &Chain, span: Span, options: &CommitOptions) -> Resu
             return refuse(Refusal::Snapshots { count: image.header().snapshots as usize });
         }
         if let Some(base) = image.cluster0().merged_into() {
-            let what = format!("it was merged into {base} before; merging it again could bring old data back");
+            let what =
+                format!("it was merged into {base} before; merging it again could bring old data back");
             return refuse(Refusal::Other(what));
         }
     }
@@ -88,7 +89,12 @@ pub(super) struct Searched {
 }
 
 /// Nobody outside the chain may read through base or a merged layer.
-pub(super) fn siblings(host: &dyn Host, chain: &Chain, span: Span, options: &CommitOptions) -> Result<Searched> {
+pub(super) fn siblings(
+    host: &dyn Host,
+    chain: &Chain,
+    span: Span,
+    options: &CommitOptions,
+) -> Result<Searched> {
     let mut dirs = chain.folders(host);
     dirs.extend(options.scan.iter().cloned());
     let touched = chain.layers().get(span.base..=span.top).unwrap_or_default();
@@ -98,7 +104,9 @@ pub(super) fn siblings(host: &dyn Host, chain: &Chain, span: Span, options: &Com
     if let Some(first) = found.users.first()
         && !options.allow_shared_base
     {
-        let used = touched.iter().find(|l| l.id == first.uses || l.data_file.as_ref().is_some_and(|d| d.id == first.uses));
+        let used = touched
+            .iter()
+            .find(|l| l.id == first.uses || l.data_file.as_ref().is_some_and(|d| d.id == first.uses));
         let path = used.map_or(first.path.as_path(), |layer| layer.path.as_path());
         let users = found.users.iter().filter(|u| u.uses == first.uses).map(|u| u.path.clone()).collect();
         return Err(Error::refused(path, Refusal::SharedBase { users }));
