@@ -8,9 +8,11 @@
 //! - [`image`]: one opened image.
 //! - [`chain`]: names inside images made into files under a policy, layers, and the map through them.
 //! - [`check`]: whether an image is consistent.
+//! - [`compare`]: whether a guest sees the same through two chains.
 
 pub mod chain;
 pub mod check;
+pub mod compare;
 pub mod error;
 pub mod format;
 #[doc(hidden)]

@@ -3,11 +3,14 @@
 //! Invariants: no file is opened that the user did not name, unless the [`Policy`] allows it; no format
 //! is guessed for a file that an image names; a [`Chain`] holds every file at most once.
 
+pub(crate) mod differ;
+mod digest;
 mod find;
 mod json;
 mod name;
 mod open;
 mod policy;
+mod read;
 mod relink;
 mod siblings;
 pub mod view;
@@ -17,6 +20,7 @@ use std::path::PathBuf;
 use crate::image::Image;
 use crate::storage::{Access, FileId};
 
+pub use digest::digest;
 pub use name::{BackingName, Spelling};
 pub use open::{OpenOptions, open_data_file};
 pub use policy::{DEFAULT_MAX_DEPTH, Policy};

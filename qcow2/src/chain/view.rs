@@ -57,7 +57,7 @@ impl Supplied {
 /// A stack of layers, looked at from its top: `layers[first]` is the bottom, the last one the top.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
-    layers: &'a [&'a Image],
+    pub(super) layers: &'a [&'a Image],
     first: usize,
 }
 

@@ -57,6 +57,11 @@ impl Commit {
         let mut report = Report::default();
         if self.plan.nothing_to_do.is_none() {
             report.totals = self.move_data(progress, cancel)?;
+        }
+        if self.options.verify {
+            report.digest = Some(self.read_back(progress, cancel)?);
+        }
+        if self.plan.nothing_to_do.is_none() {
             self.link(&mut report)?;
         }
         let base = self.layer(self.base)?;

@@ -70,7 +70,7 @@ pub(crate) struct Writer<'a> {
 }
 
 impl<'a> Job<'a> {
-    fn image(&self) -> Result<&'a Image> {
+    pub(super) fn image(&self) -> Result<&'a Image> {
         self.layers.get(self.base).copied().ok_or_else(|| Error::Usage("the chain has no such layer".into()))
     }
 

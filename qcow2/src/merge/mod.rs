@@ -10,6 +10,7 @@ mod needs;
 mod ops;
 mod plan;
 mod safety;
+mod verify;
 
 pub use commit::{BaseChoice, Commit, CommitOptions};
 pub use execute::Report;

@@ -1,0 +1,154 @@
+//! Comparing what a guest sees through two images or chains.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::chain::differ::Differ;
+use crate::chain::view::{Supplied, Supply, View};
+use crate::error::Result;
+use crate::merge::Progress;
+use crate::units::{GuestOffset, GuestRange};
+
+/// What a comparison has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Comparison {
+    /// Whether the guest sees the same bytes. Disks of different sizes are the same if the rest of the
+    /// longer one is zero, as for `qemu-img compare` without `-s`.
+    pub same: bool,
+    /// The first byte that differs.
+    pub first_difference: Option<GuestOffset>,
+    /// The size of the first disk in bytes.
+    pub size_a: u64,
+    /// The size of the second disk in bytes.
+    pub size_b: u64,
+}
+
+/// Compares two disks on all cores, up to the first difference. What is zero on both sides, and what both
+/// read from the same place of the same file, is not read. `progress` counts compared bytes of the longer
+/// disk.
+///
+/// # Errors
+/// Tables or data that cannot be read or are damaged; [`Error::Cancelled`](crate::Error::Cancelled).
+pub fn compare(a: View<'_>, b: View<'_>, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Comparison> {
+    let differ = Differ::new(a, b)?;
+    let (size_a, size_b) = (a.size(), b.size());
+    let total = size_a.max(size_b);
+    let end = GuestOffset::new(total);
+    let window = a.window().min(b.window());
+    let done = AtomicU64::new(0);
+    let count = |bytes: u64| progress.written(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
+
+    let mut at = GuestOffset::ZERO;
+    let mut first_difference = None;
+    while at < end && first_difference.is_none() {
+        let next = [a.next_supplied(at)?, b.next_supplied(at)?, Some(end)].into_iter().flatten().min();
+        let next = next.unwrap_or(end);
+        count(next - at);
+        let range = GuestRange::between(next, (next.align_down(window) + window).min(end));
+        let (left, right) = rayon::join(|| resolve(&a, range), || resolve(&b, range));
+        first_difference = differ.first_difference(&left?, &right?, cancel, &count)?;
+        at = range.end();
+    }
+    Ok(Comparison { same: first_difference.is_none(), first_difference, size_a, size_b })
+}
+
+/// What supplies each part of a window; behind the disk's end, zeros.
+fn resolve(view: &View<'_>, range: GuestRange) -> Result<Vec<Supplied>> {
+    let mut supplied = Vec::new();
+    view.resolve(range, &mut supplied)?;
+    let behind = GuestRange::between(range.start.max(GuestOffset::new(view.size())), range.end());
+    if !behind.is_empty() {
+        supplied.push(Supplied { range: behind, supply: Supply::Nothing });
+    }
+    Ok(supplied)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::image::{Image, ImageFormat};
+    use crate::storage::{MemFile, Storage};
+
+    /// Remembers the last report.
+    #[derive(Default)]
+    struct Last(Mutex<(u64, u64)>);
+
+    impl Progress for Last {
+        fn written(&self, done: u64, total: u64) {
+            let mut last = self.0.lock().unwrap();
+            *last = (last.0.max(done), total);
+        }
+    }
+
+    fn raw(len: u64, writes: &[(u64, &[u8])]) -> Image {
+        let file = MemFile::new();
+        file.set_len(len).unwrap();
+        for (at, bytes) in writes {
+            file.write_all_at(bytes, *at).unwrap();
+        }
+        Image::open(Path::new("/raw"), Arc::new(file), ImageFormat::Raw, None).unwrap()
+    }
+
+    fn run(a: &Image, b: &Image) -> (Comparison, (u64, u64)) {
+        let (left, right) = ([a], [b]);
+        let last = Last::default();
+        let found = compare(View::new(&left, 0, 0), View::new(&right, 0, 0), &last, &AtomicBool::new(false));
+        (found.unwrap(), last.0.into_inner().unwrap())
+    }
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn the_first_difference_is_found_and_not_another() {
+        let mut bytes = vec![7u8; 5 << 20];
+        let a = raw(3 * GIB, &[(GIB, &bytes), (2 * GIB, b"x")]);
+        let same = raw(3 * GIB, &[(GIB, &bytes), (2 * GIB, b"x")]);
+        let (found, progress) = run(&a, &same);
+        assert_eq!(
+            found,
+            Comparison { same: true, first_difference: None, size_a: 3 * GIB, size_b: 3 * GIB }
+        );
+        assert_eq!(progress, (3 * GIB, 3 * GIB));
+        for at in [0, 4095, (3 << 20) + 17, (5 << 20) - 1] {
+            bytes[at] ^= 1;
+            let other = raw(3 * GIB, &[(GIB, &bytes), (2 * GIB, b"y")]);
+            let (found, _) = run(&a, &other);
+            assert_eq!(found.first_difference, Some(GuestOffset::new(GIB + at as u64)));
+            assert!(!found.same);
+            bytes[at] ^= 1;
+        }
+        let (found, _) = run(&a, &raw(3 * GIB, &[(GIB, &bytes)]));
+        assert_eq!(found.first_difference, Some(GuestOffset::new(2 * GIB)));
+    }
+
+    #[test]
+    fn a_longer_disk_is_the_same_if_its_rest_is_zero() {
+        let short = raw(GIB, &[(5, b"x")]);
+        let zeros = raw(4 * GIB, &[(5, b"x"), (2 * GIB, &[0; 100])]);
+        let tail = raw(4 * GIB, &[(5, b"x"), (GIB, &[0; 10]), (GIB + 10, b"y")]);
+        for (a, b) in [(&short, &zeros), (&zeros, &short)] {
+            assert!(run(a, b).0.same);
+        }
+        for (a, b) in [(&short, &tail), (&tail, &short)] {
+            assert_eq!(run(a, b).0.first_difference, Some(GuestOffset::new(GIB + 10)));
+        }
+        assert!(run(&raw(0, &[]), &raw(0, &[])).0.same);
+        assert!(run(&raw(0, &[]), &raw(GIB, &[])).0.same);
+    }
+
+    #[test]
+    fn a_comparison_stops_on_request() {
+        let (a, b) = (raw(GIB, &[(0, b"x")]), raw(GIB, &[(0, b"x")]));
+        let (left, right) = ([&a], [&b]);
+        let stopped = compare(
+            View::new(&left, 0, 0),
+            View::new(&right, 0, 0),
+            &Last::default(),
+            &AtomicBool::new(true),
+        );
+        assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
+    }
+}
