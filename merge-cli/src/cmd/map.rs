@@ -17,91 +17,148 @@ use crate::output::Console;
 /// Prints the map, range by range as it is found: its length does not matter for memory.
 pub(super) fn run(args: &MapArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
     let chain = open::chain(&args.image, &open::options(&args.open), call)?;
-    let printer = Printer { chain: &chain, json: console.is_json(), begun: false };
-    if console.is_quiet() && !console.is_json() {
+    if console.is_json() {
+        let mut printer = Json::new(&chain, console.stream()).map_err(|e| Failure::engine(&e, call))?;
+        walk(&chain, call, |part| printer.part(part))?;
+        printer.end().map_err(Failure::stdout)?;
+    } else if console.is_quiet() {
         walk(&chain, call, |_| Ok(()))?;
-        return Ok(Exit::DONE);
+    } else {
+        let mut out = console.stream();
+        print_line(&mut out, "START", "LENGTH", "WHAT", "AT", "LAYER").map_err(Failure::stdout)?;
+        walk(&chain, call, |part| line(&mut out, &chain, part))?;
+        out.flush().map_err(Failure::stdout)?;
     }
-    let mut out = console.stream();
-    printer.print(&mut out, call)?;
-    out.flush().map_err(Failure::stdout)?;
     Ok(Exit::DONE)
 }
 
-struct Printer<'a> {
+/// The entries of `qemu-img map --output=json`.
+struct Json<'a, W> {
     chain: &'a Chain,
-    json: bool,
+    /// For each layer, whether its clusters were allocated ahead.
+    preallocated: Vec<bool>,
+    out: W,
     begun: bool,
 }
 
-impl Printer<'_> {
-    fn print(mut self, out: &mut impl Write, call: &Call) -> Result<(), Failure> {
-        if !self.json {
-            writeln!(out, "{:<16}  {:<16}  {:<10}  {:<16}  LAYER", "START", "LENGTH", "WHAT", "AT")
-                .map_err(Failure::stdout)?;
-        }
-        let chain = self.chain;
-        walk(chain, call, |part| if self.json { self.json(out, part) } else { self.line(out, part) })?;
-        if self.json {
-            out.write_all(if self.begun { b"]\n" } else { b"[]\n" }).map_err(Failure::stdout)?;
-        }
-        Ok(())
+/// What an entry says of its range.
+#[derive(Clone, Copy)]
+struct Entry {
+    depth: usize,
+    present: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+    offset: Option<u64>,
+}
+
+impl<'a, W: Write> Json<'a, W> {
+    fn new(chain: &'a Chain, out: W) -> qcow2::Result<Self> {
+        let layers = chain
+            .layers()
+            .iter()
+            .map(|layer| layer.image.as_qcow2().map_or(Ok(false), |q| q.is_preallocated()));
+        Ok(Self { chain, preallocated: layers.collect::<qcow2::Result<_>>()?, out, begun: false })
     }
 
-    /// An entry with the fields of `qemu-img map --output=json`.
-    fn json(&mut self, out: &mut impl Write, part: &Supplied) -> io::Result<()> {
-        let active = self.chain.active();
+    fn part(&mut self, part: &Supplied) -> io::Result<()> {
         let (layer, mapping) = match part.supply {
             Supply::Layer { layer, mapping } => (layer, mapping),
             // QEMU sees the end of a short layer from the layer above.
             Supply::PastEnd { layer } => (layer + 1, Mapping::Unallocated),
             Supply::Nothing => (0, Mapping::Unallocated),
         };
-        let depth = active.saturating_sub(layer);
-        let present = mapping != Mapping::Unallocated;
         let zero = matches!(mapping, Mapping::Zero { .. } | Mapping::Unallocated);
-        let compressed = matches!(mapping, Mapping::Compressed(_));
-        let host = match mapping {
-            Mapping::Data { host } | Mapping::Zero { host: Some(host) } => Some(host.get()),
-            _ => None,
+        let entry = Entry {
+            depth: self.chain.active().saturating_sub(layer),
+            present: mapping != Mapping::Unallocated,
+            zero,
+            data: !zero,
+            compressed: matches!(mapping, Mapping::Compressed(_)),
+            offset: match mapping {
+                Mapping::Data { host } | Mapping::Zero { host: Some(host) } => Some(host.get()),
+                _ => None,
+            },
         };
-        write!(
-            out,
-            "{}{{ \"start\": {}, \"length\": {}, \"depth\": {depth}, \"present\": {present}, \"zero\": {zero}, \
-             \"data\": {}, \"compressed\": {compressed}",
-            if self.begun { ",\n" } else { "[" },
-            part.range.start.get(),
-            part.range.len,
-            !zero,
-        )?;
-        self.begun = true;
-        match host {
-            Some(host) => write!(out, ", \"offset\": {host}}}"),
-            None => out.write_all(b"}"),
+        let (start, len) = (part.range.start.get(), part.range.len);
+        match (mapping, self.preallocated.get(layer)) {
+            (Mapping::Data { host }, Some(true)) => self.holes(layer, entry, start, host.get(), len),
+            _ => self.entry(entry, start, len),
         }
     }
 
-    /// A line for people.
-    fn line(&self, out: &mut impl Write, part: &Supplied) -> io::Result<()> {
-        let (what, at, layer) = match part.supply {
-            Supply::Layer { layer, mapping } => {
-                let (what, host) = match mapping {
-                    Mapping::Data { host } => ("data", Some(host)),
-                    Mapping::Compressed(_) => ("compressed", None),
-                    Mapping::Zero { host } => ("zeros", host),
-                    Mapping::Unallocated => ("nothing", None),
-                };
-                (what, host, Some(layer))
+    /// Data in clusters that were allocated ahead is zero where the file has holes.
+    fn holes(&mut self, layer: usize, entry: Entry, start: u64, host: u64, len: u64) -> io::Result<()> {
+        let Some(layer) = self.chain.layers().get(layer) else { return Ok(()) };
+        let (file, end) = (layer.image.data_file(), host + len);
+        let mut at = host;
+        while at < end {
+            let data = match file.next_data(at) {
+                Ok(data) => data.unwrap_or(end..end),
+                // Holes are a mere help: what cannot be told is data.
+                Err(_) => at..end,
+            };
+            for (until, zero) in [(data.start.clamp(at, end), true), (data.end.clamp(at, end), false)] {
+                if until > at {
+                    let entry = Entry { zero, offset: Some(at), ..entry };
+                    self.entry(entry, start + (at - host), until - at)?;
+                    at = until;
+                }
             }
-            Supply::PastEnd { layer } => ("past end", None, Some(layer)),
-            Supply::Nothing => ("nothing", None, None),
-        };
-        let at = at.map(|host| host.to_string()).unwrap_or_default();
-        let layer = layer.and_then(|layer| self.chain.layers().get(layer));
-        let layer = layer.map(|l| format!("[{}] {}", l.index, l.path.display())).unwrap_or_default();
-        let len = format!("{:#x}", part.range.len);
-        let start = part.range.start.to_string();
-        let line = format!("{start:<16}  {len:<16}  {what:<10}  {at:<16}  {layer}");
-        writeln!(out, "{}", line.trim_end())
+        }
+        Ok(())
     }
+
+    fn entry(&mut self, entry: Entry, start: u64, len: u64) -> io::Result<()> {
+        let Entry { depth, present, zero, data, compressed, offset } = entry;
+        self.out.write_all(if self.begun { b",\n" } else { b"[" })?;
+        self.begun = true;
+        write!(
+            self.out,
+            "{{ \"start\": {start}, \"length\": {len}, \"depth\": {depth}, \"present\": {present}, \
+             \"zero\": {zero}, \"data\": {data}, \"compressed\": {compressed}"
+        )?;
+        match offset {
+            Some(offset) => write!(self.out, ", \"offset\": {offset}}}"),
+            None => self.out.write_all(b"}"),
+        }
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        self.out.write_all(if self.begun { b"]\n" } else { b"[]\n" })?;
+        self.out.flush()
+    }
+}
+
+/// A line for people.
+fn line(out: &mut impl Write, chain: &Chain, part: &Supplied) -> io::Result<()> {
+    let (what, at, layer) = match part.supply {
+        Supply::Layer { layer, mapping } => {
+            let (what, host) = match mapping {
+                Mapping::Data { host } => ("data", Some(host)),
+                Mapping::Compressed(_) => ("compressed", None),
+                Mapping::Zero { host } => ("zeros", host),
+                Mapping::Unallocated => ("nothing", None),
+            };
+            (what, host, Some(layer))
+        }
+        Supply::PastEnd { layer } => ("past end", None, Some(layer)),
+        Supply::Nothing => ("nothing", None, None),
+    };
+    let at = at.map(|host| host.to_string()).unwrap_or_default();
+    let layer = layer.and_then(|layer| chain.layers().get(layer));
+    let layer = layer.map(|l| format!("[{}] {}", l.index, l.path.display())).unwrap_or_default();
+    print_line(out, &part.range.start.to_string(), &format!("{:#x}", part.range.len), what, &at, &layer)
+}
+
+fn print_line(
+    out: &mut impl Write,
+    start: &str,
+    len: &str,
+    what: &str,
+    at: &str,
+    layer: &str,
+) -> io::Result<()> {
+    let line = format!("{start:<16}  {len:<16}  {what:<10}  {at:<16}  {layer}");
+    writeln!(out, "{}", line.trim_end())
 }

@@ -12,6 +12,7 @@ mod extent;
 pub(crate) mod grow;
 mod inflate;
 mod map;
+mod preallocated;
 mod qcow2;
 mod raw;
 mod read;
