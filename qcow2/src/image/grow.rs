@@ -48,6 +48,25 @@ pub(crate) fn l1_growth(image: &Qcow2, size: u64) -> Option<u64> {
     (entries > u64::from(image.header().l1_entries)).then(|| geometry.clusters_for(entries * 8))
 }
 
+/// Where the image file will end when `clusters` more clusters are allocated, `run` of them side by
+/// side: the first cluster behind all that will be in use, and behind the file as it is.
+///
+/// # Errors
+/// A refcount block that cannot be read; a refcount table that would be too large.
+pub(crate) fn end_after(image: &Qcow2, clusters: u64, run: u64) -> Result<ClusterIndex> {
+    let refcounts = Refcounts::load(image)?;
+    let (free, mut end) = Allocator::last_taken(image, &refcounts, clusters)?;
+    if run > 0 {
+        end = end.max(Allocator::find_run(image, &refcounts, run)?.map_or(0, |run| run.end));
+    }
+    if free < clusters || (run > 0 && Allocator::find_run(image, &refcounts, run)?.is_none()) {
+        let missing = (clusters - free).max(run);
+        let growth = plan(image, &refcounts, missing)?;
+        end = end.max(growth.own(refcounts.per_block()).end + missing);
+    }
+    Ok(end)
+}
+
 /// Makes sure that `clusters` clusters can be allocated, and `run` of them side by side.
 ///
 /// # Errors
@@ -58,7 +77,7 @@ pub(crate) fn make_room(
     clusters: u64,
     run: u64,
 ) -> Result<Option<TableSwitch>> {
-    let free = Allocator::count_free(image, refcounts, clusters)?;
+    let (free, _) = Allocator::last_taken(image, refcounts, clusters)?;
     let has_run = run == 0 || Allocator::find_run(image, refcounts, run)?.is_some();
     let missing = (clusters - free).max(if has_run { 0 } else { run });
     if missing == 0 {
