@@ -69,20 +69,24 @@ impl Allocator {
         }
     }
 
-    /// How many clusters are free, counted up to `enough`; changes nothing.
+    /// What taking `clusters` free clusters would come to: how many there are, and the first cluster
+    /// behind the last of them; changes nothing.
     ///
     /// # Errors
     /// A refcount block that cannot be read.
-    pub(crate) fn count_free(image: &Qcow2, refcounts: &Refcounts, enough: u64) -> Result<u64> {
+    pub(crate) fn last_taken(
+        image: &Qcow2,
+        refcounts: &Refcounts,
+        clusters: u64,
+    ) -> Result<(u64, ClusterIndex)> {
         let mut scout = Self::new(refcounts);
-        let mut free = 0;
-        while free < enough {
-            match scout.find(image, refcounts, enough - free)? {
-                Some(run) => free += run.end - run.start,
-                None => break,
-            }
+        let (mut free, mut end) = (0, 0);
+        while free < clusters {
+            let Some(run) = scout.find(image, refcounts, clusters - free)? else { break };
+            free += run.end - run.start;
+            end = run.end;
         }
-        Ok(free)
+        Ok((free, end))
     }
 
     fn find(

@@ -289,20 +289,18 @@ fn make_plan(
     })
 }
 
-/// The length of base's file afterwards, at most.
+/// The length that base's file, or the block device that holds it, must have afterwards, at most.
 fn file_size_after(images: &[&Image], span: Span, new_size: u64, totals: Totals) -> Result<u64> {
     let Some(image) = images.get(span.base) else { return Ok(0) };
     let stat = image.file().stat().map_err(|e| Error::io(image.path(), "stat", None, e))?;
-    if stat.kind == FileKind::Block {
-        return Ok(stat.len);
-    }
-    Ok(match image {
-        Image::Raw(_) => stat.len.max(if new_size > image.virtual_size() { new_size } else { 0 }),
+    let needed = match image {
+        Image::Raw(_) if new_size > image.virtual_size() => new_size,
+        Image::Raw(_) => 0,
+        Image::Qcow2(_) if totals.clusters_to_allocate == 0 && new_size <= image.virtual_size() => 0,
         Image::Qcow2(qcow2) => {
-            let geometry = qcow2.geometry();
-            let data = totals.clusters_to_allocate + grow::l1_growth(qcow2, new_size).unwrap_or(0);
-            let blocks = data.div_ceil(geometry.refcounts_per_block());
-            stat.len.next_multiple_of(geometry.cluster_size()) + (data + blocks) * geometry.cluster_size()
+            let l1 = grow::l1_growth(qcow2, new_size).unwrap_or(0);
+            grow::end_after(qcow2, totals.clusters_to_allocate + l1, l1)? << qcow2.geometry().cluster_bits()
         }
-    })
+    };
+    Ok(if stat.kind == FileKind::Block { needed } else { needed.max(stat.len) })
 }

@@ -112,6 +112,7 @@ impl Commit {
                     link::relink(&self.chain, span, span.active, &name)?;
                 }
                 if let Some(Image::Qcow2(active)) = self.chain.image_mut(span.active) {
+                    clear_autoclear(active)?;
                     empty::empty(active)?;
                 }
             }
@@ -175,6 +176,14 @@ fn prepare(image: &mut Qcow2, clusters: u64, size: u64) -> Result<Refcounts> {
         switch.publish(image, &mut refcounts)?;
     }
     grow::grow_l1(image, &refcounts, size)?;
+    if image.has_data_file() && image.header().data_file_raw() && size > image.virtual_size() {
+        // A raw data file is the disk, byte for byte.
+        let io = |e| Error::io(image.path(), "grow the data file of", Some(size), e);
+        let data = image.data_file();
+        if data.size().map_err(io)? < size {
+            data.set_len(size).map_err(io)?;
+        }
+    }
     Ok(refcounts)
 }
 

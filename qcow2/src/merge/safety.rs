@@ -121,10 +121,7 @@ pub(super) fn space(host: &dyn Host, chain: &Chain, span: Span, plan: &Plan) -> 
     let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, "stat", None, e))?;
     let no_space = |needed, available| Err(Error::NoSpace { path: layer.path.clone(), needed, available });
     if stat.kind == FileKind::Block {
-        let needed = match &layer.image {
-            Image::Raw(_) => plan.base_size_after,
-            Image::Qcow2(_) => plan.base_file_size_after,
-        };
+        let needed = plan.base_file_size_after;
         return if needed > stat.len { no_space(needed, stat.len) } else { Ok(()) };
     }
     let needed = match &layer.image {
