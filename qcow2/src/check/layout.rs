@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::{Bitmap, Snapshot, decode_bitmap_directory, read_be_u64s, snapshot_table_bound};
 
 use super::finding::{Finding, Findings, Structure, What};
@@ -155,15 +155,15 @@ impl Survey<'_> {
         Some(host..host.saturating_add(len))
     }
 
+    /// The refcount table: without it nothing can be said, so failing to read it ends the check.
     fn refcount_table(&self) -> Result<Vec<u64>> {
         let header = &self.subject.header;
         let start = header.refcount_table_offset.get();
         let end = start.saturating_add(header.refcount_table_bytes()).min(self.subject.file_len);
-        let mut words = Vec::new();
-        for_each_word(self.subject, Structure::RefcountTable, start..end, Some(self.findings), |_, raw| {
-            words.push(raw);
-        })?;
-        Ok(words)
+        let mut bytes = vec![0; end.saturating_sub(start) as usize];
+        let read = self.subject.read(Structure::RefcountTable, &mut bytes, start);
+        read.map_err(|unread| Error::io(self.subject.path, "read", Some(start), unread.source))?;
+        Ok(read_be_u64s(&bytes).collect())
     }
 }
 
@@ -206,12 +206,11 @@ struct Window {
 }
 
 impl Window {
-    /// At least `least` bytes from `at`, or as many as the file has.
+    /// At least `least` bytes from `at`; what lies behind the end of the file reads as zeros.
     fn from(&mut self, subject: &Subject<'_>, at: u64, least: u64) -> std::result::Result<&[u8], Unread> {
         let have = self.start.saturating_add(self.bytes.len() as u64).saturating_sub(at);
         if at < self.start || have < least {
-            let len = CHUNK.max(least).min(subject.file_len.saturating_sub(at));
-            self.bytes.resize(len as usize, 0);
+            self.bytes.resize(CHUNK.max(least) as usize, 0);
             self.start = at;
             subject.read(Structure::SnapshotTable, &mut self.bytes, at)?;
         }

@@ -9,7 +9,8 @@
 //! What is found mirrors `qemu-img check`, and a few things are added that it lets pass:
 //!
 //! - metadata that shares its cluster with something else, even if the refcount says so;
-//! - the zero flag in a version 2 image, and bit 0 of an extended L2 entry;
+//! - the zero flag in a version 2 image, bit 0 of an extended L2 entry, and the COPIED flag without a
+//!   cluster;
 //! - in an image with an external data file, data that does not lie where the guest sees it, or that lies
 //!   behind the end of the data file.
 

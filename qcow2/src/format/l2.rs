@@ -110,7 +110,13 @@ impl L2Entry {
             if data_file {
                 return bad(format!("{first:#018x}"), "no compressed cluster in an image with a data file");
             }
-            return Ok(Self::decode_compressed(first, geometry));
+            let entry = Self::decode_compressed(first, geometry);
+            if let Self::Compressed { host, .. } = entry
+                && host.get() > OFFSET_MASK | 0x1ff
+            {
+                return bad(format!("{first:#018x}"), "an offset of 56 bits");
+            }
+            return Ok(entry);
         }
         let extended = geometry.extended_l2();
         if first & RESERVED != 0 || (extended && first & ZERO != 0) {
@@ -185,8 +191,8 @@ impl L2Entry {
 
     fn decode_compressed(first: u64, geometry: &Geometry) -> Self {
         let offset_bits = 62 - (geometry.cluster_bits() - 8);
-        // Offsets have 56 bits at most; with small clusters the field is wider, and bits above are zero.
-        let offset = first & ((1 << offset_bits) - 1) & ((1 << 56) - 1);
+        // With small clusters the field is wider than the 56 bits that an offset may have.
+        let offset = first & ((1 << offset_bits) - 1);
         let sectors = (first & (COMPRESSED - 1)) >> offset_bits;
         Self::Compressed { host: HostOffset::new(offset), len: (sectors + 1) * 512 - (offset & 511) }
     }
@@ -270,6 +276,18 @@ mod tests {
             let L2Entry::Compressed { host, len } = decode(first, 0, &g).unwrap() else { panic!("{bits}") };
             assert_eq!(host.get(), 0x12345, "{bits}");
             assert!(len >= g.cluster_size() - 1 && len < g.cluster_size() + 1024, "{bits}: {len}");
+        }
+    }
+
+    #[test]
+    fn compressed_offsets_have_56_bits() {
+        let g = Geometry::new(9, 4, false).unwrap();
+        assert!(decode(COMPRESSED | 1 << 55, 0, &g).is_ok());
+        for bit in 56..61 {
+            assert!(decode(COMPRESSED | 1 << bit | 0x50000, 0, &g).is_err(), "{bit}");
+            let host = HostOffset::new(1 << bit);
+            let salvaged = L2Entry::salvage(COMPRESSED | 1 << bit, &g, false);
+            assert_eq!(salvaged, L2Entry::Compressed { host, len: 512 }, "{bit}");
         }
     }
 

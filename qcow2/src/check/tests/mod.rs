@@ -1,7 +1,9 @@
 //! Our check against damage made on purpose, and against `qemu-img check`.
 
 mod damage;
+mod memory;
 mod qemu;
+mod random;
 
 use std::path::Path;
 
