@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub(crate) use self::look::{CheckArgs, InfoArgs, MapArgs};
+pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs};
 use self::merge::COMMIT_EXAMPLES;
 pub(crate) use self::merge::CommitArgs;
 use crate::exit;
@@ -74,6 +74,14 @@ pub(crate) enum Verb {
         after_long_help = "Examples:\n  qmerge check vm.qcow2\n  qmerge check -q vm.qcow2 && echo clean"
     )]
     Check(CheckArgs),
+
+    /// Compare what the guest would see in two images or chains
+    ///
+    /// Exits as qemu-img compare: 0 same, 1 different, 2 failed.
+    #[command(
+        after_long_help = "Examples:\n  qmerge compare vm.qcow2 copy.raw\n  qmerge compare -f qcow2 -F raw vm.qcow2 copy.img"
+    )]
+    Compare(CompareArgs),
 
     /// Merge layers of a chain down into a base
     ///

@@ -56,10 +56,15 @@ impl Failure {
         .into()
     }
 
-    /// Bad arguments that the parser could not see.
-    pub(crate) fn usage(message: impl Into<String>, call: &Call) -> Self {
-        Report { kind: "usage", message: message.into(), hint: call.help(), exit: call.verb.usage_exit() }
-            .into()
+    /// A signal stopped the command, `when` says at which point.
+    pub(crate) fn interrupted(when: &str, exit: Exit, call: &Call) -> Self {
+        Report {
+            kind: "interrupted",
+            message: format!("stopped {when}; every disk shows the same bytes as before"),
+            hint: format!("nothing is lost; to go on: {}", call.again()),
+            exit,
+        }
+        .into()
     }
 
     /// Standard output could not be written.

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
+use crate::call::Call;
 use crate::exit::Exit;
+use crate::failure::{Failure, Report};
 
 /// The request to stop, and which signal made it.
 #[derive(Debug)]
@@ -19,7 +21,19 @@ pub(crate) struct Stop {
 impl Stop {
     /// From now on SIGINT, SIGTERM and SIGHUP ask to stop; a second one exits at once, which a merge
     /// survives as it survives a crash.
-    pub(crate) fn on_signals() -> io::Result<Self> {
+    pub(crate) fn on_signals(call: &Call) -> Result<Self, Failure> {
+        Self::register().map_err(|e| {
+            Report {
+                kind: "io",
+                message: format!("cannot watch for signals: {e}"),
+                hint: format!("nothing was changed; again: {}", call.again()),
+                exit: call.verb.failure_exit().unwrap_or(Exit::FAILED),
+            }
+            .into()
+        })
+    }
+
+    fn register() -> io::Result<Self> {
         let stop = Self { cancel: Arc::default(), signal: Arc::default() };
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             // The order matters: the shutdown must see the flag as it was before this signal.

@@ -156,6 +156,33 @@ fn check_answers_with_the_codes_of_qemu_img() {
 }
 
 #[test]
+fn compare_answers_with_the_codes_of_qemu_img() {
+    let dir = folder();
+    let compare = |a: &str, b: &str| {
+        let output = qmerge(dir.path(), &["compare", "--json", a, b]);
+        let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (output.status.code(), json)
+    };
+    let mut disk = fs::read(dir.path().join("disk.raw")).unwrap();
+    fs::write(dir.path().join("same.raw"), &disk).unwrap();
+    let (code, json) = compare("disk.raw", "same.raw");
+    assert_eq!((code, &json["same"]), (Some(0), &Value::Bool(true)));
+    disk[70000] = 9;
+    fs::write(dir.path().join("other.raw"), &disk).unwrap();
+    let (code, json) = compare("disk.raw", "other.raw");
+    assert_eq!((code, &json["same"]), (Some(1), &Value::Bool(false)));
+    assert_eq!(json["first-difference"], 70000);
+    assert_eq!(qmerge(dir.path(), &["compare", "-q", "disk.raw", "other.raw"]).status.code(), Some(1));
+    // A tail of zeros is no difference, as for qemu-img.
+    disk[70000] = 0;
+    disk.resize(2 << 20, 0);
+    fs::write(dir.path().join("longer.raw"), &disk).unwrap();
+    assert_eq!(compare("disk.raw", "longer.raw").0, Some(0));
+    fails(dir.path(), &["compare", "disk.raw", "nope"], 2);
+    fails(dir.path(), &["compare", "disk.raw"], 2);
+}
+
+#[test]
 fn maps_cover_the_disk_without_gaps() {
     let dir = folder();
     let output = qmerge(dir.path(), &["map", "--json", "disk.raw"]);

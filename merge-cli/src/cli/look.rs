@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{ChainArgs, ImageArgs};
+use super::{ChainArgs, ImageArgs, ImageFormat};
 
 /// `qmerge info`
 #[derive(Debug, Args)]
@@ -38,4 +38,23 @@ pub(crate) struct CheckArgs {
 
     #[command(flatten)]
     pub(crate) open: ImageArgs,
+}
+
+/// `qmerge compare`
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// One image
+    #[arg(value_name = "A")]
+    pub(crate) first: PathBuf,
+
+    /// The other image
+    #[arg(value_name = "B")]
+    pub(crate) second: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) open: ChainArgs,
+
+    /// Format of B, where --format is that of A
+    #[arg(short = 'F', long, value_name = "FMT", help_heading = "Opening")]
+    pub(crate) second_format: Option<ImageFormat>,
 }

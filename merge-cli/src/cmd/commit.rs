@@ -5,7 +5,7 @@ mod json;
 
 use std::sync::Arc;
 
-use qcow2::merge::{BaseChoice, Commit, CommitOptions, Progress};
+use qcow2::merge::{BaseChoice, Commit, CommitOptions};
 use qcow2::storage::OsHost;
 use qcow2::{Error, ErrorKind};
 
@@ -20,7 +20,7 @@ use crate::signals::Stop;
 
 /// Plans, and carries the plan out unless it is a dry run.
 pub(super) fn run(args: &CommitArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
-    let stop = Stop::on_signals().map_err(|e| signals_failed(&e, call))?;
+    let stop = Stop::on_signals(call)?;
     let commit = Commit::prepare(Arc::new(OsHost), &args.active, &options(args), stop.flag())
         .map_err(|e| unchanged(&e, &stop, call))?;
     let plan = commit.plan().clone();
@@ -39,12 +39,6 @@ pub(super) fn run(args: &CommitArgs, call: &Call, console: &Console) -> Result<E
     console.event("result", json::result(&plan, &report))?;
     console.result(&human::result(&plan, &report))?;
     Ok(Exit::DONE)
-}
-
-impl Progress for Meter<'_> {
-    fn written(&self, done: u64, total: u64) {
-        self.update(done, total);
-    }
 }
 
 fn options(args: &CommitArgs) -> CommitOptions {
@@ -70,7 +64,7 @@ fn options(args: &CommitArgs) -> CommitOptions {
 /// A failure before the first write.
 fn unchanged(error: &Error, stop: &Stop, call: &Call) -> Failure {
     match (error.kind(), stop.exit()) {
-        (ErrorKind::Cancelled, Some(exit)) => interrupted("before the first write", exit, call),
+        (ErrorKind::Cancelled, Some(exit)) => Failure::interrupted("before the first write", exit, call),
         _ => Failure::engine(error, call),
     }
 }
@@ -79,7 +73,7 @@ fn unchanged(error: &Error, stop: &Stop, call: &Call) -> Failure {
 fn halfway(error: &Error, stop: &Stop, meter: &Meter<'_>, call: &Call) -> Failure {
     meter.clear();
     if let (ErrorKind::Cancelled, Some(exit)) = (error.kind(), stop.exit()) {
-        return interrupted(&format!("at {:.0} %", meter.percent()), exit, call);
+        return Failure::interrupted(&format!("at {:.0} %", meter.percent()), exit, call);
     }
     match Failure::engine(error, call) {
         Failure::Reported(report) if error.kind() == ErrorKind::Io => {
@@ -87,24 +81,4 @@ fn halfway(error: &Error, stop: &Stop, meter: &Meter<'_>, call: &Call) -> Failur
         }
         failure => failure,
     }
-}
-
-fn interrupted(when: &str, exit: Exit, call: &Call) -> Failure {
-    Report {
-        kind: "interrupted",
-        message: format!("stopped {when}; the disk shows the same bytes as before"),
-        hint: format!("nothing is lost; to go on: {}", call.again()),
-        exit,
-    }
-    .into()
-}
-
-fn signals_failed(error: &std::io::Error, call: &Call) -> Failure {
-    Report {
-        kind: "io",
-        message: format!("cannot watch for signals: {error}"),
-        hint: format!("nothing was changed; again: {}", call.again()),
-        exit: Exit::FAILED,
-    }
-    .into()
 }

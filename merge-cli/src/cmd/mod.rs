@@ -2,6 +2,7 @@
 
 mod check;
 mod commit;
+mod compare;
 mod info;
 mod map;
 mod open;
@@ -22,6 +23,7 @@ pub(crate) fn run(verb: &Verb, words: Vec<String>, console: &Console) -> Result<
         Verb::Info(args) => info::run(args, &call(VerbName::Info, &args.image), console),
         Verb::Check(args) => check::run(args, &call(VerbName::Check, &args.image), console),
         Verb::Commit(args) => commit::run(args, &call(VerbName::Commit, &args.active), console),
+        Verb::Compare(args) => compare::run(args, &call(VerbName::Compare, &args.first), console),
         Verb::Map(args) => map::run(args, &call(VerbName::Map, &args.image), console),
     }
 }

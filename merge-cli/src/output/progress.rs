@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use qcow2::merge::Progress;
 use serde_json::json;
 
 use super::{Console, size};
@@ -19,6 +20,8 @@ pub(crate) struct Meter<'a> {
     console: &'a Console,
     /// What is being done, as a participle: "merging".
     what: &'static str,
+    /// Whether programs are told by events; not where the result is one document.
+    events: bool,
     state: Mutex<State>,
 }
 
@@ -34,9 +37,17 @@ struct State {
 }
 
 impl<'a> Meter<'a> {
-    /// A meter that shows nothing yet.
+    /// A meter for a verb whose JSON is a stream of events; it shows nothing yet.
     pub(crate) fn new(console: &'a Console, what: &'static str) -> Self {
+        let mut meter = Self::without_events(console, what);
+        meter.events = true;
+        meter
+    }
+
+    /// A meter for a verb whose JSON is one document: only a terminal is told.
+    pub(crate) fn without_events(console: &'a Console, what: &'static str) -> Self {
         Self {
+            events: false,
             console,
             what,
             state: Mutex::new(State { begun: Instant::now(), shown: None, width: 0, done: 0, total: 0 }),
@@ -59,7 +70,7 @@ impl<'a> Meter<'a> {
             return;
         }
         state.shown = Some(Instant::now());
-        if self.console.is_json() {
+        if self.console.is_json() && self.events {
             // A reader that went away must not stop a merge; the result will tell.
             let _ = self.console.event("progress", json!({ "done": done, "total": total }));
         } else if self.console.shows_progress() {
@@ -83,6 +94,12 @@ impl<'a> Meter<'a> {
             draw(&format!("\r{:width$}\r", "", width = state.width));
             state.width = 0;
         }
+    }
+}
+
+impl Progress for Meter<'_> {
+    fn written(&self, done: u64, total: u64) {
+        self.update(done, total);
     }
 }
 
