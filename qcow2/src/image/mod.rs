@@ -5,6 +5,8 @@
 //! with the image.
 
 pub(crate) mod alloc;
+#[cfg_attr(not(test), expect(dead_code, unused_imports, reason = "the merge does not call it yet"))]
+pub(crate) mod bitmaps;
 pub(crate) mod create;
 mod directory;
 pub(crate) mod edits;
@@ -26,6 +28,7 @@ use crate::format::is_qcow2;
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange};
 
+pub use self::bitmaps::{BitmapInfo, names as bitmap_names};
 pub use self::create::{CreateOptions, create, create_raw};
 pub use self::directory::{read_bitmaps, read_snapshots};
 pub(crate) use self::extent::push;

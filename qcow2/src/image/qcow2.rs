@@ -192,6 +192,14 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Reads cluster 0 again, after it was edited in the file.
+    pub(crate) fn reload_header(&mut self) -> Result<()> {
+        let cluster0 = Self::read_cluster0(&self.path, &*self.file)?;
+        cluster0.validate().map_err(|e| Error::format(&self.path, e))?;
+        self.cluster0 = cluster0;
+        Ok(())
+    }
+
     /// Checks that a table lies inside the file, at least with its first byte.
     pub(crate) fn check_table(&self, what: &str, at: u64, host: HostOffset) -> Result<()> {
         if host.get() < self.file_len() {
