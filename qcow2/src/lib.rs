@@ -9,10 +9,13 @@
 //! - [`chain`]: names inside images made into files under a policy, layers, and the map through them.
 //! - [`check`]: whether an image is consistent.
 //! - [`compare`]: whether a guest sees the same through two chains.
+//! - [`merge`]: layers into a base below them.
+//! - [`convert`]: a chain as one new file.
 
 pub mod chain;
 pub mod check;
 pub mod compare;
+pub mod convert;
 pub mod error;
 pub mod format;
 #[doc(hidden)]

@@ -15,5 +15,8 @@ mod verify;
 pub use commit::{BaseChoice, Commit, CommitOptions};
 pub use execute::Report;
 pub use job::Totals;
+pub(crate) use job::{Job, Writer};
+pub(crate) use needs::Question;
 pub use ops::Progress;
+pub(crate) use ops::Run;
 pub use plan::{Afterwards, Plan};

@@ -161,6 +161,18 @@ impl Host for MemHost {
         Ok(())
     }
 
+    fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let to = absolute(to);
+        let is_dir = self.is_dir(&to);
+        let mut files = self.write();
+        if is_dir || files.contains_key(&to) {
+            return Err(ErrorKind::AlreadyExists.into());
+        }
+        let inode = files.remove(&absolute(from)).ok_or(ErrorKind::NotFound)?;
+        files.insert(to, inode);
+        Ok(())
+    }
+
     fn unlink(&self, path: &Path) -> io::Result<()> {
         self.write().remove(&absolute(path)).map(|_| ()).ok_or_else(|| ErrorKind::NotFound.into())
     }

@@ -189,6 +189,16 @@ pub trait Host: Send + Sync + fmt::Debug {
     /// Gives a file a new name in one step, replacing what had it.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
+    /// Gives a file a new name; [`io::ErrorKind::AlreadyExists`] if the name exists. In one step where
+    /// the system can.
+    fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
+        match self.stat(to) {
+            Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => self.rename(from, to),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Removes a name.
     fn unlink(&self, path: &Path) -> io::Result<()>;
 

@@ -1,0 +1,260 @@
+//! A chain as one new file.
+//!
+//! Flattening is a merge of all layers into an empty image that does not exist yet: planned against one
+//! in memory, carried out in a file with a temporary name, which gets its own name when everything is
+//! durable. No input is touched; all of them are locked for reading.
+
+mod target;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::{Duration, Instant};
+
+use crate::chain::view::View;
+use crate::chain::{Chain, Layer, OpenOptions, new_backing_name};
+use crate::error::{Error, Refusal, Result};
+use crate::image::alloc::Allocator;
+use crate::image::create::{CreateOptions, Layout, dir_of, whole_sectors};
+use crate::image::refcounts::Refcounts;
+use crate::image::{Image, ImageFormat, Raw};
+use crate::merge::{Job, Progress, Question, Run, Totals, Writer};
+use crate::storage::{Host, MemFile, Storage};
+use target::Temporary;
+
+/// What a caller may ask of a flatten.
+#[derive(Clone, Debug)]
+pub struct FlattenOptions {
+    /// How the chain is opened: policy and formats. Access and locks are the flatten's own matter.
+    pub open: OpenOptions,
+    /// The new file. It must not exist.
+    pub output: PathBuf,
+    /// Its format.
+    pub to: ImageFormat,
+    /// Only the layers above this one, by path or index; the new file gets it as its backing file.
+    pub base: Option<String>,
+}
+
+/// What a flatten will do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlattenPlan {
+    /// The chain's active image.
+    pub active: PathBuf,
+    /// The new file.
+    pub output: PathBuf,
+    /// Its format.
+    pub to: ImageFormat,
+    /// The layer that becomes its backing file.
+    pub base: Option<PathBuf>,
+    /// The backing name that is written into it.
+    pub backing_name: Option<String>,
+    /// The size of its disk in bytes.
+    pub virtual_size: u64,
+    /// What is copied and taken.
+    pub totals: Totals,
+    /// The most bytes that it will take on the disk. (A raw file is as long as its disk, with holes.)
+    pub file_size_after: u64,
+}
+
+/// How a flatten came out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FlattenReport {
+    /// What was copied and taken.
+    pub totals: Totals,
+    /// The length of the new file in bytes.
+    pub file_size: u64,
+    /// Bytes that it holds on the disk.
+    pub allocated: u64,
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
+/// A flatten that is ready to be carried out: its chain is open and locked for reading.
+#[derive(Debug)]
+pub struct Flatten {
+    host: Arc<dyn Host>,
+    chain: Chain,
+    /// How many layers stay below the new file.
+    below: usize,
+    new: NewImage,
+    plan: FlattenPlan,
+}
+
+/// The kind of file that is made.
+#[derive(Clone, Debug)]
+enum NewImage {
+    Raw { size: u64 },
+    Qcow2(CreateOptions),
+}
+
+impl Flatten {
+    /// Opens, locks and plans; nothing is written.
+    ///
+    /// # Errors
+    /// What [`Chain::open`] reports; [`Error::Usage`] for a base that is not below the active image, or
+    /// with a raw output; [`Error::Refused`] if the output exists or has no room for its backing name;
+    /// [`Error::NoSpace`]; [`Error::Cancelled`].
+    pub fn prepare(
+        host: Arc<dyn Host>,
+        active: &Path,
+        options: &FlattenOptions,
+        cancel: &AtomicBool,
+    ) -> Result<Self> {
+        let output = &options.output;
+        target::refuse_existing(&*host, output)?;
+        let open = OpenOptions { lock: true, access: Default::default(), ..options.open.clone() };
+        let chain = Chain::open(&*host, active, &open)?;
+        let below = match &options.base {
+            Some(name) => below(&*host, &chain, name, options.to)?,
+            None => 0,
+        };
+        let backing = match below.checked_sub(1).and_then(|at| chain.layers().get(at)) {
+            Some(base) => Some((base, backing_of(&*host, base, output)?)),
+            None => None,
+        };
+        let new = new_image(&chain, options, backing.as_ref().map(|(_, backing)| backing.clone()))?;
+        let mut plan = FlattenPlan {
+            active: active.to_owned(),
+            output: output.clone(),
+            to: options.to,
+            base: backing.as_ref().map(|(base, _)| base.path.clone()),
+            backing_name: backing.map(|(_, (name, _))| String::from_utf8_lossy(&name).into_owned()),
+            virtual_size: 0,
+            totals: Totals::default(),
+            file_size_after: 0,
+        };
+        let empty = new.write(output, Arc::new(MemFile::new()), 0)?;
+        plan.virtual_size = empty.virtual_size();
+        plan.totals = with_job(&chain, below, &empty, |job| job.plan(cancel))?;
+        plan.file_size_after = new.file_size(output, &plan.totals)?;
+        let dir = dir_of(output);
+        if let Some(available) = host.free_space(dir).map_err(|e| Error::io(dir, "stat", None, e))?
+            && available < plan.file_size_after
+        {
+            let needed = plan.file_size_after;
+            return Err(Error::NoSpace { path: output.clone(), needed, available });
+        }
+        Ok(Self { host, chain, below, new, plan })
+    }
+
+    /// What will be done.
+    pub fn plan(&self) -> &FlattenPlan {
+        &self.plan
+    }
+
+    /// The chain, open and locked for reading.
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// Carries the plan out. When it returns, the new file and its name are durable.
+    ///
+    /// # Errors
+    /// An I/O error; [`Error::Refused`] if the output exists by now; [`Error::Cancelled`]. No file is left
+    /// behind then, unless the process is killed.
+    pub fn execute(self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<FlattenReport> {
+        let start = Instant::now();
+        let output = &self.plan.output;
+        let temporary = Temporary::create(&*self.host, output)?;
+        let file = temporary.file();
+        let planned = self.plan.totals;
+        let image = self.new.write(temporary.path(), Arc::clone(file), planned.clusters_to_allocate)?;
+        let run = Run { progress, total: planned.bytes_to_write, done: AtomicU64::new(0), cancel };
+        let totals = with_job(&self.chain, self.below, &image, |job| match &image {
+            Image::Raw(_) => job.run(None, &run),
+            Image::Qcow2(image) => {
+                let refcounts = Refcounts::load(image)?;
+                let allocator = Allocator::new(&refcounts);
+                job.run(Some(&mut Writer { refcounts: &refcounts, allocator }), &run)
+            }
+        })?;
+        file.sync().map_err(|e| Error::io(output, "sync", None, e))?;
+        let stat = file.stat().map_err(|e| Error::io(output, "stat", None, e))?;
+        temporary.give_name(output)?;
+        Ok(FlattenReport { totals, file_size: stat.len, allocated: stat.allocated, elapsed: start.elapsed() })
+    }
+}
+
+/// How many layers stay below the new file if the layer that `name` means becomes its backing file.
+fn below(host: &dyn Host, chain: &Chain, name: &str, to: ImageFormat) -> Result<usize> {
+    if to == ImageFormat::Raw {
+        return Err(Error::Usage("a raw file has no backing file: a base needs qcow2".to_owned()));
+    }
+    let at = chain.find(host, name)?;
+    if at >= chain.active() {
+        return Err(Error::Usage(format!("'{name}' is the active image: there is nothing above it")));
+    }
+    Ok(at + 1)
+}
+
+/// The name by which the new file calls its backing file, and the format.
+fn backing_of(host: &dyn Host, base: &Layer, output: &Path) -> Result<(Vec<u8>, String)> {
+    let old = base.written_name.as_deref().unwrap_or_default();
+    let name = new_backing_name(host, old, output, &base.path)?;
+    Ok((name, base.image.format().name().to_owned()))
+}
+
+/// The new image: of the active image's kind where there is a choice.
+fn new_image(
+    chain: &Chain,
+    options: &FlattenOptions,
+    backing: Option<(Vec<u8>, String)>,
+) -> Result<NewImage> {
+    let active = chain.layers().get(chain.active()).map(|layer| &layer.image);
+    let size = active.map_or(0, Image::virtual_size);
+    if options.to == ImageFormat::Raw {
+        return Ok(NewImage::Raw { size: whole_sectors(&options.output, size)? });
+    }
+    let mut create = CreateOptions { backing, ..CreateOptions::new(size) };
+    if let Some(qcow2) = active.and_then(Image::as_qcow2) {
+        create.cluster_bits = qcow2.geometry().cluster_bits();
+        create.extended_l2 = qcow2.geometry().extended_l2();
+    }
+    Ok(NewImage::Qcow2(create))
+}
+
+impl NewImage {
+    /// Makes the empty image in `file`, with room for `clusters` clusters.
+    fn write(&self, path: &Path, file: Arc<dyn Storage>, clusters: u64) -> Result<Image> {
+        match self {
+            Self::Raw { size } => {
+                file.set_len(*size).map_err(|e| Error::io(path, "grow", Some(*size), e))?;
+                Ok(Image::Raw(Raw::open(path, file)?))
+            }
+            Self::Qcow2(options) => {
+                Layout::of(path, options, clusters)?.write(path, &*file)?;
+                Image::open(path, file, ImageFormat::Qcow2, None)
+            }
+        }
+    }
+
+    /// The most bytes that the file takes on the disk.
+    fn file_size(&self, path: &Path, totals: &Totals) -> Result<u64> {
+        match self {
+            Self::Raw { .. } => Ok(totals.hole_bytes),
+            Self::Qcow2(options) => {
+                let clusters = totals.clusters_to_allocate;
+                let data = clusters.saturating_mul(1 << options.cluster_bits);
+                Ok(Layout::of(path, options, clusters)?.file_size().saturating_add(data))
+            }
+        }
+    }
+}
+
+/// Calls `f` with the merge of the layers above the first `below` into `new`, which lies on those.
+fn with_job<T>(chain: &Chain, below: usize, new: &Image, f: impl FnOnce(&Job<'_>) -> Result<T>) -> Result<T> {
+    let mut layers = chain.images();
+    layers.insert(below.min(layers.len()), new);
+    let view = View::new(&layers, below + 1, layers.len() - 1);
+    let size = view.size();
+    let question = Question { view, base_size: size, zero_until: size };
+    f(&Job { layers: &layers, base: below, question, new_size: new.virtual_size() })
+}
+
+/// The refusal of an output that exists.
+fn exists(output: &Path) -> Error {
+    Error::refused(output, Refusal::Other("it exists already, and is never replaced".to_owned()))
+}
+
+#[cfg(test)]
+mod tests;

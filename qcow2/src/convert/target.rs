@@ -1,0 +1,107 @@
+//! A file that has a temporary name until it is complete.
+
+use std::ffi::OsString;
+use std::io::ErrorKind;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::exists;
+use crate::error::{Error, Result};
+use crate::image::create::{dir_of, lock_new};
+use crate::storage::{Host, Storage};
+
+/// The most bytes of the output's name that the temporary name repeats: the whole stays below the 255
+/// that file systems allow.
+const MAX_NAME: usize = 200;
+
+/// How many temporary names are tried: others may be left over from processes that were killed.
+const ATTEMPTS: u32 = 1000;
+
+/// A new file beside the output; it is removed when dropped, unless it was given the output's name.
+#[derive(Debug)]
+pub(super) struct Temporary<'a> {
+    host: &'a dyn Host,
+    path: PathBuf,
+    file: Arc<dyn Storage>,
+    named: bool,
+}
+
+impl<'a> Temporary<'a> {
+    /// Creates and locks a file in the directory of `output`.
+    ///
+    /// # Errors
+    /// An I/O error.
+    pub(super) fn create(host: &'a dyn Host, output: &Path) -> Result<Self> {
+        for attempt in 0..ATTEMPTS {
+            let path = name(output, attempt);
+            match host.create_new(&path) {
+                Ok(file) => {
+                    let this = Self { host, path, file, named: false };
+                    lock_new(host, &this.path, &*this.file)?;
+                    return Ok(this);
+                }
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(Error::io(&path, "create", None, e)),
+            }
+        }
+        Err(Error::io(&name(output, 0), "create", None, ErrorKind::AlreadyExists.into()))
+    }
+
+    /// The temporary name.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file.
+    pub(super) fn file(&self) -> &Arc<dyn Storage> {
+        &self.file
+    }
+
+    /// Gives the file, which is durable, its own name, and makes the name durable.
+    ///
+    /// # Errors
+    /// An I/O error; [`Error::Refused`] if there is a file of that name by now.
+    pub(super) fn give_name(mut self, output: &Path) -> Result<()> {
+        self.host.rename_new(&self.path, output).map_err(|e| match e.kind() {
+            ErrorKind::AlreadyExists => exists(output),
+            _ => Error::io(output, "rename the new file to", None, e),
+        })?;
+        self.named = true;
+        let dir = dir_of(output);
+        self.host.sync_dir(dir).map_err(|e| Error::io(dir, "sync", None, e))
+    }
+}
+
+impl Drop for Temporary<'_> {
+    fn drop(&mut self) {
+        if !self.named {
+            // Whoever drops it early has an error to tell already.
+            let _ = self.host.unlink(&self.path);
+        }
+    }
+}
+
+/// Refuses an output that exists, whatever it is.
+///
+/// # Errors
+/// [`Error::Refused`]; an I/O error if it cannot be told.
+pub(super) fn refuse_existing(host: &dyn Host, output: &Path) -> Result<()> {
+    match host.stat(output) {
+        Ok(_) => Err(exists(output)),
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            let dir = dir_of(output);
+            host.stat(dir).map_err(|e| Error::io(dir, "open", None, e)).map(drop)
+        }
+        Err(e) => Err(Error::io(output, "stat", None, e)),
+    }
+}
+
+/// The temporary name that is tried at the given attempt: hidden, and recognisable.
+fn name(output: &Path, attempt: u32) -> PathBuf {
+    let own = output.file_name().unwrap_or_default().as_bytes();
+    let mut name = vec![b'.'];
+    name.extend(own.iter().take(MAX_NAME));
+    name.extend(format!(".qmerge-{}-{attempt}", std::process::id()).bytes());
+    output.with_file_name(OsString::from_vec(name))
+}

@@ -1,0 +1,288 @@
+//! Chains made by QEMU, flattened here, judged by QEMU.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use super::*;
+use crate::chain::{Policy, digest};
+use crate::error::ErrorKind;
+use crate::storage::{Access, LockMode, MemHost, OsHost};
+
+struct Silent;
+
+impl Progress for Silent {
+    fn written(&self, _: u64, _: u64) {}
+}
+
+/// Whether QEMU's tools are there. A gate that sets `CI` must have them.
+fn qemu_is_here() -> bool {
+    let here = ["qemu-img", "qemu-io"].iter().all(|t| Command::new(t).arg("--version").output().is_ok());
+    assert!(here || std::env::var_os("CI").is_none(), "qemu-img and qemu-io are needed where CI is set");
+    if !here {
+        eprintln!("SKIPPED: qemu-img and qemu-io are not installed");
+    }
+    here
+}
+
+/// Runs a tool in `dir` and returns what it says.
+fn tool(dir: &Path, tool: &str, args: &[&str]) -> String {
+    let out = Command::new(tool).current_dir(dir).args(args).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(out.status.success(), "{tool} {args:?}: {said}{}", String::from_utf8_lossy(&out.stderr));
+    said
+}
+
+fn options(output: &Path, to: ImageFormat, base: Option<&str>) -> FlattenOptions {
+    let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+    FlattenOptions { open, output: output.to_owned(), to, base: base.map(str::to_owned) }
+}
+
+fn flatten(active: &Path, options: &FlattenOptions) -> Result<(FlattenPlan, FlattenReport)> {
+    let never = AtomicBool::new(false);
+    let flatten = Flatten::prepare(Arc::new(OsHost), active, options, &never)?;
+    let plan = flatten.plan().clone();
+    Ok((plan, flatten.execute(&Silent, &never)?))
+}
+
+fn crc_of(chain: &Chain) -> u32 {
+    let images = chain.images();
+    let view = View::new(&images, 0, chain.active());
+    digest(view, view.size(), &AtomicBool::new(false)).unwrap()
+}
+
+fn open(active: &Path) -> Chain {
+    let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+    Chain::open(&OsHost, active, &open).unwrap()
+}
+
+/// The files of a directory and their bytes.
+fn contents(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let files = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    files.map(|path| (path.clone(), fs::read(&path).unwrap())).collect()
+}
+
+/// Small numbers that look random and are the same each time.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, below: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % below
+    }
+}
+
+const SECTORS: u64 = 8 << 10;
+
+/// A chain of `layers` images of all kinds and sizes, with data, zeros and discarded ranges; the last one
+/// is `active`, whose format is returned.
+fn random_chain(dir: &Path, dice: &mut Dice, layers: u64) -> &'static str {
+    let mut of_active = "";
+    for n in 0..layers {
+        let name = if n + 1 == layers { "active".to_owned() } else { format!("l{n}") };
+        // Some layers are shorter than the one below, some longer.
+        let size = (SECTORS - dice.roll(SECTORS / 2)) * 512;
+        let raw = n == 0 && dice.roll(2) == 0;
+        let bits = 9 + dice.roll(9);
+        let mut set = format!("cluster_size={}", 1 << bits);
+        if bits >= 14 && dice.roll(2) == 0 {
+            set += ",extended_l2=on";
+        } else if dice.roll(4) == 0 {
+            set += ",compat=0.10";
+        }
+        let (format, size) = (if raw { "raw" } else { "qcow2" }, size.to_string());
+        let mut create = vec!["create", "-q", "-f", format];
+        let below = format!("l{}", n.wrapping_sub(1));
+        if !raw {
+            create.extend(["-o", &set]);
+        }
+        if n > 0 {
+            create.extend(["-b", &below, "-F", of_active]);
+        }
+        of_active = format;
+        create.extend([&*name, &*size]);
+        tool(dir, "qemu-img", &create);
+        let mut writes = Vec::new();
+        for _ in 0..3 + dice.roll(12) {
+            let at = dice.roll(SECTORS / 2 - 600) * 512;
+            let len = (1 + dice.roll(500)) * 512;
+            writes.push(match dice.roll(6) {
+                0 => format!("write -z {at} {len}"),
+                1 if !raw => {
+                    let cluster = 1 << bits;
+                    format!("write -c -P {} {} {cluster}", 1 + dice.roll(255), at / cluster * cluster)
+                }
+                2 => format!("discard {at} {len}"),
+                _ => format!("write -P {} {at} {len}", 1 + dice.roll(255)),
+            });
+        }
+        let mut args = vec!["-f", format];
+        // QEMU compresses only into clusters that hold no plain data.
+        writes.sort_by_key(|write| !write.starts_with("write -c"));
+        args.extend(writes.iter().flat_map(|write| ["-c", write]));
+        args.push(&name);
+        tool(dir, "qemu-io", &args);
+    }
+    of_active
+}
+
+#[test]
+fn chains_of_every_kind_become_one_file() {
+    if !qemu_is_here() {
+        return;
+    }
+    for seed in 0..16 {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let mut dice = Dice(seed);
+        let layers = 1 + dice.roll(4);
+        let active_format = random_chain(dir.path(), &mut dice, layers);
+        let inputs = contents(dir.path());
+        let crc = crc_of(&open(&at("active")));
+        tool(dir.path(), "qemu-img", &["convert", "-O", "raw", "active", "theirs.raw"]);
+        assert_eq!(crc, crc32fast::hash(&fs::read(at("theirs.raw")).unwrap()), "seed {seed}: digest");
+        fs::remove_file(at("theirs.raw")).unwrap();
+
+        for to in [ImageFormat::Raw, ImageFormat::Qcow2] {
+            let output = at("out");
+            let (plan, report) = flatten(&at("active"), &options(&output, to, None)).unwrap();
+            // The plan cannot know which of the zeros beside the data lie in clusters that are blank.
+            assert!(report.totals.bytes_to_write <= plan.totals.bytes_to_write, "seed {seed}");
+            assert_eq!(report.totals.bytes_to_copy, plan.totals.bytes_to_copy, "seed {seed}");
+            assert_eq!(report.totals.clusters_to_allocate, plan.totals.clusters_to_allocate, "seed {seed}");
+            let compare = ["compare", "-f", active_format, "-F", to.name(), "active", "out"];
+            tool(dir.path(), "qemu-img", &compare);
+            if to == ImageFormat::Raw {
+                assert_eq!(crc32fast::hash(&fs::read(&output).unwrap()), crc, "seed {seed}");
+            } else {
+                tool(dir.path(), "qemu-img", &["check", "-q", "-f", "qcow2", "out"]);
+                assert!(report.file_size <= plan.file_size_after, "seed {seed}: {plan:?} {report:?}");
+                assert_eq!(crc_of(&open(&output)), crc, "seed {seed}");
+            }
+            fs::remove_file(&output).unwrap();
+        }
+        for base in 1..layers {
+            let output = at("out");
+            let made =
+                flatten(&at("active"), &options(&output, ImageFormat::Qcow2, Some(&format!("[{base}]"))));
+            let (plan, _) = made.unwrap();
+            assert_eq!(plan.backing_name, Some(format!("l{}", base - 1)));
+            tool(dir.path(), "qemu-img", &["check", "-q", "out"]);
+            tool(dir.path(), "qemu-img", &["compare", "active", "out"]);
+            assert_eq!(crc_of(&open(&output)), crc, "seed {seed}, base {base}");
+            fs::remove_file(&output).unwrap();
+        }
+        assert!(contents(dir.path()) == inputs, "seed {seed}: an input was touched, or a file left behind");
+    }
+}
+
+#[test]
+fn a_base_elsewhere_is_named_so_that_qemu_finds_it() {
+    if !qemu_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    fs::create_dir(at("new")).unwrap();
+    tool(dir.path(), "qemu-img", &["create", "-q", "-f", "raw", "base.raw", "4M"]);
+    tool(dir.path(), "qemu-io", &["-f", "raw", "-c", "write -P 1 0 4M", "base.raw"]);
+    tool(dir.path(), "qemu-img", &["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "a"]);
+    tool(dir.path(), "qemu-io", &["-c", "write -z 1M 1M", "-c", "write -P 2 3M 1M", "a"]);
+    let output = at("new/out.qcow2");
+    let base = at("base.raw");
+    let (plan, report) =
+        flatten(&at("a"), &options(&output, ImageFormat::Qcow2, Some(base.to_str().unwrap()))).unwrap();
+    assert_eq!(plan.backing_name.as_deref(), Some("../base.raw"));
+    assert_eq!((report.totals.bytes_to_copy, report.totals.bytes_to_zero), (1 << 20, 1 << 20));
+    tool(dir.path(), "qemu-img", &["compare", "a", "new/out.qcow2"]);
+    tool(dir.path(), "qemu-img", &["check", "-q", "new/out.qcow2"]);
+}
+
+/// A chain in memory: 4 MiB of ones, and an empty overlay.
+fn in_memory() -> MemHost {
+    let host = MemHost::new();
+    host.add("/d/base.raw", &[1; 4 << 20]).unwrap();
+    let backing = Some((b"base.raw".to_vec(), "raw".to_owned()));
+    let options = CreateOptions { backing, ..CreateOptions::new(8 << 20) };
+    crate::image::create(&host, Path::new("/d/a"), &options).unwrap();
+    host
+}
+
+fn prepare(host: &MemHost, options: &FlattenOptions) -> Result<Flatten> {
+    Flatten::prepare(Arc::new(host.clone()), Path::new("/d/a"), options, &AtomicBool::new(false))
+}
+
+#[test]
+fn what_cannot_be_made_is_refused_before_anything_is_written() {
+    let host = in_memory();
+    let before = host.list(Path::new("/d")).unwrap();
+    let refused = |output: &str, to, base: Option<&str>| {
+        prepare(&host, &options(Path::new(output), to, base)).unwrap_err().kind()
+    };
+    assert_eq!(refused("/d/base.raw", ImageFormat::Raw, None), ErrorKind::Refused);
+    assert_eq!(refused("/d", ImageFormat::Raw, None), ErrorKind::Refused);
+    assert_eq!(refused("/nowhere/x", ImageFormat::Raw, None), ErrorKind::Io);
+    assert_eq!(refused("/d/x", ImageFormat::Raw, Some("[1]")), ErrorKind::Usage);
+    assert_eq!(refused("/d/x", ImageFormat::Qcow2, Some("[2]")), ErrorKind::Usage);
+    assert_eq!(refused("/d/x", ImageFormat::Qcow2, Some("[3]")), ErrorKind::Usage);
+    let user = host.open(Path::new("/d/base.raw"), Access::ReadWrite).unwrap();
+    user.lock(LockMode::Write).unwrap();
+    assert_eq!(refused("/d/x", ImageFormat::Raw, None), ErrorKind::InUse);
+    assert_eq!(host.list(Path::new("/d")).unwrap(), before);
+}
+
+#[test]
+fn a_flatten_that_stops_leaves_nothing_behind() {
+    let host = in_memory();
+    let before = host.list(Path::new("/d")).unwrap();
+    for to in [ImageFormat::Raw, ImageFormat::Qcow2] {
+        let flatten = prepare(&host, &options(Path::new("/d/x"), to, None)).unwrap();
+        let error = flatten.execute(&Silent, &AtomicBool::new(true)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+        assert_eq!(host.list(Path::new("/d")).unwrap(), before);
+        // Somebody else takes the name in the meantime.
+        let flatten = prepare(&host, &options(Path::new("/d/x"), to, None)).unwrap();
+        host.add("/d/x", b"precious").unwrap();
+        let error = flatten.execute(&Silent, &AtomicBool::new(false)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert_eq!(host.content("/d/x").unwrap(), b"precious");
+        host.unlink(Path::new("/d/x")).unwrap();
+        assert_eq!(host.list(Path::new("/d")).unwrap(), before);
+    }
+}
+
+#[test]
+fn a_leftover_of_a_killed_process_is_no_obstacle() {
+    let host = in_memory();
+    host.add(format!("/d/.x.qmerge-{}-0", std::process::id()), b"left over").unwrap();
+    let flatten = prepare(&host, &options(Path::new("/d/x"), ImageFormat::Raw, None)).unwrap();
+    flatten.execute(&Silent, &AtomicBool::new(false)).unwrap();
+    let content = host.content("/d/x").unwrap();
+    assert!(content.len() == 8 << 20 && content[..4 << 20].iter().all(|&b| b == 1));
+    assert!(content[4 << 20..].iter().all(|&b| b == 0));
+}
+
+#[test]
+fn long_names_get_a_temporary_name_that_fits() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = dir.path().join("raw");
+    fs::write(&raw, [7; 4096]).unwrap();
+    let output = dir.path().join("n".repeat(255));
+    flatten(&raw, &options(&output, ImageFormat::Raw, None)).unwrap();
+    assert_eq!(fs::read(&output).unwrap(), [7; 4096]);
+}
+
+#[test]
+fn zeros_become_holes_in_a_raw_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = dir.path().join("raw");
+    let file = fs::File::create(&raw).unwrap();
+    file.set_len(1 << 30).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 4096], 512 << 20).unwrap();
+    let output = dir.path().join("out");
+    let (plan, report) = flatten(&raw, &options(&output, ImageFormat::Raw, None)).unwrap();
+    assert_eq!(plan.virtual_size, 1 << 30);
+    assert_eq!(report.file_size, 1 << 30);
+    assert!(report.allocated < 1 << 20 && report.totals.bytes_to_write < 1 << 20, "{report:?}");
+}
