@@ -5,9 +5,12 @@
 //! promise: that is what a fuzzer finds. Nothing here is part of the library's interface.
 
 mod bodies;
+mod chain;
+mod model;
 pub mod mutate;
 pub mod sample;
 mod seeds;
 
 pub use bodies::{BODIES, Body, header, image};
-pub use seeds::images;
+pub use chain::chain;
+pub use seeds::{chains, images};

@@ -315,9 +315,14 @@ impl<'a> Builder<'a> {
         self.bitmaps();
         self.refcounts();
         self.header(l1_entries);
-        let len = self.references.len() as u64 * cluster;
-        self.image.bytes.resize(len as usize, 0);
+        self.fill_up();
         self.image
+    }
+
+    /// Gives the file all the clusters that are allocated so far.
+    fn fill_up(&mut self) {
+        let len = self.references.len() as u64 * self.image.cluster_size;
+        self.image.bytes.resize(len as usize, 0);
     }
 
     fn allocate(&mut self, clusters: u64) -> u64 {
@@ -408,18 +413,19 @@ impl<'a> Builder<'a> {
         }
         let cluster = self.image.cluster_size;
         let mut table = Vec::new();
+        self.fill_up();
         // What a snapshot shares is no longer the active state's alone.
         let slots: Vec<_> = self.image.at.l2.iter().map(|(slot, l2)| (*slot, *l2)).collect();
         for (slot, l2) in slots {
             self.image.put_u64(self.image.at.l1 + slot * 8, l2);
             for at in (l2..l2 + cluster).step_by(self.image.entry_size as usize) {
-                self.image.bytes.resize(self.image.bytes.len().max(at as usize + 8), 0);
                 let entry = self.image.get_u64(at);
                 self.image.put_u64(at, entry & !COPIED);
             }
         }
         for (number, name) in self.sample.snapshots.iter().enumerate() {
             let l1 = self.allocate(l1_clusters);
+            self.fill_up();
             let from = self.image.at.l1 as usize;
             let entries = self.image.bytes[from..from + (l1_entries * 8) as usize].to_vec();
             self.image.put(l1, &entries);
@@ -478,8 +484,7 @@ impl<'a> Builder<'a> {
             self.image.at.refcount_blocks.push(block);
             self.image.put_u64(self.image.at.refcount_table + slot * 8, block);
         }
-        let len = self.references.len() as u64 * self.image.cluster_size;
-        self.image.bytes.resize(len as usize, 0);
+        self.fill_up();
         for (index, count) in self.references.clone().into_iter().enumerate() {
             self.image.set_refcount(index as u64 * self.image.cluster_size, count);
         }

@@ -1,10 +1,21 @@
 //! The seeds: small valid images of every kind, from which fuzzers start.
 
+use super::mutate::Random;
 use super::sample::{Content, Sample, extension};
 
 /// Valid images that together use every feature of the format.
 pub fn images() -> Vec<(&'static str, Vec<u8>)> {
     samples().into_iter().map(|(name, sample)| (name, sample.build().bytes)).collect()
+}
+
+/// Inputs that are decoded to chains: pseudo-random bytes, from which every kind of chain comes.
+pub fn chains() -> Vec<(&'static str, Vec<u8>)> {
+    const NAMES: [&str; 8] = ["one", "two", "three", "four", "five", "six", "seven", "eight"];
+    let input = |seed: u64| {
+        let mut random = Random::new(seed);
+        (0..256).map(|_| random.next() as u8).collect()
+    };
+    NAMES.iter().zip(1..).map(|(name, seed)| (*name, input(seed))).collect()
 }
 
 fn samples() -> Vec<(&'static str, Sample)> {
