@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::chain::chain;
+use super::commit::commit;
 use super::seeds::{chains, images};
 use crate::format::{Cluster0, Extension, Header};
 use crate::image::{ClusterCache, Extent, Image, ImageFormat, Mapping};
@@ -23,10 +24,11 @@ pub struct Body {
 }
 
 /// Every fuzz target.
-pub const BODIES: [Body; 3] = [
+pub const BODIES: [Body; 4] = [
     Body { name: "header", run: header, seeds: images, mutations: 100_000 },
     Body { name: "image", run: image, seeds: images, mutations: 150_000 },
     Body { name: "chain", run: chain, seeds: chains, mutations: 5_000 },
+    Body { name: "commit", run: commit, seeds: chains, mutations: 5_000 },
 ];
 
 /// Cluster 0 decoded, and if it is valid, encoded and decoded again: both must say the same.

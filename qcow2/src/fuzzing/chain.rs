@@ -12,7 +12,7 @@ use crate::units::{GuestOffset, GuestRange};
 /// A chain made from the input, read through each of its layers: the bytes must be the model's.
 pub fn chain(bytes: &[u8]) {
     let layers = layers(&mut Input::new(bytes));
-    let host = host(&layers);
+    let host = host_with(&layers);
     for (top, layer) in layers.iter().enumerate() {
         match view(&host, &layer.path) {
             Ok(bytes) => assert_same(&bytes, &guest(&layers, top), &layer.path),
@@ -22,7 +22,7 @@ pub fn chain(bytes: &[u8]) {
 }
 
 /// The files of a chain.
-fn host(layers: &[Layer]) -> MemHost {
+pub(super) fn host_with(layers: &[Layer]) -> MemHost {
     let host = MemHost::new();
     for layer in layers {
         let data_file = layer.data_file.iter().map(|(path, bytes)| (path, bytes));
@@ -33,12 +33,12 @@ fn host(layers: &[Layer]) -> MemHost {
     host
 }
 
-fn options() -> OpenOptions {
+pub(super) fn options() -> OpenOptions {
     OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() }
 }
 
 /// The guest's bytes through `active`, as the engine reads them.
-fn view(host: &MemHost, active: &Path) -> crate::Result<Vec<u8>> {
+pub(super) fn view(host: &MemHost, active: &Path) -> crate::Result<Vec<u8>> {
     let chain = Chain::open(host, active, &options())?;
     let images = chain.images();
     let view = View::new(&images, 0, chain.active());
@@ -61,7 +61,7 @@ fn read(images: &[&Image], part: Supplied, buf: &mut [u8], cache: &mut ClusterCa
     images[layer].read_extent(&Extent { range: part.range, mapping }, buf, cache, layer)
 }
 
-fn assert_same(found: &[u8], expected: &[u8], path: &Path) {
+pub(super) fn assert_same(found: &[u8], expected: &[u8], path: &Path) {
     assert_eq!(found.len(), expected.len(), "{}: the size", path.display());
     let differs = found.iter().zip(expected).position(|(f, e)| f != e);
     assert_eq!(differs, None, "{}: the guest's bytes differ", path.display());

@@ -6,6 +6,7 @@
 
 mod bodies;
 mod chain;
+mod commit;
 mod model;
 pub mod mutate;
 pub mod sample;
@@ -13,4 +14,5 @@ mod seeds;
 
 pub use bodies::{BODIES, Body, header, image};
 pub use chain::chain;
+pub use commit::commit;
 pub use seeds::{chains, images};
