@@ -2,8 +2,8 @@
 //! every input that once broke something. An input may be refused; it may not panic, take long, or make
 //! the engine hold more than 64 MiB.
 //!
-//! `FUZZ_ROUNDS=N` multiplies the number of mutations, `FUZZ_SEED=N` takes other ones. A failure names
-//! the file that its input was written to.
+//! `FUZZ_ROUNDS=N` multiplies the number of mutations, `FUZZ_SEED=N` takes other ones, `FUZZ_BODY=NAME`
+//! runs one body. A failure names the file that its input was written to.
 #![allow(unsafe_code, reason = "a counting allocator is unsafe by its interface")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -81,7 +81,8 @@ fn number(name: &str, default: u64) -> u64 {
 fn no_input_panics_hangs_or_takes_much_memory() {
     let (rounds, seed) = (number("FUZZ_ROUNDS", 1), number("FUZZ_SEED", 1));
     let mut failures = Vec::new();
-    for body in &BODIES {
+    let only = env::var("FUZZ_BODY").ok();
+    for body in BODIES.iter().filter(|b| only.as_ref().is_none_or(|name| name == b.name)) {
         let start = Instant::now();
         let seeds = (body.seeds)();
         let mutations = body.mutations * rounds / seeds.len() as u64;

@@ -27,7 +27,7 @@ pub struct Body {
 pub const BODIES: [Body; 4] = [
     Body { name: "header", run: header, seeds: images, mutations: 100_000 },
     Body { name: "image", run: image, seeds: images, mutations: 150_000 },
-    Body { name: "chain", run: chain, seeds: chains, mutations: 5_000 },
+    Body { name: "chain", run: chain, seeds: chains, mutations: 2_000 },
     Body { name: "commit", run: commit, seeds: chains, mutations: 5_000 },
 ];
 

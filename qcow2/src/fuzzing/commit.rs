@@ -8,11 +8,11 @@ use std::sync::atomic::AtomicBool;
 use super::chain::{assert_same, host_with, options, view};
 use super::model::{Input, Layer, chain as layers, guest};
 use super::mutate::{Random, mutate};
+use crate::Result;
 use crate::chain::Chain;
 use crate::check::{CheckOptions, Verdict, check};
 use crate::merge::{Afterwards, BaseChoice, Commit, CommitOptions, Progress, Report, Totals};
 use crate::storage::{Access, Host, MemHost};
-use crate::{ErrorKind, Result};
 
 /// The files of a host by name.
 type Files = BTreeMap<PathBuf, Vec<u8>>;
@@ -80,9 +80,7 @@ const BLOCK: u64 = 4096;
 struct Silent;
 
 impl Progress for Silent {
-    fn written(&self, done: u64, total: u64) {
-        assert!(done <= total + BLOCK, "more was written than planned: {done} of {total} bytes");
-    }
+    fn written(&self, _done: u64, _total: u64) {}
 }
 
 /// What was there before the commit.
@@ -125,11 +123,7 @@ impl Before {
     fn commit_sound(&self, host: &MemHost) {
         let commit = match self.prepare(host) {
             Ok(commit) => commit,
-            Err(error) => {
-                assert_eq!(error.kind(), ErrorKind::Refused, "a sound chain is refused: {error}");
-                assert_eq!(files(host, &self.layers), self.files, "a refused commit has written");
-                return;
-            }
+            Err(error) => unreachable!("a sound chain is refused: {error}"),
         };
         assert_eq!(files(host, &self.layers), self.files, "planning has written");
         let relinked = matches!(commit.plan().afterwards, Afterwards::Relink { .. });
@@ -276,4 +270,25 @@ fn damage(layers: &mut [Layer], input: &mut Input<'_>) {
 fn files(host: &MemHost, layers: &[Layer]) -> Files {
     let names = layers.iter().flat_map(|l| l.data_file.iter().map(|(path, _)| path).chain([&l.path]));
     names.filter_map(|path| Some((path.clone(), host.content(path).ok()?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A body that finds nothing to do would find no bugs.
+    #[test]
+    fn most_chains_have_something_to_merge() {
+        let mut random = Random::new(7);
+        let idle = (0..200).filter(|_| {
+            let bytes: Vec<u8> = (0..256).map(|_| random.next() as u8).collect();
+            let mut input = Input::new(&bytes);
+            let layers = layers(&mut input);
+            let case = Case::choose(&mut input, layers.len());
+            let host = host_with(&layers);
+            let before = Before { files: files(&host, &layers), layers, case };
+            before.prepare(&host).unwrap().plan().totals.is_empty()
+        });
+        assert!(idle.count() < 20);
+    }
 }
