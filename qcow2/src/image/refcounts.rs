@@ -85,6 +85,17 @@ impl Refcounts {
         self.table = table;
     }
 
+    /// Takes a block out of the table; the clusters that it counted are free afterwards.
+    ///
+    /// # Errors
+    /// An I/O error.
+    pub(crate) fn drop_block(&mut self, image: &Qcow2, index: u64) -> Result<()> {
+        if let Some(entry) = self.table.get_mut(index as usize) {
+            *entry = RefcountTableEntry::ABSENT;
+        }
+        image.write(self.table_at + index * 8, &[0; 8])
+    }
+
     /// Reads block `index` of the table into `buf`; false if there is no such block.
     pub(crate) fn read_block(&self, image: &Qcow2, index: u64, buf: &mut Vec<u8>) -> Result<bool> {
         let Some(host) = self.block_at(index) else { return Ok(false) };

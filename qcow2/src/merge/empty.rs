@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use crate::error::{Error, Result};
-use crate::format::{L1Entry, L2Entry, RefcountTableEntry, read_be_u64s};
+use crate::format::{L1Entry, L2Entry, read_be_u64s};
 use crate::image::Qcow2;
 use crate::image::refcounts::{ClusterIndex, Refcounts};
 use crate::storage::FileKind;
@@ -110,15 +110,14 @@ fn trim(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
     let bits = image.geometry().cluster_bits();
     let per_block = refcounts.per_block();
     let width = refcounts.width();
-    let mut table = refcounts.table().to_vec();
     let mut block = Vec::new();
     let mut end = 0;
-    let mut dropped = false;
-    for index in (0..table.len() as u64).rev() {
+    for index in (0..refcounts.table().len() as u64).rev() {
         if !refcounts.read_block(image, index, &mut block)? {
             continue;
         }
-        let own = table.get(index as usize).and_then(|e| e.block()).map(|host| host.get() >> bits);
+        let own =
+            refcounts.table().get(index as usize).and_then(|e| e.block()).map(|host| host.get() >> bits);
         let mut last = None;
         let mut others = 0;
         width.for_each(&block, |slot, count| {
@@ -132,16 +131,12 @@ fn trim(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
             end = last.map_or(0, |cluster| cluster + 1);
             break;
         }
-        if let Some(entry) = table.get_mut(index as usize) {
-            *entry = RefcountTableEntry::ABSENT;
-            dropped = true;
-            image.write(refcounts.table_at() + index * 8, &[0; 8])?;
-        }
-    }
-    if dropped {
+        refcounts.drop_block(image, index)?;
         image.barrier()?;
-        let clusters = refcounts.table_clusters();
-        refcounts.replace_table(refcounts.table_at(), clusters.end - clusters.start, table);
+        // A block that lies outside what it counts is counted by another one.
+        if let Some(own) = own.filter(|own| own / per_block != index) {
+            refcounts.lower(image, &[own])?;
+        }
     }
     let io = |e| Error::io(image.path(), "shrink", None, e);
     if image.file().stat().map_err(io)?.kind == FileKind::Regular

@@ -245,7 +245,7 @@ fn check(cancel: &AtomicBool) -> Result<()> {
 }
 
 /// Cuts sorted needs at cluster borders, and calls `f` once for each cluster with its parts.
-fn for_each_cluster(
+pub(super) fn for_each_cluster(
     needs: &[Need],
     cluster: u64,
     mut f: impl FnMut(GuestOffset, &[Need]) -> Result<()>,

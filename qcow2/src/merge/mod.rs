@@ -6,6 +6,8 @@ mod empty;
 mod execute;
 mod job;
 mod link;
+#[cfg(test)]
+mod model_tests;
 mod needs;
 mod ops;
 mod plan;
