@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs};
 use self::merge::COMMIT_EXAMPLES;
-pub(crate) use self::merge::CommitArgs;
+pub(crate) use self::merge::{CommitArgs, FlattenArgs};
 use crate::exit;
 
 /// Merges QEMU disk image chains: safely, fast, and without QEMU.
@@ -89,6 +89,14 @@ pub(crate) enum Verb {
     /// machine must be shut down. What the guest sees through ACTIVE does not change, at no instant.
     #[command(after_long_help = COMMIT_EXAMPLES)]
     Commit(CommitArgs),
+
+    /// Write a chain, or its upper part, into one new file
+    ///
+    /// Reads the chain and touches none of its files. NEW appears under its name when it is complete and durable.
+    #[command(
+        after_long_help = "Examples:\n  qmerge flatten vm.qcow2 -o whole.qcow2\n  qmerge flatten vm.qcow2 -o whole.raw --to raw\n  qmerge flatten vm.qcow2 -o upper.qcow2 --base base.qcow2"
+    )]
+    Flatten(FlattenArgs),
 }
 
 /// How one image is opened.

@@ -115,6 +115,9 @@ fn refusal_hint(path: &Path, reason: &Refusal, call: &Call) -> String {
         Refusal::NotWritable { .. } => {
             format!("see who may write it: ls -l {file}; then again, as root: sudo {}", call.again())
         }
+        Refusal::Other(_) if call.verb == VerbName::Flatten && path != call.image => {
+            format!("choose another name for the new file, or move that one away: mv {file} {file}.old")
+        }
         _ => format!("qmerge info --chain {} shows the layers", word(&call.image)),
     }
 }

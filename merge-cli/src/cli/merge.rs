@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::ChainArgs;
+use super::{ChainArgs, ImageFormat};
 
 /// `qmerge commit`
 #[derive(Debug, Args)]
@@ -68,6 +68,30 @@ pub(crate) struct CommitArgs {
     /// Merge although persistent bitmaps of merged layers are lost
     #[arg(long, help_heading = "Safety")]
     pub(crate) drop_bitmaps: bool,
+
+    #[command(flatten)]
+    pub(crate) open: ChainArgs,
+}
+
+/// `qmerge flatten`
+#[derive(Debug, Args)]
+pub(crate) struct FlattenArgs {
+    /// The chain's top file
+    pub(crate) active: PathBuf,
+
+    /// The file to write; it must not exist
+    #[arg(short, long, value_name = "NEW")]
+    pub(crate) output: PathBuf,
+
+    /// Format of NEW
+    #[arg(long, value_name = "FMT", default_value = "qcow2")]
+    pub(crate) to: ImageFormat,
+
+    /// Leave out LAYER and what lies below it; NEW gets LAYER as its backing file
+    ///
+    /// A layer is named by its path, or by its index: [1] is the bottom of the chain.
+    #[arg(long, value_name = "LAYER")]
+    pub(crate) base: Option<String>,
 
     #[command(flatten)]
     pub(crate) open: ChainArgs,

@@ -20,9 +20,13 @@ use crate::signals::Stop;
 
 /// Plans, and carries the plan out unless it is a dry run.
 pub(super) fn run(args: &CommitArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
-    let stop = Stop::on_signals(call)?;
+    merge(args, call, console, &Stop::on_signals(call)?)
+}
+
+/// As [`run`], where signals are watched already.
+pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &Stop) -> Result<Exit, Failure> {
     let commit = Commit::prepare(Arc::new(OsHost), &args.active, &options(args), stop.flag())
-        .map_err(|e| unchanged(&e, &stop, call))?;
+        .map_err(|e| unchanged(&e, stop, call))?;
     let plan = commit.plan().clone();
     console.event("plan", json::plan(&plan))?;
     if args.dry_run {
@@ -34,7 +38,7 @@ pub(super) fn run(args: &CommitArgs, call: &Call, console: &Console) -> Result<E
         console.note(&human::plan(&plan, args));
     }
     let meter = Meter::new(console, "merging");
-    let report = commit.execute(&meter, stop.flag()).map_err(|e| halfway(&e, &stop, &meter, call))?;
+    let report = commit.execute(&meter, stop.flag()).map_err(|e| halfway(&e, stop, &meter, call))?;
     drop(meter);
     console.event("result", json::result(&plan, &report))?;
     console.result(&human::result(&plan, &report))?;

@@ -3,6 +3,7 @@
 mod check;
 mod commit;
 mod compare;
+mod flatten;
 mod info;
 mod map;
 mod open;
@@ -24,6 +25,7 @@ pub(crate) fn run(verb: &Verb, words: Vec<String>, console: &Console) -> Result<
         Verb::Check(args) => check::run(args, &call(VerbName::Check, &args.image), console),
         Verb::Commit(args) => commit::run(args, &call(VerbName::Commit, &args.active), console),
         Verb::Compare(args) => compare::run(args, &call(VerbName::Compare, &args.first), console),
+        Verb::Flatten(args) => flatten::run(args, &call(VerbName::Flatten, &args.active), console),
         Verb::Map(args) => map::run(args, &call(VerbName::Map, &args.image), console),
     }
 }

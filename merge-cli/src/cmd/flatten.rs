@@ -1,0 +1,80 @@
+//! `qmerge flatten`: a chain, or its upper part, as one new file.
+
+use std::sync::Arc;
+
+use qcow2::ErrorKind;
+use qcow2::convert::{Flatten, FlattenOptions, FlattenPlan, FlattenReport};
+use qcow2::merge::Totals;
+use qcow2::storage::OsHost;
+use serde_json::{Value, json};
+
+use super::open;
+use crate::call::Call;
+use crate::cli::FlattenArgs;
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::output::Console;
+use crate::output::json::path;
+use crate::output::progress::Meter;
+use crate::output::size;
+use crate::signals::Stop;
+
+/// Plans, and writes the new file. Whatever stops it leaves no file behind.
+pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
+    let options = FlattenOptions {
+        open: open::options(&args.open),
+        output: args.output.clone(),
+        to: args.to.into(),
+        base: args.base.clone(),
+    };
+    let stop = Stop::on_signals(call)?;
+    let meter = Meter::new(console, "writing");
+    let failed = |error: qcow2::Error| {
+        meter.clear();
+        match (error.kind(), stop.exit()) {
+            (ErrorKind::Cancelled, Some(exit)) => Failure::interrupted("and left no file behind", exit, call),
+            _ => Failure::engine(&error, call),
+        }
+    };
+    let flatten = Flatten::prepare(Arc::new(OsHost), &args.active, &options, stop.flag()).map_err(&failed)?;
+    let plan = flatten.plan().clone();
+    console.event("plan", common(&plan, &plan.totals, plan.file_size_after))?;
+    let report = flatten.execute(&meter, stop.flag()).map_err(&failed)?;
+    drop(meter);
+    let mut fields = common(&plan, &report.totals, report.file_size);
+    fields["actual-size"] = report.allocated.into();
+    fields["seconds"] = report.elapsed.as_secs_f64().into();
+    console.event("result", fields)?;
+    console.result(&human(&plan, &report))?;
+    Ok(Exit::DONE)
+}
+
+fn human(plan: &FlattenPlan, report: &FlattenReport) -> String {
+    let below = match (&plan.base, &plan.backing_name) {
+        (Some(_), Some(name)) => format!("; its backing file is {name}"),
+        _ => String::new(),
+    };
+    format!(
+        "wrote {} ({}, {}{below}): {} copied in {}",
+        plan.output.display(),
+        plan.to.name(),
+        size::short(plan.virtual_size),
+        size::short(report.totals.bytes_to_copy),
+        size::duration(report.elapsed.as_secs_f64())
+    )
+}
+
+fn common(plan: &FlattenPlan, totals: &Totals, file_size: u64) -> Value {
+    json!({
+        "active": path(&plan.active),
+        "output": path(&plan.output),
+        "format": plan.to.name(),
+        "base": plan.base.as_deref().map(path),
+        "backing-filename": plan.backing_name,
+        "virtual-size": plan.virtual_size,
+        "bytes-to-copy": totals.bytes_to_copy,
+        "bytes-to-zero": totals.bytes_to_zero,
+        "clusters-to-allocate": totals.clusters_to_allocate,
+        "file-size-after": file_size,
+    })
+}
