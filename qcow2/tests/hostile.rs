@@ -5,6 +5,8 @@
 //! one field at a time. QEMU judges that they are sound before the damage.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests")]
 
+#[path = "hostile/commits.rs"]
+mod commits;
 #[path = "hostile/compressed.rs"]
 mod compressed;
 #[path = "hostile/header.rs"]
