@@ -30,6 +30,11 @@ impl Allocator {
         Self { next: 1, block: None, limit: blocks * refcounts.per_block() }
     }
 
+    /// Behind the last cluster that may be handed out.
+    pub(crate) fn limit(&self) -> ClusterIndex {
+        self.limit
+    }
+
     /// The next run of free clusters, at most `most` long.
     ///
     /// # Errors
@@ -41,7 +46,7 @@ impl Allocator {
         refcounts: &Refcounts,
         most: u64,
     ) -> Result<Range<ClusterIndex>> {
-        let run = self.find(image, refcounts, most)?;
+        let run = self.try_take(image, refcounts, most)?;
         run.ok_or_else(|| {
             let found = format!("no free cluster below {}", self.limit);
             Error::format(
@@ -62,7 +67,7 @@ impl Allocator {
     ) -> Result<Option<Range<ClusterIndex>>> {
         let mut scout = Self::new(refcounts);
         loop {
-            match scout.find(image, refcounts, len)? {
+            match scout.try_take(image, refcounts, len)? {
                 Some(run) if run.end - run.start < len => {}
                 other => return Ok(other),
             }
@@ -82,14 +87,18 @@ impl Allocator {
         let mut scout = Self::new(refcounts);
         let (mut free, mut end) = (0, 0);
         while free < clusters {
-            let Some(run) = scout.find(image, refcounts, clusters - free)? else { break };
+            let Some(run) = scout.try_take(image, refcounts, clusters - free)? else { break };
             free += run.end - run.start;
             end = run.end;
         }
         Ok((free, end))
     }
 
-    fn find(
+    /// As [`Allocator::take`], but `None` if no cluster is free.
+    ///
+    /// # Errors
+    /// A refcount block that cannot be read.
+    pub(crate) fn try_take(
         &mut self,
         image: &Qcow2,
         refcounts: &Refcounts,

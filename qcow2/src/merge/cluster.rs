@@ -329,14 +329,3 @@ fn new_entry(host: Option<HostOffset>, copied: bool, states: Subclusters, units:
         (subclusters, host) => L2Entry::Mixed { host, copied, subclusters },
     }
 }
-
-/// Where new clusters come from when a merge is only planned: a counter.
-#[derive(Debug, Default)]
-pub(crate) struct Counter(pub(crate) u64);
-
-impl ClusterSource for Counter {
-    fn take(&mut self) -> Result<u64> {
-        self.0 += 1;
-        Ok(self.0)
-    }
-}

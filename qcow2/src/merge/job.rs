@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
 
-use super::cluster::{Base, Counter, Effect};
+use super::cluster::{Base, Effect};
 use super::needs::{Content, Need, Question};
 use super::ops::{Ops, Origin, Run, Target};
 use crate::chain::view::View;
@@ -110,8 +110,11 @@ impl<'a> Job<'a> {
             Image::Qcow2(image) => image,
         };
         let mut bytes_to_write = 0;
-        let mut counter = Counter::default();
-        let effect = self.steps(&self.qcow2(image)?, &mut counter, |batch, ops| {
+        let refcounts = Refcounts::load(image)?;
+        let allocator = Allocator::new(&refcounts);
+        let beyond = allocator.limit().max(image.file_len() >> image.geometry().cluster_bits());
+        let mut scout = Scout { image, refcounts: &refcounts, allocator, taken: 0, beyond };
+        let effect = self.steps(&self.qcow2(image)?, &mut scout, |batch, ops| {
             check(cancel)?;
             bytes_to_write += ops.bytes();
             *ops = Ops::default();
@@ -121,7 +124,7 @@ impl<'a> Job<'a> {
         Ok(Totals {
             bytes_to_copy: effect.copied,
             bytes_to_zero: effect.zeroed,
-            clusters_to_allocate: counter.0,
+            clusters_to_allocate: scout.taken,
             hole_bytes: if image.has_data_file() { effect.copied } else { 0 },
             bytes_to_write,
         })
@@ -237,6 +240,32 @@ pub(crate) struct Source<'a> {
 impl ClusterSource for Source<'_> {
     fn take(&mut self) -> Result<u64> {
         Ok(self.allocator.take(self.image, self.refcounts, 1)?.start)
+    }
+}
+
+/// The clusters that a merge would take, when it is only planned: free ones in the order in which the
+/// allocator will hand them out, then some behind the end of the file.
+#[derive(Debug)]
+struct Scout<'a> {
+    image: &'a Qcow2,
+    refcounts: &'a Refcounts,
+    allocator: Allocator,
+    taken: u64,
+    /// A cluster behind the file and behind all that has a refcount block.
+    beyond: u64,
+}
+
+impl ClusterSource for Scout<'_> {
+    fn take(&mut self) -> Result<u64> {
+        self.taken += 1;
+        let free = self.allocator.try_take(self.image, self.refcounts, 1)?;
+        Ok(free.map_or_else(
+            || {
+                self.beyond += 1;
+                self.beyond
+            },
+            |run| run.start,
+        ))
     }
 }
 
