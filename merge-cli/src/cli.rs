@@ -1,5 +1,6 @@
 //! The command line.
 
+mod demo;
 mod look;
 mod merge;
 
@@ -7,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub(crate) use self::demo::DemoArgs;
 pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs};
 use self::merge::COMMIT_EXAMPLES;
 pub(crate) use self::merge::{CommitArgs, FlattenArgs};
@@ -97,6 +99,10 @@ pub(crate) enum Verb {
         after_long_help = "Examples:\n  qmerge flatten vm.qcow2 -o whole.qcow2\n  qmerge flatten vm.qcow2 -o whole.raw --to raw\n  qmerge flatten vm.qcow2 -o upper.qcow2 --base base.qcow2"
     )]
     Flatten(FlattenArgs),
+
+    /// Make a chain in a temporary folder, merge it, and prove that nothing changed
+    #[command(after_long_help = "Examples:\n  qmerge demo\n  qmerge demo --size 1G")]
+    Demo(DemoArgs),
 }
 
 /// How one image is opened.
@@ -156,6 +162,7 @@ pub(crate) struct LayerFormat {
 
 const EXAMPLES: &str = "\
 Examples:
+  qmerge demo                        see it work
   qmerge info vm.qcow2               what an image is
   qmerge info --chain vm.qcow2       its chain
   qmerge map vm.qcow2                which layer holds what

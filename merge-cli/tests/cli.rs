@@ -245,3 +245,62 @@ fn a_full_standard_output_is_a_failure() {
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("standard output"), "{}", text(&output.stderr));
 }
+
+fn demo(tmp: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_qmerge"));
+    command.arg("demo").args(args).env("TMPDIR", tmp).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn the_demo_proves_and_cleans_up() {
+    let tmp = tempfile::tempdir().unwrap();
+    let output = demo(tmp.path(), &["--size", "1M"]).output().unwrap();
+    let out = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(out.contains("base.raw and whole.raw show the same bytes"), "{out}");
+    assert!(out.contains("nothing to do"), "{out}");
+    assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0, "the folder is left behind");
+
+    let output = demo(tmp.path(), &["--size", "1M", "--json"]).output().unwrap();
+    let events: Vec<Value> =
+        text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(events.iter().any(|e| e["event"] == "plan" && e["bytes-to-copy"].as_u64() > Some(0)));
+    let last = events.last().unwrap();
+    assert_eq!((&last["event"], &last["same"]), (&"result".into(), &true.into()), "{last}");
+
+    let output = demo(tmp.path(), &["--size", "1M", "-q"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert!(output.stdout.is_empty() && output.stderr.is_empty());
+
+    let output = demo(tmp.path(), &["--size", "1M", "--keep"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 1, "the folder was to be kept");
+}
+
+#[test]
+fn the_demo_refuses_a_size_that_makes_no_sense() {
+    let dir = folder();
+    fails(dir.path(), &["demo", "--size", "1K"], 2);
+    fails(dir.path(), &["demo", "--size", "many"], 2);
+    let message = fails(dir.path(), &["demo", "--size", "4000T"], 8);
+    assert!(message.contains("df -h"), "{message}");
+}
+
+#[test]
+fn a_signal_stops_tidily() {
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        let tmp = tempfile::tempdir().unwrap();
+        let child = demo(tmp.path(), &[]).spawn().unwrap();
+        while fs::read_dir(tmp.path()).unwrap().count() == 0 {
+            std::thread::yield_now();
+        }
+        let kill = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status().unwrap();
+        assert!(kill.success());
+        let output = child.wait_with_output().unwrap();
+        let err = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{err}");
+        assert!(err.lines().last().unwrap().starts_with("hint: "), "{err}");
+        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0, "the folder is left behind");
+    }
+}

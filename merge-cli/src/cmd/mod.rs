@@ -3,6 +3,7 @@
 mod check;
 mod commit;
 mod compare;
+mod demo;
 mod flatten;
 mod info;
 mod map;
@@ -26,6 +27,7 @@ pub(crate) fn run(verb: &Verb, words: Vec<String>, console: &Console) -> Result<
         Verb::Commit(args) => commit::run(args, &call(VerbName::Commit, &args.active), console),
         Verb::Compare(args) => compare::run(args, &call(VerbName::Compare, &args.first), console),
         Verb::Flatten(args) => flatten::run(args, &call(VerbName::Flatten, &args.active), console),
+        Verb::Demo(args) => demo::run(args, &call(VerbName::Demo, Path::new("c.qcow2")), console),
         Verb::Map(args) => map::run(args, &call(VerbName::Map, &args.image), console),
     }
 }
