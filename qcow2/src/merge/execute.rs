@@ -168,7 +168,7 @@ fn grow_raw(raw: &mut crate::image::Raw, size: u64) -> Result<()> {
 
 /// Prepares a qcow2 base: autoclear bits that are not known are cleared, as the specification asks of
 /// every writer; room is made in refcounts and in the L1 table.
-fn prepare(image: &mut Qcow2, clusters: u64, size: u64) -> Result<Refcounts> {
+pub(super) fn prepare(image: &mut Qcow2, clusters: u64, size: u64) -> Result<Refcounts> {
     clear_autoclear(image)?;
     let mut refcounts = Refcounts::load(image)?;
     let l1 = grow::l1_growth(image, size).unwrap_or(0);

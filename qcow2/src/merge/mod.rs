@@ -11,7 +11,10 @@ mod model_tests;
 mod needs;
 mod ops;
 mod plan;
+mod put;
 mod safety;
+#[cfg(test)]
+mod testing;
 mod verify;
 
 pub use commit::{BaseChoice, Commit, CommitOptions};
@@ -22,3 +25,4 @@ pub(crate) use needs::Question;
 pub use ops::Progress;
 pub(crate) use ops::Run;
 pub use plan::{Afterwards, Plan};
+pub use put::put;
