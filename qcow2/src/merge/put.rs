@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use super::cluster::{Base, Counter};
+use super::cluster::Base;
 use super::execute::prepare;
 use super::job::{Source, bring_to_disk, for_each_cluster};
 use super::needs::{Content, Need};
@@ -127,6 +127,17 @@ fn steps(base: &Base<'_>, needs: &[Need], source: &mut dyn ClusterSource) -> Res
         base.take(start, parts, &mut batch, &mut ops, source).map(drop)
     })?;
     Ok((batch, ops))
+}
+
+/// Counts the clusters that are needed, before there is room for them.
+#[derive(Debug, Default)]
+struct Counter(u64);
+
+impl ClusterSource for Counter {
+    fn take(&mut self) -> Result<u64> {
+        self.0 += 1;
+        Ok(self.0)
+    }
 }
 
 /// Nobody is told.
