@@ -5,7 +5,6 @@
 //! with the image.
 
 pub(crate) mod alloc;
-#[cfg_attr(not(test), expect(dead_code, unused_imports, reason = "the merge does not call it yet"))]
 pub(crate) mod bitmaps;
 pub(crate) mod create;
 mod directory;

@@ -10,11 +10,11 @@ use std::sync::atomic::AtomicBool;
 use super::job::{Job, Totals};
 use super::needs::Question;
 use super::plan::{Afterwards, Plan};
-use super::{link, safety};
+use super::{link, record, safety};
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, Refusal, Result};
-use crate::image::{Image, grow};
+use crate::image::{Image, bitmaps, grow};
 use crate::storage::{Access, FileKind, Host};
 
 /// Which layer takes the data.
@@ -63,6 +63,8 @@ pub struct Commit {
     pub(super) base: usize,
     pub(super) top: usize,
     pub(super) plan: Plan,
+    /// What the bitmaps of a qcow2 base need, until it is carried out.
+    pub(super) bitmaps: Option<bitmaps::Plan>,
 }
 
 /// Positions in a chain.
@@ -126,10 +128,15 @@ impl Commit {
         if empties {
             safety::consistent(&chain, span.active, cancel)?;
         }
-        let totals = job(&chain.images(), span)?.plan(cancel)?;
-        let plan = make_plan(&chain, span, options, totals, afterwards, found)?;
+        let images = chain.images();
+        let job = job(&images, span)?;
+        let mut totals = job.plan(cancel)?;
+        let bitmaps = record::plan(&job, cancel)?;
+        let side_by_side = bitmaps.as_ref().map_or(0, bitmaps::Plan::side_by_side);
+        totals.clusters_to_allocate += bitmaps.as_ref().map_or(0, bitmaps::Plan::clusters);
+        let plan = make_plan(&chain, span, options, totals, side_by_side, afterwards, found)?;
         safety::space(&*host, &chain, span, &plan)?;
-        Ok(Self { host, options: options.clone(), chain, base: span.base, top: span.top, plan })
+        Ok(Self { host, options: options.clone(), chain, base: span.base, top: span.top, plan, bitmaps })
     }
 
     fn nothing(host: Arc<dyn Host>, options: &CommitOptions, chain: Chain, reason: String) -> Self {
@@ -153,7 +160,7 @@ impl Commit {
             unreadable: Vec::new(),
             nothing_to_do: Some(reason),
         };
-        Self { host, options: options.clone(), base: 0, top: active, chain, plan }
+        Self { host, options: options.clone(), base: 0, top: active, chain, plan, bitmaps: None }
     }
 
     /// What will be done.
@@ -246,6 +253,7 @@ fn make_plan(
     span: Span,
     options: &CommitOptions,
     totals: Totals,
+    side_by_side: u64,
     afterwards: Afterwards,
     found: safety::Searched,
 ) -> Result<Plan> {
@@ -275,7 +283,7 @@ fn make_plan(
         totals,
         base_size_before: base,
         base_size_after: new_size,
-        base_file_size_after: file_size_after(&images, span, new_size, totals)?,
+        base_file_size_after: file_size_after(&images, span, new_size, totals, side_by_side)?,
         old_tail: if span.top == span.active { base.saturating_sub(top) } else { 0 },
         afterwards,
         obsolete: (span.base + 1..last_obsolete).map(path).collect(),
@@ -290,7 +298,13 @@ fn make_plan(
 }
 
 /// The length that base's file, or the block device that holds it, must have afterwards, at most.
-fn file_size_after(images: &[&Image], span: Span, new_size: u64, totals: Totals) -> Result<u64> {
+fn file_size_after(
+    images: &[&Image],
+    span: Span,
+    new_size: u64,
+    totals: Totals,
+    side_by_side: u64,
+) -> Result<u64> {
     let Some(image) = images.get(span.base) else { return Ok(0) };
     let stat = image.file().stat().map_err(|e| Error::io(image.path(), "stat", None, e))?;
     let needed = match image {
@@ -299,7 +313,8 @@ fn file_size_after(images: &[&Image], span: Span, new_size: u64, totals: Totals)
         Image::Qcow2(_) if totals.clusters_to_allocate == 0 && new_size <= image.virtual_size() => 0,
         Image::Qcow2(qcow2) => {
             let l1 = grow::l1_growth(qcow2, new_size).unwrap_or(0);
-            grow::end_after(qcow2, totals.clusters_to_allocate + l1, l1)? << qcow2.geometry().cluster_bits()
+            grow::end_after(qcow2, totals.clusters_to_allocate + l1, side_by_side + l1)?
+                << qcow2.geometry().cluster_bits()
         }
     };
     Ok(if stat.kind == FileKind::Block { needed } else { needed.max(stat.len) })

@@ -11,15 +11,16 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
-use super::commit::{Commit, job};
+use super::commit::{Commit, Span, job};
 use super::job::{Totals, Writer};
 use super::ops::{Progress, Run};
 use super::plan::Afterwards;
-use super::{empty, link};
+use super::{empty, link, record};
 use crate::chain::Layer;
 use crate::error::{Error, Result};
 use crate::format::plan_feature_bits;
 use crate::image::alloc::Allocator;
+use crate::image::bitmaps;
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, Qcow2, grow};
 use crate::storage::FileKind;
@@ -89,13 +90,14 @@ impl Commit {
                 job(&self.chain.images(), span)?.run(None, &run)
             }
             Some(Image::Qcow2(image)) => {
-                let refcounts = prepare(image, clusters, size)?;
-                let allocator = Allocator::new(&refcounts);
-                let mut writer = Writer { refcounts: &refcounts, allocator };
-                let totals = job(&self.chain.images(), span)?.run(Some(&mut writer), &run)?;
-                if let (true, Some(Image::Qcow2(image))) = (grows, self.chain.image_mut(span.base)) {
-                    image.switch_header(24..32, |header| header.size = size)?;
-                    image.barrier()?;
+                let Some(bitmaps) = self.bitmaps.take() else { return Ok(Totals::default()) };
+                let bitmap_clusters = bitmaps.clusters();
+                let refcounts = prepare(image, clusters, bitmaps.side_by_side(), size)?;
+                let (mut totals, growth) =
+                    move_into_qcow2(&self.chain.images(), span, bitmaps, &refcounts, &run)?;
+                totals.clusters_to_allocate += bitmap_clusters;
+                if let Some(Image::Qcow2(image)) = self.chain.image_mut(span.base) {
+                    growth.publish(image, &refcounts)?;
                 }
                 Ok(totals)
             }
@@ -113,6 +115,8 @@ impl Commit {
                 }
                 if let Some(Image::Qcow2(active)) = self.chain.image_mut(span.active) {
                     clear_autoclear(active)?;
+                    let refcounts = Refcounts::load(active)?;
+                    bitmaps::drop_all(active, &refcounts)?;
                     empty::empty(active)?;
                 }
             }
@@ -160,6 +164,30 @@ impl Commit {
     }
 }
 
+/// Sets the bits of the base's bitmaps, then moves the data; the size of its disk does not change yet.
+fn move_into_qcow2(
+    images: &[&Image],
+    span: Span,
+    bitmaps: bitmaps::Plan,
+    refcounts: &Refcounts,
+    run: &Run<'_>,
+) -> Result<(Totals, bitmaps::Growth)> {
+    let job = job(images, span)?;
+    let Some(Image::Qcow2(image)) = images.get(span.base) else {
+        return Err(Error::Usage("the base is not a qcow2 image".into()));
+    };
+    let growth = record::set_bits(bitmaps, &job, image, refcounts, run.cancel)?;
+    let mut writer = Writer { refcounts, allocator: Allocator::new(refcounts) };
+    match job.run(Some(&mut writer), run) {
+        Ok(totals) => Ok((totals, growth)),
+        Err(Error::Cancelled) => {
+            growth.abandon(image, refcounts)?;
+            Err(Error::Cancelled)
+        }
+        Err(e) => Err(e),
+    }
+}
+
 /// Makes a raw base larger; what is new reads as zeros.
 fn grow_raw(raw: &mut crate::image::Raw, size: u64) -> Result<()> {
     raw.file().set_len(size).map_err(|e| Error::io(raw.path(), "grow", Some(size), e))?;
@@ -167,12 +195,13 @@ fn grow_raw(raw: &mut crate::image::Raw, size: u64) -> Result<()> {
 }
 
 /// Prepares a qcow2 base: autoclear bits that are not known are cleared, as the specification asks of
-/// every writer; room is made in refcounts and in the L1 table.
-pub(super) fn prepare(image: &mut Qcow2, clusters: u64, size: u64) -> Result<Refcounts> {
+/// every writer; room is made in refcounts and in the L1 table. `side_by_side` of the clusters lie in
+/// one run.
+pub(super) fn prepare(image: &mut Qcow2, clusters: u64, side_by_side: u64, size: u64) -> Result<Refcounts> {
     clear_autoclear(image)?;
     let mut refcounts = Refcounts::load(image)?;
     let l1 = grow::l1_growth(image, size).unwrap_or(0);
-    if let Some(switch) = grow::make_room(image, &mut refcounts, clusters + l1, l1)? {
+    if let Some(switch) = grow::make_room(image, &mut refcounts, clusters + l1, side_by_side + l1)? {
         switch.publish(image, &mut refcounts)?;
     }
     grow::grow_l1(image, &refcounts, size)?;

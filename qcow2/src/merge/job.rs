@@ -100,6 +100,33 @@ impl<'a> Job<'a> {
         }
     }
 
+    /// Calls `f` with the ranges in which the base's own disk may change, in order. Zeros behind its old
+    /// end change nothing: that is what a larger disk holds there.
+    ///
+    /// # Errors
+    /// A table that cannot be read or is damaged, [`Error::Cancelled`], or what `f` returns.
+    pub(crate) fn for_each_change(
+        &self,
+        cancel: &AtomicBool,
+        mut f: impl FnMut(GuestRange) -> Result<()>,
+    ) -> Result<()> {
+        let old_end = GuestOffset::new(self.question.base_size);
+        self.for_each_window(|needs| {
+            check(cancel)?;
+            for need in needs {
+                let end = match need.content {
+                    Content::Zeros => need.range.end().min(old_end),
+                    Content::Plain { .. } | Content::Compressed { .. } => need.range.end(),
+                };
+                let range = GuestRange::between(need.range.start, end);
+                if !range.is_empty() {
+                    f(range)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// What the merge will do; nothing is changed.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ mod needs;
 mod ops;
 mod plan;
 mod put;
+mod record;
 mod safety;
 #[cfg(test)]
 mod testing;

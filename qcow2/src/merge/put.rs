@@ -13,6 +13,7 @@ use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, Refusal, Result};
 use crate::image::alloc::Allocator;
+use crate::image::bitmaps;
 use crate::image::edits::{Batch, ClusterSource};
 use crate::image::{Image, Qcow2, Raw};
 use crate::storage::{Access, Host, MemFile, Storage};
@@ -37,19 +38,24 @@ pub fn put(
     let active = chain.active();
     let size = chain.images().last().map_or(0, |image| image.virtual_size());
     let (memory, needs) = in_memory(path, size, writes, active + 1)?;
-    let clusters = match chain.images().last() {
+    let (clusters, bitmaps) = match chain.images().last() {
         Some(Image::Raw(raw)) => return put_raw(raw, writes),
         Some(Image::Qcow2(image)) => {
             writable(image)?;
             let mut counter = Counter::default();
             let own = chain.images();
             steps(&base_of(image, &own), &needs, &mut counter)?;
-            counter.0
+            let mut bitmaps = bitmaps::Plan::new(image, size)?;
+            needs.iter().try_for_each(|need| bitmaps.add(image, need.range))?;
+            (counter.0 + bitmaps.clusters(), bitmaps)
         }
         None => return Ok(()),
     };
     let Some(Image::Qcow2(image)) = chain.image_mut(active) else { return Ok(()) };
-    let refcounts = prepare(image, clusters, size)?;
+    let refcounts = prepare(image, clusters, bitmaps.side_by_side(), size)?;
+    let mut marker = bitmaps::Marker::start(image, &refcounts, bitmaps)?;
+    needs.iter().try_for_each(|need| marker.add(need.range))?;
+    marker.finish()?;
     let mut images = chain.images();
     let Some(Image::Qcow2(image)) = images.last().copied() else { return Ok(()) };
     let own = images.clone();

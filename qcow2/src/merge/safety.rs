@@ -8,8 +8,7 @@ use super::plan::Plan;
 use crate::chain::{Chain, Layer, find_users};
 use crate::check::{CheckOptions, check};
 use crate::error::{Error, Refusal, Result};
-use crate::format::{Bitmap, decode_bitmap_directory};
-use crate::image::{Image, Qcow2};
+use crate::image::{Image, bitmap_names};
 use crate::storage::{FileId, FileKind, Host};
 
 /// Rules that the headers alone decide.
@@ -51,21 +50,11 @@ pub(super) fn layers(chain: &Chain, span: Span, options: &CommitOptions) -> Resu
 pub(super) fn bitmaps(chain: &Chain, span: Span) -> Result<Vec<(PathBuf, String)>> {
     let mut lost = Vec::new();
     for layer in chain.layers().get(span.base + 1..=span.top).unwrap_or_default() {
-        for name in layer.image.as_qcow2().map(bitmap_names).transpose()?.unwrap_or_default() {
-            lost.push((layer.path.clone(), name));
+        for bitmap in layer.image.as_qcow2().map(bitmap_names).transpose()?.unwrap_or_default() {
+            lost.push((layer.path.clone(), bitmap.name));
         }
     }
     Ok(lost)
-}
-
-fn bitmap_names(image: &Qcow2) -> Result<Vec<String>> {
-    let failed = |e| Error::format(image.path(), e);
-    let Some(extension) = image.cluster0().bitmaps().map_err(failed)? else { return Ok(Vec::new()) };
-    // The directory has at most 64 MiB, which the format has checked.
-    let mut bytes = vec![0; extension.directory_size as usize];
-    image.read_table(extension.directory_offset, &mut bytes)?;
-    let bitmaps = decode_bitmap_directory(&bytes, &extension).map_err(failed)?;
-    Ok(bitmaps.iter().map(Bitmap::display_name).collect())
 }
 
 /// A qcow2 image that is to be written must be consistent: its refcounts decide what is free.

@@ -17,7 +17,7 @@ mod plan;
 mod remove;
 mod table;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::ops::Range;
 

@@ -20,7 +20,7 @@ use crate::storage::{Access, Host, OsHost};
 use crate::units::{GuestOffset, GuestRange};
 
 /// Whether QEMU's tools are there. Without them these tests have no oracle; in CI that is a failure.
-fn qemu() -> bool {
+pub(crate) fn qemu() -> bool {
     let found = ["qemu-img", "qemu-io", "qemu-nbd"].iter().all(|tool| {
         Command::new(tool).arg("--version").stdout(Stdio::null()).status().is_ok_and(|s| s.success())
     });
@@ -36,7 +36,7 @@ fn run(program: &str, args: &[&str]) -> Output {
 }
 
 /// Runs a tool of QEMU that must succeed; gives what it printed.
-fn ok(program: &str, args: &[&str]) -> String {
+pub(crate) fn ok(program: &str, args: &[&str]) -> String {
     let output = run(program, args);
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{program} {args:?}: {}{}", text(&output.stdout), text(&output.stderr));
@@ -44,13 +44,13 @@ fn ok(program: &str, args: &[&str]) -> String {
 }
 
 /// An image of QEMU's in a folder of its own.
-struct Fixture {
+pub(crate) struct Fixture {
     _dir: tempfile::TempDir,
-    path: PathBuf,
+    pub(crate) path: PathBuf,
 }
 
 impl Fixture {
-    fn new(options: &str, size: &str) -> Self {
+    pub(crate) fn new(options: &str, size: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("base.qcow2");
         let fixture = Self { _dir: dir, path };
@@ -58,21 +58,21 @@ impl Fixture {
         fixture
     }
 
-    fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         self.path.to_str().unwrap()
     }
 
-    fn bitmap(&self, name: &str, granularity: &str) -> &Self {
+    pub(crate) fn bitmap(&self, name: &str, granularity: &str) -> &Self {
         ok("qemu-img", &["bitmap", "--add", "-g", granularity, self.name(), name]);
         self
     }
 
-    fn disable(&self, name: &str) -> &Self {
+    pub(crate) fn disable(&self, name: &str) -> &Self {
         ok("qemu-img", &["bitmap", "--disable", self.name(), name]);
         self
     }
 
-    fn write(&self, at: u64, len: u64) -> &Self {
+    pub(crate) fn write(&self, at: u64, len: u64) -> &Self {
         ok("qemu-io", &["-c", &format!("write {at} {len}"), self.name()]);
         self
     }
@@ -87,13 +87,13 @@ impl Fixture {
     }
 
     /// The image as it is on disk, and that QEMU finds nothing wrong with it, not even a leak.
-    fn checked(&self) -> Qcow2 {
+    pub(crate) fn checked(&self) -> Qcow2 {
         ok("qemu-img", &["check", "-q", self.name()]);
         self.open()
     }
 
     /// The dirty bytes as QEMU reads a bitmap.
-    fn dirty_by_qemu(&self, name: &str) -> Vec<Range<u64>> {
+    pub(crate) fn dirty_by_qemu(&self, name: &str) -> Vec<Range<u64>> {
         let socket = self.path.with_extension("socket");
         let socket = socket.to_str().unwrap();
         let mut server = Command::new("qemu-nbd")
@@ -126,7 +126,7 @@ impl Fixture {
     }
 }
 
-fn open(path: &Path) -> Qcow2 {
+pub(crate) fn open(path: &Path) -> Qcow2 {
     let file = OsHost.open(path, Access::ReadWrite).unwrap();
     Qcow2::open(path, file, None).unwrap()
 }
@@ -136,12 +136,12 @@ fn range(start: u64, end: u64) -> GuestRange {
 }
 
 /// A list of one range.
-fn only(range: Range<u64>) -> Vec<Range<u64>> {
+pub(crate) fn only(range: Range<u64>) -> Vec<Range<u64>> {
     std::iter::once(range).collect()
 }
 
 /// Ranges sorted, with those that meet made one.
-fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+pub(crate) fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.sort_by_key(|r| r.start);
     let mut out: Vec<Range<u64>> = Vec::new();
     for range in ranges {
