@@ -68,9 +68,11 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
+    use crate::chain::Chain;
     use crate::error::ErrorKind;
     use crate::image::{Image, ImageFormat};
-    use crate::storage::{MemFile, Storage};
+    use crate::merge::testing::{Dice, Silent, local, random_chain};
+    use crate::storage::{MemFile, MemHost, Storage};
 
     /// Remembers the last report.
     #[derive(Default)]
@@ -137,6 +139,45 @@ mod tests {
         }
         assert!(run(&raw(0, &[]), &raw(0, &[])).0.same);
         assert!(run(&raw(0, &[]), &raw(GIB, &[])).0.same);
+    }
+
+    #[test]
+    fn random_chains_differ_where_their_models_do() {
+        let mut differences = 0;
+        for seed in 0..40 {
+            let host = MemHost::new();
+            let mut dice = Dice(seed);
+            let layers = 1 + dice.roll(4);
+            let model = random_chain(&host, &mut dice, layers);
+            let active = format!("/{}", layers - 1);
+            let chain = Chain::open(&host, Path::new(&active), &local()).unwrap();
+            let images = chain.images();
+            let view = View::new(&images, 0, chain.active());
+            for round in 0..10 {
+                // The same disk in one raw file, longer or shorter, with some bytes changed.
+                let mut other = model.clone();
+                other.resize(((1 + dice.roll(4096)) * 512) as usize, 0);
+                for _ in 0..round {
+                    let at = dice.roll(other.len() as u64) as usize;
+                    other[at] ^= dice.roll(2) as u8;
+                }
+                let longer = model.len().max(other.len());
+                let byte = |bytes: &[u8], at| bytes.get(at).copied().unwrap_or(0);
+                let expected = (0..longer).find(|&at| byte(&model, at) != byte(&other, at));
+                let other = raw(other.len() as u64, &[(0, &other)]);
+                let (other, never) = ([&other], AtomicBool::new(false));
+                let other = View::new(&other, 0, 0);
+                for (a, b) in [(view, other), (other, view)] {
+                    let found = compare(a, b, &Silent, &never).unwrap();
+                    let at = found.first_difference.map(|at| at.get() as usize);
+                    assert_eq!((at, found.same), (expected, expected.is_none()), "seed {seed}");
+                    assert_eq!((found.size_a, found.size_b), (a.size(), b.size()));
+                }
+                differences += usize::from(expected.is_some());
+            }
+            assert!(compare(view, view, &Silent, &AtomicBool::new(false)).unwrap().same);
+        }
+        assert!((100..390).contains(&differences), "{differences}");
     }
 
     #[test]

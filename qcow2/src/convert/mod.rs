@@ -127,8 +127,7 @@ impl Flatten {
         plan.virtual_size = empty.virtual_size();
         plan.totals = with_job(&chain, below, &empty, |job| job.plan(cancel))?;
         plan.file_size_after = new.file_size(output, &plan.totals)?;
-        let dir = dir_of(output);
-        if let Some(available) = host.free_space(dir).map_err(|e| Error::io(dir, "stat", None, e))?
+        if let Ok(Some(available)) = host.free_space(dir_of(output))
             && available < plan.file_size_after
         {
             let needed = plan.file_size_after;

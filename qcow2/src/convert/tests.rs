@@ -7,14 +7,10 @@ use std::process::Command;
 
 use super::*;
 use crate::chain::{Policy, digest};
+use crate::check::{CheckOptions, Verdict, check};
 use crate::error::ErrorKind;
+use crate::merge::testing::{Dice, Silent, local, random_chain};
 use crate::storage::{Access, LockMode, MemHost, OsHost};
-
-struct Silent;
-
-impl Progress for Silent {
-    fn written(&self, _: u64, _: u64) {}
-}
 
 /// Whether QEMU's tools are there. A gate that sets `CI` must have them.
 fn qemu_is_here() -> bool {
@@ -63,21 +59,11 @@ fn contents(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     files.map(|path| (path.clone(), fs::read(&path).unwrap())).collect()
 }
 
-/// Small numbers that look random and are the same each time.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, below: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % below
-    }
-}
-
 const SECTORS: u64 = 8 << 10;
 
 /// A chain of `layers` images of all kinds and sizes, with data, zeros and discarded ranges; the last one
 /// is `active`, whose format is returned.
-fn random_chain(dir: &Path, dice: &mut Dice, layers: u64) -> &'static str {
+fn random_chain_of_qemu(dir: &Path, dice: &mut Dice, layers: u64) -> &'static str {
     let mut of_active = "";
     for n in 0..layers {
         let name = if n + 1 == layers { "active".to_owned() } else { format!("l{n}") };
@@ -137,7 +123,7 @@ fn chains_of_every_kind_become_one_file() {
         let at = |name: &str| dir.path().join(name);
         let mut dice = Dice(seed);
         let layers = 1 + dice.roll(4);
-        let active_format = random_chain(dir.path(), &mut dice, layers);
+        let active_format = random_chain_of_qemu(dir.path(), &mut dice, layers);
         let inputs = contents(dir.path());
         let crc = crc_of(&open(&at("active")));
         tool(dir.path(), "qemu-img", &["convert", "-O", "raw", "active", "theirs.raw"]);
@@ -211,6 +197,37 @@ fn in_memory() -> MemHost {
 
 fn prepare(host: &MemHost, options: &FlattenOptions) -> Result<Flatten> {
     Flatten::prepare(Arc::new(host.clone()), Path::new("/d/a"), options, &AtomicBool::new(false))
+}
+
+#[test]
+fn random_chains_in_memory_become_what_their_models_are() {
+    for seed in 100..130 {
+        let host = MemHost::new();
+        let mut dice = Dice(seed);
+        let layers = 1 + dice.roll(4);
+        let model = random_chain(&host, &mut dice, layers);
+        let active = format!("/{}", layers - 1);
+        let never = AtomicBool::new(false);
+        let make = |output: &str, to, base: Option<&str>| {
+            let options = options(Path::new(output), to, base);
+            let made = Flatten::prepare(Arc::new(host.clone()), Path::new(&active), &options, &never);
+            made.unwrap().execute(&Silent, &never).unwrap();
+        };
+        make("/raw", ImageFormat::Raw, None);
+        assert!(host.content("/raw").unwrap() == model, "seed {seed}");
+        make("/q0", ImageFormat::Qcow2, None);
+        for base in 1..layers {
+            make(&format!("/q{base}"), ImageFormat::Qcow2, Some(&format!("[{base}]")));
+        }
+        for base in 0..layers {
+            let chain = Chain::open(&host, Path::new(&format!("/q{base}")), &local()).unwrap();
+            assert_eq!(chain.layers().len() as u64, base + 1);
+            assert_eq!(crc_of(&chain), crc32fast::hash(&model), "seed {seed}, base {base}");
+            let new = &chain.layers()[chain.active()];
+            let found = check(&new.path, &**new.image.file(), None, &CheckOptions::default()).unwrap();
+            assert_eq!(found.verdict(), Verdict::Clean, "seed {seed}, base {base}");
+        }
+    }
 }
 
 #[test]

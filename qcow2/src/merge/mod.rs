@@ -15,7 +15,7 @@ mod put;
 mod record;
 mod safety;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod verify;
 
 pub use commit::{BaseChoice, Commit, CommitOptions};

@@ -155,12 +155,12 @@ impl Progress for Silent {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Dice, local, random_chain};
     use super::*;
     use crate::chain::digest;
     use crate::check::{CheckOptions, check};
     use crate::error::ErrorKind;
     use crate::image::{ClusterCache, CreateOptions, create};
+    use crate::merge::testing::{Dice, local, random_chain};
     use crate::storage::MemHost;
 
     #[test]

@@ -9,22 +9,22 @@ use crate::storage::MemHost;
 use crate::units::GuestOffset;
 
 /// Everything that an image names may be opened.
-pub(super) fn local() -> OpenOptions {
+pub(crate) fn local() -> OpenOptions {
     OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() }
 }
 
 /// Told how far a merge is, and keeps it to itself.
-pub(super) struct Silent;
+pub(crate) struct Silent;
 
 impl Progress for Silent {
     fn written(&self, _: u64, _: u64) {}
 }
 
 /// Small numbers that look random and are the same each time.
-pub(super) struct Dice(pub(super) u64);
+pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
-    pub(super) fn roll(&mut self, below: u64) -> u64 {
+    pub(crate) fn roll(&mut self, below: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % below
     }
@@ -32,7 +32,7 @@ impl Dice {
 
 /// Makes `/0` to `/layers - 1`, each on the one before, with random writes; returns the bytes that the
 /// guest sees through the last one.
-pub(super) fn random_chain(host: &MemHost, dice: &mut Dice, layers: u64) -> Vec<u8> {
+pub(crate) fn random_chain(host: &MemHost, dice: &mut Dice, layers: u64) -> Vec<u8> {
     let mut model: Vec<u8> = Vec::new();
     for n in 0..layers {
         let path = format!("/{n}");

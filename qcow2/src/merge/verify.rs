@@ -108,12 +108,12 @@ mod tests {
     use std::path::{Path, PathBuf};
     use std::sync::Arc;
 
-    use super::super::testing::{Dice, Silent, local, random_chain};
     use super::super::{BaseChoice, CommitOptions, put};
     use super::*;
     use crate::chain::Chain;
     use crate::compare::compare;
     use crate::image::{CreateOptions, create, create_raw};
+    use crate::merge::testing::{Dice, Silent, local, random_chain};
     use crate::storage::{Access, Host, MemHost};
 
     /// A random chain whose upper layers can be committed; with the model, and the name of its top.
