@@ -86,7 +86,15 @@ fn refusal_hint(path: &Path, reason: &Refusal, call: &Call) -> String {
             "copy what it names to a local file, and name that as the {role}: qemu-img {} {file}",
             if *role == "data file" { "amend -o data_file=FILE" } else { "rebase -u -F FMT -b FILE" }
         ),
-        Refusal::NotAFile { .. } => format!("name a regular file or a block device: ls -ld {file}"),
+        Refusal::NotAFile { .. } if path == call.image => {
+            format!("name a regular file or a block device: ls -ld {file}")
+        }
+        Refusal::NotAFile { .. } => {
+            let image = word(&call.image);
+            format!(
+                "a layer of {image} names it; for the names: qmerge info {image}; to correct one: qemu-img rebase -u -F FMT -b NAME IMAGE"
+            )
+        }
         Refusal::OutsideAllowed { file } => {
             format!("if you trust it: {}", call.again_with(&["--allow-dir", &folder(file).to_string_lossy()]))
         }
@@ -112,6 +120,9 @@ fn refusal_hint(path: &Path, reason: &Refusal, call: &Call) -> String {
             "give base a shorter name, or make a new file: qmerge flatten {} -o NEW.qcow2",
             word(&call.image)
         ),
+        Refusal::NotWritable { why } if why.contains("Read-only file system") => {
+            format!("make its file system writable (mount -o remount,rw), then again: {}", call.again())
+        }
         Refusal::NotWritable { .. } => {
             format!("see who may write it: ls -l {file}; then again, as root: sudo {}", call.again())
         }

@@ -4,6 +4,7 @@ mod facts;
 mod human;
 mod json;
 
+use qcow2::ErrorKind;
 use qcow2::chain::Chain;
 use qcow2::chain::view::Supply;
 use qcow2::image::Mapping;
@@ -30,8 +31,9 @@ pub(super) fn run(args: &InfoArgs, call: &Call, console: &Console) -> Result<Exi
         console.result(&human::image(&facts))?;
     }
     match &facts.problem {
-        None => Ok(Exit::DONE),
-        Some(problem) => Err(Failure::engine(problem, call)),
+        // A sound image that is not for this engine has been shown like any other.
+        Some(problem) if problem.kind() != ErrorKind::Unsupported => Err(Failure::engine(problem, call)),
+        _ => Ok(Exit::DONE),
     }
 }
 

@@ -34,6 +34,8 @@ struct State {
     /// Bytes done, and of how many, when it was last told.
     done: u64,
     total: u64,
+    /// Whether the end was shown.
+    complete: bool,
 }
 
 impl<'a> Meter<'a> {
@@ -50,7 +52,14 @@ impl<'a> Meter<'a> {
             events: false,
             console,
             what,
-            state: Mutex::new(State { begun: Instant::now(), shown: None, width: 0, done: 0, total: 0 }),
+            state: Mutex::new(State {
+                begun: Instant::now(),
+                shown: None,
+                width: 0,
+                done: 0,
+                total: 0,
+                complete: false,
+            }),
         }
     }
 
@@ -66,9 +75,12 @@ impl<'a> Meter<'a> {
         }
         let every = if self.console.is_json() { EVENT_EVERY } else { DRAW_EVERY };
         let due = state.shown.is_none_or(|shown| shown.elapsed() >= every);
-        if !due && done < total {
+        let complete = done >= total;
+        let skip = if complete { state.complete } else { !due };
+        if skip {
             return;
         }
+        state.complete = complete;
         state.shown = Some(Instant::now());
         if self.console.is_json() && self.events {
             // A reader that went away must not stop a merge; the result will tell.

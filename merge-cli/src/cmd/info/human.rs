@@ -1,5 +1,6 @@
 //! Images as text.
 
+use qcow2::ErrorKind;
 use qcow2::format::{Bitmap, Cluster0, FeatureKind, Snapshot, features};
 use qcow2::storage::LockMode;
 
@@ -69,6 +70,9 @@ pub(super) fn image(facts: &Facts) -> String {
         if cluster0.header.has_data_file() {
             fields.add("data file", data_file(cluster0));
         }
+        if let Some(method) = encryption(cluster0) {
+            fields.add("encryption", method);
+        }
         fields.add("features", features_of(cluster0));
         fields.add("snapshots", list(facts.snapshots.iter().map(snapshot)));
         fields.add("bitmaps", list(facts.bitmaps.iter().map(bitmap)));
@@ -93,6 +97,15 @@ fn data_file(cluster0: &Cluster0) -> String {
     let name = cluster0.data_file_name().map_or("not named".into(), String::from_utf8_lossy);
     let raw = if cluster0.header.data_file_raw() { " (a raw image by itself)" } else { "" };
     format!("{name}{raw}")
+}
+
+fn encryption(cluster0: &Cluster0) -> Option<String> {
+    match cluster0.header.crypt_method {
+        0 => None,
+        1 => Some("AES".to_owned()),
+        2 => Some("LUKS".to_owned()),
+        other => Some(format!("method {other}, unknown")),
+    }
 }
 
 fn features_of(cluster0: &Cluster0) -> String {
@@ -144,7 +157,8 @@ fn state(facts: &Facts, cluster0: &Cluster0) -> String {
         words.push("marked dirty: not closed cleanly, its refcounts cannot be trusted".to_owned());
     }
     if let Some(problem) = &facts.problem {
-        words.push(format!("cannot be used: {problem}"));
+        let what = if problem.kind() == ErrorKind::Unsupported { "not supported" } else { "cannot be used" };
+        words.push(format!("{what}: {problem}"));
     }
     words.extend(merged(cluster0));
     if words.is_empty() { "no mark of damage".to_owned() } else { words.join("\n") }
