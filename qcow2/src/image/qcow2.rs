@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, Result};
 use crate::format::{Cluster0, FormatError, Geometry, Header};
-use crate::storage::Storage;
+use crate::storage::{Storage, View};
 use crate::units::HostOffset;
 
 /// An opened qcow2 image: its header and its files. Tables are read when they are needed.
@@ -21,6 +21,8 @@ pub struct Qcow2 {
     /// Lengths of the image file and the file that holds the data; writers move them.
     file_len: AtomicU64,
     data_len: AtomicU64,
+    /// The file as memory, once it was asked for; only a locked file gives one.
+    view: OnceLock<Option<View>>,
 }
 
 impl Qcow2 {
@@ -47,6 +49,7 @@ impl Qcow2 {
             geometry,
             file_len: AtomicU64::new(0),
             data_len: AtomicU64::new(0),
+            view: OnceLock::new(),
         };
         image.refresh_lengths()?;
         Ok(image)
@@ -154,6 +157,17 @@ impl Qcow2 {
     /// The length of the file that holds plain guest data, in bytes.
     pub(super) fn data_len(&self) -> u64 {
         self.data_len.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the image file where they lie in the page cache, if the file is locked and holds them
+    /// all. Nothing may be read this way once the file has been cut.
+    pub(super) fn mapped(&self, host: HostOffset, len: usize) -> Option<&[u8]> {
+        self.view.get_or_init(|| self.file.view()).as_ref()?.bytes(host.get(), len)
+    }
+
+    /// Gives the mapping of the file back, before the file is cut.
+    pub(crate) fn unmap(&mut self) {
+        self.view = OnceLock::new();
     }
 
     /// Reads a part of a table; what lies behind the end of the file reads as zeros.

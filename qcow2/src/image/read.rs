@@ -36,13 +36,18 @@ impl ClusterCache {
         let key = (layer, part.host.get(), part.len);
         if self.holds != Some(key) {
             self.holds = None;
-            self.compressed.resize(part.len as usize, 0);
-            let n = image
-                .file()
-                .read_at(&mut self.compressed, part.host.get())
-                .map_err(|e| Error::io(image.path(), "read", Some(part.host.get()), e))?;
             self.cluster.resize(image.geometry().cluster_size() as usize, 0);
-            let data = self.compressed.get(..n).unwrap_or_default();
+            let data = match image.mapped(part.host, part.len as usize) {
+                Some(data) => data,
+                None => {
+                    self.compressed.resize(part.len as usize, 0);
+                    let n = image
+                        .file()
+                        .read_at(&mut self.compressed, part.host.get())
+                        .map_err(|e| Error::io(image.path(), "read", Some(part.host.get()), e))?;
+                    self.compressed.get(..n).unwrap_or_default()
+                }
+            };
             self.inflater.inflate(image.header().compression, data, &mut self.cluster).map_err(|why| {
                 let source =
                     FormatError::malformed("compressed cluster", part.host.get(), why, "a valid stream");

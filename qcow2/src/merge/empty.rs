@@ -22,6 +22,7 @@ const PIECE: usize = 1 << 20;
 /// # Errors
 /// An I/O error, or tables that are damaged.
 pub(super) fn empty(image: &mut Qcow2) -> Result<()> {
+    image.unmap();
     let mut refcounts = Refcounts::load(image)?;
     let size = image.geometry().l2_coverage().saturating_mul(u64::from(image.header().l1_entries));
     let mut at = GuestOffset::ZERO;
