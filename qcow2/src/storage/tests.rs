@@ -212,6 +212,26 @@ fn a_file_opened_for_reading_is_not_written() {
 }
 
 #[test]
+fn a_new_name_never_replaces_another() {
+    for place in places() {
+        let host = &*place.host;
+        place.create("a").write_all_at(b"a", 0).unwrap();
+        place.create("b").write_all_at(b"bb", 0).unwrap();
+        let refused = host.rename_new(&place.name("a"), &place.name("b")).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::AlreadyExists);
+        assert_eq!(
+            host.rename_new(&place.name("a"), &place.dir).unwrap_err().kind(),
+            ErrorKind::AlreadyExists
+        );
+        assert_eq!(host.stat(&place.name("b")).unwrap().len, 2);
+        host.rename_new(&place.name("a"), &place.name("c")).unwrap();
+        assert_eq!(host.stat(&place.name("c")).unwrap().len, 1);
+        let gone = host.rename_new(&place.name("a"), &place.name("d")).unwrap_err();
+        assert_eq!(gone.kind(), ErrorKind::NotFound);
+    }
+}
+
+#[test]
 fn identity_follows_the_file_not_the_name() {
     for place in places() {
         let file = place.create("a");
