@@ -8,8 +8,8 @@
 //! - [`image`]: one opened image.
 //! - [`chain`]: names inside images made into files under a policy, layers, and the map through them.
 //! - [`check`]: whether an image is consistent.
-//! - [`compare`]: whether a guest sees the same through two chains.
 //! - [`merge`]: layers into a base below them.
+//! - [`compare`]: whether a guest sees the same through two chains.
 //! - [`convert`]: a chain as one new file.
 
 pub mod chain;
