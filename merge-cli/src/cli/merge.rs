@@ -99,8 +99,8 @@ pub(crate) struct FlattenArgs {
 
 pub(super) const COMMIT_EXAMPLES: &str = "\
 Examples, for the chain base.raw <- a.qcow2 <- b.qcow2 <- c.qcow2:
-  qmerge commit c.qcow2 --dry-run           what would happen
-  qmerge commit c.qcow2                     everything into base.raw
-  qmerge commit c.qcow2 --top b.qcow2       base.raw <- c.qcow2 is left
-  qmerge commit c.qcow2 --base [2] --top [3]  b.qcow2 into a.qcow2
-  qmerge commit c.qcow2 --verify --delete   compare, then remove a, b and c";
+  qmerge commit c.qcow2 --dry-run                 what would happen
+  qmerge commit c.qcow2                           everything into base.raw
+  qmerge commit c.qcow2 --top b.qcow2             base.raw <- c.qcow2 is left
+  qmerge commit c.qcow2 --base '[2]' --top '[3]'  b.qcow2 into a.qcow2
+  qmerge commit c.qcow2 --verify --delete         compare, then remove a, b and c";
