@@ -87,15 +87,34 @@ pub(crate) fn make_room(
     let (table, at) = write_blocks(image, refcounts, growth)?;
     image.barrier()?;
     if growth.table == 0 {
-        let first = growth.first as usize;
-        let new = table.get(first..first + growth.blocks as usize).unwrap_or_default();
-        image.write(at + growth.first * 8, &write_be_u64s(new.iter().map(|e| e.encode())))?;
-        image.barrier()?;
+        publish_blocks(image, refcounts.per_block(), growth, at, &table)?;
         let clusters = refcounts.table_clusters();
         refcounts.replace_table(at, clusters.end - clusters.start, table);
         return Ok(None);
     }
     Ok(Some(TableSwitch { at, clusters: growth.table, table }))
+}
+
+/// Puts the new blocks into the present table. They count each other, and their entries may lie in
+/// several sectors, so each is put there only when the one that counts it is durable there: the first,
+/// which counts itself, then those that it counts, and so on.
+fn publish_blocks(
+    image: &Qcow2,
+    per_block: u64,
+    growth: Growth,
+    at: HostOffset,
+    table: &[RefcountTableEntry],
+) -> Result<()> {
+    let mut done = 0;
+    while done < growth.blocks {
+        let next = (done * per_block).max(1).min(growth.blocks);
+        let (from, to) = (growth.first + done, growth.first + next);
+        let new = table.get(from as usize..to as usize).unwrap_or_default();
+        image.write(at + from * 8, &write_be_u64s(new.iter().map(|e| e.encode())))?;
+        image.barrier()?;
+        done = next;
+    }
+    Ok(())
 }
 
 /// A new refcount table that is durable, but not yet named by the header.

@@ -2,6 +2,8 @@
 
 mod cluster;
 mod commit;
+#[cfg(test)]
+mod crash_tests;
 mod empty;
 mod execute;
 mod job;
