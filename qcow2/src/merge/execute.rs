@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::commit::{Commit, Span, job};
 use super::job::{Totals, Writer};
-use super::ops::{Progress, Run};
+use super::ops::{Progress, Run, on_workers};
 use super::plan::Afterwards;
 use super::{empty, link, record};
 use crate::chain::Layer;
@@ -53,7 +53,11 @@ impl Commit {
     /// # Errors
     /// An I/O error, or [`Error::Cancelled`]. What the guest sees is unchanged then; the same commit can
     /// be prepared again.
-    pub fn execute(mut self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Report> {
+    pub fn execute(self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Report> {
+        on_workers(|| self.carry_out(progress, cancel))
+    }
+
+    fn carry_out(mut self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Report> {
         let start = Instant::now();
         let mut report = Report::default();
         if self.plan.nothing_to_do.is_none() {

@@ -27,6 +27,9 @@ const BATCH_BYTES: u64 = 1 << 30;
 /// or this much metadata.
 const BATCH_MEMORY: usize = 8 << 20;
 
+/// How many windows are resolved side by side.
+const WINDOWS: usize = 4;
+
 /// What a merge moves and takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
@@ -89,7 +92,7 @@ impl<'a> Job<'a> {
     fn for_each_window(&self, mut f: impl FnMut(&[Need]) -> Result<()>) -> Result<()> {
         let mut windows = self.question.windows();
         loop {
-            let some = windows.by_ref().take(rayon::current_num_threads() * 2).collect::<Result<Vec<_>>>()?;
+            let some = windows.by_ref().take(WINDOWS).collect::<Result<Vec<_>>>()?;
             if some.is_empty() {
                 return Ok(());
             }

@@ -16,6 +16,19 @@ const PIECE: u64 = 16 << 20;
 /// Pieces of at least this size are sent to the device as soon as they are copied.
 const EARLY: u64 = 1 << 20;
 
+/// Runs `f` on threads of its own: more than there are cores, since most of them wait for the disk.
+pub(crate) fn on_workers<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    match rayon::ThreadPoolBuilder::new().num_threads((cores * 2).max(WORKERS)).build() {
+        Ok(pool) => pool.install(f),
+        // No threads to be had: the caller's own are slower, but right.
+        Err(_) => f(),
+    }
+}
+
+/// The least number of threads that move data.
+const WORKERS: usize = 8;
+
 /// Where the bytes of an operation come from. Layers are positions in the chain, the bottom first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Origin {
