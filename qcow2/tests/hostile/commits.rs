@@ -269,7 +269,8 @@ fn unknown_autoclear_bits_of_base_are_cleared() {
 
 #[test]
 fn features_that_are_not_supported_are_refused_in_every_layer() {
-    let cases: [(&str, fn(&mut Image)); 3] = [
+    type Damage = fn(&mut Image);
+    let cases: [(&str, Damage); 3] = [
         ("incompatible bit 63", |image| image.put_u64(field::INCOMPATIBLE, 1 << 63)),
         ("AES", |image| image.put_u32(field::CRYPT_METHOD, 1)),
         ("LUKS", |image| image.put_u32(field::CRYPT_METHOD, 2)),
