@@ -82,19 +82,10 @@ fn refusal_hint(path: &Path, reason: &Refusal, call: &Call) -> String {
             "find out who wrote those bytes (a guest can); only if {name} really is {found}: qemu-img rebase -u -F {found} -b {} {file}",
             shell_word(name)
         ),
-        Refusal::NotLocal { role, .. } => format!(
+        Refusal::NotLocal { role, .. } | Refusal::NotAFile { role, .. } => format!(
             "copy what it names to a local file, and name that as the {role}: qemu-img {} {file}",
             if *role == "data file" { "amend -o data_file=FILE" } else { "rebase -u -F FMT -b FILE" }
         ),
-        Refusal::NotAFile { .. } if path == call.image => {
-            format!("name a regular file or a block device: ls -ld {file}")
-        }
-        Refusal::NotAFile { .. } => {
-            let image = word(&call.image);
-            format!(
-                "a layer of {image} names it; for the names: qmerge info {image}; to correct one: qemu-img rebase -u -F FMT -b NAME IMAGE"
-            )
-        }
         Refusal::OutsideAllowed { file } => {
             format!("if you trust it: {}", call.again_with(&["--allow-dir", &folder(file).to_string_lossy()]))
         }

@@ -156,9 +156,13 @@ pub enum Refusal {
         /// The name as written.
         name: String,
     },
-    /// A fifo, socket, character device or directory.
-    #[error("it is {what}, not a regular file or a block device")]
+    /// An image names a fifo, a socket, a character device, a directory or a file of the kernel.
+    #[error("its {role} '{name}' is {what}, not a regular file or a block device")]
     NotAFile {
+        /// "backing file" or "data file".
+        role: &'static str,
+        /// The name as written.
+        name: String,
         /// What it is.
         what: String,
     },

@@ -12,7 +12,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::json::{self, OptionValue};
-use crate::error::Refusal;
 use crate::storage::FileKind;
 
 /// The most bytes of a backing name (specification: "backing_file_size").
@@ -174,8 +173,8 @@ impl BackingName {
     /// Checks that the file is of the kind that QEMU's driver demands.
     ///
     /// # Errors
-    /// [`Refusal::NotAFile`].
-    pub(super) fn check_kind(&self, kind: FileKind) -> Result<(), Refusal> {
+    /// What it is instead, in words.
+    pub(super) fn check_kind(&self, kind: FileKind) -> Result<(), String> {
         let what = match (self.driver, kind) {
             (_, FileKind::Other(what)) => what.to_owned(),
             (FileDriver::File, FileKind::Block) => "a block device opened by the driver 'file'".to_owned(),
@@ -184,7 +183,7 @@ impl BackingName {
             }
             _ => return Ok(()),
         };
-        Err(Refusal::NotAFile { what })
+        Err(what)
     }
 }
 

@@ -96,8 +96,13 @@ impl Policy {
         let stat = host.stat(&path);
         refuse_ambiguous(host, named, stat.as_ref().ok().map(|stat| stat.id))?;
         let stat = stat.map_err(missing)?;
-        name.check_kind(stat.kind).map_err(|reason| Error::refused(&path, reason))?;
-        self.check_scope(host, image, &path)?;
+        let not_a_file = |what| Error::refused(image, Refusal::NotAFile { role, name: text(), what });
+        name.check_kind(stat.kind).map_err(not_a_file)?;
+        let file = host.canonicalize(&path).map_err(|e| Error::io(&path, "resolve", None, e))?;
+        if KERNEL_FILES.iter().any(|dir| file.starts_with(dir)) {
+            return Err(not_a_file(format!("a window into the kernel ({})", file.display())));
+        }
+        self.check_scope(host, image, file)?;
         let access = access(stat.id);
         let storage = host.open(&path, access).map_err(|e| not_writable(&path, access, e, missing))?;
         let opened = storage.stat().map_err(|e| Error::io(&path, "stat", None, e))?;
@@ -108,16 +113,11 @@ impl Policy {
         Ok(Opened { path, id: opened.id, storage })
     }
 
-    fn check_scope(&self, host: &dyn Host, image: &Path, path: &Path) -> Result<()> {
-        let real = |path: &Path| host.canonicalize(path).map_err(|e| Error::io(path, "resolve", None, e));
-        let file = real(path)?;
-        if KERNEL_FILES.iter().any(|dir| file.starts_with(dir)) {
-            let what = format!("a window into the kernel ({})", file.display());
-            return Err(Error::refused(path, Refusal::NotAFile { what }));
-        }
+    fn check_scope(&self, host: &dyn Host, image: &Path, file: PathBuf) -> Result<()> {
         let Scope::Inside(dirs) = &self.scope else { return Ok(()) };
         for dir in dirs {
-            if file.starts_with(real(dir)?) {
+            let real = host.canonicalize(dir).map_err(|e| Error::io(dir, "resolve", None, e))?;
+            if file.starts_with(real) {
                 return Ok(());
             }
         }
