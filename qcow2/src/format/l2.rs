@@ -134,7 +134,8 @@ impl L2Entry {
         if offset == HostOffset::ZERO && copied && !data_file {
             return bad(format!("{first:#018x}"), "a host offset with the COPIED flag");
         }
-        let host = (offset != HostOffset::ZERO || (data_file && copied)).then_some(offset);
+        // A zero cluster at offset 0 keeps nothing, in a data file too; only data there needs the flag.
+        let host = (offset != HostOffset::ZERO || (data_file && copied && !zero)).then_some(offset);
         if !extended {
             return Ok(match host {
                 host if zero => Self::Zero { host, copied },
@@ -348,5 +349,7 @@ mod tests {
         let g = Geometry::new(16, 4, false).unwrap();
         let entry = L2Entry::decode(COPIED, 0, &g, 3, true, 0).unwrap();
         assert_eq!(entry, L2Entry::Standard { host: HostOffset::ZERO, copied: true });
+        let entry = L2Entry::decode(COPIED | ZERO, 0, &g, 3, true, 0).unwrap();
+        assert!(matches!(entry, L2Entry::Zero { host: None, .. }), "{entry:?}");
     }
 }
