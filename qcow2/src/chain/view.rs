@@ -74,11 +74,11 @@ impl<'a> View<'a> {
     }
 
     /// A good size for the windows that [`View::resolve`] is called with: some ten thousand clusters
-    /// of the layer with the smallest clusters, in bytes; a power of two.
+    /// (subclusters, where there are any) of the layer with the smallest ones, in bytes; a power of two,
+    /// and a multiple of every cluster size.
     pub fn window(&self) -> u64 {
-        let bits =
-            self.own().filter_map(|(_, image)| image.as_qcow2()).map(|q| q.geometry().cluster_bits()).min();
-        1 << (bits.unwrap_or(16) + 15)
+        let sizes = self.own().filter_map(|(_, image)| image.as_qcow2());
+        sizes.map(|q| q.geometry().subcluster_size()).min().unwrap_or(1 << 16) << 15
     }
 
     fn own(&self) -> impl Iterator<Item = (usize, &'a Image)> {
@@ -94,18 +94,32 @@ impl<'a> View<'a> {
         if from.get() >= self.size() {
             return Ok(None);
         }
+        // Behind the end of a short layer its zeros begin; the top's end is the disk's end.
+        let past_end = from.max(GuestOffset::new(self.shortest()));
+        let allocated = if past_end == from { None } else { self.next_allocated(from)? };
+        let next = allocated.map_or(past_end, |allocated| allocated.min(past_end));
+        Ok((next.get() < self.size()).then_some(next))
+    }
+
+    /// The size of the shortest layer: behind it, zeros hide what lies below, or the disk ends.
+    pub(crate) fn shortest(&self) -> u64 {
+        self.own().map(|(_, image)| image.virtual_size()).min().unwrap_or(0)
+    }
+
+    /// The first offset at or behind `from` where a layer may have something allocated; `None` if none
+    /// has. Zeros behind the end of a short layer do not count.
+    ///
+    /// # Errors
+    /// A table that cannot be read.
+    pub(crate) fn next_allocated(&self, from: GuestOffset) -> Result<Option<GuestOffset>> {
         let mut next: Option<GuestOffset> = None;
-        for (n, image) in self.own() {
-            let end = GuestOffset::new(image.virtual_size());
-            // Behind the end of a short layer its zeros begin; the top's end is the disk's end.
-            let past_end = (n + 1 < self.layers.len()).then_some(from.max(end));
-            let allocated = image.next_allocated(from)?;
-            next = [next, past_end, allocated].into_iter().flatten().min();
+        for (_, image) in self.own() {
+            next = [next, image.next_allocated(from)?].into_iter().flatten().min();
             if next == Some(from) {
                 break;
             }
         }
-        Ok(next.filter(|next| next.get() < self.size()))
+        Ok(next)
     }
 
     /// Resolves a window: appends what supplies each part of `range`, sorted and without gaps. What

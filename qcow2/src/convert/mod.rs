@@ -246,7 +246,9 @@ fn with_job<T>(chain: &Chain, below: usize, new: &Image, f: impl FnOnce(&Job<'_>
     layers.insert(below.min(layers.len()), new);
     let view = View::new(&layers, below + 1, layers.len() - 1);
     let size = view.size();
-    let question = Question { view, base_size: size, zero_until: size };
+    let below_size =
+        below.checked_sub(1).and_then(|at| layers.get(at)).map_or(0, |image| image.virtual_size());
+    let question = Question { view, base: new, below_size, base_size: size, zero_until: size };
     f(&Job { layers: &layers, base: below, question, new_size: new.virtual_size() })
 }
 

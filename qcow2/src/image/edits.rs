@@ -52,6 +52,8 @@ enum Place {
 pub(crate) struct Batch {
     current: Option<Table>,
     changed: Vec<Table>,
+    /// The bytes of the changed tables.
+    table_bytes: usize,
     allocated: Vec<Range<ClusterIndex>>,
     released: Vec<ClusterIndex>,
 }
@@ -129,7 +131,7 @@ impl Batch {
 
     /// The memory that the batch takes, in bytes.
     pub(crate) fn memory(&self) -> usize {
-        self.changed.iter().map(|t| t.bytes.len()).sum::<usize>() + self.released.len() * 8
+        self.table_bytes + self.released.len() * 8
     }
 
     /// Whether there is nothing to bring to disk.
@@ -141,6 +143,7 @@ impl Batch {
     /// Forgets everything but the table that is being looked at: for planning, where nothing is written.
     pub(crate) fn forget(&mut self) {
         self.changed.clear();
+        self.table_bytes = 0;
         self.allocated.clear();
         self.released.clear();
     }
@@ -150,7 +153,10 @@ impl Batch {
         let table = match self.current.take() {
             Some(table) if table.l1_index == l1_index => table,
             other => {
-                self.changed.extend(other.filter(|t| t.dirty.is_some()));
+                if let Some(done) = other.filter(|t| t.dirty.is_some()) {
+                    self.table_bytes += done.bytes.len();
+                    self.changed.push(done);
+                }
                 Table::load(image, l1_index)?
             }
         };

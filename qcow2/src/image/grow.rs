@@ -42,10 +42,21 @@ impl Growth {
 
 /// How many clusters the L1 table for a disk of `size` bytes takes, or `None` if the present table
 /// has room.
-pub(crate) fn l1_growth(image: &Qcow2, size: u64) -> Option<u64> {
+///
+/// # Errors
+/// A table larger than the format allows.
+pub(crate) fn l1_growth(image: &Qcow2, size: u64) -> Result<Option<u64>> {
     let geometry = image.geometry();
     let entries = geometry.l1_entries_for(size);
-    (entries > u64::from(image.header().l1_entries)).then(|| geometry.clusters_for(entries * 8))
+    if entries <= u64::from(image.header().l1_entries) {
+        return Ok(None);
+    }
+    if entries > MAX_L1_BYTES / 8 {
+        let found = format!("{entries} entries for a disk of {size} bytes");
+        let e = FormatError::unsupported("L1 table", 36, found, "a table of at most 32 MiB");
+        return Err(Error::format(image.path(), e));
+    }
+    Ok(Some(geometry.clusters_for(entries * 8)))
 }
 
 /// Where the image file will end when `clusters` more clusters are allocated, `run` of them side by
@@ -210,18 +221,9 @@ fn write_blocks(
 /// # Errors
 /// An I/O error; a table larger than the format allows.
 pub(crate) fn grow_l1(image: &mut Qcow2, refcounts: &Refcounts, size: u64) -> Result<()> {
-    let Some(clusters) = l1_growth(image, size) else { return Ok(()) };
+    let Some(clusters) = l1_growth(image, size)? else { return Ok(()) };
     let geometry = *image.geometry();
     let entries = geometry.l1_entries_for(size);
-    if entries * 8 > MAX_L1_BYTES {
-        let e = FormatError::unsupported(
-            "L1 table",
-            36,
-            format!("{entries} entries"),
-            "a table of at most 32 MiB",
-        );
-        return Err(Error::format(image.path(), e));
-    }
     let run = Allocator::find_run(image, refcounts, clusters)?.ok_or_else(|| {
         let e = FormatError::malformed(
             "refcount table",

@@ -58,15 +58,26 @@ impl Qcow2 {
     /// # Errors
     /// The L1 table cannot be read.
     pub fn next_allocated(&self, from: GuestOffset) -> Result<Option<GuestOffset>> {
+        Ok(self.next_table(from)?.filter(|next| next.get() < self.virtual_size()))
+    }
+
+    /// The first offset at or behind `from` that an L1 entry other than zero covers, also behind the
+    /// disk's end: the table may be longer than the disk asks for.
+    ///
+    /// # Errors
+    /// The L1 table cannot be read.
+    pub(crate) fn next_table(&self, from: GuestOffset) -> Result<Option<GuestOffset>> {
         let geometry = *self.geometry();
-        let entries = geometry.l1_entries_for(self.virtual_size());
+        let entries = u64::from(self.header().l1_entries);
         let mut index = geometry.l1_index(from);
-        let mut buf = vec![0; 65536];
+        let mut buf = Vec::new();
+        let mut most = 64;
         while index < entries {
-            let count = (entries - index).min(buf.len() as u64 / 8);
-            let bytes = &mut buf[..count as usize * 8];
-            self.read_table(self.header().l1_offset + index * 8, bytes)?;
-            if let Some(n) = read_be_u64s(bytes).position(|raw| raw != 0) {
+            let count = (entries - index).min(most);
+            most = (most * 2).min(TABLE_READ / 8);
+            buf.resize(count as usize * 8, 0);
+            self.read_table(self.header().l1_offset + index * 8, &mut buf)?;
+            if let Some(n) = read_be_u64s(&buf).position(|raw| raw != 0) {
                 let start = GuestOffset::new((index + n as u64) * geometry.l2_coverage());
                 return Ok(Some(start.max(from)));
             }

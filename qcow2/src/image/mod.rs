@@ -177,4 +177,16 @@ impl Image {
             Self::Qcow2(qcow2) => qcow2.next_allocated(from),
         }
     }
+
+    /// As [`Image::next_allocated`], also behind the image's end: what would come to light there if the
+    /// disk grew.
+    ///
+    /// # Errors
+    /// A table that cannot be read.
+    pub(crate) fn next_held(&self, from: GuestOffset) -> Result<Option<GuestOffset>> {
+        match self {
+            Self::Raw(raw) => raw.next_allocated(from),
+            Self::Qcow2(qcow2) => qcow2.next_table(from),
+        }
+    }
 }

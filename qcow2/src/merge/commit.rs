@@ -184,8 +184,11 @@ pub(super) fn job<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
     let (base, top) = (size(span.base), size(span.top));
     // Behind the end of a short top the layer above it read zeros; it must not see base's old data.
     let seen_above = if span.top < span.active { size(span.top + 1) } else { 0 };
+    let image = images.get(span.base).ok_or_else(|| Error::Usage("the chain has no such layer".into()))?;
     let question = Question {
         view: View::new(images, span.base + 1, span.top),
+        base: image,
+        below_size: span.base.checked_sub(1).map_or(0, size),
         base_size: base,
         zero_until: base.min(seen_above).max(top),
     };
@@ -312,7 +315,7 @@ fn file_size_after(
         Image::Raw(_) => 0,
         Image::Qcow2(_) if totals.clusters_to_allocate == 0 && new_size <= image.virtual_size() => 0,
         Image::Qcow2(qcow2) => {
-            let l1 = grow::l1_growth(qcow2, new_size).unwrap_or(0);
+            let l1 = grow::l1_growth(qcow2, new_size)?.unwrap_or(0);
             grow::end_after(qcow2, totals.clusters_to_allocate + l1, side_by_side + l1)?
                 << qcow2.geometry().cluster_bits()
         }

@@ -16,7 +16,7 @@ use crate::chain::view::View;
 use crate::check::{CheckOptions, check};
 use crate::error::Holder;
 use crate::format::is_qcow2;
-use crate::image::{ClusterCache, CreateOptions, create};
+use crate::image::{ClusterCache, CreateOptions, create, create_raw};
 use crate::merge::put;
 use crate::storage::{Access, FileId, FileStat, Host, LockError, LockMode, MemHost, Storage};
 use crate::units::GuestOffset;
@@ -294,4 +294,34 @@ fn no_power_cut_separates_refcount_blocks_that_count_each_other() {
     create(&host, Path::new("/1"), &overlay).unwrap();
     put(&host, Path::new("/1"), &local(), &[(GuestOffset::new(10 << 20), vec![2; 1 << 20])]).unwrap();
     crash_everywhere(&host, 2, 0, 1, &mut Dice(1), "many blocks");
+}
+
+/// A killed merge may have made a hole in a raw base that is not durable; the next one finds nothing to
+/// write there, and must not empty the active image before the hole is durable.
+#[test]
+fn a_raw_base_is_durable_before_the_active_image_is_emptied() {
+    let host = MemHost::new();
+    create_raw(&host, Path::new("/0"), 1 << 20).unwrap();
+    let overlay =
+        CreateOptions { backing: Some((b"/0".to_vec(), "raw".into())), ..CreateOptions::new(1 << 20) };
+    create(&host, Path::new("/1"), &overlay).unwrap();
+    put(&host, Path::new("/1"), &local(), &[(GuestOffset::ZERO, vec![1; 65536])]).unwrap();
+    // The only cluster becomes a zero cluster: its L2 entry lies where the L1 table says.
+    let active = host.open(Path::new("/1"), Access::ReadWrite).unwrap();
+    let word = |at: u64| {
+        let mut bytes = [0; 8];
+        active.read_exact_or_zero(&mut bytes, at).unwrap();
+        u64::from_be_bytes(bytes)
+    };
+    let table = word(word(40)) & !(1 << 63);
+    active.write_all_at(&(word(table) | 1).to_be_bytes(), table).unwrap();
+    drop(active);
+    let options = CommitOptions { open: local(), ..CommitOptions::default() };
+    let recorder = Recorder { host, log: Log::default() };
+    commit(Arc::new(recorder.clone()), Path::new("/1"), &options).unwrap();
+    let log = recorder.log.lock().unwrap();
+    let first_write =
+        log.iter().position(|(path, op)| path == Path::new("/1") && matches!(op, Op::Write(..)));
+    let first_sync = log.iter().position(|(path, op)| path == Path::new("/0") && matches!(op, Op::Sync));
+    assert!(first_sync.is_some() && first_sync < first_write, "{first_sync:?} {first_write:?}");
 }

@@ -26,7 +26,7 @@ pub(super) fn empty(image: &mut Qcow2) -> Result<()> {
     let mut refcounts = Refcounts::load(image)?;
     let size = image.geometry().l2_coverage().saturating_mul(u64::from(image.header().l1_entries));
     let mut at = GuestOffset::ZERO;
-    while let Some(start) = next_table(image, at, size)? {
+    while let Some(start) = image.next_table(at)? {
         let mut released = Vec::new();
         let mut end = start;
         // One L2 table after the other, until a piece is full.
@@ -51,25 +51,6 @@ pub(super) fn empty(image: &mut Qcow2) -> Result<()> {
         data.punch_hole(0, len).map_err(io)?;
     }
     trim(image, &mut refcounts)
-}
-
-/// The start of the coverage of the first L1 entry at or behind `from` that is not zero.
-fn next_table(image: &Qcow2, from: GuestOffset, size: u64) -> Result<Option<GuestOffset>> {
-    let mut found = None;
-    let coverage = image.geometry().l2_coverage();
-    let step = coverage.saturating_mul(8192);
-    let mut at = from;
-    while at.get() < size && found.is_none() {
-        let range = GuestRange::between(at, (at + step).min(GuestOffset::new(size)));
-        image.for_each_l1(range, |part, entry| {
-            if found.is_none() && entry != L1Entry::Unallocated {
-                found = Some(part.start);
-            }
-            Ok(())
-        })?;
-        at = range.end();
-    }
-    Ok(found)
 }
 
 /// Adds the clusters that an L1 entry leads to: its table, and what that refers to.

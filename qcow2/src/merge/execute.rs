@@ -204,7 +204,7 @@ fn grow_raw(raw: &mut crate::image::Raw, size: u64) -> Result<()> {
 pub(super) fn prepare(image: &mut Qcow2, clusters: u64, side_by_side: u64, size: u64) -> Result<Refcounts> {
     clear_autoclear(image)?;
     let mut refcounts = Refcounts::load(image)?;
-    let l1 = grow::l1_growth(image, size).unwrap_or(0);
+    let l1 = grow::l1_growth(image, size)?.unwrap_or(0);
     if let Some(switch) = grow::make_room(image, &mut refcounts, clusters + l1, side_by_side + l1)? {
         switch.publish(image, &mut refcounts)?;
     }

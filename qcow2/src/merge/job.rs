@@ -238,9 +238,8 @@ impl<'a> Job<'a> {
         })?;
         totals.bytes_to_write += ops.bytes();
         ops.run(self.layers, &target, run)?;
-        if totals.bytes_to_write > 0 {
-            raw.file().sync().map_err(|e| Error::io(raw.path(), "sync", None, e))?;
-        }
+        // Also when nothing was written: what a merge that was killed has written need not be durable.
+        raw.file().sync().map_err(|e| Error::io(raw.path(), "sync", None, e))?;
         Ok(totals)
     }
 }

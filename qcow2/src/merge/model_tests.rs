@@ -279,3 +279,99 @@ fn random_chains_merge_as_byte_arrays_do() {
         one_chain(seed);
     }
 }
+
+/// A qcow2 image at `path`, on another qcow2 image if one is named.
+fn image(host: &MemHost, path: &str, size: u64, cluster_bits: u32, below: Option<&str>) {
+    let backing = below.map(|below| (below.as_bytes().to_vec(), "qcow2".to_owned()));
+    create(host, Path::new(path), &CreateOptions { cluster_bits, backing, ..CreateOptions::new(size) })
+        .unwrap();
+}
+
+fn prepare(host: &MemHost, active: &str) -> crate::error::Result<Commit> {
+    let options = CommitOptions { open: options(), ..CommitOptions::default() };
+    Commit::prepare(Arc::new(host.clone()), Path::new(active), &options, &AtomicBool::new(false))
+}
+
+fn write(host: &MemHost, path: &str, at: u64, bytes: &[u8]) {
+    super::put(host, Path::new(path), &options(), &[(GuestOffset::new(at), bytes.to_vec())]).unwrap();
+}
+
+#[test]
+fn time_depends_on_what_layers_hold_and_not_on_the_size_of_the_disk() {
+    let huge = 64 << 40;
+    for sizes in [[1 << 20, huge, huge], [huge, 1 << 20, huge], [huge, huge, 1 << 20]] {
+        let host = MemHost::new();
+        for (n, size) in sizes.into_iter().enumerate() {
+            let below = n.checked_sub(1).map(|below| format!("/{below}"));
+            image(&host, &format!("/{n}"), size, 16, below.as_deref());
+            write(&host, &format!("/{n}"), size - 4096, &[n as u8 + 1; 4096]);
+        }
+        let commit = prepare(&host, "/2").unwrap();
+        let windows = super::commit::job(&commit.chain().images(), commit.span())
+            .unwrap()
+            .question
+            .windows()
+            .collect::<crate::error::Result<Vec<_>>>()
+            .unwrap();
+        assert!(windows.len() <= 4, "{sizes:?}: {windows:?}");
+        commit.execute(&Silent, &AtomicBool::new(false)).unwrap();
+        let chain = Chain::open(&host, Path::new("/2"), &options()).unwrap();
+        let images = chain.images();
+        let view = View::new(&images, 0, images.len() - 1);
+        let mut bytes = [0; 8192];
+        let mut last = |end: u64| {
+            view.read(GuestOffset::new(end - 8192), &mut bytes, &mut ClusterCache::new()).unwrap();
+            bytes[4096]
+        };
+        assert_eq!(last(sizes[2]), 3);
+        // What the first layer had at its end is hidden by a short layer, or still there.
+        let hidden = sizes[1] < sizes[0];
+        assert_eq!(
+            last(sizes[0].min(sizes[2])),
+            if sizes[0] > sizes[2] || hidden { 3 } else { 1 },
+            "{sizes:?}"
+        );
+    }
+}
+
+#[test]
+fn a_base_that_grows_does_not_show_what_its_long_l1_table_still_holds() {
+    let host = MemHost::new();
+    image(&host, "/0", 3 << 20, 12, None);
+    write(&host, "/0", 0, &[7; 3 << 20]);
+    let base = host.open(Path::new("/0"), Access::ReadWrite).unwrap();
+    base.write_all_at(&((1u64 << 20) + 512).to_be_bytes(), 24).unwrap();
+    drop(base);
+    image(&host, "/1", 3 << 20, 16, Some("/0"));
+    prepare(&host, "/1").unwrap().execute(&Silent, &AtomicBool::new(false)).unwrap();
+    let world = World { host, paths: vec!["/0".into()], views: Vec::new() };
+    let shown = world.read(Path::new("/0"));
+    assert!(shown[..(1 << 20) + 512].iter().all(|&b| b == 7));
+    assert_eq!(shown.len(), 3 << 20);
+    assert!(shown[(1 << 20) + 512..].iter().all(|&b| b == 0));
+    world.assert_sound(Path::new("/0"), 0);
+}
+
+#[test]
+fn a_disk_that_base_cannot_hold_is_refused_before_anything_is_written() {
+    let host = MemHost::new();
+    image(&host, "/0", 1 << 20, 9, None);
+    image(&host, "/1", 1 << 40, 16, Some("/0"));
+    let before = host.content("/0").unwrap();
+    let error = prepare(&host, "/1").unwrap_err();
+    assert_eq!(error.kind(), crate::error::ErrorKind::Unsupported, "{error}");
+    assert!(host.content("/0").unwrap() == before);
+}
+
+#[test]
+fn a_version_2_base_with_snapshots_does_not_grow() {
+    let host = MemHost::new();
+    create(&host, Path::new("/0"), &CreateOptions { version: 2, ..CreateOptions::new(1 << 20) }).unwrap();
+    let base = host.open(Path::new("/0"), Access::ReadWrite).unwrap();
+    base.write_all_at(&1u32.to_be_bytes(), 60).unwrap();
+    base.write_all_at(&(1u64 << 16).to_be_bytes(), 64).unwrap();
+    drop(base);
+    image(&host, "/1", 2 << 20, 16, Some("/0"));
+    let error = prepare(&host, "/1").unwrap_err().to_string();
+    assert!(error.contains("version 2"), "{error}");
+}

@@ -2,7 +2,7 @@
 
 use crate::chain::view::{Supplied, Supply, View};
 use crate::error::Result;
-use crate::image::{CompressedPart, Mapping};
+use crate::image::{CompressedPart, Image, Mapping};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// What a range of the base must hold.
@@ -57,6 +57,10 @@ impl Need {
 pub(crate) struct Question<'a> {
     /// The layers above base, up to and including top.
     pub(crate) view: View<'a>,
+    /// The base.
+    pub(crate) base: &'a Image,
+    /// The size of the disk below base; zero if there is none.
+    pub(crate) below_size: u64,
     /// The base's size before the merge, in bytes.
     pub(crate) base_size: u64,
     /// Behind the end of a short top: up to where the layer above it would see base's old data. Equal
@@ -70,7 +74,8 @@ impl Question<'_> {
         self.view.size().max(self.zero_until)
     }
 
-    /// The windows in which something may be needed, in order; sizes are multiples of every cluster size.
+    /// The windows in which something may be needed, in order; sizes are multiples of every cluster
+    /// size. Zeros are needed only where base, or what lies below it, may show something else.
     pub(crate) fn windows(&self) -> impl Iterator<Item = Result<GuestRange>> + '_ {
         let size = self.view.window();
         let mut at = GuestOffset::ZERO;
@@ -92,11 +97,14 @@ impl Question<'_> {
         if from.get() >= self.end() {
             return Ok(None);
         }
-        // Where the base grows, or where old data must be hidden, every window counts.
-        let always = GuestOffset::new(self.base_size.min(self.view.size()));
-        let supplied = self.view.next_supplied(from)?;
-        let next = supplied.map_or(from.max(always), |s| s.min(from.max(always)));
-        Ok((next.get() < self.end()).then_some(next))
+        // From there on, zeros may have to hide what base shows: it grows, or a layer above it is short.
+        let hiding = from.max(GuestOffset::new(self.view.shortest().min(self.base_size)));
+        let shown = match hiding.get() < self.below_size {
+            true => Some(hiding),
+            false => self.base.next_held(hiding)?,
+        };
+        let next = [self.view.next_allocated(from)?, shown].into_iter().flatten().min();
+        Ok(next.filter(|next| next.get() < self.end()))
     }
 
     /// The needs of a window, sorted and disjoint.

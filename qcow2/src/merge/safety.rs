@@ -13,6 +13,7 @@ use crate::storage::{FileId, FileKind, Host};
 
 /// Rules that the headers alone decide.
 pub(super) fn layers(chain: &Chain, span: Span, options: &CommitOptions) -> Result<()> {
+    let size = |at: usize| chain.layers().get(at).map_or(0, |layer| layer.image.virtual_size());
     for (at, layer) in chain.layers().iter().enumerate() {
         let merged = span.base < at && at <= span.top;
         let Some(image) = layer.image.as_qcow2() else { continue };
@@ -23,6 +24,12 @@ pub(super) fn layers(chain: &Chain, span: Span, options: &CommitOptions) -> Resu
         let emptied = at == span.active && at == span.top && !options.keep_active && !options.delete;
         if image.header().is_dirty() && (at == span.base || emptied) {
             return refuse(Refusal::Dirty);
+        }
+        let grows = at == span.base && size(span.top) > image.virtual_size();
+        if grows && image.header().snapshots > 0 && image.header().version < 3 {
+            let what =
+                "it must grow, and in version 2 its internal snapshots do not say how large their disk was";
+            return refuse(Refusal::Other(what.into()));
         }
         if !merged {
             continue;

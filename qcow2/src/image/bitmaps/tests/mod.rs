@@ -223,7 +223,7 @@ fn plan(image: &Qcow2, ranges: &[GuestRange], new_size: u64) -> Plan {
 /// Makes room for a plan and for the larger disk, as a merge does.
 fn make_room(image: &mut Qcow2, plan: &Plan, new_size: u64) -> Refcounts {
     let mut refcounts = Refcounts::load(image).unwrap();
-    let l1 = grow::l1_growth(image, new_size).unwrap_or(0);
+    let l1 = grow::l1_growth(image, new_size).unwrap().unwrap_or(0);
     let (clusters, run) = (plan.clusters() + l1, plan.side_by_side() + l1);
     if let Some(switch) = grow::make_room(image, &mut refcounts, clusters, run).unwrap() {
         switch.publish(image, &mut refcounts).unwrap();
