@@ -11,6 +11,8 @@ use super::mutate::{Random, mutate};
 use crate::Result;
 use crate::chain::Chain;
 use crate::check::{CheckOptions, Verdict, check};
+use crate::format::{Cluster0, read_be_u64s};
+use crate::image::{Qcow2, read_bitmaps};
 use crate::merge::{Afterwards, BaseChoice, Commit, CommitOptions, Progress, Report, Totals};
 use crate::storage::{Access, Host, MemHost};
 
@@ -144,6 +146,9 @@ impl Before {
         self.assert_chain(host);
         self.assert_consistent(host);
         self.assert_untouched(host);
+        if let Err(error) = self.assert_bitmaps_tell(host) {
+            unreachable!("bitmaps of base: {error}");
+        }
         if self.case.empties() {
             self.assert_again_changes_nothing(host);
         }
@@ -247,6 +252,39 @@ impl Before {
             };
             assert_eq!(cluster(is), cluster(was), "a snapshot's cluster at {host:#x} was changed");
         }
+    }
+
+    /// Persistent bitmaps of base are still there, and call every byte dirty that has changed.
+    fn assert_bitmaps_tell(&self, host: &MemHost) -> Result<()> {
+        let layer = &self.layers[self.case.base];
+        let Some(was) = self.files.get(&layer.path).filter(|_| layer.is_qcow2()) else { return Ok(()) };
+        let io = |e| crate::Error::io(&layer.path, "read", None, e);
+        let file = host.open(&layer.path, Access::Read).map_err(io)?;
+        let cluster0 = Qcow2::read_cluster0(&layer.path, &*file)?;
+        let bitmaps = read_bitmaps(&layer.path, &*file, &cluster0)?;
+        let before = Cluster0::parse(was).and_then(|c| c.bitmaps()).ok().flatten().map_or(0, |b| b.count);
+        assert_eq!(bitmaps.len(), before as usize, "bitmaps of base are gone");
+        let (old, new) = (guest(&self.layers, self.case.base), view(host, &layer.path)?);
+        let now = host.content(&layer.path).map_err(io)?;
+        let word = |at: u64| now.get(at as usize..at as usize + 8).map(|w| read_be_u64s(w).sum::<u64>());
+        for bitmap in &bitmaps {
+            assert!(bitmap.is_auto() && !bitmap.is_in_use(), "its flags are {:#x}", bitmap.flags);
+            let is_dirty = |at: usize| {
+                let bit = at as u64 >> bitmap.granularity_bits;
+                let (entry, bit) = (bit / (layer.cluster_size * 8), bit % (layer.cluster_size * 8));
+                match word(bitmap.table_offset.get() + entry * 8) {
+                    None | Some(0) => false,
+                    Some(1) => true,
+                    Some(data) => {
+                        now.get((data + bit / 8) as usize).is_some_and(|byte| byte >> (bit % 8) & 1 == 1)
+                    }
+                }
+            };
+            let old = |at: usize| old.get(at).copied().unwrap_or(0);
+            let missed = new.iter().enumerate().position(|(at, byte)| *byte != old(at) && !is_dirty(at));
+            assert_eq!(missed, None, "the bitmap calls a byte clean that has changed");
+        }
+        Ok(())
     }
 
     /// ACTIVE is an empty overlay on base: the same commit has nothing to do.

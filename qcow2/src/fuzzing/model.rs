@@ -159,6 +159,9 @@ fn sample(input: &mut Input<'_>, path: &Path, backing: Option<(String, Option<St
     if wide && sample.data_file.is_none() && sample.size != 0 && input.one_in(4) {
         sample.snapshots.push("before".into());
     }
+    if sample.version == 3 && sample.size != 0 && input.one_in(4) {
+        sample.bitmaps.push("nightly".into());
+    }
     let clusters = sample.size.div_ceil(1 << sample.cluster_bits);
     let contents = if clusters == 0 { 0 } else { input.below(CONTENTS) };
     for _ in 0..contents {
