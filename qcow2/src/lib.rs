@@ -3,14 +3,35 @@
 //!
 //! The modules are floors; each imports only from those below it:
 //!
-//! - [`format`]: bytes to values and back. No I/O.
-//! - [`storage`]: where bytes lie.
-//! - [`image`]: one opened image.
-//! - [`chain`]: names inside images made into files under a policy, layers, and the map through them.
+//! - [`mod@format`]: bytes to values and back. No I/O.
+//! - [`storage`]: where bytes lie: files, block devices, memory; locks.
+//! - [`image`]: one opened image, its map and its bytes.
+//! - [`chain`]: layers opened by name under a policy, and the map through them.
 //! - [`check`]: whether an image is consistent.
-//! - [`merge`]: layers into a base below them.
-//! - [`compare`]: whether a guest sees the same through two chains.
-//! - [`convert`]: a chain as one new file.
+//! - [`merge`]: layers merged down into a base: planned, carried out, verified.
+//! - [`compare`] and [`convert`]: two views compared; a chain as one new file.
+//!
+//! ```no_run
+//! use std::{path::Path, sync::Arc, sync::atomic::AtomicBool};
+//! use qcow2::chain::{OpenOptions, Policy};
+//! use qcow2::merge::{Commit, CommitOptions, Progress};
+//! use qcow2::storage::OsHost;
+//!
+//! struct Silent;
+//! impl Progress for Silent {
+//!     fn written(&self, _done: u64, _total: u64) {}
+//! }
+//!
+//! // Nothing that an image names is opened unless the caller allows it.
+//! let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+//! let options = CommitOptions { open, verify: true, ..CommitOptions::default() };
+//! let cancel = AtomicBool::new(false);
+//! let commit = Commit::prepare(Arc::new(OsHost), Path::new("vm.qcow2"), &options, &cancel)?;
+//! println!("{}", commit.plan());
+//! let report = commit.execute(&Silent, &cancel)?;
+//! println!("{} bytes were copied", report.totals.bytes_to_copy);
+//! # Ok::<(), qcow2::Error>(())
+//! ```
 
 pub mod chain;
 pub mod check;

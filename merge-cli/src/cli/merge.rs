@@ -1,4 +1,5 @@
 //! Arguments of the verbs that merge.
+#![allow(rustdoc::broken_intra_doc_links, reason = "the comments are help texts; [1] is an index, no link")]
 
 use std::path::PathBuf;
 

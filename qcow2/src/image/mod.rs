@@ -89,7 +89,7 @@ pub enum Image {
 
 impl Image {
     /// Opens an image of a known format. `data_file` is the external data file that its header names,
-    /// which the caller has found and opened (see [`Qcow2::needs_data_file`]).
+    /// which the caller has found and opened.
     ///
     /// # Errors
     /// A file that cannot be read, a header that breaks the format's rules or asks for a feature that
