@@ -47,6 +47,15 @@ impl<'a> Subject<'a> {
         let mut cluster0 = Cluster0::decode(&start).map_err(bad)?;
         let encryption = cluster0.crypto();
         let encrypted = matches!(cluster0.header.crypt_method, 1 | 2);
+        if cluster0.header.crypt_method == 2 && encryption.is_none() {
+            let found = "LUKS encryption without a header extension";
+            return Err(bad(FormatError::malformed(
+                "encryption method",
+                0x20,
+                found,
+                "the extension 0x0537be77",
+            )));
+        }
         if encrypted {
             // What is encrypted is the data; the tables can be checked without a key.
             cluster0.header.crypt_method = 0;

@@ -15,7 +15,7 @@ use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, Refusal, Result};
 use crate::image::{Image, bitmaps, grow};
-use crate::storage::{Access, FileKind, Host};
+use crate::storage::{Access, FileId, FileKind, Host};
 
 /// Which layer takes the data.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -65,6 +65,8 @@ pub struct Commit {
     pub(super) plan: Plan,
     /// What the bitmaps of a qcow2 base need, until it is carried out.
     pub(super) bitmaps: Option<bitmaps::Plan>,
+    /// Files that images outside the chain use: never removed.
+    pub(super) shared: Vec<FileId>,
 }
 
 /// Positions in a chain.
@@ -134,9 +136,11 @@ impl Commit {
         let bitmaps = record::plan(&job, cancel)?;
         let side_by_side = bitmaps.as_ref().map_or(0, bitmaps::Plan::side_by_side);
         totals.clusters_to_allocate += bitmaps.as_ref().map_or(0, bitmaps::Plan::clusters);
+        let shared = found.shared.clone();
         let plan = make_plan(&chain, span, options, totals, side_by_side, afterwards, found)?;
         safety::space(&*host, &chain, span, &plan)?;
-        Ok(Self { host, options: options.clone(), chain, base: span.base, top: span.top, plan, bitmaps })
+        let (base, top) = (span.base, span.top);
+        Ok(Self { host, options: options.clone(), chain, base, top, plan, bitmaps, shared })
     }
 
     fn nothing(host: Arc<dyn Host>, options: &CommitOptions, chain: Chain, reason: String) -> Self {
@@ -160,7 +164,16 @@ impl Commit {
             unreadable: Vec::new(),
             nothing_to_do: Some(reason),
         };
-        Self { host, options: options.clone(), base: 0, top: active, chain, plan, bitmaps: None }
+        Self {
+            host,
+            options: options.clone(),
+            base: 0,
+            top: active,
+            chain,
+            plan,
+            bitmaps: None,
+            shared: Vec::new(),
+        }
     }
 
     /// What will be done.

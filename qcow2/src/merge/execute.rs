@@ -151,6 +151,9 @@ impl Commit {
         files.extend(layer.data_file.as_ref().map(|d| (d.path.clone(), d.id)));
         for (path, id) in files {
             match self.host.stat(&path) {
+                Ok(stat) if self.shared.contains(&stat.id) => {
+                    report.kept.push((path, "another image uses it".into()));
+                }
                 Ok(stat) if stat.id == id && stat.kind == FileKind::Regular => {
                     self.host.unlink(&path).map_err(|e| Error::io(&path, "remove", None, e))?;
                     if let Some(dir) = path.parent() {

@@ -82,6 +82,8 @@ pub(super) fn consistent(chain: &Chain, at: usize, cancel: &AtomicBool) -> Resul
 pub(super) struct Searched {
     pub(super) searched: Vec<PathBuf>,
     pub(super) unreadable: Vec<PathBuf>,
+    /// Files of base and of merged layers that images outside the chain use.
+    pub(super) shared: Vec<FileId>,
 }
 
 /// Nobody outside the chain may read through base or a merged layer.
@@ -107,8 +109,9 @@ pub(super) fn siblings(
         let users = found.users.iter().filter(|u| u.uses == first.uses).map(|u| u.path.clone()).collect();
         return Err(Error::refused(path, Refusal::SharedBase { users }));
     }
+    let shared = found.users.iter().map(|user| user.uses).collect();
     let unreadable = found.unreadable.into_iter().map(|(path, _)| path).collect();
-    Ok(Searched { searched: dirs, unreadable })
+    Ok(Searched { searched: dirs, unreadable, shared })
 }
 
 /// Room for what the merge writes.
