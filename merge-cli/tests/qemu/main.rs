@@ -1,0 +1,25 @@
+//! The built `qmerge` judged by QEMU's own tools: chains made by `qemu-img` and `qemu-io`, merged by us,
+//! read and checked by QEMU.
+//!
+//! Without QEMU every test here says `SKIPPED` on standard error and passes, except where `CI` is set:
+//! there a missing tool is a failure. Environment:
+//!
+//! - `QMERGE_TEST_BINARY`: another `qmerge` to judge, such as a release build;
+//! - `QMERGE_TEST_SEED`, `QMERGE_TEST_CASES`: first seed and number of random chains (`differential`);
+//! - `QMERGE_TEST_DIR`: the folder for the images, `/tmp` if unset;
+//! - `QMERGE_TEST_KEEP`: keep the folder of a failed test.
+
+// Helpers of tests fail by panicking, as tests do; clippy's allowance covers only the test functions themselves.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+mod article;
+mod differential;
+mod engines;
+mod iotests;
+mod locks;
+mod malformed;
+mod siblings;
+mod traps;
+mod user_errors;
