@@ -184,7 +184,7 @@ impl Opener<'_> {
     /// The format of a backing file: what the overlay says, else what the caller says, never a guess.
     /// What the overlay says must agree with the file's magic: a raw disk whose guest wrote a qcow2
     /// header into it must not be taken for an image, nor an image's metadata for a raw disk's content.
-    /// A caller who says "raw" too knows that the disk's content looks like an image.
+    /// A caller who says "raw" beside an overlay that says so knows that the disk's content looks like an image.
     fn backing_format(
         &self,
         named: &Named<'_>,
@@ -197,7 +197,13 @@ impl Opener<'_> {
         let text = || String::from_utf8_lossy(written).into_owned();
         let given = self.given_format(written, path, id);
         let Some(declared) = cluster0.backing_format().or_else(|| name.format().map(str::to_owned)) else {
-            return given.ok_or_else(|| Error::refused(image, Refusal::MissingFormat { name: text() }));
+            let missing = || Error::refused(image, Refusal::MissingFormat { name: text() });
+            let given = given.ok_or_else(missing)?;
+            // One word against the file's own: writing guest data over an image's header cannot be undone.
+            return match ImageFormat::detect(path, storage)? {
+                found if found == given => Ok(given),
+                found => Err(mismatch(image, text(), given.name().to_owned(), found)),
+            };
         };
         let Some(format) = ImageFormat::from_name(&declared) else {
             let offset = cluster0.extension(EXT_BACKING_FORMAT).map_or(0, |e| e.offset);
@@ -214,12 +220,7 @@ impl Opener<'_> {
         }
         let found = ImageFormat::detect(path, storage)?;
         if found != format && given.is_none() {
-            let found = match found {
-                ImageFormat::Qcow2 => "qcow2",
-                ImageFormat::Raw => "something else",
-            };
-            let reason = Refusal::FormatMismatch { name: text(), declared, found: found.to_owned() };
-            return Err(Error::refused(image, reason));
+            return Err(mismatch(image, text(), declared, found));
         }
         Ok(format)
     }
@@ -241,6 +242,14 @@ impl Opener<'_> {
         }
         Ok(Chain { layers })
     }
+}
+
+fn mismatch(image: &Path, name: String, declared: String, found: ImageFormat) -> Error {
+    let found = match found {
+        ImageFormat::Qcow2 => "qcow2",
+        ImageFormat::Raw => "something else",
+    };
+    Error::refused(image, Refusal::FormatMismatch { name, declared, found: found.to_owned() })
 }
 
 fn not_local(image: &Path, role: &'static str, written: &[u8], why: String) -> Error {
