@@ -17,6 +17,7 @@ mod support;
 mod article;
 mod differential;
 mod engines;
+mod interrupts;
 mod iotests;
 mod locks;
 mod malformed;
