@@ -54,6 +54,10 @@ pub(super) fn merging(case: &Case) {
     let args = case.arguments();
     let args: Vec<_> = args.iter().map(String::as_str).collect();
 
+    if case.base_cannot_grow() {
+        folder.refused(&args, &[6]);
+        return;
+    }
     if case.dry_run_first {
         let mut args = args.clone();
         args.push("--dry-run");
