@@ -324,8 +324,8 @@ fn file_size_after(
     let Some(image) = images.get(span.base) else { return Ok(0) };
     let stat = image.file().stat().map_err(|e| Error::io(image.path(), "stat", None, e))?;
     let needed = match image {
-        Image::Raw(_) if new_size > image.virtual_size() => new_size,
-        Image::Raw(_) => 0,
+        // A file of odd length is filled up to a sector when its end is written.
+        Image::Raw(_) => new_size,
         Image::Qcow2(_) if totals.clusters_to_allocate == 0 && new_size <= image.virtual_size() => 0,
         Image::Qcow2(qcow2) => {
             let l1 = grow::l1_growth(qcow2, new_size)?.unwrap_or(0);

@@ -7,7 +7,7 @@
 //! 5. The overlay above top gets base as its backing file; or the active image is emptied.
 //! 6. Layers that are no longer needed are marked, or removed from the top down.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,7 @@ use crate::image::alloc::Allocator;
 use crate::image::bitmaps;
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, Qcow2, grow};
-use crate::storage::FileKind;
+use crate::storage::{FileId, FileKind};
 use crate::units::HostOffset;
 
 /// How a commit came out.
@@ -135,38 +135,54 @@ impl Commit {
         let name = self.host.canonicalize(&base.path).unwrap_or_else(|_| base.path.clone());
         for layer in self.chain.layers().iter().rev().filter(|l| self.plan.obsolete.contains(&l.path)) {
             if self.options.delete {
-                self.delete(layer, report)?;
-            } else if link::mark(&self.chain, layer.index - 1, &name)? {
-                report.marked.push(layer.path.clone());
+                self.delete(layer, &name, report)?;
             } else {
-                report.unmarked.push(layer.path.clone());
+                self.mark(layer, &name, report)?;
             }
         }
         Ok(())
     }
 
-    /// Removes a layer if its name still leads to the file of the plan, and that is a regular file.
-    fn delete(&self, layer: &Layer, report: &mut Report) -> Result<()> {
-        let mut files = vec![(layer.path.clone(), layer.id)];
-        files.extend(layer.data_file.as_ref().map(|d| (d.path.clone(), d.id)));
-        for (path, id) in files {
-            match self.host.stat(&path) {
-                Ok(stat) if self.shared.contains(&stat.id) => {
-                    report.kept.push((path, "another image uses it".into()));
+    /// Removes a layer, and its data file, if its name still leads to the file of the plan, and that is a
+    /// regular file. A symbolic link stays, and leads nowhere. A layer that is kept is marked instead, and
+    /// keeps its data file.
+    fn delete(&self, layer: &Layer, base: &Path, report: &mut Report) -> Result<()> {
+        let data_file = layer.data_file.as_ref().map(|file| (&file.path, file.id));
+        for (path, id) in [(&layer.path, layer.id)].into_iter().chain(data_file) {
+            let found = self.host.canonicalize(path).and_then(|real| Ok((self.host.stat(&real)?, real)));
+            let why = match found {
+                Ok((stat, real))
+                    if stat.id == id && stat.kind == FileKind::Regular && !self.is_shared(id) =>
+                {
+                    self.host.unlink(&real).map_err(|e| Error::io(&real, "remove", None, e))?;
+                    let dir = real.parent().unwrap_or(Path::new("/"));
+                    self.host.sync_dir(dir).map_err(|e| Error::io(dir, "sync", None, e))?;
+                    report.deleted.push(path.clone());
+                    continue;
                 }
-                Ok(stat) if stat.id == id && stat.kind == FileKind::Regular => {
-                    self.host.unlink(&path).map_err(|e| Error::io(&path, "remove", None, e))?;
-                    if let Some(dir) = path.parent() {
-                        let dir = if dir.as_os_str().is_empty() { std::path::Path::new(".") } else { dir };
-                        self.host.sync_dir(dir).map_err(|e| Error::io(dir, "sync", None, e))?;
-                    }
-                    report.deleted.push(path);
-                }
-                Ok(stat) if stat.id == id => report.kept.push((path, "it is not a regular file".into())),
-                Ok(_) => report.kept.push((path, "its name leads to another file now".into())),
-                Err(e) => report.kept.push((path, e.to_string())),
+                Ok((stat, _)) if stat.id != id => "its name leads to another file now".to_owned(),
+                Ok(_) if self.is_shared(id) => "another image uses it".to_owned(),
+                Ok(_) => "it is not a regular file".to_owned(),
+                Err(e) => e.to_string(),
+            };
+            report.kept.push((path.clone(), why));
+            if id == layer.id {
+                return self.mark(layer, base, report);
             }
         }
+        Ok(())
+    }
+
+    fn is_shared(&self, id: FileId) -> bool {
+        self.shared.contains(&id)
+    }
+
+    fn mark(&self, layer: &Layer, base: &Path, report: &mut Report) -> Result<()> {
+        let list = match link::mark(&self.chain, layer.index - 1, base)? {
+            true => &mut report.marked,
+            false => &mut report.unmarked,
+        };
+        list.push(layer.path.clone());
         Ok(())
     }
 }
@@ -233,4 +249,69 @@ fn clear_autoclear(image: &Qcow2) -> Result<()> {
     let switch = plan_feature_bits(&cluster, header.incompatible, header.autoclear)
         .map_err(|e| Error::Usage(format!("{}: {e}", image.path().display())))?;
     link::apply(image, &switch)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::image::bitmaps::tests::{ok, qemu};
+    use crate::merge::CommitOptions;
+    use crate::merge::testing::{Silent, local};
+    use crate::storage::OsHost;
+
+    fn delete(active: &Path, allow_shared_base: bool) -> Report {
+        let options = CommitOptions { open: local(), delete: true, allow_shared_base, ..Default::default() };
+        let never = AtomicBool::new(false);
+        let commit = Commit::prepare(Arc::new(OsHost), active, &options, &never).unwrap();
+        commit.execute(&Silent, &never).unwrap()
+    }
+
+    fn create(dir: &Path, args: &str) {
+        let in_dir = args.split(' ').map(|arg| match arg.strip_prefix('@') {
+            Some(name) => dir.join(name).to_str().unwrap().to_owned(),
+            None => arg.to_owned(),
+        });
+        let args: Vec<String> =
+            ["create", "-q", "-f", "qcow2"].map(str::to_owned).into_iter().chain(in_dir).collect();
+        ok("qemu-img", &args.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_layer_behind_a_symbolic_link_is_removed_itself() {
+        if !qemu() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        std::fs::create_dir(dir.join("store")).unwrap();
+        create(dir, "@base 1M");
+        create(dir, "-b @base -F qcow2 @store/mid");
+        symlink("store/mid", dir.join("mid")).unwrap();
+        create(dir, "-b @mid -F qcow2 @top");
+        let report = delete(&dir.join("top"), false);
+        assert_eq!(report.deleted, [dir.join("top"), dir.join("mid")]);
+        assert!(!dir.join("store/mid").exists() && !dir.join("top").exists());
+    }
+
+    #[test]
+    fn a_layer_that_is_kept_is_marked_and_keeps_its_data_file() {
+        if !qemu() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        create(dir, "@base 1M");
+        let data = dir.join("data");
+        create(dir, &format!("-o data_file={} -b @base -F qcow2 @mid 1M", data.display()));
+        create(dir, "-b @mid -F qcow2 @top");
+        create(dir, "-b @mid -F qcow2 @other");
+        let report = delete(&dir.join("top"), true);
+        assert_eq!(report.deleted, [dir.join("top")]);
+        assert_eq!(report.kept, [(dir.join("mid"), "another image uses it".to_owned())]);
+        assert_eq!(report.marked, [dir.join("mid")]);
+        assert!(data.exists());
+    }
 }
