@@ -5,8 +5,9 @@
 //! cluster, and the entry. A host cluster that others refer to (an internal snapshot) is never written:
 //! the cluster moves to a new one.
 
-use super::needs::{Content, Need};
-use super::ops::{Ops, Origin};
+use super::needs::Need;
+use super::ops::Ops;
+use super::origin::Origin;
 use crate::chain::view::{Supplied, Supply, View};
 use crate::error::Result;
 use crate::format::{L2Entry, SubclusterState, Subclusters};
@@ -100,9 +101,9 @@ impl Base<'_> {
             if parts.is_empty() {
                 continue;
             }
-            let zeros_only = parts.iter().all(|part| part.content == Content::Zeros);
+            let zeros_only = parts.iter().all(|part| part.origin == Origin::Zeros);
             let bytes = |zeros: bool| -> u64 {
-                parts.iter().filter(|p| (p.content == Content::Zeros) == zeros).map(|p| p.range.len).sum()
+                parts.iter().filter(|p| (p.origin == Origin::Zeros) == zeros).map(|p| p.range.len).sum()
             };
             if zeros_only && self.reads_zero(cluster.before.get(n), unit) {
                 continue;
@@ -231,15 +232,8 @@ impl Base<'_> {
         for need in needs.iter().filter_map(|need| need.clip(&unit)) {
             self.fill_gap(cluster, n, GuestRange::between(done, need.range.start), host, fill, ops)?;
             let guest = need.range.start;
-            match need.content {
-                Content::Plain { layer, host } => {
-                    ops.push(at(guest), need.range.len, Origin::Plain { layer, host })
-                }
-                Content::Compressed { layer, part } => {
-                    ops.push(at(guest), need.range.len, Origin::Compressed { layer, part, guest });
-                }
-                Content::Zeros if fill.blank => {}
-                Content::Zeros => ops.push(at(guest), need.range.len, Origin::Zeros),
+            if need.origin != Origin::Zeros || !fill.blank {
+                ops.push(at(guest), need.range.len, need.origin);
             }
             done = need.range.end();
         }

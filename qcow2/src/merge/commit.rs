@@ -3,12 +3,13 @@
 //! [`Commit::prepare`] opens and locks the whole chain, refuses what is not safe, and plans; nothing is
 //! written. [`Commit::execute`] carries the plan out (see `execute.rs`).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::job::{Job, Totals};
 use super::needs::Question;
+use super::options::{BaseChoice, CommitOptions, Span};
 use super::plan::{Afterwards, Plan};
 use super::{link, record, safety};
 use crate::chain::view::View;
@@ -16,43 +17,6 @@ use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, Refusal, Result};
 use crate::image::{Image, bitmaps, grow};
 use crate::storage::{Access, FileId, FileKind, Host};
-
-/// Which layer takes the data.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum BaseChoice {
-    /// The bottom of the chain.
-    #[default]
-    Bottom,
-    /// The layer just below top.
-    Shallow,
-    /// The layer of this path or index.
-    Named(String),
-}
-
-/// What a caller may ask of a commit.
-#[derive(Clone, Debug, Default)]
-pub struct CommitOptions {
-    /// The layer that takes the data.
-    pub base: BaseChoice,
-    /// The uppermost layer to merge, by path or index; the active image if not given.
-    pub top: Option<String>,
-    /// How the chain is opened: policy and formats. Access and locks are the commit's own matter.
-    pub open: OpenOptions,
-    /// Remove layers that are no longer needed.
-    pub delete: bool,
-    /// Leave the active image as it was.
-    pub keep_active: bool,
-    /// Read everything back before anything is switched.
-    pub verify: bool,
-    /// Merge layers whose bitmaps will be lost.
-    pub drop_bitmaps: bool,
-    /// Merge layers whose internal snapshots will change.
-    pub allow_snapshot_change: bool,
-    /// Merge although other images use base or a merged layer.
-    pub allow_shared_base: bool,
-    /// More directories to search for images that share layers.
-    pub scan: Vec<PathBuf>,
-}
 
 /// A commit that is ready to be carried out: its chain is open and locked.
 #[derive(Debug)]
@@ -67,14 +31,6 @@ pub struct Commit {
     pub(super) bitmaps: Option<bitmaps::Plan>,
     /// Files that images outside the chain use: never removed.
     pub(super) shared: Vec<FileId>,
-}
-
-/// Positions in a chain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Span {
-    pub(super) base: usize,
-    pub(super) top: usize,
-    pub(super) active: usize,
 }
 
 impl Commit {

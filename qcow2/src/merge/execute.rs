@@ -11,10 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
-use super::commit::{Commit, Span, job};
+use super::commit::{Commit, job};
 use super::job::{Totals, Writer};
-use super::ops::{Progress, Run, on_workers};
+use super::ops::{Progress, Run};
+use super::options::Span;
 use super::plan::Afterwards;
+use super::workers::on_workers;
 use super::{empty, link, record};
 use crate::chain::Layer;
 use crate::error::{Error, Result};

@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rayon::prelude::*;
 
 use super::cluster::{Base, Effect};
-use super::needs::{Content, Need, Question};
-use super::ops::{Ops, Origin, Run, Target};
+use super::needs::{Need, Question};
+use super::ops::{Ops, Run, Target};
+use super::origin::Origin;
 use crate::chain::view::View;
 use crate::error::{Error, Result};
 use crate::image::alloc::Allocator;
@@ -117,9 +118,9 @@ impl<'a> Job<'a> {
         self.for_each_window(|needs| {
             check(cancel)?;
             for need in needs {
-                let end = match need.content {
-                    Content::Zeros => need.range.end().min(old_end),
-                    Content::Plain { .. } | Content::Compressed { .. } => need.range.end(),
+                let end = match need.origin {
+                    Origin::Zeros => need.range.end().min(old_end),
+                    Origin::Plain { .. } | Origin::Compressed { .. } => need.range.end(),
                 };
                 let range = GuestRange::between(need.range.start, end);
                 if !range.is_empty() {
@@ -333,23 +334,17 @@ pub(super) fn for_each_cluster(
 fn add_raw(totals: &mut Totals, raw: &Raw, needs: &[Need], ops: &mut Ops) -> Result<()> {
     let mut extents: Vec<Extent> = Vec::new();
     for need in needs {
-        let guest = need.range.start;
-        let to = HostOffset::new(guest.get());
-        let origin = match need.content {
-            Content::Plain { layer, host } => Origin::Plain { layer, host },
-            Content::Compressed { layer, part } => Origin::Compressed { layer, part, guest },
-            Content::Zeros => {
-                extents.clear();
-                raw.map(need.range, &mut extents)?;
-                for extent in extents.iter().filter(|e| matches!(e.mapping, Mapping::Data { .. })) {
-                    totals.bytes_to_zero += extent.range.len;
-                    ops.push(HostOffset::new(extent.range.start.get()), extent.range.len, Origin::Zeros);
-                }
-                continue;
-            }
-        };
-        totals.bytes_to_copy += need.range.len;
-        ops.push(to, need.range.len, origin);
+        if need.origin != Origin::Zeros {
+            totals.bytes_to_copy += need.range.len;
+            ops.push(HostOffset::new(need.range.start.get()), need.range.len, need.origin);
+            continue;
+        }
+        extents.clear();
+        raw.map(need.range, &mut extents)?;
+        for extent in extents.iter().filter(|e| matches!(e.mapping, Mapping::Data { .. })) {
+            totals.bytes_to_zero += extent.range.len;
+            ops.push(HostOffset::new(extent.range.start.get()), extent.range.len, Origin::Zeros);
+        }
     }
     Ok(())
 }
@@ -358,7 +353,7 @@ fn add_raw(totals: &mut Totals, raw: &Raw, needs: &[Need], ops: &mut Ops) -> Res
 fn holes_under(raw: &Raw, needs: &[Need]) -> Result<u64> {
     let mut extents: Vec<Extent> = Vec::new();
     let mut bytes = 0;
-    for need in needs.iter().filter(|need| need.content != Content::Zeros) {
+    for need in needs.iter().filter(|need| need.origin != Origin::Zeros) {
         extents.clear();
         raw.map(need.range, &mut extents)?;
         let held = extents.iter().filter(|e| matches!(e.mapping, Mapping::Data { .. }));

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::commit::{CommitOptions, Span};
+use super::options::{CommitOptions, Span};
 use super::plan::Afterwards;
 use crate::chain::{Chain, Layer, new_backing_name};
 use crate::error::{Error, Refusal, Result};

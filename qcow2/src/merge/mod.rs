@@ -12,6 +12,8 @@ mod link;
 mod model_tests;
 mod needs;
 mod ops;
+mod options;
+mod origin;
 mod plan;
 mod put;
 mod record;
@@ -19,13 +21,15 @@ mod safety;
 #[cfg(test)]
 pub(crate) mod testing;
 mod verify;
+mod workers;
 
-pub use commit::{BaseChoice, Commit, CommitOptions};
+pub use commit::Commit;
 pub use execute::Report;
 pub use job::Totals;
 pub(crate) use job::{Job, Writer};
 pub(crate) use needs::Question;
 pub use ops::Progress;
 pub(crate) use ops::Run;
+pub use options::{BaseChoice, CommitOptions};
 pub use plan::{Afterwards, Plan};
 pub use put::put;

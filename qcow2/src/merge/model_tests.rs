@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use super::cluster::Base;
 use super::job::{Source, bring_to_disk, for_each_cluster};
-use super::needs::{Content, Need};
+use super::needs::Need;
 use super::ops::{Ops, Progress, Run, Target};
+use super::origin::Origin;
 use super::{BaseChoice, Commit, CommitOptions};
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions, Policy};
@@ -134,8 +135,8 @@ impl World {
         let mut images = chain.images();
         images.push(&source);
         let layer = images.len() - 1;
-        let content = if zeros { Content::Zeros } else { Content::Plain { layer, host: HostOffset::ZERO } };
-        let need = Need { range, content };
+        let origin = if zeros { Origin::Zeros } else { Origin::Plain { layer, host: HostOffset::ZERO } };
+        let need = Need { range, origin };
         match images[at] {
             Image::Raw(raw) => raw.file().write_all_at(bytes, range.start.get()).unwrap(),
             Image::Qcow2(image) => {

@@ -2,53 +2,25 @@
 
 use crate::chain::view::{Supplied, Supply, View};
 use crate::error::Result;
-use crate::image::{CompressedPart, Image, Mapping};
-use crate::units::{GuestOffset, GuestRange, HostOffset};
+use crate::image::{Image, Mapping};
+use crate::units::{GuestOffset, GuestRange};
 
-/// What a range of the base must hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Content {
-    /// A layer's plain data.
-    Plain {
-        /// The layer, counted from the bottom of the chain.
-        layer: usize,
-        /// Where the first byte lies in the layer's data.
-        host: HostOffset,
-    },
-    /// A part of a layer's compressed cluster.
-    Compressed {
-        /// The layer.
-        layer: usize,
-        /// The part.
-        part: CompressedPart,
-    },
-    /// Zeros.
-    Zeros,
-}
+use super::origin::Origin;
 
 /// A range of the base and what it must hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Need {
     /// The range, never empty.
     pub(crate) range: GuestRange,
-    /// What it must hold.
-    pub(crate) content: Content,
+    /// Where what it must hold comes from.
+    pub(crate) origin: Origin,
 }
 
 impl Need {
     /// The part inside `range`, or `None` if they do not meet.
     pub(crate) fn clip(&self, range: &GuestRange) -> Option<Self> {
         let both = self.range.intersect(range)?;
-        let bytes = both.start - self.range.start;
-        let content = match self.content {
-            Content::Plain { layer, host } => Content::Plain { layer, host: host + bytes },
-            Content::Compressed { layer, part } => Content::Compressed {
-                layer,
-                part: CompressedPart { skip: part.skip.saturating_add(bytes), ..part },
-            },
-            Content::Zeros => Content::Zeros,
-        };
-        Some(Self { range: both, content })
+        Some(Self { range: both, origin: self.origin.advance(both.start - self.range.start) })
     }
 }
 
@@ -115,39 +87,40 @@ impl Question<'_> {
         let mut supplied: Vec<Supplied> = Vec::new();
         self.view.resolve(window, &mut supplied)?;
         let mut needs: Vec<Need> = Vec::with_capacity(supplied.len());
-        let mut push = |range: GuestRange, content| {
+        let mut push = |range: GuestRange, origin| {
             if let Some(last) = needs.last_mut()
                 && last.range.end() == range.start
-                && last.content == Content::Zeros
-                && content == Content::Zeros
+                && last.origin == Origin::Zeros
+                && origin == Origin::Zeros
             {
                 last.range.len += range.len;
             } else if !range.is_empty() {
-                needs.push(Need { range, content });
+                needs.push(Need { range, origin });
             }
         };
         for part in supplied {
             match part.supply {
                 Supply::Layer { layer, mapping: Mapping::Data { host } } => {
-                    push(part.range, Content::Plain { layer, host });
+                    push(part.range, Origin::Plain { layer, host });
                 }
                 Supply::Layer { layer, mapping: Mapping::Compressed(compressed) } => {
-                    push(part.range, Content::Compressed { layer, part: compressed });
+                    let guest = part.range.start;
+                    push(part.range, Origin::Compressed { layer, part: compressed, guest });
                 }
                 Supply::Layer { mapping: Mapping::Zero { .. }, .. } | Supply::PastEnd { .. } => {
-                    push(part.range, Content::Zeros);
+                    push(part.range, Origin::Zeros);
                 }
                 // Behind the base's old end the guest saw zeros.
                 Supply::Nothing | Supply::Layer { mapping: Mapping::Unallocated, .. } => {
                     let start = part.range.start.max(GuestOffset::new(self.base_size));
-                    push(GuestRange::between(start, part.range.end()), Content::Zeros);
+                    push(GuestRange::between(start, part.range.end()), Origin::Zeros);
                 }
             }
         }
         let hidden =
             GuestRange::between(GuestOffset::new(self.view.size()), GuestOffset::new(self.zero_until));
         if let Some(hidden) = hidden.intersect(&window) {
-            push(hidden, Content::Zeros);
+            push(hidden, Origin::Zeros);
         }
         Ok(needs)
     }

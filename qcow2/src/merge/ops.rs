@@ -5,52 +5,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
+use super::origin::Origin;
 use crate::error::{Error, Result};
-use crate::image::{ClusterCache, CompressedPart, Image};
+use crate::image::{ClusterCache, Image};
 use crate::storage::Storage;
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::HostOffset;
 
 /// The most bytes that one worker moves in one piece, so that all of them stay busy.
 const PIECE: u64 = 16 << 20;
 
 /// Pieces of at least this size are sent to the device as soon as they are copied.
 const EARLY: u64 = 1 << 20;
-
-/// Runs `f` on threads of its own: more than there are cores, since most of them wait for the disk.
-pub(crate) fn on_workers<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-    match rayon::ThreadPoolBuilder::new().num_threads((cores * 2).max(WORKERS)).build() {
-        Ok(pool) => pool.install(f),
-        // No threads to be had: the caller's own are slower, but right.
-        Err(_) => f(),
-    }
-}
-
-/// The least number of threads that move data.
-const WORKERS: usize = 8;
-
-/// Where the bytes of an operation come from. Layers are positions in the chain, the bottom first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Origin {
-    /// Plain data of a layer.
-    Plain {
-        /// The layer.
-        layer: usize,
-        /// Where the first byte lies in the layer's data.
-        host: HostOffset,
-    },
-    /// A part of a compressed cluster of a layer.
-    Compressed {
-        /// The layer.
-        layer: usize,
-        /// The part.
-        part: CompressedPart,
-        /// Where the guest sees it, for error messages.
-        guest: GuestOffset,
-    },
-    /// Zeros.
-    Zeros,
-}
 
 /// One operation: bytes that are to lie at `to` in the file that holds the base's data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,20 +26,6 @@ pub(crate) struct Op {
     pub(crate) len: u64,
     /// Where they come from.
     pub(crate) origin: Origin,
-}
-
-impl Origin {
-    fn advance(self, bytes: u64) -> Self {
-        match self {
-            Self::Plain { layer, host } => Self::Plain { layer, host: host + bytes },
-            Self::Compressed { layer, part, guest } => Self::Compressed {
-                layer,
-                part: CompressedPart { skip: part.skip.saturating_add(bytes), ..part },
-                guest: guest + bytes,
-            },
-            Self::Zeros => Self::Zeros,
-        }
-    }
 }
 
 /// Operations with disjoint targets, in the order in which they were planned.

@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use super::cluster::Base;
 use super::execute::prepare;
 use super::job::{Source, bring_to_disk, for_each_cluster};
-use super::needs::{Content, Need};
+use super::needs::Need;
 use super::ops::{Ops, Progress, Run, Target};
+use super::origin::Origin;
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, Refusal, Result};
@@ -86,7 +87,7 @@ fn in_memory(
             return Err(usage(format!("{range} lies behind the end of the disk of {size} bytes")));
         }
         file.write_all_at(bytes, at).map_err(|e| Error::io(path, "write in memory", Some(at), e))?;
-        needs.push(Need { range, content: Content::Plain { layer, host: HostOffset::new(at) } });
+        needs.push(Need { range, origin: Origin::Plain { layer, host: HostOffset::new(at) } });
         at += range.len;
     }
     needs.sort_by_key(|need| need.range.start);

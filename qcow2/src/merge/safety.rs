@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
-use super::commit::{CommitOptions, Span};
+use super::options::{CommitOptions, Span};
 use super::plan::Plan;
 use crate::chain::{Chain, Layer, find_users};
 use crate::check::{CheckOptions, check};

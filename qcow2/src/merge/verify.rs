@@ -4,8 +4,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::commit::{Commit, job};
 use super::job::Job;
-use super::needs::{Content, Need};
+use super::needs::Need;
 use super::ops::{Progress, Run};
+use super::origin::Origin;
 use super::safety;
 use crate::chain::differ::Differ;
 use crate::chain::digest;
@@ -95,10 +96,10 @@ fn reopen(image: &Image) -> Result<Image> {
 }
 
 fn supplied(need: Need) -> Supplied {
-    let supply = match need.content {
-        Content::Plain { layer, host } => Supply::Layer { layer, mapping: Mapping::Data { host } },
-        Content::Compressed { layer, part } => Supply::Layer { layer, mapping: Mapping::Compressed(part) },
-        Content::Zeros => Supply::Nothing,
+    let supply = match need.origin {
+        Origin::Plain { layer, host } => Supply::Layer { layer, mapping: Mapping::Data { host } },
+        Origin::Compressed { layer, part, .. } => Supply::Layer { layer, mapping: Mapping::Compressed(part) },
+        Origin::Zeros => Supply::Nothing,
     };
     Supplied { range: need.range, supply }
 }

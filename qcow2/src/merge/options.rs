@@ -1,0 +1,50 @@
+//! What a caller may ask of a commit, and which part of a chain it concerns.
+
+use std::path::PathBuf;
+
+use crate::chain::OpenOptions;
+
+/// Which layer takes the data.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum BaseChoice {
+    /// The bottom of the chain.
+    #[default]
+    Bottom,
+    /// The layer just below top.
+    Shallow,
+    /// The layer of this path or index.
+    Named(String),
+}
+
+/// What a caller may ask of a commit.
+#[derive(Clone, Debug, Default)]
+pub struct CommitOptions {
+    /// The layer that takes the data.
+    pub base: BaseChoice,
+    /// The uppermost layer to merge, by path or index; the active image if not given.
+    pub top: Option<String>,
+    /// How the chain is opened: policy and formats. Access and locks are the commit's own matter.
+    pub open: OpenOptions,
+    /// Remove layers that are no longer needed.
+    pub delete: bool,
+    /// Leave the active image as it was.
+    pub keep_active: bool,
+    /// Read everything back before anything is switched.
+    pub verify: bool,
+    /// Merge layers whose bitmaps will be lost.
+    pub drop_bitmaps: bool,
+    /// Merge layers whose internal snapshots will change.
+    pub allow_snapshot_change: bool,
+    /// Merge although other images use base or a merged layer.
+    pub allow_shared_base: bool,
+    /// More directories to search for images that share layers.
+    pub scan: Vec<PathBuf>,
+}
+
+/// Positions in a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Span {
+    pub(super) base: usize,
+    pub(super) top: usize,
+    pub(super) active: usize,
+}
