@@ -30,17 +30,22 @@ struct Args {
     #[arg(long)]
     quick: bool,
 
-    /// Run only the scenarios of this name (repeatable); `list` prints the names
+    /// Run only the scenarios of this name (repeatable); `list` prints them
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
 
-    /// Run only on this file system: own, xfs or btrfs (repeatable) [default: all that can be had]
-    #[arg(long, value_name = "FS")]
+    /// Run only on this file system: own, or ext4, xfs, btrfs made in a file of DIR (repeatable)
+    /// [default: own, xfs and btrfs, as far as they can be had]
+    #[arg(long, value_name = "FS", value_parser = ["own", "ext4", "xfs", "btrfs"])]
     fs: Vec<String>,
 
     /// How often each command runs
     #[arg(long, value_name = "N", default_value_t = 5)]
     rounds: usize,
+
+    /// Make the files of the scenarios in DIR, for use by hand, and run nothing
+    #[arg(long, value_name = "DIR")]
+    make: Option<PathBuf>,
 
     /// Where the files are made (some 20 GiB)
     #[arg(long, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
@@ -68,6 +73,9 @@ fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     let chosen = choose(&args.only)?;
+    if let Some(dir) = &args.make {
+        return make(dir, &chosen, args.quick);
+    }
     let qmerge = match &args.qmerge {
         Some(path) => path.canonicalize().map_err(|e| format!("{}: {e}", path.display()))?,
         None => std::env::current_exe()?.with_file_name("qmerge"),
@@ -81,12 +89,12 @@ fn run(args: &Args) -> Result<()> {
     let rounds = if args.quick { 1 } else { args.rounds.max(1) };
     println!("{}", programs.versions()?);
     println!("{}", report::HEAD);
-    for fs in ["own", "xfs", "btrfs"] {
-        let skipped = !args.fs.is_empty() && !args.fs.iter().any(|name| name == fs);
-        if skipped || !chosen.iter().any(|s| s.everywhere || fs == "own") {
+    let default = ["own", "xfs", "btrfs"].map(str::to_owned);
+    for fs in if args.fs.is_empty() { &default[..] } else { &args.fs[..] } {
+        if !chosen.iter().any(|s| s.everywhere || fs == "own") {
             continue;
         }
-        let volume = match fs {
+        let volume = match fs.as_str() {
             "own" => Volume::plain(&args.dir)?,
             _ => match Volume::mounted(&args.dir, fs, 16 << 30) {
                 Ok(volume) => volume,
@@ -110,6 +118,16 @@ fn choose(names: &[String]) -> Result<Vec<&'static Scenario>> {
         return Err(format!("there is no scenario {unknown}; `--only list` prints the names").into());
     }
     Ok(scenario::ALL.iter().filter(|s| names.is_empty() || names.iter().any(|n| n == s.name)).collect())
+}
+
+fn make(dir: &Path, scenarios: &[&Scenario], quick: bool) -> Result<()> {
+    for scenario in scenarios {
+        let dir = dir.join(scenario.name);
+        std::fs::create_dir_all(&dir)?;
+        let work = (scenario.prepare)(&mut Maker::new(&dir, quick))?;
+        println!("cd {} && qmerge {}", dir.display(), work.ours.join(" "));
+    }
+    Ok(())
 }
 
 /// The two programs.

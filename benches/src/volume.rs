@@ -42,11 +42,11 @@ impl Volume {
         let dir = temporary(parent)?;
         let out = tools::output("df", &["--output=fstype", &parent.to_string_lossy()])?;
         let fs = out.lines().nth(1).unwrap_or("unknown").trim().to_owned();
-        let shares = matches!(fs.as_str(), "xfs" | "btrfs" | "bcachefs");
+        let shares = shares(&fs);
         Ok(Self { fs, shares, path: dir.path().to_owned(), _mount: None, _dir: dir })
     }
 
-    /// A new file system (`xfs` or `btrfs`) of `size` bytes in a sparse file inside `parent`.
+    /// A new file system (`ext4`, `xfs`, `btrfs`) of `size` bytes in a sparse file inside `parent`.
     pub(crate) fn mounted(parent: &Path, fs: &str, size: u64) -> Result<Self> {
         let dir = temporary(parent)?;
         let file = dir.path().join("file-system");
@@ -60,10 +60,15 @@ impl Volume {
         std::fs::create_dir(&path)?;
         tools::output("mount", &["-t", fs, "-o", "loop", &name, &path.to_string_lossy()])?;
         let mount = Mount(path.clone());
-        Ok(Self { fs: fs.to_owned(), shares: true, path, _mount: Some(mount), _dir: dir })
+        let shares = shares(fs);
+        Ok(Self { fs: fs.to_owned(), shares, path, _mount: Some(mount), _dir: dir })
     }
 }
 
 fn temporary(parent: &Path) -> Result<TempDir> {
     Ok(tempfile::Builder::new().prefix("side-by-side-").tempdir_in(parent)?)
+}
+
+fn shares(fs: &str) -> bool {
+    matches!(fs, "xfs" | "btrfs" | "bcachefs")
 }
