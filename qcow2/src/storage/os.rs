@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use crate::error::Holder;
 
-use super::copy::{copy_in_kernel, copy_plain, out_of_range};
+use super::copy::{copy_in_kernel, copy_plain, least_kernel_copy, out_of_range};
 use super::view::View;
 use super::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Storage, holders, lock};
 
@@ -28,6 +28,7 @@ pub struct OsFile {
     kind: FileKind,
     locked: Mutex<Option<LockMode>>,
     no_kernel_copy: AtomicBool,
+    least_kernel_copy: u64,
     /// One sync at a time: the system reports a failure to one caller only.
     syncing: Mutex<()>,
     failed_sync: OnceLock<(ErrorKind, String)>,
@@ -132,6 +133,7 @@ impl OsFile {
     pub fn new(file: File) -> io::Result<Self> {
         let kind = refuse_other(&file.metadata()?)?;
         Ok(Self {
+            least_kernel_copy: least_kernel_copy(&file),
             file,
             kind,
             locked: Mutex::new(None),
@@ -273,7 +275,7 @@ impl Storage for OsFile {
         checked_end(src_offset, len)?;
         checked_end(dst_offset, len)?;
         let done = match src.as_file() {
-            Some(file) if self.kind == FileKind::Regular => {
+            Some(file) if self.kind == FileKind::Regular && len >= self.least_kernel_copy => {
                 copy_in_kernel(file, src_offset, &self.file, dst_offset, len, &self.no_kernel_copy)?
             }
             _ => 0,
