@@ -1,6 +1,7 @@
 //! `qmerge map`: which layer supplies each range of the disk.
 
 use std::io::{self, Write};
+use std::ops::Range;
 
 use qcow2::chain::Chain;
 use qcow2::chain::view::{Supplied, Supply};
@@ -37,7 +38,10 @@ struct Json<'a, W> {
     chain: &'a Chain,
     /// For each layer, whether its clusters were allocated ahead.
     preallocated: Vec<bool>,
+    /// What was asked last: the layer, from where on, and the data found there.
+    known: Option<(usize, u64, Range<u64>)>,
     out: W,
+    line: Vec<u8>,
     begun: bool,
 }
 
@@ -58,7 +62,14 @@ impl<'a, W: Write> Json<'a, W> {
             .layers()
             .iter()
             .map(|layer| layer.image.as_qcow2().map_or(Ok(false), |q| q.is_preallocated()));
-        Ok(Self { chain, preallocated: layers.collect::<qcow2::Result<_>>()?, out, begun: false })
+        Ok(Self {
+            chain,
+            preallocated: layers.collect::<qcow2::Result<_>>()?,
+            known: None,
+            out,
+            line: Vec::new(),
+            begun: false,
+        })
     }
 
     fn part(&mut self, part: &Supplied) -> io::Result<()> {
@@ -89,15 +100,10 @@ impl<'a, W: Write> Json<'a, W> {
 
     /// Data in clusters that were allocated ahead is zero where the file has holes.
     fn holes(&mut self, layer: usize, entry: Entry, start: u64, host: u64, len: u64) -> io::Result<()> {
-        let Some(layer) = self.chain.layers().get(layer) else { return Ok(()) };
-        let (file, end) = (layer.image.data_file(), host + len);
+        let end = host + len;
         let mut at = host;
         while at < end {
-            let data = match file.next_data(at) {
-                Ok(data) => data.unwrap_or(end..end),
-                // Holes are a mere help: what cannot be told is data.
-                Err(_) => at..end,
-            };
+            let data = self.next_data(layer, at);
             for (until, zero) in [(data.start.clamp(at, end), true), (data.end.clamp(at, end), false)] {
                 if until > at {
                     let entry = Entry { zero, offset: Some(at), ..entry };
@@ -109,18 +115,63 @@ impl<'a, W: Write> Json<'a, W> {
         Ok(())
     }
 
+    /// The next range at or behind `at` where a layer's file holds data. The file is asked once for
+    /// many extents: there may be millions of them in one hole.
+    fn next_data(&mut self, layer: usize, at: u64) -> Range<u64> {
+        if let Some((known, from, data)) = &self.known
+            && *known == layer
+            && (*from..data.end).contains(&at)
+        {
+            return data.clone();
+        }
+        let file = self.chain.layers().get(layer).map(|layer| layer.image.data_file());
+        let data = match file.map(|file| file.next_data(at)) {
+            Some(Ok(data)) => data.unwrap_or(u64::MAX..u64::MAX),
+            // Holes are a mere help: what cannot be told is data.
+            _ => at..u64::MAX,
+        };
+        self.known = Some((layer, at, data.clone()));
+        data
+    }
+
     fn entry(&mut self, entry: Entry, start: u64, len: u64) -> io::Result<()> {
         let Entry { depth, present, zero, data, compressed, offset } = entry;
-        self.out.write_all(if self.begun { b",\n" } else { b"[" })?;
+        // Put together by hand: formatting would take most of the time of a long map.
+        self.line.clear();
+        self.line.extend_from_slice(if self.begun { b",\n{ \"start\": " } else { b"[{ \"start\": " });
         self.begun = true;
-        write!(
-            self.out,
-            "{{ \"start\": {start}, \"length\": {len}, \"depth\": {depth}, \"present\": {present}, \
-             \"zero\": {zero}, \"data\": {data}, \"compressed\": {compressed}"
-        )?;
-        match offset {
-            Some(offset) => write!(self.out, ", \"offset\": {offset}}}"),
-            None => self.out.write_all(b"}"),
+        self.number(start);
+        self.line.extend_from_slice(b", \"length\": ");
+        self.number(len);
+        self.line.extend_from_slice(b", \"depth\": ");
+        self.number(depth as u64);
+        for (name, value) in
+            [("present", present), ("zero", zero), ("data", data), ("compressed", compressed)]
+        {
+            self.line.extend_from_slice(b", \"");
+            self.line.extend_from_slice(name.as_bytes());
+            self.line.extend_from_slice(if value { b"\": true" } else { b"\": false" });
+        }
+        if let Some(offset) = offset {
+            self.line.extend_from_slice(b", \"offset\": ");
+            self.number(offset);
+        }
+        self.line.push(b'}');
+        self.out.write_all(&self.line)
+    }
+
+    fn number(&mut self, value: u64) {
+        let begin = self.line.len();
+        let mut rest = value;
+        loop {
+            self.line.push(b'0' + (rest % 10) as u8);
+            rest /= 10;
+            if rest == 0 {
+                break;
+            }
+        }
+        if let Some(digits) = self.line.get_mut(begin..) {
+            digits.reverse();
         }
     }
 

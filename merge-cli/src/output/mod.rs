@@ -67,7 +67,7 @@ impl Console {
     /// Standard output for a document that is written piece by piece.
     pub(crate) fn stream(&self) -> BufWriter<StdoutLock<'static>> {
         self.document_begun.store(true, Ordering::Relaxed);
-        BufWriter::new(io::stdout().lock())
+        BufWriter::with_capacity(1 << 16, io::stdout().lock())
     }
 
     /// Tells people something on standard error that is no error.

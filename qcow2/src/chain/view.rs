@@ -145,7 +145,8 @@ impl<'a> View<'a> {
         }
         out.extend(open.into_iter().map(|range| Supplied { range, supply: Supply::Nothing }));
         if let Some(new) = out.get_mut(begin..) {
-            new.sort_unstable_by_key(|s| s.range.start);
+            // Each layer's part is sorted already; a stable sort merges such runs.
+            new.sort_by_key(|s| s.range.start);
         }
         join(out, begin);
         Ok(())
