@@ -1,5 +1,10 @@
 //! What can go wrong between this side of a monitor and QEMU.
 
+use std::io;
+use std::time::Duration;
+
+use crate::message::Failure;
+
 /// The result of every fallible operation of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -15,8 +20,64 @@ pub enum Error {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// A TCP address, where TCP was not allowed.
+    #[error("{address} is TCP: nothing protects such a monitor, so it must be allowed by name")]
+    TcpNotAllowed {
+        /// The address.
+        address: String,
+    },
+    /// A monitor that cannot be reached.
+    #[error("cannot connect to {address}: {source}{}", connect_hint(.source))]
+    Connect {
+        /// The address.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A monitor that took the connection but did not greet.
+    #[error(
+        "{address} took the connection but did not greet within {waited:?}: another client holds this \
+         monitor (libvirt, perhaps), or it is no QMP monitor"
+    )]
+    NoGreeting {
+        /// The address.
+        address: String,
+        /// How long the greeting was waited for.
+        waited: Duration,
+    },
+    /// The connection is gone; jobs go on in QEMU, if QEMU still runs.
+    #[error("the connection to QEMU is closed: {why}")]
+    Disconnected {
+        /// What ended it.
+        why: String,
+    },
+    /// A command that was not answered in time. It may still be carried out.
+    #[error("QEMU did not answer {command} within {waited:?}; it may still carry it out")]
+    TimedOut {
+        /// The command.
+        command: String,
+        /// How long the answer was waited for.
+        waited: Duration,
+    },
+    /// A command that QEMU refused.
+    #[error("QEMU refused {command}: {}", printable(&.failure.description))]
+    Command {
+        /// The command.
+        command: String,
+        /// QEMU's words.
+        failure: Failure,
+    },
+    /// A command during which QEMU sent a line that could not be read: its answer, perhaps. It may have
+    /// been carried out.
+    #[error("the answer to {command} could not be read: {why}")]
+    Unreadable {
+        /// The command.
+        command: String,
+        /// What is wrong with the line.
+        why: String,
+    },
     /// A line that QMP does not allow.
-    #[error("QEMU sent a line that is no QMP message: {why}: {line}")]
+    #[error("QEMU sent a line that is no QMP message: {why}: {}", printable(.line))]
     Protocol {
         /// What is wrong with it.
         why: String,
@@ -27,7 +88,7 @@ pub enum Error {
     #[error("QEMU's answer to {command} is not understood: {source}")]
     Answer {
         /// The command.
-        command: &'static str,
+        command: String,
         /// Which part of it.
         source: serde_json::Error,
     },
@@ -35,8 +96,22 @@ pub enum Error {
     #[error("the command {command} cannot be written: {source}")]
     Request {
         /// The command.
-        command: &'static str,
+        command: String,
         /// Why.
         source: serde_json::Error,
     },
+}
+
+fn connect_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => "; nobody listens there any more: QEMU has ended, or is starting",
+        io::ErrorKind::NotFound => "; QEMU has not made this socket, or has ended",
+        io::ErrorKind::PermissionDenied => "; only those who may write to the socket may command QEMU",
+        _ => "",
+    }
+}
+
+/// Words from QEMU as they may be shown on a terminal: without control characters.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }

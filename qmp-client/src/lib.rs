@@ -15,10 +15,14 @@
 //! that they serve.
 
 mod address;
+mod connection;
 mod error;
 mod message;
+mod monitor;
 
 pub use address::Address;
+pub use connection::{Connection, Options};
 pub use error::{Error, Result};
 pub use message::{Event, Failure, Message, reply, request};
+pub use monitor::{Execute, Monitor, patience};
 pub use qapi;

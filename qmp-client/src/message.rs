@@ -96,13 +96,19 @@ impl Message {
 /// # Errors
 /// [`Error::Request`] if an argument has no JSON form.
 pub fn request<C: Command>(command: &C, id: u64) -> Result<String> {
-    let arguments =
-        serde_json::to_value(command).map_err(|source| Error::Request { command: C::NAME, source })?;
-    let mut object = json!({ "execute": C::NAME, "id": id });
+    let arguments = serde_json::to_value(command)
+        .map_err(|source| Error::Request { command: C::NAME.to_owned(), source })?;
+    Ok(raw_request(C::NAME, arguments, id))
+}
+
+/// The line that asks QEMU to execute the command of this name; `arguments` is left out if it is no
+/// object, or empty.
+pub(crate) fn raw_request(command: &str, arguments: Value, id: u64) -> String {
+    let mut object = json!({ "execute": command, "id": id });
     if arguments.as_object().is_some_and(|a| !a.is_empty()) {
         object["arguments"] = arguments;
     }
-    Ok(format!("{object}\r\n"))
+    format!("{object}\r\n")
 }
 
 /// The answer to a command of type `C`, from [`Message::Return`]. Fields that the schema does not know
@@ -111,7 +117,7 @@ pub fn request<C: Command>(command: &C, id: u64) -> Result<String> {
 /// # Errors
 /// [`Error::Answer`] if the answer has another shape: an error of this call, not of the connection.
 pub fn reply<C: Command>(value: Value) -> Result<C::Ok> {
-    serde_json::from_value(value).map_err(|source| Error::Answer { command: C::NAME, source })
+    serde_json::from_value(value).map_err(|source| Error::Answer { command: C::NAME.to_owned(), source })
 }
 
 fn timestamp_us(value: &Value) -> Option<i64> {
