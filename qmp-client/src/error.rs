@@ -76,6 +76,24 @@ pub enum Error {
         /// What is wrong with the line.
         why: String,
     },
+    /// A disk that does not exist, or a name that fits several.
+    #[error("no disk is called '{}'; there are: {}", printable(.disk), printable(.disks))]
+    NoSuchDisk {
+        /// The name as given.
+        disk: String,
+        /// The names of the disks.
+        disks: String,
+    },
+    /// A layer, or a range of layers, that the chain does not have.
+    #[error("{why}; the chain of {disk} is\n{chain}")]
+    Layer {
+        /// The disk.
+        disk: String,
+        /// What is wrong.
+        why: String,
+        /// The chain, a line for each layer, from the active one down.
+        chain: String,
+    },
     /// A line that QMP does not allow.
     #[error("QEMU sent a line that is no QMP message: {why}: {}", printable(.line))]
     Protocol {

@@ -17,12 +17,16 @@
 mod address;
 mod connection;
 mod error;
+mod graph;
 mod message;
 mod monitor;
+#[cfg(test)]
+mod replay;
 
 pub use address::Address;
 pub use connection::{Connection, Options};
 pub use error::{Error, Result};
+pub use graph::{Backing, Disk, Graph, Layer, Range};
 pub use message::{Event, Failure, Message, reply, request};
 pub use monitor::{Execute, Monitor, patience};
 pub use qapi;

@@ -1,0 +1,226 @@
+//! One disk, its layers, and the ways to name them.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use super::Root;
+use super::nodes::NamedNode;
+use crate::error::{Error, Result, printable};
+
+/// A disk and its chain.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    name: String,
+    aliases: Vec<String>,
+    qdev: Option<String>,
+    export: Option<String>,
+    root: String,
+    filters: Vec<String>,
+    layers: Vec<Layer>,
+}
+
+/// One image of a chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layer {
+    /// The place in the chain, counted from the bottom: `1` is the base of all. A new overlay renumbers
+    /// nothing.
+    pub index: usize,
+    /// The node's name. Names that begin with `#` are made by QEMU and change with every start.
+    pub node: String,
+    /// The node that holds the file, or speaks the protocol, below [`Layer::node`].
+    pub protocol_node: Option<String>,
+    /// The driver of that node, such as `file`, `host_device` or `nbd`.
+    pub protocol: Option<String>,
+    /// The file's name as QEMU has it, or the address of what is no file.
+    pub file: String,
+    /// The format, such as `qcow2` or `raw`.
+    pub format: String,
+    /// The size that a guest sees, in bytes.
+    pub virtual_size: u64,
+    /// The bytes held on disk, where QEMU knows them.
+    pub actual_size: Option<u64>,
+    /// Whether QEMU has it open for reading only.
+    pub read_only: bool,
+    /// The backing file that the image's header names.
+    pub backing: Option<Backing>,
+    /// The names of its persistent bitmaps.
+    pub bitmaps: Vec<String>,
+}
+
+/// The backing file that an image's header names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// The name as it is written there.
+    pub name: String,
+    /// The format as it is written there.
+    pub format: Option<String>,
+    /// The name as QEMU resolves it.
+    pub resolved: Option<String>,
+}
+
+/// A part of a chain that is to be merged: the layers above `base`, up to and including `top`.
+#[derive(Clone, Copy, Debug)]
+pub struct Range<'a> {
+    /// The layer that receives the data.
+    pub base: &'a Layer,
+    /// The uppermost layer that is merged.
+    pub top: &'a Layer,
+    /// The layer above top; none if top is the active layer.
+    pub above: Option<&'a Layer>,
+}
+
+impl Disk {
+    /// `None` where QEMU names no node that it describes: a disk that is about to go.
+    pub(super) fn new(root: Root, named: &HashMap<String, NamedNode>) -> Option<Self> {
+        let top = root.top().to_owned();
+        let known = |name: &String| named.get(name);
+        let (filters, images): (Vec<_>, Vec<_>) = root
+            .nodes
+            .iter()
+            .filter_map(|(name, file)| Some((known(name)?, file.as_ref())))
+            .partition(|(node, _)| node.is_filter());
+        let depth = images.len();
+        let layer = |(place, (node, file)): (usize, (&NamedNode, Option<&String>))| Layer {
+            index: depth - place,
+            node: node.node_name.clone(),
+            protocol_node: file.cloned(),
+            protocol: file.and_then(known).map(|n| n.drv.clone()),
+            file: node.file.clone(),
+            format: node.drv.clone(),
+            virtual_size: node.image.virtual_size,
+            actual_size: node.image.actual_size,
+            read_only: node.ro,
+            backing: node.image.backing_filename.clone().map(|name| Backing {
+                name,
+                format: node.image.backing_filename_format.clone(),
+                resolved: node.image.full_backing_filename.clone(),
+            }),
+            bitmaps: node
+                .dirty_bitmaps
+                .iter()
+                .filter(|b| b.persistent)
+                .filter_map(|b| b.name.clone())
+                .collect(),
+        };
+        let layers: Vec<Layer> = images.into_iter().enumerate().map(layer).collect();
+        let active = layers.first()?;
+        let aliases = [
+            root.device,
+            root.qdev.clone(),
+            root.export.clone(),
+            Some(top.clone()),
+            Some(active.node.clone()),
+        ];
+        Some(Self {
+            name: root.name,
+            aliases: aliases.into_iter().flatten().collect(),
+            qdev: root.qdev,
+            export: root.export,
+            root: top,
+            filters: filters.iter().map(|(node, _)| node.node_name.clone()).collect(),
+            layers,
+        })
+    }
+
+    /// What the disk is called: its device's id, else its drive's id, the export's id, or its node's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The device's path in QEMU's tree of objects, which commands about its throttling want.
+    pub fn qdev(&self) -> Option<&str> {
+        self.qdev.as_deref()
+    }
+
+    /// The id of the export, for a disk that is no device but is served to others.
+    pub fn export(&self) -> Option<&str> {
+        self.export.as_deref()
+    }
+
+    /// The topmost node, a filter perhaps: what a job names as its device.
+    pub fn root(&self) -> &str {
+        &self.root
+    }
+
+    /// The filters of the chain, from the top. They are not counted as layers.
+    pub fn filters(&self) -> &[String] {
+        &self.filters
+    }
+
+    /// The layers from the active one down.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// The layer that the guest writes to.
+    pub fn active(&self) -> &Layer {
+        // `new` makes no disk without a layer.
+        &self.layers[0]
+    }
+
+    pub(super) fn answers_to(&self, name: &str) -> bool {
+        self.name == name || self.aliases.iter().any(|a| a == name) || is_file(self.active(), name)
+    }
+
+    /// The layer of this name: an index in brackets as `[1]` or `vda[1]`, a node name, or a path, which may
+    /// be another name of the same file.
+    ///
+    /// # Errors
+    /// [`Error::Layer`], which shows the chain, if no layer or more than one is meant.
+    pub fn layer(&self, name: &str) -> Result<&Layer> {
+        let fail = |why: &str| Err(self.refusal(format!("'{}' {why}", printable(name))));
+        if let Some((disk, index)) = name.strip_suffix(']').and_then(|n| n.rsplit_once('[')) {
+            if let Ok(index) = index.parse::<usize>() {
+                if !disk.is_empty() && !self.answers_to(disk) {
+                    return fail("names another disk");
+                }
+                let found = self.layers.iter().find(|l| l.index == index);
+                return found.map_or_else(|| fail("is outside the chain"), Ok);
+            }
+        }
+        if let Some(layer) = self.layers.iter().find(|l| l.node == name) {
+            return Ok(layer);
+        }
+        let mut meant = self.layers.iter().filter(|l| is_file(l, name));
+        match (meant.next(), meant.next()) {
+            (Some(layer), None) => Ok(layer),
+            (Some(_), Some(_)) => fail("is the file of more than one layer; name it by its index"),
+            (None, _) => fail("is no layer of the chain"),
+        }
+    }
+
+    /// The range of layers above `base` up to `top`.
+    ///
+    /// # Errors
+    /// [`Error::Layer`], which shows the chain, if they are the same layer, or base lies above top.
+    pub fn range<'a>(&'a self, base: &'a Layer, top: &'a Layer) -> Result<Range<'a>> {
+        if base.index == top.index {
+            return Err(self.refusal(format!("[{}] cannot be merged into itself", base.index)));
+        }
+        if base.index > top.index {
+            let (base, top) = (base.index, top.index);
+            return Err(
+                self.refusal(format!("the base [{base}] lies above the top [{top}]: they are reversed"))
+            );
+        }
+        Ok(Range { base, top, above: self.layers.iter().find(|l| l.index == top.index + 1) })
+    }
+
+    /// The layer directly below another one.
+    pub fn below(&self, layer: &Layer) -> Option<&Layer> {
+        self.layers.iter().find(|l| l.index + 1 == layer.index)
+    }
+
+    pub(crate) fn refusal(&self, why: String) -> Error {
+        let line = |l: &Layer| format!("  [{}] {} ({}, node {})", l.index, l.file, l.format, l.node);
+        let chain: Vec<String> = self.layers.iter().map(|l| printable(&line(l))).collect();
+        Error::Layer { disk: printable(&self.name), why, chain: chain.join("\n") }
+    }
+}
+
+/// Whether `name` is the file of this layer, by its text or by being the same file here.
+fn is_file(layer: &Layer, name: &str) -> bool {
+    let identity = |path: &str| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    layer.file == name || identity(name).is_some_and(|here| identity(&layer.file) == Some(here))
+}

@@ -1,0 +1,118 @@
+//! The few fields of QEMU's answers that tell the graph; all others are passed over.
+
+use std::collections::{HashMap, HashSet};
+
+use serde::Deserialize;
+
+/// Nodes that pass requests on and hold no data of their own.
+const FILTERS: [&str; 12] = [
+    "blkdebug",
+    "blklogwrites",
+    "blkreplay",
+    "commit_top",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "cor",
+    "mirror_top",
+    "preallocate",
+    "snapshot-access",
+    "throttle",
+];
+
+/// One level of an entry of `query-blockstats`.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Stats {
+    pub(super) device: Option<String>,
+    pub(super) qdev: Option<String>,
+    pub(super) node_name: Option<String>,
+    /// The node that holds this level's file.
+    pub(super) parent: Option<Box<Stats>>,
+    /// What lies below: the backing node, or the node under a filter.
+    pub(super) backing: Option<Box<Stats>>,
+}
+
+/// An entry of `query-named-block-nodes`.
+#[derive(Deserialize)]
+pub(super) struct NamedNode {
+    #[serde(rename = "node-name", default)]
+    pub(super) node_name: String,
+    pub(super) drv: String,
+    #[serde(default)]
+    pub(super) file: String,
+    #[serde(default)]
+    pub(super) ro: bool,
+    pub(super) image: Image,
+    #[serde(rename = "dirty-bitmaps", default)]
+    pub(super) dirty_bitmaps: Vec<Bitmap>,
+}
+
+impl NamedNode {
+    pub(super) fn is_filter(&self) -> bool {
+        FILTERS.contains(&self.drv.as_str())
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Image {
+    pub(super) virtual_size: u64,
+    pub(super) actual_size: Option<u64>,
+    pub(super) backing_filename: Option<String>,
+    pub(super) backing_filename_format: Option<String>,
+    pub(super) full_backing_filename: Option<String>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Bitmap {
+    pub(super) name: Option<String>,
+    #[serde(default)]
+    pub(super) persistent: bool,
+}
+
+/// The answer of `x-debug-query-block-graph`.
+#[derive(Deserialize)]
+pub(super) struct Edges {
+    nodes: Vec<GraphNode>,
+    edges: Vec<Edge>,
+}
+
+#[derive(Deserialize)]
+struct GraphNode {
+    id: u64,
+    name: String,
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+#[derive(Deserialize)]
+struct Edge {
+    parent: u64,
+    child: u64,
+    name: String,
+}
+
+impl Edges {
+    /// The nodes from `top` down, each with the node that holds its file.
+    pub(super) fn chain(&self, top: &str) -> Vec<(String, Option<String>)> {
+        let drivers = || self.nodes.iter().filter(|n| n.kind == "block-driver");
+        let names: HashMap<u64, &str> = drivers().map(|n| (n.id, n.name.as_str())).collect();
+        let children: HashMap<(u64, &str), u64> =
+            self.edges.iter().map(|e| ((e.parent, e.name.as_str()), e.child)).collect();
+        let child = |id, role| children.get(&(id, role)).copied().filter(|c| names.contains_key(c));
+        // A node that is the file of nothing with a file of its own is a protocol: the chain's end. A filter
+        // over `file` is told apart by what lies below it: a node that has a file again.
+        let below =
+            |id| child(id, "backing").or_else(|| child(id, "file").filter(|c| child(*c, "file").is_some()));
+        let mut chain = Vec::new();
+        let mut seen = HashSet::new();
+        let mut next = drivers().find(|n| n.name == top).map(|n| n.id);
+        while let Some(id) = next.filter(|id| seen.insert(*id)) {
+            let name = |id: u64| names.get(&id).map(|n| (*n).to_owned());
+            chain.extend(name(id).map(|node| (node, child(id, "file").and_then(name))));
+            next = below(id);
+        }
+        chain
+    }
+}
