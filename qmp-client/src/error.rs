@@ -94,6 +94,14 @@ pub enum Error {
         /// The chain, a line for each layer, from the active one down.
         chain: String,
     },
+    /// A job that did not do what it was for.
+    #[error("the job {} failed: {}", printable(.id), printable(.why))]
+    Job {
+        /// The job's id.
+        id: String,
+        /// Why, in QEMU's words where it gave some.
+        why: String,
+    },
     /// A line that QMP does not allow.
     #[error("QEMU sent a line that is no QMP message: {why}: {}", printable(.line))]
     Protocol {

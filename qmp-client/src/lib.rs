@@ -1,23 +1,37 @@
 //! The library that drives a running QEMU over QMP, its control socket.
 //!
-//! What is here is the ground floor, tested on lines that QEMU 10.0.2 sent:
+//! From the ground up, each floor usable by itself:
 //!
 //! - [`Address`]: where a monitor listens, as a user writes it.
-//! - [`Message`]: one line from QEMU, sorted into greeting, event, reply and failure. Unknown events,
-//!   fields and error classes are data, never a reason to lose the connection.
-//! - [`request`] and [`reply`]: a numbered command to a line, and the answer back to a type.
+//! - [`Message`], [`request`], [`reply`]: lines of QMP. Unknown events, fields and error classes are
+//!   data, never a reason to lose the connection.
+//! - [`Connection`]: numbered commands; each reply goes to the command whose number it carries, and a late
+//!   one is recognised and dropped. [`Monitor`] is its trait, which a test can implement; [`Execute`] adds
+//!   the typed commands.
+//! - [`Graph`]: the disks, and the chain of each, with layers counted from the bottom.
+//! - [`Job`]: a job as a state machine, whoever started it. Events are hints; the query is the truth.
+//!
+//! ```no_run
+//! use qmp_client::{Address, Connection, Graph, Options};
+//!
+//! let address: Address = "/run/vm1/qmp.sock".parse()?;
+//! let monitor = Connection::connect(&address, &Options::default())?;
+//! for layer in Graph::ask(&monitor)?.disk("vda")?.layers() {
+//!     println!("[{}] {}", layer.index, layer.file);
+//! }
+//! # Ok::<(), qmp_client::Error>(())
+//! ```
 //!
 //! The types of commands and answers are those of the `qapi` crate ([`qapi::qmp`]). Its transports are
 //! not used: a QMP connection of theirs is lost on an unknown event, and out of step after a time-out.
-//! Replies here carry the number of their command, so a late one is recognised and dropped.
 //!
-//! Not here yet: the connection itself, the block graph (disks and chains), jobs, and the live merge
-//! that they serve.
+//! Not here yet: the procedures on top, snapshots and merges.
 
 mod address;
 mod connection;
 mod error;
 mod graph;
+mod jobs;
 mod message;
 mod monitor;
 #[cfg(test)]
@@ -27,6 +41,7 @@ pub use address::Address;
 pub use connection::{Connection, Options};
 pub use error::{Error, Result};
 pub use graph::{Backing, Disk, Graph, Layer, Range};
+pub use jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watch, jobs};
 pub use message::{Event, Failure, Message, reply, request};
 pub use monitor::{Execute, Monitor, patience};
 pub use qapi;

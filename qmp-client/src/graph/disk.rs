@@ -170,14 +170,14 @@ impl Disk {
     /// [`Error::Layer`], which shows the chain, if no layer or more than one is meant.
     pub fn layer(&self, name: &str) -> Result<&Layer> {
         let fail = |why: &str| Err(self.refusal(format!("'{}' {why}", printable(name))));
-        if let Some((disk, index)) = name.strip_suffix(']').and_then(|n| n.rsplit_once('[')) {
-            if let Ok(index) = index.parse::<usize>() {
-                if !disk.is_empty() && !self.answers_to(disk) {
-                    return fail("names another disk");
-                }
-                let found = self.layers.iter().find(|l| l.index == index);
-                return found.map_or_else(|| fail("is outside the chain"), Ok);
+        let bracket = name.strip_suffix(']').and_then(|n| n.rsplit_once('['));
+        let indexed = bracket.and_then(|(disk, index)| Some((disk, index.parse::<usize>().ok()?)));
+        if let Some((disk, index)) = indexed {
+            if !disk.is_empty() && !self.answers_to(disk) {
+                return fail("names another disk");
             }
+            let found = self.layers.iter().find(|l| l.index == index);
+            return found.map_or_else(|| fail("is outside the chain"), Ok);
         }
         if let Some(layer) = self.layers.iter().find(|l| l.node == name) {
             return Ok(layer);

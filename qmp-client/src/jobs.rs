@@ -1,0 +1,413 @@
+//! Jobs as state machines: events are hints, the answer to a query is the truth.
+//!
+//! A job belongs to QEMU, not to the client that started it: all of this works on jobs that somebody
+//! else started, or this client before it lost its connection.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use qapi::qmp::{self, JobStatus};
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::error::{Error, Result};
+use crate::monitor::{Execute, Monitor, read};
+
+/// A job as QEMU described it at one moment.
+#[derive(Clone, Debug)]
+pub struct JobState {
+    /// The job's id.
+    pub id: String,
+    /// What it does, such as `commit` or `stream`.
+    pub kind: String,
+    /// Where it stands.
+    pub status: JobStatus,
+    /// How much is done, out of [`JobState::total`]: bytes for jobs that copy. An intermediate commit counts
+    /// the whole virtual size with its holes, an active one what is to be copied, which grows while the
+    /// guest writes.
+    pub done: u64,
+    /// How much there is to do.
+    pub total: u64,
+    /// What went wrong, once the job has concluded.
+    pub error: Option<String>,
+    /// What is particular to jobs that move a disk's data.
+    pub block: Option<BlockJobState>,
+}
+
+/// What QEMU tells only of jobs that move a disk's data.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockJobState {
+    /// `ok`, `nospace` or `failed`: why a job that met an error stands still.
+    pub io_status: String,
+    /// The limit in bytes per second, zero for none.
+    pub speed: u64,
+    /// Whether QEMU ends the job without being asked.
+    pub auto_finalize: bool,
+    /// Whether QEMU forgets the job, and its error, as soon as it has concluded.
+    pub auto_dismiss: bool,
+}
+
+impl JobState {
+    /// Whether it stands still because of an error, and goes on when it is resumed.
+    pub fn is_stalled(&self) -> bool {
+        let stands = matches!(self.status, JobStatus::paused | JobStatus::standby);
+        stands && self.block.as_ref().is_some_and(|b| b.io_status != "ok")
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct RawJob {
+    id: String,
+    #[serde(rename = "type")]
+    kind: String,
+    status: JobStatus,
+    current_progress: u64,
+    total_progress: u64,
+    error: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawBlockJob {
+    /// The job's id, whatever the name of the field.
+    device: String,
+    #[serde(flatten)]
+    state: BlockJobState,
+}
+
+/// All jobs of this QEMU, whoever started them.
+///
+/// # Errors
+/// Those of the queries.
+pub fn jobs(monitor: &(impl Monitor + ?Sized)) -> Result<Vec<JobState>> {
+    let command = "query-jobs";
+    let jobs: Vec<RawJob> = read(command, monitor.query(command, json!({}))?)?;
+    if jobs.is_empty() {
+        return Ok(Vec::new());
+    }
+    let command = "query-block-jobs";
+    let block: Vec<RawBlockJob> = read(command, monitor.query(command, json!({}))?)?;
+    let mut block: HashMap<String, BlockJobState> = block.into_iter().map(|j| (j.device, j.state)).collect();
+    let state = |job: RawJob| JobState {
+        block: block.remove(&job.id),
+        id: job.id,
+        kind: job.kind,
+        status: job.status,
+        done: job.current_progress,
+        total: job.total_progress,
+        error: job.error,
+    };
+    Ok(jobs.into_iter().map(state).collect())
+}
+
+/// What to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Goal {
+    /// An active commit has copied all but what the guest writes just now, and can be completed.
+    Ready,
+    /// All is copied, nothing is switched; the job waits to be finalised.
+    Pending,
+    /// The job is over; only its result is kept.
+    Concluded,
+}
+
+impl Goal {
+    fn is_reached(self, status: JobStatus) -> bool {
+        match self {
+            Self::Ready => matches!(status, JobStatus::ready | JobStatus::standby),
+            Self::Pending => status == JobStatus::pending,
+            Self::Concluded => status == JobStatus::concluded,
+        }
+    }
+}
+
+/// How far a job is, for whoever watches it.
+#[derive(Debug)]
+pub struct Progress<'a> {
+    /// The job, as it just was.
+    pub job: &'a JobState,
+    /// Bytes per second since the watching began.
+    pub rate: f64,
+    /// How long the rest takes at that rate, if that can be said.
+    pub remaining: Option<Duration>,
+}
+
+/// Whether to go on watching.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// Go on.
+    GoOn,
+    /// Stop watching; the job goes on.
+    Stop,
+}
+
+/// How waiting for a job ended.
+#[derive(Clone, Debug)]
+pub enum Waited {
+    /// The goal is reached.
+    Reached(JobState),
+    /// The job concluded without reaching the goal; [`JobState::error`] tells why.
+    Concluded(JobState),
+    /// The job stands still because of an error, such as a full disk. It goes on when it is resumed.
+    Stalled(JobState),
+    /// QEMU knows no such job any more. That says nothing about how it ended.
+    Vanished,
+    /// The time was up.
+    TimeUp(JobState),
+    /// The watcher did not want to wait any longer.
+    Stopped(JobState),
+}
+
+/// A handle on one job.
+#[derive(Debug)]
+pub struct Job<'a, M: ?Sized> {
+    monitor: &'a M,
+    id: String,
+}
+
+impl<'a, M: Monitor + ?Sized> Job<'a, M> {
+    /// How long no event is waited for before QEMU is asked again.
+    const TICK: Duration = Duration::from_millis(500);
+
+    /// The job of this id. That it exists is not asked.
+    pub fn new(monitor: &'a M, id: impl Into<String>) -> Self {
+        Self { monitor, id: id.into() }
+    }
+
+    /// The job's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// How the job stands; `None` if QEMU knows no such job.
+    ///
+    /// # Errors
+    /// Those of the queries.
+    pub fn state(&self) -> Result<Option<JobState>> {
+        Ok(jobs(self.monitor)?.into_iter().find(|job| job.id == self.id))
+    }
+
+    /// Waits until the job reaches `goal`, cannot reach it any more, or needs help; up to `timeout`, if there
+    /// is one. `watch` is told each time that QEMU was asked, at least twice a second.
+    ///
+    /// Events that come meanwhile are taken.
+    ///
+    /// # Errors
+    /// Those of the queries; [`Error::Disconnected`] if QEMU goes away.
+    pub fn wait(
+        &self,
+        goal: Goal,
+        timeout: Option<Duration>,
+        watch: &mut dyn FnMut(&Progress<'_>) -> Watch,
+    ) -> Result<Waited> {
+        let begin = Instant::now();
+        let mut first = None;
+        loop {
+            let Some(job) = self.state()? else { return Ok(Waited::Vanished) };
+            let first = *first.get_or_insert(job.done);
+            let wanted = watch(&progress(&job, first, begin.elapsed()));
+            if goal.is_reached(job.status) && !job.is_stalled() {
+                return Ok(Waited::Reached(job));
+            }
+            if job.status == JobStatus::concluded {
+                return Ok(Waited::Concluded(job));
+            }
+            if job.is_stalled() {
+                return Ok(Waited::Stalled(job));
+            }
+            if wanted == Watch::Stop {
+                return Ok(Waited::Stopped(job));
+            }
+            let left = timeout.map_or(Self::TICK, |t| t.saturating_sub(begin.elapsed()));
+            if left.is_zero() {
+                return Ok(Waited::TimeUp(job));
+            }
+            // One event of this job is enough reason to ask; a storm of them is one reason.
+            let deadline = Instant::now() + left.min(Self::TICK);
+            while let Some(event) =
+                self.monitor.next_event(deadline.saturating_duration_since(Instant::now()))?
+            {
+                let concerns =
+                    ["id", "device"].iter().any(|key| event.data.get(*key).is_some_and(|v| *v == self.id));
+                if concerns {
+                    while self.monitor.next_event(Duration::ZERO)?.is_some() {}
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Halts the job; it keeps what it has done.
+    ///
+    /// # Errors
+    /// Those of the command: a job that is paused already cannot be paused again.
+    pub fn pause(&self) -> Result<()> {
+        self.monitor.execute(&qmp::job_pause { id: self.id.clone() }).map(drop)
+    }
+
+    /// Lets a halted job go on, one that met an error too.
+    ///
+    /// # Errors
+    /// Those of the command.
+    pub fn resume(&self) -> Result<()> {
+        self.monitor.execute(&qmp::job_resume { id: self.id.clone() }).map(drop)
+    }
+
+    /// Ends the job without its effect. A commit that is ready or pending is not carried out either; what was
+    /// copied stays copied.
+    ///
+    /// # Errors
+    /// Those of the command.
+    pub fn cancel(&self) -> Result<()> {
+        // Not `block-job-cancel`: on a commit that is ready it completes the job, and leaves base writable.
+        self.monitor.execute(&qmp::job_cancel { id: self.id.clone() }).map(drop)
+    }
+
+    /// Asks a job that is ready to do what it is for. The answer comes before that is done.
+    ///
+    /// # Errors
+    /// Those of the command.
+    pub fn complete(&self) -> Result<()> {
+        self.monitor.execute(&qmp::job_complete { id: self.id.clone() }).map(drop)
+    }
+
+    /// Asks a pending job to switch.
+    ///
+    /// # Errors
+    /// Those of the command.
+    pub fn finalize(&self) -> Result<()> {
+        self.monitor.execute(&qmp::job_finalize { id: self.id.clone() }).map(drop)
+    }
+
+    /// Limits the job to this many bytes per second; zero lifts the limit.
+    ///
+    /// # Errors
+    /// Those of the command.
+    pub fn set_speed(&self, bytes_per_second: u64) -> Result<()> {
+        let speed = i64::try_from(bytes_per_second).unwrap_or(i64::MAX);
+        self.monitor.execute(&qmp::block_job_set_speed { device: self.id.clone(), speed }).map(drop)
+    }
+
+    /// Takes the result of a job that has concluded, and lets QEMU forget it: as long as it is kept, no other
+    /// job can start on the disk.
+    ///
+    /// # Errors
+    /// [`Error::Job`] with QEMU's words if the job failed (it is forgotten then too) or has vanished: a job
+    /// whose end nobody saw is never called a success.
+    pub fn take_result(&self) -> Result<JobState> {
+        let failed = |why: String| Err(Error::Job { id: self.id.clone(), why });
+        let Some(job) = self.state()? else {
+            return failed("it has vanished, and its result with it".into());
+        };
+        if job.status != JobStatus::concluded {
+            return failed(format!("it has not concluded, it is {:?}", job.status));
+        }
+        self.monitor.execute(&qmp::job_dismiss { id: self.id.clone() })?;
+        match &job.error {
+            None => Ok(job),
+            Some(error) => failed(error.clone()),
+        }
+    }
+}
+
+fn progress(job: &JobState, first: u64, elapsed: Duration) -> Progress<'_> {
+    let seconds = elapsed.as_secs_f64();
+    let rate = if seconds > 0.0 { job.done.saturating_sub(first) as f64 / seconds } else { 0.0 };
+    let left = job.total.saturating_sub(job.done) as f64;
+    let remaining = Duration::try_from_secs_f64(left / rate).ok();
+    Progress { job, rate, remaining }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replay::Replay;
+
+    fn quiet(_: &Progress<'_>) -> Watch {
+        Watch::GoOn
+    }
+
+    #[test]
+    fn an_intermediate_commit_goes_through_pending() {
+        let replay = Replay::of(include_str!("../testdata/transcripts/commit-manual.jsonl"));
+        let job = Job::new(&replay, "m2");
+        let mut seen = Vec::new();
+        let mut watch = |p: &Progress<'_>| {
+            seen.push((p.job.status, p.job.done));
+            Watch::GoOn
+        };
+        let Waited::Reached(state) = job.wait(Goal::Pending, None, &mut watch).unwrap() else { panic!() };
+        assert_eq!((state.kind.as_str(), state.done, state.total), ("commit", 64 << 20, 64 << 20));
+        let block = state.block.unwrap();
+        assert!(!block.auto_finalize && !block.auto_dismiss);
+        assert_eq!(seen.first().unwrap().0, JobStatus::running);
+        assert!(seen.is_sorted_by_key(|(_, done)| *done));
+        job.finalize().unwrap();
+        assert!(matches!(job.wait(Goal::Concluded, None, &mut quiet).unwrap(), Waited::Reached(_)));
+    }
+
+    #[test]
+    fn an_active_commit_is_ready_then_pending_then_concluded() {
+        let replay = Replay::of(include_str!("../testdata/transcripts/commit-active.jsonl"));
+        let job = Job::new(&replay, "act");
+        let Waited::Reached(state) = job.wait(Goal::Ready, None, &mut quiet).unwrap() else { panic!() };
+        assert_eq!(state.status, JobStatus::ready);
+        job.pause().unwrap();
+        job.complete().unwrap();
+        job.resume().unwrap();
+        job.finalize().unwrap();
+        assert!(matches!(job.complete(), Err(Error::Command { .. })), "too late to complete");
+    }
+
+    #[test]
+    fn a_full_disk_stalls_the_job_and_resuming_it_goes_on() {
+        let replay = Replay::of(include_str!("../testdata/transcripts/enospc-stop.jsonl"));
+        let job = Job::new(&replay, "e");
+        let Waited::Stalled(state) = job.wait(Goal::Concluded, None, &mut quiet).unwrap() else { panic!() };
+        assert_eq!(state.block.unwrap().io_status, "nospace");
+        job.resume().unwrap();
+    }
+
+    #[test]
+    fn a_failed_job_tells_its_error_before_it_is_forgotten() {
+        let replay = Replay::of(include_str!("../testdata/transcripts/enospc-report.jsonl"));
+        let job = Job::new(&replay, "e");
+        let error = job.take_result().unwrap_err().to_string();
+        assert!(error.contains("No space left on device"), "{error}");
+        assert_eq!(replay.asked.borrow().last().unwrap().0, "job-dismiss");
+    }
+
+    #[test]
+    fn a_job_that_vanished_is_no_success() {
+        let replay = Replay::of(concat!(
+            "{\"execute\":\"query-jobs\",\"id\":1}\n{\"return\":[],\"id\":1}\n",
+            "{\"execute\":\"query-jobs\",\"id\":2}\n{\"return\":[],\"id\":2}\n",
+        ));
+        let job = Job::new(&replay, "m1");
+        assert!(matches!(job.wait(Goal::Concluded, None, &mut quiet).unwrap(), Waited::Vanished));
+        assert!(job.take_result().unwrap_err().to_string().contains("vanished"));
+    }
+
+    #[test]
+    fn waiting_ends_when_the_time_is_up_or_the_watcher_has_enough() {
+        let transcript = include_str!("../testdata/transcripts/commit-manual.jsonl");
+        let replay = Replay::of(transcript);
+        let timeout = Some(Duration::ZERO);
+        let waited = Job::new(&replay, "m2").wait(Goal::Pending, timeout, &mut quiet).unwrap();
+        assert!(matches!(waited, Waited::TimeUp(job) if job.status == JobStatus::running));
+        let replay = Replay::of(transcript);
+        let waited = Job::new(&replay, "m2").wait(Goal::Pending, None, &mut |_| Watch::Stop).unwrap();
+        assert!(matches!(waited, Waited::Stopped(_)));
+    }
+
+    #[test]
+    fn rate_and_remaining_time_come_from_what_was_done() {
+        let replay = Replay::of(include_str!("../testdata/transcripts/commit-manual.jsonl"));
+        let mut job = jobs(&replay).unwrap().remove(0);
+        (job.done, job.total) = (30, 90);
+        let progress = progress(&job, 10, Duration::from_secs(2));
+        assert_eq!((progress.rate, progress.remaining), (10.0, Some(Duration::from_secs(6))));
+        assert_eq!(super::progress(&job, 30, Duration::from_secs(1)).remaining, None);
+    }
+}
