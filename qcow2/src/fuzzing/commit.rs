@@ -125,7 +125,11 @@ impl Before {
     fn commit_sound(&self, host: &MemHost) {
         let commit = match self.prepare(host) {
             Ok(commit) => commit,
-            Err(error) => unreachable!("a sound chain is refused: {error}"),
+            Err(error) => {
+                assert!(self.old_snapshots_would_grow(), "a sound chain is refused: {error}");
+                assert_eq!(files(host, &self.layers), self.files, "a refused commit has written");
+                return;
+            }
         };
         assert_eq!(files(host, &self.layers), self.files, "planning has written");
         let relinked = matches!(commit.plan().afterwards, Afterwards::Relink { .. });
@@ -152,6 +156,13 @@ impl Before {
         if self.case.empties() {
             self.assert_again_changes_nothing(host);
         }
+    }
+
+    /// Snapshots of version 2 images need not say how large their disk was: such a base does not grow.
+    fn old_snapshots_would_grow(&self) -> bool {
+        let (base, top) = (&self.layers[self.case.base], &self.layers[self.case.top]);
+        let version_2 = base.is_qcow2() && base.file.get(7) == Some(&2);
+        version_2 && !base.held_by_snapshots.is_empty() && base.size() < top.size()
     }
 
     /// The guest sees what it saw; base shows what was merged.
