@@ -129,21 +129,26 @@ impl Op {
         match self.origin {
             Origin::Zeros => target.file.write_zeroes(self.to.get(), self.len).map_err(failed),
             Origin::Plain { layer, host } => {
-                let Some(image) = layers.get(layer) else { return Ok(()) };
+                let image = layers.get(layer).ok_or_else(not_planned)?;
                 target
                     .file
                     .copy_from(&**image.data_file(), host.get(), self.to.get(), self.len)
                     .map_err(|e| Error::io(image.path(), "copy from", Some(host.get()), e))
             }
             Origin::Compressed { layer, part, guest } => {
-                let Some(image) = layers.get(layer).and_then(|image| image.as_qcow2()) else { return Ok(()) };
+                let image = layers.get(layer).and_then(|image| image.as_qcow2()).ok_or_else(not_planned)?;
                 let cluster = cache.cluster(image, layer, &part, guest)?;
                 let from = part.skip as usize;
-                let bytes = cluster.get(from..from + self.len as usize).unwrap_or_default();
+                let bytes = cluster.get(from..from + self.len as usize).ok_or_else(not_planned)?;
                 target.file.write_all_at(bytes, self.to.get()).map_err(failed)
             }
         }
     }
+}
+
+/// An operation that its layer cannot supply: nothing may be left out in silence.
+fn not_planned() -> Error {
+    Error::Usage("an operation does not fit its layer".into())
 }
 
 #[cfg(test)]
@@ -168,5 +173,20 @@ mod tests {
         let pieces: Vec<_> = op.pieces().collect();
         assert_eq!(pieces.iter().map(|p| p.len).collect::<Vec<_>>(), [PIECE, PIECE, 1]);
         assert_eq!(pieces[2].to.get(), 7 + 2 * PIECE);
+    }
+
+    #[test]
+    fn an_operation_without_its_layer_is_an_error() {
+        struct Silent;
+        impl Progress for Silent {
+            fn written(&self, _: u64, _: u64) {}
+        }
+        let mut ops = Ops::default();
+        ops.push(HostOffset::ZERO, 10, Origin::Plain { layer: 1, host: HostOffset::ZERO });
+        let file = crate::storage::MemFile::new();
+        let target = Target { path: Path::new("/base"), file: &file };
+        let cancel = AtomicBool::new(false);
+        let run = Run { progress: &Silent, total: 10, done: AtomicU64::new(0), cancel: &cancel };
+        assert!(ops.run(&[], &target, &run).is_err());
     }
 }
