@@ -1,10 +1,11 @@
 //! Making room in the metadata before a merge: refcount blocks for all clusters that will be
 //! allocated, a larger refcount table, a larger L1 table.
 //!
-//! Everything new is written whole where nothing refers to it, made durable, and then published by
-//! one write inside one sector (specification: "Header", bytes 36 to 60). What a table's old place
-//! took is freed behind a barrier of its own. A crash at any point leaves the old or the new table,
-//! and at most leaked clusters.
+//! Everything new is written whole where nothing refers to it, made durable, and then published: a new
+//! table by one write inside one sector of the header (specification: "Header", bytes 36 to 60), new
+//! blocks in the present table in the order in which they count each other. What a table's old place
+//! took is freed behind a barrier of its own. A crash at any point leaves the old or the new state, and
+//! at most leaked clusters.
 
 use std::ops::Range;
 
