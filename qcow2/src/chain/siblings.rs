@@ -119,8 +119,8 @@ fn uses(
         Err(e) => return Err(e),
     };
     let Some(cluster0) = read_names(&*file)? else { return Ok(None) };
-    if cluster0.merged_into().is_some() {
-        // A layer that an earlier merge has made obsolete and marked so.
+    if cluster0.merged_into().or_else(|| cluster0.merging_into()).is_some() {
+        // A layer that an earlier merge has made obsolete and marked so, or was about to.
         return Ok(None);
     }
     let backing = cluster0.backing_name.as_deref().map(|name| possible_paths(name, path));

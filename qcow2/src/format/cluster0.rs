@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use super::extensions::{
     BitmapsExtension, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_FEATURE_NAMES,
-    EXT_MERGED_INTO, Extension, MAX_BACKING_FORMAT, decode_feature_names, decode_list,
+    EXT_MERGED_INTO, EXT_MERGING_INTO, Extension, MAX_BACKING_FORMAT, decode_feature_names, decode_list,
 };
 use super::features::FeatureName;
 use super::words::u64_at;
@@ -88,7 +88,9 @@ impl Cluster0 {
         if let Some(damage) = &self.damage {
             return Err(damage.clone());
         }
-        for magic in [EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_MERGED_INTO] {
+        for magic in
+            [EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_MERGED_INTO, EXT_MERGING_INTO]
+        {
             if let Some(second) = self.extensions.iter().filter(|e| e.magic == magic).nth(1) {
                 return Err(FormatError::malformed(
                     "header extension",
@@ -165,6 +167,13 @@ impl Cluster0 {
     /// fit into the header), or `None` if it was not merged.
     pub fn merged_into(&self) -> Option<String> {
         self.extension(EXT_MERGED_INTO).map(|e| String::from_utf8_lossy(&e.data).into_owned())
+    }
+
+    /// Our own mark of a merge under way: the path of the image into which this one is being merged, as
+    /// in [`merged_into`](Self::merged_into). If the image is still a layer of its chain, the merge was
+    /// stopped before it changed the chain; if not, behind that, and the image is obsolete.
+    pub fn merging_into(&self) -> Option<String> {
+        self.extension(EXT_MERGING_INTO).map(|e| String::from_utf8_lossy(&e.data).into_owned())
     }
 }
 

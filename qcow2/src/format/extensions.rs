@@ -20,6 +20,8 @@ pub const EXT_DATA_FILE: u32 = 0x4441_5441;
 /// Our own: the image was merged into the image whose path is the data (UTF-8; empty if it did not
 /// fit). Other programs ignore it and keep it, as they must any extension that they do not know.
 pub const EXT_MERGED_INTO: u32 = 0x714d_7267;
+/// Our own mark of a layer that is being merged: the switch that makes it obsolete may have happened.
+pub const EXT_MERGING_INTO: u32 = 0x714d_7270;
 
 /// The most bytes of a backing format's name that QEMU reads.
 pub const MAX_BACKING_FORMAT: usize = 15;

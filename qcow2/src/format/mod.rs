@@ -31,7 +31,7 @@ pub use cluster0::Cluster0;
 pub use error::FormatError;
 pub use extensions::{
     BitmapsExtension, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_END, EXT_FEATURE_NAMES,
-    EXT_MERGED_INTO, Extension, MAX_BACKING_FORMAT, MAX_BITMAP_DIRECTORY, MAX_BITMAPS,
+    EXT_MERGED_INTO, EXT_MERGING_INTO, Extension, MAX_BACKING_FORMAT, MAX_BITMAP_DIRECTORY, MAX_BITMAPS,
 };
 pub use features::{FeatureKind, FeatureName};
 pub use geometry::Geometry;
@@ -42,7 +42,9 @@ pub use l1::L1Entry;
 pub use l2::{L2Entry, SubclusterState, Subclusters};
 pub use limits::{MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS};
 pub use refcount::{RefcountTableEntry, RefcountWidth, max_refcount};
-pub use rewrite::{Switch, Write, plan_backing_switch, plan_drop_bitmaps, plan_feature_bits, plan_mark};
+pub use rewrite::{
+    Mark, Switch, Write, plan_backing_switch, plan_drop_bitmaps, plan_feature_bits, plan_mark,
+};
 pub use snapshot::{
     MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE, Snapshot, decode_snapshots, snapshot_table_bound,
 };

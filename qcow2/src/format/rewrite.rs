@@ -13,7 +13,8 @@ use std::ops::Range;
 use super::build::check_backing;
 use super::cluster0::{Cluster0, extension_space_end, pad};
 use super::extensions::{
-    EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_END, EXT_FEATURE_NAMES, EXT_MERGED_INTO, EXTENSION_HEAD, Extension,
+    EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_END, EXT_FEATURE_NAMES, EXT_MERGED_INTO, EXT_MERGING_INTO,
+    EXTENSION_HEAD, Extension,
 };
 use super::header::at;
 use super::words::{PutWords, u64_at};
@@ -61,17 +62,18 @@ pub fn plan_backing_switch(cluster0: &[u8], name: &str, format: &str) -> Result<
     old.choose(&[list], name.as_bytes())
 }
 
-/// Plans to mark the image as merged into `base` (see [`Cluster0::merged_into`]). The mark is empty if
-/// the path cannot be written atomically, or does not fit.
+/// Plans to mark the image as merged into `base` (see [`Cluster0::merged_into`]), or as being merged
+/// into it (see [`Cluster0::merging_into`]); either mark takes the place of the other. The mark is empty
+/// if the path cannot be written atomically, or does not fit.
 ///
 /// # Errors
 /// No room even for an empty mark, or a cluster 0 that must not be edited.
-pub fn plan_mark(cluster0: &[u8], base: &str) -> Result<Switch, RewriteError> {
+pub fn plan_mark(cluster0: &[u8], base: &str, mark: Mark) -> Result<Switch, RewriteError> {
     let old = Old::read(cluster0)?;
     let with = |data: &str| {
         let mut list = old.cluster0.extensions.clone();
-        let mark = Extension::new(EXT_MERGED_INTO, data);
-        match list.iter().position(|e| e.magic == EXT_MERGED_INTO) {
+        let mark = Extension::new(mark.magic(), data);
+        match list.iter().position(|e| matches!(e.magic, EXT_MERGED_INTO | EXT_MERGING_INTO)) {
             Some(place) => {
                 list.remove(place);
                 list.insert(place, mark);
@@ -81,6 +83,24 @@ pub fn plan_mark(cluster0: &[u8], base: &str) -> Result<Switch, RewriteError> {
         list
     };
     old.choose(&[with(base), with("")], old.name())
+}
+
+/// Which of our marks a layer gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// The layer is being merged, and is still needed until the chain has been changed.
+    Merging,
+    /// The layer was merged, and is not needed any more.
+    Merged,
+}
+
+impl Mark {
+    fn magic(self) -> u32 {
+        match self {
+            Self::Merging => EXT_MERGING_INTO,
+            Self::Merged => EXT_MERGED_INTO,
+        }
+    }
 }
 
 /// Plans to remove the bitmaps extension and its autoclear bit. Directory, tables and bitmap data are

@@ -225,7 +225,7 @@ fn marks_in_any_layout_survive_any_crash() {
         let marked = |data: &str| {
             expected(&old, |new| replace(new, Extension::new(EXT_MERGED_INTO, data), |list, e| list.push(e)))
         };
-        match plan_mark(&old, &path) {
+        match plan_mark(&old, &path, Mark::Merged) {
             Ok(switch) => {
                 let mut end = old.clone();
                 switch.writes.iter().for_each(|w| w.apply_to(&mut end));
@@ -307,7 +307,10 @@ fn images_of_qemu_img_switch_in_one_sector() {
                 assert!(switch.atomic, "version {version}, {bits} bits, {name}");
                 let last = switch.writes.last().unwrap();
                 assert!(last.offset >= 8 && last.offset + last.bytes.len() as u64 <= 512);
-                assert!(plan_mark(&old, name).unwrap().atomic, "version {version}, {bits} bits, {name}");
+                assert!(
+                    plan_mark(&old, name, Mark::Merged).unwrap().atomic,
+                    "version {version}, {bits} bits, {name}"
+                );
             }
         }
     }
@@ -362,7 +365,7 @@ fn damaged_headers_are_not_edited() {
     old[79] = 0x20;
     for plan in [
         plan_backing_switch(&old, "b", "raw"),
-        plan_mark(&old, "b"),
+        plan_mark(&old, "b", Mark::Merging),
         plan_drop_bitmaps(&old),
         plan_feature_bits(&old, 0, 0),
     ] {
@@ -430,9 +433,11 @@ fn qemu_img_reads_what_was_edited() {
             let switch = plan_backing_switch(&file, "other base.qcow2", "qcow2").unwrap();
             assert!(switch.atomic, "{options}");
             apply(&mut file, switch);
-            let mark = plan_mark(&file, "/somewhere/base.raw").unwrap();
-            assert!(mark.atomic, "{options}");
-            apply(&mut file, mark);
+            for mark in [Mark::Merging, Mark::Merged] {
+                let mark = plan_mark(&file, "/somewhere/base.raw", mark).unwrap();
+                assert!(mark.atomic, "{options}");
+                apply(&mut file, mark);
+            }
             let drop = plan_drop_bitmaps(&file).unwrap();
             apply(&mut file, drop);
             std::fs::write(&path, &file).unwrap();

@@ -15,7 +15,8 @@ use super::{link, record, safety};
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, Refusal, Result};
-use crate::image::{Image, bitmaps, grow};
+use crate::format::Cluster0;
+use crate::image::{Image, bitmaps, grow, read_snapshots};
 use crate::storage::{Access, FileId, FileKind, Host};
 
 /// A commit that is ready to be carried out: its chain is open and locked.
@@ -53,7 +54,7 @@ impl Commit {
         let mut open = OpenOptions { lock: true, ..options.open.clone() };
         for (at, layer) in scout.layers().iter().enumerate() {
             let written = at == span.base
-                || (span.base < at && at <= span.top && !(at == span.active && options.keep_active))
+                || (span.base < at && at <= span.top && !(span.top == span.active && options.keep_active))
                 || (at == span.top + 1);
             if written {
                 open.access.insert(layer.id, Access::ReadWrite);
@@ -152,7 +153,7 @@ pub(super) fn job<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
     let size = |at: usize| images.get(at).map_or(0, |image| image.virtual_size());
     let (base, top) = (size(span.base), size(span.top));
     // Behind the end of a short top the layer above it read zeros; it must not see base's old data.
-    let seen_above = if span.top < span.active { size(span.top + 1) } else { 0 };
+    let seen_above = if span.top < span.active { seen_through(images, span.top + 1)? } else { 0 };
     let image = images.get(span.base).ok_or_else(|| Error::Usage("the chain has no such layer".into()))?;
     let question = Question {
         view: View::new(images, span.base + 1, span.top),
@@ -164,24 +165,38 @@ pub(super) fn job<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
     Ok(Job { layers: images, base: span.base, question, new_size: base.max(top) })
 }
 
+/// How far the overlay at `at` looks: its own disk, or that of an internal snapshot that is larger.
+fn seen_through(images: &[&Image], at: usize) -> Result<u64> {
+    let Some(image) = images.get(at) else { return Ok(0) };
+    let snapshots = match image.as_qcow2() {
+        Some(qcow2) => read_snapshots(qcow2.path(), &**qcow2.file(), qcow2.header())?,
+        None => Vec::new(),
+    };
+    Ok(snapshots.iter().filter_map(|s| s.disk_size).fold(image.virtual_size(), u64::max))
+}
+
 /// The reason why there is nothing to do, if the layers asked for were merged before.
 fn already_merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<String>> {
-    let mark = |image: &Image| image.as_qcow2().and_then(|q| q.cluster0().merged_into());
+    let either = |cluster0: &Cluster0| cluster0.merged_into().or_else(|| cluster0.merging_into());
     let reason = |path: &Path, base: String| {
         let into = if base.is_empty() { "its base".to_owned() } else { base };
         Some(format!("{} was already merged into {into}", path.display()))
     };
     let Some(top) = &options.top else {
         let active = chain.layers().last();
-        return Ok(active.and_then(|layer| reason(&layer.path, mark(&layer.image)?)));
+        return Ok(active.and_then(|l| reason(&l.path, either(l.image.as_qcow2()?.cluster0())?)));
     };
     match chain.find(host, top) {
-        Ok(at) => Ok(chain.layers().get(at).and_then(|layer| reason(&layer.path, mark(&layer.image)?))),
+        // A layer that is still in its chain, and was only about to be merged, must be merged yet.
+        Ok(at) => Ok(chain
+            .layers()
+            .get(at)
+            .and_then(|l| reason(&l.path, l.image.as_qcow2()?.cluster0().merged_into()?))),
         Err(not_found) => {
             // A layer that was merged is not in the chain any more.
             let path = Path::new(top);
             let Ok(file) = host.open(path, Access::Read) else { return Err(not_found) };
-            match crate::image::Qcow2::read_cluster0(path, &*file).ok().and_then(|c| c.merged_into()) {
+            match crate::image::Qcow2::read_cluster0(path, &*file).ok().as_ref().and_then(either) {
                 Some(base) => Ok(reason(path, base)),
                 None => Err(not_found),
             }

@@ -4,12 +4,15 @@
 //! 2. Data and mappings, batch by batch (see `job.rs`).
 //! 3. The size of base's disk.
 //! 4. With `verify`, everything is read back.
-//! 5. The overlay above top gets base as its backing file; or the active image is emptied.
-//! 6. Layers that are no longer needed are marked, or removed from the top down.
+//! 5. Layers that will not be needed are marked as being merged.
+//! 6. The overlay above top gets base as its backing file; or the active image is emptied.
+//! 7. Layers that are no longer needed are marked as merged, or removed from the top down.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
+
+use rayon::prelude::*;
 
 use super::commit::{Commit, job};
 use super::job::{Totals, Writer};
@@ -20,7 +23,7 @@ use super::workers::on_workers;
 use super::{empty, link, record};
 use crate::chain::Layer;
 use crate::error::{Error, Result};
-use crate::format::plan_feature_bits;
+use crate::format::{Mark, plan_feature_bits};
 use crate::image::alloc::Allocator;
 use crate::image::bitmaps;
 use crate::image::refcounts::Refcounts;
@@ -113,6 +116,8 @@ impl Commit {
 
     fn link(&mut self, report: &mut Report) -> Result<()> {
         let span = self.span();
+        // A power cut behind the switch must not leave old layers that nobody knows for what they are.
+        self.mark_obsolete(Mark::Merging)?;
         match self.plan.afterwards.clone() {
             Afterwards::Relink { name, .. } => link::relink(&self.chain, span, span.top + 1, &name)?,
             Afterwards::Empty { name, .. } => {
@@ -133,16 +138,41 @@ impl Commit {
 
     /// Marks or removes what is no longer needed, from the top down.
     fn retire(&self, report: &mut Report) -> Result<()> {
-        let base = self.layer(self.base)?;
-        let name = self.host.canonicalize(&base.path).unwrap_or_else(|_| base.path.clone());
-        for layer in self.chain.layers().iter().rev().filter(|l| self.plan.obsolete.contains(&l.path)) {
-            if self.options.delete {
-                self.delete(layer, &name, report)?;
-            } else {
-                self.mark(layer, &name, report)?;
+        if !self.options.delete {
+            for (path, marked) in self.mark_obsolete(Mark::Merged)? {
+                if marked { &mut report.marked } else { &mut report.unmarked }.push(path);
             }
+            return Ok(());
+        }
+        let base = self.base_name()?;
+        for layer in self.chain.layers().iter().rev().filter(|l| self.plan.obsolete.contains(&l.path)) {
+            self.delete(layer, &base, report)?;
         }
         Ok(())
+    }
+
+    fn base_name(&self) -> Result<PathBuf> {
+        let base = self.layer(self.base)?;
+        Ok(self.host.canonicalize(&base.path).unwrap_or_else(|_| base.path.clone()))
+    }
+
+    /// Marks the layers between base and the active image that are no longer needed, side by side; says
+    /// for each, the top first, whether its header had room. The active image never gets a mark: until it
+    /// is removed, a guest may go on writing to it.
+    fn mark_obsolete(&self, mark: Mark) -> Result<Vec<(PathBuf, bool)>> {
+        let base = self.base_name()?;
+        let active = self.chain.active();
+        let layers: Vec<&Layer> = self
+            .chain
+            .layers()
+            .iter()
+            .rev()
+            .filter(|l| l.index <= active && self.plan.obsolete.contains(&l.path))
+            .collect();
+        layers
+            .into_par_iter()
+            .map(|layer| Ok((layer.path.clone(), link::mark(&self.chain, layer.index - 1, &base, mark)?)))
+            .collect()
     }
 
     /// Removes a layer, and its data file, if its name still leads to the file of the plan, and that is a
@@ -180,7 +210,7 @@ impl Commit {
     }
 
     fn mark(&self, layer: &Layer, base: &Path, report: &mut Report) -> Result<()> {
-        let list = match link::mark(&self.chain, layer.index - 1, base)? {
+        let list = match link::mark(&self.chain, layer.index - 1, base, Mark::Merged)? {
             true => &mut report.marked,
             false => &mut report.unmarked,
         };

@@ -7,7 +7,7 @@ use super::options::{CommitOptions, Span};
 use super::plan::Afterwards;
 use crate::chain::{Chain, Layer, new_backing_name};
 use crate::error::{Error, Refusal, Result};
-use crate::format::{RewriteError, Switch, plan_backing_switch, plan_mark};
+use crate::format::{Mark, RewriteError, Switch, plan_backing_switch, plan_mark};
 use crate::image::Qcow2;
 use crate::storage::Host;
 use crate::units::HostOffset;
@@ -74,11 +74,11 @@ pub(super) fn relink(chain: &Chain, span: Span, at: usize, name: &str) -> Result
     apply(qcow2(overlay)?, &switch)
 }
 
-/// Marks a layer as merged; a header without room for that stays as it is.
-pub(super) fn mark(chain: &Chain, at: usize, base: &Path) -> Result<bool> {
+/// Marks a layer; a header without room for that stays as it is.
+pub(super) fn mark(chain: &Chain, at: usize, base: &Path, mark: Mark) -> Result<bool> {
     let image = qcow2(layer(chain, at)?)?;
     let cluster = read_cluster(image)?;
-    match plan_mark(&cluster, &base.to_string_lossy()) {
+    match plan_mark(&cluster, &base.to_string_lossy(), mark) {
         Ok(switch) => apply(image, &switch).map(|()| true),
         Err(_) => Ok(false),
     }

@@ -31,6 +31,10 @@ pub(super) fn layers(chain: &Chain, span: Span, options: &CommitOptions) -> Resu
                 "it must grow, and in version 2 its internal snapshots do not say how large their disk was";
             return refuse(Refusal::Other(what.into()));
         }
+        if image.has_data_file() && image.header().snapshots > 0 && (at == span.base || emptied) {
+            // QEMU makes no such images: a data file has one place for a cluster, and snapshots share it.
+            return refuse(Refusal::Other("its internal snapshots share its data file".into()));
+        }
         if !merged {
             continue;
         }
@@ -123,12 +127,19 @@ pub(super) fn space(host: &dyn Host, chain: &Chain, span: Span, plan: &Plan) -> 
         let needed = plan.base_file_size_after;
         return if needed > stat.len { no_space(needed, stat.len) } else { Ok(()) };
     }
-    let needed = match &layer.image {
-        Image::Raw(_) => plan.totals.hole_bytes,
-        Image::Qcow2(image) => {
-            plan.totals.clusters_to_allocate * image.geometry().cluster_size() + plan.totals.hole_bytes
-        }
+    // Clusters inside the file may be holes; behind its end they are for certain.
+    let metadata = match &layer.image {
+        Image::Raw(_) => 0,
+        Image::Qcow2(image) => (plan.totals.clusters_to_allocate * image.geometry().cluster_size())
+            .max(plan.base_file_size_after.saturating_sub(stat.len)),
     };
-    let Ok(Some(available)) = host.free_space(&layer.path) else { return Ok(()) };
+    let room = |path| host.free_space(path).ok().flatten().unwrap_or(u64::MAX);
+    let (needed, available) = match &layer.data_file {
+        Some(data) if room(&data.path) < plan.totals.hole_bytes => {
+            return no_space(plan.totals.hole_bytes, room(&data.path));
+        }
+        Some(_) => (metadata, room(&layer.path)),
+        None => (metadata + plan.totals.hole_bytes, room(&layer.path)),
+    };
     if needed > available { no_space(needed, available) } else { Ok(()) }
 }

@@ -51,9 +51,12 @@ fn remarks(facts: &Facts) -> impl Iterator<Item = String> {
 }
 
 fn merged(cluster0: &Cluster0) -> Option<String> {
-    let into = cluster0.merged_into()?;
-    let into = if into.is_empty() { "its base".to_owned() } else { into };
-    Some(format!("merged into {into}; no longer needed"))
+    let name = |into: String| if into.is_empty() { "its base".to_owned() } else { into };
+    if let Some(into) = cluster0.merged_into() {
+        return Some(format!("merged into {}; no longer needed", name(into)));
+    }
+    let into = cluster0.merging_into()?;
+    Some(format!("a merge into {} was stopped; the same commit goes on", name(into)))
 }
 
 /// Lines for one image.

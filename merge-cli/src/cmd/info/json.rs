@@ -63,6 +63,9 @@ fn qcow2_fields(facts: &Facts, cluster0: &Cluster0, out: &mut Map<String, Value>
     if let Some(into) = cluster0.merged_into() {
         out.insert("merged-into".into(), into.into());
     }
+    if let Some(into) = cluster0.merging_into() {
+        out.insert("merging-into".into(), into.into());
+    }
     if !facts.snapshots.is_empty() {
         let list = facts.snapshots.iter().map(|s| {
             json!({
