@@ -102,6 +102,12 @@ pub enum Error {
         /// Why, in QEMU's words where it gave some.
         why: String,
     },
+    /// Something that would do harm, or could not end well, and was not begun.
+    #[error("{}", printable(.why))]
+    Refused {
+        /// Why.
+        why: String,
+    },
     /// A line that QMP does not allow.
     #[error("QEMU sent a line that is no QMP message: {why}: {}", printable(.line))]
     Protocol {

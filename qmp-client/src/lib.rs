@@ -25,19 +25,24 @@
 //! The types of commands and answers are those of the `qapi` crate ([`qapi::qmp`]). Its transports are
 //! not used: a QMP connection of theirs is lost on an unknown event, and out of step after a time-out.
 //!
-//! Not here yet: the procedures on top, snapshots and merges.
+//! - [`snapshot()`]: new overlays for several disks in one transaction, undone if anything fails.
+//! - [`Commit`]: the live merge, intermediate and active, with the hazards of QEMU 10.0.2 fenced.
 
 mod address;
+mod commit;
 mod connection;
 mod error;
 mod graph;
 mod jobs;
 mod message;
 mod monitor;
+mod nbd;
 #[cfg(test)]
 mod replay;
+mod snapshot;
 
 pub use address::Address;
+pub use commit::{Commit, CommitOptions, Merged};
 pub use connection::{Connection, Options};
 pub use error::{Error, Result};
 pub use graph::{Backing, Disk, Graph, Layer, Range};
@@ -45,3 +50,4 @@ pub use jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watch, jobs
 pub use message::{Event, Failure, Message, reply, request};
 pub use monitor::{Execute, Monitor, patience};
 pub use qapi;
+pub use snapshot::snapshot;

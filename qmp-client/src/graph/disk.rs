@@ -86,7 +86,7 @@ impl Disk {
             node: node.node_name.clone(),
             protocol_node: file.cloned(),
             protocol: file.and_then(known).map(|n| n.drv.clone()),
-            file: node.file.clone(),
+            file: file_of(node, file.and_then(known)),
             format: node.drv.clone(),
             virtual_size: node.image.virtual_size,
             actual_size: node.image.actual_size,
@@ -217,6 +217,13 @@ impl Disk {
         let chain: Vec<String> = self.layers.iter().map(|l| printable(&line(l))).collect();
         Error::Layer { disk: printable(&self.name), why, chain: chain.join("\n") }
     }
+}
+
+/// The name of an image's file. QEMU describes an image with a `json:` name when its header and its place in
+/// the chain say different things, as after a merge with a relative name; the file below has its plain one.
+fn file_of(node: &NamedNode, below: Option<&NamedNode>) -> String {
+    let plain = below.filter(|below| node.file.starts_with("json:") && !below.file.starts_with("json:"));
+    plain.unwrap_or(node).file.clone()
 }
 
 /// Whether `name` is the file of this layer, by its text or by being the same file here.

@@ -76,6 +76,17 @@ fn a_base_behind_a_protocol_is_found_by_its_index() {
 }
 
 #[test]
+fn an_image_that_qemu_describes_in_json_has_the_name_of_its_file() {
+    let described = include_str!("../../testdata/transcripts/discovery-blockdev.jsonl").replace(
+        "\"drv\":\"qcow2\",\"backing_file\":\"/vm/a/s1.qcow2\",\"file\":\"/vm/a/s2.qcow2\"",
+        "\"drv\":\"qcow2\",\"backing_file\":\"/vm/a/s1.qcow2\",\"file\":\"json:{}\"",
+    );
+    assert!(described.contains("json:{}"));
+    let graph = replayed(&described);
+    assert_eq!(graph.disks()[0].layer("[3]").unwrap().file, "/vm/a/s2.qcow2");
+}
+
+#[test]
 fn layers_are_named_by_index_node_or_path() {
     let graph = replayed(include_str!("../../testdata/transcripts/discovery-blockdev.jsonl"));
     let disk = &graph.disks()[0];

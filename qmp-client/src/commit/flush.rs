@@ -1,0 +1,104 @@
+//! Making base durable while the job waits at PENDING.
+//!
+//! QEMU re-points the overlay above top before it writes base's tables. Killed in between, it leaves a
+//! chain that has lost what was merged, and a check that finds no error. So base is flushed first.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::unique;
+use crate::error::{Error, Result};
+use crate::monitor::{Execute, Monitor};
+use crate::nbd;
+
+/// How a node of this QEMU can be flushed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Means {
+    /// Through an NBD server that is started for it.
+    OwnServer,
+    /// Through the NBD server that runs already, at this socket.
+    Server(PathBuf),
+    /// By pausing the guest for a moment: QEMU flushes every node then.
+    StopAndCont,
+}
+
+const TIMEOUT: Duration = Duration::from_secs(600);
+
+impl Means {
+    /// Finds the first means that works, by flushing `node`; the guest is not paused for that.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if there is none.
+    pub(super) fn find(monitor: &(impl Monitor + ?Sized), node: &str, server: Option<&Path>) -> Result<Self> {
+        let given = server.map(|path| Self::Server(path.to_owned()));
+        let mut why = Vec::new();
+        for means in given.into_iter().chain([Self::OwnServer]) {
+            match means.flush(monitor, node) {
+                Ok(()) => return Ok(means),
+                Err(error @ Error::Disconnected { .. }) => return Err(error),
+                Err(error) => why.push(error.to_string()),
+            }
+        }
+        // Only a running guest can be paused; a storage daemon has none.
+        match monitor.query("query-status", json!({})) {
+            Ok(status) if status["running"] == true => return Ok(Self::StopAndCont),
+            Ok(_) => why.push("the guest does not run, so pausing it flushes nothing".into()),
+            Err(error) => why.push(error.to_string()),
+        }
+        let why = why.join("; ");
+        Err(Error::Refused { why: format!("base cannot be flushed before the switch: {why}") })
+    }
+
+    pub(super) fn flush(&self, monitor: &(impl Monitor + ?Sized), node: &str) -> Result<()> {
+        match self {
+            Self::OwnServer => {
+                let folder = tempfile::Builder::new().prefix("qmp-flush").tempdir().map_err(local)?;
+                let socket = folder.path().join("nbd.sock");
+                let address = json!({"type": "unix", "data": {"path": socket}});
+                monitor.query("nbd-server-start", json!({"addr": address, "max-connections": 1}))?;
+                let flushed = flush_export(monitor, node, &socket);
+                let stopped = monitor.query("nbd-server-stop", json!({}));
+                flushed.and(stopped.map(drop))
+            }
+            Self::Server(socket) => flush_export(monitor, node, socket),
+            Self::StopAndCont => {
+                monitor.query("stop", json!({}))?;
+                monitor.query("cont", json!({})).map(drop)
+            }
+        }
+    }
+}
+
+fn flush_export(monitor: &(impl Monitor + ?Sized), node: &str, socket: &Path) -> Result<()> {
+    let id = format!("flush-{}", unique());
+    let options = json!({"type": "nbd", "id": id, "node-name": node, "name": id, "writable": false});
+    monitor.query("block-export-add", options)?;
+    let flushed =
+        UnixStream::connect(socket).and_then(|stream| nbd::flush(stream, &id, TIMEOUT)).map_err(local);
+    let removed = remove(monitor, &id);
+    flushed.and(removed)
+}
+
+/// Removes an export, and waits until it is gone: as long as it is there, it holds the node.
+fn remove(monitor: &(impl Monitor + ?Sized), id: &str) -> Result<()> {
+    monitor.query("block-export-del", json!({"id": id, "mode": "hard"}))?;
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let exports = monitor.query("query-block-exports", json!({}))?;
+        if !exports.as_array().is_some_and(|all| all.iter().any(|export| export["id"] == id)) {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::Refused { why: format!("the export {id} does not go away") });
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn local(error: io::Error) -> Error {
+    Error::Refused { why: format!("the flush through NBD failed: {error}") }
+}

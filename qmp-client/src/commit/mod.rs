@@ -1,0 +1,319 @@
+//! The live merge of a part of a chain into its base: QEMU's `block-commit` with its hazards fenced.
+
+mod flush;
+mod name;
+mod preflight;
+#[cfg(test)]
+mod tests;
+
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use qapi::qmp::{self, JobStatus};
+
+use crate::error::{Error, Result};
+use crate::graph::{Disk, Graph, Layer, Range};
+use crate::jobs::{Goal, Job, Waited, Watch};
+use crate::monitor::{Execute, Monitor};
+use flush::Means;
+
+/// How long a step that copies nothing may take; QEMU lets the disk's I/O finish first.
+const LONGEST_STEP: Duration = Duration::from_secs(600);
+
+/// How a merge is to be done.
+#[derive(Clone, Debug, Default)]
+pub struct CommitOptions {
+    /// The backing name that the overlay above top gets; without it, base's name in the style that the
+    /// overlay had. Not for an active commit.
+    pub backing_file: Option<String>,
+    /// The limit in bytes per second, zero for none.
+    pub speed: u64,
+    /// Whether the persistent bitmaps of merged layers may be lost.
+    pub drop_bitmaps: bool,
+    /// The socket of an NBD server that this QEMU runs already, for flushing base; QEMU runs only one. Without
+    /// one, a server is started for it, and if that is not possible the guest is paused for a moment.
+    pub nbd_socket: Option<PathBuf>,
+}
+
+/// A planned merge of the layers above `base`, up to and including `top`, into base.
+#[derive(Clone, Debug)]
+pub struct Commit {
+    disk: String,
+    root: String,
+    base: Layer,
+    top: Layer,
+    above: Option<Layer>,
+    merged: Vec<Layer>,
+    /// The nodes of the layers that stay, from the top.
+    left: Vec<String>,
+    backing_file: Option<String>,
+    job_id: String,
+    options: CommitOptions,
+    means: Option<Means>,
+}
+
+/// What a merge left.
+#[derive(Clone, Debug)]
+pub struct Merged {
+    /// The disk as it is now.
+    pub disk: Disk,
+    /// Nodes of merged layers that QEMU keeps open, each with its reason.
+    pub still_open: Vec<(String, String)>,
+}
+
+impl Commit {
+    /// Plans the merge, and refuses what the graph shows to be impossible or harmful.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the reason.
+    pub fn plan(disk: &Disk, range: &Range<'_>, options: CommitOptions) -> Result<Self> {
+        let backing_file = match (range.above, &options.backing_file) {
+            (Some(above), given) => Some(name::backing_name(disk, range, above, given.as_deref())?),
+            (None, None) => None,
+            (None, Some(_)) => {
+                let why = "an active commit re-points no overlay, so it takes no backing name".into();
+                return Err(Error::Refused { why });
+            }
+        };
+        let is_merged = |l: &&Layer| l.index > range.base.index && l.index <= range.top.index;
+        let (merged, left): (Vec<_>, Vec<_>) = disk.layers().iter().partition(is_merged);
+        let mut commit = Self {
+            disk: disk.name().to_owned(),
+            root: disk.root().to_owned(),
+            base: range.base.clone(),
+            top: range.top.clone(),
+            above: range.above.cloned(),
+            merged: merged.into_iter().cloned().collect(),
+            left: left.into_iter().map(|l| l.node.clone()).collect(),
+            backing_file,
+            job_id: String::new(),
+            options,
+            means: None,
+        };
+        let (base, top) = (range.base.index, range.top.index);
+        commit.job_id = format!("{}{base}-{top}-{}", commit.job_prefix(), unique());
+        preflight::plan(&commit)?;
+        Ok(commit)
+    }
+
+    /// The id that the job will have; it says what is merged.
+    pub fn job_id(&self) -> &str {
+        &self.job_id
+    }
+
+    /// Whether the layer that the guest writes to is merged, so that the merge ends with a pivot.
+    pub fn is_active(&self) -> bool {
+        self.above.is_none()
+    }
+
+    /// The backing name that the overlay above top will have.
+    pub fn backing_file(&self) -> Option<&str> {
+        self.backing_file.as_deref()
+    }
+
+    /// The layers that are merged, from the top. As soon as the job starts they are no restore points any
+    /// more, and neither is base; top alone stays what it was.
+    pub fn merged(&self) -> &[Layer] {
+        &self.merged
+    }
+
+    /// Asks QEMU all that can be known before the job starts, and tries what it will have to do at the end:
+    /// writing the header of the overlay above top, and flushing base.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the reason; those of the commands.
+    pub fn preflight(&mut self, monitor: &(impl Monitor + ?Sized)) -> Result<()> {
+        self.means = preflight::ask(self, monitor)?;
+        Ok(())
+    }
+
+    /// Starts the job; it stops before it switches anything, and keeps its error.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] before [`Commit::preflight`] has passed; those of the command.
+    #[allow(deprecated, reason = "the struct of the schema has fields for file names, which stay empty")]
+    pub fn start<'m, M: Monitor + ?Sized>(&self, monitor: &'m M) -> Result<Job<'m, M>> {
+        if self.means.is_none() && !self.is_active() {
+            return Err(Error::Refused { why: "the merge has not passed its preflight".into() });
+        }
+        monitor.execute(&qmp::block_commit {
+            job_id: Some(self.job_id.clone()),
+            device: self.root.clone(),
+            base_node: Some(self.base.node.clone()),
+            top_node: (!self.is_active()).then(|| self.top.node.clone()),
+            backing_file: self.backing_file.clone(),
+            // Without it the header would name the driver of a base without a format as its format.
+            backing_mask_protocol: (!self.is_active() && self.base.protocol_node.is_none()).then_some(true),
+            speed: (self.options.speed > 0).then(|| i64::try_from(self.options.speed).unwrap_or(i64::MAX)),
+            on_error: Some(qmp::BlockdevOnError::stop),
+            filter_node_name: Some(format!("filter-{}", unique())),
+            auto_finalize: Some(false),
+            auto_dismiss: Some(false),
+            base: None,
+            top: None,
+        })?;
+        Ok(Job::new(monitor, self.job_id.clone()))
+    }
+
+    /// Ends an intermediate merge whose job is pending: flushes base, switches the overlay above top to it, and
+    /// closes what is no longer needed.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the job is not pending, or the flush fails: nothing is switched then, and the job
+    /// can be finished again or cancelled. [`Error::Job`] if the switch fails.
+    pub fn finish<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
+        require(job, JobStatus::pending)?;
+        self.flush_base(monitor)?;
+        self.switch(job, monitor)
+    }
+
+    /// Makes durable what base holds, its tables included, by the means that the preflight found.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] before [`Commit::preflight`] has passed, and for an active commit, where QEMU does
+    /// this itself; those of the flush.
+    pub fn flush_base(&self, monitor: &(impl Monitor + ?Sized)) -> Result<()> {
+        let Some(means) = &self.means else {
+            return Err(Error::Refused { why: "the merge has not passed its preflight".into() });
+        };
+        means.flush(monitor, &self.base.node)
+    }
+
+    /// Ends an active merge whose job is ready: the guest then writes to base.
+    ///
+    /// `before_switch` is called while the guest's writes are held and base equals the active layer: the
+    /// moment to note durably that base is the valid top. If it fails, the job is cancelled and the guest
+    /// stays where it was.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the job is not ready; that of `before_switch`; [`Error::Job`] if the switch fails.
+    pub fn pivot<M: Monitor + ?Sized>(
+        &self,
+        job: &Job<'_, M>,
+        monitor: &M,
+        before_switch: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Merged> {
+        require(job, JobStatus::ready)?;
+        job.complete()?;
+        match job.wait(Goal::Pending, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
+            Waited::Reached(_) => {}
+            Waited::Concluded(_) => return Err(failure(job)),
+            other => return Err(Error::Job { id: self.job_id.clone(), why: stuck(&other) }),
+        }
+        if let Err(error) = before_switch() {
+            self.cancel(job)?;
+            return Err(error);
+        }
+        self.switch(job, monitor)
+    }
+
+    /// Cancels the job and waits until it is gone. The chain is as it was; base and the layers between it and
+    /// top hold what was copied so far, which the guest does not see.
+    ///
+    /// # Errors
+    /// Those of the commands; [`Error::Job`] if the job cannot be cancelled any more.
+    pub fn cancel<M: Monitor + ?Sized>(&self, job: &Job<'_, M>) -> Result<()> {
+        job.cancel()?;
+        match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
+            Waited::Reached(state) => {
+                let cancelled = state.error.is_some();
+                // The result of a cancelled job is always an error; what counts is that it is taken.
+                let taken = job.take_result();
+                match taken {
+                    Err(Error::Job { .. }) if cancelled => Ok(()),
+                    Err(error) => Err(error),
+                    Ok(_) => Err(Error::Job {
+                        id: self.job_id.clone(),
+                        why: "it was done before it was cancelled".into(),
+                    }),
+                }
+            }
+            Waited::Vanished => Ok(()),
+            other => Err(Error::Job { id: self.job_id.clone(), why: stuck(&other) }),
+        }
+    }
+
+    fn switch<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
+        job.finalize()?;
+        match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
+            Waited::Reached(_) | Waited::Vanished => job.take_result()?,
+            other => return Err(Error::Job { id: self.job_id.clone(), why: stuck(&other) }),
+        };
+        let still_open = self.close(monitor)?;
+        let graph = Graph::ask(monitor)?;
+        let disk = graph.disks().iter().find(|d| d.layers().iter().map(|l| &l.node).eq(&self.left)).cloned();
+        disk.map(|disk| Merged { disk, still_open }).ok_or_else(|| Error::Job {
+            id: self.job_id.clone(),
+            why: format!("QEMU called it done, but no disk has the chain {}", self.left.join(", ")),
+        })
+    }
+
+    /// Closes the nodes of merged layers that have names of the user's: QEMU keeps them, and their files, open.
+    fn close(&self, monitor: &(impl Monitor + ?Sized)) -> Result<Vec<(String, String)>> {
+        let mut still_open = Vec::new();
+        for layer in &self.merged {
+            for node in [Some(&layer.node), layer.protocol_node.as_ref()].into_iter().flatten() {
+                if node.starts_with('#') {
+                    continue;
+                }
+                match monitor.execute(&qmp::blockdev_del { node_name: node.clone() }) {
+                    Ok(_) => {}
+                    Err(Error::Command { failure, .. }) => {
+                        still_open.push((node.clone(), failure.description))
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(still_open)
+    }
+
+    fn nodes(&self) -> impl Iterator<Item = &String> {
+        self.left.iter().chain(self.merged.iter().map(|l| &l.node))
+    }
+
+    /// What the ids of all merges of this disk begin with.
+    fn job_prefix(&self) -> String {
+        let valid = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' };
+        format!("merge-{}-", self.disk.chars().take(40).map(valid).collect::<String>())
+    }
+}
+
+fn require<M: Monitor + ?Sized>(job: &Job<'_, M>, wanted: JobStatus) -> Result<()> {
+    match job.state()? {
+        Some(state) if state.status == wanted => Ok(()),
+        Some(state) if state.status == JobStatus::concluded => Err(failure(job)),
+        Some(state) => Err(Error::Refused {
+            why: format!("the job {} is {:?}, not {:?}", job.id(), state.status, wanted),
+        }),
+        None => Err(Error::Job { id: job.id().to_owned(), why: "QEMU does not know it".into() }),
+    }
+}
+
+/// The error of a job that has concluded too early; the job is forgotten.
+fn failure<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Error {
+    match job.take_result() {
+        Err(error) => error,
+        Ok(_) => Error::Job { id: job.id().to_owned(), why: "it ended before it was told to".into() },
+    }
+}
+
+fn stuck(waited: &Waited) -> String {
+    match waited {
+        Waited::Stalled(_) => "it met an error and stands still".into(),
+        Waited::Vanished => "it has vanished".into(),
+        Waited::TimeUp(job) => format!("it is still {:?}", job.status),
+        Waited::Concluded(job) | Waited::Reached(job) | Waited::Stopped(job) => {
+            format!("it is {:?}", job.status)
+        }
+    }
+}
+
+/// Eight hexadecimal digits, others each time. Should they ever meet a name that is in use, QEMU refuses it.
+pub(crate) fn unique() -> String {
+    // The standard library's only source of randomness.
+    let bits = RandomState::new().hash_one(std::process::id());
+    format!("{:08x}", bits & 0xffff_ffff)
+}

@@ -1,0 +1,89 @@
+//! The backing name that the overlay above top gets.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::graph::{Disk, Layer, Range};
+
+/// The name under which the overlay above top will find base.
+///
+/// A name is kept in the style that the overlay had: relative stays relative if base lies in the same folder
+/// or below it. A `json:` name is never written: QEMU opens it, but the tools for stopped images do not.
+/// Where base has no path, the name is the one that the layer above base has for it.
+///
+/// # Errors
+/// [`Error::Refused`] if no such name is known, or if it is seen here that it leads to another file.
+pub(super) fn backing_name(
+    disk: &Disk,
+    range: &Range<'_>,
+    above: &Layer,
+    given: Option<&str>,
+) -> Result<String> {
+    let name = match given {
+        Some(name) => name.to_owned(),
+        None => proposed(disk, range, above)?,
+    };
+    if name.is_empty() || name.starts_with("json:") {
+        return Err(refused(format!(
+            "'{name}' is no backing name that every tool can read; give another one"
+        )));
+    }
+    if let (Some(resolved), Some(base)) = (resolve(&name, &above.file), identity(Path::new(&range.base.file)))
+        && identity(&resolved) != Some(base)
+    {
+        let (resolved, base) = (resolved.display(), &range.base.file);
+        return Err(refused(format!("the backing name '{name}' would lead to {resolved}, not to {base}")));
+    }
+    Ok(name)
+}
+
+fn proposed(disk: &Disk, range: &Range<'_>, above: &Layer) -> Result<String> {
+    let base = &range.base.file;
+    if !base.starts_with('/') {
+        // An address, or a name that is relative to QEMU's folder: trust what the layer above base says.
+        let lowest = disk.layers().iter().find(|l| l.index == range.base.index + 1);
+        let known = lowest.and_then(|l| l.backing.as_ref()).filter(|b| !b.name.starts_with("json:"));
+        let same_folder = |b: &str| {
+            has_protocol(b) || b.starts_with('/') || lowest.is_some_and(|l| folder(l) == folder(above))
+        };
+        return match known {
+            Some(backing) if same_folder(&backing.name) => Ok(backing.name.clone()),
+            _ => Err(refused(format!("no backing name for {base} is known; give one"))),
+        };
+    }
+    let was_relative =
+        above.backing.as_ref().is_some_and(|b| !b.name.starts_with('/') && !has_protocol(&b.name));
+    let relative = Path::new(base).strip_prefix(folder(above)).ok().and_then(Path::to_str);
+    Ok(match relative {
+        Some(relative) if was_relative && relative.contains(':') => format!("./{relative}"),
+        Some(relative) if was_relative => relative.to_owned(),
+        _ => base.clone(),
+    })
+}
+
+fn folder(layer: &Layer) -> &Path {
+    Path::new(&layer.file).parent().unwrap_or(Path::new(""))
+}
+
+/// Whether QEMU takes the beginning of the name for a protocol.
+fn has_protocol(name: &str) -> bool {
+    name.find(':').is_some_and(|colon| !name[..colon].contains('/'))
+}
+
+/// Where a name in the header of `overlay` leads; `None` if it is no file's.
+fn resolve(name: &str, overlay: &str) -> Option<PathBuf> {
+    if has_protocol(name) {
+        return None;
+    }
+    Path::new(overlay).is_absolute().then(|| Path::new(overlay).parent().map(|folder| folder.join(name)))?
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
+}
+
+fn refused(why: String) -> Error {
+    Error::Refused { why }
+}

@@ -1,0 +1,109 @@
+//! What is asked before a merge begins: all that would make it fail, or do harm, half-way.
+
+use qapi::qmp;
+use serde_json::json;
+
+use super::Commit;
+use super::flush::Means;
+use crate::error::{Error, Result};
+use crate::jobs::jobs;
+use crate::monitor::{Execute, Monitor};
+
+/// Checks that need only the graph.
+pub(super) fn plan(commit: &Commit) -> Result<()> {
+    let refuse = |why: String| Err(Error::Refused { why });
+    let (base, top) = (&commit.base, &commit.top);
+    if let Some(node) = commit.nodes().find(|node| node.starts_with("libvirt-")) {
+        let (disk, base, top) = (&commit.disk, &base.file, &top.file);
+        let active = if commit.above.is_none() { " --active" } else { "" };
+        return refuse(format!(
+            "the node {node} belongs to libvirt, which would lose track of the disk; use: \
+             virsh blockcommit DOMAIN {disk} --base {base} --top {top}{active} --wait --verbose"
+        ));
+    }
+    let grows = base.virtual_size < top.virtual_size;
+    let driver = base.protocol.as_deref().unwrap_or(&base.format);
+    if grows && driver != "file" {
+        return refuse(format!(
+            "{} has {} bytes and must grow to {}, which the driver {driver} cannot do",
+            base.file, base.virtual_size, top.virtual_size
+        ));
+    }
+    match &commit.above {
+        // QEMU shows base's old bytes where top showed zeros.
+        Some(above) if top.virtual_size < above.virtual_size && top.virtual_size < base.virtual_size => {
+            return refuse(format!(
+                "{} is shorter than the overlay above it and than {}: the bytes of base past its end would \
+                 show; stop the guest and merge offline",
+                top.file, base.file
+            ));
+        }
+        // The check that the overlay can be written would write the wrong format.
+        Some(above) if above.format != top.format => {
+            return refuse(format!("{} and {} differ in format", above.file, top.file));
+        }
+        None if top.virtual_size < base.virtual_size => {
+            return refuse(format!(
+                "{} is longer than {}: the disk would change its size",
+                base.file, top.file
+            ));
+        }
+        _ => {}
+    }
+    let bitmaps: Vec<_> = commit.merged.iter().flat_map(|l| &l.bitmaps).cloned().collect();
+    if !commit.options.drop_bitmaps && !bitmaps.is_empty() {
+        return refuse(format!("these persistent bitmaps would be lost: {}", bitmaps.join(", ")));
+    }
+    Ok(())
+}
+
+/// Checks that need QEMU. They change nothing, and leave the guest running.
+pub(super) fn ask(commit: &Commit, monitor: &(impl Monitor + ?Sized)) -> Result<Option<Means>> {
+    let refuse = |why: String| Err(Error::Refused { why });
+    if let Some(status) = known(monitor, "query-status")? {
+        let status = status["status"].as_str().unwrap_or_default().to_owned();
+        if ["inmigrate", "finish-migrate", "postmigrate", "save-vm", "restore-vm"].contains(&&*status) {
+            return refuse(format!("the guest is being moved or saved ({status})"));
+        }
+    }
+    if let Some(migration) = known(monitor, "query-migrate")? {
+        let status = migration["status"].as_str().unwrap_or("none").to_owned();
+        if !["none", "completed", "failed", "cancelled"].contains(&&*status) {
+            return refuse(format!("a migration is under way ({status})"));
+        }
+    }
+    let own = commit.job_prefix();
+    if let Some(job) = jobs(monitor)?.into_iter().find(|job| job.id.starts_with(&own)) {
+        return refuse(format!("the job {} of this disk is {:?}; end it first", job.id, job.status));
+    }
+    let Some(above) = &commit.above else { return Ok(None) };
+    guard(commit, monitor, &above.node)?;
+    Means::find(monitor, &commit.base.node, commit.options.nbd_socket.as_deref()).map(Some)
+}
+
+/// Has QEMU write the header of the overlay above top with the name that it has already.
+///
+/// QEMU 10.0.2 opens that file for writing only at the end of the job, and crashes if it cannot. This needs
+/// the same, and fails with an error.
+fn guard(commit: &Commit, monitor: &(impl Monitor + ?Sized), node: &str) -> Result<()> {
+    let Some(backing) = commit.above.as_ref().and_then(|a| a.backing.as_ref()) else {
+        return Err(Error::Refused {
+            why: "the header of the overlay above top names no backing file".into(),
+        });
+    };
+    let same = qmp::change_backing_file {
+        device: commit.root.clone(),
+        image_node_name: node.to_owned(),
+        backing_file: backing.name.clone(),
+    };
+    monitor.execute(&same).map(drop)
+}
+
+/// The answer to a question that a storage daemon does not know.
+fn known(monitor: &(impl Monitor + ?Sized), command: &str) -> Result<Option<serde_json::Value>> {
+    match monitor.query(command, json!({})) {
+        Ok(answer) => Ok(Some(answer)),
+        Err(Error::Command { failure, .. }) if failure.class == "CommandNotFound" => Ok(None),
+        Err(error) => Err(error),
+    }
+}

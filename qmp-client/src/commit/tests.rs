@@ -1,0 +1,169 @@
+//! Plans on graphs that QEMU told, with a field changed here and there.
+
+use super::*;
+use crate::replay::Replay;
+
+const BLOCKDEV: &str = include_str!("../../testdata/transcripts/discovery-blockdev.jsonl");
+const NBD: &str = include_str!("../../testdata/transcripts/discovery-nbd.jsonl");
+
+fn disk(transcript: &str) -> Disk {
+    Graph::ask(&Replay::of(transcript)).unwrap().disks()[0].clone()
+}
+
+fn plan(disk: &Disk, base: usize, top: usize, options: CommitOptions) -> Result<Commit> {
+    let layer = |n: usize| disk.layer(&format!("[{n}]")).unwrap();
+    Commit::plan(disk, &disk.range(layer(base), layer(top))?, options)
+}
+
+fn why(result: Result<Commit>) -> String {
+    match result.unwrap_err() {
+        Error::Refused { why } => why,
+        other => panic!("{other}"),
+    }
+}
+
+/// The transcript with the size of one file's image changed.
+fn resized(transcript: &str, file: &str, size: u64) -> String {
+    let name = format!("\"filename\":\"{file}\",\"format\":\"qcow2\"");
+    let lines = transcript.lines().map(|line| {
+        let mut line = line.to_owned();
+        let mut from = 0;
+        while let Some(at) = line[from..].find(&name).map(|at| at + from) {
+            let size_at = line[..at].rfind("\"virtual-size\":").unwrap() + 15;
+            let size_end = size_at + line[size_at..].find(',').unwrap();
+            line.replace_range(size_at..size_end, &size.to_string());
+            from = at + name.len();
+        }
+        line
+    });
+    lines.map(|line| line + "\n").collect()
+}
+
+#[test]
+fn an_intermediate_merge_names_base_as_the_overlay_named_top() {
+    let disk_at = |text: &str| disk(text);
+    let commit = plan(&disk_at(BLOCKDEV), 1, 4, CommitOptions::default()).unwrap();
+    assert_eq!(commit.backing_file(), Some("/vm/a/base.qcow2"));
+    assert!(!commit.is_active());
+    assert_eq!(commit.merged().iter().map(|l| l.index).collect::<Vec<_>>(), [4, 3, 2]);
+    assert!(commit.job_id().starts_with("merge-vda-1-4-"), "{}", commit.job_id());
+
+    let relative = BLOCKDEV.replace("\"backing-filename\":\"/vm/a/", "\"backing-filename\":\"");
+    let commit = plan(&disk_at(&relative), 1, 4, CommitOptions::default()).unwrap();
+    assert_eq!(commit.backing_file(), Some("base.qcow2"));
+
+    let colon = relative.replace("/vm/a/base.qcow2", "/vm/a/ba:se.qcow2");
+    let commit = plan(&disk_at(&colon), 1, 4, CommitOptions::default()).unwrap();
+    assert_eq!(commit.backing_file(), Some("./ba:se.qcow2"));
+
+    let elsewhere = relative.replace("/vm/a/base.qcow2", "/vm/b/base.qcow2");
+    let commit = plan(&disk_at(&elsewhere), 1, 4, CommitOptions::default()).unwrap();
+    assert_eq!(commit.backing_file(), Some("/vm/b/base.qcow2"));
+}
+
+#[test]
+fn a_base_behind_nbd_keeps_the_spelling_that_its_overlay_had() {
+    let commit = plan(&disk(NBD), 1, 2, CommitOptions::default()).unwrap();
+    assert_eq!(commit.backing_file(), Some("nbd+unix:///?socket=/vm/j/n.sock"));
+    // QEMU could not write that name: it would be read as another address.
+    let json = NBD.replace("\"backing-filename\":\"nbd+unix:///", "\"backing-filename\":\"json:{}");
+    assert!(why(plan(&disk(&json), 1, 2, CommitOptions::default())).contains("give one"));
+}
+
+#[test]
+fn json_is_never_written_into_a_header() {
+    let options =
+        CommitOptions { backing_file: Some("json:{\"driver\":\"qcow2\"}".into()), ..Default::default() };
+    assert!(why(plan(&disk(BLOCKDEV), 1, 3, options)).contains("json:"));
+}
+
+#[test]
+fn a_backing_name_that_leads_elsewhere_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path().to_str().unwrap();
+    for file in ["base", "s1", "s2", "s3", "active"] {
+        std::fs::write(folder.path().join(format!("{file}.qcow2")), "").unwrap();
+    }
+    let disk = disk(&BLOCKDEV.replace("/vm/a", here));
+    let given = |name: &str| CommitOptions { backing_file: Some(name.into()), ..Default::default() };
+    assert!(plan(&disk, 1, 3, given("./base.qcow2")).is_ok());
+    assert!(why(plan(&disk, 1, 3, given("s1.qcow2"))).contains("would lead to"));
+    assert!(why(plan(&disk, 1, 3, given("gone.qcow2"))).contains("would lead to"));
+}
+
+#[test]
+fn an_active_commit_takes_no_backing_name() {
+    let disk = disk(BLOCKDEV);
+    let commit = plan(&disk, 1, 5, CommitOptions::default()).unwrap();
+    assert!(commit.is_active() && commit.backing_file().is_none());
+    let options = CommitOptions { backing_file: Some("base.qcow2".into()), ..Default::default() };
+    assert!(why(plan(&disk, 1, 5, options)).contains("active"));
+}
+
+#[test]
+fn a_short_top_over_a_longer_base_is_refused_with_the_offline_way() {
+    let short = disk(&resized(BLOCKDEV, "/vm/a/s2.qcow2", 4 << 20));
+    assert!(why(plan(&short, 1, 3, CommitOptions::default())).contains("merge offline"));
+    assert!(plan(&short, 1, 4, CommitOptions::default()).is_ok(), "a short layer in between is no harm");
+    let short = disk(&resized(BLOCKDEV, "/vm/a/active.qcow2", 4 << 20));
+    assert!(why(plan(&short, 1, 5, CommitOptions::default())).contains("change its size"));
+}
+
+#[test]
+fn a_base_that_must_grow_but_cannot_is_refused() {
+    let small = NBD.replace(
+        "\"virtual-size\":67108864,\"filename\":\"nbd+unix",
+        "\"virtual-size\":4194304,\"filename\":\"nbd+unix",
+    );
+    assert!(why(plan(&disk(&small), 1, 2, CommitOptions::default())).contains("must grow"));
+    let small = disk(&resized(BLOCKDEV, "/vm/a/base.qcow2", 4 << 20));
+    assert!(plan(&small, 1, 3, CommitOptions::default()).is_ok(), "files grow");
+}
+
+#[test]
+fn disks_of_libvirt_are_left_to_libvirt() {
+    let owned = BLOCKDEV.replace("\"s1-fmt\"", "\"libvirt-4-format\"");
+    let why = why(plan(&disk(&owned), 1, 3, CommitOptions::default()));
+    assert!(
+        why.contains("virsh blockcommit DOMAIN vda --base /vm/a/base.qcow2 --top /vm/a/s2.qcow2"),
+        "{why}"
+    );
+}
+
+#[test]
+fn bitmaps_of_merged_layers_are_kept_unless_they_may_go() {
+    let with = BLOCKDEV.replace(
+        "\"node-name\":\"s1-fmt\",\"backing_file_depth\"",
+        "\"node-name\":\"s1-fmt\",\"dirty-bitmaps\":[{\"name\":\"bk0\",\"persistent\":true}],\"backing_file_depth\"",
+    );
+    let disk = disk(&with);
+    assert!(why(plan(&disk, 1, 3, CommitOptions::default())).contains("bk0"));
+    assert!(plan(&disk, 1, 3, CommitOptions { drop_bitmaps: true, ..Default::default() }).is_ok());
+    assert!(plan(&disk, 2, 3, CommitOptions::default()).is_ok(), "those of base stay");
+}
+
+#[test]
+fn nothing_starts_before_the_preflight() {
+    let commit = plan(&disk(BLOCKDEV), 1, 3, CommitOptions::default()).unwrap();
+    let nobody = Replay::default();
+    assert!(matches!(commit.start(&nobody), Err(Error::Refused { .. })));
+    assert!(nobody.asked.borrow().is_empty());
+}
+
+#[test]
+fn a_migration_or_a_job_of_ours_is_found_before_anything_is_written() {
+    let mut commit = plan(&disk(BLOCKDEV), 1, 3, CommitOptions::default()).unwrap();
+    let answer = |name: &str, id: u64, value: &str| {
+        format!("{{\"execute\":\"{name}\",\"id\":{id}}}\n{{\"return\":{value},\"id\":{id}}}\n")
+    };
+    let moving = Replay::of(&answer("query-migrate", 1, "{\"status\":\"active\"}"));
+    let error = commit.preflight(&moving).unwrap_err().to_string();
+    assert!(error.contains("migration"), "{error}");
+
+    let job = "[{\"id\":\"merge-vda-1-2-00\",\"type\":\"commit\",\"status\":\"concluded\",\
+               \"current-progress\":0,\"total-progress\":0}]";
+    let left = Replay::of(&(answer("query-jobs", 1, job) + &answer("query-block-jobs", 2, "[]")));
+    let error = commit.preflight(&left).unwrap_err().to_string();
+    assert!(error.contains("merge-vda-1-2-00"), "{error}");
+    assert!(left.asked.borrow().iter().all(|(command, _)| command.starts_with("query-")));
+}

@@ -1,0 +1,170 @@
+//! A qemu-storage-daemon with a chain of small images, for tests that need the real thing.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use qmp_client::{Address, Connection, Disk, Graph, Options};
+use tempfile::TempDir;
+
+/// Whether the tools are here. Without them a test says so and passes, but fails where `CI` is set.
+pub(crate) fn tools_are_here() -> bool {
+    let missing: Vec<_> = ["qemu-storage-daemon", "qemu-img", "qemu-io"]
+        .into_iter()
+        .filter(|tool| Command::new(tool).arg("--version").stdout(Stdio::null()).status().is_err())
+        .collect();
+    if missing.is_empty() {
+        return true;
+    }
+    assert!(std::env::var_os("CI").is_none(), "{missing:?} must be installed for the tests of live merges");
+    eprintln!("SKIPPED: {missing:?} not installed, so no live merge was tested");
+    false
+}
+
+pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{program} {arguments:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// How a chain is made.
+#[derive(Clone, Copy)]
+pub(crate) struct Make {
+    pub(crate) layers: usize,
+    pub(crate) relative: bool,
+    pub(crate) raw_base: bool,
+    pub(crate) size: &'static str,
+}
+
+impl Default for Make {
+    fn default() -> Self {
+        Self { layers: 4, relative: true, raw_base: false, size: "16M" }
+    }
+}
+
+/// Images `1.img` (the base) to `N.img` (active) in a folder of their own, each with a MiB of its own
+/// bytes, and a MiB that each of them has.
+pub(crate) struct Chain {
+    pub(crate) folder: TempDir,
+    pub(crate) layers: usize,
+}
+
+impl Chain {
+    pub(crate) fn new(make: Make) -> Self {
+        let chain = Self { folder: tempfile::tempdir().unwrap(), layers: make.layers };
+        for n in 1..=make.layers {
+            let file = chain.name(n);
+            let format = if n == 1 && make.raw_base { "raw" } else { "qcow2" };
+            let below = if make.relative { format!("{}.img", n - 1) } else { chain.name(n - 1) };
+            let below_format = if n == 2 && make.raw_base { "raw" } else { "qcow2" };
+            let mut arguments = vec!["create", "-q", "-f", format];
+            if n > 1 {
+                arguments.extend(["-b", &below, "-F", below_format]);
+            }
+            arguments.extend([file.as_str(), make.size]);
+            run("qemu-img", &arguments);
+            if n <= 15 {
+                let own = format!("write -q -P {n} {n}M 1M");
+                let common = format!("write -q -P {n} 0 1M");
+                run("qemu-io", &["-f", format, "-c", &own, "-c", &common, &file]);
+            }
+        }
+        chain
+    }
+
+    pub(crate) fn path(&self, n: usize) -> PathBuf {
+        self.folder.path().join(format!("{n}.img"))
+    }
+
+    pub(crate) fn name(&self, n: usize) -> String {
+        self.path(n).to_str().unwrap().to_owned()
+    }
+
+    /// What the guest sees through this layer, as a raw file's bytes.
+    pub(crate) fn bytes(&self, n: usize) -> Vec<u8> {
+        let format = self.info(n, "file format").unwrap();
+        let out = self.folder.path().join("bytes.raw");
+        run("qemu-img", &["convert", "-U", "-f", &format, "-O", "raw", &self.name(n), out.to_str().unwrap()]);
+        std::fs::read(out).unwrap()
+    }
+
+    /// The line of `qemu-img info` that begins with these words.
+    pub(crate) fn info(&self, n: usize, line: &str) -> Option<String> {
+        let info = run("qemu-img", &["info", "-U", &self.name(n)]);
+        info.lines().find_map(|l| l.strip_prefix(line).map(|rest| rest.trim_start_matches(": ").to_owned()))
+    }
+
+    pub(crate) fn check(&self, n: usize) {
+        run("qemu-img", &["check", "-q", "-f", "qcow2", &self.name(n)]);
+    }
+}
+
+/// A running daemon that serves the chain's active layer; it is killed with the value.
+pub(crate) struct Daemon {
+    pub(crate) child: Child,
+    pub(crate) socket: PathBuf,
+}
+
+impl Daemon {
+    /// Serves the chain; with an NBD server of its own where `nbd` says where.
+    pub(crate) fn serve(chain: &Chain, nbd: Option<&Path>) -> Self {
+        Self::spawn(Command::new("qemu-storage-daemon"), chain, nbd)
+    }
+
+    pub(crate) fn spawn(mut command: Command, chain: &Chain, nbd: Option<&Path>) -> Self {
+        let folder = chain.folder.path();
+        let socket = folder.join("qmp.sock");
+        let _ = std::fs::remove_file(&socket);
+        let node = format!(
+            "{{\"driver\":\"qcow2\",\"node-name\":\"top\",\"file\":{{\"driver\":\"file\",\"filename\":\"{}\"}}}}",
+            chain.name(chain.layers)
+        );
+        command
+            .arg("--chardev")
+            .arg(format!("socket,id=c0,path={},server=on,wait=off", socket.display()))
+            .args(["--monitor", "chardev=c0", "--blockdev", &node]);
+        match nbd {
+            Some(nbd) => command
+                .arg("--nbd-server")
+                .arg(format!("addr.type=unix,addr.path={}", nbd.display()))
+                .args(["--export", "type=nbd,id=disk0,node-name=top,name=x,writable=on"]),
+            None => command.arg("--export").arg(format!(
+                "type=vhost-user-blk,id=disk0,node-name=top,writable=on,addr.type=unix,addr.path={}",
+                folder.join("vhost.sock").display()
+            )),
+        };
+        let child = command.stderr(Stdio::inherit()).spawn().unwrap();
+        Self { child, socket }
+    }
+
+    pub(crate) fn connect(&self) -> Connection {
+        let address = Address::Unix(self.socket.clone());
+        Connection::reconnect(&address, &Options::default(), Duration::from_secs(20)).unwrap()
+    }
+
+    /// Kills it as a power cut would, and waits until its locks are gone.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub(crate) fn wait_for_its_end(&mut self) {
+        let start = Instant::now();
+        while self.child.try_wait().unwrap().is_none() {
+            assert!(start.elapsed() < Duration::from_secs(20), "the daemon does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub(crate) fn disk(monitor: &Connection) -> Disk {
+    Graph::ask(monitor).unwrap().disk("disk0").unwrap().clone()
+}

@@ -1,0 +1,369 @@
+//! Snapshots and merges on a real qemu-storage-daemon, judged by qemu-img.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::process::Command;
+use std::time::Duration;
+
+use common::{Chain, Daemon, Make, disk, run, tools_are_here};
+use qmp_client::qapi::qmp::JobStatus;
+use qmp_client::{
+    Address, Commit, CommitOptions, Connection, Disk, Error, Execute, Goal, Job, Monitor, Options, Waited,
+    Watch, jobs, snapshot,
+};
+use serde_json::json;
+
+fn plan(disk: &Disk, base: &str, top: &str, options: CommitOptions) -> Commit {
+    let range = disk.range(disk.layer(base).unwrap(), disk.layer(top).unwrap()).unwrap();
+    Commit::plan(disk, &range, options).unwrap()
+}
+
+fn wait(job: &Job<'_, Connection>, goal: Goal) {
+    let waited = job.wait(goal, Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+    assert!(matches!(waited, Waited::Reached(_)), "{waited:?}");
+}
+
+fn indexes(disk: &Disk) -> Vec<(usize, String)> {
+    let name = |file: &str| file.rsplit('/').next().unwrap_or_default().to_owned();
+    disk.layers().iter().map(|l| (l.index, name(&l.file))).collect()
+}
+
+fn listed(expected: &[(usize, &str)]) -> Vec<(usize, String)> {
+    expected.iter().map(|(n, f)| (*n, (*f).to_owned())).collect()
+}
+
+#[test]
+fn an_intermediate_merge_keeps_the_bytes_and_the_style_of_the_name() {
+    if !tools_are_here() {
+        return;
+    }
+    for (relative, raw_base) in [(true, false), (false, true)] {
+        let chain = Chain::new(Make { relative, raw_base, ..Make::default() });
+        let before = chain.bytes(4);
+        let daemon = Daemon::serve(&chain, None);
+        let monitor = daemon.connect();
+        let disk = disk(&monitor);
+        assert_eq!(indexes(&disk), listed(&[(4, "4.img"), (3, "3.img"), (2, "2.img"), (1, "1.img")]));
+
+        let mut commit = plan(&disk, "[1]", "[3]", CommitOptions::default());
+        commit.preflight(&monitor).unwrap();
+        assert_eq!(
+            chain.info(4, "backing file format").as_deref(),
+            Some("qcow2"),
+            "the guard changes nothing"
+        );
+        let job = commit.start(&monitor).unwrap();
+        wait(&job, Goal::Pending);
+        assert!(chain.info(4, "backing file").unwrap().starts_with(&if relative {
+            "3.img".into()
+        } else {
+            chain.name(3)
+        }));
+        let merged = commit.finish(&job, &monitor).unwrap();
+        assert_eq!(indexes(&merged.disk), listed(&[(2, "4.img"), (1, "1.img")]));
+        assert!(merged.still_open.is_empty(), "{:?}", merged.still_open);
+        assert!(jobs(&monitor).unwrap().is_empty(), "the job is dismissed");
+
+        let backing = chain.info(4, "backing file").unwrap();
+        let expected = if relative { "1.img".to_owned() } else { chain.name(1) };
+        assert_eq!(backing.split(" (").next().unwrap(), expected);
+        let format = chain.info(4, "backing file format").unwrap();
+        assert_eq!(format, if raw_base { "raw" } else { "qcow2" });
+        drop(daemon);
+        assert!(chain.bytes(4) == before, "the guest sees other bytes");
+        chain.check(4);
+        if !raw_base {
+            chain.check(1);
+        }
+    }
+}
+
+#[test]
+fn an_active_merge_pivots_after_the_hook() {
+    if !tools_are_here() {
+        return;
+    }
+    let chain = Chain::new(Make { relative: false, ..Make::default() });
+    let before = chain.bytes(4);
+    let daemon = Daemon::serve(&chain, None);
+    let monitor = daemon.connect();
+    let mut commit = plan(&disk(&monitor), "[1]", "[4]", CommitOptions::default());
+    assert!(commit.is_active());
+    commit.preflight(&monitor).unwrap();
+    let job = commit.start(&monitor).unwrap();
+    wait(&job, Goal::Ready);
+    let mut held = None;
+    let merged = commit
+        .pivot(&job, &monitor, &mut || {
+            held = job.state()?.map(|j| j.status);
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(held, Some(JobStatus::pending));
+    assert_eq!(indexes(&merged.disk), listed(&[(1, "1.img")]));
+    assert!(!merged.disk.active().read_only);
+    assert!(merged.still_open.is_empty(), "{:?}", merged.still_open);
+    drop(daemon);
+    assert!(chain.bytes(1) == before, "the guest sees other bytes");
+    chain.check(1);
+}
+
+#[test]
+fn a_pivot_whose_hook_fails_leaves_the_guest_where_it_was() {
+    if !tools_are_here() {
+        return;
+    }
+    let chain = Chain::new(Make::default());
+    let before = chain.bytes(4);
+    let daemon = Daemon::serve(&chain, None);
+    let monitor = daemon.connect();
+    let mut commit = plan(&disk(&monitor), "[1]", "[4]", CommitOptions::default());
+    commit.preflight(&monitor).unwrap();
+    let job = commit.start(&monitor).unwrap();
+    wait(&job, Goal::Ready);
+    let hook = &mut || Err(Error::Refused { why: "the state file is on a full disk".into() });
+    let error = commit.pivot(&job, &monitor, hook).unwrap_err().to_string();
+    assert!(error.contains("full disk"), "{error}");
+    assert!(jobs(&monitor).unwrap().is_empty());
+    assert_eq!(disk(&monitor).layers().len(), 4);
+    assert!(disk(&monitor).layers()[3].read_only, "base is open for reading only again");
+    drop(daemon);
+    assert!(chain.bytes(4) == before, "the guest sees other bytes");
+}
+
+#[test]
+fn a_cancelled_merge_leaves_the_chain_and_the_bytes() {
+    if !tools_are_here() {
+        return;
+    }
+    for (top, goal) in [("[3]", Some(Goal::Pending)), ("[4]", Some(Goal::Ready)), ("[3]", None)] {
+        let chain = Chain::new(Make::default());
+        let before = chain.bytes(4);
+        let daemon = Daemon::serve(&chain, None);
+        let monitor = daemon.connect();
+        let options =
+            CommitOptions { speed: if goal.is_none() { 64 << 10 } else { 0 }, ..Default::default() };
+        let mut commit = plan(&disk(&monitor), "[1]", top, options);
+        commit.preflight(&monitor).unwrap();
+        let job = commit.start(&monitor).unwrap();
+        if let Some(goal) = goal {
+            wait(&job, goal);
+        } else {
+            assert_eq!(job.state().unwrap().unwrap().status, JobStatus::running);
+            assert!(matches!(commit.finish(&job, &monitor), Err(Error::Refused { .. })), "too early");
+            job.pause().unwrap();
+            job.resume().unwrap();
+            job.set_speed(128 << 10).unwrap();
+            assert_eq!(job.state().unwrap().unwrap().block.unwrap().speed, 128 << 10);
+        }
+        commit.cancel(&job).unwrap();
+        assert!(jobs(&monitor).unwrap().is_empty());
+        assert_eq!(disk(&monitor).layers().len(), 4);
+        drop(daemon);
+        assert!(chain.bytes(4) == before, "the guest sees other bytes");
+        assert!(chain.info(4, "backing file").unwrap().starts_with("3.img"));
+    }
+}
+
+#[test]
+fn base_is_durable_before_the_switch() {
+    if !tools_are_here() {
+        return;
+    }
+    // Killed while it waits, QEMU leaves base without its tables, unless base was flushed.
+    for (own_server, flush) in [(true, true), (false, true), (true, false)] {
+        let chain = Chain::new(Make::default());
+        let expected = chain.bytes(3);
+        let nbd = chain.folder.path().join("nbd.sock");
+        let mut daemon = Daemon::serve(&chain, (!own_server).then_some(nbd.as_path()));
+        let monitor = daemon.connect();
+        let nbd_socket = (!own_server).then_some(nbd);
+        let options = CommitOptions { nbd_socket, ..Default::default() };
+        let mut commit = plan(&disk(&monitor), "[1]", "[3]", options);
+        commit.preflight(&monitor).unwrap();
+        let job = commit.start(&monitor).unwrap();
+        wait(&job, Goal::Pending);
+        if flush {
+            commit.flush_base(&monitor).unwrap();
+        }
+        daemon.kill();
+        assert_eq!(chain.bytes(1) == expected, flush, "flushed: {flush}");
+    }
+}
+
+#[test]
+fn without_a_way_to_flush_base_nothing_begins() {
+    if !tools_are_here() {
+        return;
+    }
+    let chain = Chain::new(Make::default());
+    let daemon = Daemon::serve(&chain, Some(&chain.folder.path().join("nbd.sock")));
+    let monitor = daemon.connect();
+    let mut commit = plan(&disk(&monitor), "[1]", "[3]", CommitOptions::default());
+    let error = commit.preflight(&monitor).unwrap_err().to_string();
+    assert!(error.contains("cannot be flushed") && error.contains("already running"), "{error}");
+    assert!(matches!(commit.start(&monitor), Err(Error::Refused { .. })));
+}
+
+#[test]
+fn a_lost_client_is_replaced_and_the_job_is_finished() {
+    if !tools_are_here() {
+        return;
+    }
+    let chain = Chain::new(Make::default());
+    let before = chain.bytes(4);
+    let daemon = Daemon::serve(&chain, None);
+    let monitor = daemon.connect();
+    let mut commit = plan(&disk(&monitor), "[2]", "[3]", CommitOptions::default());
+    commit.preflight(&monitor).unwrap();
+    commit.start(&monitor).unwrap();
+    drop(monitor);
+
+    let monitor = daemon.connect();
+    let found = jobs(&monitor).unwrap();
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].id.as_str(), found[0].kind.as_str()), (commit.job_id(), "commit"));
+    let mut second = plan(&disk(&monitor), "[1]", "[2]", CommitOptions::default());
+    let error = second.preflight(&monitor).unwrap_err().to_string();
+    assert!(error.contains(commit.job_id()), "{error}");
+    let job = Job::new(&monitor, commit.job_id());
+    wait(&job, Goal::Pending);
+    let merged = commit.finish(&job, &monitor).unwrap();
+    assert_eq!(indexes(&merged.disk), listed(&[(3, "4.img"), (2, "2.img"), (1, "1.img")]));
+    drop(daemon);
+    assert!(chain.bytes(4) == before, "the guest sees other bytes");
+}
+
+#[test]
+fn a_second_client_is_told_who_holds_the_monitor_and_quit_is_seen() {
+    if !tools_are_here() {
+        return;
+    }
+    let chain = Chain::new(Make { layers: 2, ..Make::default() });
+    let mut daemon = Daemon::serve(&chain, None);
+    let monitor = daemon.connect();
+    let address = Address::Unix(daemon.socket.clone());
+    let options = Options { greeting_timeout: Duration::from_millis(200), ..Options::default() };
+    let error = Connection::connect(&address, &options).unwrap_err().to_string();
+    assert!(error.contains("another client holds this monitor"), "{error}");
+
+    let error = monitor.query("no-such-command", json!({})).unwrap_err();
+    assert!(matches!(error, Error::Command { failure, .. } if failure.class == "CommandNotFound"));
+    monitor.query("quit", json!({})).unwrap();
+    daemon.wait_for_its_end();
+    let end = std::iter::repeat_with(|| monitor.next_event(Duration::from_secs(20))).find(Result::is_err);
+    assert!(matches!(end, Some(Err(Error::Disconnected { .. }))));
+    let error = Connection::connect(&address, &options).unwrap_err();
+    assert!(matches!(error, Error::Connect { .. }), "{error}");
+}
+
+#[test]
+fn an_overlay_that_qemu_cannot_write_is_found_before_qemu_would_crash() {
+    if !tools_are_here() {
+        return;
+    }
+    let chain = Chain::new(Make::default());
+    let folder = chain.folder.path();
+    let me = std::fs::metadata(folder).unwrap().uid();
+    std::fs::set_permissions(folder, PermissionsExt::from_mode(0o777)).unwrap();
+    let mut command = Command::new("qemu-storage-daemon");
+    if me == 0 {
+        // Root may write everything, so QEMU must be somebody else.
+        use std::os::unix::process::CommandExt;
+        command.uid(65534).gid(65534);
+        for n in [1, 2, 4] {
+            std::os::unix::fs::chown(chain.path(n), Some(65534), Some(65534)).unwrap();
+        }
+    }
+    std::fs::set_permissions(chain.path(3), PermissionsExt::from_mode(0o444)).unwrap();
+    let daemon = Daemon::spawn(command, &chain, Some(&folder.join("nbd.sock")));
+    let monitor = daemon.connect();
+    let options = CommitOptions { nbd_socket: Some(folder.join("nbd.sock")), ..Default::default() };
+    let mut commit = plan(&disk(&monitor), "[1]", "[2]", options);
+    let error = commit.preflight(&monitor).unwrap_err().to_string();
+    assert!(error.contains("Permission denied"), "{error}");
+    assert_eq!(disk(&monitor).layers().len(), 4, "QEMU lives");
+}
+
+#[test]
+fn snapshots_are_taken_together_or_not_at_all() {
+    if !tools_are_here() {
+        return;
+    }
+    let chain = Chain::new(Make { layers: 2, ..Make::default() });
+    let before = chain.bytes(2);
+    let daemon = Daemon::serve(&chain, None);
+    let monitor = daemon.connect();
+    let second = chain.folder.path().join("second.img");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", second.to_str().unwrap(), "8M"]);
+    let file = json!({"driver": "file", "filename": second});
+    monitor.query("blockdev-add", json!({"driver": "qcow2", "node-name": "two", "file": file})).unwrap();
+    let socket = json!({"type": "unix", "path": chain.folder.path().join("vhost2.sock")});
+    let export = json!({"type": "vhost-user-blk", "id": "disk1", "node-name": "two", "addr": socket, "writable": true});
+    monitor.query("block-export-add", export).unwrap();
+
+    let graph = qmp_client::Graph::ask(&monitor).unwrap();
+    let (one, two) = (graph.disk("disk0").unwrap(), graph.disk("disk1").unwrap());
+    let (new_one, new_two) = (chain.folder.path().join("new1.img"), chain.folder.path().join("new2.img"));
+    let existing = chain.path(1);
+    let bytes = std::fs::read(&existing).unwrap();
+    let error = snapshot(&monitor, &[(one, &new_one), (two, &existing)]).unwrap_err().to_string();
+    assert!(error.contains("would overwrite"), "{error}");
+    assert!(std::fs::read(&existing).unwrap() == bytes && !new_one.exists());
+
+    // The second disk is busy: nothing is left of the first one's overlay either.
+    let target = json!({"driver": "null-co", "node-name": "nowhere", "size": 8 << 20, "read-zeroes": false});
+    monitor.query("blockdev-add", target).unwrap();
+    let mirror = json!({"job-id": "busy", "device": "two", "target": "nowhere", "sync": "full"});
+    monitor.query("blockdev-mirror", mirror).unwrap();
+    wait(&Job::new(&monitor, "busy"), Goal::Ready);
+    assert!(snapshot(&monitor, &[(one, &new_one), (two, &new_two)]).is_err());
+    assert!(!new_one.exists() && !new_two.exists());
+    assert_eq!(disk(&monitor).layers().len(), 2);
+    Job::new(&monitor, "busy").cancel().unwrap();
+    while !jobs(&monitor).unwrap().is_empty() {
+        monitor.next_event(Duration::from_millis(100)).unwrap();
+    }
+
+    let now = snapshot(&monitor, &[(one, &new_one), (two, &new_two)]).unwrap();
+    assert_eq!(indexes(&now[0]), listed(&[(3, "new1.img"), (2, "2.img"), (1, "1.img")]));
+    assert_eq!(indexes(&now[1]), listed(&[(2, "new2.img"), (1, "second.img")]));
+    assert_eq!(now[1].active().virtual_size, 8 << 20);
+
+    // And away again: the new overlay is merged and closed, its nodes too.
+    let mut commit = plan(&now[0], "[2]", "[3]", CommitOptions::default());
+    commit.preflight(&monitor).unwrap();
+    let job = commit.start(&monitor).unwrap();
+    wait(&job, Goal::Ready);
+    let merged = commit.pivot(&job, &monitor, &mut || Ok(())).unwrap();
+    assert!(merged.still_open.is_empty(), "{:?}", merged.still_open);
+    assert_eq!(indexes(&merged.disk), listed(&[(2, "2.img"), (1, "1.img")]));
+    drop(daemon);
+    assert!(chain.bytes(2) == before, "the guest sees other bytes");
+    run("qemu-img", &["check", "-q", new_one.to_str().unwrap()]);
+}
+
+#[test]
+fn a_chain_of_a_hundred_layers_is_read_and_merged() {
+    if !tools_are_here() {
+        return;
+    }
+    let chain = Chain::new(Make { layers: 100, ..Make::default() });
+    let before = chain.bytes(100);
+    let daemon = Daemon::serve(&chain, None);
+    let monitor = daemon.connect();
+    let disk = disk(&monitor);
+    assert_eq!(disk.layers().len(), 100);
+    assert_eq!(disk.layer("disk0[42]").unwrap().file, chain.name(42));
+    assert_eq!(disk.layer(&chain.name(7)).unwrap().index, 7);
+    let mut commit = plan(&disk, "[1]", "[99]", CommitOptions::default());
+    commit.preflight(&monitor).unwrap();
+    let job = commit.start(&monitor).unwrap();
+    wait(&job, Goal::Pending);
+    let merged = commit.finish(&job, &monitor).unwrap();
+    assert_eq!(indexes(&merged.disk), listed(&[(2, "100.img"), (1, "1.img")]));
+    drop(daemon);
+    assert!(chain.bytes(100) == before, "the guest sees other bytes");
+}
