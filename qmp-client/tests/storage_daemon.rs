@@ -13,7 +13,7 @@ use qmp_client::{
     Address, Commit, CommitOptions, Connection, Disk, Error, Execute, Goal, Job, Monitor, Options, Waited,
     Watch, jobs, snapshot,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 fn plan(disk: &Disk, base: &str, top: &str, options: CommitOptions) -> Commit {
     let range = disk.range(disk.layer(base).unwrap(), disk.layer(top).unwrap()).unwrap();
@@ -228,9 +228,15 @@ fn a_lost_client_is_replaced_and_the_job_is_finished() {
     let mut second = plan(&disk(&monitor), "[1]", "[2]", CommitOptions::default());
     let error = second.preflight(&monitor).unwrap_err().to_string();
     assert!(error.contains(commit.job_id()), "{error}");
-    let job = Job::new(&monitor, commit.job_id());
+    assert!(second.resume(&monitor).unwrap().is_none(), "it is another merge");
+    let mut again = plan(&disk(&monitor), "[2]", "[3]", CommitOptions::default());
+    let job = again.resume(&monitor).unwrap().unwrap();
     wait(&job, Goal::Pending);
-    let merged = commit.finish(&job, &monitor).unwrap();
+    again.flush_base(&monitor).unwrap();
+    // The client is lost once more, after it told the job to switch.
+    job.finalize().unwrap();
+    wait(&job, Goal::Concluded);
+    let merged = again.finish(&job, &monitor).unwrap();
     assert_eq!(indexes(&merged.disk), listed(&[(3, "4.img"), (2, "2.img"), (1, "1.img")]));
     drop(daemon);
     assert!(chain.bytes(4) == before, "the guest sees other bytes");
@@ -366,4 +372,151 @@ fn a_chain_of_a_hundred_layers_is_read_and_merged() {
     assert_eq!(indexes(&merged.disk), listed(&[(2, "100.img"), (1, "1.img")]));
     drop(daemon);
     assert!(chain.bytes(100) == before, "the guest sees other bytes");
+}
+
+/// The nodes of a chain, each named: `top`, `fmt3` and so on, with `file4` and so on below.
+fn named_nodes(chain: &Chain, base_file: Value) -> Vec<Value> {
+    let mut nodes = Vec::new();
+    for n in 1..=chain.layers {
+        let mut file = json!({"driver": "file", "filename": chain.name(n), "node-name": format!("file{n}")});
+        if n == 1 && !base_file.is_null() {
+            file = base_file.clone();
+        }
+        nodes.push(file);
+        let name = |n| if n == chain.layers { "top".to_owned() } else { format!("fmt{n}") };
+        let mut node = json!({"driver": "qcow2", "node-name": name(n), "file": format!("file{n}")});
+        node["backing"] = if n > 1 { json!(name(n - 1)) } else { Value::Null };
+        if n < chain.layers {
+            node["read-only"] = json!(true);
+        }
+        nodes.push(node);
+    }
+    nodes
+}
+
+#[test]
+fn nodes_that_the_user_named_are_closed_after_the_merge() {
+    if !tools_are_here() {
+        return;
+    }
+    for top in ["[3]", "[4]"] {
+        let chain = Chain::new(Make::default());
+        let before = chain.bytes(4);
+        let nodes = named_nodes(&chain, Value::Null);
+        let daemon = Daemon::spawn_nodes(Command::new("qemu-storage-daemon"), &nodes, &chain, None);
+        let monitor = daemon.connect();
+        let mut commit = plan(&disk(&monitor), "[1]", top, CommitOptions::default());
+        commit.preflight(&monitor).unwrap();
+        let job = commit.start(&monitor).unwrap();
+        let merged = if commit.is_active() {
+            wait(&job, Goal::Ready);
+            commit.pivot(&job, &monitor, &mut || Ok(())).unwrap()
+        } else {
+            wait(&job, Goal::Pending);
+            commit.finish(&job, &monitor).unwrap()
+        };
+        assert!(merged.still_open.is_empty(), "{:?}", merged.still_open);
+        let left = monitor.query("query-named-block-nodes", json!({"flat": true})).unwrap();
+        let left: Vec<_> =
+            left.as_array().unwrap().iter().map(|n| n["node-name"].as_str().unwrap()).collect();
+        for gone in ["fmt2", "file2", "fmt3", "file3"] {
+            assert!(!left.contains(&gone), "{left:?}");
+        }
+        assert_eq!(left.contains(&"top"), !commit.is_active());
+        drop(daemon);
+        let remaining = if commit.is_active() { 1 } else { 4 };
+        // With named nodes QEMU would by itself write a `json:` name.
+        if remaining == 4 {
+            assert!(chain.info(4, "backing file").unwrap().starts_with("1.img"));
+        }
+        assert!(chain.bytes(remaining) == before, "the guest sees other bytes");
+    }
+}
+
+#[test]
+fn a_full_disk_halts_the_merge_and_room_lets_it_go_on() {
+    if !tools_are_here() {
+        return;
+    }
+    for (top, goal) in [("[3]", Goal::Pending), ("[4]", Goal::Ready)] {
+        let chain = Chain::new(Make::default());
+        let before = chain.bytes(4);
+        // The first write to base after it was opened finds no space.
+        let full = json!({
+            "driver": "blkdebug", "node-name": "file1",
+            "inject-error": [{"event": "write_aio", "errno": 28, "once": true}],
+            "image": {"driver": "file", "filename": chain.name(1)},
+        });
+        let nodes = named_nodes(&chain, full);
+        let daemon = Daemon::spawn_nodes(Command::new("qemu-storage-daemon"), &nodes, &chain, None);
+        let monitor = daemon.connect();
+        let options =
+            CommitOptions { backing_file: (top == "[3]").then(|| "1.img".into()), ..Default::default() };
+        let mut commit = plan(&disk(&monitor), "[1]", top, options);
+        commit.preflight(&monitor).unwrap();
+        let job = commit.start(&monitor).unwrap();
+        let waited = job.wait(goal, Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+        assert!(
+            matches!(&waited, Waited::Stalled(job) if job.block.as_ref().unwrap().io_status == "nospace"),
+            "{waited:?}"
+        );
+        job.resume().unwrap();
+        wait(&job, goal);
+        let merged = if commit.is_active() {
+            commit.pivot(&job, &monitor, &mut || Ok(()))
+        } else {
+            commit.finish(&job, &monitor)
+        };
+        merged.unwrap();
+        drop(daemon);
+        assert!(chain.bytes(if top == "[3]" { 4 } else { 1 }) == before, "the guest sees other bytes");
+        chain.check(1);
+    }
+}
+
+#[test]
+fn a_killed_daemon_loses_nothing_at_any_stage() {
+    if !tools_are_here() {
+        return;
+    }
+    // The last stage is the one in which the valid top is base.
+    for stage in ["running", "pending", "merged", "ready", "held", "pivoted"] {
+        let chain = Chain::new(Make::default());
+        let before = chain.bytes(4);
+        let mut daemon = Daemon::serve(&chain, None);
+        let monitor = daemon.connect();
+        let active = ["ready", "held", "pivoted"].contains(&stage);
+        let options =
+            CommitOptions { speed: if stage == "running" { 64 << 10 } else { 0 }, ..Default::default() };
+        let mut commit = plan(&disk(&monitor), "[1]", if active { "[4]" } else { "[3]" }, options);
+        commit.preflight(&monitor).unwrap();
+        let job = commit.start(&monitor).unwrap();
+        match stage {
+            "running" => {}
+            "pending" => wait(&job, Goal::Pending),
+            "merged" => {
+                wait(&job, Goal::Pending);
+                commit.finish(&job, &monitor).unwrap();
+            }
+            "ready" => wait(&job, Goal::Ready),
+            "held" => {
+                wait(&job, Goal::Ready);
+                job.complete().unwrap();
+                wait(&job, Goal::Pending);
+            }
+            _ => {
+                wait(&job, Goal::Ready);
+                commit.pivot(&job, &monitor, &mut || Ok(())).unwrap();
+            }
+        }
+        daemon.kill();
+        assert!(matches!(job.state(), Err(Error::Disconnected { .. })), "{stage}");
+        let top = if stage == "pivoted" { 1 } else { 4 };
+        assert!(chain.bytes(top) == before, "{stage}: the guest sees other bytes");
+        if stage == "held" {
+            assert!(chain.bytes(1) == before, "base equals the active layer while writes are held");
+        }
+        // QEMU's kill may leak clusters, which is no loss; the overlay is untouched.
+        chain.check(4);
+    }
 }

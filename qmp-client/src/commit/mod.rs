@@ -15,7 +15,7 @@ use qapi::qmp::{self, JobStatus};
 
 use crate::error::{Error, Result};
 use crate::graph::{Disk, Graph, Layer, Range};
-use crate::jobs::{Goal, Job, Waited, Watch};
+use crate::jobs::{Goal, Job, Waited, Watch, jobs};
 use crate::monitor::{Execute, Monitor};
 use flush::Means;
 
@@ -157,6 +157,27 @@ impl Commit {
         Ok(Job::new(monitor, self.job_id.clone()))
     }
 
+    /// Finds the job of this same merge that was started before, by a client that has gone perhaps, and gets
+    /// ready to end it. `None` if there is none.
+    ///
+    /// The chain must be the one that the job works on: base and top are known by their indexes, which the
+    /// job's id holds and which no new overlay changes.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if base cannot be flushed; those of the queries.
+    pub fn resume<'m, M: Monitor + ?Sized>(&mut self, monitor: &'m M) -> Result<Option<Job<'m, M>>> {
+        let prefix = format!("{}{}-{}-", self.job_prefix(), self.base.index, self.top.index);
+        let Some(job) = jobs(monitor)?.into_iter().find(|job| job.id.starts_with(&prefix)) else {
+            return Ok(None);
+        };
+        if !self.is_active() && job.status != JobStatus::concluded {
+            let server = self.options.nbd_socket.as_deref();
+            self.means = Some(Means::find(monitor, &self.base.node, server)?);
+        }
+        self.job_id = job.id;
+        Ok(Some(Job::new(monitor, self.job_id.clone())))
+    }
+
     /// Ends an intermediate merge whose job is pending: flushes base, switches the overlay above top to it, and
     /// closes what is no longer needed.
     ///
@@ -164,9 +185,11 @@ impl Commit {
     /// [`Error::Refused`] if the job is not pending, or the flush fails: nothing is switched then, and the job
     /// can be finished again or cancelled. [`Error::Job`] if the switch fails.
     pub fn finish<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
-        require(job, JobStatus::pending)?;
-        self.flush_base(monitor)?;
-        self.switch(job, monitor)
+        if require(job, JobStatus::pending)? == Stage::Wanted {
+            self.flush_base(monitor)?;
+            self.switch(job)?;
+        }
+        self.wrap_up(job, monitor)
     }
 
     /// Makes durable what base holds, its tables included, by the means that the preflight found.
@@ -195,18 +218,22 @@ impl Commit {
         monitor: &M,
         before_switch: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Merged> {
-        require(job, JobStatus::ready)?;
+        if require(job, JobStatus::ready)? == Stage::Concluded {
+            return self.wrap_up(job, monitor);
+        }
         job.complete()?;
         match job.wait(Goal::Pending, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
             Waited::Reached(_) => {}
-            Waited::Concluded(_) => return Err(failure(job)),
+            // An error at the last moment; nothing was switched.
+            Waited::Concluded(_) => return self.wrap_up(job, monitor),
             other => return Err(Error::Job { id: self.job_id.clone(), why: stuck(&other) }),
         }
         if let Err(error) = before_switch() {
             self.cancel(job)?;
             return Err(error);
         }
-        self.switch(job, monitor)
+        self.switch(job)?;
+        self.wrap_up(job, monitor)
     }
 
     /// Cancels the job and waits until it is gone. The chain is as it was; base and the layers between it and
@@ -235,12 +262,17 @@ impl Commit {
         }
     }
 
-    fn switch<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
+    fn switch<M: Monitor + ?Sized>(&self, job: &Job<'_, M>) -> Result<()> {
         job.finalize()?;
         match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
-            Waited::Reached(_) | Waited::Vanished => job.take_result()?,
-            other => return Err(Error::Job { id: self.job_id.clone(), why: stuck(&other) }),
-        };
+            Waited::Reached(_) | Waited::Vanished => Ok(()),
+            other => Err(Error::Job { id: self.job_id.clone(), why: stuck(&other) }),
+        }
+    }
+
+    /// Takes the job's result, closes what is no longer needed, and looks whether the chain is what it should be.
+    fn wrap_up<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
+        job.take_result()?;
         let still_open = self.close(monitor)?;
         let graph = Graph::ask(monitor)?;
         let disk = graph.disks().iter().find(|d| d.layers().iter().map(|l| &l.node).eq(&self.left)).cloned();
@@ -281,22 +313,21 @@ impl Commit {
     }
 }
 
-fn require<M: Monitor + ?Sized>(job: &Job<'_, M>, wanted: JobStatus) -> Result<()> {
+#[derive(PartialEq, Eq)]
+enum Stage {
+    Wanted,
+    /// Over, with or without an error: somebody else ended it, or this client before it was interrupted.
+    Concluded,
+}
+
+fn require<M: Monitor + ?Sized>(job: &Job<'_, M>, wanted: JobStatus) -> Result<Stage> {
     match job.state()? {
-        Some(state) if state.status == wanted => Ok(()),
-        Some(state) if state.status == JobStatus::concluded => Err(failure(job)),
+        Some(state) if state.status == wanted => Ok(Stage::Wanted),
+        Some(state) if state.status == JobStatus::concluded => Ok(Stage::Concluded),
         Some(state) => Err(Error::Refused {
             why: format!("the job {} is {:?}, not {:?}", job.id(), state.status, wanted),
         }),
         None => Err(Error::Job { id: job.id().to_owned(), why: "QEMU does not know it".into() }),
-    }
-}
-
-/// The error of a job that has concluded too early; the job is forgotten.
-fn failure<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Error {
-    match job.take_result() {
-        Err(error) => error,
-        Ok(_) => Error::Job { id: job.id().to_owned(), why: "it ended before it was told to".into() },
     }
 }
 

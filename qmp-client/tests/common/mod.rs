@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use qmp_client::{Address, Connection, Disk, Graph, Options};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Whether the tools are here. Without them a test says so and passes, but fails where `CI` is set.
@@ -112,18 +113,33 @@ impl Daemon {
         Self::spawn(Command::new("qemu-storage-daemon"), chain, nbd)
     }
 
-    pub(crate) fn spawn(mut command: Command, chain: &Chain, nbd: Option<&Path>) -> Self {
+    pub(crate) fn spawn(command: Command, chain: &Chain, nbd: Option<&Path>) -> Self {
+        let file = json!({"driver": "file", "filename": chain.name(chain.layers)});
+        Self::spawn_nodes(
+            command,
+            &[json!({"driver": "qcow2", "node-name": "top", "file": file})],
+            chain,
+            nbd,
+        )
+    }
+
+    /// With nodes as a user of `-blockdev` makes them; the active one is called `top`.
+    pub(crate) fn spawn_nodes(
+        mut command: Command,
+        nodes: &[Value],
+        chain: &Chain,
+        nbd: Option<&Path>,
+    ) -> Self {
         let folder = chain.folder.path();
         let socket = folder.join("qmp.sock");
         let _ = std::fs::remove_file(&socket);
-        let node = format!(
-            "{{\"driver\":\"qcow2\",\"node-name\":\"top\",\"file\":{{\"driver\":\"file\",\"filename\":\"{}\"}}}}",
-            chain.name(chain.layers)
-        );
         command
             .arg("--chardev")
             .arg(format!("socket,id=c0,path={},server=on,wait=off", socket.display()))
-            .args(["--monitor", "chardev=c0", "--blockdev", &node]);
+            .args(["--monitor", "chardev=c0"]);
+        for node in nodes {
+            command.args(["--blockdev", &node.to_string()]);
+        }
         match nbd {
             Some(nbd) => command
                 .arg("--nbd-server")
