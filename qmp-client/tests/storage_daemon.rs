@@ -7,6 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::Command;
 use std::time::Duration;
 
+use common::writer::Writer;
 use common::{Chain, Daemon, Make, disk, run, tools_are_here};
 use qmp_client::qapi::qmp::JobStatus;
 use qmp_client::{
@@ -519,4 +520,49 @@ fn a_killed_daemon_loses_nothing_at_any_stage() {
         // QEMU's kill may leak clusters, which is no loss; the overlay is untouched.
         chain.check(4);
     }
+}
+
+#[test]
+fn a_guest_that_writes_without_pause_loses_no_write() {
+    if !tools_are_here() {
+        return;
+    }
+    let chain = Chain::new(Make::default());
+    let mut expected = chain.bytes(4);
+    let nbd = chain.folder.path().join("nbd.sock");
+    let mut daemon = Daemon::serve(&chain, Some(&nbd));
+    let monitor = daemon.connect();
+    let writer = Writer::start(&nbd, expected.len());
+    writer.wait_for(100);
+
+    // A snapshot, an intermediate merge, and the whole chain into its base, while the guest writes.
+    let new = chain.folder.path().join("5.img");
+    let taken = snapshot(&monitor, &[(&disk(&monitor), &new)]).unwrap();
+    assert_eq!(taken[0].active().index, 5);
+    writer.wait_for(100);
+    let options = CommitOptions { nbd_socket: Some(nbd.clone()), ..Default::default() };
+    let mut commit = plan(&disk(&monitor), "[1]", "[4]", options.clone());
+    commit.preflight(&monitor).unwrap();
+    let job = commit.start(&monitor).unwrap();
+    wait(&job, Goal::Pending);
+    writer.wait_for(100);
+    commit.finish(&job, &monitor).unwrap();
+    writer.wait_for(100);
+    let mut commit = plan(&disk(&monitor), "[1]", "[2]", options);
+    commit.preflight(&monitor).unwrap();
+    let job = commit.start(&monitor).unwrap();
+    wait(&job, Goal::Ready);
+    writer.wait_for(100);
+    let merged = commit.pivot(&job, &monitor, &mut || Ok(())).unwrap();
+    assert_eq!(indexes(&merged.disk), listed(&[(1, "1.img")]));
+    writer.wait_for(100);
+
+    let writes = writer.stop(&mut expected);
+    assert!(writes >= 600, "{writes} writes were acknowledged");
+    monitor.query("quit", json!({})).unwrap();
+    daemon.wait_for_its_end();
+    let now = chain.bytes(1);
+    let lost = expected.chunks(4096).zip(now.chunks(4096)).filter(|(a, b)| a != b).count();
+    assert_eq!((lost, now.len()), (0, expected.len()), "blocks lost of {writes} writes");
+    chain.check(1);
 }

@@ -1,5 +1,7 @@
 //! A qemu-storage-daemon with a chain of small images, for tests that need the real thing.
 
+pub(crate) mod writer;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
