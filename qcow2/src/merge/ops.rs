@@ -17,6 +17,9 @@ const PIECE: u64 = 16 << 20;
 /// Pieces of at least this size are sent to the device as soon as they are copied.
 const EARLY: u64 = 1 << 20;
 
+/// Inflated clusters come one by one, and are sent in stretches of this size.
+const STRETCH: u64 = 4 << 20;
+
 /// One operation: bytes that are to lie at `to` in the file that holds the base's data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Op {
@@ -76,9 +79,7 @@ impl Ops {
                     return Err(Error::Cancelled);
                 }
                 op.run(layers, target, cache)?;
-                if op.len >= EARLY {
-                    target.file.start_writing(op.to.get(), op.len);
-                }
+                op.send_early(target);
                 let done = run.done.fetch_add(op.len, Ordering::Relaxed) + op.len;
                 run.progress.written(done, run.total);
                 Ok(())
@@ -122,6 +123,17 @@ impl Op {
             len: PIECE.min(op.len - n * PIECE),
             origin: op.origin.advance(n * PIECE),
         })
+    }
+
+    /// Has the system begin to write what was done: the device works while the processors go on.
+    fn send_early(&self, target: &Target<'_>) {
+        let (start, end) = (self.to.get(), self.to.get() + self.len);
+        if self.len >= EARLY {
+            target.file.start_writing(start, self.len);
+        } else if matches!(self.origin, Origin::Compressed { .. }) && start / STRETCH < end / STRETCH {
+            let border = end / STRETCH * STRETCH;
+            target.file.start_writing(border - STRETCH, STRETCH);
+        }
     }
 
     fn run(&self, layers: &[&Image], target: &Target<'_>, cache: &mut ClusterCache) -> Result<()> {
