@@ -336,7 +336,8 @@ mod tests {
             let case = Case::choose(&mut input, layers.len());
             let host = host_with(&layers);
             let before = Before { files: files(&host, &layers), layers, case };
-            before.prepare(&host).unwrap().plan().totals.is_empty()
+            // A version 2 base with snapshots must not grow: a refusal is no merge.
+            before.prepare(&host).map_or(true, |commit| commit.plan().totals.is_empty())
         });
         assert!(idle.count() < 20);
     }
