@@ -566,3 +566,115 @@ fn a_guest_that_writes_without_pause_loses_no_write() {
     assert_eq!((lost, now.len()), (0, expected.len()), "blocks lost of {writes} writes");
     chain.check(1);
 }
+
+#[test]
+fn filters_on_top_are_passed_over_and_kept() {
+    if !tools_are_here() {
+        return;
+    }
+    for top in ["[3]", "[4]"] {
+        let chain = Chain::new(Make::default());
+        let before = chain.bytes(4);
+        let mut nodes = named_nodes(&chain, Value::Null);
+        let active = nodes.last_mut().unwrap();
+        active["node-name"] = json!("active");
+        nodes.push(json!({"driver": "copy-on-read", "node-name": "cor", "file": "active"}));
+        nodes.push(
+            json!({"driver": "throttle", "node-name": "top", "throttle-group": "group0", "file": "cor"}),
+        );
+        let daemon = Daemon::spawn_nodes(Command::new("qemu-storage-daemon"), &nodes, &chain, None);
+        let monitor = daemon.connect();
+        let disk = disk(&monitor);
+        assert_eq!((disk.root(), disk.active().node.as_str()), ("top", "active"));
+        assert_eq!(disk.filters(), ["top", "cor"]);
+        assert_eq!(disk.layers().len(), 4);
+        let mut commit = plan(&disk, "[2]", top, CommitOptions::default());
+        commit.preflight(&monitor).unwrap();
+        if commit.is_active() {
+            // QEMU commits what is below the node that it is told, and here that is a filter.
+            let job = commit.start(&monitor).unwrap();
+            wait(&job, Goal::Ready);
+            let merged = commit.pivot(&job, &monitor, &mut || Ok(())).unwrap();
+            assert_eq!(merged.disk.layers()[0].node, "fmt2");
+            drop(daemon);
+            assert!(chain.bytes(2) == before, "the guest sees other bytes");
+        } else {
+            let job = commit.start(&monitor).unwrap();
+            wait(&job, Goal::Pending);
+            let merged = commit.finish(&job, &monitor).unwrap();
+            assert_eq!(merged.disk.filters(), ["top", "cor"]);
+            assert_eq!(merged.disk.layers().len(), 3);
+            drop(daemon);
+            assert!(chain.bytes(4) == before, "the guest sees other bytes");
+        }
+    }
+}
+
+/// A chain whose base is on the other side of NBD, and the server of it.
+fn over_nbd() -> (Chain, Daemon) {
+    let remote = Chain::new(Make { layers: 1, ..Make::default() });
+    let socket = remote.folder.path().join("base.sock");
+    let mut command = Command::new("qemu-nbd");
+    command.args(["-t", "-e", "4", "-f", "qcow2", "-k"]).arg(&socket).arg(remote.path(1));
+    let server = Daemon { child: command.spawn().unwrap(), socket: socket.clone() };
+    for _ in 0..2000 {
+        if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let address = format!("nbd+unix:///?socket={}", socket.display());
+    for (n, below, format) in [(2, address.as_str(), "raw"), (3, "2.img", "qcow2")] {
+        let file = remote.name(n);
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", below, "-F", format, &file, "16M"]);
+        run("qemu-io", &["-f", "qcow2", "-c", &format!("write -q -P {n} {n}M 1M"), &file]);
+    }
+    (Chain { layers: 3, ..remote }, server)
+}
+
+#[test]
+fn a_base_behind_nbd_receives_a_merge_and_keeps_its_name() {
+    if !tools_are_here() {
+        return;
+    }
+    let (chain, _server) = over_nbd();
+    let before = chain.bytes(3);
+    let name = chain.info(2, "backing file");
+    let daemon = Daemon::serve(&chain, None);
+    let monitor = daemon.connect();
+    let disk = disk(&monitor);
+    assert_eq!(disk.layer("[1]").unwrap().protocol.as_deref(), Some("nbd"));
+    let mut commit = plan(&disk, "[1]", "[2]", CommitOptions::default());
+    commit.preflight(&monitor).unwrap();
+    let job = commit.start(&monitor).unwrap();
+    wait(&job, Goal::Pending);
+    commit.finish(&job, &monitor).unwrap();
+    drop(daemon);
+    assert_eq!(chain.info(3, "backing file"), name);
+    assert_eq!(chain.info(3, "backing file format").as_deref(), Some("raw"));
+    assert!(chain.bytes(3) == before, "the guest sees other bytes");
+}
+
+#[test]
+fn a_base_whose_server_goes_halts_the_merge_and_it_can_be_cancelled() {
+    if !tools_are_here() {
+        return;
+    }
+    let (chain, mut server) = over_nbd();
+    let daemon = Daemon::serve(&chain, None);
+    let monitor = daemon.connect();
+    let options = CommitOptions { speed: 64 << 10, ..Default::default() };
+    let mut commit = plan(&disk(&monitor), "[1]", "[2]", options);
+    commit.preflight(&monitor).unwrap();
+    let job = commit.start(&monitor).unwrap();
+    server.kill();
+    job.set_speed(0).unwrap();
+    let waited = job.wait(Goal::Pending, Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+    assert!(
+        matches!(&waited, Waited::Stalled(job) if job.block.as_ref().unwrap().io_status == "failed"),
+        "{waited:?}"
+    );
+    commit.cancel(&job).unwrap();
+    assert_eq!(disk(&monitor).layers().len(), 3);
+    assert!(chain.info(3, "backing file").unwrap().starts_with("2.img"));
+}

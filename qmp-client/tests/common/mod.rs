@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 /// Whether the tools are here. Without them a test says so and passes, but fails where `CI` is set.
 pub(crate) fn tools_are_here() -> bool {
-    let missing: Vec<_> = ["qemu-storage-daemon", "qemu-img", "qemu-io"]
+    let missing: Vec<_> = ["qemu-storage-daemon", "qemu-img", "qemu-io", "qemu-nbd"]
         .into_iter()
         .filter(|tool| Command::new(tool).arg("--version").stdout(Stdio::null()).status().is_err())
         .collect();
@@ -138,7 +138,7 @@ impl Daemon {
         command
             .arg("--chardev")
             .arg(format!("socket,id=c0,path={},server=on,wait=off", socket.display()))
-            .args(["--monitor", "chardev=c0"]);
+            .args(["--monitor", "chardev=c0", "--object", "throttle-group,id=group0"]);
         for node in nodes {
             command.args(["--blockdev", &node.to_string()]);
         }
