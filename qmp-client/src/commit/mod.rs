@@ -142,7 +142,9 @@ impl Commit {
             job_id: Some(self.job_id.clone()),
             device: self.root.clone(),
             base_node: Some(self.base.node.clone()),
-            top_node: (!self.is_active()).then(|| self.top.node.clone()),
+            // For an active commit too: without it QEMU takes the root for top, and drops a throttle or any other
+            // filter there at the pivot.
+            top_node: Some(self.top.node.clone()),
             backing_file: self.backing_file.clone(),
             // Without it the header would name the driver of a base without a format as its format.
             backing_mask_protocol: (!self.is_active() && self.base.protocol_node.is_none()).then_some(true),
