@@ -27,27 +27,33 @@
 //!
 //! - [`snapshot()`]: new overlays for several disks in one transaction, undone if anything fails.
 //! - [`Commit`]: the live merge, intermediate and active, with the hazards of QEMU 10.0.2 fenced.
+//! - [`Pull`]: the live merge upwards, into the active layer.
 
 mod address;
 mod commit;
 mod connection;
 mod error;
+mod flush;
 mod graph;
 mod jobs;
 mod message;
 mod monitor;
 mod nbd;
+mod procedure;
+mod pull;
 #[cfg(test)]
 mod replay;
 mod snapshot;
 
 pub use address::Address;
-pub use commit::{Commit, CommitOptions, Merged};
+pub use commit::{Commit, CommitOptions};
 pub use connection::{Connection, Options};
 pub use error::{Error, Result};
 pub use graph::{Backing, Disk, Graph, Layer, Range};
 pub use jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watch, jobs};
 pub use message::{Event, Failure, Message, reply, request};
 pub use monitor::{Execute, Monitor, patience};
+pub use procedure::Merged;
+pub use pull::Pull;
 pub use qapi;
 pub use snapshot::snapshot;

@@ -11,8 +11,8 @@ use common::writer::Writer;
 use common::{Chain, Daemon, Make, disk, run, tools_are_here};
 use qmp_client::qapi::qmp::JobStatus;
 use qmp_client::{
-    Address, Commit, CommitOptions, Connection, Disk, Error, Execute, Goal, Job, Monitor, Options, Waited,
-    Watch, jobs, snapshot,
+    Address, Commit, CommitOptions, Connection, Disk, Error, Execute, Goal, Job, Monitor, Options, Pull,
+    Waited, Watch, jobs, snapshot,
 };
 use serde_json::{Value, json};
 
@@ -674,4 +674,45 @@ fn a_base_whose_server_goes_halts_the_merge_and_it_can_be_cancelled() {
     commit.cancel(&job).unwrap();
     assert_eq!(disk(&monitor).layers().len(), 3);
     assert!(chain.info(3, "backing file").unwrap().starts_with("2.img"));
+}
+
+#[test]
+fn a_pull_takes_the_layers_below_into_the_active_one() {
+    if !tools_are_here() {
+        return;
+    }
+    for base in [Some("[1]"), None] {
+        let chain = Chain::new(Make::default());
+        let before = chain.bytes(4);
+        let untouched: Vec<_> = (1..4).map(|n| std::fs::read(chain.path(n)).unwrap()).collect();
+        let nodes = named_nodes(&chain, Value::Null);
+        let mut daemon = Daemon::spawn_nodes(Command::new("qemu-storage-daemon"), &nodes, &chain, None);
+        let monitor = daemon.connect();
+        let disk = disk(&monitor);
+        let base = base.map(|name| disk.layer(name).unwrap());
+        let mut pull = Pull::plan(&disk, base, CommitOptions::default()).unwrap();
+        pull.preflight(&monitor).unwrap();
+        let job = pull.start(&monitor).unwrap();
+        wait(&job, Goal::Pending);
+        pull.cancel(&job).unwrap();
+        assert_eq!(common::disk(&monitor).layers().len(), 4);
+        let job = pull.start(&monitor).unwrap();
+        wait(&job, Goal::Pending);
+        let merged = pull.finish(&job, &monitor).unwrap();
+        assert_eq!(merged.disk.layers().len(), if base.is_some() { 2 } else { 1 });
+        assert_eq!(merged.disk.active().node, "top");
+        // Without a base all below is given up, base too.
+        assert!(merged.still_open.is_empty(), "{:?}", merged.still_open);
+        daemon.kill();
+        let backing = chain.info(4, "backing file");
+        assert_eq!(
+            backing.map(|b| b.split(" (").next().unwrap().to_owned()),
+            base.map(|_| "1.img".to_owned())
+        );
+        assert!(chain.bytes(4) == before, "the guest sees other bytes");
+        chain.check(4);
+        for (n, bytes) in (1..4).zip(untouched) {
+            assert!(std::fs::read(chain.path(n)).unwrap() == bytes, "layer {n} was written");
+        }
+    }
 }

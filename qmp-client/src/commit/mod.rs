@@ -1,26 +1,22 @@
 //! The live merge of a part of a chain into its base: QEMU's `block-commit` with its hazards fenced.
 
-mod flush;
 mod name;
 mod preflight;
 #[cfg(test)]
 mod tests;
 
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use qapi::qmp::{self, JobStatus};
 
 use crate::error::{Error, Result};
-use crate::graph::{Disk, Graph, Layer, Range};
+use crate::flush::Means;
+use crate::graph::{Disk, Layer, Range};
 use crate::jobs::{Goal, Job, Waited, Watch, jobs};
 use crate::monitor::{Execute, Monitor};
-use flush::Means;
-
-/// How long a step that copies nothing may take; QEMU lets the disk's I/O finish first.
-const LONGEST_STEP: Duration = Duration::from_secs(600);
+use crate::procedure::{self, LONGEST_STEP, Merged, unique};
+pub(crate) use name::backing_name;
+pub(crate) use preflight::{bitmaps, circumstances, ownership};
 
 /// How a merge is to be done.
 #[derive(Clone, Debug, Default)]
@@ -54,15 +50,6 @@ pub struct Commit {
     means: Option<Means>,
 }
 
-/// What a merge left.
-#[derive(Clone, Debug)]
-pub struct Merged {
-    /// The disk as it is now.
-    pub disk: Disk,
-    /// Nodes of merged layers that QEMU keeps open, each with its reason.
-    pub still_open: Vec<(String, String)>,
-}
-
 impl Commit {
     /// Plans the merge, and refuses what the graph shows to be impossible or harmful.
     ///
@@ -70,7 +57,7 @@ impl Commit {
     /// [`Error::Refused`] with the reason.
     pub fn plan(disk: &Disk, range: &Range<'_>, options: CommitOptions) -> Result<Self> {
         let backing_file = match (range.above, &options.backing_file) {
-            (Some(above), given) => Some(name::backing_name(disk, range, above, given.as_deref())?),
+            (Some(above), given) => Some(backing_name(disk, range, above, given.as_deref())?),
             (None, None) => None,
             (None, Some(_)) => {
                 let why = "an active commit re-points no overlay, so it takes no backing name".into();
@@ -93,7 +80,7 @@ impl Commit {
             means: None,
         };
         let (base, top) = (range.base.index, range.top.index);
-        commit.job_id = format!("{}{base}-{top}-{}", commit.job_prefix(), unique());
+        commit.job_id = format!("{}{base}.{top}.{}", commit.job_prefix(), unique());
         preflight::plan(&commit)?;
         Ok(commit)
     }
@@ -168,7 +155,7 @@ impl Commit {
     /// # Errors
     /// [`Error::Refused`] if base cannot be flushed; those of the queries.
     pub fn resume<'m, M: Monitor + ?Sized>(&mut self, monitor: &'m M) -> Result<Option<Job<'m, M>>> {
-        let prefix = format!("{}{}-{}-", self.job_prefix(), self.base.index, self.top.index);
+        let prefix = format!("{}{}.{}.", self.job_prefix(), self.base.index, self.top.index);
         let Some(job) = jobs(monitor)?.into_iter().find(|job| job.id.starts_with(&prefix)) else {
             return Ok(None);
         };
@@ -187,9 +174,9 @@ impl Commit {
     /// [`Error::Refused`] if the job is not pending, or the flush fails: nothing is switched then, and the job
     /// can be finished again or cancelled. [`Error::Job`] if the switch fails.
     pub fn finish<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
-        if require(job, JobStatus::pending)? == Stage::Wanted {
+        if procedure::require(job, &[JobStatus::pending])? == JobStatus::pending {
             self.flush_base(monitor)?;
-            self.switch(job)?;
+            procedure::switch(job)?;
         }
         self.wrap_up(job, monitor)
     }
@@ -220,21 +207,21 @@ impl Commit {
         monitor: &M,
         before_switch: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Merged> {
-        if require(job, JobStatus::ready)? == Stage::Concluded {
-            return self.wrap_up(job, monitor);
+        let status = procedure::require(job, &[JobStatus::ready, JobStatus::pending])?;
+        if status == JobStatus::ready {
+            job.complete()?;
         }
-        job.complete()?;
         match job.wait(Goal::Pending, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
             Waited::Reached(_) => {}
-            // An error at the last moment; nothing was switched.
+            // Ended before, by somebody else perhaps; or an error at the last moment, and nothing was switched.
             Waited::Concluded(_) => return self.wrap_up(job, monitor),
-            other => return Err(Error::Job { id: self.job_id.clone(), why: stuck(&other) }),
+            other => return Err(procedure::stuck(job, &other)),
         }
         if let Err(error) = before_switch() {
             self.cancel(job)?;
             return Err(error);
         }
-        self.switch(job)?;
+        procedure::switch(job)?;
         self.wrap_up(job, monitor)
     }
 
@@ -244,64 +231,11 @@ impl Commit {
     /// # Errors
     /// Those of the commands; [`Error::Job`] if the job cannot be cancelled any more.
     pub fn cancel<M: Monitor + ?Sized>(&self, job: &Job<'_, M>) -> Result<()> {
-        job.cancel()?;
-        match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
-            Waited::Reached(state) => {
-                let cancelled = state.error.is_some();
-                // The result of a cancelled job is always an error; what counts is that it is taken.
-                let taken = job.take_result();
-                match taken {
-                    Err(Error::Job { .. }) if cancelled => Ok(()),
-                    Err(error) => Err(error),
-                    Ok(_) => Err(Error::Job {
-                        id: self.job_id.clone(),
-                        why: "it was done before it was cancelled".into(),
-                    }),
-                }
-            }
-            Waited::Vanished => Ok(()),
-            other => Err(Error::Job { id: self.job_id.clone(), why: stuck(&other) }),
-        }
+        procedure::cancel(job)
     }
 
-    fn switch<M: Monitor + ?Sized>(&self, job: &Job<'_, M>) -> Result<()> {
-        job.finalize()?;
-        match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
-            Waited::Reached(_) | Waited::Vanished => Ok(()),
-            other => Err(Error::Job { id: self.job_id.clone(), why: stuck(&other) }),
-        }
-    }
-
-    /// Takes the job's result, closes what is no longer needed, and looks whether the chain is what it should be.
     fn wrap_up<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
-        job.take_result()?;
-        let still_open = self.close(monitor)?;
-        let graph = Graph::ask(monitor)?;
-        let disk = graph.disks().iter().find(|d| d.layers().iter().map(|l| &l.node).eq(&self.left)).cloned();
-        disk.map(|disk| Merged { disk, still_open }).ok_or_else(|| Error::Job {
-            id: self.job_id.clone(),
-            why: format!("QEMU called it done, but no disk has the chain {}", self.left.join(", ")),
-        })
-    }
-
-    /// Closes the nodes of merged layers that have names of the user's: QEMU keeps them, and their files, open.
-    fn close(&self, monitor: &(impl Monitor + ?Sized)) -> Result<Vec<(String, String)>> {
-        let mut still_open = Vec::new();
-        for layer in &self.merged {
-            for node in [Some(&layer.node), layer.protocol_node.as_ref()].into_iter().flatten() {
-                if node.starts_with('#') {
-                    continue;
-                }
-                match monitor.execute(&qmp::blockdev_del { node_name: node.clone() }) {
-                    Ok(_) => {}
-                    Err(Error::Command { failure, .. }) => {
-                        still_open.push((node.clone(), failure.description))
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
-        }
-        Ok(still_open)
+        procedure::wrap_up(job, monitor, &self.merged, &self.left)
     }
 
     fn nodes(&self) -> impl Iterator<Item = &String> {
@@ -310,43 +244,6 @@ impl Commit {
 
     /// What the ids of all merges of this disk begin with.
     fn job_prefix(&self) -> String {
-        let valid = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' };
-        format!("merge-{}-", self.disk.chars().take(40).map(valid).collect::<String>())
+        procedure::job_prefix("merge", &self.disk)
     }
-}
-
-#[derive(PartialEq, Eq)]
-enum Stage {
-    Wanted,
-    /// Over, with or without an error: somebody else ended it, or this client before it was interrupted.
-    Concluded,
-}
-
-fn require<M: Monitor + ?Sized>(job: &Job<'_, M>, wanted: JobStatus) -> Result<Stage> {
-    match job.state()? {
-        Some(state) if state.status == wanted => Ok(Stage::Wanted),
-        Some(state) if state.status == JobStatus::concluded => Ok(Stage::Concluded),
-        Some(state) => Err(Error::Refused {
-            why: format!("the job {} is {:?}, not {:?}", job.id(), state.status, wanted),
-        }),
-        None => Err(Error::Job { id: job.id().to_owned(), why: "QEMU does not know it".into() }),
-    }
-}
-
-fn stuck(waited: &Waited) -> String {
-    match waited {
-        Waited::Stalled(_) => "it met an error and stands still".into(),
-        Waited::Vanished => "it has vanished".into(),
-        Waited::TimeUp(job) => format!("it is still {:?}", job.status),
-        Waited::Concluded(job) | Waited::Reached(job) | Waited::Stopped(job) => {
-            format!("it is {:?}", job.status)
-        }
-    }
-}
-
-/// Eight hexadecimal digits, others each time. Should they ever meet a name that is in use, QEMU refuses it.
-pub(crate) fn unique() -> String {
-    // The standard library's only source of randomness.
-    let bits = RandomState::new().hash_one(std::process::id());
-    format!("{:08x}", bits & 0xffff_ffff)
 }

@@ -15,7 +15,7 @@ use crate::graph::{Disk, Layer, Range};
 ///
 /// # Errors
 /// [`Error::Refused`] if no such name is known, or if it is seen here that it leads to another file.
-pub(super) fn backing_name(
+pub(crate) fn backing_name(
     disk: &Disk,
     range: &Range<'_>,
     above: &Layer,

@@ -4,23 +4,22 @@ use qapi::qmp;
 use serde_json::json;
 
 use super::Commit;
-use super::flush::Means;
 use crate::error::{Error, Result};
+use crate::flush::Means;
+use crate::graph::Layer;
 use crate::jobs::jobs;
 use crate::monitor::{Execute, Monitor};
+use crate::procedure::job_prefix;
 
 /// Checks that need only the graph.
 pub(super) fn plan(commit: &Commit) -> Result<()> {
     let refuse = |why: String| Err(Error::Refused { why });
     let (base, top) = (&commit.base, &commit.top);
-    if let Some(node) = commit.nodes().find(|node| node.starts_with("libvirt-")) {
+    let active = if commit.above.is_none() { " --active" } else { "" };
+    ownership(commit.nodes(), || {
         let (disk, base, top) = (&commit.disk, &base.file, &top.file);
-        let active = if commit.above.is_none() { " --active" } else { "" };
-        return refuse(format!(
-            "the node {node} belongs to libvirt, which would lose track of the disk; use: \
-             virsh blockcommit DOMAIN {disk} --base {base} --top {top}{active} --wait --verbose"
-        ));
-    }
+        format!("virsh blockcommit DOMAIN {disk} --base {base} --top {top}{active} --wait --verbose")
+    })?;
     let grows = base.virtual_size < top.virtual_size;
     let driver = base.protocol.as_deref().unwrap_or(&base.format);
     if grows && driver != "file" {
@@ -50,15 +49,40 @@ pub(super) fn plan(commit: &Commit) -> Result<()> {
         }
         _ => {}
     }
-    let bitmaps: Vec<_> = commit.merged.iter().flat_map(|l| &l.bitmaps).cloned().collect();
-    if !commit.options.drop_bitmaps && !bitmaps.is_empty() {
-        return refuse(format!("these persistent bitmaps would be lost: {}", bitmaps.join(", ")));
+    bitmaps(&commit.merged, commit.options.drop_bitmaps)
+}
+
+/// Refuses a disk that belongs to libvirt; `instead` is the command to use.
+pub(crate) fn ownership<'a>(
+    mut nodes: impl Iterator<Item = &'a String>,
+    instead: impl FnOnce() -> String,
+) -> Result<()> {
+    let Some(node) = nodes.find(|node| node.starts_with("libvirt-")) else { return Ok(()) };
+    let instead = instead();
+    let why =
+        format!("the node {node} belongs to libvirt, which would lose track of the disk; use: {instead}");
+    Err(Error::Refused { why })
+}
+
+/// Refuses to lose the persistent bitmaps of layers that are given up.
+pub(crate) fn bitmaps(given_up: &[Layer], may_go: bool) -> Result<()> {
+    let bitmaps: Vec<_> = given_up.iter().flat_map(|l| &l.bitmaps).cloned().collect();
+    if may_go || bitmaps.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    Err(Error::Refused { why: format!("these persistent bitmaps would be lost: {}", bitmaps.join(", ")) })
 }
 
 /// Checks that need QEMU. They change nothing, and leave the guest running.
 pub(super) fn ask(commit: &Commit, monitor: &(impl Monitor + ?Sized)) -> Result<Option<Means>> {
+    circumstances(monitor, &commit.disk)?;
+    let Some(above) = &commit.above else { return Ok(None) };
+    guard(commit, monitor, &above.node)?;
+    Means::find(monitor, &commit.base.node, commit.options.nbd_socket.as_deref()).map(Some)
+}
+
+/// Refuses while the guest is being moved, and while a merge of this disk is there, in either direction.
+pub(crate) fn circumstances(monitor: &(impl Monitor + ?Sized), disk: &str) -> Result<()> {
     let refuse = |why: String| Err(Error::Refused { why });
     if let Some(status) = known(monitor, "query-status")? {
         let status = status["status"].as_str().unwrap_or_default().to_owned();
@@ -72,13 +96,11 @@ pub(super) fn ask(commit: &Commit, monitor: &(impl Monitor + ?Sized)) -> Result<
             return refuse(format!("a migration is under way ({status})"));
         }
     }
-    let own = commit.job_prefix();
-    if let Some(job) = jobs(monitor)?.into_iter().find(|job| job.id.starts_with(&own)) {
-        return refuse(format!("the job {} of this disk is {:?}; end it first", job.id, job.status));
+    let own = ["merge", "pull"].map(|kind| job_prefix(kind, disk));
+    match jobs(monitor)?.into_iter().find(|job| own.iter().any(|prefix| job.id.starts_with(prefix))) {
+        Some(job) => refuse(format!("the job {} of this disk is {:?}; end it first", job.id, job.status)),
+        None => Ok(()),
     }
-    let Some(above) = &commit.above else { return Ok(None) };
-    guard(commit, monitor, &above.node)?;
-    Means::find(monitor, &commit.base.node, commit.options.nbd_socket.as_deref()).map(Some)
 }
 
 /// Has QEMU write the header of the overlay above top with the name that it has already.

@@ -1,6 +1,7 @@
 //! Plans on graphs that QEMU told, with a field changed here and there.
 
 use super::*;
+use crate::graph::Graph;
 use crate::replay::Replay;
 
 const BLOCKDEV: &str = include_str!("../../testdata/transcripts/discovery-blockdev.jsonl");
@@ -46,7 +47,7 @@ fn an_intermediate_merge_names_base_as_the_overlay_named_top() {
     assert_eq!(commit.backing_file(), Some("/vm/a/base.qcow2"));
     assert!(!commit.is_active());
     assert_eq!(commit.merged().iter().map(|l| l.index).collect::<Vec<_>>(), [4, 3, 2]);
-    assert!(commit.job_id().starts_with("merge-vda-1-4-"), "{}", commit.job_id());
+    assert!(commit.job_id().starts_with("merge.vda.1.4."), "{}", commit.job_id());
 
     let relative = BLOCKDEV.replace("\"backing-filename\":\"/vm/a/", "\"backing-filename\":\"");
     let commit = plan(&disk_at(&relative), 1, 4, CommitOptions::default()).unwrap();
@@ -160,10 +161,10 @@ fn a_migration_or_a_job_of_ours_is_found_before_anything_is_written() {
     let error = commit.preflight(&moving).unwrap_err().to_string();
     assert!(error.contains("migration"), "{error}");
 
-    let job = "[{\"id\":\"merge-vda-1-2-00\",\"type\":\"commit\",\"status\":\"concluded\",\
+    let job = "[{\"id\":\"merge.vda.1.2.00\",\"type\":\"commit\",\"status\":\"concluded\",\
                \"current-progress\":0,\"total-progress\":0}]";
     let left = Replay::of(&(answer("query-jobs", 1, job) + &answer("query-block-jobs", 2, "[]")));
     let error = commit.preflight(&left).unwrap_err().to_string();
-    assert!(error.contains("merge-vda-1-2-00"), "{error}");
+    assert!(error.contains("merge.vda.1.2.00"), "{error}");
     assert!(left.asked.borrow().iter().all(|(command, _)| command.starts_with("query-")));
 }

@@ -1,7 +1,8 @@
-//! Making base durable while the job waits at PENDING.
+//! Making a node durable while a job waits at PENDING.
 //!
-//! QEMU re-points the overlay above top before it writes base's tables. Killed in between, it leaves a
-//! chain that has lost what was merged, and a check that finds no error. So base is flushed first.
+//! QEMU re-points an overlay before it writes the tables of the image that has received the data. Killed in
+//! between, it leaves a chain that has lost what was merged, and a check that finds no error. So that image
+//! is flushed first.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -10,14 +11,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::unique;
 use crate::error::{Error, Result};
 use crate::monitor::{Execute, Monitor};
 use crate::nbd;
+use crate::procedure::unique;
 
 /// How a node of this QEMU can be flushed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Means {
+pub(crate) enum Means {
     /// Through an NBD server that is started for it.
     OwnServer,
     /// Through the NBD server that runs already, at this socket.
@@ -33,7 +34,7 @@ impl Means {
     ///
     /// # Errors
     /// [`Error::Refused`] if there is none.
-    pub(super) fn find(monitor: &(impl Monitor + ?Sized), node: &str, server: Option<&Path>) -> Result<Self> {
+    pub(crate) fn find(monitor: &(impl Monitor + ?Sized), node: &str, server: Option<&Path>) -> Result<Self> {
         let given = server.map(|path| Self::Server(path.to_owned()));
         let mut why = Vec::new();
         for means in given.into_iter().chain([Self::OwnServer]) {
@@ -50,10 +51,10 @@ impl Means {
             Err(error) => why.push(error.to_string()),
         }
         let why = why.join("; ");
-        Err(Error::Refused { why: format!("base cannot be flushed before the switch: {why}") })
+        Err(Error::Refused { why: format!("{node} cannot be flushed before the switch: {why}") })
     }
 
-    pub(super) fn flush(&self, monitor: &(impl Monitor + ?Sized), node: &str) -> Result<()> {
+    pub(crate) fn flush(&self, monitor: &(impl Monitor + ?Sized), node: &str) -> Result<()> {
         match self {
             Self::OwnServer => {
                 let folder = tempfile::Builder::new().prefix("qmp-flush").tempdir().map_err(local)?;

@@ -1,0 +1,151 @@
+//! The steps that merges in both directions share.
+
+use std::collections::hash_map::RandomState;
+use std::fmt::Write as _;
+use std::hash::BuildHasher;
+use std::time::Duration;
+
+use qapi::qmp::{self, JobStatus};
+
+use crate::error::{Error, Result};
+use crate::graph::{Disk, Graph, Layer};
+use crate::jobs::{Goal, Job, Waited, Watch};
+use crate::monitor::{Execute, Monitor};
+
+/// How long a step that copies nothing may take; QEMU lets the disk's I/O finish first.
+pub(crate) const LONGEST_STEP: Duration = Duration::from_secs(600);
+
+/// What a merge left.
+#[derive(Clone, Debug)]
+pub struct Merged {
+    /// The disk as it is now.
+    pub disk: Disk,
+    /// Nodes of merged layers that QEMU keeps open, each with its reason.
+    pub still_open: Vec<(String, String)>,
+}
+
+/// Eight hexadecimal digits, others each time. Should they ever meet a name that is in use, QEMU refuses it.
+pub(crate) fn unique() -> String {
+    // The standard library's only source of randomness.
+    let bits = RandomState::new().hash_one(std::process::id());
+    format!("{:08x}", bits & 0xffff_ffff)
+}
+
+/// What the ids of all jobs of this kind on this disk begin with, and those of no other disk.
+pub(crate) fn job_prefix(kind: &str, disk: &str) -> String {
+    let mut prefix = format!("{kind}.");
+    for byte in disk.bytes() {
+        if byte.is_ascii_alphanumeric() || byte == b'-' {
+            prefix.push(char::from(byte));
+        } else {
+            // Writing to a string does not fail.
+            let _ = write!(prefix, "_{byte:02x}");
+        }
+    }
+    prefix + "."
+}
+
+/// The job's status, which is one of those wanted, or concluded: ended by somebody else, or by this client before
+/// it was interrupted.
+pub(crate) fn require<M: Monitor + ?Sized>(job: &Job<'_, M>, wanted: &[JobStatus]) -> Result<JobStatus> {
+    match job.state()?.map(|state| state.status) {
+        Some(status) if wanted.contains(&status) || status == JobStatus::concluded => Ok(status),
+        Some(status) => {
+            Err(Error::Refused { why: format!("the job {} is {status:?}, not {wanted:?}", job.id()) })
+        }
+        None => Err(failed(job, "QEMU does not know it".into())),
+    }
+}
+
+/// Has a pending job switch, and waits until it has concluded.
+pub(crate) fn switch<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<()> {
+    job.finalize()?;
+    match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
+        Waited::Reached(_) | Waited::Vanished => Ok(()),
+        other => Err(stuck(job, &other)),
+    }
+}
+
+/// Takes the job's result, closes the layers that are no longer needed, and looks whether a disk has the chain
+/// that is left.
+pub(crate) fn wrap_up<M: Monitor + ?Sized>(
+    job: &Job<'_, M>,
+    monitor: &M,
+    merged: &[Layer],
+    left: &[String],
+) -> Result<Merged> {
+    job.take_result()?;
+    let still_open = close(monitor, merged)?;
+    let graph = Graph::ask(monitor)?;
+    let disk = graph.disks().iter().find(|d| d.layers().iter().map(|l| &l.node).eq(left)).cloned();
+    disk.map(|disk| Merged { disk, still_open }).ok_or_else(|| {
+        failed(job, format!("QEMU called it done, but no disk has the chain {}", left.join(", ")))
+    })
+}
+
+/// Cancels the job, and waits until it is gone.
+pub(crate) fn cancel<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<()> {
+    job.cancel()?;
+    match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
+        Waited::Reached(_) => match job.take_result() {
+            // A cancelled job is one that failed.
+            Err(Error::Job { .. }) => Ok(()),
+            Err(error) => Err(error),
+            Ok(_) => Err(failed(job, "it was done before it was cancelled".into())),
+        },
+        Waited::Vanished => Ok(()),
+        other => Err(stuck(job, &other)),
+    }
+}
+
+/// The error of a job that does not come to an end.
+pub(crate) fn stuck<M: Monitor + ?Sized>(job: &Job<'_, M>, waited: &Waited) -> Error {
+    let why = match waited {
+        Waited::Stalled(_) => "it met an error and stands still".into(),
+        Waited::Vanished => "it has vanished".into(),
+        Waited::TimeUp(job) | Waited::Concluded(job) | Waited::Reached(job) | Waited::Stopped(job) => {
+            format!("it is {:?}", job.status)
+        }
+    };
+    failed(job, why)
+}
+
+fn failed<M: Monitor + ?Sized>(job: &Job<'_, M>, why: String) -> Error {
+    Error::Job { id: job.id().to_owned(), why }
+}
+
+/// Closes nodes that have names of the user's: QEMU keeps them, and their files, open.
+fn close(monitor: &(impl Monitor + ?Sized), layers: &[Layer]) -> Result<Vec<(String, String)>> {
+    let mut still_open = Vec::new();
+    for layer in layers {
+        for node in [Some(&layer.node), layer.protocol_node.as_ref()].into_iter().flatten() {
+            if node.starts_with('#') {
+                continue;
+            }
+            match monitor.execute(&qmp::blockdev_del { node_name: node.clone() }) {
+                Ok(_) => {}
+                Err(Error::Command { failure, .. }) => still_open.push((node.clone(), failure.description)),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(still_open)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefixes_of_different_disks_never_meet() {
+        assert_eq!(job_prefix("merge", "vda"), "merge.vda.");
+        let disks = ["a.b", "a-b", "a_b", "a", "a.", "a_2eb", "/a/b", "\u{e4}"];
+        for one in disks {
+            let prefix = job_prefix("merge", one);
+            assert!(prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)), "{prefix}");
+            for other in disks.into_iter().filter(|other| *other != one) {
+                assert!(!job_prefix("merge", other).starts_with(&prefix), "{one} {other}");
+            }
+        }
+    }
+}

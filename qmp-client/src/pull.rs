@@ -1,0 +1,191 @@
+//! The live merge upwards: the active layer takes in layers that lie below it. QEMU's `block-stream`.
+
+use qapi::qmp::{self, JobStatus};
+
+use crate::commit::{CommitOptions, backing_name, bitmaps, circumstances, ownership};
+use crate::error::{Error, Result};
+use crate::flush::Means;
+use crate::graph::{Disk, Layer, Range};
+use crate::jobs::Job;
+use crate::monitor::{Execute, Monitor};
+use crate::procedure::{self, Merged, unique};
+
+/// A planned pull of the layers below the active one, down to but without `base`, into it.
+///
+/// No layer below is written: each stays what it was, for whoever else uses it.
+#[derive(Clone, Debug)]
+pub struct Pull {
+    disk: String,
+    active: Layer,
+    base: Option<Layer>,
+    pulled: Vec<Layer>,
+    left: Vec<String>,
+    backing_file: Option<String>,
+    job_id: String,
+    options: CommitOptions,
+    means: Option<Means>,
+}
+
+impl Pull {
+    /// Plans the pull. Without a `base` the active layer takes in everything, and stands alone then.
+    ///
+    /// # Errors
+    /// [`Error::Layer`] if nothing lies between; [`Error::Refused`] with the reason.
+    pub fn plan(disk: &Disk, base: Option<&Layer>, options: CommitOptions) -> Result<Self> {
+        let active = disk.active();
+        let bottom = base.map_or(0, |base| base.index);
+        let is_pulled = |l: &&Layer| l.index > bottom && l.index < active.index;
+        let (pulled, left): (Vec<&Layer>, Vec<&Layer>) = disk.layers().iter().partition(is_pulled);
+        let Some(lowest) = pulled.last() else {
+            return Err(disk.refusal("there is nothing to pull into the active layer".into()));
+        };
+        let backing_file = match base {
+            Some(base) => {
+                let range = Range { base, top: lowest, above: Some(active) };
+                Some(backing_name(disk, &range, active, options.backing_file.as_deref())?)
+            }
+            None if options.backing_file.is_some() => {
+                let why = "without a base the active layer has no backing file".into();
+                return Err(Error::Refused { why });
+            }
+            None => None,
+        };
+        ownership(disk.layers().iter().map(|l| &l.node), || {
+            let base = base.map_or(String::new(), |base| format!(" --base {}", base.file));
+            format!("virsh blockpull DOMAIN {}{base} --wait --verbose", disk.name())
+        })?;
+        let pull = Self {
+            disk: disk.name().to_owned(),
+            active: active.clone(),
+            base: base.cloned(),
+            pulled: pulled.into_iter().cloned().collect(),
+            left: left.into_iter().map(|l| l.node.clone()).collect(),
+            backing_file,
+            job_id: format!(
+                "{}{bottom}.{}.{}",
+                procedure::job_prefix("pull", disk.name()),
+                active.index,
+                unique()
+            ),
+            options,
+            means: None,
+        };
+        bitmaps(&pull.pulled, pull.options.drop_bitmaps)?;
+        Ok(pull)
+    }
+
+    /// The id that the job will have; it says what is pulled.
+    pub fn job_id(&self) -> &str {
+        &self.job_id
+    }
+
+    /// The layers that the disk no longer needs afterwards, from the top.
+    pub fn pulled(&self) -> &[Layer] {
+        &self.pulled
+    }
+
+    /// Asks QEMU all that can be known before the job starts, and tries to flush the active layer.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the reason; those of the commands.
+    pub fn preflight(&mut self, monitor: &(impl Monitor + ?Sized)) -> Result<()> {
+        circumstances(monitor, &self.disk)?;
+        let server = self.options.nbd_socket.as_deref();
+        self.means = Some(Means::find(monitor, &self.active.node, server)?);
+        Ok(())
+    }
+
+    /// Starts the job; it stops before it switches anything, and keeps its error.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] before [`Pull::preflight`] has passed; those of the command.
+    #[allow(deprecated, reason = "the struct of the schema has a field for a file name, which stays empty")]
+    pub fn start<'m, M: Monitor + ?Sized>(&self, monitor: &'m M) -> Result<Job<'m, M>> {
+        self.means()?;
+        let without_format = self.base.as_ref().is_some_and(|base| base.protocol_node.is_none());
+        monitor.execute(&qmp::block_stream {
+            job_id: Some(self.job_id.clone()),
+            device: self.active.node.clone(),
+            base_node: self.base.as_ref().map(|base| base.node.clone()),
+            backing_file: self.backing_file.clone(),
+            backing_mask_protocol: without_format.then_some(true),
+            speed: (self.options.speed > 0).then(|| i64::try_from(self.options.speed).unwrap_or(i64::MAX)),
+            on_error: Some(qmp::BlockdevOnError::stop),
+            filter_node_name: Some(format!("filter-{}", unique())),
+            auto_finalize: Some(false),
+            auto_dismiss: Some(false),
+            base: None,
+            bottom: None,
+        })?;
+        Ok(Job::new(monitor, self.job_id.clone()))
+    }
+
+    /// Ends a pull whose job is pending: flushes the active layer, has its header name the new backing file, and
+    /// closes what is no longer needed.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the job is not pending, or the flush fails: nothing is switched then, and the job
+    /// can be finished again or cancelled. [`Error::Job`] if the switch fails.
+    pub fn finish<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
+        if procedure::require(job, &[JobStatus::pending])? == JobStatus::pending {
+            self.means()?.flush(monitor, &self.active.node)?;
+            procedure::switch(job)?;
+        }
+        procedure::wrap_up(job, monitor, &self.pulled, &self.left)
+    }
+
+    /// Cancels the job and waits until it is gone. The chain is as it was; the active layer holds what was
+    /// copied so far, which shows the same bytes.
+    ///
+    /// # Errors
+    /// Those of the commands; [`Error::Job`] if the job cannot be cancelled any more.
+    pub fn cancel<M: Monitor + ?Sized>(&self, job: &Job<'_, M>) -> Result<()> {
+        procedure::cancel(job)
+    }
+
+    fn means(&self) -> Result<&Means> {
+        let why = || Error::Refused { why: "the pull has not passed its preflight".into() };
+        self.means.as_ref().ok_or_else(why)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::Graph;
+    use crate::replay::Replay;
+
+    const BLOCKDEV: &str = include_str!("../testdata/transcripts/discovery-blockdev.jsonl");
+
+    fn plan(transcript: &str, base: Option<&str>, options: CommitOptions) -> Result<Pull> {
+        let graph = Graph::ask(&Replay::of(transcript)).unwrap();
+        let disk = &graph.disks()[0];
+        Pull::plan(disk, base.map(|name| disk.layer(name).unwrap()), options)
+    }
+
+    #[test]
+    fn the_layers_between_are_pulled_and_the_name_keeps_its_style() {
+        let pull = plan(BLOCKDEV, Some("[2]"), CommitOptions::default()).unwrap();
+        assert_eq!(pull.pulled().iter().map(|l| l.index).collect::<Vec<_>>(), [4, 3]);
+        assert_eq!(pull.backing_file.as_deref(), Some("/vm/a/s1.qcow2"));
+        assert!(pull.job_id().starts_with("pull.vda.2.5."), "{}", pull.job_id());
+        let whole = plan(BLOCKDEV, None, CommitOptions::default()).unwrap();
+        assert_eq!(whole.pulled().len(), 4);
+        assert_eq!(whole.backing_file, None);
+    }
+
+    #[test]
+    fn pulls_that_make_no_sense_are_refused() {
+        for base in ["[4]", "[5]"] {
+            let error = plan(BLOCKDEV, Some(base), CommitOptions::default()).unwrap_err().to_string();
+            assert!(error.contains("nothing to pull") && error.contains("[5] /vm/a/active.qcow2"), "{error}");
+        }
+        let named = CommitOptions { backing_file: Some("x".into()), ..Default::default() };
+        assert!(plan(BLOCKDEV, None, named).is_err());
+        let owned = BLOCKDEV.replace("\"s1-fmt\"", "\"libvirt-4-format\"");
+        let error = plan(&owned, None, CommitOptions::default()).unwrap_err().to_string();
+        assert!(error.contains("virsh blockpull DOMAIN vda --wait"), "{error}");
+        let pull = plan(BLOCKDEV, None, CommitOptions::default()).unwrap();
+        assert!(matches!(pull.start(&Replay::default()), Err(Error::Refused { .. })));
+    }
+}
