@@ -1,6 +1,7 @@
 //! What to type next, for everything that can go wrong.
 
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use qcow2::error::Holder;
@@ -141,6 +142,9 @@ fn in_use_hint(path: &Path, holders: &[Holder], call: &Call) -> String {
 }
 
 fn no_space_hint(path: &Path, call: &Call) -> String {
+    if std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device()) {
+        return format!("enlarge the device (lvextend, for a logical volume), then again: {}", call.again());
+    }
     format!("free some space (df -h {}), then again: {}", word(&folder(path)), call.again())
 }
 

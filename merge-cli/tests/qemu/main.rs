@@ -15,6 +15,7 @@
 mod support;
 
 mod article;
+mod devices;
 mod differential;
 mod engines;
 mod interrupts;

@@ -1,0 +1,90 @@
+//! Block devices as bases: loop devices, so these tests need root.
+
+use std::process::Command;
+
+use crate::support::{Folder, needs_tools, skipped};
+
+/// A loop device over a file; taken down when dropped.
+struct Device(String);
+
+impl Device {
+    /// A device of `size` bytes, full of bytes that are not zero.
+    fn new(folder: &Folder, name: &str, size: u64) -> Option<Self> {
+        folder.raw(name, size, size, 0xee);
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(folder.join(name)).output();
+        match made {
+            Ok(output) if output.status.success() => {
+                Some(Self(String::from_utf8(output.stdout).unwrap().trim().to_owned()))
+            }
+            other => {
+                skipped(&format!("no loop device can be made, so block devices are not tested: {other:?}"));
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn a_raw_block_device_takes_data_and_zeros() {
+    if !needs_tools(&["qemu-img", "qemu-io", "losetup"]) {
+        return;
+    }
+    let folder = Folder::new("raw-device");
+    let Some(device) = Device::new(&folder, "disk.img", 16 * MIB) else { return };
+    folder.overlay("a.qcow2", &device.0, "raw", None, "");
+    folder.io("qcow2", "a.qcow2", &["write -P 5 1M 3M", "write -z 6M 5M", "write -P 7 15M 1000"]);
+    folder.overlay("b.qcow2", "a.qcow2", "qcow2", None, "");
+    folder.io("qcow2", "b.qcow2", &["write -P 9 2M 1M", "write -z 4096 512"]);
+    let shown = folder.view("qcow2", "b.qcow2");
+    folder.merge("b.qcow2", &["--verify"]);
+    folder.view("raw", &device.0).assert_same(&shown, "the device");
+}
+
+#[test]
+fn a_qcow2_base_on_a_block_device_never_trusts_what_lies_there() {
+    if !needs_tools(&["qemu-img", "qemu-io", "losetup"]) {
+        return;
+    }
+    for options in ["", "cluster_size=4096", "compat=0.10", "extended_l2=on"] {
+        let folder = Folder::new("qcow2-device");
+        // The device is full of 0xee: what the merge allocates must not show it.
+        let Some(device) = Device::new(&folder, "disk.img", 24 * MIB) else { return };
+        folder.create(&device.0, 64 * MIB, options);
+        folder.io("qcow2", &device.0, &["write -P 3 0 4M"]);
+        folder.overlay("a.qcow2", &device.0, "qcow2", None, "cluster_size=512");
+        folder.io(
+            "qcow2",
+            "a.qcow2",
+            &["write -P 5 2M 5M", "write -z 1M 1M", "write -P 6 20M 700", "write -P 6 30M 512"],
+        );
+        let shown = folder.view("qcow2", "a.qcow2");
+        folder.merge("a.qcow2", &["--verify"]);
+        folder.view("qcow2", &device.0).assert_same(&shown, options);
+        folder.check_clean(&device.0);
+    }
+}
+
+#[test]
+fn a_block_device_that_is_too_small_is_refused_with_the_size_that_it_needs() {
+    if !needs_tools(&["qemu-img", "qemu-io", "losetup"]) {
+        return;
+    }
+    let folder = Folder::new("small-device");
+    let Some(device) = Device::new(&folder, "disk.img", 8 * MIB) else { return };
+    folder.overlay("a.qcow2", &device.0, "raw", Some(9 * MIB), "");
+    folder.io("qcow2", "a.qcow2", &["write -P 5 0 64k"]);
+    folder.refused(&["commit", "a.qcow2"], &[8]).says("9437184").says("enlarge the device");
+    std::fs::remove_file(folder.join("a.qcow2")).unwrap();
+    folder.create(&device.0, 64 * MIB, "");
+    folder.overlay("b.qcow2", &device.0, "qcow2", None, "");
+    folder.io("qcow2", "b.qcow2", &["write -P 5 0 9M"]);
+    folder.refused(&["commit", "b.qcow2"], &[8]).says("enlarge the device");
+}
