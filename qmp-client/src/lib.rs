@@ -8,6 +8,7 @@
 //! - [`Connection`]: numbered commands; each reply goes to the command whose number it carries, and a late
 //!   one is recognised and dropped. [`Monitor`] is its trait, which a test can implement; [`Execute`] adds
 //!   the typed commands.
+//! - [`Owner`]: whether a monitor belongs to libvirt or another manager, whose own commands are to be used.
 //! - [`Graph`]: the disks, and the chain of each, with layers counted from the bottom.
 //! - [`Job`]: a job as a state machine, whoever started it. Events are hints; the query is the truth.
 //!
@@ -39,6 +40,7 @@ mod jobs;
 mod message;
 mod monitor;
 mod nbd;
+mod owner;
 mod procedure;
 mod pull;
 #[cfg(test)]
@@ -53,6 +55,7 @@ pub use graph::{Backing, Disk, Graph, Layer, Range};
 pub use jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watch, jobs};
 pub use message::{Event, Failure, Message, reply, request};
 pub use monitor::{Execute, Monitor, patience};
+pub use owner::Owner;
 pub use procedure::Merged;
 pub use pull::Pull;
 pub use qapi;

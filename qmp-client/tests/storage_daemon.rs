@@ -256,6 +256,9 @@ fn a_second_client_is_told_who_holds_the_monitor_and_quit_is_seen() {
     let error = Connection::connect(&address, &options).unwrap_err().to_string();
     assert!(error.contains("another client holds this monitor"), "{error}");
 
+    assert_eq!(monitor.peer(), Some(daemon.child.id()));
+    assert_eq!(qmp_client::Owner::of(&address, monitor.peer()), None);
+
     let error = monitor.query("no-such-command", json!({})).unwrap_err();
     assert!(matches!(error, Error::Command { failure, .. } if failure.class == "CommandNotFound"));
     monitor.query("quit", json!({})).unwrap();
@@ -266,17 +269,14 @@ fn a_second_client_is_told_who_holds_the_monitor_and_quit_is_seen() {
     assert!(matches!(error, Error::Connect { .. }), "{error}");
 }
 
-#[test]
-fn an_overlay_that_qemu_cannot_write_is_found_before_qemu_would_crash() {
-    if !tools_are_here() {
-        return;
-    }
-    let chain = Chain::new(Make::default());
+/// A daemon that may not write the third of four layers.
+fn with_an_overlay_that_cannot_be_written(chain: &Chain) -> Daemon {
     let folder = chain.folder.path();
-    let me = std::fs::metadata(folder).unwrap().uid();
     std::fs::set_permissions(folder, PermissionsExt::from_mode(0o777)).unwrap();
-    let mut command = Command::new("qemu-storage-daemon");
-    if me == 0 {
+    // A crash shall leave no memory dump.
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -c 0; exec qemu-storage-daemon \"$@\"", "sh"]);
+    if std::fs::metadata(folder).unwrap().uid() == 0 {
         // Root may write everything, so QEMU must be somebody else.
         use std::os::unix::process::CommandExt;
         command.uid(65534).gid(65534);
@@ -285,13 +285,50 @@ fn an_overlay_that_qemu_cannot_write_is_found_before_qemu_would_crash() {
         }
     }
     std::fs::set_permissions(chain.path(3), PermissionsExt::from_mode(0o444)).unwrap();
-    let daemon = Daemon::spawn(command, &chain, Some(&folder.join("nbd.sock")));
+    Daemon::spawn(command, chain, Some(&folder.join("nbd.sock")))
+}
+
+#[test]
+fn an_overlay_that_qemu_cannot_write_is_found_before_qemu_would_crash() {
+    if !tools_are_here() {
+        return;
+    }
+    let chain = Chain::new(Make::default());
+    let daemon = with_an_overlay_that_cannot_be_written(&chain);
     let monitor = daemon.connect();
-    let options = CommitOptions { nbd_socket: Some(folder.join("nbd.sock")), ..Default::default() };
-    let mut commit = plan(&disk(&monitor), "[1]", "[2]", options);
+    let nbd_socket = Some(chain.folder.path().join("nbd.sock"));
+    let mut commit = plan(&disk(&monitor), "[1]", "[2]", CommitOptions { nbd_socket, ..Default::default() });
     let error = commit.preflight(&monitor).unwrap_err().to_string();
     assert!(error.contains("Permission denied"), "{error}");
     assert_eq!(disk(&monitor).layers().len(), 4, "QEMU lives");
+}
+
+#[test]
+fn without_the_guard_qemu_fails_at_the_end_or_dies() {
+    if !tools_are_here() {
+        return;
+    }
+    let chain = Chain::new(Make::default());
+    let before = chain.bytes(4);
+    let daemon = with_an_overlay_that_cannot_be_written(&chain);
+    let monitor = daemon.connect();
+    let disk = disk(&monitor);
+    let node = |n: &str| disk.layer(n).unwrap().node.clone();
+    let arguments = json!({
+        "job-id": "unguarded", "device": "top", "base-node": node("[1]"), "top-node": node("[2]"),
+        "backing-file": "1.img", "auto-finalize": false, "auto-dismiss": false,
+    });
+    monitor.query("block-commit", arguments).unwrap();
+    let job = Job::new(&monitor, "unguarded");
+    wait(&job, Goal::Pending);
+    let ended = job.finalize().and_then(|()| job.wait(Goal::Concluded, None, &mut |_| Watch::GoOn));
+    match ended.and_then(|_| job.take_result()) {
+        // QEMU 10.0.2 dies, and every guest's disks with it; one that is mended tells an error.
+        Err(Error::Disconnected { .. } | Error::Job { .. } | Error::Command { .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    drop(daemon);
+    assert!(chain.bytes(4) == before, "the guest sees other bytes");
 }
 
 #[test]

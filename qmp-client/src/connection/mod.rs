@@ -140,6 +140,17 @@ impl Connection {
         (qemu.major, qemu.minor, qemu.micro)
     }
 
+    /// The process that listens at the other end of a UNIX socket.
+    pub fn peer(&self) -> Option<u32> {
+        match &self.stream {
+            Stream::Unix(stream) => {
+                let credentials = rustix::net::sockopt::socket_peercred(stream).ok()?;
+                u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()
+            }
+            Stream::Tcp(_) => None,
+        }
+    }
+
     fn write_line(&self, line: &str) -> io::Result<()> {
         let _alone = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         match &self.stream {
