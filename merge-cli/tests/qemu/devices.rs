@@ -88,3 +88,44 @@ fn a_block_device_that_is_too_small_is_refused_with_the_size_that_it_needs() {
     folder.io("qcow2", "b.qcow2", &["write -P 5 0 9M"]);
     folder.refused(&["commit", "b.qcow2"], &[8]).says("enlarge the device");
 }
+
+/// A small XFS in a file, mounted; unmounted when dropped.
+struct Xfs(std::path::PathBuf);
+
+impl Xfs {
+    fn new(folder: &Folder) -> Option<Self> {
+        folder.raw("xfs.img", 400 * MIB, 0, 0);
+        let on = folder.join("xfs");
+        std::fs::create_dir(&on).unwrap();
+        let done = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
+        let made = done(Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]).arg(folder.join("xfs.img")))
+            && done(Command::new("mount").args(["-o", "loop"]).arg(folder.join("xfs.img")).arg(&on));
+        if !made {
+            skipped("no XFS can be made and mounted, so sharing of blocks is not tested");
+            return None;
+        }
+        Some(Self(on))
+    }
+}
+
+impl Drop for Xfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_merge_that_shares_blocks_needs_no_room_for_them() {
+    if !needs_tools(&["qemu-img", "qemu-io"]) {
+        return;
+    }
+    let folder = Folder::new("shared-blocks");
+    let Some(_xfs) = Xfs::new(&folder) else { return };
+    folder.create("xfs/base.qcow2", 1024 * MIB, "");
+    folder.overlay("xfs/a.qcow2", "base.qcow2", "qcow2", Some(1024 * MIB), "");
+    // More than half of the file system: a copy would not fit.
+    folder.io("qcow2", "xfs/a.qcow2", &["write -P 5 3M 200M"]);
+    folder.qmerge(&["commit", "xfs/a.qcow2", "--verify"]).ok();
+    folder.io("qcow2", "xfs/base.qcow2", &["read -P 5 3M 200M", "read -P 0 0 3M"]);
+    folder.check_clean("xfs/base.qcow2");
+}

@@ -208,6 +208,12 @@ pub trait Host: Send + Sync + fmt::Debug {
     /// Bytes that an unprivileged user may still write to the file system of `path`, where known.
     fn free_space(&self, path: &Path) -> io::Result<Option<u64>>;
 
+    /// Whether files of the file system of `path` can share blocks, so that a copy inside it may take no
+    /// room.
+    fn shares_blocks(&self, _path: &Path) -> bool {
+        false
+    }
+
     /// The processes other than this one that have the file open, as far as the caller may see.
     fn holders(&self, id: FileId) -> Vec<Holder>;
 }

@@ -123,10 +123,17 @@ impl Host for OsHost {
         Ok(stat.f_bavail.checked_mul(stat.f_frsize))
     }
 
+    fn shares_blocks(&self, path: &Path) -> bool {
+        rustix::fs::statfs(path).is_ok_and(|stat| SHARING.contains(&(stat.f_type as u32)))
+    }
+
     fn holders(&self, id: FileId) -> Vec<Holder> {
         holders::holders(id)
     }
 }
+
+/// File systems that can share blocks between files: btrfs, XFS, bcachefs (`statfs(2)`).
+const SHARING: [u32; 3] = [0x9123_683e, 0x5846_5342, 0xca45_1a4e];
 
 impl OsFile {
     /// Wraps an opened file; refuses what is not a regular file or a block device.
