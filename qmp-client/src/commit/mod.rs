@@ -109,6 +109,9 @@ impl Commit {
     /// Asks QEMU all that can be known before the job starts, and tries what it will have to do at the end:
     /// writing the header of the overlay above top, and flushing base.
     ///
+    /// The header is written with the backing name that it holds; a backing format that was missing is added.
+    /// The guest keeps running.
+    ///
     /// # Errors
     /// [`Error::Refused`] with the reason; those of the commands.
     pub fn preflight(&mut self, monitor: &(impl Monitor + ?Sized)) -> Result<()> {

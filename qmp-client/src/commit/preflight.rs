@@ -73,7 +73,7 @@ pub(crate) fn bitmaps(given_up: &[Layer], may_go: bool) -> Result<()> {
     Err(Error::Refused { why: format!("these persistent bitmaps would be lost: {}", bitmaps.join(", ")) })
 }
 
-/// Checks that need QEMU. They change nothing, and leave the guest running.
+/// Checks that need QEMU. They change nothing that a guest sees, and leave it running.
 pub(super) fn ask(commit: &Commit, monitor: &(impl Monitor + ?Sized)) -> Result<Option<Means>> {
     circumstances(monitor, &commit.disk)?;
     let Some(above) = &commit.above else { return Ok(None) };

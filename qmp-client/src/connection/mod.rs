@@ -6,14 +6,17 @@ mod tests;
 
 use std::fmt;
 use std::io::{self, BufReader, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use qapi::qmp::QapiCapabilities;
+use rustix::net::sockopt::{self, Timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde_json::Value;
 
 use crate::address::Address;
@@ -67,16 +70,22 @@ impl Connection {
     /// [`Error::TcpNotAllowed`], [`Error::Connect`], [`Error::NoGreeting`], and those of the command
     /// `qmp_capabilities`.
     pub fn connect(address: &Address, options: &Options) -> Result<Self> {
-        let failed = |source| Error::Connect { address: address.to_string(), source };
         let stream = match address {
-            Address::Unix(path) => Stream::Unix(UnixStream::connect(path).map_err(failed)?),
+            Address::Unix(path) => connect_unix(path, options.greeting_timeout).map(Stream::Unix),
             Address::Tcp { .. } if !options.allow_tcp => {
                 return Err(Error::TcpNotAllowed { address: address.to_string() });
             }
             Address::Tcp { host, port } => {
-                Stream::Tcp(TcpStream::connect((host.as_str(), *port)).map_err(failed)?)
+                connect_tcp(host, *port, options.greeting_timeout).map(Stream::Tcp)
             }
         };
+        let stream = stream.map_err(|source| match source.kind() {
+            // QEMU's queue of clients is full.
+            io::ErrorKind::WouldBlock => {
+                Error::NoGreeting { address: address.to_string(), waited: options.greeting_timeout }
+            }
+            _ => Error::Connect { address: address.to_string(), source },
+        })?;
         Self::over(stream, &address.to_string(), options)
     }
 
@@ -144,7 +153,7 @@ impl Connection {
     pub fn peer(&self) -> Option<u32> {
         match &self.stream {
             Stream::Unix(stream) => {
-                let credentials = rustix::net::sockopt::socket_peercred(stream).ok()?;
+                let credentials = sockopt::socket_peercred(stream).ok()?;
                 u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()
             }
             Stream::Tcp(_) => None,
@@ -158,6 +167,27 @@ impl Connection {
             Stream::Tcp(stream) => (&mut &*stream).write_all(line.as_bytes()),
         }
     }
+}
+
+/// Connects like the standard library, which would wait without end for a place in the queue of clients.
+fn connect_unix(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // No time at all would mean no limit.
+    sockopt::set_socket_timeout(&socket, Timeout::Send, Some(timeout.max(Duration::from_millis(1))))?;
+    connect(&socket, &address)?;
+    Ok(socket.into())
+}
+
+fn connect_tcp(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    for address in (host, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, timeout.max(Duration::from_millis(1))) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 impl Monitor for Connection {

@@ -74,6 +74,20 @@ fn a_monitor_that_does_not_greet_is_held_by_another_client() {
 }
 
 #[test]
+fn a_full_queue_of_clients_is_not_waited_for_without_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("qmp.sock");
+    let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let first = connect_unix(&path, SHORT).unwrap();
+    let options = Options { greeting_timeout: SHORT, ..Options::default() };
+    let error = Connection::connect(&Address::Unix(path), &options).unwrap_err();
+    assert!(matches!(error, Error::NoGreeting { .. }), "{error}");
+    drop(first);
+}
+
+#[test]
 fn a_late_answer_is_dropped_and_the_next_command_gets_its_own() {
     let (connection, server) = connected(|mut server| {
         let (first, second) = (server.command(), server.command());
