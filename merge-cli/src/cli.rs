@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::demo::DemoArgs;
-pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs};
+pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, RepairWhat};
 use self::merge::COMMIT_EXAMPLES;
 pub(crate) use self::merge::{CommitArgs, FlattenArgs};
 use crate::exit;
@@ -73,7 +73,7 @@ pub(crate) enum Verb {
     ///
     /// Exits as qemu-img check: 0 clean, 1 could not check, 2 corruption, 3 leaks only, 63 nothing to check (raw).
     #[command(
-        after_long_help = "Examples:\n  qmerge check vm.qcow2\n  qmerge check -q vm.qcow2 && echo clean"
+        after_long_help = "Examples:\n  qmerge check vm.qcow2\n  qmerge check -q vm.qcow2 && echo clean\n  qmerge check --repair all --dry-run vm.qcow2\n  qmerge check --repair all --backup vm.metadata vm.qcow2"
     )]
     Check(CheckArgs),
 

@@ -106,7 +106,7 @@ fn refusal_hint(path: &Path, reason: &Refusal, call: &Call) -> String {
             format!("if no backup needs them: {}", call.again_with(&["--drop-bitmaps"]))
         }
         Refusal::Dirty | Refusal::CorruptBit | Refusal::Inconsistent { .. } => {
-            format!("repair it first: qemu-img check -r all {file}")
+            format!("repair it first: qmerge check --repair all {file}")
         }
         Refusal::HeaderRoom { .. } => format!(
             "give base a shorter name, or make a new file: qmerge flatten {} -o NEW.qcow2",

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::{ChainArgs, ImageArgs, ImageFormat};
 
@@ -30,11 +30,40 @@ pub(crate) struct MapArgs {
     pub(crate) open: ChainArgs,
 }
 
+/// What `qmerge check` repairs
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RepairWhat {
+    /// Give lost space back, and nothing else
+    Leaks,
+    /// Correct all that follows from the references: refcounts, COPIED flags, the refcount table
+    All,
+}
+
 /// `qmerge check`
 #[derive(Debug, Args)]
 pub(crate) struct CheckArgs {
     /// The image
     pub(crate) image: PathBuf,
+
+    /// Repair the image, then report what remains
+    ///
+    /// The image must not be in use. The guest's data is not touched; what could only be guessed is left and reported.
+    #[arg(long, value_name = "WHAT", help_heading = "Repair")]
+    pub(crate) repair: Option<RepairWhat>,
+
+    /// Show what the repair would do, and change nothing; exits as the check without a repair
+    #[arg(long, requires = "repair", help_heading = "Repair")]
+    pub(crate) dry_run: bool,
+
+    /// Copy the metadata to a new FILE before the first write
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "repair",
+        conflicts_with = "dry_run",
+        help_heading = "Repair"
+    )]
+    pub(crate) backup: Option<PathBuf>,
 
     #[command(flatten)]
     pub(crate) open: ImageArgs,

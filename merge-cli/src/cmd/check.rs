@@ -2,16 +2,17 @@
 
 use std::path::Path;
 
-use qcow2::Error;
 use qcow2::chain::{OpenOptions, open_data_file};
+use qcow2::check::repair::{self, RepairMode, RepairPlan};
 use qcow2::check::{self, CheckOptions, CheckReport, Severity, Verdict};
 use qcow2::image::{ImageFormat, Qcow2};
 use qcow2::storage::{Access, Host, LockError, LockMode, OsHost, Storage};
+use qcow2::{Error, ErrorKind};
 use serde_json::{Map, Value, json};
 
 use super::open;
 use crate::call::Call;
-use crate::cli::CheckArgs;
+use crate::cli::{CheckArgs, RepairWhat};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hints::word;
@@ -20,17 +21,18 @@ use crate::output::human::plural;
 use crate::output::json::path;
 use crate::output::size;
 
-/// Checks the image and its external data file; other files are not opened.
+/// Checks the image and its external data file, and repairs the image if asked to; other files are not
+/// opened.
 pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
     let options = OpenOptions { lock: true, ..open::image_options(&args.open) };
-    let report = check(&args.image, &options).map_err(|e| Failure::engine(&e, call))?;
-    let Some(report) = report else { return Err(nothing_to_check(&args.image)) };
+    let outcome = check(args, &options).map_err(|e| failure(&e, args, call))?;
+    let Some(outcome) = outcome else { return Err(nothing_to_check(&args.image)) };
     if console.is_json() {
-        console.document(&json(&args.image, &report))?;
+        console.document(&json(&args.image, &outcome))?;
     } else {
-        console.result(&human(&args.image, &report))?;
+        console.result(&human(&args.image, &outcome))?;
     }
-    Ok(match report.verdict() {
+    Ok(match outcome.report().verdict() {
         Verdict::Clean => Exit::DONE,
         Verdict::Failed => Exit::CHECK_FAILED,
         Verdict::Corrupt => Exit::CHECK_CORRUPT,
@@ -38,11 +40,45 @@ pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Ex
     })
 }
 
-/// Checks under a reader's lock; `None` for raw images.
-fn check(image: &Path, options: &OpenOptions) -> qcow2::Result<Option<CheckReport>> {
-    let file = OsHost.open(image, Access::Read).map_err(|e| Error::io(image, "open", None, e))?;
+/// What came out.
+// There is one of these, and it is about as large as what it holds.
+#[allow(clippy::large_enum_variant)]
+enum Outcome {
+    Checked(CheckReport),
+    Planned(RepairPlan),
+    Repaired(RepairPlan),
+}
+
+impl Outcome {
+    /// The state that the exit code tells: that of the image as it is now.
+    fn report(&self) -> &CheckReport {
+        match self {
+            Self::Checked(report) => report,
+            Self::Planned(plan) => &plan.before,
+            Self::Repaired(plan) => &plan.after,
+        }
+    }
+}
+
+/// An image in use is something else than a failed check when it was to be repaired.
+fn failure(error: &Error, args: &CheckArgs, call: &Call) -> Failure {
+    match Failure::engine(error, call) {
+        Failure::Reported(report) if args.repair.is_some() && error.kind() == ErrorKind::InUse => {
+            Report { exit: Exit::IN_USE, ..report }.into()
+        }
+        other => other,
+    }
+}
+
+/// Checks under a reader's lock, repairs under a writer's; `None` for raw images.
+fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<Outcome>> {
+    let image = &args.image;
+    let writes = args.repair.is_some() && !args.dry_run;
+    let (access, mode) =
+        if writes { (Access::ReadWrite, LockMode::Write) } else { (Access::Read, LockMode::Read) };
+    let file = OsHost.open(image, access).map_err(|e| Error::io(image, "open", None, e))?;
     let id = file.stat().map_err(|e| Error::io(image, "read the state of", None, e))?.id;
-    file.lock(LockMode::Read).map_err(|e| match e {
+    file.lock(mode).map_err(|e| match e {
         LockError::Held { .. } => Error::InUse { path: image.to_owned(), holders: OsHost.holders(id) },
         LockError::Io(e) => Error::io(image, "lock", None, e),
     })?;
@@ -56,7 +92,21 @@ fn check(image: &Path, options: &OpenOptions) -> qcow2::Result<Option<CheckRepor
     let cluster0 = Qcow2::read_cluster0(image, &*file)?;
     let data = open_data_file(&OsHost, image, id, &cluster0, options)?;
     let data = data.as_ref().map(|(_, storage)| &**storage as &dyn Storage);
-    check::check(image, &*file, data, &CheckOptions::default()).map(Some)
+    let how = CheckOptions::default();
+    let Some(what) = args.repair else {
+        return check::check(image, &*file, data, &how).map(Outcome::Checked).map(Some);
+    };
+    let what = match what {
+        RepairWhat::Leaks => RepairMode::Leaks,
+        RepairWhat::All => RepairMode::All,
+    };
+    if args.dry_run {
+        return repair::plan(image, &*file, data, what, &how).map(Outcome::Planned).map(Some);
+    }
+    if let Some(to) = &args.backup {
+        repair::backup(image, &*file, &OsHost, to, &how)?;
+    }
+    repair::repair(image, &*file, data, what, &how).map(Outcome::Repaired).map(Some)
 }
 
 fn nothing_to_check(image: &Path) -> Failure {
@@ -69,9 +119,14 @@ fn nothing_to_check(image: &Path) -> Failure {
     .into()
 }
 
-/// What was found, worst first, and what it means.
-fn human(image: &Path, report: &CheckReport) -> String {
-    let mut lines: Vec<String> = Vec::new();
+/// What was done, what was found, worst first, and what it means.
+fn human(image: &Path, outcome: &Outcome) -> String {
+    let report = outcome.report();
+    let (mut lines, repaired) = match outcome {
+        Outcome::Checked(_) => (Vec::new(), false),
+        Outcome::Planned(plan) => return format!("{plan}"),
+        Outcome::Repaired(plan) => (plan.steps(), true),
+    };
     for finding in &report.findings {
         lines.push(format!("{}: {finding}", name(finding.severity)));
     }
@@ -92,13 +147,18 @@ fn human(image: &Path, report: &CheckReport) -> String {
         Verdict::Failed => {
             format!("{} could not be read.", plural(report.check_errors, "structure", "structures"))
         }
+        Verdict::Corrupt if repaired => format!(
+            "{} and {} remain. Do not write to the image; restore it from a backup, or save what can be read: qmerge flatten {file} -o NEW.qcow2",
+            plural(report.corruptions, "corruption", "corruptions"),
+            plural(report.leaks, "leaked cluster", "leaked clusters"),
+        ),
         Verdict::Corrupt => format!(
-            "{} and {} were found. Do not write to the image. To repair it: qemu-img check -r all {file}",
+            "{} and {} were found. Do not write to the image. To repair it: qmerge check --repair all {file}",
             plural(report.corruptions, "corruption", "corruptions"),
             plural(report.leaks, "leaked cluster", "leaked clusters"),
         ),
         Verdict::Leaks => format!(
-            "{}: space is lost, the data is sound. To give it back: qemu-img check -r leaks {file}",
+            "{}: space is lost, the data is sound. To give it back: qmerge check --repair leaks {file}",
             plural(report.leaks, "leaked cluster", "leaked clusters"),
         ),
     });
@@ -121,8 +181,10 @@ fn name(severity: Severity) -> &'static str {
     }
 }
 
-/// The object of `qemu-img check --output=json`, which leaves zeros out, and the findings.
-fn json(image: &Path, report: &CheckReport) -> Value {
+/// The object of `qemu-img check --output=json`, which leaves zeros out, the findings, and the plan of a
+/// repair.
+fn json(image: &Path, outcome: &Outcome) -> Value {
+    let report = outcome.report();
     let mut out = Map::new();
     out.insert("filename".into(), path(image));
     out.insert("format".into(), ImageFormat::Qcow2.name().into());
@@ -153,5 +215,34 @@ fn json(image: &Path, report: &CheckReport) -> Value {
         object
     });
     out.insert("findings".into(), findings.collect());
+    let (key, plan) = match outcome {
+        Outcome::Checked(_) => return Value::Object(out),
+        Outcome::Planned(plan) => ("plan", plan),
+        Outcome::Repaired(plan) => {
+            for (key, number) in
+                [("corruptions-fixed", plan.corruptions_fixed()), ("leaks-fixed", plan.leaks_fixed())]
+            {
+                if number > 0 {
+                    out.insert(key.into(), number.into());
+                }
+            }
+            ("repair", plan)
+        }
+    };
+    out.insert(
+        key.into(),
+        json!({
+            "refcounts-raised": plan.raised,
+            "refcounts-lowered": plan.lowered,
+            "clusters-freed": plan.freed,
+            "flags-corrected": plan.flags,
+            "refcounts-rebuilt": plan.rebuilt.is_some(),
+            "dirty-bit-cleared": plan.clears_dirty(),
+            "corrupt-bit-cleared": plan.clears_corrupt(),
+            "corruptions-left": plan.after.corruptions,
+            "leaks-left": plan.after.leaks,
+            "steps": plan.steps(),
+        }),
+    );
     Value::Object(out)
 }

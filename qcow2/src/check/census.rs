@@ -9,7 +9,7 @@ use crate::units::HostOffset;
 use super::compare::compare;
 use super::counts::{Counts, Kind, Reference, Width};
 use super::finding::{Finding, Findings, Structure, What};
-use super::layout::{Layout, for_each_word, lay_out};
+use super::layout::{Layout, Scope, for_each_word, lay_out};
 use super::naming::name_guests;
 use super::scan::{Scanner, Totals};
 use super::subject::Subject;
@@ -41,37 +41,57 @@ pub(super) fn take(
 ) -> Result<Option<Census>> {
     let findings = Findings::new(limit);
     let totals = Totals::default();
-    let layout = lay_out(subject, &findings)?;
+    let layout = lay_out(subject, Scope::Everything, &findings)?;
+    let mut clusters_in_use = 0;
+    let fits = count(subject, &layout, width, window_words, Some((&findings, &totals)), &mut |counts| {
+        clusters_in_use = clusters_in_use.max(compare(subject, &layout, counts, &findings)?);
+        Ok(())
+    })?;
+    if !fits {
+        return Ok(None);
+    }
+    name_guests(subject, &layout, &findings)?;
+    Ok(Some(Census { findings, totals, clusters_in_use }))
+}
+
+/// Counts all references, a window of host clusters after the other, and calls `visit` with each window
+/// that anything refers to or that has refcounts. What is damaged goes to `first`. False if the slots
+/// are too narrow; the windows that were visited until then are right.
+pub(super) fn count(
+    subject: &Subject<'_>,
+    layout: &Layout,
+    width: Width,
+    window_words: u64,
+    first: Option<(&Findings, &Totals)>,
+    visit: &mut dyn FnMut(&Counts) -> Result<()>,
+) -> Result<bool> {
     let slots = (subject.file_clusters() + 1).min(window_words.saturating_mul(width.lanes()));
     let mut counts = Counts::new(slots, width).ok_or_else(|| {
         let why = format!("there is no memory for {slots} refcounts");
         Error::refused(subject.path, Refusal::Other(why))
     })?;
     let mut memory = Memory::default();
-    let mut clusters_in_use = 0;
     let mut window = 0;
-    let mut first = true;
+    let mut is_first = true;
     loop {
         let next = {
-            let scanner = Scanner { subject, counts: &counts, first: first.then_some((&findings, &totals)) };
-            let mut pass = Pass { scanner: &scanner, memory: &mut memory, window, piece: 0, next: u64::MAX };
-            pass.run(&layout)?;
+            let scanner = Scanner { subject, counts: &counts, first: first.filter(|_| is_first) };
+            let mut pass =
+                Pass { scanner: &scanner, memory: &mut memory, is_first, window, piece: 0, next: u64::MAX };
+            pass.run(layout)?;
             pass.next
         };
         if counts.is_saturated() {
-            return Ok(None);
+            return Ok(false);
         }
-        clusters_in_use = clusters_in_use.max(compare(subject, &layout, &counts, &findings)?);
-        first = false;
-        window = next.min(next_block(subject, &layout, window, slots));
+        visit(&counts)?;
+        is_first = false;
+        window = next.min(next_block(subject, layout, window, slots));
         if window == u64::MAX {
-            break;
+            return Ok(true);
         }
         counts.restart_at(window.saturating_mul(slots));
     }
-    drop(counts);
-    name_guests(subject, &layout, &findings)?;
-    Ok(Some(Census { findings, totals, clusters_in_use }))
 }
 
 /// The first window behind `window` for whose clusters the refcount table names a block.
@@ -95,6 +115,8 @@ struct Memory {
 struct Pass<'a> {
     scanner: &'a Scanner<'a>,
     memory: &'a mut Memory,
+    /// Whether nothing is remembered yet.
+    is_first: bool,
     window: u64,
     /// The number of the next batch's first piece.
     piece: usize,
@@ -108,7 +130,9 @@ impl Pass<'_> {
         for segment in &layout.metadata {
             self.count(segment.range.clone(), Reference { times: segment.times, ..METADATA });
         }
-        self.refcount_blocks(layout);
+        if layout.scope == Scope::Everything {
+            self.refcount_blocks(layout);
+        }
         for segment in &layout.bitmap_tables {
             self.bitmap_table(segment.range.clone(), segment.times)?;
         }
@@ -180,7 +204,7 @@ impl Visitor for Pass<'_> {
         let subject = self.scanner.subject;
         let first_piece = self.piece;
         let due = &self.memory.due;
-        let first_pass = self.scanner.first.is_some();
+        let first_pass = self.is_first;
         let findings = self.scanner.first.map(|(findings, _)| findings);
         let nexts = for_each_piece(subject, tables, |n, piece, buf| {
             let known = due.get(first_piece + n).copied();

@@ -201,6 +201,7 @@ pub(super) struct Findings {
     counted: [AtomicU64; 3],
     taken: [AtomicUsize; 3],
     incomplete: AtomicBool,
+    damaged: AtomicBool,
 }
 
 impl Findings {
@@ -211,10 +212,14 @@ impl Findings {
             counted: Default::default(),
             taken: Default::default(),
             incomplete: AtomicBool::new(false),
+            damaged: AtomicBool::new(false),
         }
     }
 
     pub(super) fn add(&self, finding: Finding) {
+        if matches!(finding.what, What::Malformed(_) | What::PastEnd { .. } | What::Unreadable { .. }) {
+            self.damaged.store(true, Relaxed);
+        }
         let place = finding.severity as usize;
         if let Some(counted) = self.counted.get(place) {
             counted.fetch_add(finding.clusters, Relaxed);
@@ -241,6 +246,11 @@ impl Findings {
     /// Whether some references could not be followed.
     pub(super) fn is_incomplete(&self) -> bool {
         self.incomplete.load(Relaxed)
+    }
+
+    /// Whether an entry or a structure is damaged, so that nobody knows what it meant.
+    pub(super) fn is_damaged(&self) -> bool {
+        self.damaged.load(Relaxed)
     }
 
     /// Those that were kept: corruptions, errors, leaks, each in the order of host offsets.

@@ -16,6 +16,7 @@ const CHUNK: u64 = 1 << 20;
 /// Where the metadata lies.
 #[derive(Debug)]
 pub(super) struct Layout {
+    pub(super) scope: Scope,
     /// Host clusters that hold metadata which nothing else may share.
     pub(super) metadata: Vec<Segment>,
     pub(super) l1: L1Tables,
@@ -25,18 +26,29 @@ pub(super) struct Layout {
     pub(super) refcount_table: Vec<u64>,
 }
 
+/// Which structures are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// All.
+    Everything,
+    /// All but the refcount table and its blocks: what stays when they are made anew.
+    WithoutRefcounts,
+}
+
 /// Finds the metadata of an image, and reports what of it is damaged.
 ///
 /// # Errors
 /// Cancellation, and a header or memory that does not allow to go on.
-pub(super) fn lay_out(subject: &Subject<'_>, findings: &Findings) -> Result<Layout> {
+pub(super) fn lay_out(subject: &Subject<'_>, scope: Scope, findings: &Findings) -> Result<Layout> {
     let header = &subject.header;
     let mut survey = Survey { subject, findings, metadata: Vec::new() };
     survey.claim(Structure::Header, 0, subject.geometry.cluster_size());
     let active = header.l1_offset.get()..header.l1_offset.get().saturating_add(header.l1_bytes());
     survey.claim(Structure::ActiveL1, active.start, header.l1_bytes());
-    let table_bytes = header.refcount_table_bytes();
-    survey.claim(Structure::RefcountTable, header.refcount_table_offset.get(), table_bytes);
+    if scope == Scope::Everything {
+        let table_bytes = header.refcount_table_bytes();
+        survey.claim(Structure::RefcountTable, header.refcount_table_offset.get(), table_bytes);
+    }
     if let Some((host, len)) = subject.encryption {
         survey.claim(Structure::EncryptionHeader, host.get(), len);
     }
@@ -45,6 +57,7 @@ pub(super) fn lay_out(subject: &Subject<'_>, findings: &Findings) -> Result<Layo
     let refcount_table = survey.refcount_table()?;
     let metadata = sweep(&survey.metadata);
     Ok(Layout {
+        scope,
         metadata,
         l1: L1Tables { active, snapshots: sweep(&snapshots) },
         bitmap_tables: sweep(&bitmap_tables),

@@ -1,6 +1,6 @@
 //! Whether an image is consistent: what its tables refer to, against what its refcounts say.
 //!
-//! The check only reads. It visits every table once (however often tables are shared or overlap), counts
+//! The check only reads; [`repair`] acts on what it finds. It visits every table once (however often tables are shared or overlap), counts
 //! the references of each host cluster in a window of packed counters, and compares a whole window
 //! with the stored refcounts at once; an image with more clusters than the window takes several passes.
 //! Memory does not depend on the image: about 60 MiB at most, sized by the length of the file and never by
@@ -20,6 +20,7 @@ mod counts;
 mod finding;
 mod layout;
 mod naming;
+pub mod repair;
 mod scan;
 mod subject;
 mod sweep;
@@ -141,8 +142,12 @@ fn check_subject(subject: &Subject<'_>, window_words: u64) -> Result<CheckReport
             return Ok(report(subject, census));
         }
     }
+    Err(too_many_references(subject))
+}
+
+fn too_many_references(subject: &Subject<'_>) -> Error {
     let error = FormatError::malformed("host cluster", 0, "2^28 references or more", "fewer references");
-    Err(Error::format(subject.path, error))
+    Error::format(subject.path, error)
 }
 
 fn report(subject: &Subject<'_>, census: Census) -> CheckReport {

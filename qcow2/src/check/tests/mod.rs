@@ -4,6 +4,8 @@ mod damage;
 mod memory;
 mod qemu;
 mod random;
+mod repair;
+mod repair_crash;
 
 use std::path::Path;
 

@@ -1,9 +1,9 @@
 //! Random damage to metadata: the same verdict as `qemu-img check`, or a known reason why not.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::super::finding::Findings;
-use super::super::layout::lay_out;
+use super::super::layout::{Scope, lay_out};
 use super::super::{CheckOptions, CheckReport, Severity, Subject, Verdict, What, check};
 use super::qemu::{Bench, code_of, patch, theirs, word};
 use crate::error::{ErrorKind, Result};
@@ -13,7 +13,7 @@ use crate::storage::{Access, Host, OsHost};
 const CASES: u64 = 60;
 
 /// Creation options of images to damage.
-const IMAGES: &[&str] = &[
+pub(super) const IMAGES: &[&str] = &[
     "cluster_size=512",
     "cluster_size=512,refcount_bits=8",
     "cluster_size=512,compat=0.10",
@@ -23,10 +23,10 @@ const IMAGES: &[&str] = &[
 ];
 
 /// A generator of random numbers (splitmix64).
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -34,7 +34,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    fn below(&mut self, end: u64) -> u64 {
+    pub(super) fn below(&mut self, end: u64) -> u64 {
         self.next() % end.max(1)
     }
 
@@ -49,10 +49,10 @@ fn ours(path: &Path) -> Result<CheckReport> {
 }
 
 /// The places of all 64-bit words of metadata, except the header: all that are not zero, and some others.
-fn metadata_words(path: &Path) -> Vec<u64> {
+pub(super) fn metadata_words(path: &Path) -> Vec<u64> {
     let file = OsHost.open(path, Access::Read).unwrap();
     let subject = Subject::open(path, &*file, None, None).unwrap();
-    let layout = lay_out(&subject, &Findings::new(0)).unwrap();
+    let layout = lay_out(&subject, Scope::Everything, &Findings::new(0)).unwrap();
     let size = subject.geometry.cluster_size();
     let entry = |at| word(path, at) & 0x00ff_ffff_ffff_fe00;
     let mut clusters: Vec<u64> =
@@ -75,7 +75,7 @@ fn metadata_words(path: &Path) -> Vec<u64> {
 }
 
 /// Damages one to three words of metadata.
-fn damage(path: &Path, words: &[u64], random: &mut Random) {
+pub(super) fn damage(path: &Path, words: &[u64], random: &mut Random) {
     for _ in 0..1 + random.below(3) {
         let at = random.of(words);
         let old = word(path, at);
@@ -121,6 +121,21 @@ fn reason(ours: &Result<CheckReport>, qemu: i32, extended: bool) -> Option<&'sta
     None
 }
 
+/// An image of 4 MiB with clusters of every kind, snapshots, and a bitmap where the version allows it.
+pub(super) fn varied_image(bench: &Bench, name: &str, options: &str) -> PathBuf {
+    let fill = "write -P 1 0 256k\nwrite -c -P 2 1M 64k\nwrite -P 2 3M 70k";
+    let path = bench.image(name, &format!("-o {options} {name} 4M"), fill);
+    bench.run(&format!("qemu-img snapshot -c one {name}"));
+    let zero = if options.contains("0.10") { "discard 0 64k" } else { "write -z 64k 64k" };
+    bench.fill(name, &format!("write -P 3 128k 96k\n{zero}\nwrite -P 3 3M 3k"));
+    if !options.contains("0.10") {
+        bench.run(&format!("qemu-img bitmap --add -g 512 {name} marks"));
+        bench.fill(name, "write -P 4 2M 64k");
+    }
+    bench.run(&format!("qemu-img snapshot -c two {name}"));
+    path
+}
+
 #[test]
 fn random_damage_gets_the_verdict_of_qemu() {
     let Some(bench) = Bench::new() else { return };
@@ -128,16 +143,7 @@ fn random_damage_gets_the_verdict_of_qemu() {
     let mut verdicts = [0; 4];
     for (n, options) in IMAGES.iter().enumerate() {
         let name = format!("image{n}");
-        let fill = "write -P 1 0 256k\nwrite -c -P 2 1M 64k\nwrite -P 2 3M 70k";
-        let path = bench.image(&name, &format!("-o {options} {name} 4M"), fill);
-        bench.run(&format!("qemu-img snapshot -c one {name}"));
-        let zero = if options.contains("0.10") { "discard 0 64k" } else { "write -z 64k 64k" };
-        bench.fill(&name, &format!("write -P 3 128k 96k\n{zero}\nwrite -P 3 3M 3k"));
-        if !options.contains("0.10") {
-            bench.run(&format!("qemu-img bitmap --add -g 512 {name} marks"));
-            bench.fill(&name, "write -P 4 2M 64k");
-        }
-        bench.run(&format!("qemu-img snapshot -c two {name}"));
+        let path = varied_image(&bench, &name, options);
         assert_eq!((code_of(&ours(&path).unwrap()), theirs(&path).0), (0, 0), "{options}");
         let words = metadata_words(&path);
         for case in 0..CASES {

@@ -1,0 +1,97 @@
+//! Refcounts corrected where they stand.
+
+use std::ops::Range;
+
+use crate::error::Result;
+use crate::format::RefcountWidth;
+
+use super::super::counts::{Counts, Slot};
+use super::disk::Disk;
+use super::survey::{Survey, for_each_block, for_each_window};
+
+/// Raises refcounts that are lower than the references; returns how many, when they are durable.
+///
+/// # Errors
+/// Those of a check, and of writing.
+pub(super) fn raise(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<u64> {
+    let max = RefcountWidth::of(&survey.subject.geometry).max();
+    let mut raised = 0;
+    for_each_window(survey.subject, &survey.layout, None, &mut |counts| {
+        let wanted = |slot: Slot, stored: u64| stored.max(slot.count.min(max));
+        raised += change(survey, disk, counts, &wanted, &mut |_, _| {})?;
+        Ok(())
+    })?;
+    disk.barrier()?;
+    Ok(raised)
+}
+
+/// Lowers refcounts that are higher than the references, all of which must be known; returns how many,
+/// and how many clusters are free now. Their space is given back when the refcounts are durable.
+///
+/// # Errors
+/// Those of a check, and of writing.
+pub(super) fn lower(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<(u64, u64)> {
+    let (mut lowered, mut clusters) = (0, 0);
+    for_each_window(survey.subject, &survey.layout, None, &mut |counts| {
+        let mut freed: Vec<Range<u64>> = Vec::new();
+        lowered +=
+            change(survey, disk, counts, &|slot, stored| stored.min(slot.count), &mut |cluster, new| {
+                if new == 0 && cluster < survey.subject.file_clusters() {
+                    match freed.last_mut() {
+                        Some(last) if last.end == cluster => last.end += 1,
+                        _ => freed.push(cluster..cluster + 1),
+                    }
+                }
+            })?;
+        disk.barrier()?;
+        for run in freed {
+            clusters += run.end - run.start;
+            disk.punch(run.start, run.end - run.start);
+        }
+        Ok(())
+    })?;
+    Ok((lowered, clusters))
+}
+
+/// Gives the clusters of a window the refcounts that are `wanted`, block by block; returns how many
+/// changed, each of which was told to `changed` with its new refcount.
+fn change(
+    survey: &Survey<'_>,
+    disk: &Disk<'_>,
+    counts: &Counts,
+    wanted: &dyn Fn(Slot, u64) -> u64,
+    changed: &mut dyn FnMut(u64, u64),
+) -> Result<u64> {
+    let subject = survey.subject;
+    let width = RefcountWidth::of(&subject.geometry);
+    let bits = subject.geometry.refcount_bits() as usize;
+    let mut total = 0;
+    let mut buf = Vec::new();
+    for_each_block(subject, counts, |block, clusters| {
+        let Some(host) = survey.block(block).filter(|_| survey.read_block(block, &mut buf)) else {
+            return Ok(());
+        };
+        let mut dirty: Option<Range<usize>> = None;
+        let lanes = counts.lanes();
+        // The refcounts of what lies behind the end of the file too: it would be lost when the file grows.
+        for cluster in clusters.start..clusters.start.saturating_add(width.count(&buf) as u64) {
+            let first = cluster - (cluster - clusters.start) % lanes;
+            let slot = counts.slot(counts.word(first), (cluster - first) as u32);
+            let index = (cluster - clusters.start) as usize;
+            let stored = width.get(&buf, index).unwrap_or(0);
+            let new = wanted(slot, stored);
+            if new != stored && width.set(&mut buf, index, new) {
+                let from = dirty.map_or(index, |dirty| dirty.start);
+                dirty = Some(from..index + 1);
+                total += 1;
+                changed(cluster, new);
+            }
+        }
+        let bytes = dirty.map(|dirty| dirty.start * bits / 8..(dirty.end * bits).div_ceil(8));
+        match bytes.and_then(|bytes| Some((host + bytes.start as u64, buf.get(bytes)?))) {
+            Some((at, bytes)) => disk.write(at.get(), bytes),
+            None => Ok(()),
+        }
+    })?;
+    Ok(total)
+}

@@ -1,0 +1,56 @@
+//! The file under repair: writes, and barriers between them.
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use crate::error::{Error, Result};
+use crate::storage::Storage;
+
+use super::super::subject::Subject;
+
+/// Writes to the file of an image.
+#[derive(Debug)]
+pub(super) struct Disk<'a> {
+    subject: &'a Subject<'a>,
+    file: &'a dyn Storage,
+    /// Whether anything was written behind the last barrier.
+    is_dirty: AtomicBool,
+}
+
+impl<'a> Disk<'a> {
+    pub(super) fn of(subject: &'a Subject<'a>) -> Self {
+        Self { subject, file: subject.file, is_dirty: AtomicBool::new(false) }
+    }
+
+    /// Writes bytes at a host offset.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.is_dirty.store(true, Relaxed);
+        let written = self.file.write_all_at(bytes, offset);
+        written.map_err(|e| Error::io(self.subject.path, "write", Some(offset), e))
+    }
+
+    /// Makes durable what was written.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn barrier(&self) -> Result<()> {
+        if self.is_dirty.swap(false, Relaxed) {
+            self.file.sync().map_err(|e| Error::io(self.subject.path, "sync", None, e))?;
+        }
+        Ok(())
+    }
+
+    /// Gives the blocks of unused clusters back to the file system, where it can; the refcounts that say
+    /// that they are unused must be durable.
+    pub(super) fn punch(&self, first: u64, clusters: u64) {
+        let bits = self.subject.geometry.cluster_bits();
+        let start = first << bits;
+        let end = first.saturating_add(clusters).saturating_mul(1 << bits).min(self.subject.file_len);
+        if start < end {
+            // The space is free for the image in any case; only the file system does not learn of it.
+            let _ = self.file.punch_hole(start, end - start);
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Repairs what a check finds, without ever inventing data.
+//!
+//! Refcounts and COPIED flags follow from the references, so they can be corrected, and the refcount
+//! structures can be made anew. What an entry meant that points nowhere, cannot be known: that is left as
+//! it is, and reported. As long as there is such an entry, no cluster is given back either: what it meant
+//! may be among those that look unused.
+//!
+//! Memory is bounded as that of a check; the price is that the tables are read several times.
+//!
+//! The order of the writes, with a barrier behind each step, so that a power cut leaves an image that is
+//! no worse than before, and that can be repaired again:
+//!
+//! 1. Refcounts that are too low are raised: from here on nothing in use can be given away. Or, if the
+//!    refcount structures themselves are damaged, new ones are written to unused space and named by one
+//!    write in the header's first sector.
+//! 2. Refcounts that are too high are lowered. Blocks of free clusters are given back to the file system
+//!    only behind the barrier.
+//! 3. COPIED flags are corrected: they follow refcounts that are durable.
+//! 4. The dirty bit and the corrupt bit are cleared, if a new check finds nothing.
+//!
+//! Nothing is ever written to a cluster that holds metadata and something else.
+
+mod adjust;
+mod backup;
+mod disk;
+mod flags;
+mod plan;
+mod rebuild;
+mod scratch;
+mod survey;
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::format::features;
+use crate::storage::Storage;
+
+use self::disk::Disk;
+use self::scratch::Scratch;
+use self::survey::Survey;
+
+pub use self::backup::backup;
+pub use self::plan::RepairPlan;
+
+use super::census::WINDOW_WORDS;
+use super::subject::Subject;
+use super::{CheckOptions, Verdict, check_subject};
+
+/// Where the header holds the three words of feature bits.
+const FEATURES: u64 = 72;
+
+/// What is repaired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RepairMode {
+    /// Lost space is given back, and nothing else. COPIED flags that this makes right are set.
+    Leaks,
+    /// All that can be.
+    All,
+}
+
+/// What a repair of the image in `file` would do; nothing is written. What would be written is held in
+/// memory meanwhile. The parameters are those of [`check`](super::check).
+///
+/// # Errors
+/// Those of a check.
+pub fn plan(
+    path: &Path,
+    file: &dyn Storage,
+    data_file: Option<&dyn Storage>,
+    mode: RepairMode,
+    options: &CheckOptions<'_>,
+) -> Result<RepairPlan> {
+    let scratch = Scratch::over(file).map_err(|e| Error::io(path, "get the size of", None, e))?;
+    repair(path, &scratch, data_file, mode, options)
+}
+
+/// Repairs the image in `file`, which must be held under a writer's lock, and tells what was done. The
+/// guest's data and that of snapshots is not touched. The parameters are those of
+/// [`check`](super::check).
+///
+/// # Errors
+/// Those of a check, and of writing. Cancellation and errors leave an image that is no worse than before,
+/// and that can be repaired again.
+pub fn repair(
+    path: &Path,
+    file: &dyn Storage,
+    data_file: Option<&dyn Storage>,
+    mode: RepairMode,
+    options: &CheckOptions<'_>,
+) -> Result<RepairPlan> {
+    let open = || Subject::open(path, file, data_file, options.cancel);
+    let subject = open()?;
+    let before = check_subject(&subject, WINDOW_WORDS)?;
+    let mut plan = RepairPlan::nothing(mode, before);
+    if plan.before.verdict() == Verdict::Clean && !plan.before.dirty && !plan.before.marked_corrupt {
+        return Ok(plan);
+    }
+    let survey = Survey::of(&subject)?;
+    let disk = Disk::of(&subject);
+    clear_autoclear(&survey, &disk)?;
+    if mode == RepairMode::All && (survey.broken.is_some() || plan.before.corruptions > 0) {
+        mend(&survey, &disk, &mut plan)?;
+    }
+    // The structures may lie elsewhere now.
+    let subject = open()?;
+    let survey = Survey::of(&subject)?;
+    let disk = Disk::of(&subject);
+    plan.withheld = !survey.complete || survey.damaged || survey.broken.is_some();
+    if !plan.withheld {
+        (plan.lowered, plan.freed) = adjust::lower(&survey, &disk)?;
+    }
+    let which = if mode == RepairMode::All { flags::Which::All } else { flags::Which::Missing };
+    if mode == RepairMode::All || plan.lowered > 0 {
+        plan.flags = flags::correct(&survey, &disk, which)?;
+    }
+    plan.after = check_subject(&subject, WINDOW_WORDS)?;
+    if mode == RepairMode::All && plan.after.verdict() == Verdict::Clean {
+        clear_marks(&survey, &disk, &mut plan)?;
+    }
+    Ok(plan)
+}
+
+/// Makes sure that no cluster in use can be given away: refcounts are raised, or made anew.
+fn mend(survey: &Survey<'_>, disk: &Disk<'_>, plan: &mut RepairPlan) -> Result<()> {
+    if let Some(why) = survey.broken {
+        plan.broken = Some(why);
+        if survey.complete {
+            match rebuild::rebuild(survey, disk)? {
+                Ok(rebuilt) => {
+                    plan.rebuilt = Some((rebuilt.table, rebuilt.blocks));
+                    return Ok(());
+                }
+                Err(why) => plan.not_rebuilt = Some(why),
+            }
+        } else {
+            plan.not_rebuilt = Some("not all references are known");
+        }
+    }
+    plan.raised = adjust::raise(survey, disk)?;
+    Ok(())
+}
+
+/// Clears the autoclear bits that this engine does not know, as every writer must.
+fn clear_autoclear(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<()> {
+    let header = &survey.subject.header;
+    if header.unknown_autoclear() == 0 || !survey.may_write(0, 1) {
+        return Ok(());
+    }
+    let known = header.autoclear & features::KNOWN_AUTOCLEAR;
+    disk.write(FEATURES + 16, &known.to_be_bytes())?;
+    disk.barrier()
+}
+
+/// Clears the dirty bit and the corrupt bit of an image in which nothing is wrong any more.
+fn clear_marks(survey: &Survey<'_>, disk: &Disk<'_>, plan: &mut RepairPlan) -> Result<()> {
+    let marks = survey.subject.header.incompatible & (features::DIRTY | features::CORRUPT);
+    if marks != 0 {
+        // All that the marks were about must be durable before they go.
+        disk.barrier()?;
+        disk.write(FEATURES, &(survey.subject.header.incompatible & !marks).to_be_bytes())?;
+        disk.barrier()?;
+        plan.after.dirty = false;
+        plan.after.marked_corrupt = false;
+    }
+    Ok(())
+}

@@ -1,0 +1,179 @@
+//! What a repair does, as a value.
+
+use std::fmt;
+
+use super::super::{CheckReport, Severity};
+use super::RepairMode;
+
+/// What a repair does, or did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RepairPlan {
+    /// What is repaired.
+    pub mode: RepairMode,
+    /// The refcounts that are raised.
+    pub raised: u64,
+    /// The refcounts that are lowered.
+    pub lowered: u64,
+    /// How many of these clusters are free then.
+    pub freed: u64,
+    /// The entries whose COPIED flag is corrected.
+    pub flags: u64,
+    /// What is wrong with the refcount structures, if they cannot be used as they are.
+    pub broken: Option<&'static str>,
+    /// The new refcount structures, if they are made anew: clusters of the table, and of blocks.
+    pub rebuilt: Option<(u64, u64)>,
+    /// Why the refcount structures cannot be made anew.
+    pub not_rebuilt: Option<&'static str>,
+    /// Whether nothing is given back, because what damaged entries meant may be among the clusters that look
+    /// unused.
+    pub withheld: bool,
+    /// The check before the repair.
+    pub before: CheckReport,
+    /// The check after the repair: what remains.
+    pub after: CheckReport,
+}
+
+impl RepairPlan {
+    pub(super) fn nothing(mode: RepairMode, report: CheckReport) -> Self {
+        Self {
+            mode,
+            raised: 0,
+            lowered: 0,
+            freed: 0,
+            flags: 0,
+            broken: None,
+            rebuilt: None,
+            not_rebuilt: None,
+            withheld: false,
+            before: report.clone(),
+            after: report,
+        }
+    }
+
+    /// Whether anything is written.
+    pub fn is_empty(&self) -> bool {
+        self.raised == 0
+            && self.lowered == 0
+            && self.flags == 0
+            && self.rebuilt.is_none()
+            && !self.clears_dirty()
+            && !self.clears_corrupt()
+    }
+
+    /// Whether the dirty bit is cleared.
+    pub fn clears_dirty(&self) -> bool {
+        self.before.dirty && !self.after.dirty
+    }
+
+    /// Whether the corrupt bit is cleared.
+    pub fn clears_corrupt(&self) -> bool {
+        self.before.marked_corrupt && !self.after.marked_corrupt
+    }
+
+    /// How many corruptions there are fewer.
+    pub fn corruptions_fixed(&self) -> u64 {
+        self.before.corruptions.saturating_sub(self.after.corruptions)
+    }
+
+    /// How many leaked clusters there are fewer.
+    pub fn leaks_fixed(&self) -> u64 {
+        self.before.leaks.saturating_sub(self.after.leaks)
+    }
+}
+
+impl RepairPlan {
+    /// The steps in their order, one line each; what is wrong with the refcount structures comes before.
+    pub fn steps(&self) -> Vec<String> {
+        let mut steps = Vec::new();
+        if let Some(why) = self.broken {
+            steps.push(format!("the refcounts cannot be used: {why}"));
+        }
+        if let Some((table, blocks)) = self.rebuilt {
+            steps.push(format!(
+                "make the refcounts anew: {blocks} blocks, and a table of {}",
+                if table == 1 { "1 cluster".to_owned() } else { format!("{table} clusters") }
+            ));
+        }
+        if let Some(why) = self.not_rebuilt {
+            steps.push(format!("they cannot be made anew: {why}"));
+        }
+        for (count, step) in [
+            (self.raised, "raise refcounts that are too low"),
+            (self.lowered, "lower refcounts that are too high"),
+            (self.freed, "free clusters that nothing uses"),
+            (self.flags, "correct COPIED flags"),
+        ] {
+            if count > 0 {
+                steps.push(format!("{step}: {count}"));
+            }
+        }
+        if self.clears_dirty() {
+            steps.push("clear the dirty bit".to_owned());
+        }
+        if self.clears_corrupt() {
+            steps.push("clear the corrupt bit".to_owned());
+        }
+        if self.withheld && self.after.leaks > 0 {
+            steps
+                .push("free nothing: clusters that look unused may be what damaged entries meant".to_owned());
+        }
+        steps
+    }
+}
+
+/// The steps, one a line, and what remains.
+impl fmt::Display for RepairPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_empty() {
+            writeln!(f, "nothing to repair")?;
+        }
+        for step in self.steps() {
+            writeln!(f, "{step}")?;
+        }
+        let (corruptions, errors, leaks) =
+            (self.after.corruptions, self.after.check_errors, self.after.leaks);
+        write!(f, "what remains: {corruptions} corruptions, {leaks} leaked clusters, {errors} read errors")?;
+        for finding in self.after.findings.iter().filter(|f| f.severity != Severity::Leak) {
+            write!(f, "\n  {finding}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_reads_as_steps() {
+        let mut report = CheckReport {
+            corruptions: 3,
+            leaks: 1,
+            check_errors: 0,
+            image_end_offset: 0,
+            total_clusters: 0,
+            allocated_clusters: 0,
+            fragmented_clusters: 0,
+            compressed_clusters: 0,
+            findings: Vec::new(),
+            references_complete: true,
+            dirty: true,
+            marked_corrupt: false,
+        };
+        let mut plan = RepairPlan::nothing(RepairMode::All, report.clone());
+        assert!(plan.is_empty() && plan.to_string().starts_with("nothing to repair\nwhat remains: 3 corr"));
+        (report.corruptions, report.leaks, report.dirty) = (0, 0, false);
+        (plan.after, plan.broken, plan.rebuilt, plan.flags) = (report, Some("it is gone"), Some((1, 2)), 4);
+        assert!(!plan.is_empty());
+        assert_eq!((plan.corruptions_fixed(), plan.leaks_fixed()), (3, 1));
+        assert_eq!(
+            plan.to_string(),
+            "the refcounts cannot be used: it is gone\n\
+             make the refcounts anew: 2 blocks, and a table of 1 cluster\n\
+             correct COPIED flags: 4\n\
+             clear the dirty bit\n\
+             what remains: 0 corruptions, 0 leaked clusters, 0 read errors"
+        );
+    }
+}

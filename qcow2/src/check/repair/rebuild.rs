@@ -1,0 +1,216 @@
+//! Refcount structures made anew from the references.
+//!
+//! The new table and its blocks are written where nothing lies, made durable, and named by one write
+//! inside the header's first sector (specification: "Header", bytes 48 to 60). Until then nothing that
+//! the image uses has changed; afterwards the old structures are unused space.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use crate::error::Result;
+use crate::format::{MAX_REFCOUNT_TABLE_BYTES, RefcountTableEntry, RefcountWidth, write_be_u64s};
+use crate::storage::FileKind;
+use crate::units::HostOffset;
+
+use super::super::counts::Counts;
+use super::disk::Disk;
+use super::survey::{Survey, for_each_block, for_each_window};
+
+/// Where the header names the refcount table: its offset and its length in clusters.
+const TABLE_FIELDS: u64 = 48;
+
+/// New refcount structures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rebuilt {
+    /// The refcount blocks.
+    pub(super) blocks: u64,
+    /// The clusters of the table.
+    pub(super) table: u64,
+}
+
+/// Where the new structures lie: the table, then the blocks, in a row.
+struct Place {
+    own: Range<u64>,
+    table: u64,
+    /// The clusters of the blocks, by their position in the table.
+    blocks: BTreeMap<u64, u64>,
+}
+
+/// Makes the refcount structures anew. All references must be known.
+///
+/// # Errors
+/// Those of a check, and of writing. The reason, in words, if there is no way; nothing is written then.
+pub(super) fn rebuild(
+    survey: &Survey<'_>,
+    disk: &Disk<'_>,
+) -> Result<std::result::Result<Rebuilt, &'static str>> {
+    let subject = survey.subject;
+    if !survey.may_write(0, subject.geometry.cluster_size()) {
+        return Ok(Err("the header lies where something else lies too"));
+    }
+    let mut used = Vec::new();
+    let mut end = survey.references_end;
+    for_each_window(subject, &survey.rest, None, &mut |counts| {
+        for_each_refcounts(survey, counts, |block, clusters, refcounts| {
+            if let Some(last) = refcounts.iter().rposition(|&n| n > 0) {
+                used.push(block);
+                end = end.max(clusters.start + last as u64 + 1);
+            }
+            Ok(())
+        })
+    })?;
+    used.sort_unstable();
+    used.dedup();
+    let Some(place) = find_place(survey, &used, end) else {
+        return Ok(Err("there is no room for a new refcount table"));
+    };
+    write(survey, disk, &place)?;
+    disk.barrier()?;
+    let at = place.own.start << subject.geometry.cluster_bits();
+    let mut fields = at.to_be_bytes().to_vec();
+    // The limit of 8 MiB keeps the count far below 2^32.
+    fields.extend((place.table as u32).to_be_bytes());
+    disk.write(TABLE_FIELDS, &fields)?;
+    disk.barrier()?;
+    if !survey.damaged {
+        give_back(survey, disk);
+    }
+    Ok(Ok(Rebuilt { blocks: place.blocks.len() as u64, table: place.table }))
+}
+
+/// Gives the blocks of the old structures back to the file system, of those that lay alone.
+fn give_back(survey: &Survey<'_>, disk: &Disk<'_>) {
+    let subject = survey.subject;
+    let (table, len) = (subject.header.refcount_table_offset.get(), subject.header.refcount_table_bytes());
+    if !subject.is_past_end(table, len) && survey.may_write(table, len) {
+        let clusters = subject.clusters(table, len);
+        disk.punch(clusters.start, clusters.end - clusters.start);
+    }
+    for block in 0..survey.layout.refcount_table.len() as u64 {
+        if let Some(host) = survey.block(block) {
+            disk.punch(host.get() >> subject.geometry.cluster_bits(), 1);
+        }
+    }
+}
+
+/// Calls `visit` with each block of a window that has a refcount, and the refcounts as they should be:
+/// the references; or what a sound old block says, if that is more and damaged entries may have meant
+/// the cluster.
+fn for_each_refcounts(
+    survey: &Survey<'_>,
+    counts: &Counts,
+    mut visit: impl FnMut(u64, Range<u64>, &[u64]) -> Result<()>,
+) -> Result<()> {
+    let width = RefcountWidth::of(&survey.subject.geometry);
+    let file_clusters = survey.subject.file_clusters();
+    let lanes = counts.lanes();
+    let mut old = Vec::new();
+    let mut refcounts = Vec::new();
+    for_each_block(survey.subject, counts, |block, clusters| {
+        let keep = survey.damaged && survey.read_block(block, &mut old);
+        refcounts.clear();
+        let mut any = false;
+        for cluster in clusters.clone() {
+            let first = cluster - (cluster - clusters.start) % lanes;
+            let slot = counts.slot(counts.word(first), (cluster - first) as u32);
+            let mut refcount = slot.count.min(width.max());
+            if keep && cluster < file_clusters {
+                refcount = refcount.max(width.get(&old, (cluster - clusters.start) as usize).unwrap_or(0));
+            }
+            any |= refcount > 0;
+            refcounts.push(refcount);
+        }
+        if any { visit(block, clusters, &refcounts) } else { Ok(()) }
+    })
+}
+
+/// Where the new structures can lie: behind the end of the file, or of a device's last cluster in use;
+/// `used` are the blocks that are needed without them.
+fn find_place(survey: &Survey<'_>, used: &[u64], end: u64) -> Option<Place> {
+    let subject = survey.subject;
+    let geometry = subject.geometry;
+    let per_block = geometry.refcounts_per_block();
+    let is_device = subject.file.stat().is_ok_and(|stat| stat.kind == FileKind::Block);
+    // The old structures stay where they are until the new ones are named.
+    let end = if is_device { end.max(old_end(survey)) } else { end.max(subject.file_clusters()) };
+    let (mut table, mut blocks) = (1, used.len() as u64);
+    // The new structures take clusters that must be counted too: grow until it fits.
+    loop {
+        let own = end..end.checked_add(table)?.checked_add(blocks)?;
+        let first = own.start / per_block;
+        let last = (own.end - 1) / per_block;
+        let more = (first..=last).filter(|block| used.binary_search(block).is_err()).count() as u64;
+        let entries = last.max(used.last().copied().unwrap_or(0)) + 1;
+        if entries > MAX_REFCOUNT_TABLE_BYTES / 8 {
+            return None;
+        }
+        let needed = (geometry.clusters_for(entries * 8), used.len() as u64 + more);
+        if needed.0 > table || needed.1 > blocks {
+            (table, blocks) = (table.max(needed.0), blocks.max(needed.1));
+            continue;
+        }
+        if is_device && own.end > subject.file_len >> geometry.cluster_bits() {
+            return None;
+        }
+        let all = used.iter().copied().chain(first..=last);
+        let mut blocks: BTreeMap<u64, u64> = all.map(|block| (block, 0)).collect();
+        for (n, at) in blocks.values_mut().enumerate() {
+            *at = own.start + table + n as u64;
+        }
+        let own = own.start..own.start + table + blocks.len() as u64;
+        return Some(Place { own, table, blocks });
+    }
+}
+
+/// The end of the last old refcount structure inside the file.
+fn old_end(survey: &Survey<'_>) -> u64 {
+    let subject = survey.subject;
+    let size = subject.geometry.cluster_size();
+    let table = (subject.header.refcount_table_offset.get(), subject.header.refcount_table_bytes());
+    let blocks = survey.layout.refcount_table.iter().map(|&raw| (raw & !(size - 1), size));
+    let inside = blocks.chain([table]).filter(|&(host, len)| !subject.is_past_end(host, len));
+    inside.map(|(host, len)| subject.clusters(host, len).end).max().unwrap_or(0)
+}
+
+fn write(survey: &Survey<'_>, disk: &Disk<'_>, place: &Place) -> Result<()> {
+    let geometry = survey.subject.geometry;
+    let bits = geometry.cluster_bits();
+    let size = geometry.cluster_size() as usize;
+    let mut rest = place.blocks.clone();
+    let put = |block: u64, refcounts: &[u64], at: u64| {
+        disk.write(at << bits, &encode(survey, place, block, refcounts))
+    };
+    for_each_window(survey.subject, &survey.rest, None, &mut |counts| {
+        for_each_refcounts(survey, counts, |block, _, refcounts| {
+            let Some(&at) = place.blocks.get(&block) else { return Ok(()) };
+            rest.remove(&block);
+            put(block, refcounts, at)
+        })
+    })?;
+    // Those that count nothing but the new structures.
+    for (&block, &at) in &rest {
+        put(block, &[], at)?;
+    }
+    let mut table = vec![0u64; place.table as usize * size / 8];
+    for (&block, &at) in &place.blocks {
+        if let Some(entry) = table.get_mut(block as usize) {
+            *entry = RefcountTableEntry::new(HostOffset::new(at << bits)).encode();
+        }
+    }
+    disk.write(place.own.start << bits, &write_be_u64s(table))
+}
+
+/// A block with refcounts, and those of the new structures.
+fn encode(survey: &Survey<'_>, place: &Place, block: u64, refcounts: &[u64]) -> Vec<u8> {
+    let geometry = survey.subject.geometry;
+    let width = RefcountWidth::of(&geometry);
+    let first = block * geometry.refcounts_per_block();
+    let mut bytes = vec![0; geometry.cluster_size() as usize];
+    for (index, &refcount) in refcounts.iter().enumerate() {
+        // The refcounts were cut to the width, and are as many as the block holds.
+        let _ = width.set(&mut bytes, index, refcount);
+    }
+    let clamp = |cluster: u64| cluster.clamp(first, first + geometry.refcounts_per_block()) - first;
+    let _ = width.fill(&mut bytes, clamp(place.own.start) as usize..clamp(place.own.end) as usize, 1);
+    bytes
+}
