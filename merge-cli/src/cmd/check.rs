@@ -124,7 +124,7 @@ fn human(image: &Path, outcome: &Outcome) -> String {
     let report = outcome.report();
     let (mut lines, repaired) = match outcome {
         Outcome::Checked(_) => (Vec::new(), false),
-        Outcome::Planned(plan) => return format!("{plan}"),
+        Outcome::Planned(plan) => return format!("This would be done:\n{plan}"),
         Outcome::Repaired(plan) => (plan.steps(), true),
     };
     for finding in &report.findings {

@@ -22,6 +22,7 @@ mod interrupts;
 mod iotests;
 mod locks;
 mod malformed;
+mod repair;
 mod siblings;
 mod traps;
 mod user_errors;

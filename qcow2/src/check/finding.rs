@@ -202,6 +202,7 @@ pub(super) struct Findings {
     taken: [AtomicUsize; 3],
     incomplete: AtomicBool,
     damaged: AtomicBool,
+    past_end: AtomicBool,
 }
 
 impl Findings {
@@ -213,12 +214,16 @@ impl Findings {
             taken: Default::default(),
             incomplete: AtomicBool::new(false),
             damaged: AtomicBool::new(false),
+            past_end: AtomicBool::new(false),
         }
     }
 
     pub(super) fn add(&self, finding: Finding) {
         if matches!(finding.what, What::Malformed(_) | What::PastEnd { .. } | What::Unreadable { .. }) {
             self.damaged.store(true, Relaxed);
+        }
+        if matches!(finding.what, What::PastEnd { structure, .. } if structure != Structure::ExternalData) {
+            self.past_end.store(true, Relaxed);
         }
         let place = finding.severity as usize;
         if let Some(counted) = self.counted.get(place) {
@@ -251,6 +256,11 @@ impl Findings {
     /// Whether an entry or a structure is damaged, so that nobody knows what it meant.
     pub(super) fn is_damaged(&self) -> bool {
         self.damaged.load(Relaxed)
+    }
+
+    /// Whether something refers to what lies behind the end of the image file.
+    pub(super) fn is_past_end(&self) -> bool {
+        self.past_end.load(Relaxed)
     }
 
     /// Those that were kept: corruptions, errors, leaks, each in the order of host offsets.

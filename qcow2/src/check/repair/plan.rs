@@ -25,8 +25,8 @@ pub struct RepairPlan {
     pub rebuilt: Option<(u64, u64)>,
     /// Why the refcount structures cannot be made anew.
     pub not_rebuilt: Option<&'static str>,
-    /// Whether nothing is given back, because what damaged entries meant may be among the clusters that look
-    /// unused.
+    /// Whether nothing is given back, because what damaged structures meant may be among the clusters that
+    /// look unused.
     pub withheld: bool,
     /// The check before the repair.
     pub before: CheckReport,
@@ -87,36 +87,35 @@ impl RepairPlan {
     pub fn steps(&self) -> Vec<String> {
         let mut steps = Vec::new();
         if let Some(why) = self.broken {
-            steps.push(format!("the refcounts cannot be used: {why}"));
+            steps.push(format!("refcounts cannot be used as they are: {why}"));
         }
         if let Some((table, blocks)) = self.rebuilt {
-            steps.push(format!(
-                "make the refcounts anew: {blocks} blocks, and a table of {}",
-                if table == 1 { "1 cluster".to_owned() } else { format!("{table} clusters") }
-            ));
+            let clusters = table.saturating_add(blocks);
+            steps.push(format!("refcounts made anew: table and blocks take {clusters} clusters"));
         }
         if let Some(why) = self.not_rebuilt {
-            steps.push(format!("they cannot be made anew: {why}"));
+            steps.push(format!("refcounts cannot be made anew: {why}"));
         }
         for (count, step) in [
-            (self.raised, "raise refcounts that are too low"),
-            (self.lowered, "lower refcounts that are too high"),
-            (self.freed, "free clusters that nothing uses"),
-            (self.flags, "correct COPIED flags"),
+            (self.raised, "refcounts raised"),
+            (self.lowered, "refcounts lowered"),
+            (self.freed, "clusters freed"),
+            (self.flags, "COPIED flags corrected"),
         ] {
             if count > 0 {
                 steps.push(format!("{step}: {count}"));
             }
         }
         if self.clears_dirty() {
-            steps.push("clear the dirty bit".to_owned());
+            steps.push("dirty bit cleared".to_owned());
         }
         if self.clears_corrupt() {
-            steps.push("clear the corrupt bit".to_owned());
+            steps.push("corrupt bit cleared".to_owned());
         }
         if self.withheld && self.after.leaks > 0 {
-            steps
-                .push("free nothing: clusters that look unused may be what damaged entries meant".to_owned());
+            steps.push(
+                "nothing freed: clusters that look unused may be what damaged structures meant".to_owned(),
+            );
         }
         steps
     }
@@ -169,10 +168,10 @@ mod tests {
         assert_eq!((plan.corruptions_fixed(), plan.leaks_fixed()), (3, 1));
         assert_eq!(
             plan.to_string(),
-            "the refcounts cannot be used: it is gone\n\
-             make the refcounts anew: 2 blocks, and a table of 1 cluster\n\
-             correct COPIED flags: 4\n\
-             clear the dirty bit\n\
+            "refcounts cannot be used as they are: it is gone\n\
+             refcounts made anew: table and blocks take 3 clusters\n\
+             COPIED flags corrected: 4\n\
+             dirty bit cleared\n\
              what remains: 0 corruptions, 0 leaked clusters, 0 read errors"
         );
     }

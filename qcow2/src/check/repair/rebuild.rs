@@ -48,6 +48,9 @@ pub(super) fn rebuild(
     if !survey.may_write(0, subject.geometry.cluster_size()) {
         return Ok(Err("the header lies where something else lies too"));
     }
+    if survey.past_end {
+        return Ok(Err("entries point behind the end of the file, where the new ones would lie"));
+    }
     let mut used = Vec::new();
     let mut end = survey.references_end;
     for_each_window(subject, &survey.rest, None, &mut |counts| {

@@ -29,6 +29,8 @@ pub(super) struct Survey<'a> {
     pub(super) complete: bool,
     /// Whether an entry is damaged: what it meant may be among the clusters that look unused.
     pub(super) damaged: bool,
+    /// Whether entries point behind the end of the file: what is put there would become what they mean.
+    pub(super) past_end: bool,
     /// The end of the last cluster that something else than refcount structures refers to.
     pub(super) references_end: u64,
 }
@@ -82,6 +84,7 @@ impl<'a> Survey<'a> {
             broken: None,
             complete: !findings.is_incomplete(),
             damaged: findings.is_damaged(),
+            past_end: findings.is_past_end(),
             references_end,
         };
         survey.broken = survey.judge(uncounted);

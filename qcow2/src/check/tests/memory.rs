@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use super::super::repair::{RepairMode, repair};
 use super::super::{CheckOptions, CheckReport, Structure, Verdict, What, check};
+use super::repair::{assert_same_guest, guest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Cluster0, Geometry, Header};
 use crate::storage::{Access, FileStat, Host, LockError, LockMode, MemHost, Storage};
@@ -218,11 +220,27 @@ fn mutated_images_never_panic() {
         bytes.truncate(if random() % 8 == 0 { random() % (7 * 512) } else { 7 * 512 });
         let host = MemHost::new();
         host.add("/image", &bytes).unwrap();
-        let file = host.open(Path::new("/image"), Access::Read).unwrap();
-        match check(Path::new("/image"), &*file, None, &CheckOptions::default()) {
-            Ok(_) => opened += 1,
-            Err(_) => refused += 1,
-        }
+        let path = Path::new("/image");
+        let file = host.open(path, Access::ReadWrite).unwrap();
+        let options = CheckOptions::default();
+        let report = match check(path, &*file, None, &options) {
+            Ok(report) => report,
+            Err(_) => {
+                refused += 1;
+                repair(path, &*file, None, RepairMode::All, &options).unwrap_err();
+                assert!(host.content(path).unwrap() == bytes);
+                continue;
+            }
+        };
+        opened += 1;
+        // A repair makes nothing worse, and is done after one go.
+        let seen = guest(&bytes);
+        let done = repair(path, &*file, None, RepairMode::All, &options).unwrap();
+        assert!(done.before == report && done.after.corruptions <= report.corruptions, "{done}");
+        assert_same_guest(&seen, &guest(&host.content(path).unwrap()), &done.to_string());
+        assert_eq!(check(path, &*file, None, &options).unwrap(), done.after);
+        let again = repair(path, &*file, None, RepairMode::All, &options).unwrap();
+        assert!(again.is_empty(), "{done}\n{again}");
     }
     assert!(opened > 1000 && refused > 100, "{opened} {refused}");
 }

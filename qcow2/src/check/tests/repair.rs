@@ -169,13 +169,32 @@ fn nothing_is_given_back_while_an_entry_is_damaged() {
     }
     patch_u64(&path, l2, entry);
     assert_eq!(theirs(&path).0, 0);
-    // New structures keep it too.
+    // It would mean new structures behind the end of the file, so there are none.
     patch_u64(&path, l2, entry ^ 1 << 45);
+    let table = word(&path, places(&path).refcount_table + 8);
+    patch_u64(&path, places(&path).refcount_table + 8, 1 << 40);
+    let plan = repaired(&path, RepairMode::All);
+    assert!(plan.not_rebuilt.is_some() && plan.is_empty(), "{plan}");
+    patch_u64(&path, places(&path).refcount_table + 8, table);
+    // Where new ones can be made, they keep what looks leaked.
+    patch_u64(&path, l2, (word(&path, l2 + 8) & !COPIED) + 512);
     patch_u64(&path, places(&path).refcount_table + 8, 1 << 40);
     let plan = repaired(&path, RepairMode::All);
     assert!(plan.rebuilt.is_some() && plan.after.corruptions == 1 && plan.after.leaks > 0, "{plan}");
     patch_u64(&path, l2, entry);
     assert!(matches!(theirs(&path).0, 0 | 3));
+}
+
+#[test]
+fn flags_of_a_data_file_are_corrected() {
+    let Some(bench) = Bench::new() else { return };
+    let path = bench.image("i", "-o data_file=data i 4M", "write -P 1 0 256k");
+    let l2 = places(&path).l2;
+    patch_u64(&path, l2 + 8, word(&path, l2 + 8) & !COPIED);
+    assert_eq!(theirs(&path).0, 2);
+    let plan = repaired(&path, RepairMode::All);
+    assert_eq!((plan.flags, plan.after.verdict()), (1, Verdict::Clean), "{plan}");
+    assert_eq!(theirs(&path).0, 0);
 }
 
 #[test]

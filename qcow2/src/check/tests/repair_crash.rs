@@ -7,11 +7,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use super::super::repair::{RepairMode, repair};
-use super::super::{CheckOptions, Verdict};
+use super::super::{CheckOptions, CheckReport, Severity, Verdict, What, check};
 use super::qemu::{Bench, patch, patch_u64, places, word};
 use super::random::{Random, varied_image};
 use super::repair::{assert_same_guest, guest};
-use crate::storage::{Access, FileStat, Host, LockError, LockMode, MemHost, Storage};
+use crate::storage::{Access, FileKind, FileStat, Host, LockError, LockMode, MemHost, Storage};
 
 const SECTOR: usize = 512;
 
@@ -23,6 +23,7 @@ type Log = Vec<Option<(u64, Vec<u8>)>>;
 struct Recorded {
     file: Arc<dyn Storage>,
     log: Mutex<Log>,
+    kind: FileKind,
 }
 
 impl Storage for Recorded {
@@ -63,7 +64,7 @@ impl Storage for Recorded {
         self.file.next_data(offset)
     }
     fn stat(&self) -> io::Result<FileStat> {
-        self.file.stat()
+        Ok(FileStat { kind: self.kind, ..self.file.stat()? })
     }
     fn lock(&self, mode: LockMode) -> Result<(), LockError> {
         self.file.lock(mode)
@@ -124,18 +125,36 @@ fn crashes(start: &[u8], log: &Log, random: &mut Random, mut f: impl FnMut(&[u8]
     }
 }
 
+/// How many clusters have a refcount that is too low.
+fn too_low(report: &CheckReport) -> u64 {
+    let low = report.findings.iter().filter(|f| matches!(f.what, What::RefcountTooLow { .. }));
+    low.map(|f| f.clusters).sum()
+}
+
 /// Repairs with power cuts; returns how many states were tried.
 fn cut(image: &[u8], random: &mut Random, what: &str) -> u64 {
     let name = Path::new("/image");
     let options = CheckOptions::default();
     let seen = guest(image);
-    let recorded = Recorded { file: opened(image), log: Mutex::default() };
+    let before = check(name, &*opened(image), None, &options).unwrap();
+    let recorded = Recorded { file: opened(image), log: Mutex::default(), kind: FileKind::Regular };
     let done = repair(name, &recorded, None, RepairMode::All, &options).unwrap();
     assert_eq!(done.after.verdict(), Verdict::Clean, "{what}: {done}");
     let mut states = 0;
     crashes(image, &recorded.log.into_inner().unwrap(), random, |state| {
         assert_same_guest(&seen, &guest(state), what);
         let file = opened(state);
+        let found = check(name, &*file, None, &options).unwrap();
+        if state[48..60] == image[48..60] {
+            assert!(too_low(&found) <= too_low(&before), "{what}: refcounts are lower: {found:#?}");
+        } else {
+            // New structures are named only when they are there.
+            let corruption = found
+                .findings
+                .iter()
+                .find(|f| f.severity == Severity::Corruption && !matches!(f.what, What::CopiedFlag { .. }));
+            assert_eq!(corruption, None, "{what}: half of the new structures");
+        }
         let again = repair(name, &*file, None, RepairMode::All, &options).unwrap();
         assert_eq!(again.after.verdict(), Verdict::Clean, "{what}, again: {again}");
         assert_same_guest(&seen, &guest(&content(&*file)), what);
@@ -175,4 +194,24 @@ fn a_power_cut_leaves_what_can_be_repaired() {
         }
     }
     assert!(states > 300, "{states}");
+}
+
+#[test]
+fn on_a_device_new_structures_lie_behind_what_is_in_use() {
+    let Some(bench) = Bench::new() else { return };
+    let path = varied_image(&bench, "i", "cluster_size=4k");
+    patch_u64(&path, places(&path).refcount_table, 0);
+    let image = std::fs::read(&path).unwrap();
+    let options = CheckOptions::default();
+    for (room, fits) in [(1 << 20, true), (2 << 12, true), (1 << 12, false), (0, false)] {
+        let mut device = image.clone();
+        device.resize(image.len().next_multiple_of(4096) + room, 0xee);
+        let recorded = Recorded { file: opened(&device), log: Mutex::default(), kind: FileKind::Block };
+        let done = repair(Path::new("/image"), &recorded, None, RepairMode::All, &options).unwrap();
+        assert_eq!(done.rebuilt.is_some(), fits, "{room}: {done}");
+        assert_eq!(done.after.verdict() == Verdict::Clean, fits, "{room}: {done}");
+        let after = content(&*recorded.file);
+        assert_eq!(after.len(), device.len(), "a device does not grow");
+        assert_same_guest(&guest(&image), &guest(&after), "device");
+    }
 }
