@@ -1,6 +1,7 @@
 //! A file that is only seemingly written: what a repair would do is found out by doing it here.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::ops::Range;
 use std::sync::{PoisonError, RwLock};
@@ -66,16 +67,17 @@ impl Storage for Scratch<'_> {
         changes.len = changes.len.max(end);
         for page in offset / PAGE..end.div_ceil(PAGE) {
             let start = page * PAGE;
-            if !changes.pages.contains_key(&page) {
-                let mut bytes = vec![0; PAGE as usize];
-                self.under.read_exact_or_zero(&mut bytes, start)?;
-                changes.pages.insert(page, bytes);
-            }
+            let content = match changes.pages.entry(page) {
+                Entry::Occupied(entry) => entry.into_mut(),
+                Entry::Vacant(entry) => {
+                    let mut bytes = vec![0; PAGE as usize];
+                    self.under.read_exact_or_zero(&mut bytes, start)?;
+                    entry.insert(bytes)
+                }
+            };
             let common = start.max(offset)..(start + PAGE).min(end);
             let from = buf.get((common.start - offset) as usize..(common.end - offset) as usize);
-            let to = changes.pages.get_mut(&page);
-            let to =
-                to.and_then(|b| b.get_mut((common.start - start) as usize..(common.end - start) as usize));
+            let to = content.get_mut((common.start - start) as usize..(common.end - start) as usize);
             if let (Some(to), Some(from)) = (to, from) {
                 to.copy_from_slice(from);
             }
