@@ -94,6 +94,7 @@ fn trim(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
     let width = refcounts.width();
     let mut block = Vec::new();
     let mut end = 0;
+    let mut dropped = false;
     for index in (0..refcounts.table().len() as u64).rev() {
         if !refcounts.read_block(image, index, &mut block)? {
             continue;
@@ -114,11 +115,16 @@ fn trim(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
             break;
         }
         refcounts.drop_block(image, index)?;
-        image.barrier()?;
-        // A block that lies outside what it counts is counted by another one.
+        dropped = true;
+        // A block that lies outside what it counts is counted by another one, which may not forget it
+        // before the table does. The others depend on nothing, and share one barrier.
         if let Some(own) = own.filter(|own| own / per_block != index) {
+            image.barrier()?;
             refcounts.lower(image, &[own])?;
         }
+    }
+    if dropped {
+        image.barrier()?;
     }
     let io = |e| Error::io(image.path(), "shrink", None, e);
     if image.file().stat().map_err(io)?.kind == FileKind::Regular
