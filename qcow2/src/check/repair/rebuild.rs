@@ -97,8 +97,8 @@ fn give_back(survey: &Survey<'_>, disk: &Disk<'_>) {
 }
 
 /// Calls `visit` with each block of a window that has a refcount, and the refcounts as they should be:
-/// the references; or what a sound old block says, if that is more and damaged entries may have meant
-/// the cluster.
+/// the references; and where damaged entries may have meant the cluster, at least what a sound old block
+/// says, or one where there is none.
 fn for_each_refcounts(
     survey: &Survey<'_>,
     counts: &Counts,
@@ -110,15 +110,17 @@ fn for_each_refcounts(
     let mut old = Vec::new();
     let mut refcounts = Vec::new();
     for_each_block(survey.subject, counts, |block, clusters| {
-        let keep = survey.damaged && survey.read_block(block, &mut old);
+        let is_known = survey.damaged && survey.read_block(block, &mut old);
         refcounts.clear();
         let mut any = false;
         for cluster in clusters.clone() {
             let first = cluster - (cluster - clusters.start) % lanes;
             let slot = counts.slot(counts.word(first), (cluster - first) as u32);
             let mut refcount = slot.count.min(width.max());
-            if keep && cluster < file_clusters {
-                refcount = refcount.max(width.get(&old, (cluster - clusters.start) as usize).unwrap_or(0));
+            if survey.damaged && cluster < file_clusters {
+                let stored =
+                    if is_known { width.get(&old, (cluster - clusters.start) as usize) } else { Some(1) };
+                refcount = refcount.max(stored.unwrap_or(0));
             }
             any |= refcount > 0;
             refcounts.push(refcount);

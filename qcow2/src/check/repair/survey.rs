@@ -23,6 +23,8 @@ pub(super) struct Survey<'a> {
     pub(super) rest: Layout,
     /// Clusters that hold metadata and something else: nothing is written there.
     overlaps: Vec<Range<u64>>,
+    /// Whether the refcount table lies in the file, alone: only then can what it names be believed.
+    table_usable: bool,
     /// Why the refcount structures cannot be used as they are.
     pub(super) broken: Option<&'static str>,
     /// Whether all references were followed, those of damaged refcount structures aside.
@@ -81,12 +83,16 @@ impl<'a> Survey<'a> {
             layout,
             rest,
             overlaps,
+            table_usable: false,
             broken: None,
             complete: !findings.is_incomplete(),
             damaged: findings.is_damaged(),
             past_end: findings.is_past_end(),
             references_end,
         };
+        let header = &subject.header;
+        let (table, len) = (header.refcount_table_offset.get(), header.refcount_table_bytes());
+        survey.table_usable = !subject.is_past_end(table, len) && survey.may_write(table, len);
         survey.broken = survey.judge(uncounted);
         Ok(survey)
     }
@@ -94,13 +100,10 @@ impl<'a> Survey<'a> {
     /// Why the refcount structures cannot be used, if so. `uncounted`: something lies in a cluster that
     /// no block counts.
     fn judge(&self, uncounted: bool) -> Option<&'static str> {
-        let header = &self.subject.header;
-        let (table, len) = (header.refcount_table_offset.get(), header.refcount_table_bytes());
-        if self.subject.is_past_end(table, len) {
-            return Some("the refcount table lies behind the end of the file");
-        }
-        if !self.may_write(table, len) {
-            return Some("the refcount table lies where something else lies too");
+        if !self.table_usable {
+            return Some(
+                "the refcount table lies behind the end of the file, or where something else lies too",
+            );
         }
         let entries = self.layout.refcount_table.iter().enumerate();
         let used = entries.filter(|(_, raw)| **raw != 0).map(|(block, _)| block as u64);
@@ -123,8 +126,11 @@ impl<'a> Survey<'a> {
         self.overlaps.get(from).is_none_or(|range| range.start >= clusters.end)
     }
 
-    /// Where a refcount block lies, if it is sound: inside the file, aligned, and alone there.
+    /// Where a refcount block lies, if it is sound: inside the file, aligned, and alone there, as the table is.
     pub(super) fn block(&self, block: u64) -> Option<HostOffset> {
+        if !self.table_usable {
+            return None;
+        }
         let raw = raw_entry(&self.layout, block);
         let host = RefcountTableEntry::decode(raw, &self.subject.geometry, 0).ok()?.block()?;
         let size = self.subject.geometry.cluster_size();

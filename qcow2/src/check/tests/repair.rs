@@ -183,6 +183,10 @@ fn nothing_is_given_back_while_an_entry_is_damaged() {
     patch_u64(&path, places(&path).refcount_table + 8, 1 << 40);
     let plan = repaired(&path, RepairMode::All);
     assert!(plan.rebuilt.is_some() && plan.after.corruptions == 1 && plan.after.leaks > 0, "{plan}");
+    // Where the old refcounts are lost too, all that looks unused is kept.
+    patch_u64(&path, places(&path).refcount_table, 0);
+    let plan = repaired(&path, RepairMode::All);
+    assert!(plan.rebuilt.is_some() && plan.freed == 0 && plan.after.leaks > 0, "{plan}");
     patch_u64(&path, l2, entry);
     assert!(matches!(theirs(&path).0, 0 | 3));
 }
