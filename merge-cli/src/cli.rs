@@ -1,6 +1,7 @@
 //! The command line.
 
 mod demo;
+mod live;
 mod look;
 mod merge;
 
@@ -9,6 +10,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::demo::DemoArgs;
+pub(crate) use self::live::{LiveArgs, LiveVerb, Overlay};
 pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, RepairWhat};
 use self::merge::COMMIT_EXAMPLES;
 pub(crate) use self::merge::{CommitArgs, FlattenArgs};
@@ -46,7 +48,7 @@ pub(crate) struct Cli {
 pub(crate) struct OutputArgs {
     /// Print JSON on standard output
     ///
-    /// info, map, check and compare print one document; commit, flatten and demo print lines of
+    /// info, map, check, compare and the verbs of live print one document; commit, flatten and demo print lines of
     /// events: plan, progress, result or error. Keys are kebab-case.
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -103,6 +105,10 @@ pub(crate) enum Verb {
     /// Make a chain in a temporary folder, merge it, and prove that nothing changed
     #[command(after_long_help = "Examples:\n  qmerge demo\n  qmerge demo --size 1G")]
     Demo(DemoArgs),
+
+    /// Look at the disks and jobs of a running QEMU, and snapshot its disks
+    #[command(after_long_help = LIVE_EXAMPLES)]
+    Live(LiveArgs),
 }
 
 /// How one image is opened.
@@ -168,6 +174,13 @@ Examples:
   qmerge map vm.qcow2                which layer holds what
   qmerge commit vm.qcow2 --dry-run   what a merge would do
   qmerge commit vm.qcow2             merge it";
+
+const LIVE_EXAMPLES: &str = "\
+Examples:
+  qmerge live list --qmp /run/vm1/qmp.sock                          the disks
+  qmerge live chain vda --qmp /run/vm1/qmp.sock                     the chain of one
+  qmerge live snapshot vda=/vm/a.qcow2 --qmp /run/vm1/qmp.sock      a new overlay
+  qmerge live jobs --qmp /run/vm1/qmp.sock                          what is at work";
 
 fn long_help() -> String {
     format!("{EXAMPLES}\n\n{}", exit::TABLE)

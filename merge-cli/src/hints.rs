@@ -6,8 +6,10 @@ use std::path::Path;
 
 use qcow2::error::Holder;
 use qcow2::{Error, Refusal};
+use qmp_client::Address;
 
 use crate::call::{Call, VerbName};
+use crate::monitors;
 use crate::output::human::shell_word;
 
 /// The hint for an error met by `call`.
@@ -135,10 +137,19 @@ fn in_use_hint(path: &Path, holders: &[Holder], call: &Call) -> String {
         );
     }
     if holders.iter().any(|holder| holder.name.starts_with("qemu-system") || holder.name == "kvm") {
-        return format!("shut the virtual machine down, then again: {again}");
+        return format!("shut the virtual machine down, then again: {again}{}", live_hint(holders));
     }
     let pids: Vec<_> = holders.iter().map(|holder| holder.pid.to_string()).collect();
-    format!("let it finish or end it (kill {}), then again: {again}", pids.join(" "))
+    format!("let it finish or end it (kill {}), then again: {again}{}", pids.join(" "), live_hint(holders))
+}
+
+/// How to look at the images that a running QEMU holds, where one of the holders shows a monitor.
+fn live_hint(holders: &[Holder]) -> String {
+    let address = holders.iter().find_map(monitors::of);
+    let line = |a: Address| {
+        format!("; its disks, as it runs: qmerge live list --qmp {}", shell_word(&a.to_string()))
+    };
+    address.map(line).unwrap_or_default()
 }
 
 fn no_space_hint(path: &Path, call: &Call) -> String {
@@ -155,6 +166,11 @@ fn folder(path: &Path) -> std::path::PathBuf {
         Some(parent) => parent.to_owned(),
         None => path.to_owned(),
     }
+}
+
+/// The folder of a file, as one types it in a shell.
+pub(crate) fn folder_word(file: &Path) -> String {
+    word(&folder(file))
 }
 
 /// A path as one types it in a shell.

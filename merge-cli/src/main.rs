@@ -11,6 +11,7 @@ mod cmd;
 mod exit;
 mod failure;
 mod hints;
+mod monitors;
 mod output;
 mod signals;
 mod usage;
@@ -33,8 +34,8 @@ fn main() -> ExitCode {
         Err(error) => return usage::answer(&error, &args).into(),
     };
     let console = Console::new(cli.output.json, cli.output.quiet);
-    let words = args.iter().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
-    match cmd::run(&cli.verb, words, &console) {
+    let words: Vec<String> = args.iter().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    match cmd::run(&cli.verb, &words, &console) {
         Ok(exit) => exit,
         Err(Failure::PipeClosed) => Exit::DONE,
         Err(Failure::Reported(report)) => {

@@ -2,9 +2,11 @@
 
 use std::ffi::OsString;
 
+use clap::CommandFactory;
 use clap::error::ErrorKind;
 
 use crate::call::VerbName;
+use crate::cli::Cli;
 use crate::exit::Exit;
 use crate::failure::Report;
 use crate::output::Console;
@@ -16,22 +18,43 @@ pub(crate) fn answer(error: &clap::Error, args: &[OsString]) -> Exit {
         let _ = error.print();
         return Exit::DONE;
     }
-    let verb = args.iter().skip(1).find_map(|word| VerbName::parse(word.to_str()?));
+    let live = args
+        .iter()
+        .skip(1)
+        .find(|word| !word.to_string_lossy().starts_with('-'))
+        .is_some_and(|w| w == "live");
+    let verb = args.iter().skip(1).find_map(|word| VerbName::parse(word.to_str()?)).filter(|_| !live);
     let report = Report {
         kind: "usage",
-        message: message(error),
-        hint: verb
-            .map_or_else(|| "qmerge --help".to_owned(), |verb| format!("qmerge {} --help", verb.as_str())),
+        message: message(error, live),
+        hint: match verb {
+            _ if live => format!("qmerge live{} --help", live_verb(args)),
+            Some(verb) => format!("qmerge {} --help", verb.as_str()),
+            None => "qmerge --help".to_owned(),
+        },
         exit: verb.map_or(Exit::USAGE, VerbName::usage_exit),
     };
     Console::new(args.iter().any(|word| word == "--json"), false).failure(&report);
     report.exit
 }
 
+/// The verb of `qmerge live` that was meant, after a space.
+fn live_verb(args: &[OsString]) -> String {
+    let cli = Cli::command();
+    let known =
+        |word: &OsString| cli.find_subcommand("live")?.find_subcommand(word).map(|c| c.get_name().to_owned());
+    args.iter().skip(1).find_map(known).map_or(String::new(), |verb| format!(" {verb}"))
+}
+
 /// What the parser found, without its own prefix and its own pointer to the help.
-fn message(error: &clap::Error) -> String {
+fn message(error: &clap::Error, live: bool) -> String {
+    if live && error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return "what shall be done? Verbs: list, chain, snapshot, jobs, pause, resume, cancel, speed"
+            .to_owned();
+    }
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "what shall be done? Verbs: info, map, check, compare, commit, flatten, demo".to_owned();
+        return "what shall be done? Verbs: info, map, check, compare, commit, flatten, demo, live"
+            .to_owned();
     }
     let text = error.render().to_string();
     let lines =

@@ -56,7 +56,7 @@ pub use jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watch, jobs
 pub use message::{Event, Failure, Message, reply, request};
 pub use monitor::{Execute, Monitor, patience};
 pub use owner::Owner;
-pub use procedure::Merged;
+pub use procedure::{Merged, cancel};
 pub use pull::Pull;
 pub use qapi;
 pub use snapshot::snapshot;

@@ -83,8 +83,13 @@ pub(crate) fn wrap_up<M: Monitor + ?Sized>(
     })
 }
 
-/// Cancels the job, and waits until it is gone.
-pub(crate) fn cancel<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<()> {
+/// Cancels the job, waits until it has ended, and lets QEMU forget it, so that another one can start on the disk.
+///
+/// It may be any job, whoever started it. What a commit has copied stays copied.
+///
+/// # Errors
+/// Those of the commands; [`Error::Job`] if it was done before it was cancelled, or does not come to an end.
+pub fn cancel<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<()> {
     job.cancel()?;
     match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
         Waited::Reached(_) => match job.take_result() {

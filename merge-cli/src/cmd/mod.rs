@@ -6,6 +6,7 @@ mod compare;
 mod demo;
 mod flatten;
 mod info;
+mod live;
 mod map;
 mod open;
 mod walk;
@@ -19,8 +20,8 @@ use crate::failure::Failure;
 use crate::output::Console;
 
 /// Runs the verb; `words` is the command line after `qmerge`.
-pub(crate) fn run(verb: &Verb, words: Vec<String>, console: &Console) -> Result<Exit, Failure> {
-    let call = |verb, image: &Path| Call { verb, image: image.to_owned(), words };
+pub(crate) fn run(verb: &Verb, words: &[String], console: &Console) -> Result<Exit, Failure> {
+    let call = |verb, image: &Path| Call { verb, image: image.to_owned(), words: words.to_vec() };
     match verb {
         Verb::Info(args) => info::run(args, &call(VerbName::Info, &args.image), console),
         Verb::Check(args) => check::run(args, &call(VerbName::Check, &args.image), console),
@@ -28,6 +29,7 @@ pub(crate) fn run(verb: &Verb, words: Vec<String>, console: &Console) -> Result<
         Verb::Compare(args) => compare::run(args, &call(VerbName::Compare, &args.first), console),
         Verb::Flatten(args) => flatten::run(args, &call(VerbName::Flatten, &args.active), console),
         Verb::Demo(args) => demo::run(args, &call(VerbName::Demo, Path::new("c.qcow2")), console),
+        Verb::Live(args) => live::run(args, words, console),
         Verb::Map(args) => map::run(args, &call(VerbName::Map, &args.image), console),
     }
 }

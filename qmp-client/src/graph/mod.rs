@@ -1,5 +1,6 @@
 //! The block graph: the disks of a virtual machine, and the chain of each.
 
+mod attached;
 mod disk;
 mod nodes;
 #[cfg(test)]
@@ -51,7 +52,7 @@ impl Graph {
         Ok(Self { disks: roots.into_iter().filter_map(|root| Disk::new(root, &named)).collect() })
     }
 
-    /// The disks that have a medium, in QEMU's order, devices before exports.
+    /// The disks that have a medium, in the order in which they were made, devices before exports.
     pub fn disks(&self) -> &[Disk] {
         &self.disks
     }
@@ -124,6 +125,8 @@ fn exports(monitor: &(impl Monitor + ?Sized)) -> Result<Vec<Root>> {
     let edges: Edges = read(command, monitor.query(command, json!({}))?)?;
     Ok(exports
         .into_iter()
+        // QEMU tells the newest first.
+        .rev()
         .map(|export| Root {
             nodes: edges.chain(&export.node_name),
             name: export.id.clone(),

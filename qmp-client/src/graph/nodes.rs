@@ -115,4 +115,15 @@ impl Edges {
         }
         chain
     }
+
+    /// The node that the job of this id works on, and those below it: an active commit works on a filter of
+    /// its own, which lies above the active layer.
+    pub(super) fn works_on(&self, job: &str) -> Vec<String> {
+        let job = self.nodes.iter().find(|n| n.kind == "block-job" && n.name == job).map(|n| n.id);
+        let main =
+            self.edges.iter().find(|e| Some(e.parent) == job && e.name == "main node").map(|e| e.child);
+        let main = self.nodes.iter().find(|n| Some(n.id) == main);
+        main.map(|node| self.chain(&node.name).into_iter().map(|(node, _)| node).collect())
+            .unwrap_or_default()
+    }
 }

@@ -1,0 +1,144 @@
+//! Arguments of the verbs that speak to a running QEMU.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use qmp_client::Address;
+
+use crate::output::size;
+
+/// `qmerge live`
+#[derive(Debug, Args)]
+#[command(subcommand_value_name = "VERB", subcommand_help_heading = "Verbs", disable_help_subcommand = true)]
+pub(crate) struct LiveArgs {
+    /// The monitor: path of a UNIX socket, or tcp:HOST:PORT
+    ///
+    /// QEMU opens one with -qmp unix:PATH,server=on,wait=off. A monitor serves one client at a time.
+    /// Nothing protects one that is reached over TCP.
+    #[arg(long, value_name = "ADDRESS", global = true, value_parser = address)]
+    pub(crate) qmp: Option<Address>,
+
+    #[command(subcommand)]
+    pub(crate) verb: LiveVerb,
+}
+
+/// What to do with a running QEMU.
+#[derive(Debug, Subcommand)]
+pub(crate) enum LiveVerb {
+    /// List the disks and their active images
+    #[command(after_long_help = "Example:\n  qmerge live list --qmp /run/vm1/qmp.sock")]
+    List,
+
+    /// Show a disk's chain, with the layers counted from the bottom
+    #[command(after_long_help = "Example:\n  qmerge live chain vda --qmp /run/vm1/qmp.sock")]
+    Chain {
+        /// The disk, as `live list` prints it
+        disk: String,
+    },
+
+    /// Put new overlays on disks, all at one moment
+    ///
+    /// The image that was active becomes the backing file of the new one, and is written no more. What
+    /// starts the virtual machine must name the new image the next time.
+    #[command(
+        after_long_help = "Example:\n  qmerge live snapshot vda=/vm/a.qcow2 vdb=/vm/data-a.qcow2 --qmp /run/vm1/qmp.sock"
+    )]
+    Snapshot {
+        /// A disk, and the overlay to make for it; the file must not exist
+        #[arg(required = true, value_name = "DISK=FILE", value_parser = overlay)]
+        overlays: Vec<Overlay>,
+    },
+
+    /// List the jobs, also those that another client started
+    Jobs,
+
+    /// Halt the job of a disk; it keeps what it has done
+    Pause {
+        /// The disk, as `live list` prints it
+        disk: String,
+    },
+
+    /// Let the job of a disk go on, also one that met an error
+    Resume {
+        /// The disk, as `live list` prints it
+        disk: String,
+    },
+
+    /// End the job of a disk without its effect
+    ///
+    /// The chain stays as long as it is, and the guest's bytes are the same. What a merge has copied into
+    /// its base stays there: the layers between base and top are restore points no more.
+    Cancel {
+        /// The disk, as `live list` prints it
+        disk: String,
+    },
+
+    /// Limit the job of a disk to so many bytes per second
+    #[command(
+        after_long_help = "Examples:\n  qmerge live speed vda 50M --qmp /run/vm1/qmp.sock\n  qmerge live speed vda 0 --qmp /run/vm1/qmp.sock"
+    )]
+    Speed {
+        /// The disk, as `live list` prints it
+        disk: String,
+
+        /// Bytes per second, with K, M, G or T; 0 lifts the limit
+        #[arg(value_parser = size::parse)]
+        rate: u64,
+    },
+}
+
+/// `DISK=FILE` of `snapshot`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Overlay {
+    /// The disk, as the user names it.
+    pub(crate) disk: String,
+    /// The file to make.
+    pub(crate) file: PathBuf,
+}
+
+impl LiveVerb {
+    /// The word on the command line.
+    pub(crate) fn as_str(&self) -> &'static str {
+        match self {
+            Self::List => "list",
+            Self::Chain { .. } => "chain",
+            Self::Snapshot { .. } => "snapshot",
+            Self::Jobs => "jobs",
+            Self::Pause { .. } => "pause",
+            Self::Resume { .. } => "resume",
+            Self::Cancel { .. } => "cancel",
+            Self::Speed { .. } => "speed",
+        }
+    }
+
+    /// Whether it only looks.
+    pub(crate) fn only_looks(&self) -> bool {
+        matches!(self, Self::List | Self::Chain { .. } | Self::Jobs)
+    }
+}
+
+fn address(text: &str) -> Result<Address, String> {
+    text.parse().map_err(|error: qmp_client::Error| error.to_string())
+}
+
+fn overlay(text: &str) -> Result<Overlay, String> {
+    match text.split_once('=') {
+        Some((disk, file)) if !disk.is_empty() && !file.is_empty() => {
+            Ok(Overlay { disk: disk.to_owned(), file: file.into() })
+        }
+        _ => Err("write DISK=FILE, as in vda=/vm/new.qcow2".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlays_split_at_the_first_sign() {
+        assert_eq!(overlay("vda=/a=b"), Ok(Overlay { disk: "vda".into(), file: "/a=b".into() }));
+        for bad in ["vda", "=/a", "vda=", ""] {
+            assert!(overlay(bad).is_err(), "{bad}");
+        }
+    }
+}

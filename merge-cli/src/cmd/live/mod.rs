@@ -1,0 +1,50 @@
+//! `qmerge live`: what a running QEMU has, and what can be asked of it.
+
+mod guard;
+mod jobs;
+mod look;
+mod snapshot;
+mod trouble;
+
+use qmp_client::{Address, Connection, Disk, Graph, Options};
+
+use self::trouble::Session;
+use crate::cli::{LiveArgs, LiveVerb};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::output::Console;
+
+/// Connects and does it. A monitor that belongs to somebody else is only looked at.
+pub(super) fn run(args: &LiveArgs, words: &[String], console: &Console) -> Result<Exit, Failure> {
+    let Some(address) = &args.qmp else { return Err(trouble::no_address(&args.verb)) };
+    let session = Session { address, verb: &args.verb, words };
+    guard::place(&session)?;
+    let options = Options { allow_tcp: true, ..Options::default() };
+    let monitor = Connection::connect(address, &options).map_err(|e| session.failure(&e))?;
+    guard::process(&session, &monitor)?;
+    let graph = Graph::ask(&monitor).map_err(|e| session.failure(&e))?;
+    match &args.verb {
+        LiveVerb::List => look::list(&graph, console),
+        LiveVerb::Chain { disk } => look::chain(find(&graph, disk, &session)?, console),
+        LiveVerb::Snapshot { overlays } => snapshot::run(&session, &monitor, &graph, overlays, console),
+        LiveVerb::Jobs => jobs::list(&session, &monitor, &graph, console),
+        LiveVerb::Pause { disk }
+        | LiveVerb::Resume { disk }
+        | LiveVerb::Cancel { disk }
+        | LiveVerb::Speed { disk, .. } => {
+            let disk = find(&graph, disk, &session)?;
+            guard::disk(&session, disk)?;
+            jobs::steer(&session, &monitor, &graph, disk, console)
+        }
+    }?;
+    Ok(Exit::DONE)
+}
+
+fn find<'a>(graph: &'a Graph, name: &str, session: &Session<'_>) -> Result<&'a Disk, Failure> {
+    graph.disk(name).map_err(|e| session.failure(&e))
+}
+
+/// The address as it follows `--qmp`.
+fn option(address: &Address) -> String {
+    format!("--qmp {}", crate::output::human::shell_word(&address.to_string()))
+}

@@ -1,0 +1,51 @@
+//! `qmerge live snapshot`: new overlays.
+
+use std::path::{self, PathBuf};
+
+use qmp_client::{Connection, Disk, Error, Graph};
+
+use super::trouble::Session;
+use super::{find, guard, look};
+use crate::cli::Overlay;
+use crate::failure::Failure;
+use crate::hints::folder_word;
+use crate::output::Console;
+use crate::output::human::printable;
+
+/// Makes the overlays; relative names are those of this folder, not of QEMU's.
+pub(super) fn run(
+    session: &Session<'_>,
+    monitor: &Connection,
+    graph: &Graph,
+    overlays: &[Overlay],
+    console: &Console,
+) -> Result<(), Failure> {
+    let mut wanted: Vec<(&Disk, PathBuf)> = Vec::new();
+    for overlay in overlays {
+        let disk = find(graph, &overlay.disk, session)?;
+        guard::disk(session, disk)?;
+        // It fails only where there is no current folder; the library then says that the path is not absolute.
+        wanted.push((disk, path::absolute(&overlay.file).unwrap_or_else(|_| overlay.file.clone())));
+    }
+    let pairs: Vec<_> = wanted.iter().map(|(disk, file)| (*disk, file.as_path())).collect();
+    let disks = qmp_client::snapshot(monitor, &pairs).map_err(|error| match &error {
+        Error::Refused { .. } => match wanted.iter().find(|(_, file)| file.symlink_metadata().is_ok()) {
+            Some((_, file)) => session.failure_with(
+                &error,
+                format!("choose another name; those are taken: ls -l {}", folder_word(file)),
+            ),
+            None => session.failure(&error),
+        },
+        _ => session.failure(&error),
+    })?;
+    if console.is_json() {
+        return console.document(&disks.iter().map(look::in_list).collect());
+    }
+    let lines = wanted.iter().map(|(disk, file)| {
+        let (name, old) = (printable(disk.name()), printable(&disk.active().file));
+        format!("{name}: {} is active now, on top of {old}", file.display())
+    });
+    console.result(&lines.collect::<Vec<_>>().join("\n"))?;
+    console.note("what starts the virtual machine must name the new files the next time");
+    Ok(())
+}

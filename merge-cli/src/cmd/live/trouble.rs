@@ -1,0 +1,135 @@
+//! What can go wrong on the way to QEMU and back, and what to type next.
+
+use std::io;
+
+use qmp_client::{Address, Disk, Error, Owner};
+
+use super::{guard, option};
+use crate::cli::LiveVerb;
+use crate::exit::Exit;
+use crate::failure::{Failure, Report};
+use crate::hints::folder_word;
+use crate::output::human::{printable, shell_word};
+
+/// One call of `qmerge live`.
+pub(super) struct Session<'a> {
+    /// Where the monitor listens.
+    pub(super) address: &'a Address,
+    /// What to do.
+    pub(super) verb: &'a LiveVerb,
+    /// All words after `qmerge`.
+    pub(super) words: &'a [String],
+}
+
+impl Session<'_> {
+    /// The failure that an error is, with the hint that fits most often.
+    pub(super) fn failure(&self, error: &Error) -> Failure {
+        self.failure_with(error, self.hint(error))
+    }
+
+    /// The failure that an error is.
+    pub(super) fn failure_with(&self, error: &Error, hint: String) -> Failure {
+        let (kind, exit) = class(error);
+        Report { kind, message: error.to_string(), hint, exit }.into()
+    }
+
+    fn hint(&self, error: &Error) -> String {
+        let again = self.again();
+        let qmp = option(self.address);
+        match error {
+            Error::Connect { source, .. } => self.unreachable(source),
+            Error::NoGreeting { .. } => match Owner::of(self.address, None) {
+                Some(owner) => {
+                    format!("ask {}, which holds it: {}", owner.name(), guard::look_instead(owner))
+                }
+                None => format!("end the other client, or give QEMU a second monitor; then again: {again}"),
+            },
+            Error::NoSuchDisk { .. } | Error::Layer { .. } => format!("qmerge live list {qmp}"),
+            Error::Job { .. } | Error::TimedOut { .. } | Error::Unreadable { .. } => {
+                format!("see how it stands: qmerge live jobs {qmp}")
+            }
+            Error::Disconnected { .. } => {
+                format!("if QEMU still runs, its jobs go on: qmerge live jobs {qmp}")
+            }
+            Error::Command { .. } if matches!(self.verb, LiveVerb::Snapshot { .. }) => {
+                format!(
+                    "every disk is as it was: qmerge live list {qmp}; QEMU must be able to write the new files' folders"
+                )
+            }
+            Error::Command { .. } => format!("see how it stands: qmerge live jobs {qmp}"),
+            _ => format!("qmerge live {} --help", self.verb.as_str()),
+        }
+    }
+
+    fn unreachable(&self, error: &io::Error) -> String {
+        let again = self.again();
+        let path = match self.address {
+            Address::Unix(path) => path,
+            Address::Tcp { port, .. } => {
+                return format!(
+                    "start QEMU with -qmp tcp:127.0.0.1:{port},server=on,wait=off, then again: {again}"
+                );
+            }
+        };
+        match error.kind() {
+            io::ErrorKind::NotFound => format!(
+                "see which sockets there are (ls -l {}; ss -xlp), or start QEMU with -qmp unix:PATH,server=on,wait=off",
+                folder_word(path)
+            ),
+            io::ErrorKind::PermissionDenied => format!("as root: sudo {again}"),
+            _ => "see what listens: ss -xlp; a QEMU that has ended leaves its socket behind, and its images can be merged \
+                  with qmerge commit"
+                .to_owned(),
+        }
+    }
+
+    /// The same command, to be typed again.
+    fn again(&self) -> String {
+        self.words.iter().fold("qmerge".to_owned(), |line, word| line + " " + &shell_word(word))
+    }
+}
+
+/// Nobody said which QEMU is meant.
+pub(super) fn no_address(verb: &LiveVerb) -> Failure {
+    Report {
+        kind: "usage",
+        message: "--qmp ADDRESS is missing: which QEMU is meant?".to_owned(),
+        hint: format!(
+            "qmerge live {} --qmp PATH, the path of its option -qmp unix:PATH,server=on,wait=off (ss -xlp lists sockets)",
+            verb.as_str()
+        ),
+        exit: Exit::USAGE,
+    }
+    .into()
+}
+
+/// Nothing is at work on the disk.
+pub(super) fn no_job(session: &Session<'_>, disk: &Disk) -> Failure {
+    Report {
+        kind: "no-job",
+        message: format!("no job works on the disk {}", printable(disk.name())),
+        hint: format!("qmerge live jobs {} lists all jobs", option(session.address)),
+        exit: Exit::FAILED,
+    }
+    .into()
+}
+
+/// The stable word for an error, and its exit code.
+fn class(error: &Error) -> (&'static str, Exit) {
+    match error {
+        Error::Address { .. } | Error::TcpNotAllowed { .. } => ("usage", Exit::USAGE),
+        Error::NoSuchDisk { .. } => ("no-such-disk", Exit::USAGE),
+        Error::Layer { .. } => ("usage", Exit::USAGE),
+        Error::Connect { .. } => ("no-monitor", Exit::FAILED),
+        Error::NoGreeting { .. } => ("monitor-in-use", Exit::FAILED),
+        Error::Disconnected { .. } => ("disconnected", Exit::FAILED),
+        Error::TimedOut { .. } => ("timed-out", Exit::FAILED),
+        Error::Job { .. } => ("job-failed", Exit::FAILED),
+        Error::Refused { .. } => ("refused", Exit::REFUSED),
+        Error::Command { failure, .. } if failure.class == "CommandNotFound" => {
+            ("unsupported", Exit::UNSUPPORTED)
+        }
+        Error::Command { .. } => ("qemu-refused", Exit::FAILED),
+        _ => ("qmp", Exit::FAILED),
+    }
+}

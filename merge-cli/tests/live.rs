@@ -1,0 +1,395 @@
+//! `qmerge live` against a real qemu-storage-daemon.
+//!
+//! Without QEMU every test that needs it says `SKIPPED` on standard error and passes, except where `CI` is set.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use qmp_client::{Address, Connection, Execute, Graph, Options};
+use serde_json::{Value, json};
+
+/// Whether the tools are here.
+fn tools_are_here() -> bool {
+    let missing: Vec<_> = ["qemu-storage-daemon", "qemu-img", "qemu-io"]
+        .into_iter()
+        .filter(|tool| Command::new(tool).arg("--version").stdout(Stdio::null()).status().is_err())
+        .collect();
+    if missing.is_empty() {
+        return true;
+    }
+    assert!(std::env::var_os("CI").is_none(), "{missing:?} must be installed for the tests of qmerge live");
+    eprintln!("SKIPPED: {missing:?} not installed, so qmerge live was not tested");
+    false
+}
+
+fn run(program: &str, dir: &Path, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).current_dir(dir).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// A storage daemon with two disks: `disk0` with the layers `1.img <- 2.img <- 3.img`, and `disk1`, a raw file.
+struct Lab {
+    folder: tempfile::TempDir,
+    daemon: Child,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "1.img", "16M"]);
+        for (n, below) in [("2", "1.img"), ("3", "2.img")] {
+            let overlay = format!("{n}.img");
+            run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", &overlay]);
+            run("qemu-io", dir, &["-f", "qcow2", "-c", &format!("write -q -P {n} 0 8M"), &overlay]);
+        }
+        run("qemu-img", dir, &["create", "-q", "-f", "raw", "data.raw", "4M"]);
+        let path = |name: &str| dir.join(name).display().to_string();
+        let top = json!({"driver": "qcow2", "node-name": "top", "file": {"driver": "file", "filename": path("3.img")}});
+        let data = json!({"driver": "raw", "node-name": "data", "file": {"driver": "file", "filename": path("data.raw")}});
+        let export = |disk: &str, node: &str| {
+            let socket = path(&format!("{disk}.sock"));
+            format!(
+                "type=vhost-user-blk,id={disk},node-name={node},writable=on,addr.type=unix,addr.path={socket}"
+            )
+        };
+        let daemon = Command::new("qemu-storage-daemon")
+            .args(["--chardev", &format!("socket,id=c0,path={},server=on,wait=off", path("qmp.sock"))])
+            .args(["--monitor", "chardev=c0"])
+            .args(["--blockdev", &top.to_string(), "--blockdev", &data.to_string()])
+            .args(["--export", &export("disk0", "top"), "--export", &export("disk1", "data")])
+            .spawn()
+            .unwrap();
+        let lab = Self { folder, daemon };
+        drop(lab.connect());
+        lab
+    }
+
+    fn dir(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir().join(name).display().to_string()
+    }
+
+    fn address(&self) -> Address {
+        Address::Unix(self.dir().join("qmp.sock"))
+    }
+
+    /// A client of the test's own; it holds the monitor until it is dropped.
+    fn connect(&self) -> Connection {
+        Connection::reconnect(&self.address(), &Options::default(), Duration::from_secs(20)).unwrap()
+    }
+
+    /// Runs `qmerge live ARGS --qmp qmp.sock`.
+    fn live(&self, args: &[&str]) -> Output {
+        let words = [&["live"], args, &["--qmp", "qmp.sock"]].concat();
+        qmerge(self.dir(), &words)
+    }
+
+    #[track_caller]
+    fn ok(&self, args: &[&str]) -> String {
+        let output = self.live(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    #[track_caller]
+    fn json(&self, args: &[&str]) -> Value {
+        serde_json::from_str(&self.ok(&[args, &["--json"]].concat())).unwrap()
+    }
+
+    /// What must fail with `code`, say all of `words`, and end with a hint.
+    #[track_caller]
+    fn fails(&self, args: &[&str], code: i32, words: &[&str]) {
+        failed(&self.live(args), code, words);
+    }
+
+    /// Starts a commit of 2.img into 1.img that takes minutes, as another client, which leaves.
+    fn slow_commit(&self, id: &str, auto_dismiss: bool) {
+        let monitor = self.connect();
+        let graph = Graph::ask(&monitor).unwrap();
+        let disk = graph.disk("disk0").unwrap();
+        let node = |layer: &str| disk.layer(layer).unwrap().node.clone();
+        let arguments = json!({
+            "job-id": id, "device": "top", "base-node": node("[1]"), "top-node": node("[2]"),
+            "backing-file": "1.img", "speed": 65536, "auto-dismiss": auto_dismiss, "auto-finalize": false,
+        });
+        monitor.query("block-commit", arguments).unwrap();
+    }
+
+    /// Asks for the only job until it has this status.
+    #[track_caller]
+    fn job_becomes(&self, status: &str) -> Value {
+        let start = Instant::now();
+        loop {
+            let jobs = self.json(&["jobs"]);
+            if jobs[0]["status"] == status {
+                return jobs[0].clone();
+            }
+            assert!(start.elapsed() < Duration::from_secs(20), "{jobs:#}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+    }
+}
+
+fn qmerge(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_qmerge")).args(args).current_dir(dir).output().unwrap()
+}
+
+#[track_caller]
+fn failed(output: &Output, code: i32, words: &[&str]) {
+    let err = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{err}");
+    assert!(err.starts_with("qmerge: "), "{err}");
+    assert!(err.lines().last().unwrap().starts_with("hint: "), "{err}");
+    for word in words {
+        assert!(err.contains(word), "'{word}' is missing: {err}");
+    }
+}
+
+/// The lines of a table, each with its cells.
+fn rows(table: &str) -> Vec<Vec<&str>> {
+    table.lines().map(|line| line.split_whitespace().collect()).collect()
+}
+
+#[test]
+fn disks_and_their_chains_are_shown() {
+    if !tools_are_here() {
+        return;
+    }
+    let lab = Lab::new();
+    let (three, data) = (lab.path("3.img"), lab.path("data.raw"));
+    let listed = lab.ok(&["list"]);
+    assert_eq!(
+        rows(&listed),
+        [
+            vec!["DISK", "FORMAT", "VIRTUAL", "SIZE", "NODE", "FILE"],
+            vec!["disk0", "qcow2", "16", "MiB", "top", &three],
+            vec!["disk1", "raw", "4", "MiB", "data", &data],
+        ]
+    );
+    assert_eq!(
+        lab.json(&["list"]),
+        json!([
+            {"disk": "disk0", "node": "top", "file": three, "format": "qcow2", "virtual-size": 16 << 20},
+            {"disk": "disk1", "node": "data", "file": data, "format": "raw", "virtual-size": 4 << 20},
+        ])
+    );
+
+    let chain = lab.ok(&["chain", "disk0"]);
+    let layers: Vec<_> =
+        rows(&chain).into_iter().skip(1).map(|r| (r[0].to_owned(), r[r.len() - 1].to_owned())).collect();
+    let expected = [("[3]", "3.img"), ("[2]", "2.img"), ("[1]", "1.img")];
+    assert_eq!(layers, expected.map(|(index, file)| (index.to_owned(), lab.path(file))));
+
+    let chain = lab.json(&["chain", "disk0"]);
+    let indexes: Vec<_> = chain.as_array().unwrap().iter().map(|l| l["index"].clone()).collect();
+    assert_eq!(indexes, [3, 2, 1]);
+    let active = &chain[0];
+    assert_eq!(active["node"], "top");
+    assert_eq!(active["filename"], three.as_str());
+    assert_eq!((&active["format"], &active["protocol"]), (&json!("qcow2"), &json!("file")));
+    assert_eq!(active["virtual-size"], 16 << 20);
+    assert!(active["actual-size"].as_u64().unwrap() >= 8 << 20);
+    assert_eq!(active["backing-filename"], "2.img");
+    assert_eq!(active["full-backing-filename"], lab.path("2.img"));
+    assert_eq!(active["backing-filename-format"], "qcow2");
+    assert_eq!((&active["ro"], &chain[2]["ro"]), (&json!(false), &json!(true)));
+    assert!(chain[2].get("backing-filename").is_none());
+    // The disk goes by its file too, and the option may stand before the verb.
+    let output = qmerge(lab.dir(), &["live", "--qmp", "qmp.sock", "chain", "3.img", "--json"]);
+    assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap(), chain);
+}
+
+#[test]
+fn two_disks_get_overlays_in_one_transaction() {
+    if !tools_are_here() {
+        return;
+    }
+    let lab = Lab::new();
+    fs::write(lab.dir().join("taken.img"), "precious").unwrap();
+    let before = lab.json(&["list"]);
+    lab.fails(
+        &["snapshot", "disk0=4.img", "disk1=taken.img"],
+        6,
+        &["taken.img exists", "choose another name"],
+    );
+    lab.fails(&["snapshot", "disk0=4.img", "disk0=5.img"], 6, &["named twice"]);
+    lab.fails(&["snapshot", "disk0=no-folder/4.img"], 6, &["no-folder"]);
+    lab.fails(&["snapshot", "disk0=4.img", "vdz=5.img"], 2, &["vdz", "disk0, disk1"]);
+    lab.fails(&["snapshot", "disk0"], 2, &["DISK=FILE", "qmerge live snapshot --help"]);
+    assert_eq!(lab.json(&["list"]), before);
+    assert_eq!(fs::read(lab.dir().join("taken.img")).unwrap(), b"precious");
+    assert!(!lab.dir().join("4.img").exists());
+
+    let said = lab.ok(&["snapshot", "disk0=4.img", "disk1=data-1.img"]);
+    assert!(said.contains(&lab.path("4.img")) && said.contains(&lab.path("data.raw")), "{said}");
+    let listed = lab.json(&["list"]);
+    assert_eq!(
+        (&listed[0]["file"], &listed[1]["file"]),
+        (&json!(lab.path("4.img")), &json!(lab.path("data-1.img")))
+    );
+    // Nothing was renumbered.
+    let chain = lab.json(&["chain", "disk0"]);
+    assert_eq!((&chain[0]["index"], &chain[1]["index"]), (&json!(4), &json!(3)));
+    assert_eq!(chain[1]["filename"], lab.path("3.img"));
+    let made = lab.json(&["snapshot", "disk1=data-2.img"]);
+    assert_eq!(made, json!([lab.json(&["list"])[1]]));
+    let info = run("qemu-img", lab.dir(), &["info", "-U", "data-1.img"]);
+    assert!(info.contains("backing file format: raw"), "{info}");
+}
+
+#[test]
+fn the_job_of_another_client_is_shown_and_steered() {
+    if !tools_are_here() {
+        return;
+    }
+    let lab = Lab::new();
+    assert_eq!(lab.ok(&["jobs"]), "no job\n");
+    assert_eq!(lab.json(&["jobs"]), json!([]));
+    for auto_dismiss in [false, true] {
+        lab.slow_commit("theirs", auto_dismiss);
+        let job = lab.job_becomes("running");
+        assert_eq!(
+            (&job["disk"], &job["id"], &job["type"]),
+            (&json!("disk0"), &json!("theirs"), &json!("commit"))
+        );
+        assert_eq!((&job["speed"], &job["total-progress"]), (&json!(65536), &json!(16 << 20)));
+        assert_eq!((&job["io-status"], &job["auto-dismiss"]), (&json!("ok"), &json!(auto_dismiss)));
+        let table = lab.ok(&["jobs"]);
+        assert_eq!(rows(&table)[1][..3], ["disk0", "commit", "running"], "{table}");
+        assert!(table.contains("64 KiB/s"), "{table}");
+
+        assert_eq!(lab.json(&["speed", "disk0", "128K"])["speed"], 128 << 10);
+        assert_eq!(lab.json(&["jobs"])[0]["speed"], 128 << 10);
+        lab.fails(&["speed", "disk0", "fast"], 2, &["is not a size", "qmerge live speed --help"]);
+        lab.fails(&["resume", "disk0"], 1, &["not paused", "qmerge live jobs"]);
+        assert!(lab.ok(&["pause", "disk0"]).contains("halted"));
+        lab.job_becomes("paused");
+        lab.fails(&["pause", "disk0"], 1, &["already paused"]);
+        assert!(lab.ok(&["resume", "disk0"]).contains("goes on"));
+        lab.job_becomes("running");
+
+        lab.fails(
+            &["cancel", "disk1"],
+            1,
+            &["no job works on the disk disk1", "qmerge live jobs --qmp qmp.sock"],
+        );
+        lab.job_becomes("running");
+        assert_eq!(lab.json(&["cancel", "disk0"])["status"], "null");
+        assert_eq!(lab.json(&["jobs"]), json!([]));
+        assert_eq!(lab.json(&["chain", "disk0"]).as_array().unwrap().len(), 3);
+    }
+    lab.fails(&["cancel", "disk0"], 1, &["no job works on the disk disk0"]);
+}
+
+#[test]
+fn an_active_merge_that_is_ready_is_cancelled_without_pivot() {
+    if !tools_are_here() {
+        return;
+    }
+    let lab = Lab::new();
+    let monitor = lab.connect();
+    let base = Graph::ask(&monitor).unwrap().disk("disk0").unwrap().layer("[1]").unwrap().node.clone();
+    monitor.query("block-commit", json!({"job-id": "active", "device": "top", "base-node": base})).unwrap();
+    drop(monitor);
+    assert_eq!(lab.job_becomes("ready")["disk"], "disk0");
+    assert!(lab.ok(&["cancel", "disk0"]).contains("is cancelled"));
+    assert_eq!(lab.json(&["jobs"]), json!([]));
+    let chain = lab.json(&["chain", "disk0"]);
+    assert_eq!((&chain[0]["node"], &chain[2]["ro"]), (&json!("top"), &json!(true)));
+}
+
+#[test]
+fn who_cannot_be_reached_is_explained() {
+    if !tools_are_here() {
+        return;
+    }
+    let lab = Lab::new();
+    lab.fails(&["chain", "vdz"], 2, &["'vdz'", "disk0, disk1", "qmerge live list --qmp qmp.sock"]);
+    let holding = lab.connect();
+    lab.fails(&["list"], 1, &["another client holds this monitor", "then again: qmerge live list"]);
+    drop(holding);
+    let report = qmerge(lab.dir(), &["live", "list", "--json", "--qmp", "none.sock"]);
+    let event: Value = serde_json::from_slice(&report.stdout).unwrap();
+    assert_eq!(
+        (&event["event"], &event["kind"], &event["exit-code"]),
+        (&json!("error"), &json!("no-monitor"), &json!(1))
+    );
+}
+
+#[test]
+fn an_image_that_qemu_holds_leads_to_its_monitor() {
+    if !tools_are_here() {
+        return;
+    }
+    let lab = Lab::new();
+    let expected = format!("qmerge live list --qmp {}", lab.path("qmp.sock"));
+    failed(&qmerge(lab.dir(), &["commit", "3.img"]), 5, &["in use", &expected]);
+}
+
+#[test]
+fn addresses_without_a_monitor_get_a_hint() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let live = |args: &[&str]| qmerge(dir, &[&["live"], args].concat());
+    failed(&live(&["list", "--qmp", "none.sock"]), 1, &["none.sock", "has not made this socket", "ls -l ."]);
+    drop(UnixListener::bind(dir.join("stale.sock")).unwrap());
+    failed(
+        &live(&["list", "--qmp", "stale.sock"]),
+        1,
+        &["nobody listens there any more", "leaves its socket behind"],
+    );
+    failed(&live(&["list"]), 2, &["--qmp ADDRESS is missing", "qmerge live list --qmp PATH"]);
+    failed(&live(&["list", "--qmp", "tcp:localhost"]), 2, &["tcp:HOST:PORT", "qmerge live list --help"]);
+    failed(&live(&[]), 2, &["what shall be done?", "qmerge live --help"]);
+    // Merges are not among the verbs.
+    failed(&live(&["commit", "vda", "--qmp", "x"]), 2, &["commit", "qmerge live --help"]);
+}
+
+#[test]
+fn a_managers_monitor_is_not_gone_around() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("libvirt/qemu/domain-1-vm");
+    fs::create_dir_all(&dir).unwrap();
+    let socket: PathBuf = dir.join("monitor.sock");
+    // It is not even connected to.
+    let listener = UnixListener::bind(&socket).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    for (args, instead) in [
+        (
+            &["snapshot", "vda=/vm/a.img"][..],
+            "virsh snapshot-create-as DOMAIN --disk-only --atomic --diskspec vda,file=/vm/a.img",
+        ),
+        (&["cancel", "vda"], "virsh blockjob DOMAIN vda --abort"),
+        (&["speed", "vda", "1M"], "virsh blockjob DOMAIN vda --bandwidth 1048576 --bytes"),
+        (&["pause", "vda"], "libvirt has no command for that"),
+    ] {
+        let words = [&["live"], args, &["--qmp", socket.to_str().unwrap()]].concat();
+        failed(&qmerge(folder.path(), &words), 6, &["belongs to libvirt", instead]);
+    }
+    assert!(listener.accept().is_err());
+    // To look is allowed; libvirt, which holds its monitor, is named.
+    let words = ["live", "list", "--qmp", socket.to_str().unwrap()];
+    failed(&qmerge(folder.path(), &words), 1, &["did not greet", "virsh domblklist DOMAIN"]);
+}

@@ -1,0 +1,40 @@
+//! Which job works on which disk.
+
+use serde_json::json;
+
+use super::nodes::Edges;
+use super::{Disk, Graph};
+use crate::error::Result;
+use crate::jobs::{JobState, jobs};
+use crate::monitor::{Execute, Monitor, read};
+use crate::procedure::job_prefix;
+
+impl Graph {
+    /// All jobs of this QEMU, whoever started them, each with the disk on which it works.
+    ///
+    /// A job does not tell its disk. It is known from the edge that leads from the job to a node of the disk,
+    /// and for a job that has concluded, which has no edges any more, from the id that [`crate::Commit`] and
+    /// [`crate::Pull`] give; for another one's it is not known. Nor is it for jobs that work on no disk.
+    ///
+    /// # Errors
+    /// Those of the queries.
+    pub fn jobs(&self, monitor: &(impl Monitor + ?Sized)) -> Result<Vec<(JobState, Option<&Disk>)>> {
+        let jobs = jobs(monitor)?;
+        if jobs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let command = "x-debug-query-block-graph";
+        let edges: Edges = read(command, monitor.query(command, json!({}))?)?;
+        let of = |job: &JobState| {
+            let named =
+                |d: &&Disk| ["merge", "pull"].iter().any(|k| job.id.starts_with(&job_prefix(k, d.name())));
+            // The first node that a disk has is its own; further down there may be a base that several share.
+            let works = |d: &&Disk, node: &String| {
+                d.filters().contains(node) || d.layers().iter().any(|l| l.node == *node)
+            };
+            let at = |node: &String| self.disks.iter().find(|d| works(d, node));
+            self.disks.iter().find(named).or_else(|| edges.works_on(&job.id).iter().find_map(at))
+        };
+        Ok(jobs.into_iter().map(|job| (of(&job), job)).map(|(disk, job)| (job, disk)).collect())
+    }
+}
