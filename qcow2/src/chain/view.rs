@@ -73,12 +73,12 @@ impl<'a> View<'a> {
         self.layers.last().map_or(0, |top| top.virtual_size())
     }
 
-    /// A good size for the windows that [`View::resolve`] is called with: some ten thousand clusters
+    /// A good size for the windows that [`View::resolve`] is called with: some thousand clusters
     /// (subclusters, where there are any) of the layer with the smallest ones, in bytes; a power of two,
     /// and a multiple of every cluster size.
     pub fn window(&self) -> u64 {
         let sizes = self.own().filter_map(|(_, image)| image.as_qcow2());
-        sizes.map(|q| q.geometry().subcluster_size()).min().unwrap_or(1 << 16) << 15
+        sizes.map(|q| q.geometry().subcluster_size()).min().unwrap_or(1 << 16) << 13
     }
 
     fn own(&self) -> impl Iterator<Item = (usize, &'a Image)> {

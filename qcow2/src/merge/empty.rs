@@ -15,7 +15,7 @@ use crate::storage::FileKind;
 use crate::units::{GuestOffset, GuestRange};
 
 /// How many references are collected before they are given back.
-const PIECE: usize = 1 << 20;
+const PIECE: usize = 1 << 18;
 
 /// Gives back everything that the active L1 table of the image leads to.
 ///
