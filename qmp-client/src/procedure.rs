@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 use std::hash::BuildHasher;
 use std::time::Duration;
 
+use qapi::Command;
 use qapi::qmp::{self, JobStatus};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::graph::{Disk, Graph, Layer};
@@ -103,6 +105,21 @@ pub fn cancel<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<()> {
     }
 }
 
+/// A command and its arguments, as they are sent.
+pub(crate) fn written<C: Command>(command: &C) -> Result<(&'static str, Value)> {
+    let arguments = serde_json::to_value(command)
+        .map_err(|source| Error::Request { command: C::NAME.to_owned(), source })?;
+    Ok((C::NAME, arguments))
+}
+
+/// The commands that end a pending job and close the layers that are given up.
+pub(crate) fn end_of(job: &str, given_up: &[Layer]) -> Result<Vec<(&'static str, Value)>> {
+    let finalize = written(&qmp::job_finalize { id: job.to_owned() });
+    let dismiss = written(&qmp::job_dismiss { id: job.to_owned() });
+    let closed = to_close(given_up).map(|node| written(&qmp::blockdev_del { node_name: node.clone() }));
+    [finalize, dismiss].into_iter().chain(closed).collect()
+}
+
 /// The error of a job that does not come to an end.
 pub(crate) fn stuck<M: Monitor + ?Sized>(job: &Job<'_, M>, waited: &Waited) -> Error {
     let why = match waited {
@@ -122,19 +139,20 @@ fn failed<M: Monitor + ?Sized>(job: &Job<'_, M>, why: String) -> Error {
 /// Closes nodes that have names of the user's: QEMU keeps them, and their files, open.
 fn close(monitor: &(impl Monitor + ?Sized), layers: &[Layer]) -> Result<Vec<(String, String)>> {
     let mut still_open = Vec::new();
-    for layer in layers {
-        for node in [Some(&layer.node), layer.protocol_node.as_ref()].into_iter().flatten() {
-            if node.starts_with('#') {
-                continue;
-            }
-            match monitor.execute(&qmp::blockdev_del { node_name: node.clone() }) {
-                Ok(_) => {}
-                Err(Error::Command { failure, .. }) => still_open.push((node.clone(), failure.description)),
-                Err(error) => return Err(error),
-            }
+    for node in to_close(layers) {
+        match monitor.execute(&qmp::blockdev_del { node_name: node.clone() }) {
+            Ok(_) => {}
+            Err(Error::Command { failure, .. }) => still_open.push((node.clone(), failure.description)),
+            Err(error) => return Err(error),
         }
     }
     Ok(still_open)
+}
+
+/// The nodes of these layers whose names are not QEMU's own.
+fn to_close(layers: &[Layer]) -> impl Iterator<Item = &String> {
+    let nodes = layers.iter().flat_map(|layer| [Some(&layer.node), layer.protocol_node.as_ref()]);
+    nodes.flatten().filter(|node| !node.starts_with('#'))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The live merge upwards: the active layer takes in layers that lie below it. QEMU's `block-stream`.
 
 use qapi::qmp::{self, JobStatus};
+use serde_json::Value;
 
 use crate::commit::{CommitOptions, backing_name, bitmaps, circumstances, ownership};
 use crate::error::{Error, Result};
@@ -22,6 +23,7 @@ pub struct Pull {
     left: Vec<String>,
     backing_file: Option<String>,
     job_id: String,
+    filter: String,
     options: CommitOptions,
     means: Option<Means>,
 }
@@ -67,6 +69,7 @@ impl Pull {
                 active.index,
                 unique()
             ),
+            filter: format!("filter-{}", unique()),
             options,
             means: None,
         };
@@ -99,11 +102,32 @@ impl Pull {
     ///
     /// # Errors
     /// [`Error::Refused`] before [`Pull::preflight`] has passed; those of the command.
-    #[allow(deprecated, reason = "the struct of the schema has a field for a file name, which stays empty")]
     pub fn start<'m, M: Monitor + ?Sized>(&self, monitor: &'m M) -> Result<Job<'m, M>> {
         self.means()?;
+        monitor.execute(&self.request())?;
+        Ok(Job::new(monitor, self.job_id.clone()))
+    }
+
+    /// The commands that carry the pull out, in order, each with its arguments; those between which QEMU is only
+    /// asked are left out, and so is the flush of the active layer, whose means is found when it begins.
+    ///
+    /// # Errors
+    /// [`Error::Request`] if a command cannot be written as JSON.
+    pub fn commands(&self) -> Result<Vec<(&'static str, Value)>> {
+        let mut commands = vec![procedure::written(&self.request())?];
+        commands.extend(procedure::end_of(&self.job_id, &self.pulled)?);
+        Ok(commands)
+    }
+
+    /// The backing name that the active layer will have; none if it will stand alone.
+    pub fn backing_file(&self) -> Option<&str> {
+        self.backing_file.as_deref()
+    }
+
+    #[allow(deprecated, reason = "the struct of the schema has a field for a file name, which stays empty")]
+    fn request(&self) -> qmp::block_stream {
         let without_format = self.base.as_ref().is_some_and(|base| base.protocol_node.is_none());
-        monitor.execute(&qmp::block_stream {
+        qmp::block_stream {
             job_id: Some(self.job_id.clone()),
             device: self.active.node.clone(),
             base_node: self.base.as_ref().map(|base| base.node.clone()),
@@ -111,13 +135,12 @@ impl Pull {
             backing_mask_protocol: without_format.then_some(true),
             speed: (self.options.speed > 0).then(|| i64::try_from(self.options.speed).unwrap_or(i64::MAX)),
             on_error: Some(qmp::BlockdevOnError::stop),
-            filter_node_name: Some(format!("filter-{}", unique())),
+            filter_node_name: Some(self.filter.clone()),
             auto_finalize: Some(false),
             auto_dismiss: Some(false),
             base: None,
             bottom: None,
-        })?;
-        Ok(Job::new(monitor, self.job_id.clone()))
+        }
     }
 
     /// Ends a pull whose job is pending: flushes the active layer, has its header name the new backing file, and
@@ -172,6 +195,16 @@ mod tests {
         let whole = plan(BLOCKDEV, None, CommitOptions::default()).unwrap();
         assert_eq!(whole.pulled().len(), 4);
         assert_eq!(whole.backing_file, None);
+    }
+
+    #[test]
+    fn the_commands_are_told_in_their_order() {
+        let pull = plan(BLOCKDEV, Some("[3]"), CommitOptions::default()).unwrap();
+        let commands = pull.commands().unwrap();
+        let names: Vec<_> = commands.iter().map(|(name, _)| *name).collect();
+        assert_eq!(names, ["block-stream", "job-finalize", "job-dismiss", "blockdev-del", "blockdev-del"]);
+        assert_eq!(commands[0].1["backing-file"], "/vm/a/s2.qcow2");
+        assert_eq!(commands[4].1["node-name"], pull.pulled()[0].protocol_node.as_deref().unwrap());
     }
 
     #[test]

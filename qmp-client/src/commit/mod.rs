@@ -8,6 +8,7 @@ mod tests;
 use std::path::PathBuf;
 
 use qapi::qmp::{self, JobStatus};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::flush::Means;
@@ -46,6 +47,7 @@ pub struct Commit {
     left: Vec<String>,
     backing_file: Option<String>,
     job_id: String,
+    filter: String,
     options: CommitOptions,
     means: Option<Means>,
 }
@@ -76,6 +78,7 @@ impl Commit {
             left: left.into_iter().map(|l| l.node.clone()).collect(),
             backing_file,
             job_id: String::new(),
+            filter: format!("filter-{}", unique()),
             options,
             means: None,
         };
@@ -123,12 +126,36 @@ impl Commit {
     ///
     /// # Errors
     /// [`Error::Refused`] before [`Commit::preflight`] has passed; those of the command.
-    #[allow(deprecated, reason = "the struct of the schema has fields for file names, which stay empty")]
     pub fn start<'m, M: Monitor + ?Sized>(&self, monitor: &'m M) -> Result<Job<'m, M>> {
         if self.means.is_none() && !self.is_active() {
             return Err(Error::Refused { why: "the merge has not passed its preflight".into() });
         }
-        monitor.execute(&qmp::block_commit {
+        monitor.execute(&self.request())?;
+        Ok(Job::new(monitor, self.job_id.clone()))
+    }
+
+    /// The commands that carry the merge out, in order, each with its arguments; those between which QEMU is
+    /// only asked are left out, and so is the flush of base, whose means is found when it begins. An active
+    /// merge is pivoted.
+    ///
+    /// # Errors
+    /// [`Error::Request`] if a command cannot be written as JSON.
+    pub fn commands(&self) -> Result<Vec<(&'static str, Value)>> {
+        let mut commands = Vec::new();
+        if let Some(same) = preflight::same_name(self) {
+            commands.push(procedure::written(&same)?);
+        }
+        commands.push(procedure::written(&self.request())?);
+        if self.is_active() {
+            commands.push(procedure::written(&qmp::job_complete { id: self.job_id.clone() })?);
+        }
+        commands.extend(procedure::end_of(&self.job_id, &self.merged)?);
+        Ok(commands)
+    }
+
+    #[allow(deprecated, reason = "the struct of the schema has fields for file names, which stay empty")]
+    fn request(&self) -> qmp::block_commit {
+        qmp::block_commit {
             job_id: Some(self.job_id.clone()),
             device: self.root.clone(),
             base_node: Some(self.base.node.clone()),
@@ -140,13 +167,12 @@ impl Commit {
             backing_mask_protocol: (!self.is_active() && self.base.protocol_node.is_none()).then_some(true),
             speed: (self.options.speed > 0).then(|| i64::try_from(self.options.speed).unwrap_or(i64::MAX)),
             on_error: Some(qmp::BlockdevOnError::stop),
-            filter_node_name: Some(format!("filter-{}", unique())),
+            filter_node_name: Some(self.filter.clone()),
             auto_finalize: Some(false),
             auto_dismiss: Some(false),
             base: None,
             top: None,
-        })?;
-        Ok(Job::new(monitor, self.job_id.clone()))
+        }
     }
 
     /// Finds the job of this same merge that was started before, by a client that has gone perhaps, and gets

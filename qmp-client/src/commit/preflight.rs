@@ -76,8 +76,10 @@ pub(crate) fn bitmaps(given_up: &[Layer], may_go: bool) -> Result<()> {
 /// Checks that need QEMU. They change nothing that a guest sees, and leave it running.
 pub(super) fn ask(commit: &Commit, monitor: &(impl Monitor + ?Sized)) -> Result<Option<Means>> {
     circumstances(monitor, &commit.disk)?;
-    let Some(above) = &commit.above else { return Ok(None) };
-    guard(commit, monitor, &above.node)?;
+    if commit.is_active() {
+        return Ok(None);
+    }
+    guard(commit, monitor)?;
     Means::find(monitor, &commit.base.node, commit.options.nbd_socket.as_deref()).map(Some)
 }
 
@@ -107,18 +109,24 @@ pub(crate) fn circumstances(monitor: &(impl Monitor + ?Sized), disk: &str) -> Re
 ///
 /// QEMU 10.0.2 opens that file for writing only at the end of the job, and crashes if it cannot. This needs
 /// the same, and fails with an error.
-fn guard(commit: &Commit, monitor: &(impl Monitor + ?Sized), node: &str) -> Result<()> {
-    let Some(backing) = commit.above.as_ref().and_then(|a| a.backing.as_ref()) else {
+fn guard(commit: &Commit, monitor: &(impl Monitor + ?Sized)) -> Result<()> {
+    let Some(same) = same_name(commit) else {
         return Err(Error::Refused {
             why: "the header of the overlay above top names no backing file".into(),
         });
     };
-    let same = qmp::change_backing_file {
-        device: commit.root.clone(),
-        image_node_name: node.to_owned(),
-        backing_file: backing.name.clone(),
-    };
     monitor.execute(&same).map(drop)
+}
+
+/// The command that gives the overlay above top the backing name that it has; none where it has no name, or
+/// where there is no such overlay.
+pub(super) fn same_name(commit: &Commit) -> Option<qmp::change_backing_file> {
+    let above = commit.above.as_ref()?;
+    Some(qmp::change_backing_file {
+        device: commit.root.clone(),
+        image_node_name: above.node.clone(),
+        backing_file: above.backing.as_ref()?.name.clone(),
+    })
 }
 
 /// The answer to a question that a storage daemon does not know.

@@ -168,3 +168,31 @@ fn a_migration_or_a_job_of_ours_is_found_before_anything_is_written() {
     assert!(error.contains("merge.vda.1.2.00"), "{error}");
     assert!(left.asked.borrow().iter().all(|(command, _)| command.starts_with("query-")));
 }
+
+#[test]
+fn the_commands_are_told_in_their_order() {
+    let names =
+        |commit: &Commit| commit.commands().unwrap().iter().map(|(name, _)| *name).collect::<Vec<_>>();
+    let blockdev = disk(BLOCKDEV);
+    let commit = plan(&blockdev, 1, 2, CommitOptions::default()).unwrap();
+    let expected = [
+        "change-backing-file",
+        "block-commit",
+        "job-finalize",
+        "job-dismiss",
+        "blockdev-del",
+        "blockdev-del",
+    ];
+    assert_eq!(names(&commit), expected);
+    let (_, start) = &commit.commands().unwrap()[1];
+    assert_eq!(start["base-node"], "base-fmt");
+    assert_eq!((&start["auto-finalize"], &start["auto-dismiss"]), (&false.into(), &false.into()));
+    assert_eq!(start["backing-file"], "/vm/a/base.qcow2");
+    // What is printed is what is sent.
+    assert_eq!(commit.commands().unwrap()[1].1, serde_json::to_value(commit.request()).unwrap());
+
+    let active = plan(&blockdev, 4, 5, CommitOptions::default()).unwrap();
+    let expected =
+        ["block-commit", "job-complete", "job-finalize", "job-dismiss", "blockdev-del", "blockdev-del"];
+    assert_eq!(names(&active), expected);
+}

@@ -159,6 +159,14 @@ impl Disk {
         &self.layers[0]
     }
 
+    pub(super) fn rename_files(&mut self, rename: &dyn Fn(&str) -> Option<String>) {
+        for layer in &mut self.layers {
+            if let Some(name) = rename(&layer.file) {
+                layer.file = name;
+            }
+        }
+    }
+
     pub(super) fn answers_to(&self, name: &str) -> bool {
         self.name == name || self.aliases.iter().any(|a| a == name) || is_file(self.active(), name)
     }

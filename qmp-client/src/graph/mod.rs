@@ -57,6 +57,16 @@ impl Graph {
         &self.disks
     }
 
+    /// The same disks with the names of their layers' files as `rename` gives them, where it gives one.
+    ///
+    /// For names that only QEMU understands, because it runs in another folder: whoever knows which files it
+    /// has open can say which are meant.
+    #[must_use]
+    pub fn with_files(mut self, rename: &dyn Fn(&str) -> Option<String>) -> Self {
+        self.disks.iter_mut().for_each(|disk| disk.rename_files(rename));
+        self
+    }
+
     /// The disk of this name: as [`Disk::name`], or the id of its drive, of its device or of its export, the
     /// device's path, a node name at the top, or the file of the active layer.
     ///

@@ -103,6 +103,15 @@ fn layers_are_named_by_index_node_or_path() {
 }
 
 #[test]
+fn names_that_only_qemu_understands_are_replaced() {
+    let transcript = include_str!("../../testdata/transcripts/discovery-blockdev.jsonl");
+    let graph = replayed(transcript).with_files(&|name| (name == "/vm/a/s1.qcow2").then(|| "/x/s1".into()));
+    let disk = &graph.disks()[0];
+    assert_eq!(disk.layer("/x/s1").unwrap().index, 2);
+    assert_eq!(disk.layer("/vm/a/s2.qcow2").unwrap().index, 3);
+}
+
+#[test]
 fn reversed_ranges_are_refused_with_the_chain() {
     let graph = replayed(include_str!("../../testdata/transcripts/discovery-blockdev.jsonl"));
     let disk = &graph.disks()[0];
