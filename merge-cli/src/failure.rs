@@ -136,6 +136,7 @@ fn refusal_kind(reason: &Refusal) -> &'static str {
         Refusal::Inconsistent { .. } => "inconsistent",
         Refusal::HeaderRoom { .. } => "header-room",
         Refusal::NotWritable { .. } => "not-writable",
+        Refusal::NotAsKnown { .. } => "changed",
         _ => "refused",
     }
 }

@@ -222,6 +222,12 @@ pub enum Refusal {
         /// The system's answer.
         why: String,
     },
+    /// A file is not the one that the caller knows, or was changed since.
+    #[error("it is not as it was recorded: {what}")]
+    NotAsKnown {
+        /// What is different.
+        what: String,
+    },
     /// Anything that needs words of its own.
     #[error("{0}")]
     Other(String),

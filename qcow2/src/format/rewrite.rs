@@ -19,6 +19,7 @@ use super::extensions::{
 use super::header::at;
 use super::words::{PutWords, u64_at};
 use super::{RewriteError, features};
+use crate::units::HostOffset;
 
 /// What a disk writes wholly or not at all, in bytes.
 const SECTOR: usize = 512;
@@ -50,15 +51,25 @@ pub struct Switch {
 pub fn plan_backing_switch(cluster0: &[u8], name: &str, format: &str) -> Result<Switch, RewriteError> {
     check_backing(name.as_bytes(), format)?;
     let old = Old::read(cluster0)?;
-    let mut list = old.cluster0.extensions.clone();
-    let place = match list.iter().position(|e| e.magic == EXT_BACKING_FORMAT) {
-        Some(place) => {
-            list.remove(place);
-            place
-        }
-        None => 0,
-    };
-    list.insert(place, Extension::new(EXT_BACKING_FORMAT, format));
+    old.choose(&[old.with_backing_format(format)], name.as_bytes())
+}
+
+/// Plans to change the backing file as [`plan_backing_switch`] does, and in the same write to take the
+/// L1 table at `l1_offset`, which has as many entries as the present one. Our marks of merged images are
+/// removed: they speak of what the old table led to.
+///
+/// # Errors
+/// As [`plan_backing_switch`].
+pub fn plan_backing_and_l1_switch(
+    cluster0: &[u8],
+    name: &str,
+    format: &str,
+    l1_offset: HostOffset,
+) -> Result<Switch, RewriteError> {
+    check_backing(name.as_bytes(), format)?;
+    let old = Old { l1_offset: Some(l1_offset), ..Old::read(cluster0)? };
+    let mut list = old.with_backing_format(format);
+    list.retain(|e| !matches!(e.magic, EXT_MERGED_INTO | EXT_MERGING_INTO));
     old.choose(&[list], name.as_bytes())
 }
 
@@ -165,6 +176,8 @@ struct Old {
     list: Range<usize>,
     /// The backing name.
     name: Range<usize>,
+    /// The L1 table of the image after the edit, where it is another one.
+    l1_offset: Option<HostOffset>,
 }
 
 impl Old {
@@ -180,11 +193,25 @@ impl Old {
         };
         let name_at = header.backing_offset as usize;
         let name_len = cluster0.backing_name.as_ref().map_or(0, Vec::len);
-        Ok(Self { list: 0..list_end, name: name_at..name_at + name_len, bytes, cluster0 })
+        Ok(Self { list: 0..list_end, name: name_at..name_at + name_len, bytes, cluster0, l1_offset: None })
     }
 
     fn name(&self) -> &[u8] {
         self.cluster0.backing_name.as_deref().unwrap_or_default()
+    }
+
+    /// The extensions with another backing format, which stands where the old one stood, else first.
+    fn with_backing_format(&self, format: &str) -> Vec<Extension> {
+        let mut list = self.cluster0.extensions.clone();
+        let place = match list.iter().position(|e| e.magic == EXT_BACKING_FORMAT) {
+            Some(place) => {
+                list.remove(place);
+                place
+            }
+            None => 0,
+        };
+        list.insert(place, Extension::new(EXT_BACKING_FORMAT, format));
+        list
     }
 
     /// Whether the old header looks at the byte `at`.
@@ -239,6 +266,9 @@ impl Old {
         if header.version >= 3 {
             let known = u64_at(&new, at::AUTOCLEAR) & features::KNOWN_AUTOCLEAR;
             put(&mut new, at::AUTOCLEAR, &known.to_be_bytes());
+        }
+        if let Some(l1_offset) = self.l1_offset {
+            put(&mut new, at::L1_OFFSET, &l1_offset.get().to_be_bytes());
         }
         put(&mut new, header.header_length as usize, list);
         put(&mut new, name_at, name);

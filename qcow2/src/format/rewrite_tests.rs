@@ -215,6 +215,41 @@ fn backing_switches_in_any_layout_survive_any_crash() {
 }
 
 #[test]
+fn backing_and_l1_switch_together_in_any_layout() {
+    let (mut atomic, mut spanning) = (0, 0);
+    for seed in 0..4000 {
+        let mut random = Random(seed);
+        let Some(mut old) = any_cluster0(&mut random) else { continue };
+        if random.chance(50)
+            && let Ok(switch) = plan_mark(&old, "/base", Mark::Merging)
+        {
+            switch.writes.iter().for_each(|w| w.apply_to(&mut old));
+        }
+        let len = 1 + random.below(60);
+        let name = if random.chance(30) { "base".to_owned() } else { random.text(len) };
+        let l1_offset = HostOffset::new(Header::decode(&old).unwrap().geometry().cluster_size() * 77);
+        let new = expected(&old, |new| {
+            new.backing_name = Some(name.clone().into_bytes());
+            new.header.backing_len = name.len() as u32;
+            new.header.l1_offset = l1_offset;
+            new.remove_extension(EXT_MERGING_INTO);
+            new.remove_extension(EXT_MERGED_INTO);
+            replace(new, Extension::new(EXT_BACKING_FORMAT, "raw"), |list, e| list.insert(0, e));
+        });
+        match plan_backing_and_l1_switch(&old, &name, "raw", l1_offset) {
+            Ok(switch) => {
+                let after = run(&old, &switch, &[meaning(&old), new]);
+                *if switch.atomic { &mut atomic } else { &mut spanning } += 1;
+                assert_eq!(Cluster0::parse(&after).unwrap().merging_into(), None, "seed {seed}");
+            }
+            Err(RewriteError::NoRoom { .. }) => assert!(new.encode().is_err(), "seed {seed}"),
+            Err(other) => panic!("seed {seed}: {other}"),
+        }
+    }
+    assert!(atomic > 2000 && spanning > 10, "{atomic} {spanning}");
+}
+
+#[test]
 fn marks_in_any_layout_survive_any_crash() {
     let (mut full, mut empty, mut spanning) = (0, 0, 0);
     for seed in 0..6000 {

@@ -26,19 +26,19 @@ const SECTOR: usize = 512;
 
 /// What was done to a file; writes are cut into sectors.
 #[derive(Clone, Debug)]
-enum Op {
+pub(super) enum Op {
     Write(u64, Vec<u8>),
     SetLen(u64),
     Sync,
 }
 
-type Log = Arc<Mutex<Vec<(PathBuf, Op)>>>;
+pub(super) type Log = Arc<Mutex<Vec<(PathBuf, Op)>>>;
 
 /// A host that remembers what was done to its files.
 #[derive(Clone, Debug)]
-struct Recorder {
-    host: MemHost,
-    log: Log,
+pub(super) struct Recorder {
+    pub(super) host: MemHost,
+    pub(super) log: Log,
 }
 
 /// An open file of a [`Recorder`].
@@ -144,7 +144,7 @@ impl Host for Recorder {
     }
 }
 
-type Files = BTreeMap<PathBuf, Vec<u8>>;
+pub(super) type Files = BTreeMap<PathBuf, Vec<u8>>;
 
 fn apply(files: &mut Files, (path, op): &(PathBuf, Op)) {
     let content = files.get_mut(path).unwrap();
@@ -160,7 +160,12 @@ fn apply(files: &mut Files, (path, op): &(PathBuf, Op)) {
 }
 
 /// Calls `f` with states that a power cut may leave: before every barrier, and at the end.
-fn crashes(start: Files, log: &[(PathBuf, Op)], dice: &mut Dice, mut f: impl FnMut(&Files, &mut Dice)) {
+pub(super) fn crashes(
+    start: Files,
+    log: &[(PathBuf, Op)],
+    dice: &mut Dice,
+    mut f: impl FnMut(&Files, &mut Dice),
+) {
     let mut durable = start;
     let mut pending: Vec<&(PathBuf, Op)> = Vec::new();
     for entry in log {
@@ -197,7 +202,7 @@ fn subsets(n: usize, dice: &mut Dice) -> Vec<Vec<bool>> {
     subsets
 }
 
-fn see(host: &MemHost, path: &Path) -> Vec<u8> {
+pub(super) fn see(host: &MemHost, path: &Path) -> Vec<u8> {
     let chain = Chain::open(host, path, &local()).unwrap_or_else(|e| panic!("{e}"));
     let images = chain.images();
     let view = View::new(&images, 0, images.len() - 1);
@@ -206,13 +211,13 @@ fn see(host: &MemHost, path: &Path) -> Vec<u8> {
     bytes
 }
 
-fn host_of(files: &Files) -> MemHost {
+pub(super) fn host_of(files: &Files) -> MemHost {
     let host = MemHost::new();
     files.iter().for_each(|(path, content)| host.add(path, content).unwrap());
     host
 }
 
-fn assert_sound(files: &Files, what: &str) {
+pub(super) fn assert_sound(files: &Files, what: &str) {
     for (path, content) in files.iter().filter(|(_, content)| is_qcow2(content)) {
         let host = host_of(files);
         let file = host.open(path, Access::Read).unwrap();

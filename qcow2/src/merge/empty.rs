@@ -22,8 +22,25 @@ const PIECE: usize = 1 << 18;
 /// # Errors
 /// An I/O error, or tables that are damaged.
 pub(super) fn empty(image: &mut Qcow2) -> Result<()> {
-    image.unmap();
     let mut refcounts = Refcounts::load(image)?;
+    give_back(image, &refcounts, Table::InUse)?;
+    finish(image, &mut refcounts)
+}
+
+/// Whose L1 table it is that everything is given back of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Table {
+    /// The one that the header on disk names.
+    InUse,
+    /// The one that the header on disk named before; `image` still knows that header.
+    Left,
+}
+
+/// Gives back what the L1 table leads to, a piece of the table at a time.
+///
+/// # Errors
+/// As [`empty`].
+pub(super) fn give_back(image: &Qcow2, refcounts: &Refcounts, whose: Table) -> Result<()> {
     let size = image.geometry().l2_coverage().saturating_mul(u64::from(image.header().l1_entries));
     let mut at = GuestOffset::ZERO;
     while let Some(start) = image.next_table(at)? {
@@ -35,22 +52,32 @@ pub(super) fn empty(image: &mut Qcow2) -> Result<()> {
             image.for_each_l1(range, |_, entry| references(image, entry, &mut released))?;
             end = range.end();
         }
-        let (first, last) = (image.geometry().l1_index(start), image.geometry().l1_index(end));
-        let zeros = vec![0; (last - first) as usize * 8];
-        image.write(image.header().l1_offset + first * 8, &zeros)?;
-        image.barrier()?;
+        if whose == Table::InUse {
+            let (first, last) = (image.geometry().l1_index(start), image.geometry().l1_index(end));
+            let zeros = vec![0; (last - first) as usize * 8];
+            image.write(image.header().l1_offset + first * 8, &zeros)?;
+            image.barrier()?;
+        }
         released.sort_unstable();
         refcounts.lower(image, &released)?;
         at = end;
     }
-    image.barrier()?;
+    image.barrier()
+}
+
+/// Frees the room of an image whose L1 table leads to nothing any more.
+///
+/// # Errors
+/// An I/O error.
+pub(super) fn finish(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
+    image.unmap();
     if image.has_data_file() {
         let data = image.data_file();
         let io = |e| Error::io(image.path(), "empty the data file of", None, e);
         let len = data.size().map_err(io)?;
         data.punch_hole(0, len).map_err(io)?;
     }
-    trim(image, &mut refcounts)
+    trim(image, refcounts)
 }
 
 /// Adds the clusters that an L1 entry leads to: its table, and what that refers to.

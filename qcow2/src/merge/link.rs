@@ -84,7 +84,8 @@ pub(super) fn mark(chain: &Chain, at: usize, base: &Path, mark: Mark) -> Result<
     }
 }
 
-fn read_cluster(image: &Qcow2) -> Result<Vec<u8>> {
+/// Cluster 0 of an opened image, as bytes.
+pub(super) fn read_cluster(image: &Qcow2) -> Result<Vec<u8>> {
     let mut cluster = vec![0; image.geometry().cluster_size() as usize];
     image.read_table(HostOffset::ZERO, &mut cluster)?;
     Ok(cluster)
@@ -99,7 +100,8 @@ pub(super) fn apply(image: &Qcow2, switch: &Switch) -> Result<()> {
     Ok(())
 }
 
-fn rewrite_error(path: &Path, name: &str, error: RewriteError) -> Error {
+/// An edit of cluster 0 that cannot be planned.
+pub(super) fn rewrite_error(path: &Path, name: &str, error: RewriteError) -> Error {
     match error {
         RewriteError::Format(source) => Error::format(path, source),
         _ => Error::refused(path, Refusal::HeaderRoom { name: name.to_owned() }),

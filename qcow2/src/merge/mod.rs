@@ -5,6 +5,7 @@ mod commit;
 #[cfg(test)]
 mod crash_tests;
 mod empty;
+mod empty_onto;
 mod execute;
 mod job;
 mod link;
@@ -17,6 +18,7 @@ mod origin;
 mod plan;
 mod put;
 mod record;
+mod retire;
 mod safety;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -24,6 +26,7 @@ mod verify;
 mod workers;
 
 pub use commit::Commit;
+pub use empty_onto::{Emptied, EmptyOptions, empty_onto};
 pub use execute::Report;
 pub use job::Totals;
 pub(crate) use job::{Job, Writer};
@@ -33,3 +36,4 @@ pub(crate) use ops::Run;
 pub use options::{BaseChoice, CommitOptions};
 pub use plan::{Afterwards, Plan};
 pub use put::put;
+pub use retire::{Known, Retired, mark_merged, remove};

@@ -1,0 +1,222 @@
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::*;
+use crate::image::bitmaps::tests::{ok, qemu};
+use crate::image::{CreateOptions, create};
+use crate::merge::crash_tests::{Files, Log, Recorder, assert_sound, crashes, host_of, see};
+use crate::merge::testing::{Dice, Silent, local, random_chain};
+use crate::merge::{BaseChoice, Commit, CommitOptions, put};
+use crate::storage::{MemHost, OsHost};
+
+fn options() -> EmptyOptions {
+    EmptyOptions { open: local(), ..EmptyOptions::default() }
+}
+
+fn never() -> AtomicBool {
+    AtomicBool::new(false)
+}
+
+/// A random chain whose base `/0` holds everything, and was written to since.
+fn merged(seed: u64) -> (MemHost, Vec<PathBuf>, Dice) {
+    let host = MemHost::new();
+    let mut dice = Dice(seed);
+    let layers = 2 + dice.roll(3);
+    random_chain(&host, &mut dice, layers);
+    let paths: Vec<PathBuf> = (0..layers).map(|n| PathBuf::from(format!("/{n}"))).collect();
+    let active = paths.last().unwrap();
+    let commit = CommitOptions {
+        open: local(),
+        base: BaseChoice::Bottom,
+        keep_active: true,
+        ..CommitOptions::default()
+    };
+    let commit = Commit::prepare(Arc::new(host.clone()), active, &commit, &never()).unwrap();
+    commit.execute(&Silent, &never()).unwrap();
+    let size = see(&host, &paths[0]).len() as u64;
+    for _ in 0..4 {
+        let at = dice.roll(size - 4096);
+        put(&host, &paths[0], &local(), &[(GuestOffset::new(at), vec![0xee; 4096])]).unwrap();
+    }
+    (host, paths, dice)
+}
+
+fn format_of(host: &MemHost, path: &Path) -> ImageFormat {
+    ImageFormat::detect(path, &*host.open(path, Access::Read).unwrap()).unwrap()
+}
+
+fn empty(host: &dyn Host, overlay: &Path, base: &Path, format: ImageFormat) -> Result<Emptied> {
+    empty_onto(host, &Known::now(host, overlay).unwrap(), base, format, &options(), &never())
+}
+
+/// What an empty overlay as large as `/active` shows of `/0`.
+fn base_through(host: &MemHost, active: &Path) -> Vec<u8> {
+    let mut shown = see(host, Path::new("/0"));
+    shown.truncate(see(host, active).len());
+    shown
+}
+
+#[test]
+fn an_old_active_image_shows_the_base_and_holds_nothing() {
+    for seed in 0..60 {
+        let (host, paths, _) = merged(seed);
+        let (active, base) = (paths.last().unwrap(), &paths[0]);
+        let expected = base_through(&host, active);
+        let before = host.content(base).unwrap();
+        let format = format_of(&host, base);
+        // A running virtual machine holds the base.
+        let held = host.open(base, Access::ReadWrite).unwrap();
+        held.lock(LockMode::Write).unwrap();
+        let emptied = empty(&host, active, base, format).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        assert!(!emptied.was_empty, "seed {seed}");
+        assert!(host.content(base).unwrap() == before, "seed {seed}: base was written");
+        drop(held);
+        assert!(see(&host, active) == expected, "seed {seed}");
+        let chain = Chain::open(&host, active, &local()).unwrap();
+        assert_eq!(chain.layers().len(), 2, "seed {seed}");
+        let overlay = chain.layers()[1].image.as_qcow2().unwrap();
+        assert_eq!(overlay.next_table(GuestOffset::ZERO).unwrap(), None, "seed {seed}");
+        let report = check(active, &**overlay.file(), None, &CheckOptions::default()).unwrap();
+        assert!(report.is_consistent() && report.leaks == 0, "seed {seed}: {report:#?}");
+        let clusters = overlay.file_size().unwrap().div_ceil(overlay.geometry().cluster_size());
+        let table = overlay.geometry().clusters_for(overlay.header().l1_bytes());
+        assert!(clusters <= 5 + 2 * table, "seed {seed}: {clusters} clusters are left");
+        drop(chain);
+        assert!(empty(&host, active, base, format).unwrap().was_empty, "seed {seed}");
+        assert!(see(&host, active) == expected, "seed {seed}, again");
+    }
+}
+
+/// The base was written to since: a mixture of it and of the old image would be a disk that never was.
+#[test]
+fn no_power_cut_shows_a_mixture_of_old_and_new() {
+    let mut told_apart = 0;
+    for seed in 100..118 {
+        let (host, paths, mut dice) = merged(seed);
+        let (active, base) = (paths.last().unwrap(), &paths[0]);
+        let (stale, new) = (see(&host, active), base_through(&host, active));
+        // All that was written may lie behind the end of a shorter active image.
+        if stale == new {
+            continue;
+        }
+        told_apart += 1;
+        let format = format_of(&host, base);
+        let start: Files = paths.iter().map(|path| (path.clone(), host.content(path).unwrap())).collect();
+        let recorder = Recorder { host: host.clone(), log: Log::default() };
+        empty(&recorder, active, base, format).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        let log = recorder.log.lock().unwrap().clone();
+        assert!(log.iter().all(|(path, _)| path == active), "seed {seed}: something else was written");
+        let (mut before, mut after) = (0, 0);
+        crashes(start, &log, &mut dice, |files, dice| {
+            assert_sound(files, &format!("seed {seed}"));
+            let host = host_of(files);
+            let shown = see(&host, active);
+            assert!(shown == stale || shown == new, "seed {seed}: a mixture");
+            *if shown == new { &mut after } else { &mut before } += 1;
+            if dice.roll(4) == 0 {
+                empty(&host, active, base, format).unwrap_or_else(|e| panic!("seed {seed}, again: {e}"));
+                assert!(see(&host, active) == new, "seed {seed}, again");
+            }
+        });
+        assert!(before > 2 && after > 2, "seed {seed}: {before} {after}");
+    }
+    assert!(told_apart > 12, "only {told_apart} chains had two disks to tell apart");
+}
+
+fn reason(result: Result<Emptied>) -> Refusal {
+    match result {
+        Err(Error::Refused { reason, .. }) => reason,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[test]
+fn an_image_that_was_written_to_or_replaced_is_left_alone() {
+    let (host, paths, _) = merged(7);
+    let (active, base) = (paths.last().unwrap(), &paths[0]);
+    let format = format_of(&host, base);
+    let known = Known::now(&host, active).unwrap();
+    put(&host, active, &local(), &[(GuestOffset::ZERO, vec![1; 512])]).unwrap();
+    let shown = see(&host, active);
+    let written = empty_onto(&host, &known, base, format, &options(), &never());
+    assert!(matches!(reason(written), Refusal::NotAsKnown { .. }));
+    let copy = host.content(active).unwrap();
+    host.add(active, &copy).unwrap();
+    let only_id = Known { len: None, modified_ns: None, ..known.clone() };
+    let replaced = empty_onto(&host, &only_id, base, format, &options(), &never());
+    assert!(matches!(reason(replaced), Refusal::NotAsKnown { .. }));
+    assert!(see(&host, active) == shown);
+    // An empty overlay has nothing to lose, whoever made it one.
+    empty(&host, active, base, format).unwrap();
+    let old = Known { modified_ns: Some(1), ..Known::now(&host, active).unwrap() };
+    assert!(empty_onto(&host, &old, base, format, &options(), &never()).unwrap().was_empty);
+}
+
+#[test]
+fn an_image_that_somebody_holds_is_left_alone() {
+    let (host, paths, _) = merged(8);
+    let active = paths.last().unwrap();
+    let held = host.open(active, Access::ReadWrite).unwrap();
+    held.lock(LockMode::Read).unwrap();
+    let before = host.content(active).unwrap();
+    let result = empty(&host, active, &paths[0], format_of(&host, &paths[0]));
+    assert!(matches!(result, Err(Error::InUse { .. })), "{result:?}");
+    assert!(host.content(active).unwrap() == before);
+}
+
+#[test]
+fn a_base_that_cannot_be_it_is_refused() {
+    let host = MemHost::new();
+    let on = |below: &str| Some((below.as_bytes().to_vec(), "qcow2".to_owned()));
+    for (name, size, backing) in [
+        ("/0", 1 << 20, None),
+        ("/1", 2 << 20, on("/0")),
+        ("/2", 2 << 20, on("/1")),
+        ("/alone", 1 << 20, None),
+    ] {
+        create(&host, Path::new(name), &CreateOptions { backing, ..CreateOptions::new(size) }).unwrap();
+        put(&host, Path::new(name), &local(), &[(GuestOffset::ZERO, vec![1; 512])]).unwrap();
+    }
+    let before: Vec<_> = ["/0", "/1", "/2"].map(|p| host.content(p).unwrap()).into();
+    let refused = |overlay: &str, base: &str, format| {
+        reason(empty(&host, Path::new(overlay), Path::new(base), format)).to_string()
+    };
+    let text = refused("/1", "/2", ImageFormat::Qcow2);
+    assert!(text.contains("loop"), "{text}");
+    let text = refused("/2", "/0", ImageFormat::Qcow2);
+    assert!(text.contains("cannot have been merged"), "{text}");
+    let text = refused("/2", "/1", ImageFormat::Raw);
+    assert!(text.contains("declared as raw"), "{text}");
+    let text = refused("/alone", "/0", ImageFormat::Qcow2);
+    assert!(text.contains("no backing file"), "{text}");
+    assert_eq!(before, ["/0", "/1", "/2"].map(|p| host.content(p).unwrap()));
+}
+
+#[test]
+fn snapshots_and_bitmaps_are_given_up_only_when_asked() {
+    if !qemu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let name = |n: &str| dir.path().join(n).to_str().unwrap().to_owned();
+    let (base, top) = (name("base"), name("top"));
+    ok("qemu-img", &["create", "-q", "-f", "qcow2", &base, "8M"]);
+    ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", &top]);
+    ok("qemu-io", &["-c", "write -P 3 1M 2M", &top]);
+    ok("qemu-img", &["snapshot", "-c", "one", &top]);
+    ok("qemu-img", &["bitmap", "--add", &top, "b0"]);
+    ok("qemu-io", &["-c", "write -P 4 2M 2M", &top]);
+    let (base, top) = (Path::new(&base), Path::new(&top));
+    let try_with = |allow_snapshot_change, drop_bitmaps| {
+        let options = EmptyOptions { open: local(), drop_bitmaps, allow_snapshot_change };
+        let known = Known::now(&OsHost, top).unwrap();
+        empty_onto(&OsHost, &known, base, ImageFormat::Qcow2, &options, &never())
+    };
+    assert!(matches!(reason(try_with(false, true)), Refusal::Snapshots { count: 1 }));
+    assert!(matches!(reason(try_with(true, false)), Refusal::Bitmaps { .. }));
+    assert_eq!(try_with(true, true).unwrap(), Emptied { name: "base".into(), was_empty: false });
+    ok("qemu-img", &["check", "-q", top.to_str().unwrap()]);
+    ok("qemu-img", &["compare", "-q", top.to_str().unwrap(), base.to_str().unwrap()]);
+    ok("qemu-img", &["snapshot", "-a", "one", top.to_str().unwrap()]);
+    ok("qemu-io", &["-c", "read -P 3 1M 2M", "-c", "read -P 0 3M 1M", top.to_str().unwrap()]);
+}

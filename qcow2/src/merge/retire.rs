@@ -1,0 +1,248 @@
+//! What becomes of images that a merge made superfluous, when the merge itself was somebody else's: a
+//! virtual machine still runs on the base, and only what it has let go of may be touched.
+//!
+//! Nothing here opens the base for writing, or takes a lock on it. Every image that is changed is first
+//! locked as its only user, and then compared with what the caller knows of it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::chain::find_users;
+use crate::error::{Error, Refusal, Result};
+use crate::format::{Mark, is_qcow2, plan_mark};
+use crate::image::Qcow2;
+use crate::storage::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Storage};
+
+/// An image that the caller has seen before, and what must still be true of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Its name.
+    pub path: PathBuf,
+    /// Which file it was.
+    pub id: FileId,
+    /// Its length in bytes, if it must be the same.
+    pub len: Option<u64>,
+    /// When it was last changed, in nanoseconds since 1970, if that must be the same.
+    pub modified_ns: Option<i128>,
+}
+
+impl Known {
+    /// The file that the name leads to now, as it is now.
+    ///
+    /// # Errors
+    /// A name that leads to nothing.
+    pub fn now(host: &dyn Host, path: &Path) -> Result<Self> {
+        let stat = host.stat(path).map_err(|e| Error::io(path, "open", None, e))?;
+        let (len, modified_ns) = (Some(stat.len), Some(stat.modified_ns));
+        Ok(Self { path: path.to_owned(), id: stat.id, len, modified_ns })
+    }
+
+    /// Opens the file and locks it; then it must be the known one, unchanged.
+    pub(super) fn open(&self, host: &dyn Host, mode: LockMode) -> Result<Arc<dyn Storage>> {
+        let access = match mode {
+            LockMode::Read => Access::Read,
+            LockMode::Write => Access::ReadWrite,
+        };
+        let io = |op| move |e| Error::io(&self.path, op, None, e);
+        let file = host.open(&self.path, access).map_err(io("open"))?;
+        file.lock(mode).map_err(|e| match e {
+            LockError::Held { .. } => {
+                Error::InUse { path: self.path.clone(), holders: host.holders(self.id) }
+            }
+            LockError::Io(e) => Error::io(&self.path, "lock", None, e),
+        })?;
+        self.judge(&file.stat().map_err(io("stat"))?)?;
+        Ok(file)
+    }
+
+    /// Whether a file is the known one, unchanged.
+    ///
+    /// # Errors
+    /// [`Refusal::NotAsKnown`] with the first thing that is different.
+    pub(super) fn judge(&self, stat: &FileStat) -> Result<()> {
+        let what = if stat.id != self.id {
+            "its name leads to another file now".to_owned()
+        } else if let Some(len) = self.len.filter(|&len| len != stat.len) {
+            format!("it was {len} bytes long, and is {} bytes long now", stat.len)
+        } else if self.modified_ns.is_some_and(|then| then != stat.modified_ns) {
+            "it was written to since".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(Error::refused(&self.path, Refusal::NotAsKnown { what }))
+    }
+}
+
+/// What became of images that are no longer needed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Retired {
+    /// Images that are marked as merged into base.
+    pub marked: Vec<PathBuf>,
+    /// Images whose header has no room for a mark, and raw ones; they stay as they were.
+    pub unmarked: Vec<PathBuf>,
+    /// Files that were removed.
+    pub deleted: Vec<PathBuf>,
+}
+
+/// Marks images as merged into `base`, so that they are never merged again. Each is locked for it; the
+/// first that cannot be marked ends it, and those before it are marked then.
+///
+/// # Errors
+/// [`Error::InUse`]; [`Refusal::NotAsKnown`]; an I/O error; an image that is damaged.
+pub fn mark_merged(host: &dyn Host, images: &[Known], base: &Path) -> Result<Retired> {
+    let base = host.canonicalize(base).unwrap_or_else(|_| base.to_owned());
+    let mut retired = Retired::default();
+    for image in images {
+        let file = image.open(host, LockMode::Write)?;
+        let marked = mark(image, file, &base)?;
+        if marked { &mut retired.marked } else { &mut retired.unmarked }.push(image.path.clone());
+    }
+    Ok(retired)
+}
+
+fn mark(image: &Known, file: Arc<dyn Storage>, base: &Path) -> Result<bool> {
+    let mut magic = [0; 4];
+    file.read_exact_or_zero(&mut magic, 0).map_err(|e| Error::io(&image.path, "read", Some(0), e))?;
+    if !is_qcow2(&magic) {
+        return Ok(false);
+    }
+    let header = Qcow2::read_cluster0(&image.path, &*file)?.header;
+    let mut cluster = vec![0; header.geometry().cluster_size() as usize];
+    let io = |op, at| move |e| Error::io(&image.path, op, Some(at), e);
+    file.read_exact_or_zero(&mut cluster, 0).map_err(io("read", 0))?;
+    let Ok(switch) = plan_mark(&cluster, &base.to_string_lossy(), Mark::Merged) else { return Ok(false) };
+    // An image that nobody needs is not worth a write that a power cut may tear.
+    if !switch.atomic {
+        return Ok(false);
+    }
+    for write in &switch.writes {
+        file.write_all_at(&write.bytes, write.offset).map_err(io("write", write.offset))?;
+        file.sync().map_err(|e| Error::io(&image.path, "sync", None, e))?;
+    }
+    Ok(true)
+}
+
+/// Removes images that nobody needs any more, in the order given: the uppermost first. Each must be a
+/// regular file that no process holds and no image in the same folders, or in `scan`, uses. `chain` are
+/// images that may use them, because they are about to go too or to be changed. External data files
+/// stay. The first image that cannot be removed ends it, and those before it are gone then.
+///
+/// # Errors
+/// [`Error::InUse`]; [`Refusal::NotAsKnown`]; [`Refusal::SharedBase`]; an I/O error.
+pub fn remove(host: &dyn Host, images: &[Known], chain: &[FileId], scan: &[PathBuf]) -> Result<Retired> {
+    let mut retired = Retired::default();
+    let mut theirs = chain.to_vec();
+    theirs.extend(images.iter().map(|image| image.id));
+    for image in images {
+        let io = |op| move |e| Error::io(&image.path, op, None, e);
+        let file = image.open(host, LockMode::Write)?;
+        let real = host.canonicalize(&image.path).map_err(io("resolve"))?;
+        let stat = host.stat(&real).map_err(io("stat"))?;
+        image.judge(&stat)?;
+        if stat.kind != FileKind::Regular {
+            let what = "it is not a regular file".to_owned();
+            return Err(Error::refused(&image.path, Refusal::Other(what)));
+        }
+        let folder = real.parent().unwrap_or(Path::new("/"));
+        let mut folders = vec![folder.to_owned()];
+        folders.extend(image.path.parent().filter(|p| !p.as_os_str().is_empty()).map(Path::to_owned));
+        folders.extend(scan.iter().cloned());
+        let users = find_users(host, &folders, &[image.id], &theirs)?.users;
+        if !users.is_empty() {
+            let users = users.into_iter().map(|user| user.path).collect();
+            return Err(Error::refused(&image.path, Refusal::SharedBase { users }));
+        }
+        host.unlink(&real).map_err(|e| Error::io(&real, "remove", None, e))?;
+        host.sync_dir(folder).map_err(|e| Error::io(folder, "sync", None, e))?;
+        drop(file);
+        retired.deleted.push(image.path.clone());
+    }
+    Ok(retired)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{CreateOptions, create, create_raw};
+    use crate::storage::MemHost;
+
+    /// `/0` to `/2`, each on the one before.
+    fn chain() -> MemHost {
+        let host = MemHost::new();
+        for n in 0..3 {
+            let below = (n > 0).then(|| (format!("/{}", n - 1).into_bytes(), "qcow2".to_owned()));
+            let kind = CreateOptions { backing: below, ..CreateOptions::new(1 << 20) };
+            create(&host, &PathBuf::from(format!("/{n}")), &kind).unwrap();
+        }
+        host
+    }
+
+    fn known(host: &MemHost, path: &str) -> Known {
+        Known::now(host, Path::new(path)).unwrap()
+    }
+
+    fn mark_of(host: &MemHost, path: &str) -> Option<String> {
+        let file = host.open(Path::new(path), Access::Read).unwrap();
+        Qcow2::read_cluster0(Path::new(path), &*file).unwrap().merged_into()
+    }
+
+    #[test]
+    fn merged_images_are_marked_beside_a_base_in_use() {
+        let host = chain();
+        create_raw(&host, Path::new("/raw"), 1 << 20).unwrap();
+        let held = host.open(Path::new("/0"), Access::ReadWrite).unwrap();
+        held.lock(LockMode::Write).unwrap();
+        let images = [known(&host, "/2"), known(&host, "/raw"), known(&host, "/1")];
+        let retired = mark_merged(&host, &images, Path::new("/0")).unwrap();
+        assert_eq!(retired.marked, [Path::new("/2"), Path::new("/1")]);
+        assert_eq!(retired.unmarked, [Path::new("/raw")]);
+        assert_eq!(mark_of(&host, "/1").as_deref(), Some("/0"));
+        assert_eq!(mark_of(&host, "/2").as_deref(), Some("/0"));
+        assert_eq!(mark_of(&host, "/0"), None);
+    }
+
+    #[test]
+    fn an_image_in_use_or_changed_is_not_marked() {
+        let host = chain();
+        let image = known(&host, "/1");
+        let held = host.open(Path::new("/1"), Access::Read).unwrap();
+        held.lock(LockMode::Read).unwrap();
+        let result = mark_merged(&host, std::slice::from_ref(&image), Path::new("/0"));
+        assert!(matches!(result, Err(Error::InUse { .. })), "{result:?}");
+        drop(held);
+        let file = host.open(Path::new("/1"), Access::ReadWrite).unwrap();
+        file.write_all_at(&[0; 512], 1 << 16).unwrap();
+        drop(file);
+        let result = mark_merged(&host, &[image], Path::new("/0"));
+        let changed = matches!(&result, Err(Error::Refused { reason: Refusal::NotAsKnown { .. }, .. }));
+        assert!(changed && mark_of(&host, "/1").is_none(), "{result:?}");
+    }
+
+    #[test]
+    fn only_what_nobody_uses_is_removed() {
+        let host = chain();
+        let refused = remove(&host, &[known(&host, "/1")], &[], &[]).unwrap_err();
+        let Error::Refused { reason: Refusal::SharedBase { users }, .. } = &refused else {
+            panic!("{refused}")
+        };
+        assert_eq!(users[..], [Path::new("/2")]);
+        let retired = remove(&host, &[known(&host, "/2"), known(&host, "/1")], &[], &[]).unwrap();
+        assert_eq!(retired.deleted, [Path::new("/2"), Path::new("/1")]);
+        assert_eq!(host.list(Path::new("/")).unwrap(), [Path::new("/0")]);
+        // The overlay above is about to be re-pointed, or was.
+        let host = chain();
+        let above = known(&host, "/2").id;
+        remove(&host, &[known(&host, "/1")], &[above], &[]).unwrap();
+        assert!(host.stat(Path::new("/1")).is_err() && host.stat(Path::new("/2")).is_ok());
+    }
+
+    #[test]
+    fn a_file_that_took_the_place_of_a_layer_is_not_removed() {
+        let host = chain();
+        let was = known(&host, "/2");
+        host.add("/2", b"somebody else's").unwrap();
+        let result = remove(&host, &[was], &[], &[]);
+        let changed = matches!(&result, Err(Error::Refused { reason: Refusal::NotAsKnown { .. }, .. }));
+        assert!(changed && host.content("/2").unwrap() == b"somebody else's", "{result:?}");
+    }
+}
