@@ -1,6 +1,7 @@
 //! What can go wrong between this side of a monitor and QEMU.
 
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::message::Failure;
@@ -106,6 +107,14 @@ pub enum Error {
     #[error("{}", printable(.why))]
     Refused {
         /// Why.
+        why: String,
+    },
+    /// A state file that cannot be read, written or believed.
+    #[error("the state file {}: {}", printable(&.path.to_string_lossy()), printable(.why))]
+    State {
+        /// Its path, or that of its folder.
+        path: PathBuf,
+        /// What is wrong with it.
         why: String,
     },
     /// A line that QMP does not allow.

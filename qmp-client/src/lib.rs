@@ -29,6 +29,8 @@
 //! - [`snapshot()`]: new overlays for several disks in one transaction, undone if anything fails.
 //! - [`Commit`]: the live merge, intermediate and active, with the hazards of QEMU 10.0.2 fenced.
 //! - [`Pull`]: the live merge upwards, into the active layer.
+//! - [`State`], [`StateFile`]: what must be known of a merge after its client, or QEMU, has gone.
+//! - [`Merge`]: a commit or pull with its job and its state file, each step in the right order.
 
 mod address;
 mod commit;
@@ -37,6 +39,7 @@ mod error;
 mod flush;
 mod graph;
 mod jobs;
+mod live;
 mod message;
 mod monitor;
 mod nbd;
@@ -46,6 +49,7 @@ mod pull;
 #[cfg(test)]
 mod replay;
 mod snapshot;
+mod state;
 
 pub use address::Address;
 pub use commit::{Commit, CommitOptions};
@@ -53,6 +57,7 @@ pub use connection::{Connection, Options};
 pub use error::{Error, Result};
 pub use graph::{Backing, Disk, Graph, Layer, Range};
 pub use jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watch, jobs};
+pub use live::{Merge, Procedure, Wishes};
 pub use message::{Event, Failure, Message, reply, request};
 pub use monitor::{Execute, Monitor, patience};
 pub use owner::Owner;
@@ -60,3 +65,7 @@ pub use procedure::{Merged, cancel};
 pub use pull::Pull;
 pub use qapi;
 pub use snapshot::snapshot;
+pub use state::{
+    FileIdentity, Kind, Phase, Rename, State, StateFile, StateLayer, Throttled, find_states, states_in,
+    states_of,
+};

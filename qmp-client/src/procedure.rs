@@ -59,9 +59,28 @@ pub(crate) fn require<M: Monitor + ?Sized>(job: &Job<'_, M>, wanted: &[JobStatus
     }
 }
 
+/// Has an active commit that is ready hold the guest's writes, with base equal to the active layer. False if it has
+/// concluded instead.
+pub(crate) fn hold<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<bool> {
+    let wanted = [JobStatus::ready, JobStatus::waiting, JobStatus::pending];
+    if require(job, &wanted)? == JobStatus::ready {
+        job.complete()?;
+    }
+    match job.wait(Goal::Pending, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
+        Waited::Reached(_) => Ok(true),
+        Waited::Concluded(_) => Ok(false),
+        other => Err(stuck(job, &other)),
+    }
+}
+
 /// Has a pending job switch, and waits until it has concluded.
 pub(crate) fn switch<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<()> {
-    job.finalize()?;
+    if let Err(error) = job.finalize()
+        // Another client may have been faster.
+        && job.state()?.is_none_or(|state| state.status == JobStatus::pending)
+    {
+        return Err(error);
+    }
     match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
         Waited::Reached(_) | Waited::Vanished => Ok(()),
         other => Err(stuck(job, &other)),
@@ -74,15 +93,32 @@ pub(crate) fn wrap_up<M: Monitor + ?Sized>(
     job: &Job<'_, M>,
     monitor: &M,
     merged: &[Layer],
-    left: &[String],
+    left: &[Layer],
 ) -> Result<Merged> {
     job.take_result()?;
     let still_open = close(monitor, merged)?;
-    let graph = Graph::ask(monitor)?;
-    let disk = graph.disks().iter().find(|d| d.layers().iter().map(|l| &l.node).eq(left)).cloned();
-    disk.map(|disk| Merged { disk, still_open }).ok_or_else(|| {
-        failed(job, format!("QEMU called it done, but no disk has the chain {}", left.join(", ")))
+    with_chain(monitor, left)?.map(|disk| Merged { disk, still_open }).ok_or_else(|| {
+        let nodes: Vec<&str> = left.iter().map(|l| l.node.as_str()).collect();
+        failed(job, format!("QEMU called it done, but no disk has the chain {}", nodes.join(", ")))
     })
+}
+
+/// The disk that has just these layers, by their nodes.
+pub(crate) fn with_chain(monitor: &(impl Monitor + ?Sized), layers: &[Layer]) -> Result<Option<Disk>> {
+    let is_it = |disk: &&Disk| disk.layers().iter().map(|l| &l.node).eq(layers.iter().map(|l| &l.node));
+    Ok(Graph::ask(monitor)?.disks().iter().find(is_it).cloned())
+}
+
+/// The whole chain, from the layers that go and those that stay.
+pub(crate) fn chain(merged: &[Layer], left: &[Layer]) -> Vec<Layer> {
+    let mut chain: Vec<Layer> = merged.iter().chain(left).cloned().collect();
+    chain.sort_by_key(|layer| std::cmp::Reverse(layer.index));
+    chain
+}
+
+/// What layers hold on disk together, if that is known of each.
+pub(crate) fn bytes(layers: &[Layer]) -> Option<u64> {
+    layers.iter().try_fold(0_u64, |sum, layer| sum.checked_add(layer.actual_size?))
 }
 
 /// Cancels the job, waits until it has ended, and lets QEMU forget it, so that another one can start on the disk.
@@ -132,12 +168,12 @@ pub(crate) fn stuck<M: Monitor + ?Sized>(job: &Job<'_, M>, waited: &Waited) -> E
     failed(job, why)
 }
 
-fn failed<M: Monitor + ?Sized>(job: &Job<'_, M>, why: String) -> Error {
+pub(crate) fn failed<M: Monitor + ?Sized>(job: &Job<'_, M>, why: String) -> Error {
     Error::Job { id: job.id().to_owned(), why }
 }
 
 /// Closes nodes that have names of the user's: QEMU keeps them, and their files, open.
-fn close(monitor: &(impl Monitor + ?Sized), layers: &[Layer]) -> Result<Vec<(String, String)>> {
+pub(crate) fn close(monitor: &(impl Monitor + ?Sized), layers: &[Layer]) -> Result<Vec<(String, String)>> {
     let mut still_open = Vec::new();
     for node in to_close(layers) {
         match monitor.execute(&qmp::blockdev_del { node_name: node.clone() }) {

@@ -10,6 +10,7 @@ use crate::graph::{Disk, Layer, Range};
 use crate::jobs::Job;
 use crate::monitor::{Execute, Monitor};
 use crate::procedure::{self, Merged, unique};
+use crate::state::{State, StateLayer};
 
 /// A planned pull of the layers below the active one, down to but without `base`, into it.
 ///
@@ -20,7 +21,7 @@ pub struct Pull {
     active: Layer,
     base: Option<Layer>,
     pulled: Vec<Layer>,
-    left: Vec<String>,
+    left: Vec<Layer>,
     backing_file: Option<String>,
     job_id: String,
     filter: String,
@@ -61,7 +62,7 @@ impl Pull {
             active: active.clone(),
             base: base.cloned(),
             pulled: pulled.into_iter().cloned().collect(),
-            left: left.into_iter().map(|l| l.node.clone()).collect(),
+            left: left.into_iter().cloned().collect(),
             backing_file,
             job_id: format!(
                 "{}{bottom}.{}.{}",
@@ -80,6 +81,37 @@ impl Pull {
     /// The id that the job will have; it says what is pulled.
     pub fn job_id(&self) -> &str {
         &self.job_id
+    }
+
+    /// The disk's name.
+    pub fn disk(&self) -> &str {
+        &self.disk
+    }
+
+    /// The layer that takes in the others.
+    pub fn active(&self) -> &Layer {
+        &self.active
+    }
+
+    /// The layer on which the active one lies afterwards; none if it stands alone then.
+    pub fn base(&self) -> Option<&Layer> {
+        self.base.as_ref()
+    }
+
+    /// The layers that the disk has afterwards, from the top.
+    pub fn left(&self) -> &[Layer] {
+        &self.left
+    }
+
+    /// How the pull is to be done.
+    pub fn options(&self) -> &CommitOptions {
+        &self.options
+    }
+
+    /// The bytes that the layers that are pulled hold on disk, which is about what is copied at most; `None` where QEMU
+    /// does not know it of one of them.
+    pub fn bytes(&self) -> Option<u64> {
+        procedure::bytes(&self.pulled)
     }
 
     /// The layers that the disk no longer needs afterwards, from the top.
@@ -143,15 +175,54 @@ impl Pull {
         }
     }
 
+    /// The pull that a state file describes, whose job runs or has run in this QEMU. Nothing is asked, and the
+    /// active layer cannot be flushed, unless `flush` is set.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the active layer cannot be flushed; those of the queries.
+    pub(crate) fn recall(
+        state: &State,
+        monitor: &(impl Monitor + ?Sized),
+        flush: bool,
+    ) -> Result<Option<Self>> {
+        let layers: Vec<Layer> = state.layers.iter().map(StateLayer::recall).collect();
+        let Some(active) = layers.first().cloned() else { return Ok(None) };
+        let (pulled, left) =
+            layers.iter().cloned().partition(|l| l.index > state.base && l.index < active.index);
+        let options = CommitOptions { nbd_socket: state.nbd_socket.clone(), ..Default::default() };
+        let server = options.nbd_socket.as_deref();
+        let means = if flush { Some(Means::find(monitor, &active.node, server)?) } else { None };
+        Ok(Some(Self {
+            disk: state.disk.clone(),
+            base: layers.iter().find(|l| l.index == state.base).cloned(),
+            active,
+            pulled,
+            left,
+            backing_file: state.backing.as_ref().and_then(|rename| rename.new.clone()),
+            job_id: state.job.clone(),
+            filter: format!("filter-{}", unique()),
+            options,
+            means,
+        }))
+    }
+
     /// Ends a pull whose job is pending: flushes the active layer, has its header name the new backing file, and
     /// closes what is no longer needed.
     ///
+    /// `before_switch` is called when the active layer is durable and nothing is switched yet.
+    ///
     /// # Errors
-    /// [`Error::Refused`] if the job is not pending, or the flush fails: nothing is switched then, and the job
-    /// can be finished again or cancelled. [`Error::Job`] if the switch fails.
-    pub fn finish<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
+    /// [`Error::Refused`] if the job is not pending, or the flush fails, and that of `before_switch`: nothing is
+    /// switched then, and the job can be finished again or cancelled. [`Error::Job`] if the switch fails.
+    pub fn finish<M: Monitor + ?Sized>(
+        &self,
+        job: &Job<'_, M>,
+        monitor: &M,
+        before_switch: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Merged> {
         if procedure::require(job, &[JobStatus::pending])? == JobStatus::pending {
             self.means()?.flush(monitor, &self.active.node)?;
+            before_switch()?;
             procedure::switch(job)?;
         }
         procedure::wrap_up(job, monitor, &self.pulled, &self.left)

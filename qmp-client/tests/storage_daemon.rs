@@ -62,7 +62,7 @@ fn an_intermediate_merge_keeps_the_bytes_and_the_style_of_the_name() {
         } else {
             chain.name(3)
         }));
-        let merged = commit.finish(&job, &monitor).unwrap();
+        let merged = commit.finish(&job, &monitor, &mut || Ok(())).unwrap();
         assert_eq!(indexes(&merged.disk), listed(&[(2, "4.img"), (1, "1.img")]));
         assert!(merged.still_open.is_empty(), "{:?}", merged.still_open);
         assert!(jobs(&monitor).unwrap().is_empty(), "the job is dismissed");
@@ -153,7 +153,10 @@ fn a_cancelled_merge_leaves_the_chain_and_the_bytes() {
             wait(&job, goal);
         } else {
             assert_eq!(job.state().unwrap().unwrap().status, JobStatus::running);
-            assert!(matches!(commit.finish(&job, &monitor), Err(Error::Refused { .. })), "too early");
+            assert!(
+                matches!(commit.finish(&job, &monitor, &mut || Ok(())), Err(Error::Refused { .. })),
+                "too early"
+            );
             job.pause().unwrap();
             job.resume().unwrap();
             job.set_speed(128 << 10).unwrap();
@@ -237,7 +240,7 @@ fn a_lost_client_is_replaced_and_the_job_is_finished() {
     // The client is lost once more, after it told the job to switch.
     job.finalize().unwrap();
     wait(&job, Goal::Concluded);
-    let merged = again.finish(&job, &monitor).unwrap();
+    let merged = again.finish(&job, &monitor, &mut || Ok(())).unwrap();
     assert_eq!(indexes(&merged.disk), listed(&[(3, "4.img"), (2, "2.img"), (1, "1.img")]));
     drop(daemon);
     assert!(chain.bytes(4) == before, "the guest sees other bytes");
@@ -406,7 +409,7 @@ fn a_chain_of_a_hundred_layers_is_read_and_merged() {
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();
     wait(&job, Goal::Pending);
-    let merged = commit.finish(&job, &monitor).unwrap();
+    let merged = commit.finish(&job, &monitor, &mut || Ok(())).unwrap();
     assert_eq!(indexes(&merged.disk), listed(&[(2, "100.img"), (1, "1.img")]));
     drop(daemon);
     assert!(chain.bytes(100) == before, "the guest sees other bytes");
@@ -451,7 +454,7 @@ fn nodes_that_the_user_named_are_closed_after_the_merge() {
             commit.pivot(&job, &monitor, &mut || Ok(())).unwrap()
         } else {
             wait(&job, Goal::Pending);
-            commit.finish(&job, &monitor).unwrap()
+            commit.finish(&job, &monitor, &mut || Ok(())).unwrap()
         };
         assert!(merged.still_open.is_empty(), "{:?}", merged.still_open);
         let left = monitor.query("query-named-block-nodes", json!({"flat": true})).unwrap();
@@ -503,7 +506,7 @@ fn a_full_disk_halts_the_merge_and_room_lets_it_go_on() {
         let merged = if commit.is_active() {
             commit.pivot(&job, &monitor, &mut || Ok(()))
         } else {
-            commit.finish(&job, &monitor)
+            commit.finish(&job, &monitor, &mut || Ok(()))
         };
         merged.unwrap();
         drop(daemon);
@@ -534,7 +537,7 @@ fn a_killed_daemon_loses_nothing_at_any_stage() {
             "pending" => wait(&job, Goal::Pending),
             "merged" => {
                 wait(&job, Goal::Pending);
-                commit.finish(&job, &monitor).unwrap();
+                commit.finish(&job, &monitor, &mut || Ok(())).unwrap();
             }
             "ready" => wait(&job, Goal::Ready),
             "held" => {
@@ -583,7 +586,7 @@ fn a_guest_that_writes_without_pause_loses_no_write() {
     let job = commit.start(&monitor).unwrap();
     wait(&job, Goal::Pending);
     writer.wait_for(100);
-    commit.finish(&job, &monitor).unwrap();
+    commit.finish(&job, &monitor, &mut || Ok(())).unwrap();
     writer.wait_for(100);
     let mut commit = plan(&disk(&monitor), "[1]", "[2]", options);
     commit.preflight(&monitor).unwrap();
@@ -633,7 +636,7 @@ fn filters_on_top_are_passed_over_and_kept() {
             commit.pivot(&job, &monitor, &mut || Ok(())).unwrap()
         } else {
             wait(&job, Goal::Pending);
-            commit.finish(&job, &monitor).unwrap()
+            commit.finish(&job, &monitor, &mut || Ok(())).unwrap()
         };
         // Left to itself, QEMU drops the filters, and the limits of a throttled disk, at the pivot.
         assert_eq!(merged.disk.filters(), ["top", "cor"]);
@@ -682,7 +685,7 @@ fn a_base_behind_nbd_receives_a_merge_and_keeps_its_name() {
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();
     wait(&job, Goal::Pending);
-    commit.finish(&job, &monitor).unwrap();
+    commit.finish(&job, &monitor, &mut || Ok(())).unwrap();
     drop(daemon);
     assert_eq!(chain.info(3, "backing file"), name);
     assert_eq!(chain.info(3, "backing file format").as_deref(), Some("raw"));
@@ -735,7 +738,7 @@ fn a_pull_takes_the_layers_below_into_the_active_one() {
         assert_eq!(common::disk(&monitor).layers().len(), 4);
         let job = pull.start(&monitor).unwrap();
         wait(&job, Goal::Pending);
-        let merged = pull.finish(&job, &monitor).unwrap();
+        let merged = pull.finish(&job, &monitor, &mut || Ok(())).unwrap();
         assert_eq!(merged.disk.layers().len(), if base.is_some() { 2 } else { 1 });
         assert_eq!(merged.disk.active().node, "top");
         // Without a base all below is given up, base too.

@@ -13,9 +13,10 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::flush::Means;
 use crate::graph::{Disk, Layer, Range};
-use crate::jobs::{Goal, Job, Waited, Watch, jobs};
+use crate::jobs::{Job, jobs};
 use crate::monitor::{Execute, Monitor};
-use crate::procedure::{self, LONGEST_STEP, Merged, unique};
+use crate::procedure::{self, Merged, unique};
+use crate::state::{State, StateLayer};
 pub(crate) use name::backing_name;
 pub(crate) use preflight::{bitmaps, circumstances, ownership};
 
@@ -43,8 +44,8 @@ pub struct Commit {
     top: Layer,
     above: Option<Layer>,
     merged: Vec<Layer>,
-    /// The nodes of the layers that stay, from the top.
-    left: Vec<String>,
+    /// The layers that stay, from the top.
+    left: Vec<Layer>,
     backing_file: Option<String>,
     job_id: String,
     filter: String,
@@ -75,7 +76,7 @@ impl Commit {
             top: range.top.clone(),
             above: range.above.cloned(),
             merged: merged.into_iter().cloned().collect(),
-            left: left.into_iter().map(|l| l.node.clone()).collect(),
+            left: left.into_iter().cloned().collect(),
             backing_file,
             job_id: String::new(),
             filter: format!("filter-{}", unique()),
@@ -101,6 +102,42 @@ impl Commit {
     /// The backing name that the overlay above top will have.
     pub fn backing_file(&self) -> Option<&str> {
         self.backing_file.as_deref()
+    }
+
+    /// The disk's name.
+    pub fn disk(&self) -> &str {
+        &self.disk
+    }
+
+    /// The layer that receives the data.
+    pub fn base(&self) -> &Layer {
+        &self.base
+    }
+
+    /// The uppermost layer that is merged.
+    pub fn top(&self) -> &Layer {
+        &self.top
+    }
+
+    /// The overlay above top, whose header the switch changes; none for an active commit.
+    pub fn above(&self) -> Option<&Layer> {
+        self.above.as_ref()
+    }
+
+    /// The layers that the disk has afterwards, from the top.
+    pub fn left(&self) -> &[Layer] {
+        &self.left
+    }
+
+    /// How the merge is to be done.
+    pub fn options(&self) -> &CommitOptions {
+        &self.options
+    }
+
+    /// The bytes that the merged layers hold on disk, which is about what is copied at most; `None` where QEMU does
+    /// not know it of one of them.
+    pub fn bytes(&self) -> Option<u64> {
+        procedure::bytes(&self.merged)
     }
 
     /// The layers that are merged, from the top. As soon as the job starts they are no restore points any
@@ -196,15 +233,60 @@ impl Commit {
         Ok(Some(Job::new(monitor, self.job_id.clone())))
     }
 
+    /// The merge that a state file describes, whose job runs or has run in this QEMU. Nothing is asked, and base
+    /// cannot be flushed, unless `flush` is set.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if base cannot be flushed; those of the queries.
+    pub(crate) fn recall(
+        state: &State,
+        monitor: &(impl Monitor + ?Sized),
+        flush: bool,
+    ) -> Result<Option<Self>> {
+        let layers: Vec<Layer> = state.layers.iter().map(StateLayer::recall).collect();
+        let at = |index: usize| layers.iter().find(|l| l.index == index).cloned();
+        let (Some(base), Some(top), Some(active)) = (at(state.base), at(state.top), layers.first()) else {
+            return Ok(None);
+        };
+        let is_merged = |l: &Layer| l.index > state.base && l.index <= state.top;
+        let mut commit = Self {
+            disk: state.disk.clone(),
+            root: active.node.clone(),
+            above: at(state.top + 1),
+            merged: layers.iter().filter(|l| is_merged(l)).cloned().collect(),
+            left: layers.iter().filter(|l| !is_merged(l)).cloned().collect(),
+            base,
+            top,
+            backing_file: state.backing.as_ref().and_then(|rename| rename.new.clone()),
+            job_id: state.job.clone(),
+            filter: format!("filter-{}", unique()),
+            options: CommitOptions { nbd_socket: state.nbd_socket.clone(), ..Default::default() },
+            means: None,
+        };
+        if flush && !commit.is_active() {
+            let server = commit.options.nbd_socket.as_deref();
+            commit.means = Some(Means::find(monitor, &commit.base.node, server)?);
+        }
+        Ok(Some(commit))
+    }
+
     /// Ends an intermediate merge whose job is pending: flushes base, switches the overlay above top to it, and
     /// closes what is no longer needed.
     ///
+    /// `before_switch` is called when base is durable and nothing is switched yet.
+    ///
     /// # Errors
-    /// [`Error::Refused`] if the job is not pending, or the flush fails: nothing is switched then, and the job
-    /// can be finished again or cancelled. [`Error::Job`] if the switch fails.
-    pub fn finish<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
+    /// [`Error::Refused`] if the job is not pending, or the flush fails, and that of `before_switch`: nothing is
+    /// switched then, and the job can be finished again or cancelled. [`Error::Job`] if the switch fails.
+    pub fn finish<M: Monitor + ?Sized>(
+        &self,
+        job: &Job<'_, M>,
+        monitor: &M,
+        before_switch: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Merged> {
         if procedure::require(job, &[JobStatus::pending])? == JobStatus::pending {
             self.flush_base(monitor)?;
+            before_switch()?;
             procedure::switch(job)?;
         }
         self.wrap_up(job, monitor)
@@ -236,15 +318,9 @@ impl Commit {
         monitor: &M,
         before_switch: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Merged> {
-        let status = procedure::require(job, &[JobStatus::ready, JobStatus::pending])?;
-        if status == JobStatus::ready {
-            job.complete()?;
-        }
-        match job.wait(Goal::Pending, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
-            Waited::Reached(_) => {}
+        if !procedure::hold(job)? {
             // Ended before, by somebody else perhaps; or an error at the last moment, and nothing was switched.
-            Waited::Concluded(_) => return self.wrap_up(job, monitor),
-            other => return Err(procedure::stuck(job, &other)),
+            return self.wrap_up(job, monitor);
         }
         if let Err(error) = before_switch() {
             self.cancel(job)?;
@@ -252,6 +328,22 @@ impl Commit {
         }
         procedure::switch(job)?;
         self.wrap_up(job, monitor)
+    }
+
+    /// Ends an active merge whose job is ready without a pivot: base then is what the disk was at one moment, and
+    /// durable; the guest stays on the active layer.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the job is not ready; [`Error::Job`] if it failed or was done before.
+    pub fn keep_overlay<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Disk> {
+        if !procedure::hold(job)? {
+            job.take_result()?;
+            return Err(procedure::failed(job, "it was done before base could be let go of".into()));
+        }
+        // Base equals the active layer, and QEMU has flushed it: what is left is to let go of it.
+        self.cancel(job)?;
+        procedure::with_chain(monitor, &procedure::chain(&self.merged, &self.left))?
+            .ok_or_else(|| procedure::failed(job, "no disk has the chain that it had before".into()))
     }
 
     /// Cancels the job and waits until it is gone. The chain is as it was; base and the layers between it and
@@ -268,7 +360,7 @@ impl Commit {
     }
 
     fn nodes(&self) -> impl Iterator<Item = &String> {
-        self.left.iter().chain(self.merged.iter().map(|l| &l.node))
+        self.left.iter().chain(&self.merged).map(|l| &l.node)
     }
 
     /// What the ids of all merges of this disk begin with.

@@ -1,4 +1,5 @@
 //! A qemu-storage-daemon with a chain of small images, for tests that need the real thing.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub(crate) mod writer;
 
@@ -6,7 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use qmp_client::{Address, Connection, Disk, Graph, Options};
+use qmp_client::{
+    Address, Commit, CommitOptions, Connection, Disk, Graph, Merge, Options, Procedure, StateFile, Waited,
+    Watch, Wishes, states_of,
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -98,6 +102,11 @@ impl Chain {
         info.lines().find_map(|l| l.strip_prefix(line).map(|rest| rest.trim_start_matches(": ").to_owned()))
     }
 
+    /// The state file beside the active image.
+    pub(crate) fn state_file(&self) -> StateFile {
+        StateFile::beside(&self.path(self.layers)).unwrap()
+    }
+
     pub(crate) fn check(&self, n: usize) {
         run("qemu-img", &["check", "-q", "-f", "qcow2", &self.name(n)]);
     }
@@ -156,9 +165,12 @@ impl Daemon {
         Self { child, socket }
     }
 
+    pub(crate) fn address(&self) -> Address {
+        Address::Unix(self.socket.clone())
+    }
+
     pub(crate) fn connect(&self) -> Connection {
-        let address = Address::Unix(self.socket.clone());
-        Connection::reconnect(&address, &Options::default(), Duration::from_secs(20)).unwrap()
+        Connection::reconnect(&self.address(), &Options::default(), Duration::from_secs(20)).unwrap()
     }
 
     /// Kills it as a power cut would, and waits until its locks are gone.
@@ -185,4 +197,41 @@ impl Drop for Daemon {
 
 pub(crate) fn disk(monitor: &Connection) -> Disk {
     Graph::ask(monitor).unwrap().disk("disk0").unwrap().clone()
+}
+
+/// The chain that begins with the export.
+pub(crate) fn listed(disk: &Disk) -> Vec<String> {
+    disk.layers().iter().map(|l| l.file.rsplit('/').next().unwrap_or_default().to_owned()).collect()
+}
+
+/// A commit of the layers above `base` up to `top` that has passed its preflight.
+pub(crate) fn commit(monitor: &Connection, base: &str, top: &str, options: CommitOptions) -> Commit {
+    let disk = disk(monitor);
+    let range = disk.range(disk.layer(base).unwrap(), disk.layer(top).unwrap()).unwrap();
+    let mut commit = Commit::plan(&disk, &range, options).unwrap();
+    commit.preflight(monitor).unwrap();
+    commit
+}
+
+/// Begins the merge, with its state file beside the active image.
+pub(crate) fn begin<'m>(
+    monitor: &'m Connection,
+    daemon: &Daemon,
+    chain: &Chain,
+    procedure: impl Into<Procedure>,
+) -> Merge<'m, Connection> {
+    Merge::begin(monitor, procedure, chain.state_file(), &daemon.address(), &Wishes::default()).unwrap()
+}
+
+/// The merge of the disk that a state file speaks of.
+pub(crate) fn attach<'m>(monitor: &'m Connection, daemon: &Daemon) -> Option<Merge<'m, Connection>> {
+    let graph = Graph::ask(monitor).unwrap();
+    let states = states_of(&daemon.address()).unwrap();
+    Merge::attach(monitor, &graph, graph.disk("disk0").unwrap(), &states).unwrap()
+}
+
+/// Waits until all is copied.
+pub(crate) fn copied(merge: &Merge<'_, Connection>) {
+    let waited = merge.wait(Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+    assert!(matches!(waited, Waited::Reached(_)), "{waited:?}");
 }

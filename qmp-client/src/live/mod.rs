@@ -1,0 +1,345 @@
+//! A live merge as a whole: its procedure, its job in QEMU, and its state file, always in the right order.
+
+mod procedure;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use qapi::qmp::JobStatus;
+
+use crate::address::Address;
+use crate::error::{Error, Result};
+use crate::graph::{Disk, Graph, Layer};
+use crate::jobs::{Job, Progress, Waited, Watch, jobs};
+use crate::monitor::Monitor;
+use crate::procedure::{Merged, cancel, close};
+use crate::state::{FileIdentity, Kind, Phase, Pointer, State, StateFile, StateLayer, boot, now_ns};
+
+pub use procedure::Procedure;
+
+/// What a user wants of a merge, beyond the merge itself.
+#[derive(Clone, Debug, Default)]
+pub struct Wishes {
+    /// Delete the merged files afterwards. The library only keeps this wish; who calls it deletes.
+    pub delete: bool,
+    /// Pivot as soon as an active commit is ready.
+    pub pivot: bool,
+    /// End an active commit without a pivot as soon as it is ready.
+    pub keep_overlay: bool,
+    /// The names of files that QEMU tells mean other files here, as from inside a container: no identity is taken.
+    pub files_are_elsewhere: bool,
+}
+
+/// A merge that is under way, or switched and not yet cleaned up after.
+///
+/// Every step writes the state file before it does what the file then says, so that [`State::valid_top`] is true
+/// whenever QEMU, this program or the host ends.
+#[derive(Debug)]
+pub struct Merge<'m, M: Monitor + ?Sized> {
+    monitor: &'m M,
+    procedure: Procedure,
+    job: Job<'m, M>,
+    file: StateFile,
+    state: State,
+    pointer: Pointer,
+}
+
+impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
+    /// Writes the state file, and then starts the job. The commit or pull must have passed its preflight.
+    ///
+    /// # Errors
+    /// [`Error::State`] if the file cannot be written, and [`Error::Refused`] if it speaks of a merge that has switched
+    /// and is not cleaned up after: nothing is begun then. Those of the start: the file is removed again.
+    pub fn begin(
+        monitor: &'m M,
+        procedure: impl Into<Procedure>,
+        file: StateFile,
+        address: &Address,
+        wishes: &Wishes,
+    ) -> Result<Self> {
+        let procedure = procedure.into();
+        if let Some(left) = file.load()?
+            && left.phase != Phase::Copying
+        {
+            let (path, disk) = (file.path().display(), &left.disk);
+            let why = format!("{path} speaks of an earlier merge of {disk} that is not cleaned up after");
+            return Err(Error::Refused { why });
+        }
+        let mut state = new_state(&procedure, address, wishes);
+        let pointer = Pointer::of(address);
+        file.save(&mut state)?;
+        pointer.add(&file);
+        match procedure.start(monitor) {
+            Ok(job) => Ok(Self { monitor, procedure, job, file, state, pointer }),
+            // It may have been started all the same.
+            Err(error @ (Error::TimedOut { .. } | Error::Disconnected { .. } | Error::Unreadable { .. })) => {
+                Err(error)
+            }
+            Err(error) => {
+                file.remove()?;
+                pointer.remove(&file);
+                Err(error)
+            }
+        }
+    }
+
+    /// Finds the merge of this disk among `states` (see [`crate::find_states`]) whose job QEMU still has, and gets ready
+    /// to go on with it. A merge that QEMU has carried out, but whose job is gone, is found too: it can be
+    /// finished or pivoted at once, which only records it.
+    ///
+    /// `None` if there is no such merge.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the layer that was written cannot be flushed; those of the queries.
+    pub fn attach(
+        monitor: &'m M,
+        graph: &Graph,
+        disk: &Disk,
+        states: &[(StateFile, State)],
+    ) -> Result<Option<Self>> {
+        let all = graph.jobs(monitor)?;
+        for (file, state) in states {
+            let job = all.iter().find(|(job, _)| job.id == state.job);
+            let status = match job {
+                Some((_, Some(at))) if at.name() != disk.name() => continue,
+                Some((_, None)) if state.disk != disk.name() => continue,
+                Some((job, _)) => Some(job.status),
+                None if state.phase == Phase::Switched || !has_chain(disk, state.left()) => continue,
+                None if state.phase == Phase::Copying => continue,
+                None => None,
+            };
+            let flush = status.is_some_and(|status| status != JobStatus::concluded);
+            let Some(procedure) = Procedure::recall(state, monitor, flush)? else { continue };
+            let address = state.address.parse();
+            let pointer = address.map_or_else(|_| Pointer::default(), |address| Pointer::of(&address));
+            let job = Job::new(monitor, state.job.clone());
+            let (file, state) = (file.clone(), state.clone());
+            return Ok(Some(Self { monitor, procedure, job, file, state, pointer }));
+        }
+        Ok(None)
+    }
+
+    /// What the state file says.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// The state file.
+    pub fn file(&self) -> &StateFile {
+        &self.file
+    }
+
+    /// What is merged.
+    pub fn procedure(&self) -> &Procedure {
+        &self.procedure
+    }
+
+    /// The job in QEMU.
+    pub fn job(&self) -> &Job<'m, M> {
+        &self.job
+    }
+
+    /// Waits until all is copied: an active commit is ready then, any other merge pending. As [`Job::wait`] does.
+    ///
+    /// # Errors
+    /// Those of [`Job::wait`].
+    pub fn wait(
+        &self,
+        timeout: Option<Duration>,
+        watch: &mut dyn FnMut(&Progress<'_>) -> Watch,
+    ) -> Result<Waited> {
+        self.job.wait(self.procedure.goal(), timeout, watch)
+    }
+
+    /// Ends an intermediate commit or a pull: flushes what was written, notes that QEMU is about to switch, has it
+    /// switch, and notes that it has. The state file stays until [`Merge::done`].
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for an active commit, or if not all is copied; those of the flush and of the state file:
+    /// nothing is switched then. [`Error::Job`] if the switch fails: the job is gone then, and the state file says
+    /// what the graph shows. If QEMU does not answer any more, the state file tells what to look at.
+    pub fn finish(&mut self) -> Result<Merged> {
+        if self.state.kind == Kind::ActiveCommit {
+            return Err(Error::Refused { why: "an active commit ends with a pivot, or without one".into() });
+        }
+        self.switch()
+    }
+
+    /// Ends an active commit: the guest writes to base then. While QEMU holds its writes, and base equals the active
+    /// layer, the state file is told that base is the valid top. The file stays until [`Merge::done`].
+    ///
+    /// # Errors
+    /// As [`Merge::finish`]. If the state file cannot be written, the job is cancelled and the guest stays on the active
+    /// layer.
+    pub fn pivot(&mut self) -> Result<Merged> {
+        if self.state.kind != Kind::ActiveCommit {
+            return Err(Error::Refused { why: "only an active commit pivots".into() });
+        }
+        self.switch()
+    }
+
+    /// Ends an active commit without a pivot. Base then is exactly what the disk was at one moment, and durable; the
+    /// guest stays on the active layer. The state file is removed.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for other merges, or if the job is not ready; [`Error::Job`] if it failed.
+    pub fn keep_overlay(&mut self) -> Result<Disk> {
+        let Procedure::Commit(commit) = self.procedure.clone() else {
+            return Err(Error::Refused { why: "only an active commit can keep the overlay".into() });
+        };
+        if !commit.is_active() {
+            return Err(Error::Refused { why: "only an active commit can keep the overlay".into() });
+        }
+        self.stay()?;
+        let disk = commit.keep_overlay(&self.job, self.monitor)?;
+        self.done()?;
+        Ok(disk)
+    }
+
+    /// Cancels the job, waits until it is gone, and removes the state file. The chain is as it was; what was copied
+    /// stays copied.
+    ///
+    /// # Errors
+    /// Those of the commands; [`Error::Job`] if the job was done before. The state file stays then.
+    pub fn cancel(&mut self) -> Result<()> {
+        self.stay()?;
+        cancel(&self.job)?;
+        self.done()
+    }
+
+    /// Everything is done, what was merged is cleaned up: removes the state file.
+    ///
+    /// # Errors
+    /// [`Error::State`] if it cannot be removed.
+    pub fn done(&mut self) -> Result<()> {
+        self.file.remove()?;
+        self.pointer.remove(&self.file);
+        Ok(())
+    }
+
+    fn switch(&mut self) -> Result<Merged> {
+        let merged = match self.job.state()? {
+            None if self.state.phase == Phase::Switching => self.take_from_graph(),
+            _ => {
+                let (state, file) = (&mut self.state, &self.file);
+                self.procedure.switch(&self.job, self.monitor, &mut || note_switching(state, file))
+            }
+        };
+        match merged {
+            Ok(merged) => {
+                let valid_top = self.state.top_after();
+                self.state.enter(Phase::Switched, valid_top);
+                self.file.save(&mut self.state)?;
+                Ok(merged)
+            }
+            Err(error) => {
+                self.after_failure();
+                Err(error)
+            }
+        }
+    }
+
+    /// The job is gone, and nobody saw how it ended; the graph shows it.
+    fn take_from_graph(&self) -> Result<Merged> {
+        let still_open = close(self.monitor, self.procedure.merged())?;
+        let disk = crate::procedure::with_chain(self.monitor, self.procedure.left())?;
+        disk.map(|disk| Merged { disk, still_open }).ok_or_else(|| Error::Job {
+            id: self.job.id().to_owned(),
+            why: "it has vanished, and no disk has the chain that it should have left".into(),
+        })
+    }
+
+    /// A switch has failed. If QEMU shows that the disk is where it was, the state file says so again. If it does not
+    /// answer, or shows something else, the file stays as it is: there is doubt, and it helps to resolve it.
+    fn after_failure(&mut self) {
+        if self.state.phase != Phase::Switching {
+            return;
+        }
+        let gone = jobs(self.monitor).is_ok_and(|all| all.iter().all(|job| job.id != self.job.id()));
+        let before = self.procedure.chain();
+        let stands = gone && matches!(crate::procedure::with_chain(self.monitor, &before), Ok(Some(_)));
+        if stands {
+            // The error that is returned is the first one; this one leaves the doubt that the file speaks of.
+            let _ = self.stay();
+        }
+    }
+
+    /// Notes that nothing is switched, and nothing will be.
+    fn stay(&mut self) -> Result<()> {
+        if self.state.phase == Phase::Copying {
+            return Ok(());
+        }
+        let valid_top = self.state.top_before();
+        self.state.enter(Phase::Copying, valid_top);
+        self.file.save(&mut self.state)
+    }
+}
+
+/// Notes that QEMU is about to switch.
+fn note_switching(state: &mut State, file: &StateFile) -> Result<()> {
+    let valid_top = state.top_after();
+    if state.kind == Kind::ActiveCommit {
+        settle(state);
+    }
+    state.enter(Phase::Switching, valid_top);
+    let saved = file.save(state);
+    if saved.is_err() {
+        // The new text may have reached the file all the same; the guest will go on where it was.
+        let valid_top = state.top_before();
+        state.enter(Phase::Copying, valid_top);
+        let _ = file.save(state);
+    }
+    saved
+}
+
+/// Waits until a write to base or to the active layer would change its time. The kernel's clock for files goes in
+/// steps of some milliseconds; guest writes are held meanwhile.
+fn settle(state: &State) {
+    const STEP: Duration = Duration::from_millis(20);
+    let layers = [state.active(), state.target()].into_iter().flatten();
+    let known = layers.filter(|layer| layer.identity.is_some());
+    let last = known.filter_map(|layer| FileIdentity::of(std::path::Path::new(&layer.file)));
+    let last = last.map(|identity| identity.modified_ns).max().unwrap_or(0);
+    let age = Duration::from_nanos(now_ns().saturating_sub(last));
+    if let Some(rest) = STEP.checked_sub(age) {
+        std::thread::sleep(rest);
+    }
+}
+
+fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> State {
+    let chain = procedure.chain();
+    let (base, top) = procedure.range();
+    let address = match address {
+        Address::Unix(path) => {
+            Address::Unix(std::path::absolute(path).unwrap_or_else(|_| PathBuf::from(path))).to_string()
+        }
+        tcp @ Address::Tcp { .. } => tcp.to_string(),
+    };
+    State {
+        version: crate::state::VERSION,
+        created_ns: now_ns(),
+        changed_ns: now_ns(),
+        boot: boot(),
+        address,
+        disk: procedure.disk().to_owned(),
+        job: procedure.job_id().to_owned(),
+        kind: procedure.kind(),
+        phase: Phase::Copying,
+        valid_top: chain.first().map(|layer| layer.file.clone()).unwrap_or_default(),
+        layers: chain.iter().map(|layer| StateLayer::of(layer, !wishes.files_are_elsewhere)).collect(),
+        base,
+        top,
+        backing: procedure.rename(),
+        delete: wishes.delete,
+        pivot: wishes.pivot,
+        keep_overlay: wishes.keep_overlay,
+        nbd_socket: procedure.nbd_socket(),
+        throttled: None,
+    }
+}
+
+fn has_chain<'a>(disk: &Disk, layers: impl Iterator<Item = &'a StateLayer>) -> bool {
+    let same = |(now, then): (&Layer, &StateLayer)| now.node == then.node && now.file == then.file;
+    let then: Vec<&StateLayer> = layers.collect();
+    disk.layers().len() == then.len() && disk.layers().iter().zip(then).all(same)
+}

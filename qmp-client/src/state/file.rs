@@ -1,0 +1,185 @@
+//! The state file itself: written as a whole, read with suspicion.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::{State, failed, now_ns, pointer};
+use crate::address::Address;
+use crate::error::Result;
+
+const SUFFIX: &str = ".qmerge-live";
+/// A state takes some hundred bytes for each layer; nothing longer is one.
+const LONGEST: u64 = 16 << 20;
+
+/// The place of a state file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateFile {
+    path: PathBuf,
+}
+
+impl StateFile {
+    /// The one beside an active image: `.NAME.qmerge-live` in the image's folder, links followed. `None` if there
+    /// is no such image here, or the path is relative.
+    pub fn beside(active: &Path) -> Option<Self> {
+        let image = active.is_absolute().then(|| fs::canonicalize(active).ok())??;
+        Some(Self::named(image.parent()?, &image))
+    }
+
+    /// The one for an active image in another folder. The image may be no file here.
+    pub fn in_folder(folder: &Path, active: &Path) -> Self {
+        Self::named(folder, active)
+    }
+
+    /// The one at this path.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    fn named(folder: &Path, image: &Path) -> Self {
+        let mut name = OsString::from(".");
+        match image.file_name().filter(|_| image.is_absolute()) {
+            Some(last) => name.push(last),
+            // An address of what is no file: its letters, but no slashes.
+            None => name.push(image.to_string_lossy().replace('/', "_")),
+        }
+        name.push(SUFFIX);
+        Self { path: folder.join(name) }
+    }
+
+    /// The path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads the state; `None` if there is no such file.
+    ///
+    /// # Errors
+    /// [`crate::Error::State`] if it cannot be read, holds no state, or belongs to neither root, the caller nor the
+    /// owner of its folder: what it says may then be somebody's trap.
+    pub fn load(&self) -> Result<Option<State>> {
+        let fail = |why: &dyn ToString| failed(&self.path, why.to_string());
+        let meta = match fs::symlink_metadata(&self.path) {
+            Ok(meta) => meta,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(fail(&error)),
+        };
+        if !meta.is_file() {
+            return Err(fail(&"it is no plain file"));
+        }
+        let file = File::open(&self.path).map_err(|e| fail(&e))?;
+        let opened = file.metadata().map_err(|e| fail(&e))?;
+        let folder = fs::metadata(self.folder()).map_err(|e| fail(&e))?;
+        let trusted = [0, rustix::process::geteuid().as_raw(), folder.uid()];
+        if (opened.dev(), opened.ino()) != (meta.dev(), meta.ino()) || !trusted.contains(&opened.uid()) {
+            return Err(fail(&format!("it belongs to the user {}, who is not trusted here", opened.uid())));
+        }
+        let mut text = Vec::new();
+        file.take(LONGEST).read_to_end(&mut text).map_err(|e| fail(&e))?;
+        let state: State = serde_json::from_slice(&text).map_err(|e| fail(&e))?;
+        state.check().map_err(|why| fail(&why))?;
+        Ok(Some(state))
+    }
+
+    /// Replaces what the file says, durably: once this returns, a power cut does not bring the old text back.
+    ///
+    /// # Errors
+    /// [`crate::Error::State`] if the file or its folder cannot be written or synced. The old text may stand, or the
+    /// new one.
+    pub fn save(&self, state: &mut State) -> Result<()> {
+        state.changed_ns = now_ns();
+        let text = serde_json::to_vec_pretty(state).map_err(|e| failed(&self.path, e))?;
+        replace(&self.path, &text).map_err(|e| failed(&self.path, e))
+    }
+
+    /// Removes the file, durably; it is no error if there is none.
+    ///
+    /// # Errors
+    /// [`crate::Error::State`] if it cannot be removed.
+    pub fn remove(&self) -> Result<()> {
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            done => done.and_then(|()| sync_folder(self.folder())).map_err(|e| failed(&self.path, e)),
+        }
+    }
+
+    fn folder(&self) -> &Path {
+        folder_of(&self.path)
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Puts a file with this text in the place of another: it is whole whenever somebody looks.
+pub(super) fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
+    let folder = folder_of(path);
+    let mut new = tempfile::Builder::new().prefix(".qmerge-new-").tempfile_in(folder)?;
+    new.write_all(text)?;
+    new.as_file().sync_all()?;
+    new.persist(path)?;
+    sync_folder(folder)
+}
+
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+/// All states in a folder, by the names of their files.
+///
+/// # Errors
+/// [`crate::Error::State`], which names the folder or the file that cannot be read.
+pub fn states_in(folder: &Path) -> Result<Vec<(StateFile, State)>> {
+    let fail = |error: io::Error| failed(folder, error);
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder).map_err(fail)? {
+        let entry = entry.map_err(fail)?;
+        let name = entry.file_name();
+        if name.as_bytes().starts_with(b".") && name.as_bytes().ends_with(SUFFIX.as_bytes()) {
+            paths.push(entry.path());
+        }
+    }
+    paths.sort();
+    load_all(paths)
+}
+
+/// Loads those that are there.
+pub(super) fn load_all(paths: impl IntoIterator<Item = PathBuf>) -> Result<Vec<(StateFile, State)>> {
+    let mut found = Vec::new();
+    for path in paths {
+        let file = StateFile::at(path);
+        if let Some(state) = file.load()? {
+            found.push((file, state));
+        }
+    }
+    Ok(found)
+}
+
+/// All states that a monitor's pointer names and that lie in these folders, each once. Folders that do not exist
+/// here are passed over.
+///
+/// # Errors
+/// As [`states_in`].
+pub fn find_states<'a>(
+    address: Option<&Address>,
+    folders: impl IntoIterator<Item = &'a Path>,
+) -> Result<Vec<(StateFile, State)>> {
+    let mut found = address.map_or(Ok(Vec::new()), pointer::states_of)?;
+    for folder in folders {
+        if !folder.is_absolute() || !folder.is_dir() {
+            continue;
+        }
+        for (file, state) in states_in(folder)? {
+            let same =
+                |other: &StateFile| fs::canonicalize(other.path()).ok() == fs::canonicalize(file.path()).ok();
+            if !found.iter().any(|(other, _)| same(other)) {
+                found.push((file, state));
+            }
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,274 @@
+//! What must be known of a merge after its client, or QEMU, or the host has gone: above all which image is the
+//! valid top.
+//!
+//! A small file beside the active image says it, written before the job starts and whenever that changes. It is
+//! replaced as a whole and synced, so a crash leaves the old text or the new one.
+
+mod file;
+mod identity;
+mod pointer;
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+use crate::graph::Layer;
+
+pub use file::{StateFile, find_states, states_in};
+pub use identity::FileIdentity;
+pub(crate) use identity::boot;
+pub(crate) use pointer::Pointer;
+pub use pointer::states_of;
+
+/// The version of the file's content that is written, and the only one that is read.
+pub(crate) const VERSION: u32 = 1;
+
+/// A merge as its state file describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct State {
+    /// The version of this description.
+    pub version: u32,
+    /// When the merge began, in nanoseconds since 1970.
+    pub created_ns: u64,
+    /// When this was written last, in nanoseconds since 1970.
+    pub changed_ns: u64,
+    /// Which run of the host's kernel wrote it. Times of files are evidence only while that runs: a power cut
+    /// may lose a time though the data of that time was synced.
+    pub boot: Option<String>,
+    /// The monitor's address, as [`crate::Address`] reads it; the path of a socket is absolute.
+    pub address: String,
+    /// The disk's name.
+    pub disk: String,
+    /// The job's id.
+    pub job: String,
+    /// What is merged which way.
+    pub kind: Kind,
+    /// How far the merge is.
+    pub phase: Phase,
+    /// The file that holds the guest's disk, together with what lies below it: the image to start QEMU with.
+    pub valid_top: String,
+    /// The whole chain as it was when the merge began, from the active layer down.
+    pub layers: Vec<StateLayer>,
+    /// The index of the base, counted from the bottom; 0 for a pull of everything.
+    pub base: usize,
+    /// The index of the uppermost layer that goes: top for a commit, the one below the active layer for a pull.
+    pub top: usize,
+    /// The header that the switch changes; none for an active commit.
+    pub backing: Option<Rename>,
+    /// Whether the merged files are to be deleted afterwards.
+    pub delete: bool,
+    /// Whether an active commit is to pivot as soon as it is ready.
+    pub pivot: bool,
+    /// Whether an active commit is to end without a pivot.
+    pub keep_overlay: bool,
+    /// The socket of QEMU's own NBD server, through which base is flushed.
+    pub nbd_socket: Option<std::path::PathBuf>,
+    /// The limits that the disk had before it was throttled, while it is.
+    pub throttled: Option<Throttled>,
+}
+
+/// What is merged which way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Layers below the active one are merged into a base below them.
+    Commit,
+    /// The active layer too is merged; the guest moves to base at the end.
+    ActiveCommit,
+    /// The active layer takes in layers below it.
+    Pull,
+}
+
+/// How far a merge is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Data is copied; nothing is switched. Written before the job is started.
+    Copying,
+    /// QEMU is about to be told to switch, or has been told. The target of the copy is durable.
+    Switching,
+    /// QEMU has switched and called it a success; merged files may be left to clean up.
+    Switched,
+}
+
+/// A layer of the chain, as it was when the merge began.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct StateLayer {
+    /// The place in the chain, counted from the bottom: `1` is the base of all.
+    pub index: usize,
+    /// The node's name, in the QEMU that ran the merge.
+    pub node: String,
+    /// The node that held the file.
+    pub protocol_node: Option<String>,
+    /// The file's name as QEMU had it, or the address of what is no file.
+    pub file: String,
+    /// The format.
+    pub format: String,
+    /// The size that a guest sees, in bytes.
+    pub virtual_size: u64,
+    /// Which file that was, where it is one here. For base, top and the active layer it is taken again at the
+    /// switch and after it.
+    pub identity: Option<FileIdentity>,
+}
+
+/// A backing name that the switch changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Rename {
+    /// The file of the overlay whose header it is.
+    pub overlay: String,
+    /// The overlay's index in the chain.
+    pub index: usize,
+    /// The name before.
+    pub old: String,
+    /// The format before, where the header named one.
+    pub old_format: Option<String>,
+    /// The name after; none after a pull of everything.
+    pub new: Option<String>,
+}
+
+/// Limits of a disk that has been throttled, to be put back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Throttled {
+    /// The device's path in QEMU's tree of objects.
+    pub qdev: String,
+    /// The arguments of `block_set_io_throttle` that put the former limits back.
+    pub former: serde_json::Map<String, serde_json::Value>,
+}
+
+impl State {
+    /// The layer of this index, counted from the bottom.
+    pub fn layer(&self, index: usize) -> Option<&StateLayer> {
+        self.layers.iter().find(|layer| layer.index == index)
+    }
+
+    /// The layer that was active when the merge began.
+    pub fn active(&self) -> Option<&StateLayer> {
+        self.layers.first()
+    }
+
+    /// The layers that the disk no longer needs once the merge is switched, from the top.
+    pub fn merged(&self) -> impl Iterator<Item = &StateLayer> {
+        self.layers.iter().filter(|layer| layer.index > self.base && layer.index <= self.top)
+    }
+
+    /// The layers that the disk has once the merge is switched, from the top.
+    pub fn left(&self) -> impl Iterator<Item = &StateLayer> {
+        self.layers.iter().filter(|layer| layer.index <= self.base || layer.index > self.top)
+    }
+
+    /// The layer whose identity tells, in doubt, what happened to the disk: the one that the copy went to. None
+    /// if the state names no such layer.
+    pub fn target(&self) -> Option<&StateLayer> {
+        match self.kind {
+            Kind::Pull => self.active(),
+            Kind::Commit | Kind::ActiveCommit => self.layer(self.base),
+        }
+    }
+
+    /// Whether the state was written since the host was started last.
+    pub fn is_of_this_boot(&self) -> bool {
+        self.boot.is_some() && self.boot == boot()
+    }
+
+    /// The merge is in this phase now, with this file as the valid top.
+    pub(crate) fn enter(&mut self, phase: Phase, valid_top: String) {
+        self.phase = phase;
+        self.valid_top = valid_top;
+        self.boot = boot();
+        self.layers.iter_mut().for_each(StateLayer::look_again);
+    }
+
+    /// The file that is the valid top as long as nothing is switched.
+    pub(crate) fn top_before(&self) -> String {
+        self.active().map(|layer| layer.file.clone()).unwrap_or_default()
+    }
+
+    /// The file that is the valid top once the merge is switched.
+    pub(crate) fn top_after(&self) -> String {
+        self.left().next().map(|layer| layer.file.clone()).unwrap_or_default()
+    }
+
+    /// What any file must fulfil before its numbers are used.
+    fn check(&self) -> std::result::Result<(), String> {
+        if self.version != VERSION {
+            return Err(format!("it has version {}, expected {VERSION}", self.version));
+        }
+        let depth = self.layers.len();
+        if !self.layers.iter().enumerate().all(|(place, layer)| layer.index == depth - place) {
+            return Err("its layers are not numbered from the active one down to 1".into());
+        }
+        let lowest = usize::from(self.kind != Kind::Pull);
+        if self.base < lowest || self.base >= self.top || self.top > depth {
+            return Err(format!("it merges layers {} to {} of {depth}", self.base, self.top));
+        }
+        if (self.kind == Kind::ActiveCommit) != (self.top == depth) {
+            return Err(format!("its kind does not fit the top {} of {depth} layers", self.top));
+        }
+        let renamed = self.backing.as_ref().map(|rename| rename.index);
+        let expected = (self.kind != Kind::ActiveCommit).then_some(self.top + 1);
+        if renamed != expected {
+            return Err("it names the wrong overlay for the switch".into());
+        }
+        Ok(())
+    }
+}
+
+impl StateLayer {
+    /// The layer as it is now, its file looked at if `here`.
+    pub(crate) fn of(layer: &Layer, here: bool) -> Self {
+        Self {
+            index: layer.index,
+            node: layer.node.clone(),
+            protocol_node: layer.protocol_node.clone(),
+            file: layer.file.clone(),
+            format: layer.format.clone(),
+            virtual_size: layer.virtual_size,
+            identity: here.then(|| FileIdentity::of(std::path::Path::new(&layer.file))).flatten(),
+        }
+    }
+
+    /// Takes the file's identity anew, if it is still the same file.
+    pub(crate) fn look_again(&mut self) {
+        let now = FileIdentity::of(std::path::Path::new(&self.file));
+        if let (Some(before), Some(now)) = (&mut self.identity, now)
+            && now.is_same_file(before)
+        {
+            *before = now;
+        }
+    }
+
+    /// The layer as far as it is known here.
+    pub(crate) fn recall(&self) -> Layer {
+        Layer {
+            index: self.index,
+            node: self.node.clone(),
+            protocol_node: self.protocol_node.clone(),
+            protocol: None,
+            file: self.file.clone(),
+            format: self.format.clone(),
+            virtual_size: self.virtual_size,
+            actual_size: None,
+            read_only: true,
+            backing: None,
+            bitmaps: Vec::new(),
+        }
+    }
+}
+
+/// The time, in nanoseconds since 1970.
+pub(crate) fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// An error about the state file at `path`.
+fn failed(path: &std::path::Path, why: impl ToString) -> Error {
+    Error::State { path: path.to_owned(), why: why.to_string() }
+}

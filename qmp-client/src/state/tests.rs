@@ -1,0 +1,191 @@
+//! State files as they are written, read, damaged and looked for.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use super::*;
+use crate::address::Address;
+use crate::error::Result;
+
+/// The merge of `[1]` to `[3]` of four layers in a folder.
+pub(crate) fn state(folder: &str) -> State {
+    let layer = |index: usize| StateLayer {
+        index,
+        node: format!("n{index}"),
+        protocol_node: Some(format!("f{index}")),
+        file: format!("{folder}/{index}.img"),
+        format: "qcow2".into(),
+        virtual_size: 1 << 24,
+        identity: None,
+    };
+    State {
+        version: VERSION,
+        created_ns: 1,
+        changed_ns: 1,
+        boot: boot(),
+        address: "/run/qmp.sock".into(),
+        disk: "vda".into(),
+        job: "merge.vda.1.3.00000000".into(),
+        kind: Kind::Commit,
+        phase: Phase::Copying,
+        valid_top: format!("{folder}/4.img"),
+        layers: [4, 3, 2, 1].map(layer).into(),
+        base: 1,
+        top: 3,
+        backing: Some(Rename {
+            overlay: format!("{folder}/4.img"),
+            index: 4,
+            old: "3.img".into(),
+            old_format: Some("qcow2".into()),
+            new: Some("1.img".into()),
+        }),
+        delete: false,
+        pivot: false,
+        keep_overlay: false,
+        nbd_socket: None,
+        throttled: None,
+    }
+}
+
+fn why<T: std::fmt::Debug>(result: Result<T>) -> String {
+    match result.unwrap_err() {
+        Error::State { why, .. } => why,
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_state_is_read_as_it_was_written_and_only_its_owner_may_look() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("vm.qcow2");
+    fs::write(&image, "").unwrap();
+    let link = folder.path().join("link.qcow2");
+    std::os::unix::fs::symlink(&image, &link).unwrap();
+    let file = StateFile::beside(&link).unwrap();
+    assert_eq!(file.path().file_name().unwrap(), ".vm.qcow2.qmerge-live");
+    assert_eq!(file.load().unwrap(), None);
+    let mut written = state("/vm");
+    file.save(&mut written).unwrap();
+    assert!(written.changed_ns > 1);
+    assert_eq!(fs::metadata(file.path()).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(file.load().unwrap(), Some(written.clone()));
+    written.phase = Phase::Switched;
+    file.save(&mut written).unwrap();
+    assert_eq!(states_in(folder.path()).unwrap(), [(file.clone(), written)]);
+    let names = fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(names, 3, "nothing else is left in the folder");
+    file.remove().unwrap();
+    file.remove().unwrap();
+    assert_eq!(states_in(folder.path()).unwrap(), []);
+}
+
+#[test]
+fn a_place_is_named_for_what_is_no_file_too() {
+    assert_eq!(StateFile::beside(Path::new("vm.qcow2")), None);
+    assert_eq!(StateFile::beside(Path::new("/no/such/vm.qcow2")), None);
+    let place = StateFile::in_folder(Path::new("/state"), Path::new("nbd://host/disk"));
+    assert_eq!(place.path(), Path::new("/state/.nbd:__host_disk.qmerge-live"));
+    let place = StateFile::in_folder(Path::new("/state"), Path::new("/vm/a.qcow2"));
+    assert_eq!(place.path(), Path::new("/state/.a.qcow2.qmerge-live"));
+}
+
+#[test]
+fn the_layers_that_go_and_those_that_stay() {
+    let state = state("/vm");
+    assert_eq!(state.merged().map(|l| l.index).collect::<Vec<_>>(), [3, 2]);
+    assert_eq!(state.left().map(|l| l.index).collect::<Vec<_>>(), [4, 1]);
+    assert_eq!((state.active().unwrap().index, state.target().unwrap().index), (4, 1));
+}
+
+#[test]
+fn damaged_and_foreign_files_are_errors_that_name_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = StateFile::in_folder(folder.path(), Path::new("/vm/a.img"));
+    let mut good = state("/vm");
+    file.save(&mut good).unwrap();
+    let text = fs::read(file.path()).unwrap();
+    for end in (0..text.len() - 1).step_by(17) {
+        fs::write(file.path(), &text[..end]).unwrap();
+        why(file.load());
+    }
+    type Damage = fn(&mut State);
+    let damages: [(&str, Damage); 8] = [
+        ("version 2", |s| s.version = 2),
+        ("not numbered", |s| s.layers[1].index = 9),
+        ("merges layers", |s| s.top = 1),
+        ("merges layers", |s| s.base = 0),
+        ("merges layers", |s| s.layers.clear()),
+        ("does not fit", |s| s.kind = Kind::ActiveCommit),
+        ("does not fit", |s| s.top = 4),
+        ("wrong overlay", |s| s.backing = None),
+    ];
+    for (expected, damage) in damages {
+        let mut bad = good.clone();
+        damage(&mut bad);
+        file.save(&mut bad).unwrap();
+        let error = file.load().unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains(".a.img.qmerge-live"), "{expected}: {error}");
+        assert!(states_in(folder.path()).is_err(), "{expected}");
+    }
+    fs::remove_file(file.path()).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", file.path()).unwrap();
+    assert!(why(file.load()).contains("no plain file"));
+}
+
+#[test]
+fn a_state_that_a_stranger_left_is_not_believed() {
+    let folder = tempfile::tempdir().unwrap();
+    if fs::metadata(folder.path()).unwrap().uid() != 0 {
+        eprintln!("SKIPPED: only root can give a file to somebody else");
+        return;
+    }
+    let file = StateFile::in_folder(folder.path(), Path::new("/vm/a.img"));
+    file.save(&mut state("/vm")).unwrap();
+    std::os::unix::fs::chown(file.path(), Some(65534), None).unwrap();
+    assert!(why(file.load()).contains("user 65534"));
+    // Who owns the folder could do anything to its images anyway.
+    std::os::unix::fs::chown(folder.path(), Some(65534), None).unwrap();
+    assert!(file.load().unwrap().is_some());
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_an_error() {
+    let file = StateFile::in_folder(Path::new("/proc"), Path::new("/vm/a.img"));
+    assert!(matches!(file.save(&mut state("/vm")), Err(Error::State { .. })));
+}
+
+#[test]
+fn the_pointer_beside_the_socket_leads_to_all_states_until_the_last_is_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let address = Address::Unix(folder.path().join("qmp.sock"));
+    let list = folder.path().join("qmp.sock.qmerge");
+    let files = ["/vm/a.img", "/vm/b.img"].map(|image| StateFile::in_folder(folder.path(), Path::new(image)));
+    let pointer = Pointer::of(&address);
+    for file in &files {
+        file.save(&mut state("/vm")).unwrap();
+        pointer.add(file);
+        pointer.add(file);
+    }
+    assert_eq!(states_of(&address).unwrap().len(), 2);
+    assert_eq!(find_states(Some(&address), [folder.path(), Path::new("/no/such")]).unwrap().len(), 2);
+    assert_eq!(find_states(None, [folder.path()]).unwrap().len(), 2);
+    files[0].remove().unwrap();
+    pointer.remove(&files[0]);
+    assert_eq!(states_of(&address).unwrap()[0].0, files[1]);
+    files[1].remove().unwrap();
+    assert_eq!(states_of(&address).unwrap(), [], "the list may be older than the files");
+    pointer.remove(&files[1]);
+    assert!(!list.exists());
+
+    let elsewhere = folder.path().join("elsewhere");
+    fs::write(&elsewhere, "/etc/passwd\n").unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &list).unwrap();
+    assert_eq!(states_of(&address).unwrap(), [], "a link is not followed");
+    files[0].save(&mut state("/vm")).unwrap();
+    pointer.add(&files[0]);
+    assert_eq!(fs::read_to_string(&elsewhere).unwrap(), "/etc/passwd\n");
+    let tcp = Address::Tcp { host: "localhost".into(), port: 1 };
+    Pointer::of(&tcp).add(&files[0]);
+    assert_eq!(states_of(&tcp).unwrap(), []);
+}
