@@ -7,6 +7,7 @@ mod crash_tests;
 mod empty;
 mod empty_onto;
 mod execute;
+mod interrupted;
 mod job;
 mod link;
 #[cfg(test)]
@@ -28,6 +29,7 @@ mod workers;
 pub use commit::Commit;
 pub use empty_onto::{Emptied, EmptyOptions, empty_onto};
 pub use execute::Report;
+pub use interrupted::{BackingIs, Interrupted};
 pub use job::Totals;
 pub(crate) use job::{Job, Writer};
 pub(crate) use needs::Question;

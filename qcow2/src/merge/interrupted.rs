@@ -1,0 +1,182 @@
+//! A merge that somebody else has begun and nobody knows the end of: its layers as they lie there, held
+//! under lock, and the questions that decide what is to be done. Does base hold what the layers above it
+//! supply? Which of them does the overlay above them name?
+//!
+//! Only the overlay's backing name is ever written: as long as base and the merged layers keep their bytes,
+//! nothing is decided for good.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use super::commit::job;
+use super::link;
+use super::ops::{Progress, Run};
+use super::options::Span;
+use super::retire::Known;
+use super::workers::on_workers;
+use crate::chain::{BackingName, Chain, OpenOptions, open_data_file};
+use crate::error::{Error, Refusal, Result};
+use crate::format::plan_backing_switch;
+use crate::image::{Image, ImageFormat, Qcow2};
+use crate::storage::{Access, FileId, Host, LockMode};
+use crate::units::GuestOffset;
+
+/// The layers of an interrupted merge, opened and locked: for reading, and the overlay for writing.
+#[derive(Debug)]
+pub struct Interrupted {
+    /// From top down.
+    chain: Chain,
+    base: usize,
+    overlay: Option<Overlay>,
+}
+
+/// The image above top.
+#[derive(Debug)]
+struct Overlay {
+    image: Image,
+    /// What its backing name leads to, if to anything.
+    names: Option<FileId>,
+}
+
+/// What the overlay above top has as its backing file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackingIs {
+    /// The uppermost of the merged layers: nothing was switched.
+    Top,
+    /// The base: the merge was switched.
+    Base,
+    /// Something else, or nothing.
+    Other,
+}
+
+impl Interrupted {
+    /// Opens and locks the layers. `merged` are those above base, the top first; each must be the known
+    /// one, and lead to the next and at last to `base`. `overlay` is the image above top, where there is one:
+    /// it must be qcow2. `options` has policy and formats; its `active_format` is that of top.
+    ///
+    /// # Errors
+    /// What [`Chain::open`] reports; [`Error::InUse`]; [`Refusal::NotAsKnown`] for a file that is another one or
+    /// was changed, and for a chain that goes another way.
+    pub fn open(
+        host: &dyn Host,
+        overlay: Option<&Known>,
+        merged: &[Known],
+        base: &Known,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let top = merged.first().ok_or_else(|| Error::Usage("no layer was merged".into()))?;
+        let overlay = overlay.map(|known| open_overlay(host, known, options)).transpose()?;
+        let below = OpenOptions { lock: true, access: Default::default(), ..options.clone() };
+        let chain = Chain::open(host, &top.path, &below)?;
+        let expected = merged.iter().chain([base]);
+        for (layer, known) in chain.layers().iter().rev().zip(expected.clone()) {
+            let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, "stat", None, e))?;
+            known.judge(&stat)?;
+        }
+        let known = expected.count();
+        let Some(base) = chain.layers().len().checked_sub(known) else {
+            let what = format!("its chain has {} layers, fewer than {known}", chain.layers().len());
+            return Err(Error::refused(&top.path, Refusal::NotAsKnown { what }));
+        };
+        Ok(Self { chain, base, overlay })
+    }
+
+    /// What the overlay has as its backing file; [`BackingIs::Top`] where there is no overlay.
+    pub fn backing(&self) -> BackingIs {
+        let Some(overlay) = &self.overlay else { return BackingIs::Top };
+        let id = |at: usize| self.chain.layers().get(at).map(|layer| layer.id);
+        match overlay.names {
+            Some(named) if Some(named) == id(self.chain.active()) => BackingIs::Top,
+            Some(named) if Some(named) == id(self.base) => BackingIs::Base,
+            _ => BackingIs::Other,
+        }
+    }
+
+    /// The first byte of the disk in which base, read with nothing taken from the system's cache, does not
+    /// hold what the layers above it show; `None` if it holds it all. `size_before` is the size of base's disk
+    /// before the merge, in bytes: behind it the guest saw zeros.
+    ///
+    /// # Errors
+    /// Whatever reading reports; [`Error::Cancelled`].
+    pub fn first_difference(
+        &self,
+        size_before: u64,
+        progress: &dyn Progress,
+        cancel: &AtomicBool,
+    ) -> Result<Option<GuestOffset>> {
+        let mut images = self.chain.images();
+        let top = self.chain.active();
+        images.extend(self.overlay.as_ref().map(|overlay| &overlay.image));
+        let span = Span { base: self.base, top, active: images.len().saturating_sub(1) };
+        on_workers(|| {
+            let mut job = job(&images, span)?;
+            job.question.base_size = size_before;
+            let total = job.question.end();
+            match job.verify(&Run { progress, total, done: AtomicU64::new(0), cancel }) {
+                Ok(_) => Ok(None),
+                Err(Error::Verify { guest, .. }) => Ok(Some(guest)),
+                Err(e) => Err(e),
+            }
+        })
+    }
+
+    /// Gives the overlay its former backing file back: top, by the name that it had for it. Only if base is
+    /// its backing file now. The name changes in one sector.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for an overlay that names anything but base, a name that does not lead to top, or a
+    /// header without room; then nothing was changed. An I/O error: it names the one or the other.
+    pub fn point_back(&mut self, host: &dyn Host, name: &str) -> Result<()> {
+        let top = self.chain.layers().last().map(|layer| (layer.id, layer.image.format()));
+        let (Some(overlay), Some((top, format))) = (&mut self.overlay, top) else {
+            return Err(Error::Usage("there is no overlay to re-point".into()));
+        };
+        let path = overlay.image.path().to_owned();
+        let refuse = |what: String| Err(Error::refused(&path, Refusal::Other(what)));
+        let base = self.chain.layers().get(self.base).map(|layer| layer.id);
+        if overlay.names.is_none() || overlay.names != base {
+            return refuse("its backing file is not the base of the merge".into());
+        }
+        if leads_to(host, name.as_bytes(), &path) != Some(top) {
+            return refuse(format!("the name '{name}' does not lead to the top of the merge"));
+        }
+        let Image::Qcow2(image) = &mut overlay.image else {
+            return refuse("it is raw, and has no backing name to change".into());
+        };
+        let switch = plan_backing_switch(&link::read_cluster(image)?, name, format.name())
+            .map_err(|e| link::rewrite_error(&path, name, e))?;
+        if !switch.atomic {
+            return Err(Error::refused(&path, Refusal::HeaderRoom { name: name.to_owned() }));
+        }
+        link::apply(image, &switch)?;
+        image.reload_header()?;
+        overlay.names = Some(top);
+        Ok(())
+    }
+}
+
+fn open_overlay(host: &dyn Host, known: &Known, options: &OpenOptions) -> Result<Overlay> {
+    let file = known.open(host, LockMode::Write)?;
+    if ImageFormat::detect(&known.path, &*file)? != ImageFormat::Qcow2 {
+        let what = "it is no qcow2 image any more".to_owned();
+        return Err(Error::refused(&known.path, Refusal::NotAsKnown { what }));
+    }
+    let cluster0 = Qcow2::read_cluster0(&known.path, &*file)?;
+    let access = [(known.id, Access::ReadWrite)].into();
+    let options = OpenOptions { lock: true, access, ..options.clone() };
+    let data_file = open_data_file(host, &known.path, known.id, &cluster0, &options)?;
+    let image = Qcow2::open(&known.path, file, data_file.map(|(_, file)| file))?;
+    let name = image.cluster0().backing_name.as_deref();
+    let names = name.and_then(|name| leads_to(host, name, &known.path));
+    Ok(Overlay { image: Image::Qcow2(image), names })
+}
+
+/// The file that a backing name of `overlay` leads to.
+fn leads_to(host: &dyn Host, name: &[u8], overlay: &Path) -> Option<FileId> {
+    let path = BackingName::parse(name).ok()?.resolve(overlay);
+    host.stat(&path).ok().map(|stat| stat.id)
+}
+
+#[cfg(test)]
+#[path = "interrupted_tests.rs"]
+mod tests;

@@ -1,0 +1,177 @@
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::*;
+use crate::merge::crash_tests::{Files, Log, Recorder, assert_sound, crashes, host_of, see};
+use crate::merge::testing::{Dice, Silent, local, random_chain};
+use crate::merge::{BaseChoice, Commit, CommitOptions, put};
+use crate::storage::MemHost;
+
+/// A merge of the layers above `/BASE` up to `/TOP`, with the overlay `/TOP+1` above them.
+struct Case {
+    host: MemHost,
+    paths: Vec<PathBuf>,
+    base: usize,
+    top: usize,
+    /// What the guest sees through the active image.
+    model: Vec<u8>,
+    /// Base's bytes, and the size of its disk, before the merge.
+    base_before: Vec<u8>,
+    size_before: u64,
+    old_name: String,
+}
+
+fn merged(seed: u64) -> (Case, Dice) {
+    let host = MemHost::new();
+    let mut dice = Dice(seed);
+    let layers = 3 + dice.roll(3) as usize;
+    let model = random_chain(&host, &mut dice, layers as u64);
+    let paths: Vec<PathBuf> = (0..layers).map(|n| PathBuf::from(format!("/{n}"))).collect();
+    let top = 1 + dice.roll(layers as u64 - 2) as usize;
+    let base = dice.roll(top as u64) as usize;
+    let name = |at: usize| paths[at].to_str().unwrap().to_owned();
+    let (base_before, old_name) = (host.content(&paths[base]).unwrap(), name(top));
+    let size_before = see(&host, &paths[base]).len() as u64;
+    let options = CommitOptions {
+        open: local(),
+        base: BaseChoice::Named(name(base)),
+        top: Some(name(top)),
+        ..CommitOptions::default()
+    };
+    let commit =
+        Commit::prepare(Arc::new(host.clone()), &paths[layers - 1], &options, &AtomicBool::new(false));
+    commit.unwrap().execute(&Silent, &AtomicBool::new(false)).unwrap();
+    (Case { host, paths, base, top, model, base_before, size_before, old_name }, dice)
+}
+
+impl Case {
+    fn active(&self) -> &Path {
+        self.paths.last().unwrap()
+    }
+
+    fn known(&self, host: &dyn Host, at: usize) -> Known {
+        Known::now(host, &self.paths[at]).unwrap()
+    }
+
+    fn open(&self, host: &dyn Host) -> Result<Interrupted> {
+        let merged: Vec<Known> = (self.base + 1..=self.top).rev().map(|at| self.known(host, at)).collect();
+        let overlay = self.known(host, self.top + 1);
+        let base = Known { len: None, modified_ns: None, ..self.known(host, self.base) };
+        Interrupted::open(host, Some(&overlay), &merged, &base, &local())
+    }
+
+    fn difference(&self) -> Option<GuestOffset> {
+        let opened = self.open(&self.host).unwrap();
+        opened.first_difference(self.size_before, &Silent, &AtomicBool::new(false)).unwrap()
+    }
+
+    /// What a power cut takes from a base that was not synced before the switch. The file stays the same.
+    fn lose_base(&self) {
+        let file = self.host.open(&self.paths[self.base], Access::ReadWrite).unwrap();
+        file.set_len(0).unwrap();
+        file.write_all_at(&self.base_before, 0).unwrap();
+    }
+}
+
+#[test]
+fn a_base_that_holds_everything_is_told_from_one_that_lost_it() {
+    let mut lost = 0;
+    for seed in 0..60 {
+        let (case, _) = merged(seed);
+        let opened = case.open(&case.host).unwrap();
+        assert_eq!(opened.backing(), BackingIs::Base, "seed {seed}");
+        drop(opened);
+        assert_eq!(case.difference(), None, "seed {seed}");
+        case.lose_base();
+        let visible = see(&case.host, case.active()) != case.model;
+        let found = case.difference();
+        assert!(found.is_some() || !visible, "seed {seed}: the loss was not found");
+        lost += u32::from(found.is_some());
+        let mut opened = case.open(&case.host).unwrap();
+        opened.point_back(&case.host, &case.old_name).unwrap();
+        assert_eq!(opened.backing(), BackingIs::Top, "seed {seed}");
+        let again = opened.point_back(&case.host, &case.old_name).unwrap_err();
+        assert!(again.to_string().contains("not the base"), "{again}");
+        drop(opened);
+        assert!(see(&case.host, case.active()) == case.model, "seed {seed}: the old chain is not back");
+    }
+    assert!(lost > 30, "only {lost} cases had something to lose");
+}
+
+#[test]
+fn no_power_cut_leaves_an_overlay_that_names_neither() {
+    let mut told_apart = 0;
+    for seed in 200..230 {
+        let (case, mut dice) = merged(seed);
+        case.lose_base();
+        let lost = see(&case.host, case.active());
+        let content = |path: &PathBuf| (path.clone(), case.host.content(path).unwrap());
+        let start: Files = case.paths.iter().map(content).collect();
+        let recorder = Recorder { host: case.host.clone(), log: Log::default() };
+        case.open(&recorder).unwrap().point_back(&recorder, &case.old_name).unwrap();
+        let log = recorder.log.lock().unwrap().clone();
+        assert!(log.iter().all(|(path, _)| *path == case.paths[case.top + 1]), "seed {seed}");
+        let mut last = false;
+        crashes(start, &log, &mut dice, |files, _| {
+            assert_sound(files, &format!("seed {seed}"));
+            let shown = see(&host_of(files), case.active());
+            last = shown == case.model;
+            assert!(last || shown == lost, "seed {seed}: neither the old chain nor the new one");
+        });
+        assert!(last, "seed {seed}");
+        told_apart += u32::from(lost != case.model);
+    }
+    assert!(told_apart > 10, "only {told_apart} cases had something to lose");
+}
+
+#[test]
+fn what_is_not_as_it_was_is_refused() {
+    let (case, _) = merged(3);
+    let top = case.known(&case.host, case.top);
+    let overlay = case.known(&case.host, case.top + 1);
+    let base = case.known(&case.host, case.base);
+    let open = |merged: &[Known], base: &Known| {
+        Interrupted::open(&case.host, Some(&overlay), merged, base, &local()).map(|_| ())
+    };
+    let is_refused =
+        |result: Result<()>| matches!(result, Err(Error::Refused { reason: Refusal::NotAsKnown { .. }, .. }));
+    let merged: Vec<Known> = (case.base + 1..=case.top).rev().map(|at| case.known(&case.host, at)).collect();
+    open(&merged, &base).unwrap();
+    assert!(is_refused(open(&merged, &top)), "another base");
+    assert!(is_refused(open(&[&merged[..], &merged[..]].concat(), &base)), "a longer chain");
+    let held = case.host.open(&overlay.path, Access::Read).unwrap();
+    held.lock(LockMode::Read).unwrap();
+    assert!(matches!(open(&merged, &base), Err(Error::InUse { .. })));
+    drop(held);
+    put(&case.host, &top.path, &local(), &[(GuestOffset::ZERO, vec![9; 512])]).unwrap();
+    assert!(is_refused(open(&merged, &base)), "a merged layer was written to");
+    let mut opened = case.open(&case.host).unwrap();
+    let wrong = opened.point_back(&case.host, overlay.path.to_str().unwrap()).unwrap_err();
+    assert!(wrong.to_string().contains("does not lead to the top"), "{wrong}");
+}
+
+/// The content of an old active image is contained in base, until somebody writes to it.
+#[test]
+fn an_active_image_is_compared_without_an_overlay() {
+    let (case, _) = merged(5);
+    let options = CommitOptions { open: local(), keep_active: true, ..CommitOptions::default() };
+    let never = AtomicBool::new(false);
+    let size = see(&case.host, &case.paths[0]).len() as u64;
+    let commit = Commit::prepare(Arc::new(case.host.clone()), case.active(), &options, &never).unwrap();
+    commit.execute(&Silent, &never).unwrap();
+    let difference = || {
+        let chain = Chain::open(&case.host, case.active(), &local()).unwrap();
+        let known: Vec<Known> =
+            chain.layers().iter().rev().map(|l| Known::now(&case.host, &l.path).unwrap()).collect();
+        drop(chain);
+        let (base, merged) = known.split_last().unwrap();
+        let opened = Interrupted::open(&case.host, None, merged, base, &local()).unwrap();
+        assert_eq!(opened.backing(), BackingIs::Top);
+        opened.first_difference(size, &Silent, &never).unwrap()
+    };
+    assert_eq!(difference(), None);
+    let at = GuestOffset::new(4096 + 17);
+    let unlike = !case.model[at.get() as usize];
+    put(&case.host, case.active(), &local(), &[(at, vec![unlike])]).unwrap();
+    assert_eq!(difference(), Some(at));
+}
