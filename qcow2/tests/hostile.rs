@@ -15,5 +15,7 @@ mod header;
 mod kit;
 #[path = "hostile/mappings.rs"]
 mod mappings;
+#[path = "hostile/repairs.rs"]
+mod repairs;
 #[path = "hostile/sound.rs"]
 mod sound;

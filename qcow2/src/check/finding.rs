@@ -203,6 +203,7 @@ pub(super) struct Findings {
     incomplete: AtomicBool,
     damaged: AtomicBool,
     past_end: AtomicBool,
+    cut_from: AtomicU64,
 }
 
 impl Findings {
@@ -215,6 +216,7 @@ impl Findings {
             incomplete: AtomicBool::new(false),
             damaged: AtomicBool::new(false),
             past_end: AtomicBool::new(false),
+            cut_from: AtomicU64::new(u64::MAX),
         }
     }
 
@@ -222,8 +224,11 @@ impl Findings {
         if matches!(finding.what, What::Malformed(_) | What::PastEnd { .. } | What::Unreadable { .. }) {
             self.damaged.store(true, Relaxed);
         }
-        if matches!(finding.what, What::PastEnd { structure, .. } if structure != Structure::ExternalData) {
+        if let What::PastEnd { structure, .. } = finding.what
+            && structure != Structure::ExternalData
+        {
             self.past_end.store(true, Relaxed);
+            self.cut_from.fetch_min(finding.host.get(), Relaxed);
         }
         let place = finding.severity as usize;
         if let Some(counted) = self.counted.get(place) {
@@ -261,6 +266,12 @@ impl Findings {
     /// Whether something refers to what lies behind the end of the image file.
     pub(super) fn is_past_end(&self) -> bool {
         self.past_end.load(Relaxed)
+    }
+
+    /// Where the first structure begins that leaves the image file, in bytes: what of it lies inside is in
+    /// use, though it is not counted.
+    pub(super) fn cut_from(&self) -> u64 {
+        self.cut_from.load(Relaxed)
     }
 
     /// Those that were kept: corruptions, errors, leaks, each in the order of host offsets.

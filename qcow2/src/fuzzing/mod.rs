@@ -7,12 +7,20 @@
 mod bodies;
 mod chain;
 mod commit;
+mod fields;
+mod inflate;
 mod model;
 pub mod mutate;
+mod names;
+mod repair;
 pub mod sample;
 mod seeds;
 
 pub use bodies::{BODIES, Body, header, image};
 pub use chain::chain;
 pub use commit::commit;
+pub use fields::{damaged, fields};
+pub use inflate::inflate;
+pub use names::name;
+pub use repair::repair;
 pub use seeds::{chains, images};

@@ -131,7 +131,12 @@ fn held_by_snapshots(sample: &Sample, image: &Image) -> Vec<u64> {
     tables.chain(image.at.hosts.values()).map(|host| host & !(cluster - 1)).collect()
 }
 
-fn sample(input: &mut Input<'_>, path: &Path, backing: Option<(String, Option<String>)>) -> Sample {
+/// How an image is laid out.
+pub(super) fn sample(
+    input: &mut Input<'_>,
+    path: &Path,
+    backing: Option<(String, Option<String>)>,
+) -> Sample {
     let mut sample = Sample::new(0);
     sample.backing = backing;
     let shape = input.below(10);

@@ -31,7 +31,7 @@ impl Random {
 }
 
 /// Values at which parsers break: limits of the format, of integers, of cluster sizes.
-const VALUES: [u64; 28] = [
+pub(super) const VALUES: [u64; 28] = [
     0,
     1,
     2,

@@ -23,6 +23,8 @@ pub(super) struct Survey<'a> {
     pub(super) rest: Layout,
     /// Clusters that hold metadata and something else: nothing is written there.
     overlaps: Vec<Range<u64>>,
+    /// The first cluster of a structure that leaves the file: nothing is written there or behind it.
+    cut_from: u64,
     /// Whether the refcount table lies in the file, alone: only then can what it names be believed.
     table_usable: bool,
     /// Why the refcount structures cannot be used as they are.
@@ -83,6 +85,7 @@ impl<'a> Survey<'a> {
             layout,
             rest,
             overlaps,
+            cut_from: findings.cut_from() >> subject.geometry.cluster_bits(),
             table_usable: false,
             broken: None,
             complete: !findings.is_incomplete(),
@@ -119,9 +122,12 @@ impl<'a> Survey<'a> {
         uncounted.then_some("a refcount block is missing")
     }
 
-    /// Whether bytes lie in clusters that hold one thing only.
+    /// Whether bytes lie in clusters that hold one thing only, as far as that is known.
     pub(super) fn may_write(&self, host: u64, len: u64) -> bool {
         let clusters = self.subject.clusters(host, len);
+        if clusters.end > self.cut_from {
+            return false;
+        }
         let from = self.overlaps.partition_point(|range| range.end <= clusters.start);
         self.overlaps.get(from).is_none_or(|range| range.start >= clusters.end)
     }
