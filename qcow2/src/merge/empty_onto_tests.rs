@@ -4,9 +4,10 @@ use std::sync::Arc;
 use super::*;
 use crate::image::bitmaps::tests::{ok, qemu};
 use crate::image::{CreateOptions, create};
-use crate::merge::crash_tests::{Files, Log, Recorder, assert_sound, crashes, host_of, see};
+use crate::merge::crash_tests::{assert_sound, cuts, see};
 use crate::merge::testing::{Dice, Silent, local, random_chain};
 use crate::merge::{BaseChoice, Commit, CommitOptions, put};
+use crate::storage::sim::{SimHost, power_cuts};
 use crate::storage::{MemHost, OsHost};
 
 fn options() -> EmptyOptions {
@@ -101,17 +102,19 @@ fn no_power_cut_shows_a_mixture_of_old_and_new() {
         }
         told_apart += 1;
         let format = format_of(&host, base);
-        let start: Files = paths.iter().map(|path| (path.clone(), host.content(path).unwrap())).collect();
-        let recorder = Recorder { host: host.clone(), log: Log::default() };
-        empty(&recorder, active, base, format).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
-        let log = recorder.log.lock().unwrap().clone();
-        assert!(log.iter().all(|(path, _)| path == active), "seed {seed}: something else was written");
+        let disk = SimHost::over(&host).unwrap();
+        empty(&disk, active, base, format).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        let (log, inode) = (disk.log(), disk.start().inode(active));
+        let elsewhere = log
+            .iter()
+            .any(|op| op.changed_dir().is_some() || op.changed_file().is_some_and(|f| Some(f) != inode));
+        assert!(!elsewhere, "seed {seed}: something else was written");
         let (mut before, mut after) = (0, 0);
-        crashes(start, &log, &mut dice, |files, dice| {
-            assert_sound(files, &format!("seed {seed}"));
-            let host = host_of(files);
+        power_cuts(disk.start(), &log, &cuts(seed), |cut| {
+            assert_sound(&cut.state, &format!("seed {seed}: {cut}"));
+            let host = cut.state.host().unwrap();
             let shown = see(&host, active);
-            assert!(shown == stale || shown == new, "seed {seed}: a mixture");
+            assert!(shown == stale || shown == new, "seed {seed}: a mixture: {cut}");
             *if shown == new { &mut after } else { &mut before } += 1;
             if dice.roll(4) == 0 {
                 empty(&host, active, base, format).unwrap_or_else(|e| panic!("seed {seed}, again: {e}"));

@@ -2,10 +2,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::*;
-use crate::merge::crash_tests::{Files, Log, Recorder, assert_sound, crashes, host_of, see};
+use crate::merge::crash_tests::{assert_sound, cuts, see};
 use crate::merge::testing::{Dice, Silent, local, random_chain};
 use crate::merge::{BaseChoice, Commit, CommitOptions, put};
 use crate::storage::MemHost;
+use crate::storage::sim::{SimHost, power_cuts};
 
 /// A merge of the layers above `/BASE` up to `/TOP`, with the overlay `/TOP+1` above them.
 struct Case {
@@ -21,7 +22,7 @@ struct Case {
     old_name: String,
 }
 
-fn merged(seed: u64) -> (Case, Dice) {
+fn merged(seed: u64) -> Case {
     let host = MemHost::new();
     let mut dice = Dice(seed);
     let layers = 3 + dice.roll(3) as usize;
@@ -41,7 +42,7 @@ fn merged(seed: u64) -> (Case, Dice) {
     let commit =
         Commit::prepare(Arc::new(host.clone()), &paths[layers - 1], &options, &AtomicBool::new(false));
     commit.unwrap().execute(&Silent, &AtomicBool::new(false)).unwrap();
-    (Case { host, paths, base, top, model, base_before, size_before, old_name }, dice)
+    Case { host, paths, base, top, model, base_before, size_before, old_name }
 }
 
 impl Case {
@@ -77,7 +78,7 @@ impl Case {
 fn a_base_that_holds_everything_is_told_from_one_that_lost_it() {
     let mut lost = 0;
     for seed in 0..60 {
-        let (case, _) = merged(seed);
+        let case = merged(seed);
         let opened = case.open(&case.host).unwrap();
         assert_eq!(opened.backing(), BackingIs::Base, "seed {seed}");
         drop(opened);
@@ -102,23 +103,21 @@ fn a_base_that_holds_everything_is_told_from_one_that_lost_it() {
 fn no_power_cut_leaves_an_overlay_that_names_neither() {
     let mut told_apart = 0;
     for seed in 200..230 {
-        let (case, mut dice) = merged(seed);
+        let case = merged(seed);
         case.lose_base();
         let lost = see(&case.host, case.active());
-        let content = |path: &PathBuf| (path.clone(), case.host.content(path).unwrap());
-        let start: Files = case.paths.iter().map(content).collect();
-        let recorder = Recorder { host: case.host.clone(), log: Log::default() };
-        case.open(&recorder).unwrap().point_back(&recorder, &case.old_name).unwrap();
-        let log = recorder.log.lock().unwrap().clone();
-        assert!(log.iter().all(|(path, _)| *path == case.paths[case.top + 1]), "seed {seed}");
-        let mut last = false;
-        crashes(start, &log, &mut dice, |files, _| {
-            assert_sound(files, &format!("seed {seed}"));
-            let shown = see(&host_of(files), case.active());
-            last = shown == case.model;
-            assert!(last || shown == lost, "seed {seed}: neither the old chain nor the new one");
+        let disk = SimHost::over(&case.host).unwrap();
+        case.open(&disk).unwrap().point_back(&disk, &case.old_name).unwrap();
+        let (log, overlay) = (disk.log(), disk.start().inode(&case.paths[case.top + 1]));
+        let elsewhere = |file: u64| Some(file) != overlay;
+        assert!(!log.iter().any(|op| op.changed_file().is_some_and(elsewhere)), "seed {seed}");
+        power_cuts(disk.start(), &log, &cuts(seed), |cut| {
+            assert_sound(&cut.state, &format!("seed {seed}: {cut}"));
+            let shown = see(&cut.state.host().unwrap(), case.active());
+            let done = shown == case.model;
+            assert!(done || shown == lost, "seed {seed}: neither the old chain nor the new one: {cut}");
+            assert!(done || cut.reached < log.len(), "seed {seed}: it was called done: {cut}");
         });
-        assert!(last, "seed {seed}");
         told_apart += u32::from(lost != case.model);
     }
     assert!(told_apart > 10, "only {told_apart} cases had something to lose");
@@ -126,7 +125,7 @@ fn no_power_cut_leaves_an_overlay_that_names_neither() {
 
 #[test]
 fn what_is_not_as_it_was_is_refused() {
-    let (case, _) = merged(3);
+    let case = merged(3);
     let top = case.known(&case.host, case.top);
     let overlay = case.known(&case.host, case.top + 1);
     let base = case.known(&case.host, case.base);
@@ -153,7 +152,7 @@ fn what_is_not_as_it_was_is_refused() {
 /// The content of an old active image is contained in base, until somebody writes to it.
 #[test]
 fn an_active_image_is_compared_without_an_overlay() {
-    let (case, _) = merged(5);
+    let case = merged(5);
     let options = CommitOptions { open: local(), keep_active: true, ..CommitOptions::default() };
     let never = AtomicBool::new(false);
     let size = see(&case.host, &case.paths[0]).len() as u64;

@@ -47,6 +47,15 @@ struct Content {
     changes: u64,
 }
 
+/// A file at one moment.
+#[derive(Clone, Debug, Default)]
+pub(super) struct FileImage {
+    /// Its content.
+    pub(super) bytes: Vec<u8>,
+    /// How often it was changed, which stands for the time of its last change.
+    pub(super) changes: u64,
+}
+
 const PAGE: u64 = 4096;
 type Page = [u8; PAGE as usize];
 
@@ -72,6 +81,31 @@ impl MemHost {
         let mut bytes = vec![0; usize::try_from(file.size()?).map_err(|_| out_of_range())?];
         file.read_at(&mut bytes, 0)?;
         Ok(bytes)
+    }
+
+    /// All files: name, inode, content.
+    pub(super) fn images(&self) -> Vec<(PathBuf, u64, FileImage)> {
+        let files = self.read();
+        let image = |inode: &Inode| {
+            let content = inode.read();
+            let mut bytes = vec![0; content.len as usize];
+            content.read(&mut bytes, 0);
+            FileImage { bytes, changes: content.changes }
+        };
+        files.iter().map(|(path, inode)| (path.clone(), inode.id, image(inode))).collect()
+    }
+
+    /// Puts a file there that has this inode and content; pages of zeros become holes.
+    pub(super) fn restore(&self, path: &Path, id: u64, image: &FileImage) -> io::Result<()> {
+        let mut content = Content { len: checked_end(image.bytes.len() as u64, 0)?, ..Content::default() };
+        let pages = image.bytes.chunks(PAGE as usize).zip(0..);
+        for (bytes, number) in pages.filter(|(bytes, _)| bytes.iter().any(|byte| *byte != 0)) {
+            content.write(bytes, number * PAGE);
+        }
+        content.changes = image.changes;
+        let inode = Inode { id, content: RwLock::new(content), locks: Mutex::default() };
+        self.write().insert(absolute(path), Arc::new(inode));
+        Ok(())
     }
 
     fn read(&self) -> RwLockReadGuard<'_, BTreeMap<PathBuf, Arc<Inode>>> {

@@ -9,6 +9,8 @@ mod holders;
 mod lock;
 mod mem;
 mod os;
+#[doc(hidden)]
+pub mod sim;
 mod view;
 
 use std::fmt;

@@ -1,0 +1,334 @@
+//! The simulated disk: files in memory that remember, and that fail when they are told to.
+
+use std::collections::BTreeSet;
+use std::io::{self, ErrorKind};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::faults::{Action, Fault, FaultKind, Faults};
+use super::record::{Op, fragments};
+use super::state::State;
+use crate::error::Holder;
+use crate::storage::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, MemHost, Storage};
+
+/// What a hole that was made holds afterwards: blocks that were given back may hold anything, so nobody may
+/// count on zeros.
+const HOLE: u8 = 0xa5;
+
+/// A namespace of files in memory that remembers. Clones share it.
+#[derive(Clone, Debug)]
+pub struct SimHost {
+    host: MemHost,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    start: State,
+    journal: Mutex<Journal>,
+}
+
+/// What was done, and what will fail.
+#[derive(Debug, Default)]
+struct Journal {
+    log: Vec<Op>,
+    calls: u64,
+    faults: Faults,
+    devices: BTreeSet<u64>,
+}
+
+/// One open of a file of a [`SimHost`].
+#[derive(Debug)]
+pub struct SimFile {
+    inode: u64,
+    file: Arc<dyn Storage>,
+    shared: Arc<Shared>,
+}
+
+impl Shared {
+    fn journal(&self) -> MutexGuard<'_, Journal> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fails if it is this operation's turn to.
+    fn strike(&self, action: Action) -> io::Result<()> {
+        self.journal().strike(action)
+    }
+}
+
+impl Journal {
+    fn strike(&mut self, action: Action) -> io::Result<()> {
+        self.faults.strike(action).map_or(Ok(()), |kind| Err(kind.error()))
+    }
+}
+
+impl SimHost {
+    /// A disk that holds these files, all of them durable.
+    ///
+    /// # Errors
+    /// A file that is too large for memory.
+    pub fn new(start: &State) -> io::Result<Self> {
+        let shared = Shared { start: start.clone(), journal: Mutex::default() };
+        Ok(Self { host: start.host()?, shared: Arc::new(shared) })
+    }
+
+    /// A disk that holds the files of a host, which does not see what becomes of them.
+    ///
+    /// # Errors
+    /// A file that is too large for memory.
+    pub fn over(host: &MemHost) -> io::Result<Self> {
+        Self::new(&State::of(host))
+    }
+
+    /// The disk as it was when it was made.
+    pub fn start(&self) -> &State {
+        &self.shared.start
+    }
+
+    /// The disk as programs see it now, durable or not.
+    pub fn now(&self) -> State {
+        State::of(&self.host)
+    }
+
+    /// What was done so far.
+    pub fn log(&self) -> Vec<Op> {
+        self.shared.journal().log.clone()
+    }
+
+    /// Puts a mark into the log.
+    pub fn note(&self, what: &'static str) {
+        self.shared.journal().log.push(Op::Note(what));
+    }
+
+    /// Makes operations fail from now on; counting begins anew.
+    pub fn fail(&self, fault: Option<Fault>) {
+        self.shared.journal().faults.set(fault);
+    }
+
+    /// How many operations have failed since [`SimHost::fail`].
+    pub fn failed(&self) -> u64 {
+        self.shared.journal().faults.fired
+    }
+
+    /// Makes a file a block device: its length never changes, and it has no holes.
+    ///
+    /// # Errors
+    /// There is no such file.
+    pub fn make_device(&self, path: &Path) -> io::Result<()> {
+        let inode = self.host.stat(path)?.id.inode;
+        self.shared.journal().devices.insert(inode);
+        Ok(())
+    }
+
+    fn file(&self, file: Arc<dyn Storage>) -> io::Result<Arc<dyn Storage>> {
+        let inode = file.stat()?.id.inode;
+        Ok(Arc::new(SimFile { inode, file, shared: Arc::clone(&self.shared) }))
+    }
+
+    /// Changes names, if the change does not fail.
+    fn rename_with(
+        &self,
+        from: &Path,
+        to: &Path,
+        rename: impl FnOnce(&MemHost) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut journal = self.shared.journal();
+        journal.strike(Action::Change)?;
+        let file = self.host.stat(from)?.id.inode;
+        let (from, to) = (self.host.canonicalize(from)?, named(to));
+        rename(&self.host)?;
+        journal.log.push(Op::Rename { from, to, file });
+        Ok(())
+    }
+}
+
+/// The name from the root.
+fn named(path: &Path) -> PathBuf {
+    Path::new("/").join(path)
+}
+
+impl Host for SimHost {
+    fn open(&self, path: &Path, access: Access) -> io::Result<Arc<dyn Storage>> {
+        self.shared.strike(Action::Look)?;
+        self.file(self.host.open(path, access)?)
+    }
+
+    fn create_new(&self, path: &Path) -> io::Result<Arc<dyn Storage>> {
+        let mut journal = self.shared.journal();
+        journal.strike(Action::Grow)?;
+        let file = self.host.create_new(path)?;
+        let inode = file.stat()?.id.inode;
+        journal.log.push(Op::Create { path: named(path), file: inode });
+        drop(journal);
+        self.file(file)
+    }
+
+    fn stat(&self, path: &Path) -> io::Result<FileStat> {
+        self.shared.strike(Action::Look)?;
+        let stat = self.host.stat(path)?;
+        Ok(self.shared.journal().as_device(stat))
+    }
+
+    fn canonicalize(&self, path: &Path) -> io::Result<PathBuf> {
+        self.shared.strike(Action::Look)?;
+        self.host.canonicalize(path)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
+        self.shared.strike(Action::Look)?;
+        self.host.list(dir)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.rename_with(from, to, |host| host.rename(from, to))
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.rename_with(from, to, |host| host.rename_new(from, to))
+    }
+
+    fn unlink(&self, path: &Path) -> io::Result<()> {
+        let mut journal = self.shared.journal();
+        journal.strike(Action::Change)?;
+        self.host.unlink(path)?;
+        journal.log.push(Op::Unlink { path: named(path) });
+        Ok(())
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        let mut journal = self.shared.journal();
+        journal.strike(Action::Sync)?;
+        self.host.sync_dir(dir)?;
+        journal.log.push(Op::SyncDir { dir: named(dir) });
+        Ok(())
+    }
+
+    fn free_space(&self, path: &Path) -> io::Result<Option<u64>> {
+        self.host.free_space(path)
+    }
+
+    fn holders(&self, id: FileId) -> Vec<Holder> {
+        self.host.holders(id)
+    }
+}
+
+impl Journal {
+    fn as_device(&self, stat: FileStat) -> FileStat {
+        let device = self.devices.contains(&stat.id.inode);
+        if device { FileStat { kind: FileKind::Block, ..stat } } else { stat }
+    }
+
+    fn is_device(&self, inode: u64) -> bool {
+        self.devices.contains(&inode)
+    }
+}
+
+impl SimFile {
+    /// Writes, with the parts of sectors noted; a short write does half of it.
+    fn put(
+        &self,
+        journal: &mut Journal,
+        bytes: &[u8],
+        offset: u64,
+        fault: Option<FaultKind>,
+    ) -> io::Result<()> {
+        let bytes = match fault {
+            Some(FaultKind::Short) => bytes.get(..bytes.len() / 2).unwrap_or_default(),
+            Some(kind) => return Err(kind.error()),
+            None => bytes,
+        };
+        if journal.is_device(self.inode) && offset + bytes.len() as u64 > self.file.size()? {
+            return Err(FaultKind::NoSpace.error());
+        }
+        self.file.write_all_at(bytes, offset)?;
+        journal.calls += 1;
+        let call = journal.calls;
+        journal.log.extend(fragments(self.inode, call, offset, bytes));
+        fault.map_or(Ok(()), |kind| Err(kind.error()))
+    }
+}
+
+impl Storage for SimFile {
+    fn size(&self) -> io::Result<u64> {
+        self.shared.strike(Action::Look)?;
+        self.file.size()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.shared.strike(Action::Look)?;
+        self.file.read_at(buf, offset)
+    }
+
+    fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let mut journal = self.shared.journal();
+        let fault = journal.faults.strike(Action::Write);
+        self.put(&mut journal, buf, offset, fault)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.write_all_at(&vec![0; length(len)?], offset)
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mut journal = self.shared.journal();
+        journal.strike(Action::Change)?;
+        if journal.is_device(self.inode) {
+            return Ok(());
+        }
+        self.put(&mut journal, &vec![HOLE; length(len)?], offset, None)
+    }
+
+    fn copy_from(&self, src: &dyn Storage, src_offset: u64, dst_offset: u64, len: u64) -> io::Result<()> {
+        let mut bytes = vec![0; length(len)?];
+        src.read_exact_or_zero(&mut bytes, src_offset)?;
+        self.write_all_at(&bytes, dst_offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut journal = self.shared.journal();
+        let old = self.file.size()?;
+        journal.strike(if len > old { Action::Grow } else { Action::Change })?;
+        if journal.is_device(self.inode) {
+            return if len > old { Err(ErrorKind::InvalidInput.into()) } else { Ok(()) };
+        }
+        self.file.set_len(len)?;
+        journal.log.push(Op::SetLen { file: self.inode, len });
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut journal = self.shared.journal();
+        let fault = journal.faults.strike(Action::Sync);
+        journal.log.push(Op::Sync { file: self.inode, done: fault.is_none() });
+        fault.map_or(Ok(()), |kind| Err(kind.error()))
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.shared.strike(Action::Look)?;
+        self.file.next_data(offset)
+    }
+
+    fn stat(&self) -> io::Result<FileStat> {
+        self.shared.strike(Action::Look)?;
+        let stat = self.file.stat()?;
+        Ok(self.shared.journal().as_device(stat))
+    }
+
+    fn lock(&self, mode: LockMode) -> Result<(), LockError> {
+        self.file.lock(mode)
+    }
+
+    fn used_by_others(&self) -> io::Result<Option<LockMode>> {
+        self.file.used_by_others()
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The length of a write, which is held in memory.
+fn length(len: u64) -> io::Result<usize> {
+    usize::try_from(len).map_err(|_| ErrorKind::InvalidInput.into())
+}
