@@ -66,6 +66,6 @@ pub use pull::Pull;
 pub use qapi;
 pub use snapshot::snapshot;
 pub use state::{
-    FileIdentity, Kind, Phase, Rename, State, StateFile, StateLayer, Throttled, find_states, states_in,
-    states_of,
+    FileIdentity, Header, Kind, Phase, Qemu, Rename, Seen, State, StateFile, StateLayer, Throttled, Verdict,
+    find_states, states_in, states_of,
 };

@@ -13,7 +13,9 @@ use crate::graph::{Disk, Graph, Layer};
 use crate::jobs::{Job, Progress, Waited, Watch, jobs};
 use crate::monitor::Monitor;
 use crate::procedure::{Merged, cancel, close};
-use crate::state::{FileIdentity, Kind, Phase, Pointer, State, StateFile, StateLayer, boot, now_ns};
+use crate::state::{
+    CLOCK_STEP, FileIdentity, Kind, Phase, Pointer, State, StateFile, StateLayer, boot, now_ns,
+};
 
 pub use procedure::Procedure;
 
@@ -295,13 +297,12 @@ fn note_switching(state: &mut State, file: &StateFile) -> Result<()> {
 /// Waits until a write to base or to the active layer would change its time. The kernel's clock for files goes in
 /// steps of some milliseconds; guest writes are held meanwhile.
 fn settle(state: &State) {
-    const STEP: Duration = Duration::from_millis(20);
     let layers = [state.active(), state.target()].into_iter().flatten();
     let known = layers.filter(|layer| layer.identity.is_some());
     let last = known.filter_map(|layer| FileIdentity::of(std::path::Path::new(&layer.file)));
     let last = last.map(|identity| identity.modified_ns).max().unwrap_or(0);
     let age = Duration::from_nanos(now_ns().saturating_sub(last));
-    if let Some(rest) = STEP.checked_sub(age) {
+    if let Some(rest) = CLOCK_STEP.checked_sub(age) {
         std::thread::sleep(rest);
     }
 }

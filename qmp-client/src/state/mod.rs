@@ -9,6 +9,9 @@ mod identity;
 mod pointer;
 #[cfg(test)]
 pub(crate) mod tests;
+mod verdict;
+#[cfg(test)]
+mod verdict_tests;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -22,6 +25,8 @@ pub use identity::FileIdentity;
 pub(crate) use identity::boot;
 pub(crate) use pointer::Pointer;
 pub use pointer::states_of;
+pub(crate) use verdict::CLOCK_STEP;
+pub use verdict::{Header, Qemu, Seen, Verdict};
 
 /// The version of the file's content that is written, and the only one that is read.
 pub(crate) const VERSION: u32 = 1;
