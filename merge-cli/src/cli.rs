@@ -10,7 +10,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::demo::DemoArgs;
-pub(crate) use self::live::{LiveArgs, LiveVerb, Overlay};
+pub(crate) use self::live::{
+    CommitArgs as LiveCommitArgs, EndArgs, JobArgs, LiveArgs, LiveVerb, Overlay, PullArgs,
+};
 pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, RepairWhat};
 use self::merge::COMMIT_EXAMPLES;
 pub(crate) use self::merge::{CommitArgs, FlattenArgs};
@@ -48,8 +50,8 @@ pub(crate) struct Cli {
 pub(crate) struct OutputArgs {
     /// Print JSON on standard output
     ///
-    /// info, map, check, compare and the verbs of live print one document; commit, flatten and demo print lines of
-    /// events: plan, progress, result or error. Keys are kebab-case.
+    /// info, map, check, compare and most verbs of live print one document; commit, flatten, demo, and live commit,
+    /// pull, finish and pivot print lines of events: plan, progress, result or error. Keys are kebab-case.
     #[arg(long, global = true)]
     pub(crate) json: bool,
 
@@ -106,7 +108,7 @@ pub(crate) enum Verb {
     #[command(after_long_help = "Examples:\n  qmerge demo\n  qmerge demo --size 1G")]
     Demo(DemoArgs),
 
-    /// Look at the disks and jobs of a running QEMU, and snapshot its disks
+    /// Look at, snapshot and merge the disks of a running QEMU
     #[command(after_long_help = LIVE_EXAMPLES)]
     Live(LiveArgs),
 }
@@ -180,6 +182,7 @@ Examples:
   qmerge live list --qmp /run/vm1/qmp.sock                          the disks
   qmerge live chain vda --qmp /run/vm1/qmp.sock                     the chain of one
   qmerge live snapshot vda=/vm/a.qcow2 --qmp /run/vm1/qmp.sock      a new overlay
+  qmerge live commit vda --active --pivot --qmp /run/vm1/qmp.sock   merge them all again
   qmerge live jobs --qmp /run/vm1/qmp.sock                          what is at work";
 
 fn long_help() -> String {

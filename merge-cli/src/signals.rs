@@ -22,7 +22,7 @@ impl Stop {
     /// From now on SIGINT, SIGTERM and SIGHUP ask to stop; a second one exits at once, which a merge
     /// survives as it survives a crash.
     pub(crate) fn on_signals(call: &Call) -> Result<Self, Failure> {
-        Self::register().map_err(|e| {
+        Self::watch().map_err(|e| {
             Report {
                 kind: "io",
                 message: format!("cannot watch for signals: {e}"),
@@ -33,7 +33,8 @@ impl Stop {
         })
     }
 
-    fn register() -> io::Result<Self> {
+    /// The same, where the failure is told in other words.
+    pub(crate) fn watch() -> io::Result<Self> {
         let stop = Self { cancel: Arc::default(), signal: Arc::default() };
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             // The order matters: the shutdown must see the flag as it was before this signal.

@@ -49,7 +49,8 @@ fn live_verb(args: &[OsString]) -> String {
 /// What the parser found, without its own prefix and its own pointer to the help.
 fn message(error: &clap::Error, live: bool) -> String {
     if live && error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "what shall be done? Verbs: list, chain, snapshot, jobs, pause, resume, cancel, speed"
+        return "what shall be done? Verbs: list, chain, snapshot, commit, pull, jobs, finish, pivot, cancel, pause, resume, \
+                speed"
             .to_owned();
     }
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {

@@ -363,8 +363,7 @@ fn addresses_without_a_monitor_get_a_hint() {
     failed(&live(&["list"]), 2, &["--qmp ADDRESS is missing", "qmerge live list --qmp PATH"]);
     failed(&live(&["list", "--qmp", "tcp:localhost"]), 2, &["tcp:HOST:PORT", "qmerge live list --help"]);
     failed(&live(&[]), 2, &["what shall be done?", "qmerge live --help"]);
-    // Merges are not among the verbs.
-    failed(&live(&["commit", "vda", "--qmp", "x"]), 2, &["commit", "qmerge live --help"]);
+    failed(&live(&["rebase", "vda", "--qmp", "x"]), 2, &["rebase", "qmerge live --help"]);
 }
 
 #[test]

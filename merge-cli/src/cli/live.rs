@@ -1,10 +1,14 @@
 //! Arguments of the verbs that speak to a running QEMU.
 
+mod merge;
+
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use qmp_client::Address;
 
+use self::merge::{COMMIT_EXAMPLES, PULL_EXAMPLES};
+pub(crate) use self::merge::{CommitArgs, EndArgs, JobArgs, PullArgs};
 use crate::output::size;
 
 /// `qmerge live`
@@ -48,6 +52,29 @@ pub(crate) enum LiveVerb {
         #[arg(required = true, value_name = "DISK=FILE", value_parser = overlay)]
         overlays: Vec<Overlay>,
     },
+
+    /// Merge layers of a disk down into a base, while the guest runs
+    ///
+    /// Moves the data of the layers above base, up to and including top, down into base. Below the active layer,
+    /// the overlay above top then gets base as its backing file; with the active layer, which needs --active, the
+    /// guest goes on writing to base after the pivot. What it sees does not change. Ctrl-C cancels the job, unless
+    /// --async.
+    #[command(after_long_help = COMMIT_EXAMPLES)]
+    Commit(CommitArgs),
+
+    /// Merge layers of a disk up into the active one, while the guest runs
+    ///
+    /// No layer below is written: each stays what it was, for whoever else uses it.
+    #[command(after_long_help = PULL_EXAMPLES)]
+    Pull(PullArgs),
+
+    /// Switch a merge that was started with --async, as soon as all is copied
+    #[command(after_long_help = "Example:\n  qmerge live finish vda --qmp /run/vm1/qmp.sock")]
+    Finish(EndArgs),
+
+    /// Let the guest of an active merge write to base, as soon as all is copied
+    #[command(after_long_help = "Example:\n  qmerge live pivot vda --qmp /run/vm1/qmp.sock")]
+    Pivot(EndArgs),
 
     /// List the jobs, also those that another client started
     Jobs,
@@ -103,6 +130,10 @@ impl LiveVerb {
             Self::List => "list",
             Self::Chain { .. } => "chain",
             Self::Snapshot { .. } => "snapshot",
+            Self::Commit(_) => "commit",
+            Self::Pull(_) => "pull",
+            Self::Finish(_) => "finish",
+            Self::Pivot(_) => "pivot",
             Self::Jobs => "jobs",
             Self::Pause { .. } => "pause",
             Self::Resume { .. } => "resume",
@@ -111,9 +142,19 @@ impl LiveVerb {
         }
     }
 
+    /// Whether it merges, or ends a merge.
+    pub(crate) fn is_merge(&self) -> bool {
+        matches!(self, Self::Commit(_) | Self::Pull(_) | Self::Finish(_) | Self::Pivot(_))
+    }
+
     /// Whether it only looks.
     pub(crate) fn only_looks(&self) -> bool {
-        matches!(self, Self::List | Self::Chain { .. } | Self::Jobs)
+        match self {
+            Self::List | Self::Chain { .. } | Self::Jobs => true,
+            Self::Commit(args) => args.job.dry_run,
+            Self::Pull(args) => args.job.dry_run,
+            _ => false,
+        }
     }
 }
 

@@ -3,9 +3,10 @@
 use qmp_client::{Connection, Disk, Owner};
 
 use super::trouble::Session;
-use crate::cli::LiveVerb;
+use crate::cli::{LiveCommitArgs, LiveVerb};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
+use crate::output::human::shell_word;
 
 /// Refuses to change anything through a socket that lies where a manager has its own.
 pub(super) fn place(session: &Session<'_>) -> Result<(), Failure> {
@@ -40,10 +41,16 @@ fn instead(owner: Owner, verb: &LiveVerb) -> String {
         (Owner::Libvirt, LiveVerb::Snapshot { overlays }) => {
             let specs = overlays.iter().map(|o| {
                 let spec = format!("{},file={}", o.disk, o.file.display());
-                format!(" --diskspec {}", crate::output::human::shell_word(&spec))
+                format!(" --diskspec {}", shell_word(&spec))
             });
             format!("virsh snapshot-create-as DOMAIN --disk-only --atomic{}", specs.collect::<String>())
         }
+        (Owner::Libvirt, LiveVerb::Commit(args)) => blockcommit(args),
+        (Owner::Libvirt, LiveVerb::Pull(args)) => {
+            let base = option("base", args.base.as_deref());
+            format!("virsh blockpull DOMAIN {}{base} --wait --verbose", shell_word(&args.disk))
+        }
+        (Owner::Libvirt, LiveVerb::Pivot(args)) => format!("virsh blockjob DOMAIN {} --pivot", shell_word(&args.disk)),
         (Owner::Libvirt, LiveVerb::Cancel { disk }) => format!("virsh blockjob DOMAIN {disk} --abort"),
         (Owner::Libvirt, LiveVerb::Speed { disk, rate }) => {
             format!("virsh blockjob DOMAIN {disk} --bandwidth {rate} --bytes")
@@ -51,6 +58,7 @@ fn instead(owner: Owner, verb: &LiveVerb) -> String {
         (Owner::Libvirt, _) => {
             "libvirt has no command for that; its jobs can be slowed: virsh blockjob DOMAIN DISK --bandwidth MIB".into()
         }
+        (Owner::Proxmox | Owner::Incus, LiveVerb::Commit(_)) => owner.instead().into(),
         (Owner::Proxmox, LiveVerb::Snapshot { .. }) => "qm snapshot VMID NAME".into(),
         (Owner::Proxmox, LiveVerb::Cancel { .. }) => "pvesh delete /nodes/NODE/tasks/UPID".into(),
         (Owner::Proxmox, _) => "Proxmox VE has no command for that; its jobs are tasks: pvenode task list".into(),
@@ -58,6 +66,23 @@ fn instead(owner: Owner, verb: &LiveVerb) -> String {
         (Owner::Incus, LiveVerb::Cancel { .. }) => "incus operation delete OPERATION".into(),
         (Owner::Incus, _) => "Incus has no command for that; its jobs are operations: incus operation list".into(),
     }
+}
+
+fn blockcommit(args: &LiveCommitArgs) -> String {
+    let layers = option("base", args.base.as_deref()) + &option("top", args.top.as_deref());
+    let flags = [
+        (args.shallow, " --shallow"),
+        (args.active && !args.pivot && !args.keep_overlay, " --active"),
+        (args.pivot, " --pivot"),
+        (args.keep_overlay, " --keep-overlay"),
+        (args.delete, " --delete"),
+    ];
+    let flags: String = flags.into_iter().filter_map(|(given, flag)| given.then_some(flag)).collect();
+    format!("virsh blockcommit DOMAIN {}{layers}{flags} --wait --verbose", shell_word(&args.disk))
+}
+
+fn option(name: &str, value: Option<&str>) -> String {
+    value.map_or(String::new(), |value| format!(" --{name} {}", shell_word(value)))
 }
 
 /// What shows the disks there.

@@ -1,12 +1,30 @@
 //! `qmerge live`: what a running QEMU has, and what can be asked of it.
 
+mod after;
+mod checks;
+mod commit;
+mod drive;
+mod end;
+mod estimate;
+mod files;
+mod foreign;
 mod guard;
 mod jobs;
 mod look;
+mod merge;
+mod outcome;
+mod plan;
+mod pull;
+mod siblings;
 mod snapshot;
+mod stall;
+mod states;
 mod trouble;
 
 use qmp_client::{Address, Connection, Disk, Graph, Options};
+
+use self::files::Files;
+use self::plan::End;
 
 use self::trouble::Session;
 use crate::cli::{LiveArgs, LiveVerb};
@@ -19,11 +37,14 @@ pub(super) fn run(args: &LiveArgs, words: &[String], console: &Console) -> Resul
     let Some(address) = &args.qmp else { return Err(trouble::no_address(&args.verb)) };
     let session = Session { address, verb: &args.verb, words };
     guard::place(&session)?;
-    let options = Options { allow_tcp: true, ..Options::default() };
-    let monitor = Connection::connect(address, &options).map_err(|e| session.failure(&e))?;
+    let monitor = Connection::connect(address, &connection_options()).map_err(|e| session.failure(&e))?;
     guard::process(&session, &monitor)?;
-    let graph = Graph::ask(&monitor).map_err(|e| session.failure(&e))?;
+    let graph = ask(&session, &monitor, &Files::of(&monitor))?;
     match &args.verb {
+        LiveVerb::Commit(args) => return merge::commit(&session, monitor, &graph, args, console),
+        LiveVerb::Pull(args) => return merge::pull(&session, monitor, &graph, args, console),
+        LiveVerb::Finish(args) => return end::run(&session, monitor, &graph, args, End::Finish, console),
+        LiveVerb::Pivot(args) => return end::run(&session, monitor, &graph, args, End::Pivot, console),
         LiveVerb::List => look::list(&graph, console),
         LiveVerb::Chain { disk } => look::chain(find(&graph, disk, &session)?, console),
         LiveVerb::Snapshot { overlays } => snapshot::run(&session, &monitor, &graph, overlays, console),
@@ -38,6 +59,16 @@ pub(super) fn run(args: &LiveArgs, words: &[String], console: &Console) -> Resul
         }
     }?;
     Ok(Exit::DONE)
+}
+
+fn connection_options() -> Options {
+    Options { allow_tcp: true, ..Options::default() }
+}
+
+/// The disks, with names of files as they are from here.
+fn ask(session: &Session<'_>, monitor: &Connection, files: &Files) -> Result<Graph, Failure> {
+    let graph = Graph::ask(monitor).map_err(|e| session.failure(&e))?;
+    Ok(graph.with_files(&|name| files.absolute(name)))
 }
 
 fn find<'a>(graph: &'a Graph, name: &str, session: &Session<'_>) -> Result<&'a Disk, Failure> {

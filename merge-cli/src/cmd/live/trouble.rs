@@ -2,7 +2,7 @@
 
 use std::io;
 
-use qmp_client::{Address, Disk, Error, Owner};
+use qmp_client::{Address, Disk, Error, Owner, Range};
 
 use super::{guard, option};
 use crate::cli::LiveVerb;
@@ -33,6 +33,40 @@ impl Session<'_> {
         Report { kind, message: error.to_string(), hint, exit }.into()
     }
 
+    /// The failure of a name or a range that the chain does not have.
+    pub(super) fn layer(&self, error: &Error, disk: &Disk) -> Failure {
+        match error {
+            Error::Layer { .. } => {
+                let chain = self.other(&format!("chain {}", shell_word(disk.name())));
+                self.failure_with(error, format!("name layers as this prints them: {chain}"))
+            }
+            _ => self.failure(error),
+        }
+    }
+
+    /// The failure of a merge that cannot be planned as QEMU would do it: a stopped machine's can, perhaps.
+    pub(super) fn unplanned(&self, error: &Error, disk: &Disk, range: &Range<'_>) -> Failure {
+        if !matches!(error, Error::Refused { .. }) {
+            return self.layer(error, disk);
+        }
+        let why = error.to_string();
+        let hint = if why.contains("virsh ") {
+            // The reason ends with the command to use.
+            format!("shut down or not, such a disk is libvirt's: {}", Owner::Libvirt.instead())
+        } else if why.contains("backing name") {
+            format!("say what base is called there: {}", self.again_with("--backing-file NAME"))
+        } else {
+            let file = |layer: &qmp_client::Layer| shell_word(&layer.file);
+            let top = range.above.map_or(String::new(), |_| format!(" --top {}", file(range.top)));
+            format!(
+                "shut the virtual machine down, then: qmerge commit {}{top} --base {}",
+                file(disk.active()),
+                file(range.base)
+            )
+        };
+        self.failure_with(error, hint)
+    }
+
     fn hint(&self, error: &Error) -> String {
         let again = self.again();
         let qmp = option(self.address);
@@ -57,6 +91,13 @@ impl Session<'_> {
                 )
             }
             Error::Command { .. } => format!("see how it stands: qmerge live jobs {qmp}"),
+            Error::State { path, .. } => format!(
+                "that file notes how far a merge is; see what is there and who may write it: ls -la {}",
+                folder_word(path)
+            ),
+            Error::Refused { .. } if self.verb.is_merge() => {
+                format!("see how things stand: {}", self.other("jobs"))
+            }
             _ => format!("qmerge live {} --help", self.verb.as_str()),
         }
     }
@@ -84,8 +125,18 @@ impl Session<'_> {
     }
 
     /// The same command, to be typed again.
-    fn again(&self) -> String {
+    pub(super) fn again(&self) -> String {
         self.words.iter().fold("qmerge".to_owned(), |line, word| line + " " + &shell_word(word))
+    }
+
+    /// The same command with more words at its end, which the shell must not change.
+    pub(super) fn again_with(&self, more: &str) -> String {
+        self.again() + " " + more
+    }
+
+    /// Another live command for the same monitor: `qmerge live WORDS --qmp ADDRESS`.
+    pub(super) fn other(&self, words: &str) -> String {
+        format!("qmerge live {words} {}", option(self.address))
     }
 }
 
@@ -114,6 +165,17 @@ pub(super) fn no_job(session: &Session<'_>, disk: &Disk) -> Failure {
     .into()
 }
 
+/// Ctrl-C could not be watched for.
+pub(super) fn no_signals(session: &Session<'_>, error: &io::Error) -> Failure {
+    Report {
+        kind: "io",
+        message: format!("cannot watch for signals: {error}"),
+        hint: format!("nothing was changed; again: {}", session.again()),
+        exit: Exit::FAILED,
+    }
+    .into()
+}
+
 /// The stable word for an error, and its exit code.
 fn class(error: &Error) -> (&'static str, Exit) {
     match error {
@@ -126,6 +188,7 @@ fn class(error: &Error) -> (&'static str, Exit) {
         Error::TimedOut { .. } => ("timed-out", Exit::FAILED),
         Error::Job { .. } => ("job-failed", Exit::FAILED),
         Error::Refused { .. } => ("refused", Exit::REFUSED),
+        Error::State { .. } => ("state-file", Exit::FAILED),
         Error::Command { failure, .. } if failure.class == "CommandNotFound" => {
             ("unsupported", Exit::UNSUPPORTED)
         }

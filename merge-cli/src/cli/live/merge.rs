@@ -1,0 +1,185 @@
+//! Arguments of the live verbs that merge.
+#![allow(rustdoc::broken_intra_doc_links, reason = "the comments are help texts; [1] is an index, no link")]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::output::size;
+
+/// Examples of `live commit`.
+pub(super) const COMMIT_EXAMPLES: &str = "\
+Examples:
+  qmerge live commit vda --top '[3]' --dry-run --qmp /run/vm1/qmp.sock        what would be done
+  qmerge live commit vda --base '[1]' --top '[3]' --qmp /run/vm1/qmp.sock     the layers below the active one
+  qmerge live commit vda --active --pivot --delete --qmp /run/vm1/qmp.sock    everything into the bottom layer";
+
+/// Examples of `live pull`.
+pub(super) const PULL_EXAMPLES: &str = "\
+Examples:
+  qmerge live pull vda --qmp /run/vm1/qmp.sock                the active image stands alone afterwards
+  qmerge live pull vda --base '[1]' --qmp /run/vm1/qmp.sock   it has [1] as its backing file afterwards";
+
+/// `qmerge live commit`
+#[derive(Debug, Args)]
+pub(crate) struct CommitArgs {
+    /// The disk, as `live list` prints it
+    pub(crate) disk: String,
+
+    /// Merge down into LAYER [default: the bottom of the chain]
+    ///
+    /// A layer is named by its path, its node name, or its index: [1] is the bottom, the next overlay is [2],
+    /// and so on up; the disk's name before the bracket is accepted, as in vda[1].
+    #[arg(long, value_name = "LAYER", conflicts_with = "shallow", help_heading = "What to merge")]
+    pub(crate) base: Option<String>,
+
+    /// Merge down into top's own backing file
+    #[arg(long, help_heading = "What to merge")]
+    pub(crate) shallow: bool,
+
+    /// The highest layer that is merged [default: the active one]
+    #[arg(long, value_name = "LAYER", help_heading = "What to merge")]
+    pub(crate) top: Option<String>,
+
+    /// Merge the layer that the guest writes to, too
+    ///
+    /// Everything is copied while the guest writes on; then the job is ready, and stays so until `live pivot` lets
+    /// the guest write to base, or `live cancel` leaves it where it is.
+    #[arg(long, help_heading = "What to merge")]
+    pub(crate) active: bool,
+
+    /// As --active; let the guest write to base as soon as that is possible
+    #[arg(long, conflicts_with_all = ["keep_overlay", "async_"], help_heading = "What to merge")]
+    pub(crate) pivot: bool,
+
+    /// As --active; leave the guest where it writes, and base with what the disk showed at that moment
+    #[arg(long, conflicts_with_all = ["delete", "async_"], help_heading = "What to merge")]
+    pub(crate) keep_overlay: bool,
+
+    /// Slow the guest's writes down, within limits, if an active merge does not catch up with them
+    #[arg(long, conflicts_with = "async_", help_heading = "How")]
+    pub(crate) converge: bool,
+
+    /// Remove the files that are no longer needed
+    ///
+    /// Without it they stay, marked as merged. Files are removed when base is durable and QEMU has closed them,
+    /// top-down, and only if they are still the files of the plan and no other image uses them.
+    #[arg(long, help_heading = "How")]
+    pub(crate) delete: bool,
+
+    /// The name of base that is written into the overlay above top
+    ///
+    /// Without it, base's name in the style that the overlay's backing name had.
+    #[arg(long, value_name = "NAME", help_heading = "How")]
+    pub(crate) backing_file: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+
+    /// Also search DIR for images that use base or a merged layer (repeatable)
+    ///
+    /// The folders of the chain are always searched.
+    #[arg(long, value_name = "DIR", help_heading = "Safety")]
+    pub(crate) scan: Vec<PathBuf>,
+
+    /// Merge although an image outside the chain uses base or a merged layer; that image breaks
+    #[arg(long, help_heading = "Safety")]
+    pub(crate) allow_shared_base: bool,
+
+    /// Merge although persistent bitmaps of merged layers are lost
+    #[arg(long, help_heading = "Safety")]
+    pub(crate) drop_bitmaps: bool,
+}
+
+impl CommitArgs {
+    /// Whether the active layer may be merged.
+    pub(crate) fn allows_active(&self) -> bool {
+        self.active || self.pivot || self.keep_overlay
+    }
+}
+
+/// `qmerge live pull`
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// The disk, as `live list` prints it
+    pub(crate) disk: String,
+
+    /// Leave LAYER and what lies below it [default: pull everything]
+    ///
+    /// A layer is named by its path, its node name, or its index: [1] is the bottom of the chain.
+    #[arg(long, value_name = "LAYER", help_heading = "What to merge")]
+    pub(crate) base: Option<String>,
+
+    /// The name of LAYER that is written into the active image
+    ///
+    /// Without it, its name in the style that the active image's backing name had.
+    #[arg(long, value_name = "NAME", requires = "base", help_heading = "How")]
+    pub(crate) backing_file: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+
+    /// Pull although persistent bitmaps of the layers below are lost to the disk
+    #[arg(long, help_heading = "Safety")]
+    pub(crate) drop_bitmaps: bool,
+}
+
+/// What both directions have in common.
+#[derive(Debug, Args)]
+pub(crate) struct JobArgs {
+    /// Copy at most so many bytes per second, with K, M, G or T
+    #[arg(long, value_name = "RATE", value_parser = size::parse, help_heading = "How")]
+    pub(crate) bandwidth: Option<u64>,
+
+    /// Give up after so many seconds: the job is cancelled, the chain stays as it was
+    #[arg(long, value_name = "SECONDS", conflicts_with = "async_", value_parser = seconds, help_heading = "How")]
+    pub(crate) timeout: Option<Duration>,
+
+    /// Return as soon as the job has started; `live finish` or the same command ends it
+    #[arg(long = "async", id = "async_", help_heading = "How")]
+    pub(crate) async_: bool,
+
+    /// Folder of the file that notes how far the merge is [default: the active image's folder]
+    #[arg(long, value_name = "DIR", help_heading = "How")]
+    pub(crate) state_dir: Option<PathBuf>,
+
+    /// Print the plan and the commands for QEMU, and change nothing
+    #[arg(short = 'n', long, help_heading = "How")]
+    pub(crate) dry_run: bool,
+}
+
+/// `qmerge live finish` and `qmerge live pivot`
+#[derive(Debug, Args)]
+pub(crate) struct EndArgs {
+    /// The disk, as `live list` prints it
+    pub(crate) disk: String,
+
+    /// Wait at most so many seconds until all is copied; the job goes on if that is not enough
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) timeout: Option<Duration>,
+
+    /// Remove the files that are no longer needed, as `live commit --delete` does
+    #[arg(long)]
+    pub(crate) delete: bool,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let bad = || format!("'{text}' is not a time: write seconds, as in 600 or 0.5");
+    let seconds: f64 = text.parse().map_err(|_| bad())?;
+    Duration::try_from_secs_f64(seconds).ok().filter(|time| !time.is_zero()).ok_or_else(bad)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_seconds() {
+        assert_eq!(seconds("600"), Ok(Duration::from_secs(600)));
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for bad in ["", "0", "-1", "5m", "inf", "nan", "1e300"] {
+            assert!(seconds(bad).is_err(), "{bad}");
+        }
+    }
+}

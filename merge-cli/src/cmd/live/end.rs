@@ -1,0 +1,75 @@
+//! `qmerge live finish` and `pivot`: the end of a merge that an earlier call has started, or another client.
+
+use std::cell::Cell;
+use std::time::Instant;
+
+use qmp_client::{Connection, Graph, Kind, Merge, State};
+
+use super::after::Wishes;
+use super::drive::Drive;
+use super::plan::End;
+use super::trouble::{self, Session};
+use super::{find, foreign, guard, states};
+use crate::cli::EndArgs;
+use crate::exit::Exit;
+use crate::failure::{Failure, Report};
+use crate::output::Console;
+use crate::output::human::{printable, shell_word};
+use crate::output::progress::Meter;
+use crate::signals::Stop;
+
+/// Waits until all is copied, and switches.
+pub(super) fn run(
+    session: &Session<'_>,
+    monitor: Connection,
+    graph: &Graph,
+    args: &EndArgs,
+    end: End,
+    console: &Console,
+) -> Result<Exit, Failure> {
+    let disk = find(graph, &args.disk, session)?;
+    guard::disk(session, disk)?;
+    let known = states::of(session, disk, None)?;
+    let found = Merge::attach(&monitor, graph, disk, &known).map_err(|e| session.failure(&e))?;
+    let Some(mut merge) = found else {
+        return foreign::end(session, &monitor, graph, disk, end, console);
+    };
+    let state = merge.state();
+    fits(session, state, end)?;
+    let drive = Drive {
+        session,
+        console,
+        meter: Meter::new(console, if state.kind == Kind::Pull { "pulling" } else { "merging" }),
+        stop: Stop::watch().map_err(|e| trouble::no_signals(session, &e))?,
+        began: Instant::now(),
+        timeout: args.timeout,
+        disk: &args.disk,
+        state_dir: None,
+        end,
+        owns: false,
+        wishes: Wishes { delete: args.delete || state.delete, scan: Vec::new() },
+        said_stalled: Cell::new(false),
+    };
+    let step = drive.follow(&monitor, &mut merge)?;
+    drop(merge);
+    drop(monitor);
+    drive.take_turns(step)
+}
+
+/// Whether this verb ends such a merge.
+fn fits(session: &Session<'_>, state: &State, end: End) -> Result<(), Failure> {
+    let (is, other) = match (state.kind, end) {
+        (Kind::ActiveCommit, End::Finish) => ("merges the active layer, so it ends with a pivot", "pivot"),
+        (Kind::Commit | Kind::Pull, End::Pivot) => {
+            ("leaves the active layer where it is, so there is no pivot", "finish")
+        }
+        _ => return Ok(()),
+    };
+    Err(Report {
+        kind: "usage",
+        message: format!("the job {} of {} {is}", printable(&state.job), printable(&state.disk)),
+        hint: session.other(&format!("{other} {}", shell_word(&state.disk))),
+        exit: Exit::USAGE,
+    }
+    .into())
+}

@@ -1,0 +1,129 @@
+//! The files that the QEMU at the other end has open, and whether they are the ones that lie here.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use qcow2::storage::{FileId, Host, OsHost};
+use qmp_client::{Connection, Disk, Layer};
+
+/// What is known about a QEMU's files.
+#[derive(Debug, Default)]
+pub(super) struct Files {
+    /// The files that it has open, by their names in its own view; `None` where that may not be read.
+    open: Option<Vec<(PathBuf, FileId)>>,
+}
+
+/// Whether a layer's file can be reached from here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// It is this file.
+    Here(PathBuf, FileId),
+    /// A file of its name lies here, but QEMU has another one open: it runs in a container, perhaps.
+    Other,
+    /// It is no file here: another host's, or none at all.
+    Elsewhere,
+}
+
+impl Files {
+    /// The files of the process that answers a monitor.
+    pub(super) fn of(monitor: &Connection) -> Self {
+        Self { open: monitor.peer().and_then(open_files) }
+    }
+
+    /// The absolute name of a file that QEMU opened by a relative one: the only open one that ends like it.
+    pub(super) fn absolute(&self, name: &str) -> Option<String> {
+        let is_plain = !name.starts_with('/') && !name.contains(':');
+        let relative = Path::new(name.trim_start_matches("./"));
+        let open = self.open.as_ref().filter(|_| is_plain)?;
+        let mut meant: Vec<_> = open.iter().filter(|(path, _)| path.ends_with(relative)).collect();
+        meant.dedup_by_key(|(_, id)| *id);
+        match meant.as_slice() {
+            [(path, id)] if identity(path) == Some(*id) => path.to_str().map(str::to_owned),
+            _ => None,
+        }
+    }
+
+    /// Where the file of a layer is.
+    pub(super) fn place(&self, layer: &Layer) -> Place {
+        let path = Path::new(&layer.file);
+        let Some(id) = path.is_absolute().then(|| identity(path)).flatten() else { return Place::Elsewhere };
+        match &self.open {
+            Some(open) if !open.iter().any(|(_, other)| *other == id) => Place::Other,
+            _ => Place::Here(path.to_owned(), id),
+        }
+    }
+
+    /// Whether the process is seen to have this file open.
+    pub(super) fn has_open(&self, id: FileId) -> bool {
+        self.open.iter().flatten().any(|(_, open)| *open == id)
+    }
+
+    /// The layers of a disk whose names lead to other files here than in QEMU.
+    pub(super) fn strangers<'a>(&self, disk: &'a Disk) -> Vec<&'a Layer> {
+        disk.layers().iter().filter(|layer| self.place(layer) == Place::Other).collect()
+    }
+}
+
+/// What a name leads to here.
+pub(super) fn identity(path: &Path) -> Option<FileId> {
+    OsHost.stat(path).ok().map(|stat| stat.id)
+}
+
+fn open_files(pid: u32) -> Option<Vec<(PathBuf, FileId)>> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+    let mut seen = BTreeSet::new();
+    let mut files = Vec::new();
+    for entry in entries.flatten() {
+        let link = entry.path();
+        // Sockets and pipes lead to no name.
+        let Some(name) = fs::read_link(&link).ok().filter(|name| name.is_absolute()) else { continue };
+        if let Some(id) = identity(&link)
+            && seen.insert((name.clone(), id))
+        {
+            files.push((name, id));
+        }
+    }
+    Some(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files(folder: &Path, names: &[&str]) -> Files {
+        let open = names.iter().map(|name| {
+            let path = folder.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, "x").unwrap();
+            let id = identity(&path).unwrap();
+            (path, id)
+        });
+        Files { open: Some(open.collect()) }
+    }
+
+    #[test]
+    fn a_relative_name_is_known_if_only_one_open_file_ends_like_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = files(folder.path(), &["vm/a.img", "vm/b.img", "other/b.img", "xa.img"]);
+        let path = |name: &str| Some(folder.path().join(name).to_str().unwrap().to_owned());
+        assert_eq!(files.absolute("a.img"), path("vm/a.img"));
+        assert_eq!(files.absolute("./vm/b.img"), path("vm/b.img"));
+        for unknown in ["b.img", "c.img", "nbd:a.img", "/vm/a.img"] {
+            assert_eq!(files.absolute(unknown), None, "{unknown}");
+        }
+        // The name leads to another file by now.
+        fs::write(folder.path().join("vm/a.img2"), "y").unwrap();
+        fs::rename(folder.path().join("vm/a.img2"), folder.path().join("vm/a.img")).unwrap();
+        assert_eq!(files.absolute("a.img"), None);
+        assert_eq!(Files::default().absolute("vm/b.img"), None);
+    }
+
+    #[test]
+    fn the_files_of_a_process_are_seen() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = open_files(std::process::id()).unwrap();
+        assert!(open.contains(&(file.path().to_owned(), identity(file.path()).unwrap())), "{open:?}");
+        assert_eq!(open_files(u32::MAX), None);
+    }
+}

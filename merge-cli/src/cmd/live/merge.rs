@@ -1,0 +1,224 @@
+//! The verbs that start a merge, step by step.
+
+use std::cell::Cell;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use qmp_client::{Connection, Disk, Graph, Kind, Merge, Procedure, State, StateFile};
+
+use super::after::Wishes;
+use super::drive::Drive;
+use super::files::Files;
+use super::outcome::Outcome;
+use super::plan::{End, Plan, fields, show, text};
+use super::trouble::{self, Session};
+use super::{checks, commit, find, guard, pull, states};
+use crate::cli::{JobArgs, LiveCommitArgs, PullArgs};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::output::Console;
+use crate::output::human::printable;
+use crate::output::progress::Meter;
+use crate::signals::Stop;
+
+/// `live commit`.
+pub(super) fn commit(
+    session: &Session<'_>,
+    monitor: Connection,
+    graph: &Graph,
+    args: &LiveCommitArgs,
+    console: &Console,
+) -> Result<Exit, Failure> {
+    let files = Files::of(&monitor);
+    let disk = find(graph, &args.disk, session)?;
+    guard::disk(session, disk)?;
+    let Some(range) = commit::range(session, disk, args)? else {
+        return nothing_to_do(console, disk.name(), "its chain has one layer");
+    };
+    let wanted = Wanted {
+        kind: if range.above.is_none() { Kind::ActiveCommit } else { Kind::Commit },
+        base: range.base.index,
+        top: range.top.index,
+        end: commit::end(&range, args),
+        delete: args.delete,
+    };
+    let start =
+        Start { session, graph, disk, files: &files, job: &args.job, scan: &args.scan, console, wanted };
+    if let Some(known) = start.under_way(&monitor)? {
+        return start.pick_up(monitor, &known);
+    }
+    let (commit, plan) = commit::plan(session, &files, disk, &range, args)?;
+    start.carry_out(monitor, commit.into(), &plan)
+}
+
+/// `live pull`.
+pub(super) fn pull(
+    session: &Session<'_>,
+    monitor: Connection,
+    graph: &Graph,
+    args: &PullArgs,
+    console: &Console,
+) -> Result<Exit, Failure> {
+    let files = Files::of(&monitor);
+    let disk = find(graph, &args.disk, session)?;
+    guard::disk(session, disk)?;
+    let Some(base) = pull::base(session, disk, args)? else {
+        return nothing_to_do(console, disk.name(), "no layer lies between");
+    };
+    let wanted = Wanted {
+        kind: Kind::Pull,
+        base: base.map_or(0, |base| base.index),
+        top: disk.active().index.saturating_sub(1),
+        end: if args.job.async_ { End::WaitForFinish } else { End::Finish },
+        delete: false,
+    };
+    let start = Start { session, graph, disk, files: &files, job: &args.job, scan: &[], console, wanted };
+    if let Some(known) = start.under_way(&monitor)? {
+        return start.pick_up(monitor, &known);
+    }
+    let (pull, plan) = pull::plan(session, &files, disk, base, args)?;
+    start.carry_out(monitor, pull.into(), &plan)
+}
+
+/// What the user asks for, in the words of a state file.
+struct Wanted {
+    kind: Kind,
+    base: usize,
+    top: usize,
+    end: End,
+    delete: bool,
+}
+
+/// A merge that is about to start, or has been started by an earlier call.
+struct Start<'a> {
+    session: &'a Session<'a>,
+    graph: &'a Graph,
+    disk: &'a Disk,
+    files: &'a Files,
+    job: &'a JobArgs,
+    scan: &'a [PathBuf],
+    console: &'a Console,
+    wanted: Wanted,
+}
+
+impl Start<'_> {
+    /// The states with which the job of this same merge is found, if it is under way. Another job on the disk is
+    /// refused.
+    fn under_way(&self, monitor: &Connection) -> Result<Option<Vec<(StateFile, State)>>, Failure> {
+        let fail = |e: qmp_client::Error| self.session.failure(&e);
+        let known = states::of(self.session, self.disk, self.job.state_dir.as_deref())?;
+        if let Some(merge) = Merge::attach(monitor, self.graph, self.disk, &known).map_err(fail)? {
+            let (state, wanted) = (merge.state(), &self.wanted);
+            if (state.kind, state.base, state.top) == (wanted.kind, wanted.base, wanted.top) {
+                return Ok(Some(known));
+            }
+        }
+        let jobs = self.graph.jobs(monitor).map_err(fail)?;
+        checks::no_other_job(self.session, self.disk, &jobs)?;
+        Ok(None)
+    }
+
+    /// Goes on with a merge that is under way.
+    fn pick_up(&self, monitor: Connection, known: &[(StateFile, State)]) -> Result<Exit, Failure> {
+        let found = Merge::attach(&monitor, self.graph, self.disk, known);
+        let merge = found.map_err(|e| self.session.failure(&e))?;
+        let mut merge = merge.ok_or_else(|| trouble::no_job(self.session, self.disk))?;
+        if self.job.dry_run || self.job.async_ {
+            Outcome::started(self.session, merge.state()).tell(self.console)?;
+            return Ok(Exit::DONE);
+        }
+        self.console
+            .note(&format!("picked up again: the merge of {} is under way", printable(self.disk.name())));
+        let drive = self.drive()?;
+        let step = drive.follow(&monitor, &mut merge)?;
+        drop(merge);
+        drop(monitor);
+        drive.take_turns(step)
+    }
+
+    /// Shows the plan, and does what it says.
+    fn carry_out(&self, monitor: Connection, mut procedure: Procedure, plan: &Plan) -> Result<Exit, Failure> {
+        let warning = checks::room(self.session, plan)?;
+        let file = states::place(self.session, self.files, self.disk, self.job.state_dir.as_deref())?;
+        states::left_over(self.session, &file, self.console)?;
+        announce(plan, self.job, self.console)?;
+        if let Some(warning) = warning {
+            self.console.note(&warning);
+        }
+        if self.job.dry_run {
+            self.console.note("dry run: nothing was changed");
+            return Ok(Exit::DONE);
+        }
+        let passed = match &mut procedure {
+            Procedure::Commit(commit) => commit.preflight(&monitor),
+            Procedure::Pull(pull) => pull.preflight(&monitor),
+        };
+        passed.map_err(|e| self.session.failure(&e))?;
+        let wishes = qmp_client::Wishes {
+            delete: self.wanted.delete,
+            pivot: self.wanted.end == End::Pivot,
+            keep_overlay: self.wanted.end == End::KeepOverlay,
+            files_are_elsewhere: !self.files.strangers(self.disk).is_empty(),
+        };
+        let drive = self.drive()?;
+        let merge = Merge::begin(&monitor, procedure, file, self.session.address, &wishes);
+        let mut merge = merge.map_err(|e| self.session.failure(&e))?;
+        if self.job.async_ {
+            Outcome::started(self.session, merge.state()).tell(self.console)?;
+            return Ok(Exit::DONE);
+        }
+        let step = drive.follow(&monitor, &mut merge)?;
+        drop(merge);
+        drop(monitor);
+        drive.take_turns(step)
+    }
+
+    fn drive(&self) -> Result<Drive<'_>, Failure> {
+        Ok(Drive {
+            session: self.session,
+            console: self.console,
+            meter: Meter::new(
+                self.console,
+                if self.wanted.kind == Kind::Pull { "pulling" } else { "merging" },
+            ),
+            stop: Stop::watch().map_err(|e| trouble::no_signals(self.session, &e))?,
+            began: Instant::now(),
+            timeout: self.job.timeout,
+            disk: self.disk.name(),
+            state_dir: self.job.state_dir.as_deref(),
+            end: self.wanted.end,
+            owns: true,
+            wishes: Wishes { delete: self.wanted.delete, scan: self.scan.to_vec() },
+            said_stalled: Cell::new(false),
+        })
+    }
+}
+
+fn nothing_to_do(console: &Console, disk: &str, why: &str) -> Result<Exit, Failure> {
+    console.event(
+        "result",
+        serde_json::json!({ "disk": disk, "status": "nothing-to-do", "nothing-to-do": why }),
+    )?;
+    console.result(&format!("nothing to do for {}: {why}", printable(disk)))?;
+    Ok(Exit::DONE)
+}
+
+/// Shows the plan, to people on standard error unless it is all that is asked for.
+fn announce(plan: &Plan, args: &JobArgs, console: &Console) -> Result<(), Failure> {
+    console.event("plan", fields(plan))?;
+    if args.dry_run {
+        // An active commit makes base durable itself.
+        let flush = match &plan.relink {
+            Some(_) => format!(" ({} is flushed before job-finalize)", show(plan.receiver())),
+            None => String::new(),
+        };
+        let commands = plan.commands.iter().map(|(name, arguments)| {
+            format!("  {}\n", printable(&format!(r#"{{"execute": "{name}", "arguments": {arguments}}}"#)))
+        });
+        let commands: String = commands.collect();
+        console.result(&format!("{}\n\ncommands for QEMU{flush}:\n{commands}", text(plan)))?;
+    } else if !console.is_json() {
+        console.note(&text(plan));
+    }
+    Ok(())
+}

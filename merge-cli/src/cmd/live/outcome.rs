@@ -1,0 +1,203 @@
+//! What came out of a merge: for people and for programs.
+
+use std::path::{Path, PathBuf};
+
+use qmp_client::{Connection, Kind, State, StateLayer};
+use serde_json::{Value, json};
+
+use super::after::{self, Tidied};
+use super::trouble::Session;
+use crate::failure::Failure;
+use crate::output::Console;
+use crate::output::human::{printable, shell_word};
+use crate::output::json::{path, paths};
+use crate::output::size;
+
+/// How a merge ended, or was left.
+pub(super) struct Outcome {
+    lines: Vec<String>,
+    /// Advice, which is no result.
+    notes: Vec<String>,
+    fields: Value,
+    complete: bool,
+}
+
+impl Outcome {
+    /// The disk has its shorter chain.
+    pub(super) fn switched(
+        session: &Session<'_>,
+        monitor: &Connection,
+        state: &State,
+        tidied: &Tidied,
+        copied: u64,
+        seconds: f64,
+    ) -> Self {
+        let mut fields = fields(state, if state.kind == Kind::ActiveCommit { "pivoted" } else { "switched" });
+        let name = printable(&state.disk);
+        let target = target(state);
+        let time = size::duration(seconds);
+        let mut lines = vec![match state.kind {
+            Kind::ActiveCommit => format!("merged into {target}, in {time}; {name} writes to it now"),
+            Kind::Commit => format!("merged into {target}, in {time}"),
+            Kind::Pull => format!("pulled into {target}, in {time}"),
+        }];
+        if let Some(rename) = &state.backing {
+            let overlay = printable(&rename.overlay);
+            lines.push(match &rename.new {
+                Some(new) => format!("{overlay} now has {} as its backing file", printable(new)),
+                None => format!("{overlay} has no backing file any more"),
+            });
+        }
+        let mut notes = Vec::new();
+        if state.kind == Kind::ActiveCommit {
+            notes.push(configuration(monitor, state, &mut fields));
+        }
+        add_files(session, state, tidied, &mut lines, &mut fields);
+        fields["active"] = state.valid_top.as_str().into();
+        fields["bytes-copied"] = copied.into();
+        fields["seconds"] = seconds.into();
+        Self { lines, notes, fields, complete: tidied.kept.is_empty() }
+    }
+
+    /// The guest stays; base holds what the disk showed.
+    pub(super) fn kept_overlay(state: &State, copied: u64, seconds: f64) -> Self {
+        let mut fields = fields(state, "overlay-kept");
+        fields["active"] = state.valid_top.as_str().into();
+        fields["bytes-copied"] = copied.into();
+        fields["seconds"] = seconds.into();
+        let (base, active) = (target(state), printable(&state.valid_top));
+        let lines = vec![
+            format!(
+                "copied into {base}, in {}: it holds what {} showed at that moment",
+                size::duration(seconds),
+                printable(&state.disk)
+            ),
+            format!("{} goes on writing to {active}, with its whole chain below", printable(&state.disk)),
+        ];
+        Self { lines, notes: Vec::new(), fields, complete: true }
+    }
+
+    /// Everything is copied; the user decides.
+    pub(super) fn ready(session: &Session<'_>, state: &State, copied: u64, seconds: f64) -> Self {
+        let mut fields = fields(state, "ready");
+        fields["active"] = state.valid_top.as_str().into();
+        fields["bytes-copied"] = copied.into();
+        fields["seconds"] = seconds.into();
+        let (disk, word) = (printable(&state.disk), shell_word(&state.disk));
+        let lines = vec![
+            format!(
+                "everything is copied into {}, in {}; what {disk} writes goes to both",
+                target(state),
+                size::duration(seconds)
+            ),
+            format!("to go over to it:  {}", session.other(&format!("pivot {word}"))),
+            format!("to stay:           {}", session.other(&format!("cancel {word}"))),
+        ];
+        Self { lines, notes: Vec::new(), fields, complete: true }
+    }
+
+    /// The job goes on without this client.
+    pub(super) fn started(session: &Session<'_>, state: &State) -> Self {
+        let (disk, word) = (printable(&state.disk), shell_word(&state.disk));
+        let end = if state.kind == Kind::ActiveCommit { "pivot" } else { "finish" };
+        let lines = vec![
+            format!("the merge of {disk} goes on in QEMU (job {})", printable(&state.job)),
+            format!("to see how far it is:  {}", session.other("jobs")),
+            format!("to end it:             {}", session.other(&format!("{end} {word}"))),
+            format!("to give it up:         {}", session.other(&format!("cancel {word}"))),
+        ];
+        Self { lines, notes: Vec::new(), fields: fields(state, "started"), complete: true }
+    }
+
+    /// Whether nothing is left to be done, so that the state file can go.
+    pub(super) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// Prints it.
+    pub(super) fn tell(&self, console: &Console) -> Result<(), Failure> {
+        console.event("result", self.fields.clone())?;
+        console.result(&self.lines.join("\n"))?;
+        if !console.is_json() {
+            self.notes.iter().for_each(|note| console.note(note));
+        }
+        Ok(())
+    }
+}
+
+/// What a program is told of every merge.
+fn fields(state: &State, status: &str) -> Value {
+    let file = |index: usize| state.layer(index).map(|layer| layer.file.as_str());
+    let obsolete =
+        if status == "overlay-kept" { json!([]) } else { state.merged().map(|l| l.file.as_str()).collect() };
+    json!({
+        "disk": state.disk,
+        "kind": state.kind,
+        "status": status,
+        "job": state.job,
+        "base": file(state.base),
+        "top": file(state.top),
+        "obsolete": obsolete,
+    })
+}
+
+fn target(state: &State) -> String {
+    printable(state.target().map_or("", |layer| &layer.file))
+}
+
+fn add_files(
+    session: &Session<'_>,
+    state: &State,
+    tidied: &Tidied,
+    lines: &mut Vec<String>,
+    fields: &mut Value,
+) {
+    let list = |files: &[PathBuf]| {
+        files.iter().map(|f| printable(&f.to_string_lossy())).collect::<Vec<_>>().join(", ")
+    };
+    for (files, what) in [
+        (&tidied.deleted, "removed"),
+        (&tidied.marked, "not needed any more, and marked as merged"),
+        (&tidied.unneeded, "not needed any more by this disk"),
+    ] {
+        if !files.is_empty() {
+            lines.push(format!("{what}: {}", list(files)));
+        }
+    }
+    if let Some(emptied) = &tidied.emptied {
+        let emptied = printable(&emptied.to_string_lossy());
+        lines.push(format!("{emptied} is an empty overlay on {} now", target(state)));
+    }
+    for (file, why) in &tidied.kept {
+        lines.push(format!("not touched: {}: {}", printable(&file.to_string_lossy()), printable(why)));
+    }
+    if !tidied.kept.is_empty() {
+        let later = session.other(&format!("recover {}", shell_word(&state.disk)));
+        lines.push(format!("when QEMU has let go of them: {later}"));
+    }
+    fields["deleted"] = paths(&tidied.deleted);
+    fields["marked"] = paths(&tidied.marked);
+    fields["unneeded"] = paths(&tidied.unneeded);
+    fields["emptied"] = tidied.emptied.as_deref().map_or(Value::Null, path);
+    let kept = tidied.kept.iter().map(|(file, why)| json!({ "file": path(file), "reason": why }));
+    fields["kept"] = kept.collect();
+}
+
+/// What the configuration of the virtual machine should name from now on.
+fn configuration(monitor: &Connection, state: &State, fields: &mut Value) -> String {
+    let name = |layer: Option<&StateLayer>| layer.map_or("", |layer| layer.file.as_str()).to_owned();
+    let (old, new) = (name(state.active()), name(state.target()));
+    let format = state.target().map_or("", |layer| layer.format.as_str());
+    let words = monitor.peer().map_or(Vec::new(), |pid| after::words_that_name(pid, Path::new(&old)));
+    fields["configuration"] = json!({ "old": old, "new": new, "format": format, "words": words });
+    let shown = if words.is_empty() {
+        String::new()
+    } else {
+        format!("; it was started with {}", printable(&words.join(" ")))
+    };
+    format!(
+        "what starts the virtual machine must name {} (format {format}) in the place of {} from now on{shown}",
+        printable(&new),
+        printable(&old)
+    )
+}

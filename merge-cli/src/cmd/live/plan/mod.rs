@@ -1,0 +1,106 @@
+//! What a live merge will do: one value for people, for programs and for the checks before it starts.
+
+mod human;
+mod json;
+
+use std::path::PathBuf;
+
+use qmp_client::{Disk, Layer};
+use serde_json::Value;
+
+use super::estimate::Amounts;
+use super::siblings::Searched;
+
+pub(super) use self::human::{show, text};
+pub(super) use self::json::fields;
+
+/// What happens when all is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// The header of an overlay is switched at once.
+    Finish,
+    /// The same, when `live finish` is called.
+    WaitForFinish,
+    /// The guest goes over to base.
+    Pivot,
+    /// The guest stays; the job ends.
+    KeepOverlay,
+    /// The guest stays; the job goes on, and the user decides.
+    Ready,
+}
+
+/// A live merge before it starts.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// The disk as it is.
+    pub(super) disk: Disk,
+    /// The id that the job will have.
+    pub(super) job: String,
+    /// Whether the data moves up.
+    pub(super) pull: bool,
+    /// The layer below those that go; none for a pull of everything.
+    pub(super) base: Option<Layer>,
+    /// The layers that are no longer needed afterwards, from the top.
+    pub(super) merged: Vec<Layer>,
+    /// The layer whose header is switched, and the backing name that it gets: none if it stands alone then.
+    pub(super) relink: Option<(Layer, Option<String>)>,
+    /// What happens when all is copied.
+    pub(super) end: End,
+    /// Whether the merged files are removed.
+    pub(super) delete: bool,
+    /// How much is moved.
+    pub(super) amounts: Amounts,
+    /// The folder of the image that receives the data, and the free bytes of its file system.
+    pub(super) room: Option<(PathBuf, u64)>,
+    /// Where other users of the files were looked for.
+    pub(super) searched: Searched,
+    /// The commands for QEMU.
+    pub(super) commands: Vec<(&'static str, Value)>,
+}
+
+impl Plan {
+    /// The layer that receives the data.
+    pub(super) fn receiver(&self) -> &Layer {
+        match &self.base {
+            Some(base) if !self.pull => base,
+            _ => self.disk.active(),
+        }
+    }
+
+    /// The layers that are no restore points any more as soon as the job starts: base, and all above it up to
+    /// top, but not top itself. A pull changes none.
+    pub(super) fn restore_points_lost(&self) -> Vec<&Layer> {
+        let below_top = self.merged.iter().skip(1).rev();
+        self.base.iter().filter(|_| !self.pull).chain(below_top.filter(|_| !self.pull)).collect()
+    }
+
+    /// Bytes that the file of the receiving layer grows by, at most. QEMU writes the zeros of merged layers as
+    /// data, unless the active layer is merged.
+    pub(super) fn growth(&self) -> u64 {
+        let zeros = if self.writes_zeros() { self.amounts.zero } else { 0 };
+        let data = if self.amounts.counted { self.amounts.new } else { self.amounts.copy };
+        data.saturating_add(zeros)
+    }
+
+    /// Whether the layer that the guest writes to is merged.
+    pub(super) fn merges_active(&self) -> bool {
+        !self.pull && self.relink.is_none()
+    }
+
+    /// Whether QEMU writes zeros of merged layers as data.
+    pub(super) fn writes_zeros(&self) -> bool {
+        !self.pull && self.relink.is_some()
+    }
+
+    /// The persistent bitmaps that are lost, each with its layer.
+    pub(super) fn bitmaps_lost(&self) -> impl Iterator<Item = (&Layer, &String)> {
+        self.merged.iter().flat_map(|layer| layer.bitmaps.iter().map(move |name| (layer, name)))
+    }
+
+    /// The sizes of base's disk before and after, where it grows.
+    pub(super) fn grows_disk_of_base(&self) -> Option<(u64, u64)> {
+        let base = self.base.as_ref().filter(|_| !self.pull)?;
+        let top = self.merged.first()?;
+        (top.virtual_size > base.virtual_size).then_some((base.virtual_size, top.virtual_size))
+    }
+}

@@ -1,0 +1,60 @@
+//! `qmerge live pull`: layers of a disk merged up into the active one, while the guest runs.
+
+use qmp_client::{CommitOptions, Disk, Layer, Pull};
+
+use super::plan::{End, Plan};
+use super::siblings::Searched;
+use super::trouble::Session;
+use super::{checks, estimate, files::Files};
+use crate::cli::PullArgs;
+use crate::failure::Failure;
+
+/// The layer that stays below the active one. `None` in the outer option if nothing lies between: there is
+/// nothing to pull then.
+pub(super) fn base<'d>(
+    session: &Session<'_>,
+    disk: &'d Disk,
+    args: &PullArgs,
+) -> Result<Option<Option<&'d Layer>>, Failure> {
+    let base = match &args.base {
+        Some(name) => Some(disk.layer(name).map_err(|e| session.layer(&e, disk))?),
+        None => None,
+    };
+    let bottom = base.map_or(0, |base| base.index);
+    Ok((bottom + 1 < disk.active().index || bottom >= disk.active().index).then_some(base))
+}
+
+/// Plans the pull, and refuses what this host sees to be harmful or futile.
+pub(super) fn plan(
+    session: &Session<'_>,
+    files: &Files,
+    disk: &Disk,
+    base: Option<&Layer>,
+    args: &PullArgs,
+) -> Result<(Pull, Plan), Failure> {
+    let options = CommitOptions {
+        backing_file: args.backing_file.clone(),
+        speed: args.job.bandwidth.unwrap_or(0),
+        // Those of the layers that are left are asked about below, with the option that allows it.
+        drop_bitmaps: true,
+        nbd_socket: None,
+    };
+    let pull = Pull::plan(disk, base, options).map_err(|e| session.layer(&e, disk))?;
+    checks::bitmaps(session, pull.pulled(), args.drop_bitmaps)?;
+    checks::same_files(session, files, disk, args.backing_file.is_some() || args.job.state_dir.is_some())?;
+    let plan = Plan {
+        disk: disk.clone(),
+        job: pull.job_id().to_owned(),
+        pull: true,
+        base: base.cloned(),
+        merged: pull.pulled().to_vec(),
+        relink: Some((disk.active().clone(), pull.backing_file().map(str::to_owned))),
+        end: if args.job.async_ { End::WaitForFinish } else { End::Finish },
+        delete: false,
+        amounts: estimate::amounts(disk, files, pull.pulled(), disk.active()),
+        room: estimate::free_space(files, disk.active()),
+        searched: Searched::default(),
+        commands: pull.commands().map_err(|e| session.failure(&e))?,
+    };
+    Ok((pull, plan))
+}

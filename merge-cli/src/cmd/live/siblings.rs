@@ -1,0 +1,92 @@
+//! Other images that read through base or a merged layer: what a merge would corrupt.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use qcow2::chain::find_users;
+use qcow2::storage::{FileId, OsHost};
+use qcow2::{Error, Refusal};
+use qmp_client::{Disk, Layer};
+
+use super::files::{Files, Place};
+use super::trouble::Session;
+use crate::exit::Exit;
+use crate::failure::{Failure, Report};
+use crate::output::human::shell_word;
+
+/// Where other users were looked for, and what stays unknown.
+#[derive(Debug, Default)]
+pub(super) struct Searched {
+    /// The folders.
+    pub(super) folders: Vec<PathBuf>,
+    /// Files and folders that could not be read.
+    pub(super) unreadable: Vec<PathBuf>,
+    /// Images that will break, because the user allowed it.
+    pub(super) broken: Vec<PathBuf>,
+}
+
+/// Looks through the folders of the chain, and those of `scan`, for images outside the chain that use one of the
+/// `touched` layers, and refuses if there is one, unless that is `allowed`.
+pub(super) fn search(
+    session: &Session<'_>,
+    files: &Files,
+    disk: &Disk,
+    touched: &[&Layer],
+    scan: &[PathBuf],
+    allowed: bool,
+) -> Result<Searched, Failure> {
+    let here = |layer: &Layer| match files.place(layer) {
+        Place::Here(path, id) => Some((path, id)),
+        _ => None,
+    };
+    let chain: Vec<(PathBuf, FileId)> = disk.layers().iter().filter_map(here).collect();
+    let targets: Vec<(PathBuf, FileId)> = touched.iter().filter_map(|layer| here(layer)).collect();
+    let ids = |files: &[(PathBuf, FileId)]| files.iter().map(|(_, id)| *id).collect::<Vec<_>>();
+    let mut folders: Vec<PathBuf> = folders(&chain).into_iter().collect();
+    folders.extend(scan.iter().cloned());
+    let found =
+        find_users(&OsHost, &folders, &ids(&targets), &ids(&chain)).map_err(|e| unsearched(session, &e))?;
+    let broken: Vec<PathBuf> = found.users.iter().map(|user| user.path.clone()).collect();
+    if let (Some(first), false) = (found.users.first(), allowed) {
+        let used = targets.iter().find(|(_, id)| *id == first.uses).map(|(path, _)| path.clone());
+        return Err(shared(session, disk, used.as_deref().unwrap_or(&first.path), broken));
+    }
+    let unreadable = found.unreadable.into_iter().map(|(path, _)| path).collect();
+    Ok(Searched { folders, unreadable, broken })
+}
+
+/// The folders of files, as named and with links followed.
+fn folders(files: &[(PathBuf, FileId)]) -> BTreeSet<PathBuf> {
+    let real = files.iter().filter_map(|(path, _)| path.canonicalize().ok());
+    let paths = files.iter().map(|(path, _)| path.clone()).chain(real);
+    paths
+        .filter_map(|path| {
+            path.parent().map(|folder| folder.canonicalize().unwrap_or_else(|_| folder.into()))
+        })
+        .collect()
+}
+
+fn shared(session: &Session<'_>, disk: &Disk, used: &Path, users: Vec<PathBuf>) -> Failure {
+    let own = session.other(&format!("pull {}", shell_word(disk.name())));
+    let anyway = session.again_with("--allow-shared-base");
+    Report {
+        kind: "shared-base",
+        message: Error::refused(used, Refusal::SharedBase { users }).to_string(),
+        hint: format!(
+            "take the data up instead, which changes no layer below: {own}; or, if nobody needs those images any \
+             more: {anyway}"
+        ),
+        exit: Exit::REFUSED,
+    }
+    .into()
+}
+
+fn unsearched(session: &Session<'_>, error: &Error) -> Failure {
+    Report {
+        kind: "io",
+        message: error.to_string(),
+        hint: format!("name folders that exist with --scan, then again: {}", session.again()),
+        exit: Exit::FAILED,
+    }
+    .into()
+}

@@ -1,0 +1,56 @@
+//! A job that stands still: what happened, and what to do about it.
+
+use std::path::Path;
+
+use qcow2::storage::{Host, OsHost};
+use qmp_client::{JobState, State};
+use serde_json::json;
+
+use super::drive::Drive;
+use crate::failure::Failure;
+use crate::output::human::{printable, shell_word};
+use crate::output::size;
+
+/// Tells it once for each time that the job comes to a halt.
+pub(super) fn explain(drive: &Drive<'_>, state: &State, job: &JobState) -> Result<(), Failure> {
+    let why = job.block.as_ref().map_or("failed", |block| block.io_status.as_str());
+    let file = state.target().map_or("", |layer| layer.file.as_str());
+    let folder = Path::new(file).parent().filter(|_| file.starts_with('/'));
+    let free = folder.and_then(|folder| OsHost.free_space(folder).ok().flatten());
+    let left = job.total.saturating_sub(job.done);
+    drive.console.event(
+        "stalled",
+        json!({ "io-status": why, "file": file, "done": job.done, "total": job.total, "free-space": free }),
+    )?;
+    if drive.console.is_json() {
+        return Ok(());
+    }
+    let resume = drive.session.other(&format!("resume {}", shell_word(&state.disk)));
+    let what = match (why, folder) {
+        ("nospace", Some(folder)) => format!(
+            "no space is left in {} for {} ({} free)",
+            folder.display(),
+            printable(file),
+            free.map_or("an unknown amount".to_owned(), size::short)
+        ),
+        ("nospace", None) => format!("no space is left for {}", printable(file)),
+        _ => format!("QEMU met an input/output error while it copied to {}", printable(file)),
+    };
+    let remedy = if why == "nospace" { "make room" } else { "mend that" };
+    drive.console.note(&format!(
+        "the job stands still: {what}; up to {} are still to be copied\n\
+         nothing is lost, and the guest goes on; {remedy}, then in another terminal: {resume}\n\
+         this command waits for it",
+        size::short(left)
+    ));
+    Ok(())
+}
+
+/// Tells that the job goes on.
+pub(super) fn over(drive: &Drive<'_>) {
+    // A reader that went away must not stop a merge; the result will tell.
+    let _ = drive.console.event("resumed", json!({}));
+    if !drive.console.is_json() {
+        drive.console.note("the job goes on");
+    }
+}
