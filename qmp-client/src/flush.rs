@@ -4,7 +4,9 @@
 //! between, it leaves a chain that has lost what was merged, and a check that finds no error. So that image
 //! is flushed first.
 
+use std::fs;
 use std::io;
+use std::os::unix::fs::chown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -58,6 +60,11 @@ impl Means {
         match self {
             Self::OwnServer => {
                 let folder = tempfile::Builder::new().prefix("qmp-flush").tempdir().map_err(local)?;
+                // A QEMU that runs as another user makes its socket there. Only root may give the folder away; for
+                // others QEMU's refusal leads to the next means.
+                if let Some(user) = monitor.peer().and_then(user_of) {
+                    let _ = chown(folder.path(), Some(user), None);
+                }
                 let socket = folder.path().join("nbd.sock");
                 let address = json!({"type": "unix", "data": {"path": socket}});
                 monitor.query("nbd-server-start", json!({"addr": address, "max-connections": 1}))?;
@@ -72,6 +79,14 @@ impl Means {
             }
         }
     }
+}
+
+/// The user that a process acts as, now: a QEMU may have given up the rights with which it opened its monitor.
+fn user_of(process: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let users = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    // Real, effective, saved, and that of the file system.
+    users.split_whitespace().nth(1)?.parse().ok()
 }
 
 fn flush_export(monitor: &(impl Monitor + ?Sized), node: &str, socket: &Path) -> Result<()> {

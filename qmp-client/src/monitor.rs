@@ -25,6 +25,11 @@ pub trait Monitor {
     /// # Errors
     /// [`Error::Disconnected`] if no event is left and QEMU has gone.
     fn next_event(&self, timeout: Duration) -> Result<Option<Event>>;
+
+    /// The process at the other end, if it is one of this machine's and known.
+    fn peer(&self) -> Option<u32> {
+        None
+    }
 }
 
 /// Typed commands for every [`Monitor`].

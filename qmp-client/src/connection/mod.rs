@@ -217,6 +217,10 @@ impl Monitor for Connection {
             Err(Some(why)) => Err(Error::Disconnected { why }),
         }
     }
+
+    fn peer(&self) -> Option<u32> {
+        Self::peer(self)
+    }
 }
 
 impl Drop for Connection {
