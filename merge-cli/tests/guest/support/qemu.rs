@@ -134,7 +134,7 @@ impl Qemu {
         if has("--pivot") {
             commit.pivot(&job, &self.monitor, &mut || Ok(()))?;
         } else if !commit.is_active() {
-            commit.finish(&job, &self.monitor)?;
+            commit.finish(&job, &self.monitor, &mut || Ok(()))?;
         }
         Ok(())
     }
