@@ -1,15 +1,19 @@
 //! Ctrl-C and its relatives: the first asks the merge to stop at a safe point, the second ends the process.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use std::{io, process, thread};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::flag;
+use signal_hook::iterator::Signals;
 
 use crate::call::Call;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
+
+/// Signals so close together are one: `timeout` sends two, one to its child and one to its whole group.
+const TOGETHER: Duration = Duration::from_millis(500);
 
 /// The request to stop, and which signal made it.
 #[derive(Debug)]
@@ -36,16 +40,22 @@ impl Stop {
     /// The same, where the failure is told in other words.
     pub(crate) fn watch() -> io::Result<Self> {
         let stop = Self { cancel: Arc::default(), signal: Arc::default() };
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            // The order matters: the shutdown must see the flag as it was before this signal.
-            flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&stop.cancel))?;
-            flag::register_usize(
-                signal,
-                Arc::clone(&stop.signal),
-                usize::try_from(signal).unwrap_or_default(),
-            )?;
-            flag::register(signal, Arc::clone(&stop.cancel))?;
-        }
+        let (cancel, number) = (Arc::clone(&stop.cancel), Arc::clone(&stop.signal));
+        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        thread::Builder::new().name("signals".into()).spawn(move || {
+            let mut first: Option<Instant> = None;
+            for signal in signals.forever() {
+                match first {
+                    None => {
+                        first = Some(Instant::now());
+                        number.store(usize::try_from(signal).unwrap_or_default(), Ordering::SeqCst);
+                        cancel.store(true, Ordering::SeqCst);
+                    }
+                    Some(first) if first.elapsed() < TOGETHER => {}
+                    Some(_) => process::exit(128 + signal),
+                }
+            }
+        })?;
         Ok(stop)
     }
 

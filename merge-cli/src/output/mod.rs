@@ -77,6 +77,11 @@ impl Console {
         }
     }
 
+    /// Tells people on standard error what needs them now, even if they want to be told little.
+    pub(crate) fn warn(&self, text: &str) {
+        write_stderr(text);
+    }
+
     /// Reports a failure: text on standard error, and with `--json` the error event on standard output.
     pub(crate) fn failure(&self, report: &Report) {
         write_stderr(&report.to_string());

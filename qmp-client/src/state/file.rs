@@ -106,6 +106,18 @@ impl StateFile {
         }
     }
 
+    /// Removes the file of a merge that is done with, and its line in the list beside the monitor's socket.
+    ///
+    /// # Errors
+    /// As [`StateFile::remove`].
+    pub fn forget(&self, state: &State) -> Result<()> {
+        self.remove()?;
+        if let Ok(address) = state.address.parse() {
+            pointer::Pointer::of(&address).remove(self);
+        }
+        Ok(())
+    }
+
     fn folder(&self) -> &Path {
         folder_of(&self.path)
     }

@@ -76,7 +76,7 @@ impl Drive<'_> {
             let monitor = self.reconnect()?;
             let graph = ask(self.session, &monitor, &Files::of(&monitor))?;
             let disk = find(&graph, self.disk, self.session)?;
-            let known = states::of(self.session, disk, self.state_dir)?;
+            let known = states::of(self.session, std::slice::from_ref(disk), self.state_dir)?;
             let merge =
                 Merge::attach(&monitor, &graph, disk, &known).map_err(|e| self.session.failure(&e))?;
             let mut merge = merge.ok_or_else(|| self.ended_by_another(disk))?;

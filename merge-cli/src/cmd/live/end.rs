@@ -29,7 +29,7 @@ pub(super) fn run(
 ) -> Result<Exit, Failure> {
     let disk = find(graph, &args.disk, session)?;
     guard::disk(session, disk)?;
-    let known = states::of(session, disk, None)?;
+    let known = states::of(session, std::slice::from_ref(disk), None)?;
     let found = Merge::attach(&monitor, graph, disk, &known).map_err(|e| session.failure(&e))?;
     let Some(mut merge) = found else {
         return foreign::end(session, &monitor, graph, disk, end, console);

@@ -1,14 +1,16 @@
 //! The verbs about jobs, whoever started them.
 
 use qmp_client::qapi::qmp::JobStatus;
-use qmp_client::{Connection, Disk, Graph, Job, JobState};
+use qmp_client::{Connection, Disk, Graph, Job, JobState, Phase, State, StateFile};
 use serde_json::{Value, json};
 
+use super::states;
 use super::trouble::{self, Session};
 use crate::cli::LiveVerb;
 use crate::failure::Failure;
 use crate::output::Console;
-use crate::output::human::{Table, printable};
+use crate::output::human::{Table, printable, shell_word};
+use crate::output::json::path;
 use crate::output::size;
 
 /// Prints all jobs.
@@ -19,8 +21,23 @@ pub(super) fn list(
     console: &Console,
 ) -> Result<(), Failure> {
     let jobs = graph.jobs(monitor).map_err(|e| session.failure(&e))?;
+    let known = states::of(session, graph.disks(), None)?;
+    let (under_way, left): (Vec<_>, Vec<_>) =
+        known.iter().partition(|(_, state)| jobs.iter().any(|(job, _)| job.id == state.job));
     if console.is_json() {
-        return console.document(&jobs.iter().map(|(job, disk)| json(job, *disk)).collect());
+        let merge = |job: &JobState| under_way.iter().find(|(_, state)| state.job == job.id);
+        return console
+            .document(&jobs.iter().map(|(job, disk)| json(job, *disk, merge(job).copied())).collect());
+    }
+    // A switched merge has files to clean up after; one that was only copied has lost nothing.
+    for (file, state) in left.iter().filter(|(_, state)| state.phase != Phase::Copying) {
+        let disk = printable(&state.disk);
+        console.note(&format!(
+            "an earlier merge of {disk} is not cleaned up after ({}); its disk is {}: {}",
+            file.path().display(),
+            printable(&state.valid_top),
+            session.other(&format!("recover {}", shell_word(&state.disk)))
+        ));
     }
     if jobs.is_empty() {
         return console.result("no job");
@@ -39,7 +56,21 @@ pub(super) fn list(
         ];
         table.row(cells.map(printable).into());
     }
-    console.result(&table.render())
+    let merges: String = under_way.iter().map(|(_, state)| format!("\n{}", in_words(state))).collect();
+    console.result(&(table.render() + &merges))
+}
+
+/// `vda: b.qcow2, a.qcow2 into base.raw, being copied; the disk is c.qcow2`
+fn in_words(state: &State) -> String {
+    let merged: Vec<_> = state.merged().map(|layer| printable(&layer.file)).collect();
+    let target = state.target().map_or(String::new(), |layer| printable(&layer.file));
+    let phase = match state.phase {
+        Phase::Copying => "being copied",
+        Phase::Switching => "about to switch",
+        Phase::Switched => "switched",
+    };
+    let (disk, top) = (printable(&state.disk), printable(&state.valid_top));
+    format!("{disk}: {} into {target}, {phase}; the image that holds the disk is {top}", merged.join(", "))
 }
 
 /// Pauses, resumes, cancels or slows the job of a disk.
@@ -76,9 +107,12 @@ pub(super) fn steer(
         }),
     };
     let done = done.map_err(fail)?;
+    if matches!(session.verb, LiveVerb::Cancel { .. }) {
+        forget(session, disk, &state.id)?;
+    }
     if console.is_json() {
         let now = job.state().map_err(fail)?;
-        let mut out = json(now.as_ref().unwrap_or(state), Some(disk));
+        let mut out = json(now.as_ref().unwrap_or(state), Some(disk), None);
         if now.is_none() {
             // QEMU's word for a job that it has forgotten.
             out["status"] = "null".into();
@@ -86,6 +120,15 @@ pub(super) fn steer(
         return console.document(&out);
     }
     console.result(&done)
+}
+
+/// Removes what was noted about a merge that will never be switched.
+fn forget(session: &Session<'_>, disk: &Disk, job: &str) -> Result<(), Failure> {
+    let known = states::of(session, std::slice::from_ref(disk), None)?;
+    for (file, state) in known.iter().filter(|(_, state)| state.job == job) {
+        file.forget(state).map_err(|e| session.failure(&e))?;
+    }
+    Ok(())
 }
 
 /// `running`, or why it stands still.
@@ -106,7 +149,7 @@ fn word(status: JobStatus) -> String {
 }
 
 /// A job with the fields of `query-jobs` and `query-block-jobs`, and its disk.
-fn json(job: &JobState, disk: Option<&Disk>) -> Value {
+fn json(job: &JobState, disk: Option<&Disk>, merge: Option<&(StateFile, State)>) -> Value {
     let mut out = json!({
         "disk": disk.map(Disk::name),
         "id": job.id,
@@ -120,6 +163,16 @@ fn json(job: &JobState, disk: Option<&Disk>) -> Value {
         out["speed"] = block.speed.into();
         out["auto-finalize"] = block.auto_finalize.into();
         out["auto-dismiss"] = block.auto_dismiss.into();
+    }
+    if let Some((file, state)) = merge {
+        out["merge"] = json!({
+            "kind": state.kind,
+            "phase": state.phase,
+            "base": state.layer(state.base).map(|layer| &layer.file),
+            "obsolete": state.merged().map(|layer| layer.file.as_str()).collect::<Value>(),
+            "valid-top": state.valid_top,
+            "state-file": path(file.path()),
+        });
     }
     if let Some(error) = &job.error {
         out["error"] = error.as_str().into();

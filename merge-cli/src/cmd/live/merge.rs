@@ -106,7 +106,7 @@ impl Start<'_> {
     /// refused.
     fn under_way(&self, monitor: &Connection) -> Result<Option<Vec<(StateFile, State)>>, Failure> {
         let fail = |e: qmp_client::Error| self.session.failure(&e);
-        let known = states::of(self.session, self.disk, self.job.state_dir.as_deref())?;
+        let known = states::of(self.session, std::slice::from_ref(self.disk), self.job.state_dir.as_deref())?;
         if let Some(merge) = Merge::attach(monitor, self.graph, self.disk, &known).map_err(fail)? {
             let (state, wanted) = (merge.state(), &self.wanted);
             if (state.kind, state.base, state.top) == (wanted.kind, wanted.base, wanted.top) {

@@ -54,7 +54,10 @@ impl Outcome {
         }
         add_files(session, state, tidied, &mut lines, &mut fields);
         fields["active"] = state.valid_top.as_str().into();
-        fields["bytes-copied"] = copied.into();
+        if state.kind == Kind::ActiveCommit {
+            // QEMU counts holes as done for the other kinds.
+            fields["bytes-copied"] = copied.into();
+        }
         fields["seconds"] = seconds.into();
         Self { lines, notes, fields, complete: tidied.kept.is_empty() }
     }

@@ -2,6 +2,7 @@
 
 use qmp_client::{CommitOptions, Disk, Layer, Pull};
 
+use super::estimate::Amounts;
 use super::plan::{End, Plan};
 use super::siblings::Searched;
 use super::trouble::Session;
@@ -51,7 +52,8 @@ pub(super) fn plan(
         relink: Some((disk.active().clone(), pull.backing_file().map(str::to_owned))),
         end: if args.job.async_ { End::WaitForFinish } else { End::Finish },
         delete: false,
-        amounts: estimate::amounts(disk, files, pull.pulled(), disk.active()),
+        // Zeros stay what no layer has, or take no room.
+        amounts: Amounts { zero: 0, ..estimate::amounts(disk, files, pull.pulled(), disk.active()) },
         room: estimate::free_space(files, disk.active()),
         searched: Searched::default(),
         commands: pull.commands().map_err(|e| session.failure(&e))?,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use qcow2::storage::{Host, OsHost};
-use qmp_client::{JobState, State};
+use qmp_client::{JobState, Kind, State};
 use serde_json::json;
 
 use super::drive::Drive;
@@ -17,7 +17,6 @@ pub(super) fn explain(drive: &Drive<'_>, state: &State, job: &JobState) -> Resul
     let file = state.target().map_or("", |layer| layer.file.as_str());
     let folder = Path::new(file).parent().filter(|_| file.starts_with('/'));
     let free = folder.and_then(|folder| OsHost.free_space(folder).ok().flatten());
-    let left = job.total.saturating_sub(job.done);
     drive.console.event(
         "stalled",
         json!({ "io-status": why, "file": file, "done": job.done, "total": job.total, "free-space": free }),
@@ -36,12 +35,17 @@ pub(super) fn explain(drive: &Drive<'_>, state: &State, job: &JobState) -> Resul
         ("nospace", None) => format!("no space is left for {}", printable(file)),
         _ => format!("QEMU met an input/output error while it copied to {}", printable(file)),
     };
+    // QEMU counts holes for the other kinds.
+    let rest = if state.kind == Kind::ActiveCommit {
+        format!("; {} are still to be copied", size::short(job.total.saturating_sub(job.done)))
+    } else {
+        String::new()
+    };
     let remedy = if why == "nospace" { "make room" } else { "mend that" };
-    drive.console.note(&format!(
-        "the job stands still: {what}; up to {} are still to be copied\n\
+    drive.console.warn(&format!(
+        "the job stands still: {what}{rest}\n\
          nothing is lost, and the guest goes on; {remedy}, then in another terminal: {resume}\n\
-         this command waits for it",
-        size::short(left)
+         this command waits for it"
     ));
     Ok(())
 }

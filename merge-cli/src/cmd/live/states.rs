@@ -12,14 +12,14 @@ use crate::failure::{Failure, Report};
 use crate::output::Console;
 use crate::output::human::{printable, shell_word};
 
-/// All states that may speak of this disk: beside its images, in the folder that the user named, and those that are
-/// listed beside the monitor's socket.
+/// All states that may speak of these disks: beside their images, in the folder that the user named, and those that
+/// are listed beside the monitor's socket.
 pub(super) fn of(
     session: &Session<'_>,
-    disk: &Disk,
+    disks: &[Disk],
     state_dir: Option<&Path>,
 ) -> Result<Vec<(StateFile, State)>, Failure> {
-    let images = disk.layers().iter().map(|layer| Path::new(&layer.file));
+    let images = disks.iter().flat_map(Disk::layers).map(|layer| Path::new(&layer.file));
     let mut folders: BTreeSet<PathBuf> =
         images.filter_map(|image| image.parent().map(Path::to_owned)).collect();
     folders.extend(state_dir.and_then(|dir| std::path::absolute(dir).ok()));

@@ -31,7 +31,9 @@ pub(in crate::cmd::live) fn text(plan: &Plan) -> String {
     }
     fields.add("afterwards", afterwards(plan));
     let needless = list(plan.merged.iter());
-    fields.add("not needed then", format!("{needless}: {}", obsolete(plan)));
+    if plan.end != End::KeepOverlay {
+        fields.add("not needed then", format!("{needless}: {}", obsolete(plan)));
+    }
     let lost = plan.restore_points_lost();
     if !lost.is_empty() {
         let lost = list(lost.into_iter());
@@ -95,8 +97,7 @@ fn obsolete(plan: &Plan) -> &'static str {
     match plan.end {
         _ if plan.delete => "will be removed",
         _ if plan.pull => "stay as they are",
-        End::KeepOverlay => "stay as they are; the disk still uses them",
-        End::Finish | End::WaitForFinish => "stay, marked as merged",
+        End::KeepOverlay | End::Finish | End::WaitForFinish => "stay, marked as merged",
         End::Pivot | End::Ready if plan.merged.len() == 1 => "stays, as an empty overlay on base",
         End::Pivot | End::Ready => "stay; the first as an empty overlay on base, the others marked as merged",
     }

@@ -25,7 +25,7 @@ pub(in crate::cmd::live) fn fields(plan: &Plan) -> Value {
         "clusters-to-allocate": null,
         "base-file-size-after": plan.receiver().actual_size.map(|size| size.saturating_add(plan.growth())),
         "counted": plan.amounts.counted,
-        "obsolete": files(&plan.merged),
+        "obsolete": if plan.end == End::KeepOverlay { json!([]) } else { files(&plan.merged) },
         "restore-points-lost": plan.restore_points_lost().iter().map(|layer| layer.file.as_str()).collect::<Value>(),
         "bitmaps-lost": bitmaps,
         "searched": paths(&plan.searched.folders),

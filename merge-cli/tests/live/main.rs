@@ -1,0 +1,8 @@
+//! `qmerge live` against real QEMUs and storage daemons.
+//!
+//! Without QEMU every test that needs it says `SKIPPED` on standard error and passes, except where `CI` is set.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod look;
+mod support;
