@@ -1,133 +1,22 @@
-//! The bodies of the fuzz targets over their seeds, thousands of deterministic mutations of them, and
-//! every input that once broke something. An input may be refused; it may not panic, take long, or make
-//! the engine hold more than 64 MiB.
-//!
-//! `FUZZ_ROUNDS=N` multiplies the number of mutations, `FUZZ_SEED=N` takes other ones, `FUZZ_BODY=NAME`
-//! runs one body. A failure names the file that its input was written to.
-#![allow(unsafe_code, reason = "a counting allocator is unsafe by its interface")]
+//! The bodies of the engine's fuzz targets; see the harness.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::{Duration, Instant};
-use std::{env, fs};
+#[path = "../../fuzz/harness.rs"]
+mod harness;
 
+use qcow2::fuzzing::BODIES;
 use qcow2::fuzzing::mutate::{Random, mutate};
-use qcow2::fuzzing::{BODIES, Body};
 
-/// The most that an input may make the engine hold, in bytes.
-const MEMORY: usize = 64 << 20;
-/// The longest that an input may take. A machine that is busy with something else can be slow once, so an input
-/// that takes longer is tried again before it counts.
-const TIME: Duration = Duration::from_secs(1);
-const TRIES: u32 = 4;
-
-struct Counting;
-
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let held = HELD.fetch_add(layout.size(), Relaxed) + layout.size();
-        MOST.fetch_max(held, Relaxed);
-        // SAFETY: the caller's promise is the same as the callee's.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        let held = HELD.fetch_add(layout.size(), Relaxed) + layout.size();
-        MOST.fetch_max(held, Relaxed);
-        // SAFETY: the caller's promise is the same as the callee's.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        HELD.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: the caller's promise is the same as the callee's.
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// Runs one input; the most that it made the engine hold, or what was broken.
-fn run(body: &Body, input: &[u8]) -> Result<usize, String> {
-    let mut took = Duration::MAX;
-    for _ in 0..TRIES {
-        let before = HELD.load(Relaxed);
-        MOST.store(before, Relaxed);
-        let start = Instant::now();
-        let outcome = catch_unwind(AssertUnwindSafe(|| (body.run)(input)));
-        took = took.min(start.elapsed());
-        let held = MOST.load(Relaxed).saturating_sub(before);
-        if outcome.is_err() {
-            return Err("it panicked, see above".into());
-        }
-        if held > MEMORY {
-            return Err(format!("it held {held} bytes"));
-        }
-        if took <= TIME {
-            return Ok(held);
-        }
-    }
-    Err(format!("it took {took:?}, in the fastest of {TRIES} tries"))
-}
-
-fn number(name: &str, default: u64) -> u64 {
-    env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(default)
-}
-
-// One test: what the allocator counts belongs to one input at a time.
 #[test]
 fn no_input_panics_hangs_or_takes_much_memory() {
-    let (rounds, seed) = (number("FUZZ_ROUNDS", 1), number("FUZZ_SEED", 1));
-    let mut failures = Vec::new();
-    let only = env::var("FUZZ_BODY").ok();
-    for body in BODIES.iter().filter(|b| only.as_ref().is_none_or(|name| name == b.name)) {
-        let start = Instant::now();
-        let seeds = (body.seeds)();
-        let mutations = body.mutations * rounds / seeds.len() as u64;
-        let (mut inputs, mut most) = (0, 0);
-        let mut check = |name: &str, input: &[u8]| {
-            inputs += 1;
-            match run(body, input) {
-                Ok(held) => {
-                    most = most.max(held);
-                    true
-                }
-                Err(why) => {
-                    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{name}", body.name));
-                    fs::write(&file, input).unwrap();
-                    failures.push(format!("{}: {name}: {why}; the input is {}", body.name, file.display()));
-                    false
-                }
-            }
-        };
-        let crashes = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/crashes").join(body.name);
-        let mut once_broken: Vec<_> =
-            fs::read_dir(crashes).into_iter().flatten().map(|entry| entry.unwrap().path()).collect();
-        once_broken.sort();
-        for file in once_broken {
-            check(&file.file_name().unwrap().to_string_lossy(), &fs::read(&file).unwrap());
-        }
-        'seeds: for (name, input) in &seeds {
-            if !check(name, input) {
-                break;
-            }
-            let mut random = Random::new(seed);
-            for n in 0..mutations {
-                let mut changed = input.clone();
-                mutate(&mut changed, &mut random);
-                if !check(&format!("{name}-{seed}-{n}"), &changed) {
-                    break 'seeds;
-                }
-            }
-        }
-        println!("{}: {inputs} inputs in {:.1?}, {} KiB at most", body.name, start.elapsed(), most >> 10);
-    }
-    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    let bodies = BODIES.map(|body| harness::Body {
+        name: body.name,
+        run: body.run,
+        seeds: (body.seeds)(),
+        mutations: body.mutations,
+    });
+    harness::run_all(bodies.into(), |seed| {
+        let mut random = Random::new(seed);
+        move |input: &mut Vec<u8>| mutate(input, &mut random)
+    });
 }

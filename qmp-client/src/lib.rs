@@ -38,6 +38,8 @@ mod connection;
 mod error;
 mod flush;
 mod foreign;
+#[doc(hidden)]
+pub mod fuzzing;
 mod graph;
 mod jobs;
 mod live;

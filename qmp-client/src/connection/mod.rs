@@ -1,6 +1,6 @@
 //! The connection to a monitor.
 
-mod reader;
+pub(crate) mod reader;
 #[cfg(test)]
 mod tests;
 

@@ -14,7 +14,7 @@ use crate::message::{Event, Failure, Message};
 const MOST_EVENTS: usize = 4096;
 
 /// What came back for one command.
-pub(super) enum Outcome {
+pub(crate) enum Outcome {
     Return(Value),
     Failure(Failure),
     /// A line that could not be read came while this command was waiting: its answer, perhaps.
@@ -23,7 +23,7 @@ pub(super) enum Outcome {
 
 /// Where the reader puts what it reads.
 #[derive(Default)]
-pub(super) struct Mailbox {
+pub(crate) struct Mailbox {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -70,31 +70,31 @@ impl Mailbox {
         }
     }
 
-    pub(super) fn greeting(&self, timeout: Duration) -> Result<Box<QapiCapabilities>, Option<String>> {
+    pub(crate) fn greeting(&self, timeout: Duration) -> Result<Box<QapiCapabilities>, Option<String>> {
         self.wait(timeout, |state| state.greeting.take())
     }
 
     /// From now on a reply with this number is expected.
-    pub(super) fn expect(&self, id: u64) {
+    pub(crate) fn expect(&self, id: u64) {
         self.lock().waiting.insert(id, None);
     }
 
     /// The reply with this number. Whatever comes back, it is expected no longer.
-    pub(super) fn outcome(&self, id: u64, timeout: Duration) -> Result<Outcome, Option<String>> {
+    pub(crate) fn outcome(&self, id: u64, timeout: Duration) -> Result<Outcome, Option<String>> {
         let outcome = self.wait(timeout, |state| state.waiting.get_mut(&id).and_then(Option::take));
         self.forget(id);
         outcome
     }
 
-    pub(super) fn forget(&self, id: u64) {
+    pub(crate) fn forget(&self, id: u64) {
         self.lock().waiting.remove(&id);
     }
 
-    pub(super) fn event(&self, timeout: Duration) -> Result<Event, Option<String>> {
+    pub(crate) fn event(&self, timeout: Duration) -> Result<Event, Option<String>> {
         self.wait(timeout, |state| state.events.pop_front())
     }
 
-    pub(super) fn close(&self, why: String) {
+    pub(crate) fn close(&self, why: String) {
         self.lock().closed.get_or_insert(why);
         self.changed.notify_all();
     }
@@ -140,7 +140,7 @@ impl Mailbox {
 }
 
 /// Reads lines of at most `most` bytes until the end of the stream, and closes the mailbox.
-pub(super) fn read_lines(mut stream: impl BufRead, mailbox: &Mailbox, most: usize) {
+pub(crate) fn read_lines(mut stream: impl BufRead, mailbox: &Mailbox, most: usize) {
     let mut line = Vec::new();
     let why = loop {
         match read_line(&mut stream, &mut line, most) {

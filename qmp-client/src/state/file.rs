@@ -79,9 +79,7 @@ impl StateFile {
         }
         let mut text = Vec::new();
         file.take(LONGEST).read_to_end(&mut text).map_err(|e| fail(&e))?;
-        let state: State = serde_json::from_slice(&text).map_err(|e| fail(&e))?;
-        state.check().map_err(|why| fail(&why))?;
-        Ok(Some(state))
+        State::parse(&text).map(Some).map_err(|why| fail(&why))
     }
 
     /// Replaces what the file says, durably: once this returns, a power cut does not bring the old text back.

@@ -200,6 +200,13 @@ impl State {
         self.left().next().map(|layer| layer.file.clone()).unwrap_or_default()
     }
 
+    /// Reads a file's text; what is wrong with it, in words, if it describes no merge.
+    pub(crate) fn parse(text: &[u8]) -> std::result::Result<Self, String> {
+        let state: Self = serde_json::from_slice(text).map_err(|e| e.to_string())?;
+        state.check()?;
+        Ok(state)
+    }
+
     /// What any file must fulfil before its numbers are used.
     fn check(&self) -> std::result::Result<(), String> {
         if self.version != VERSION {

@@ -1,0 +1,21 @@
+//! The bodies of the client's fuzz targets; see the harness.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+#[path = "../../fuzz/harness.rs"]
+mod harness;
+
+use qmp_client::fuzzing::{BODIES, Mutator};
+
+#[test]
+fn no_input_panics_hangs_or_takes_much_memory() {
+    let bodies = BODIES.map(|body| harness::Body {
+        name: body.name,
+        run: body.run,
+        seeds: (body.seeds)(),
+        mutations: body.mutations,
+    });
+    harness::run_all(bodies.into(), |seed| {
+        let mut mutator = Mutator::new(seed);
+        move |input: &mut Vec<u8>| mutator.mutate(input)
+    });
+}
