@@ -4,5 +4,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod article;
+mod clients;
+mod control;
 mod look;
+mod machine;
+mod plans;
 mod support;

@@ -102,7 +102,7 @@ impl Drive<'_> {
             }
             if self.stop.flag().load(Ordering::SeqCst) { Watch::Stop } else { Watch::GoOn }
         });
-        match waited.map_err(|e| self.session.failure(&e))? {
+        match waited.map_err(|e| self.lost(&e))? {
             Waited::Reached(job) => self.end(monitor, merge, &job),
             // Somebody else ended it, or it failed: what the merge says of it is the truth.
             Waited::Concluded(job) => self.end(monitor, merge, &job),
@@ -179,6 +179,21 @@ impl Drive<'_> {
             return self.session.failure_with(error, hint);
         }
         self.session.failure(error)
+    }
+
+    /// The connection broke off while the job ran.
+    fn lost(&self, error: &Error) -> Failure {
+        self.meter.clear();
+        let hint = format!(
+            "if QEMU still runs, the job goes on, and the same command picks it up again: {}; if it has ended, this says which \
+             image holds the disk: {}",
+            self.session.again(),
+            self.session.other("recover")
+        );
+        match error {
+            Error::Disconnected { .. } => self.session.failure_with(error, hint),
+            _ => self.session.failure(error),
+        }
     }
 
     /// The job is gone, and nobody saw how it ended; the graph tells.

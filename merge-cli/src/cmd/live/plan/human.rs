@@ -60,7 +60,9 @@ fn amount(plan: &Plan) -> String {
     let bytes =
         size::exact(if plan.pull && plan.amounts.counted { plan.amounts.new } else { plan.amounts.copy });
     match plan.amounts.counted {
-        true if plan.merges_active() => format!("{bytes}, and what the guest writes meanwhile"),
+        true if plan.merges_active() => {
+            format!("{bytes}, and what the guest wrote last and writes meanwhile")
+        }
         true => bytes,
         false => format!("at most {bytes}, which the layers hold"),
     }
