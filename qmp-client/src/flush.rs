@@ -53,7 +53,7 @@ impl Means {
             Err(error) => why.push(error.to_string()),
         }
         let why = why.join("; ");
-        Err(Error::Refused { why: format!("{node} cannot be flushed before the switch: {why}") })
+        Err(Error::Refused { why: format!("{node} cannot be flushed: {why}") })
     }
 
     pub(crate) fn flush(&self, monitor: &(impl Monitor + ?Sized), node: &str) -> Result<()> {
@@ -81,6 +81,18 @@ impl Means {
     }
 }
 
+/// Makes `node` durable by the first means that works.
+///
+/// # Errors
+/// [`Error::Refused`] if there is none; those of the flush.
+pub(crate) fn flush(monitor: &(impl Monitor + ?Sized), node: &str, server: Option<&Path>) -> Result<()> {
+    match Means::find(monitor, node, server)? {
+        // Its proof is the flush itself.
+        Means::OwnServer | Means::Server(_) => Ok(()),
+        means @ Means::StopAndCont => means.flush(monitor, node),
+    }
+}
+
 /// The user that a process acts as, now: a QEMU may have given up the rights with which it opened its monitor.
 fn user_of(process: u32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
@@ -95,8 +107,11 @@ fn flush_export(monitor: &(impl Monitor + ?Sized), node: &str, socket: &Path) ->
     monitor.query("block-export-add", options)?;
     let flushed =
         UnixStream::connect(socket).and_then(|stream| nbd::flush(stream, &id, TIMEOUT)).map_err(local);
-    let removed = remove(monitor, &id);
-    flushed.and(removed)
+    match remove(monitor, &id) {
+        // QEMU has gone: that is why the flush has failed.
+        Err(gone @ Error::Disconnected { .. }) => Err(gone),
+        removed => flushed.and(removed),
+    }
 }
 
 /// Removes an export, and waits until it is gone: as long as it is there, it holds the node.

@@ -3,6 +3,7 @@
 use std::collections::hash_map::RandomState;
 use std::fmt::Write as _;
 use std::hash::BuildHasher;
+use std::path::Path;
 use std::time::Duration;
 
 use qapi::Command;
@@ -10,6 +11,7 @@ use qapi::qmp::{self, JobStatus};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::flush::flush;
 use crate::graph::{Disk, Graph, Layer};
 use crate::jobs::{Goal, Job, Waited, Watch};
 use crate::monitor::{Execute, Monitor};
@@ -87,20 +89,38 @@ pub(crate) fn switch<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<()> {
     }
 }
 
-/// Takes the job's result, closes the layers that are no longer needed, and looks whether a disk has the chain
-/// that is left.
+/// Takes the job's result, lets go of the layers that are no longer needed, and looks whether a disk has the chain
+/// that is left. `server` is the socket of an NBD server that QEMU runs already.
 pub(crate) fn wrap_up<M: Monitor + ?Sized>(
     job: &Job<'_, M>,
     monitor: &M,
     merged: &[Layer],
     left: &[Layer],
+    server: Option<&Path>,
 ) -> Result<Merged> {
     job.take_result()?;
-    let still_open = close(monitor, merged)?;
+    let still_open = let_go(monitor, merged, left, server)?;
     with_chain(monitor, left)?.map(|disk| Merged { disk, still_open }).ok_or_else(|| {
         let nodes: Vec<&str> = left.iter().map(|l| l.node.as_str()).collect();
         failed(job, format!("QEMU called it done, but no disk has the chain {}", nodes.join(", ")))
     })
+}
+
+/// Closes layers that are no longer needed, once the overlay that named them durably names another backing file: QEMU
+/// writes that name, and does not wait until it is on the disk. A power cut would leave the old name, so whoever
+/// removes these layers earlier may lose the chain.
+pub(crate) fn let_go(
+    monitor: &(impl Monitor + ?Sized),
+    merged: &[Layer],
+    left: &[Layer],
+    server: Option<&Path>,
+) -> Result<Vec<(String, String)>> {
+    let top = merged.iter().map(|layer| layer.index).max();
+    // The layers that are left come from the top.
+    if let Some(overlay) = left.iter().rfind(|layer| Some(layer.index) > top) {
+        flush(monitor, &overlay.node, server)?;
+    }
+    close(monitor, merged)
 }
 
 /// The disk that has just these layers, by their nodes.
@@ -173,7 +193,7 @@ pub(crate) fn failed<M: Monitor + ?Sized>(job: &Job<'_, M>, why: String) -> Erro
 }
 
 /// Closes nodes that have names of the user's: QEMU keeps them, and their files, open.
-pub(crate) fn close(monitor: &(impl Monitor + ?Sized), layers: &[Layer]) -> Result<Vec<(String, String)>> {
+fn close(monitor: &(impl Monitor + ?Sized), layers: &[Layer]) -> Result<Vec<(String, String)>> {
     let mut still_open = Vec::new();
     for node in to_close(layers) {
         match monitor.execute(&qmp::blockdev_del { node_name: node.clone() }) {

@@ -225,7 +225,7 @@ impl Pull {
             before_switch()?;
             procedure::switch(job)?;
         }
-        procedure::wrap_up(job, monitor, &self.pulled, &self.left)
+        procedure::wrap_up(job, monitor, &self.pulled, &self.left, self.options.nbd_socket.as_deref())
     }
 
     /// Cancels the job and waits until it is gone. The chain is as it was; the active layer holds what was

@@ -37,7 +37,7 @@ fn killed(seed: u64, top: &str, merge: impl FnOnce(&Guest)) {
 #[test]
 fn while_an_intermediate_merge_copies() {
     killed(11, "c.qcow2", |guest| {
-        guest.commit(&["vda", "--top", "[3]", "--bandwidth", "131072", "--async"]).ok();
+        guest.commit(&["vda", "--top", "[3]", "--bandwidth", "128K", "--async"]).ok();
         guest.until("copied bytes", |q| q.job().is_some_and(|job| job["offset"].as_u64() > Some(1 << 20)));
         assert_eq!(guest.job().unwrap()["status"], "running");
     });
@@ -62,7 +62,7 @@ fn after_an_intermediate_merge() {
 #[test]
 fn while_an_active_merge_copies() {
     killed(14, "c.qcow2", |guest| {
-        guest.commit(&["vda", "--active", "--bandwidth", "131072", "--async"]).ok();
+        guest.commit(&["vda", "--active", "--bandwidth", "128K", "--async"]).ok();
         guest.until("copied bytes", |q| q.job().is_some_and(|job| job["offset"].as_u64() > Some(1 << 20)));
         assert_eq!(guest.job().unwrap()["status"], "running");
     });

@@ -14,3 +14,4 @@ mod article;
 mod disks;
 mod killed;
 mod styles;
+mod switch;

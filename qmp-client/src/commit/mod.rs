@@ -356,7 +356,7 @@ impl Commit {
     }
 
     fn wrap_up<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
-        procedure::wrap_up(job, monitor, &self.merged, &self.left)
+        procedure::wrap_up(job, monitor, &self.merged, &self.left, self.options.nbd_socket.as_deref())
     }
 
     fn nodes(&self) -> impl Iterator<Item = &String> {

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::graph::{Disk, Graph, Layer};
 use crate::jobs::{Job, Progress, Waited, Watch, jobs};
 use crate::monitor::Monitor;
-use crate::procedure::{Merged, cancel, close};
+use crate::procedure::{Merged, cancel, let_go};
 use crate::state::{
     CLOCK_STEP, FileIdentity, Kind, Phase, Pointer, State, StateFile, StateLayer, boot, now_ns,
 };
@@ -243,7 +243,8 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
 
     /// The job is gone, and nobody saw how it ended; the graph shows it.
     fn take_from_graph(&self) -> Result<Merged> {
-        let still_open = close(self.monitor, self.procedure.merged())?;
+        let (merged, left) = (self.procedure.merged(), self.procedure.left());
+        let still_open = let_go(self.monitor, merged, left, self.state.nbd_socket.as_deref())?;
         let disk = crate::procedure::with_chain(self.monitor, self.procedure.left())?;
         disk.map(|disk| Merged { disk, still_open }).ok_or_else(|| Error::Job {
             id: self.job.id().to_owned(),

@@ -17,14 +17,17 @@ use std::process::{Command, Stdio};
 
 /// Whether QEMU is here; says so when it is not, and fails where `CI` is set.
 pub(crate) fn qemu_present() -> bool {
-    for tool in ["qemu-system-x86_64", "qemu-img", "qemu-io"] {
-        let found = Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-        if !found.is_ok_and(|status| status.success()) {
-            skipped(&format!("{tool} is not installed"));
-            return false;
-        }
+    ["qemu-system-x86_64", "qemu-img", "qemu-io"].into_iter().all(present)
+}
+
+/// Whether the program is here; says so when it is not, and fails where `CI` is set.
+pub(crate) fn present(program: &str) -> bool {
+    let run = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let found = run.is_ok_and(|status| status.success());
+    if !found {
+        skipped(&format!("{program} is not installed"));
     }
-    true
+    found
 }
 
 /// Whether QEMU and a kernel for a guest are here; says so when they are not, and fails where `CI` is set.

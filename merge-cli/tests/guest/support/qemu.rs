@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use qmp_client::{Address, Commit, CommitOptions, Connection, Disk, Execute, Goal, Graph, Options, Watch};
+use qmp_client::{Address, Connection, Disk, Execute, Graph, Options};
 use serde_json::{Value, json};
 
 use super::process::{Run, qmerge};
@@ -82,6 +82,11 @@ impl Qemu {
         (Self { child, dir: dir.to_owned(), monitor }, input, output)
     }
 
+    /// The machine's folder.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     #[track_caller]
     pub(crate) fn ask(&self, command: &str, arguments: Value) -> Value {
         self.monitor.query(command, arguments).unwrap_or_else(|e| panic!("{command}: {e}"))
@@ -103,40 +108,10 @@ impl Qemu {
         qmerge(&self.dir, &[&["live"], args, &["--qmp", "qmp.sock"]].concat())
     }
 
-    /// Merges with the library, as these options of `live commit` say, and waits for what they say.
+    /// Runs `qmerge live commit ARGS`.
     #[track_caller]
     pub(crate) fn commit(&self, args: &[&str]) -> Run {
-        let mut run =
-            Run { line: format!("{args:?}"), code: Some(0), out: String::new(), err: String::new() };
-        if let Err(error) = self.merge(args) {
-            (run.code, run.err) = (Some(1), error.to_string());
-        }
-        run
-    }
-
-    fn merge(&self, args: &[&str]) -> qmp_client::Result<()> {
-        let after = |option: &str| args.iter().position(|a| *a == option).map(|at| args[at + 1]);
-        let has = |option: &str| args.contains(&option);
-        let disk = self.disk(args[0]);
-        let base = disk.layer(after("--base").unwrap_or("[1]"))?;
-        let top = after("--top").map_or(Ok(disk.active()), |top| disk.layer(top))?;
-        let speed = after("--bandwidth").map_or(0, |rate| rate.parse().unwrap());
-        let options = CommitOptions { speed, ..CommitOptions::default() };
-        let mut commit = Commit::plan(&disk, &disk.range(base, top)?, options)?;
-        assert_eq!(commit.is_active(), has("--active") || has("--pivot"));
-        commit.preflight(&self.monitor)?;
-        let job = commit.start(&self.monitor)?;
-        if has("--async") {
-            return Ok(());
-        }
-        let goal = if commit.is_active() { Goal::Ready } else { Goal::Pending };
-        job.wait(goal, Some(PATIENCE), &mut |_| Watch::GoOn)?;
-        if has("--pivot") {
-            commit.pivot(&job, &self.monitor, &mut || Ok(()))?;
-        } else if !commit.is_active() {
-            commit.finish(&job, &self.monitor, &mut || Ok(()))?;
-        }
-        Ok(())
+        self.live(&[&["commit"], args].concat())
     }
 
     /// Asks until the answer is what is wanted; for what no event tells.
