@@ -1,6 +1,7 @@
 //! The name by which an overlay calls its new backing file.
 
 use std::ffi::OsStr;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -30,10 +31,17 @@ pub fn new_backing_name(host: &dyn Host, old: &[u8], overlay: &Path, base: &Path
         candidates.extend(relative_names(host, overlay, &named)?);
     }
     candidates.extend([normalised(&named), named, real]);
-    candidates.into_iter().map(written).find(|name| leads_to(host, name, overlay, id)).ok_or_else(|| {
-        let reason = Refusal::Other(format!("no backing name leads from it to {}", base.display()));
-        Error::refused(overlay, reason)
-    })
+    let mut failed = None;
+    for name in candidates.into_iter().map(written) {
+        match leads_to(host, &name, overlay, id) {
+            Ok(true) => return Ok(name),
+            Ok(false) => {}
+            Err(e) => failed = Some(e),
+        }
+    }
+    let reason = Refusal::Other(format!("no backing name leads from it to {}", base.display()));
+    // A name that could not be looked at may lead there.
+    Err(failed.map_or_else(|| Error::refused(overlay, reason), |e| Error::io(base, "stat", None, e)))
 }
 
 /// Relative names that may lead from `overlay` to `base`, an absolute path; the best first.
@@ -102,20 +110,26 @@ fn written(path: PathBuf) -> Vec<u8> {
 }
 
 /// Whether QEMU would find the file `id` by this name.
-fn leads_to(host: &dyn Host, name: &[u8], overlay: &Path, id: FileId) -> bool {
+fn leads_to(host: &dyn Host, name: &[u8], overlay: &Path, id: FileId) -> io::Result<bool> {
     // Above an overlay that is named without a directory, QEMU would take `a:b/overlay` for a protocol;
     // here it is a path, and so is what is resolved from it.
     let overlay = match overlay.is_relative() {
         true => PathBuf::from(OsStr::from_bytes(&[b"./", overlay.as_os_str().as_bytes()].concat())),
         false => overlay.to_owned(),
     };
-    BackingName::parse(name)
-        .is_ok_and(|name| host.stat(&name.resolve(&overlay)).is_ok_and(|stat| stat.id == id))
+    let Ok(name) = BackingName::parse(name) else { return Ok(false) };
+    match host.stat(&name.resolve(&overlay)) {
+        Ok(stat) => Ok(stat.id == id),
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+        Err(e) => Err(e),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
+    use crate::storage::sim::{Fault, FaultKind, SimHost};
     use crate::storage::{MemHost, OsHost};
     use std::fs;
     use std::os::unix::fs::symlink;
@@ -131,6 +145,25 @@ mod tests {
             host.add(file, b"x").unwrap();
         }
         host
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_looked_at_is_no_name_that_leads_elsewhere() {
+        let disk = SimHost::over(&host(&["/vm/base", "/vm/c"]));
+        let find = || new_backing_name(&disk, b"b", Path::new("/vm/c"), Path::new("/vm/base"));
+        let mut failures = 0;
+        for nth in 1.. {
+            disk.fail(Some(Fault { kind: FaultKind::Io, nth, for_ever: true }));
+            match find() {
+                Ok(name) => {
+                    assert_eq!((name.as_slice(), disk.failed()), (&b"base"[..], 0));
+                    break;
+                }
+                Err(e) => assert_eq!(e.kind(), ErrorKind::Io, "{e}"),
+            }
+            failures += 1;
+        }
+        assert!(failures > 2, "{failures}");
     }
 
     #[test]

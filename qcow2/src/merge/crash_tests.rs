@@ -35,10 +35,10 @@ pub(super) fn see(host: &MemHost, path: &Path) -> Vec<u8> {
 }
 
 pub(super) fn assert_sound(state: &State, what: &str) {
-    let host = state.host().unwrap();
+    let host = state.host();
     for path in state.names() {
         let content = state.content(path).unwrap_or_default();
-        if !is_qcow2(content) {
+        if !is_qcow2(&content) {
             continue;
         }
         let file = host.open(path, Access::Read).unwrap();
@@ -82,14 +82,14 @@ fn crash_everywhere(
         ..CommitOptions::default()
     };
     let shown = see(host, active);
-    let disk = SimHost::over(host).unwrap();
+    let disk = SimHost::over(host);
     commit(Arc::new(disk.clone()), active, &options).unwrap_or_else(|e| panic!("{what}: {e}"));
     let last = disk.now();
-    assert!(see(&last.host().unwrap(), active) == shown, "{what}");
+    assert!(see(&last.host(), active) == shown, "{what}");
     let states = power_cuts(disk.start(), &disk.log(), &cuts(dice.roll(1 << 20)), |cut| {
         let what = format!("{what}: {cut}");
         assert_sound(&cut.state, &what);
-        let host = cut.state.host().unwrap();
+        let host = cut.state.host();
         assert!(see(&host, active) == shown, "{what}: the guest sees something else");
         if dice.roll(4) == 0 {
             commit(Arc::new(host.clone()), active, &options).unwrap_or_else(|e| panic!("{what}, again: {e}"));
@@ -153,7 +153,7 @@ fn a_raw_base_is_durable_before_the_active_image_is_emptied() {
     active.write_all_at(&(word(table) | 1).to_be_bytes(), table).unwrap();
     drop(active);
     let options = CommitOptions { open: local(), ..CommitOptions::default() };
-    let disk = SimHost::over(&host).unwrap();
+    let disk = SimHost::over(&host);
     commit(Arc::new(disk.clone()), Path::new("/1"), &options).unwrap();
     let inode = |path: &str| disk.start().inode(Path::new(path)).unwrap();
     let (base, active) = (inode("/0"), inode("/1"));

@@ -102,7 +102,7 @@ fn no_power_cut_shows_a_mixture_of_old_and_new() {
         }
         told_apart += 1;
         let format = format_of(&host, base);
-        let disk = SimHost::over(&host).unwrap();
+        let disk = SimHost::over(&host);
         empty(&disk, active, base, format).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         let (log, inode) = (disk.log(), disk.start().inode(active));
         let elsewhere = log
@@ -112,7 +112,7 @@ fn no_power_cut_shows_a_mixture_of_old_and_new() {
         let (mut before, mut after) = (0, 0);
         power_cuts(disk.start(), &log, &cuts(seed), |cut| {
             assert_sound(&cut.state, &format!("seed {seed}: {cut}"));
-            let host = cut.state.host().unwrap();
+            let host = cut.state.host();
             let shown = see(&host, active);
             assert!(shown == stale || shown == new, "seed {seed}: a mixture: {cut}");
             *if shown == new { &mut after } else { &mut before } += 1;

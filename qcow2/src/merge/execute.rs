@@ -8,6 +8,7 @@
 //! 6. The overlay above top gets base as its backing file; or the active image is emptied.
 //! 7. Layers that are no longer needed are marked as merged, or removed from the top down.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
@@ -146,7 +147,13 @@ impl Commit {
         }
         let base = self.base_name()?;
         for layer in self.chain.layers().iter().rev().filter(|l| self.plan.obsolete.contains(&l.path)) {
-            self.delete(layer, &base, report)?;
+            if report.kept.is_empty() {
+                self.delete(layer, &base, report)?;
+            } else {
+                // Whoever uses the layer that is kept reads through those below it.
+                report.kept.push((layer.path.clone(), "a layer above it is kept".to_owned()));
+                self.mark(layer, &base, report)?;
+            }
         }
         Ok(())
     }
@@ -195,7 +202,8 @@ impl Commit {
                 Ok((stat, _)) if stat.id != id => "its name leads to another file now".to_owned(),
                 Ok(_) if self.is_shared(id) => "another image uses it".to_owned(),
                 Ok(_) => "it is not a regular file".to_owned(),
-                Err(e) => e.to_string(),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => e.to_string(),
+                Err(e) => return Err(Error::io(path, "stat", None, e)),
             };
             report.kept.push((path.clone(), why));
             if id == layer.id {

@@ -106,14 +106,14 @@ fn no_power_cut_leaves_an_overlay_that_names_neither() {
         let case = merged(seed);
         case.lose_base();
         let lost = see(&case.host, case.active());
-        let disk = SimHost::over(&case.host).unwrap();
+        let disk = SimHost::over(&case.host);
         case.open(&disk).unwrap().point_back(&disk, &case.old_name).unwrap();
         let (log, overlay) = (disk.log(), disk.start().inode(&case.paths[case.top + 1]));
         let elsewhere = |file: u64| Some(file) != overlay;
         assert!(!log.iter().any(|op| op.changed_file().is_some_and(elsewhere)), "seed {seed}");
         power_cuts(disk.start(), &log, &cuts(seed), |cut| {
             assert_sound(&cut.state, &format!("seed {seed}: {cut}"));
-            let shown = see(&cut.state.host().unwrap(), case.active());
+            let shown = see(&cut.state.host(), case.active());
             let done = shown == case.model;
             assert!(done || shown == lost, "seed {seed}: neither the old chain nor the new one: {cut}");
             assert!(done || cut.reached < log.len(), "seed {seed}: it was called done: {cut}");

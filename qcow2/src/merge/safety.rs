@@ -1,12 +1,13 @@
 //! The rules that a commit must pass before anything is written.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use super::options::{CommitOptions, Span};
 use super::plan::Plan;
 use crate::chain::{Chain, Layer, find_users};
-use crate::check::{CheckOptions, check};
+use crate::check::{CheckOptions, Severity, check};
 use crate::error::{Error, Refusal, Result};
 use crate::image::{Image, bitmap_names};
 use crate::storage::{FileId, FileKind, Host};
@@ -75,6 +76,11 @@ pub(super) fn consistent(chain: &Chain, at: usize, cancel: &AtomicBool) -> Resul
     let report = check(path, &**image.file(), data_file, &CheckOptions { cancel: Some(cancel) })?;
     if report.is_consistent() {
         return Ok(());
+    }
+    // Where the device fails, nothing is known about the image, and nothing may be repaired.
+    let unread = report.findings.iter().find(|f| f.severity == Severity::Error);
+    if let Some(unread) = unread {
+        return Err(Error::io(path, "check", None, io::Error::other(unread.to_string())));
     }
     let first = report.first_corruption().map(ToString::to_string).unwrap_or_default();
     let corruptions = report.corruptions + report.check_errors;

@@ -39,25 +39,18 @@ struct Inode {
     locks: Mutex<BTreeMap<u64, LockMode>>,
 }
 
-/// The bytes of a file. Pages that are not there read as zeros, so that length costs nothing.
-#[derive(Debug, Default)]
-struct Content {
-    len: u64,
-    pages: BTreeMap<u64, Box<Page>>,
-    changes: u64,
-}
-
-/// A file at one moment.
+/// The bytes of a file. Pages that are not there read as zeros, so that length costs nothing; clones share
+/// pages until one of them writes.
 #[derive(Clone, Debug, Default)]
-pub(super) struct FileImage {
-    /// Its content.
-    pub(super) bytes: Vec<u8>,
+pub(super) struct Content {
+    pub(super) len: u64,
+    pub(super) pages: BTreeMap<u64, Arc<Page>>,
     /// How often it was changed, which stands for the time of its last change.
     pub(super) changes: u64,
 }
 
 const PAGE: u64 = 4096;
-type Page = [u8; PAGE as usize];
+pub(super) type Page = [u8; PAGE as usize];
 
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
@@ -84,28 +77,15 @@ impl MemHost {
     }
 
     /// All files: name, inode, content.
-    pub(super) fn images(&self) -> Vec<(PathBuf, u64, FileImage)> {
+    pub(super) fn contents(&self) -> Vec<(PathBuf, u64, Content)> {
         let files = self.read();
-        let image = |inode: &Inode| {
-            let content = inode.read();
-            let mut bytes = vec![0; content.len as usize];
-            content.read(&mut bytes, 0);
-            FileImage { bytes, changes: content.changes }
-        };
-        files.iter().map(|(path, inode)| (path.clone(), inode.id, image(inode))).collect()
+        files.iter().map(|(path, inode)| (path.clone(), inode.id, inode.read().clone())).collect()
     }
 
-    /// Puts a file there that has this inode and content; pages of zeros become holes.
-    pub(super) fn restore(&self, path: &Path, id: u64, image: &FileImage) -> io::Result<()> {
-        let mut content = Content { len: checked_end(image.bytes.len() as u64, 0)?, ..Content::default() };
-        let pages = image.bytes.chunks(PAGE as usize).zip(0..);
-        for (bytes, number) in pages.filter(|(bytes, _)| bytes.iter().any(|byte| *byte != 0)) {
-            content.write(bytes, number * PAGE);
-        }
-        content.changes = image.changes;
+    /// Puts a file there that has this inode and content.
+    pub(super) fn restore(&self, path: &Path, id: u64, content: Content) {
         let inode = Inode { id, content: RwLock::new(content), locks: Mutex::default() };
         self.write().insert(absolute(path), Arc::new(inode));
-        Ok(())
     }
 
     fn read(&self) -> RwLockReadGuard<'_, BTreeMap<PathBuf, Arc<Inode>>> {
@@ -284,7 +264,7 @@ impl Inode {
 }
 
 impl Content {
-    fn read(&self, buf: &mut [u8], offset: u64) -> usize {
+    pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> usize {
         let there = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX);
         let n = buf.len().min(there);
         let mut at = offset;
@@ -302,13 +282,13 @@ impl Content {
         n
     }
 
-    fn write(&mut self, mut buf: &[u8], mut offset: u64) {
+    pub(super) fn write(&mut self, mut buf: &[u8], mut offset: u64) {
         self.len = self.len.max(offset + buf.len() as u64);
         while !buf.is_empty() {
             let (number, inside) = (offset / PAGE, (offset % PAGE) as usize);
             let (piece, behind) = buf.split_at(buf.len().min(PAGE as usize - inside));
-            let page = self.pages.entry(number).or_insert_with(|| Box::new([0; PAGE as usize]));
-            if let Some(bytes) = page.get_mut(inside..inside + piece.len()) {
+            let page = self.pages.entry(number).or_insert_with(|| Arc::new([0; PAGE as usize]));
+            if let Some(bytes) = Arc::make_mut(page).get_mut(inside..inside + piece.len()) {
                 bytes.copy_from_slice(piece);
             }
             offset += piece.len() as u64;
@@ -318,8 +298,10 @@ impl Content {
 
     /// Makes a range read as zeros: whole pages go, the pages at its ends are filled in part.
     fn zero(&mut self, offset: u64, end: u64) {
-        let fill = |page: Option<&mut Box<Page>>, range: Range<u64>| {
-            if let Some(bytes) = page.and_then(|p| p.get_mut(range.start as usize..range.end as usize)) {
+        let fill = |page: Option<&mut Arc<Page>>, range: Range<u64>| {
+            if let Some(bytes) =
+                page.and_then(|p| Arc::make_mut(p).get_mut(range.start as usize..range.end as usize))
+            {
                 bytes.fill(0);
             }
         };
@@ -338,6 +320,12 @@ impl Content {
         let mut behind = self.pages.split_off(&(first / PAGE));
         let mut kept = behind.split_off(&(last / PAGE));
         self.pages.append(&mut kept);
+    }
+
+    pub(super) fn set_len(&mut self, len: u64) {
+        // What lies behind the new end must not come back when the file grows again.
+        self.zero(len, self.len.max(len).next_multiple_of(PAGE));
+        self.len = len;
     }
 
     fn next_data(&self, offset: u64) -> Option<Range<u64>> {
@@ -399,11 +387,7 @@ impl Storage for MemFile {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         checked_end(len, 0)?;
-        self.change(|content| {
-            // What lies behind the new end must not come back when the file grows again.
-            content.zero(len, content.len.max(len).next_multiple_of(PAGE));
-            content.len = len;
-        })
+        self.change(|content| content.set_len(len))
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -18,7 +18,7 @@ const NAME: &str = "/image";
 fn disk(image: &[u8]) -> (SimHost, Arc<dyn Storage>) {
     let host = MemHost::new();
     host.add(NAME, image).unwrap();
-    let disk = SimHost::over(&host).unwrap();
+    let disk = SimHost::over(&host);
     let file = disk.open(Path::new(NAME), Access::ReadWrite).unwrap();
     (disk, file)
 }
@@ -56,8 +56,8 @@ fn cut(image: &[u8], random: &mut Random, what: &str) -> u64 {
     power_cuts(disk_of_image.start(), &log, &cuts, |cut| {
         let what = format!("{what}: {cut}");
         let state = cut.state.content(name).unwrap();
-        assert_same_guest(&seen, &guest(state), &what);
-        let (again_on, file) = disk(state);
+        assert_same_guest(&seen, &guest(&state), &what);
+        let (again_on, file) = disk(&state);
         let found = check(name, &*file, None, &options).unwrap();
         if state[48..60] == image[48..60] {
             assert!(too_low(&found) <= too_low(&before), "{what}: refcounts are lower: {found:#?}");

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::SECTOR;
 use super::faults::{Action, Fault, FaultKind, Faults};
 use super::record::{Op, fragments};
 use super::state::State;
@@ -65,19 +66,13 @@ impl Journal {
 
 impl SimHost {
     /// A disk that holds these files, all of them durable.
-    ///
-    /// # Errors
-    /// A file that is too large for memory.
-    pub fn new(start: &State) -> io::Result<Self> {
+    pub fn new(start: &State) -> Self {
         let shared = Shared { start: start.clone(), journal: Mutex::default() };
-        Ok(Self { host: start.host()?, shared: Arc::new(shared) })
+        Self { host: start.host(), shared: Arc::new(shared) }
     }
 
     /// A disk that holds the files of a host, which does not see what becomes of them.
-    ///
-    /// # Errors
-    /// A file that is too large for memory.
-    pub fn over(host: &MemHost) -> io::Result<Self> {
+    pub fn over(host: &MemHost) -> Self {
         Self::new(&State::of(host))
     }
 
@@ -234,7 +229,11 @@ impl SimFile {
         fault: Option<FaultKind>,
     ) -> io::Result<()> {
         let bytes = match fault {
-            Some(FaultKind::Short) => bytes.get(..bytes.len() / 2).unwrap_or_default(),
+            // Inside a sector, the page cache takes all or nothing.
+            Some(FaultKind::Short) => {
+                let end = (offset + bytes.len() as u64 / 2) / SECTOR * SECTOR;
+                bytes.get(..end.saturating_sub(offset) as usize).unwrap_or_default()
+            }
             Some(kind) => return Err(kind.error()),
             None => bytes,
         };

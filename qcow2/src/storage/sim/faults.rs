@@ -9,7 +9,7 @@ pub enum FaultKind {
     Io,
     /// The device is full (ENOSPC); whatever may need room.
     NoSpace,
-    /// Half of a write is done, then the device is full.
+    /// Half of the sectors of a write are written, then the device is full.
     Short,
     /// A barrier fails (EIO): what was pending may be lost for good.
     Sync,

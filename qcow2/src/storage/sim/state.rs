@@ -1,20 +1,18 @@
 //! The files of a disk at one moment.
 
-use std::collections::BTreeMap;
-use std::collections::hash_map::DefaultHasher;
-use std::hash::{Hash, Hasher};
-use std::io;
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::record::Op;
 use crate::storage::MemHost;
-use crate::storage::mem::FileImage;
+use crate::storage::mem::{Content, Page};
 
 /// All files of a disk with their names and identities. Clones share what does not change.
 #[derive(Clone, Debug, Default)]
 pub struct State {
-    files: BTreeMap<u64, Arc<FileImage>>,
+    files: BTreeMap<u64, Content>,
     names: BTreeMap<PathBuf, u64>,
 }
 
@@ -22,26 +20,20 @@ impl State {
     /// The files of a host as they are.
     pub fn of(host: &MemHost) -> Self {
         let mut state = Self::default();
-        for (path, inode, image) in host.images() {
+        for (path, inode, content) in host.contents() {
             state.names.insert(path, inode);
-            state.files.insert(inode, Arc::new(image));
+            state.files.insert(inode, content);
         }
         state
     }
 
     /// A host with these files, which are the same files: inode and time of change stay.
-    ///
-    /// # Errors
-    /// A file that is too large for memory.
-    pub fn host(&self) -> io::Result<MemHost> {
+    pub fn host(&self) -> MemHost {
         let host = MemHost::new();
         for (path, inode) in &self.names {
-            match self.files.get(inode) {
-                Some(image) => host.restore(path, *inode, image)?,
-                None => host.restore(path, *inode, &FileImage::default())?,
-            }
+            host.restore(path, *inode, self.files.get(inode).cloned().unwrap_or_default());
         }
-        Ok(host)
+        host
     }
 
     /// The names of all files.
@@ -60,49 +52,59 @@ impl State {
     }
 
     /// The content of a file.
-    pub fn content(&self, path: &Path) -> Option<&[u8]> {
-        Some(&self.files.get(self.names.get(path)?)?.bytes)
+    pub fn content(&self, path: &Path) -> Option<Vec<u8>> {
+        let content = self.files.get(self.names.get(path)?)?;
+        let mut bytes = vec![0; content.len as usize];
+        content.read(&mut bytes, 0);
+        Some(bytes)
+    }
+
+    /// Whether a name leads to the same bytes in another state; false where it is not there.
+    pub fn has_same(&self, path: &Path, other: &Self) -> bool {
+        let of = |state: &Self| state.files.get(state.names.get(path)?).cloned();
+        let (Some(a), Some(b)) = (of(self), of(other)) else { return false };
+        let pages = a.pages.iter().zip(&b.pages);
+        let same = |(a, b): (&Arc<Page>, &Arc<Page>)| Arc::ptr_eq(a, b) || a == b;
+        a.len == b.len
+            && a.pages.len() == b.pages.len()
+            && pages.into_iter().all(|((n, a), (m, b))| n == m && same((a, b)))
     }
 
     /// The length of a file in bytes; zero if there is none.
     pub(super) fn len_of(&self, file: u64) -> u64 {
-        self.files.get(&file).map_or(0, |image| image.bytes.len() as u64)
+        self.files.get(&file).map_or(0, |content| content.len)
     }
 
     /// Changes the length of a file.
     pub(super) fn set_len_of(&mut self, file: u64, len: u64) {
-        Arc::make_mut(self.files.entry(file).or_default()).bytes.resize(len as usize, 0);
+        self.files.entry(file).or_default().set_len(len);
     }
 
-    /// What a file holds in a range.
-    pub(super) fn bytes_of(&self, file: u64, offset: u64, len: usize) -> Option<&[u8]> {
-        self.files.get(&file)?.bytes.get(offset as usize..offset as usize + len)
+    /// What a file holds in a range, as far as it reaches.
+    pub(super) fn bytes_of(&self, file: u64, offset: u64, len: u64) -> Vec<u8> {
+        let Some(content) = self.files.get(&file) else { return Vec::new() };
+        let mut bytes = vec![0; len.min(content.len.saturating_sub(offset)) as usize];
+        content.read(&mut bytes, offset);
+        bytes
     }
 
-    /// The bytes of a file in a range, as far as the file reaches, to be overwritten.
-    pub(super) fn bytes_of_mut(&mut self, file: u64, offset: u64, len: u64) -> Option<&mut [u8]> {
-        let bytes = &mut Arc::make_mut(self.files.get_mut(&file)?).bytes;
-        let end = bytes.len().min((offset + len) as usize);
-        bytes.get_mut(offset as usize..end)
+    /// Puts bytes into a file.
+    pub(super) fn put(&mut self, file: u64, offset: u64, bytes: &[u8]) {
+        if !bytes.is_empty() {
+            self.files.entry(file).or_default().write(bytes, offset);
+        }
     }
 
     /// Does what a log's entry says.
     pub fn apply(&mut self, op: &Op) {
         match op {
             Op::Write { file, offset, bytes, .. } => {
-                let image = Arc::make_mut(self.files.entry(*file).or_default());
-                let (from, to) = (*offset as usize, *offset as usize + bytes.len());
-                if image.bytes.len() < to {
-                    image.bytes.resize(to, 0);
-                }
-                if let Some(there) = image.bytes.get_mut(from..to) {
-                    there.copy_from_slice(bytes);
-                }
-                image.changes += 1;
+                self.put(*file, *offset, bytes);
+                self.files.entry(*file).or_default().changes += 1;
             }
             Op::SetLen { file, len } => {
                 self.set_len_of(*file, *len);
-                Arc::make_mut(self.files.entry(*file).or_default()).changes += 1;
+                self.files.entry(*file).or_default().changes += 1;
             }
             Op::Create { path, file } => {
                 self.files.entry(*file).or_default();
@@ -120,12 +122,38 @@ impl State {
     }
 
     /// A number that differs for states that differ in names or content.
-    pub(super) fn digest(&self) -> u64 {
+    pub(super) fn digest(&self, known: &Digests) -> u64 {
         let mut hasher = DefaultHasher::new();
         for (path, inode) in &self.names {
             (path, inode).hash(&mut hasher);
-            self.files.get(inode).map(|image| &image.bytes).hash(&mut hasher);
+            let Some(content) = self.files.get(inode) else { continue };
+            content.len.hash(&mut hasher);
+            for (number, page) in &content.pages {
+                (number, known.of(page)).hash(&mut hasher);
+            }
         }
         hasher.finish()
     }
+}
+
+/// The digests of pages that many states share.
+#[derive(Debug, Default)]
+pub(super) struct Digests(HashMap<usize, (Arc<Page>, u64)>);
+
+impl Digests {
+    /// Computes those of a state that are not known yet.
+    pub(super) fn learn(&mut self, state: &State) {
+        for page in state.files.values().flat_map(|content| content.pages.values()) {
+            // The page is kept, so that no other one gets its address.
+            self.0.entry(Arc::as_ptr(page) as usize).or_insert_with(|| (Arc::clone(page), hash(page)));
+        }
+    }
+
+    fn of(&self, page: &Arc<Page>) -> u64 {
+        self.0.get(&(Arc::as_ptr(page) as usize)).map_or_else(|| hash(page), |(_, digest)| *digest)
+    }
+}
+
+fn hash(page: &Arc<Page>) -> u64 {
+    BuildHasherDefault::<DefaultHasher>::default().hash_one(&page[..])
 }

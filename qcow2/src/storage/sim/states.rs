@@ -10,7 +10,7 @@ use std::fmt;
 use super::masks::{masks, positions};
 use super::random::Random;
 use super::record::Op;
-use super::state::State;
+use super::state::{Digests, State};
 use super::{BLOCK, SECTOR};
 
 /// The unit of which a power cut leaves all or nothing.
@@ -96,6 +96,7 @@ pub fn power_cuts(start: &State, log: &[Op], cuts: &Cuts, mut f: impl FnMut(&Cut
         dice: Random::new(cuts.seed),
         seen: HashSet::new(),
         end: log.len(),
+        digests: Digests::default(),
         notes: 0,
         states: 0,
     };
@@ -128,6 +129,7 @@ struct Disk<'a> {
     /// States are judged anew behind a note, and when all is said to be done.
     seen: HashSet<(u64, usize, bool)>,
     end: usize,
+    digests: Digests,
     notes: usize,
     states: u64,
 }
@@ -161,6 +163,7 @@ impl Disk<'_> {
 
     /// Cuts the power now.
     fn visit<'p>(&mut self, pending: &[Pending<'p>], reached: usize, f: &mut impl FnMut(&Cut<'_>)) {
+        self.digests.learn(&self.durable);
         let pending = self.effective(pending);
         let (exhaustive, sets) = self.sets(&pending);
         for kept in sets {
@@ -190,7 +193,7 @@ impl Disk<'_> {
     }
 
     fn give(&mut self, cut: Cut<'_>, f: &mut impl FnMut(&Cut<'_>)) {
-        if self.seen.insert((cut.state.digest(), self.notes, cut.reached == self.end)) {
+        if self.seen.insert((cut.state.digest(&self.digests), self.notes, cut.reached == self.end)) {
             self.states += 1;
             f(&cut);
         }
@@ -209,7 +212,7 @@ impl Disk<'_> {
                 let alone = p.op.sector().and_then(|s| of_sector.get(&s)) == Some(&1);
                 alone
                     && !resized.contains(file)
-                    && self.durable.bytes_of(*file, *offset, bytes.len()) == Some(bytes)
+                    && self.durable.bytes_of(*file, *offset, bytes.len() as u64) == *bytes
             }
             _ => false,
         };
@@ -323,7 +326,9 @@ impl Disk<'_> {
             in_order(pending, &mut kept);
             let mut state = self.build(pending, &kept, Length::Kept);
             for (file, offset) in &garbage {
-                spoil(state.bytes_of_mut(*file, *offset, unit).unwrap_or_default(), &mut self.dice);
+                let mut bytes = state.bytes_of(*file, *offset, unit);
+                spoil(&mut bytes, &mut self.dice);
+                state.put(*file, *offset, &bytes);
             }
             self.give(Cut { state, reached, garbage, pending, kept, length: Length::Kept }, f);
         }

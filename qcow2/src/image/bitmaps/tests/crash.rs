@@ -47,7 +47,7 @@ fn crash_everywhere(ranges: &[GuestRange], new_size: u64) -> Outcome {
 
     let host = MemHost::new();
     host.add(&fixture.path, &start).unwrap();
-    let disk = SimHost::over(&host).unwrap();
+    let disk = SimHost::over(&host);
     let file = disk.open(&fixture.path, Access::ReadWrite).unwrap();
     let mut image = Qcow2::open(&fixture.path, file, None).unwrap();
     let plan = plan(&image, ranges, new_size);

@@ -1,0 +1,207 @@
+//! Whether a state of the disk is one that a merge may leave behind.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use qcow2::Result;
+use qcow2::chain::Chain;
+use qcow2::chain::view::View;
+use qcow2::check::{CheckOptions, check};
+use qcow2::image::ClusterCache;
+use qcow2::merge::{Commit, CommitOptions, Progress, Report};
+use qcow2::storage::sim::{Cut, State};
+use qcow2::storage::{Access, Host, MemHost};
+use qcow2::units::GuestOffset;
+
+use crate::chain::{After, Scenario, options};
+
+/// Nobody is told.
+struct Silent;
+
+impl Progress for Silent {
+    fn written(&self, _done: u64, _total: u64) {}
+}
+
+/// What is wrong, in words.
+pub(crate) type Verdict = std::result::Result<(), String>;
+
+/// A scenario with what its layers show, which every state is compared with.
+#[derive(Debug)]
+pub(crate) struct Judge<'a> {
+    pub(crate) scenario: &'a Scenario,
+    start: State,
+    seen: Vec<Vec<u8>>,
+    merged: Vec<u8>,
+}
+
+/// Merges as the scenario says.
+pub(crate) fn merge(scenario: &Scenario, host: Arc<dyn Host>) -> Result<Report> {
+    merge_with(scenario, &scenario.options(), host)
+}
+
+/// Merges with other options.
+pub(crate) fn merge_with(
+    scenario: &Scenario,
+    options: &CommitOptions,
+    host: Arc<dyn Host>,
+) -> Result<Report> {
+    prepare(scenario, options, host)?.execute(&Silent, &AtomicBool::new(false))
+}
+
+fn prepare(scenario: &Scenario, options: &CommitOptions, host: Arc<dyn Host>) -> Result<Commit> {
+    Commit::prepare(host, scenario.path(scenario.active()), options, &AtomicBool::new(false))
+}
+
+fn caught(judge: impl FnOnce() -> Verdict) -> Verdict {
+    catch_unwind(AssertUnwindSafe(judge)).unwrap_or_else(|_| Err("the engine panicked".into()))
+}
+
+impl<'a> Judge<'a> {
+    pub(crate) fn new(scenario: &'a Scenario) -> Self {
+        let (start, seen, merged) = (scenario.start(), scenario.seen(), scenario.merged());
+        Self { scenario, start, seen, merged }
+    }
+
+    pub(crate) fn start(&self) -> &State {
+        &self.start
+    }
+
+    /// Judges a state that a power cut has left: as it is, after recovery, and after the same merge.
+    pub(crate) fn state(&self, state: &State) -> Verdict {
+        caught(|| {
+            self.left(state)?;
+            self.again(state)
+        })
+    }
+
+    /// Judges a state in which sectors may hold garbage: it need not be sound before it was recovered.
+    pub(crate) fn damaged(&self, state: &State) -> Verdict {
+        caught(|| {
+            let host = state.host();
+            drop(prepare(self.scenario, &self.scenario.options(), Arc::new(host.clone())));
+            self.left(&State::of(&host)).map_err(|what| format!("recovered: {what}"))?;
+            self.again(state)
+        })
+    }
+
+    /// Judges what a power cut has left.
+    pub(crate) fn cut(&self, cut: &Cut<'_>) -> Verdict {
+        if cut.garbage.is_empty() { self.state(&cut.state) } else { self.damaged(&cut.state) }
+    }
+
+    /// No image is corrupt, the guest sees what it saw, and what nobody may touch is as it was.
+    pub(crate) fn left(&self, state: &State) -> Verdict {
+        let host = state.host();
+        self.sound(state, &host)?;
+        self.intact(state, &host)?;
+        self.held(state)
+    }
+
+    /// The same merge succeeds, and leaves what an undisturbed one leaves.
+    pub(crate) fn again(&self, state: &State) -> Verdict {
+        let host = state.host();
+        match merge(self.scenario, Arc::new(host.clone())) {
+            Ok(_) => self.done(&State::of(&host)).map_err(|what| format!("after the same merge: {what}")),
+            Err(e) if self.is_gone(state) => {
+                let base = self.shows(&host, self.scenario.base)?;
+                let whole = base == self.merged;
+                if whole { Ok(()) } else { Err(format!("a layer is gone, and base is not complete: {e}")) }
+            }
+            Err(e) => Err(format!("the same merge is refused: {e}")),
+        }
+    }
+
+    /// All is done: base shows what was merged, and everything is sound.
+    pub(crate) fn done(&self, state: &State) -> Verdict {
+        self.left(state)?;
+        if self.shows(&state.host(), self.scenario.base)? != self.merged {
+            return Err("base does not show what was merged".into());
+        }
+        match state.names().find(|name| self.start.inode(name).is_none()) {
+            Some(name) => Err(format!("{} was left behind", name.display())),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a layer that the merge may remove was removed: it is done, and cannot be asked for again.
+    fn is_gone(&self, state: &State) -> bool {
+        let Scenario { base, top, after, .. } = *self.scenario;
+        let missing = |at: usize| state.inode(self.scenario.path(at)).is_none();
+        after == After::Delete && (base + 1..=top).any(missing)
+    }
+
+    fn sound(&self, state: &State, host: &MemHost) -> Verdict {
+        for layer in self.scenario.layers.iter().filter(|layer| layer.is_qcow2) {
+            if state.inode(&layer.path).is_none() || state.has_same(&layer.path, &self.start) {
+                continue;
+            }
+            let open =
+                |path: &Path| host.open(path, Access::Read).map_err(|e| format!("{}: {e}", path.display()));
+            let data = layer.data_file.as_ref().map(|(path, _)| open(path)).transpose()?;
+            let file = open(&layer.path)?;
+            match check(&layer.path, &*file, data.as_deref(), &CheckOptions::default()) {
+                Ok(report) if report.is_consistent() => {}
+                Ok(report) => {
+                    let found = report.first_corruption().map(ToString::to_string).unwrap_or_default();
+                    return Err(format!("{} is corrupt: {found}", layer.path.display()));
+                }
+                Err(e) => return Err(format!("cannot be checked: {e}")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Top and all above it, and what lies below base, show what they showed.
+    fn intact(&self, state: &State, host: &MemHost) -> Verdict {
+        let Scenario { base, top, .. } = *self.scenario;
+        let all = 0..self.scenario.layers.len();
+        for at in all.filter(|at| *at < base || *at >= top) {
+            if at >= top && state.inode(self.scenario.path(at)).is_none() && self.is_gone(state) {
+                continue;
+            }
+            let shown = self.shows(host, at)?;
+            let expected = &self.seen[at];
+            if shown != *expected {
+                let differs = shown.iter().zip(expected).position(|(is, was)| is != was);
+                let name = self.scenario.path(at).display();
+                return Err(format!(
+                    "{name}: the guest's bytes differ at {differs:?} ({} bytes)",
+                    shown.len()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// What internal snapshots of base hold is as it was.
+    fn held(&self, state: &State) -> Verdict {
+        let base = &self.scenario.layers[self.scenario.base];
+        let cluster = |bytes: &[u8], host: u64| -> Option<Vec<u8>> {
+            Some(bytes.get(host as usize..(host + base.cluster_size) as usize)?.to_vec())
+        };
+        if base.held.is_empty() {
+            return Ok(());
+        }
+        let now = state.content(&base.path).unwrap_or_default();
+        match base.held.iter().find(|host| cluster(&now, **host) != cluster(&base.file, **host)) {
+            Some(host) => Err(format!("a snapshot's cluster at {host:#x} was changed")),
+            None => Ok(()),
+        }
+    }
+
+    /// The guest's bytes through a layer.
+    fn shows(&self, host: &MemHost, at: usize) -> std::result::Result<Vec<u8>, String> {
+        let path = self.scenario.path(at);
+        let read = || -> Result<Vec<u8>> {
+            let chain = Chain::open(host, path, &options())?;
+            let images = chain.images();
+            let view = View::new(&images, 0, chain.active());
+            let mut bytes = vec![0xdd; view.size() as usize];
+            view.read(GuestOffset::ZERO, &mut bytes, &mut ClusterCache::new())?;
+            Ok(bytes)
+        };
+        read().map_err(|e| format!("{} cannot be read: {e}", path.display()))
+    }
+}

@@ -1,0 +1,123 @@
+//! The power is cut at every point of every merge.
+
+use std::sync::Arc;
+
+use qcow2::storage::sim::{Cuts, Random, SimHost, State, Tear, power_cuts};
+
+use crate::chain::Scenario;
+use crate::judge::{Judge, merge};
+use crate::run::{Outcome, Tier, all, garbage, tier};
+use crate::scenarios;
+
+/// Power cuts for one scenario.
+pub(crate) fn cuts(seed: u64, tier: Tier) -> Cuts {
+    Cuts {
+        seed,
+        tear: Tear::Sector,
+        exhaustive: tier.of(10, 14),
+        listed: tier.of(16, 64),
+        random: tier.of(24, 160),
+        garbage: garbage(),
+        damaged: tier.of(12, 60),
+    }
+}
+
+/// Merges undisturbed, and gives the disk with its log.
+pub(crate) fn undisturbed(judge: &Judge<'_>) -> Result<SimHost, String> {
+    let scenario = judge.scenario;
+    let disk = disk(scenario, judge.start());
+    merge(scenario, Arc::new(disk.clone())).map_err(|e| format!("undisturbed: {e}"))?;
+    judge.done(&disk.now()).map_err(|what| format!("undisturbed: {what}"))?;
+    Ok(disk)
+}
+
+/// The simulated disk of a scenario, which holds a state.
+pub(crate) fn disk(scenario: &Scenario, state: &State) -> SimHost {
+    let disk = SimHost::new(state);
+    if scenario.device {
+        disk.make_device(scenario.path(scenario.base)).unwrap();
+    }
+    disk
+}
+
+fn cut_everywhere(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
+    let judge = Judge::new(scenario);
+    let mut outcome = Outcome::default();
+    let disk = match undisturbed(&judge) {
+        Ok(disk) => disk,
+        Err(what) => {
+            outcome.fail(what);
+            return outcome;
+        }
+    };
+    let log = disk.log();
+    outcome.states = power_cuts(disk.start(), &log, &cuts(seed, tier), |cut| {
+        let mut judged = judge.cut(cut);
+        if cut.reached == log.len() && cut.garbage.is_empty() {
+            // Success was reported: everything is durable.
+            judged = judged.and_then(|()| judge.done(&cut.state));
+        }
+        if let Err(what) = judged {
+            outcome.fail(format!("seed {seed}: {cut}: {what}"));
+        }
+    });
+    outcome
+}
+
+#[test]
+fn no_power_cut_loses_anything() {
+    let tier = tier();
+    let total =
+        all("power cuts", scenarios::all(tier), |scenario, seed| cut_everywhere(scenario, seed, tier));
+    if std::env::var_os("QMERGE_CRASH_ONLY").is_none() {
+        assert!(total.scenarios >= 200 && total.states >= tier.of(50_000, 1_000_000), "{total:?}");
+    }
+}
+
+/// What a power cut leaves is merged again, and the power is cut in the midst of that.
+fn cut_twice(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
+    let judge = Judge::new(scenario);
+    let mut outcome = Outcome::default();
+    let disk = match undisturbed(&judge) {
+        Ok(disk) => disk,
+        Err(what) => {
+            outcome.fail(what);
+            return outcome;
+        }
+    };
+    let mut first: Vec<(State, String)> = Vec::new();
+    let few = Cuts { exhaustive: 3, listed: 3, random: 3, ..cuts(seed, tier) };
+    power_cuts(disk.start(), &disk.log(), &few, |cut| first.push((cut.state.clone(), cut.to_string())));
+    let mut dice = Random::new(seed);
+    for _ in 0..tier.of(3, 12).min(first.len()) {
+        let (state, how) = first.swap_remove(dice.below(first.len() as u64) as usize);
+        let second = self::disk(scenario, &state);
+        if merge(scenario, Arc::new(second.clone())).is_err() {
+            // Layers that were removed cannot be asked for again; the first power cut was judged elsewhere.
+            continue;
+        }
+        let few = Cuts {
+            exhaustive: tier.of(3, 6),
+            listed: tier.of(2, 6),
+            random: tier.of(2, 6),
+            ..cuts(seed, tier)
+        };
+        outcome.states += power_cuts(second.start(), &second.log(), &few, |cut| {
+            if let Err(what) = judge.cut(cut) {
+                outcome.fail(format!("seed {seed}: first: {how}; then: {cut}: {what}"));
+            }
+        });
+    }
+    outcome
+}
+
+#[test]
+fn no_power_cut_during_recovery_loses_anything() {
+    let tier = tier();
+    let total = all("power cuts during recovery", scenarios::all(tier), |scenario, seed| {
+        cut_twice(scenario, seed, tier)
+    });
+    if std::env::var_os("QMERGE_CRASH_ONLY").is_none() {
+        assert!(total.states >= tier.of(20_000, 200_000), "{total:?}");
+    }
+}
