@@ -6,7 +6,7 @@
 //!
 //! | command | does |
 //! | --- | --- |
-//! | `go SEED DISK…` | writes at random blocks of these disks (`vda`, `vdb`); says `seq N` now and then |
+//! | `go SEED BLOCKS DISK…` | writes at random among the first so many blocks of these disks (`vda`, `vdb`); says `seq N` now and then |
 //! | `pause` | finishes the batch: `paused seq=N stall-ms=N`, the longest time that a write took |
 //! | `verify` | reads every acknowledged block back: `verified blocks=N bad=N` |
 //! | `replay` | takes what the journal says for acknowledged: `replayed blocks=N`; a later write may have followed |
@@ -53,6 +53,7 @@ fn run() -> io::Result<()> {
         replayed: false,
         seq: 0,
         random: 0,
+        blocks: 0,
         longest: Duration::ZERO,
     };
     let (send, commands) = mpsc::channel();
@@ -67,8 +68,9 @@ fn run() -> io::Result<()> {
     while let Ok(command) = commands.recv() {
         let words: Vec<&str> = command.split_whitespace().collect();
         match words.as_slice() {
-            ["go", seed, disks @ ..] => {
+            ["go", seed, blocks, disks @ ..] => {
                 guest.random = seed.parse().map_err(io::Error::other)?;
+                guest.blocks = blocks.parse().map_err(io::Error::other)?;
                 let disks: Vec<usize> = disks.iter().map(|d| usize::from(*d == "vdb")).collect();
                 guest.write_until_paused(&disks, &commands)?;
             }
@@ -92,6 +94,8 @@ struct Guest {
     replayed: bool,
     seq: u64,
     random: u64,
+    /// How many of each disk are written.
+    blocks: u64,
     longest: Duration,
 }
 
@@ -103,7 +107,7 @@ impl Guest {
             for _ in 0..BATCH {
                 let disk = disks[(random(&mut random_state) % disks.len() as u64) as usize];
                 let (file, blocks) = &self.disks[disk];
-                let lba = random(&mut random_state) % blocks;
+                let lba = random(&mut random_state) % self.blocks.min(*blocks);
                 self.seq += 1;
                 let write = Write { disk: disk as u64, lba, seq: self.seq };
                 let start = Instant::now();

@@ -30,3 +30,28 @@ fn every_acknowledged_write_survives_an_intermediate_and_an_active_merge() {
     guest.quit();
     Oracle::new(&lab, initial, 0).exact(&lab, "base.raw");
 }
+
+/// The way out when others use the base.
+#[test]
+fn every_acknowledged_write_survives_pulls() {
+    if !guest_possible() {
+        return;
+    }
+    let lab = Lab::new();
+    lab.chain(&["base.raw", "a.qcow2", "b.qcow2", "c.qcow2"]);
+    let (initial, base) = (lab.bytes("c.qcow2"), lab.bytes("base.raw"));
+    let mut guest = lab.start("c.qcow2");
+    guest.go(4, "vda");
+    guest.writes(200);
+    guest.live(&["pull", "vda", "--base", "[2]"]).ok();
+    guest.writes(200);
+    assert_eq!(guest.files("vda"), ["base.raw", "a.qcow2", "c.qcow2"]);
+    guest.live(&["pull", "vda"]).ok();
+    guest.writes(200);
+    assert_eq!(guest.files("vda"), ["c.qcow2"]);
+    guest.pause();
+    guest.verify();
+    guest.quit();
+    Oracle::new(&lab, initial, 0).exact(&lab, "c.qcow2");
+    assert!(lab.bytes("base.raw") == base, "a pull has written in a layer below");
+}

@@ -1,5 +1,11 @@
 //! QEMU killed at every stage of a merge: every write that was acknowledged to the guest is there afterwards.
 
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+
 use crate::support::{Guest, Lab, Oracle, guest_possible};
 
 const CHAIN: [&str; 4] = ["base.qcow2", "a.qcow2", "b.qcow2", "c.qcow2"];
@@ -82,4 +88,51 @@ fn after_the_pivot() {
         guest.commit(&["vda", "--pivot"]).ok();
         assert_eq!(guest.files("vda"), CHAIN[..1]);
     });
+}
+
+/// Whatever the moment, the state file names the image that has everything: the guest's last acknowledged writes are in
+/// the old active image before the switch, and in base alone after it.
+#[test]
+fn at_any_moment_of_a_pivot() {
+    if !guest_possible() {
+        return;
+    }
+    let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
+    let (first, cases) = (number("QMERGE_TEST_SEED").unwrap_or(1), number("QMERGE_TEST_CASES").unwrap_or(3));
+    for seed in first..first + cases {
+        let lab = Lab::new();
+        lab.chain(&["base.qcow2", "c.qcow2"]);
+        let initial = lab.bytes("c.qcow2");
+        let mut guest = lab.start("c.qcow2");
+        guest.go(seed, "vda");
+        guest.commit(&["vda", "--active"]).ok();
+        guest.writes(100);
+        // The command takes about a quarter of a second.
+        let delay = Duration::from_millis(seed * 67 % 260);
+        let ended = thread::scope(|scope| {
+            let pivot = scope.spawn(|| guest.live(&["pivot", "vda"]));
+            thread::sleep(delay);
+            rustix::process::kill_process(guest.process(), rustix::process::Signal::KILL).unwrap();
+            pivot.join().unwrap()
+        });
+        guest.kill();
+        let state = fs::read_to_string(lab.dir().join(".c.qcow2.qmerge-live")).ok();
+        let state: Option<Value> = state.map(|text| serde_json::from_str(&text).unwrap());
+        let top = match &state {
+            Some(state) => state["valid-top"].as_str().unwrap().rsplit('/').next().unwrap().to_owned(),
+            None => {
+                assert_eq!(ended.code, Some(0), "{ended}");
+                "base.qcow2".to_owned()
+            }
+        };
+        eprintln!(
+            "case {seed}: after {delay:?}, {:?}, {top} by {:?}",
+            ended.code,
+            state.map(|s| s["phase"].clone())
+        );
+        Oracle::new(&lab, initial, 0).nothing_lost(&lab, &top);
+        let mut guest = lab.start(&top);
+        assert!(guest.verify_journal() > 100);
+        guest.quit();
+    }
 }

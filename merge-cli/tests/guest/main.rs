@@ -11,7 +11,7 @@
 mod support;
 
 mod article;
-mod disks;
+mod instants;
 mod killed;
 mod styles;
 mod switch;

@@ -124,7 +124,7 @@ fn same_merges(style: Style) {
 
 /// Which files of the chain QEMU has open.
 fn held(qemu: &Qemu, lab: &Lab) -> Vec<&'static str> {
-    let open: Vec<_> = fs::read_dir(format!("/proc/{}/fd", qemu.child.id()))
+    let open: Vec<_> = fs::read_dir(format!("/proc/{}/fd", qemu.process().as_raw_nonzero()))
         .unwrap()
         .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
         .collect();

@@ -16,7 +16,7 @@ struct Tracer(Child);
 impl Tracer {
     /// Attaches to all threads of the process.
     fn attach(qemu: &Qemu, options: &[&str]) -> Self {
-        let process = qemu.child.id().to_string();
+        let process = qemu.process().as_raw_nonzero().to_string();
         let tracer = Command::new("strace")
             .args(["-f", "-qq", "-y", "-p", &process])
             .args(options)

@@ -133,7 +133,13 @@ impl Guest {
     /// Lets the guest write to these disks, and waits until it does.
     #[track_caller]
     pub(crate) fn go(&mut self, seed: u64, disks: &str) {
-        self.serial.say(&format!("go {seed} {disks}"));
+        self.go_within(seed, u64::MAX, disks);
+    }
+
+    /// The same, for the first so many blocks of each disk.
+    #[track_caller]
+    pub(crate) fn go_within(&mut self, seed: u64, blocks: u64, disks: &str) {
+        self.serial.say(&format!("go {seed} {blocks} {disks}"));
         self.writes(1);
     }
 

@@ -7,6 +7,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use qmp_client::{Address, Connection, Disk, Execute, Graph, Options};
+use rustix::process::Pid;
 use serde_json::{Value, json};
 
 use super::process::{Run, qmerge};
@@ -38,7 +39,7 @@ impl Machine {
 
 /// A running QEMU, with a monitor for the command under test and one for the test.
 pub(crate) struct Qemu {
-    pub(crate) child: Child,
+    child: Child,
     dir: PathBuf,
     monitor: Connection,
 }
@@ -133,6 +134,11 @@ impl Qemu {
     pub(crate) fn job_becomes(&self, status: &str) -> Value {
         self.until(&format!("a {status} job"), |q| q.job().is_some_and(|job| job["status"] == status));
         self.job().unwrap()
+    }
+
+    /// The process's number.
+    pub(crate) fn process(&self) -> Pid {
+        Pid::from_child(&self.child)
     }
 
     /// As `kill -9` does, and waits for the end.
