@@ -51,6 +51,7 @@ mod procedure;
 mod pull;
 #[cfg(test)]
 mod replay;
+mod servers;
 mod snapshot;
 mod state;
 
@@ -68,6 +69,7 @@ pub use owner::Owner;
 pub use procedure::{Merged, cancel};
 pub use pull::Pull;
 pub use qapi;
+pub use servers::nbd_server;
 pub use snapshot::snapshot;
 pub use state::{
     FileIdentity, Header, Kind, Phase, Qemu, Rename, Seen, State, StateFile, StateLayer, Throttled, Verdict,

@@ -8,7 +8,8 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-const SERVER_MAGIC: u64 = 0x4e42_444d_4147_4943;
+/// The first word of every server: `NBDMAGIC`.
+pub(crate) const GREETING: u64 = 0x4e42_444d_4147_4943;
 const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
@@ -37,7 +38,7 @@ pub(crate) fn flush(stream: UnixStream, export: &str, timeout: Duration) -> io::
 }
 
 fn talk(mut stream: impl Read + Write, export: &str) -> io::Result<()> {
-    if u64_of(&mut stream)? != SERVER_MAGIC || u64_of(&mut stream)? != OPTION_MAGIC {
+    if u64_of(&mut stream)? != GREETING || u64_of(&mut stream)? != OPTION_MAGIC {
         return Err(invalid("it is no NBD server of the new style"));
     }
     if u16_of(&mut stream)? & FIXED_NEWSTYLE == 0 {
@@ -161,7 +162,7 @@ mod tests {
     }
 
     fn server(flags: u16, error: u32) -> Vec<u8> {
-        let mut says = [SERVER_MAGIC.to_be_bytes(), OPTION_MAGIC.to_be_bytes()].concat();
+        let mut says = [GREETING.to_be_bytes(), OPTION_MAGIC.to_be_bytes()].concat();
         says.extend([0, 3]);
         let reply = |kind: u32, data: &[u8]| {
             let mut reply = OPTION_REPLY_MAGIC.to_be_bytes().to_vec();

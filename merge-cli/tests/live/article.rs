@@ -75,7 +75,8 @@ fn every_style_is_merged_and_the_old_active_image_boots_the_same_disk() {
     if !tools_are_here() {
         return;
     }
-    for style in [Style::Daemon, Style::Drive, Style::RelativeDrive, Style::Blockdev] {
+    let styles = [Style::Daemon, Style::NbdDaemon, Style::Drive, Style::RelativeDrive, Style::Blockdev];
+    for style in styles {
         let mut machine = Machine::new(style);
         machine.ok("commit", &["--base", "[2]", "--top", "[3]"]);
         assert_eq!(machine.chain(), ["c.img", "a.img", "base.img"], "{style:?}");
@@ -91,7 +92,7 @@ fn every_style_is_merged_and_the_old_active_image_boots_the_same_disk() {
         assert_eq!(last["configuration"]["format"], "raw");
         assert!(last["configuration"]["words"][0].as_str().unwrap().contains("c.img"), "{last}");
         assert_eq!(machine.chain(), ["base.img"], "{style:?}");
-        if style != Style::Daemon {
+        if !matches!(style, Style::Daemon | Style::NbdDaemon) {
             machine.guest_writes(77, "1M", "64k");
         }
         machine.stop();

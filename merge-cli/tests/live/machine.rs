@@ -17,6 +17,8 @@ use crate::support::{failed, qmerge, run, text};
 pub(crate) enum Style {
     /// A storage daemon that exports it.
     Daemon,
+    /// A storage daemon that exports it through its NBD server.
+    NbdDaemon,
     /// `-drive` with an absolute name.
     Drive,
     /// `-drive` with a name that is relative to QEMU's folder.
@@ -59,7 +61,7 @@ impl Machine {
         let dir = folder.path();
         make(dir);
         run("qemu-img", dir, &["convert", "-O", "raw", active, "expected.raw"]);
-        let disk = if style == Style::Daemon { "disk0" } else { "vda" };
+        let disk = if matches!(style, Style::Daemon | Style::NbdDaemon) { "disk0" } else { "vda" };
         let log = fs::File::create(dir.join("qemu.log")).unwrap();
         let mut command = command(style, dir, active);
         let process =
@@ -239,19 +241,21 @@ pub(crate) fn events(out: &[u8]) -> Vec<Value> {
 fn command(style: Style, dir: &Path, active: &str) -> Command {
     let path = |name: &str| dir.join(name).display().to_string();
     let file = |name: &str| json!({"driver": "file", "filename": path(name)});
-    if style == Style::Daemon {
+    if matches!(style, Style::Daemon | Style::NbdDaemon) {
         let mut command = Command::new("qemu-storage-daemon");
         let top = json!({"driver": "qcow2", "node-name": "top", "file": file(active)});
         let socket = path("disk0.sock");
         command
             .args(["--chardev", &format!("socket,id=c0,path={},server=on,wait=off", path("qmp.sock"))])
-            .args(["--monitor", "chardev=c0", "--blockdev", &top.to_string()])
-            .args([
-                "--export",
-                &format!(
-                    "type=vhost-user-blk,id=disk0,node-name=top,writable=on,addr.type=unix,addr.path={socket}"
-                ),
-            ]);
+            .args(["--monitor", "chardev=c0", "--blockdev", &top.to_string()]);
+        let address = format!("addr.type=unix,addr.path={socket}");
+        if style == Style::NbdDaemon {
+            command.args(["--nbd-server", &address]);
+            command.args(["--export", "type=nbd,id=disk0,node-name=top,writable=on"]);
+        } else {
+            let export = format!("type=vhost-user-blk,id=disk0,node-name=top,writable=on,{address}");
+            command.args(["--export", &export]);
+        }
         return command;
     }
     // KVM may be there and still not boot, so it is never used.

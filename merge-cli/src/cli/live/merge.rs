@@ -144,6 +144,10 @@ pub(crate) struct JobArgs {
     #[arg(long, value_name = "DIR", help_heading = "How")]
     pub(crate) state_dir: Option<PathBuf>,
 
+    /// Socket of the NBD server that QEMU runs [default: found by itself where the process may be looked at]
+    #[arg(long, value_name = "PATH", help_heading = "How")]
+    pub(crate) nbd_socket: Option<PathBuf>,
+
     /// Print the plan and the commands for QEMU, and change nothing
     #[arg(short = 'n', long, help_heading = "How")]
     pub(crate) dry_run: bool,

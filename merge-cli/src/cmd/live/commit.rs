@@ -106,7 +106,7 @@ pub(super) fn plan(
         backing_file: args.backing_file.clone(),
         speed: args.job.bandwidth.unwrap_or(0),
         drop_bitmaps: args.drop_bitmaps,
-        nbd_socket: None,
+        nbd_socket: args.job.nbd_socket.clone().or_else(|| files.nbd_server()),
     };
     let commit = Commit::plan(disk, range, options).map_err(|e| session.unplanned(&e, disk, range))?;
     let touched: Vec<&Layer> = merged.iter().chain([range.base]).collect();

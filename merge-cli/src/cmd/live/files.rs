@@ -5,11 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use qcow2::storage::{FileId, Host, OsHost};
-use qmp_client::{Connection, Disk, Layer};
+use qmp_client::{Connection, Disk, Layer, nbd_server};
 
 /// What is known about a QEMU's files.
 #[derive(Debug, Default)]
 pub(super) struct Files {
+    /// The process, where it runs on this host.
+    process: Option<u32>,
     /// The files that it has open, by their names in its own view; `None` where that may not be read.
     open: Option<Vec<(PathBuf, FileId)>>,
 }
@@ -28,7 +30,13 @@ pub(super) enum Place {
 impl Files {
     /// The files of the process that answers a monitor.
     pub(super) fn of(monitor: &Connection) -> Self {
-        Self { open: monitor.peer().and_then(open_files) }
+        let process = monitor.peer();
+        Self { process, open: process.and_then(open_files) }
+    }
+
+    /// The socket of the NBD server that QEMU runs already.
+    pub(super) fn nbd_server(&self) -> Option<PathBuf> {
+        self.process.and_then(nbd_server)
     }
 
     /// The absolute name of a file that QEMU opened by a relative one: the only open one that ends like it.
@@ -99,7 +107,7 @@ mod tests {
             let id = identity(&path).unwrap();
             (path, id)
         });
-        Files { open: Some(open.collect()) }
+        Files { process: None, open: Some(open.collect()) }
     }
 
     #[test]

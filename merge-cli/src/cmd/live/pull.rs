@@ -38,7 +38,7 @@ pub(super) fn plan(
         speed: args.job.bandwidth.unwrap_or(0),
         // Those of the layers that are left are asked about below, with the option that allows it.
         drop_bitmaps: true,
-        nbd_socket: None,
+        nbd_socket: args.job.nbd_socket.clone().or_else(|| files.nbd_server()),
     };
     let pull = Pull::plan(disk, base, options).map_err(|e| session.layer(&e, disk))?;
     checks::bitmaps(session, pull.pulled(), args.drop_bitmaps)?;

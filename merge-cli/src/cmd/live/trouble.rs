@@ -95,6 +95,9 @@ impl Session<'_> {
                 "that file notes how far a merge is; see what is there and who may write it: ls -la {}",
                 folder_word(path)
             ),
+            Error::Refused { why } if why.contains("cannot be flushed") => {
+                format!("name the socket of its NBD server: {}", self.again_with("--nbd-socket PATH"))
+            }
             Error::Refused { .. } if self.verb.is_merge() => {
                 format!("see how things stand: {}", self.other("jobs"))
             }
