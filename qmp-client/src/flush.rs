@@ -29,6 +29,10 @@ pub(crate) enum Means {
     StopAndCont,
 }
 
+/// What the ids of exports begin with, on a server that was started for the flush, and on one that runs anyway.
+const OWN: &str = "flush-alone-";
+const THEIRS: &str = "flush-beside-";
+
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 impl Means {
@@ -37,6 +41,7 @@ impl Means {
     /// # Errors
     /// [`Error::Refused`] if there is none.
     pub(crate) fn find(monitor: &(impl Monitor + ?Sized), node: &str, server: Option<&Path>) -> Result<Self> {
+        sweep(monitor)?;
         let given = server.map(|path| Self::Server(path.to_owned()));
         let mut why = Vec::new();
         for means in given.into_iter().chain([Self::OwnServer]) {
@@ -68,11 +73,11 @@ impl Means {
                 let socket = folder.path().join("nbd.sock");
                 let address = json!({"type": "unix", "data": {"path": socket}});
                 monitor.query("nbd-server-start", json!({"addr": address, "max-connections": 1}))?;
-                let flushed = flush_export(monitor, node, &socket);
+                let flushed = flush_export(monitor, node, &socket, OWN);
                 let stopped = monitor.query("nbd-server-stop", json!({}));
                 flushed.and(stopped.map(drop))
             }
-            Self::Server(socket) => flush_export(monitor, node, socket),
+            Self::Server(socket) => flush_export(monitor, node, socket, THEIRS),
             Self::StopAndCont => {
                 monitor.query("stop", json!({}))?;
                 monitor.query("cont", json!({})).map(drop)
@@ -101,8 +106,8 @@ fn user_of(process: u32) -> Option<u32> {
     users.split_whitespace().nth(1)?.parse().ok()
 }
 
-fn flush_export(monitor: &(impl Monitor + ?Sized), node: &str, socket: &Path) -> Result<()> {
-    let id = format!("flush-{}", unique());
+fn flush_export(monitor: &(impl Monitor + ?Sized), node: &str, socket: &Path, prefix: &str) -> Result<()> {
+    let id = format!("{prefix}{}", unique());
     let options = json!({"type": "nbd", "id": id, "node-name": node, "name": id, "writable": false});
     monitor.query("block-export-add", options)?;
     let flushed =
@@ -112,6 +117,28 @@ fn flush_export(monitor: &(impl Monitor + ?Sized), node: &str, socket: &Path) ->
         Err(gone @ Error::Disconnected { .. }) => Err(gone),
         removed => flushed.and(removed),
     }
+}
+
+/// Removes what a client that was killed during a flush has left: its export, and the server that it started for it, which
+/// would be in the way of the next.
+fn sweep(monitor: &(impl Monitor + ?Sized)) -> Result<()> {
+    let all = match monitor.query("query-block-exports", json!({})) {
+        Ok(all) => all,
+        // Then nothing can be exported either.
+        Err(Error::Command { .. }) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let nbd = all.as_array().into_iter().flatten().filter(|export| export["type"] == "nbd");
+    let (left, others): (Vec<&str>, Vec<&str>) = nbd
+        .filter_map(|export| export["id"].as_str())
+        .partition(|id| [OWN, THEIRS].iter().any(|p| id.starts_with(p)));
+    for id in &left {
+        remove(monitor, id)?;
+    }
+    if others.is_empty() && left.iter().any(|id| id.starts_with(OWN)) {
+        monitor.query("nbd-server-stop", json!({}))?;
+    }
+    Ok(())
 }
 
 /// Removes an export, and waits until it is gone: as long as it is there, it holds the node.

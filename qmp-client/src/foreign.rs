@@ -3,23 +3,30 @@
 use qapi::qmp::JobStatus;
 
 use crate::error::{Error, Result};
-use crate::graph::{Disk, Graph};
+use crate::flush::Means;
+use crate::graph::{Disk, Graph, holds_requests};
 use crate::jobs::{Goal, Job, Waited, Watch};
 use crate::monitor::Monitor;
 use crate::procedure::{LONGEST_STEP, failed, stuck};
 
-/// Has a job that is ready or pending, whoever started it, do what it is for, and returns the disk as it is then.
+/// Has a job that is ready or pending, whoever started it, do what it is for, and returns the disk as it is then. Of one
+/// that has concluded and is kept only the result is taken.
 ///
 /// A job that is not kept by QEMU takes its error with it, so what counts is the chain: it must be another than
-/// before. Base is not flushed first, because nobody knows which layer that is.
+/// before. What a pending job has written is flushed first, as far as a way to do that is found.
 ///
 /// # Errors
-/// [`Error::Refused`] if the job is neither ready nor pending; [`Error::Job`] if it failed, does not end, or the disk
-/// has the chain that it had.
+/// [`Error::Refused`] if the job is neither ready, pending nor concluded; [`Error::Job`] if it failed, does not end, or
+/// the disk has the chain that it had.
 pub fn conclude<M: Monitor + ?Sized>(monitor: &M, disk: &Disk, job: &Job<'_, M>) -> Result<Disk> {
     match job.state()?.map(|state| state.status) {
         Some(JobStatus::ready) => job.complete()?,
         Some(JobStatus::pending) => {}
+        Some(JobStatus::concluded) => {
+            job.take_result()?;
+            return now(monitor, disk)?
+                .ok_or_else(|| failed(job, "it has ended, and its disk is gone".into()));
+        }
         status => {
             let status = status.map_or("gone".to_owned(), |status| format!("{status:?}"));
             return Err(Error::Refused { why: format!("the job {} is {status}, not ready", job.id()) });
@@ -28,6 +35,7 @@ pub fn conclude<M: Monitor + ?Sized>(monitor: &M, disk: &Disk, job: &Job<'_, M>)
     let mut waited = job.wait(Goal::Pending, Some(LONGEST_STEP), &mut |_| Watch::GoOn)?;
     // Some jobs finalize themselves.
     if let Waited::Reached(_) = waited {
+        flush(monitor, disk, job)?;
         match job.finalize() {
             Ok(()) | Err(Error::Command { .. }) => {}
             Err(error) => return Err(error),
@@ -48,10 +56,37 @@ pub fn conclude<M: Monitor + ?Sized>(monitor: &M, disk: &Disk, job: &Job<'_, M>)
         .ok_or_else(|| failed(job, "it has ended, and the disk has the chain that it had".into()))
 }
 
-/// The disk of this name, if its chain is another by now.
-fn changed(monitor: &(impl Monitor + ?Sized), before: &Disk) -> Result<Option<Disk>> {
+/// Flushes what a pending job has written: all layers that are open for writing. Where no way to do that is found, it is
+/// left to QEMU, as it would be without this client.
+fn flush<M: Monitor + ?Sized>(monitor: &M, disk: &Disk, job: &Job<'_, M>) -> Result<()> {
+    // A mirror, and an active commit is one, has flushed its target and holds all requests: a flush would hang.
+    if holds_requests(monitor, job.id())? {
+        return Ok(());
+    }
+    let Some(disk) = now(monitor, disk)? else { return Ok(()) };
+    for layer in disk.layers().iter().filter(|layer| !layer.read_only) {
+        match Means::find(monitor, &layer.node, None).and_then(|means| means.flush(monitor, &layer.node)) {
+            Ok(()) | Err(Error::Refused { .. } | Error::Command { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// The same disk as it is now.
+fn now(monitor: &(impl Monitor + ?Sized), before: &Disk) -> Result<Option<Disk>> {
     let graph = Graph::ask(monitor)?;
-    let now = graph.disks().iter().find(|disk| disk.name() == before.name());
+    let same = |one: Option<&str>, other: Option<&str>| one.is_some() && one == other;
+    let is_it = |disk: &&Disk| {
+        same(disk.qdev(), before.qdev())
+            || same(disk.export(), before.export())
+            || disk.name() == before.name()
+    };
+    Ok(graph.disks().iter().find(is_it).cloned())
+}
+
+/// The same disk as it is now, if its chain is another by now.
+fn changed(monitor: &(impl Monitor + ?Sized), before: &Disk) -> Result<Option<Disk>> {
     let nodes = |disk: &Disk| disk.layers().iter().map(|layer| layer.node.clone()).collect::<Vec<_>>();
-    Ok(now.filter(|now| nodes(now) != nodes(before)).cloned())
+    Ok(now(monitor, before)?.filter(|now| nodes(now) != nodes(before)))
 }

@@ -62,7 +62,7 @@ pub use error::{Error, Result};
 pub use foreign::conclude;
 pub use graph::{Backing, Disk, Graph, Layer, Range};
 pub use jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watch, jobs};
-pub use live::{Merge, Procedure, Wishes};
+pub use live::{Merge, Procedure, Throttle, Wishes};
 pub use message::{Event, Failure, Message, reply, request};
 pub use monitor::{Execute, Monitor, patience};
 pub use owner::Owner;

@@ -5,6 +5,7 @@
 
 use qapi::Command;
 use qapi::qmp::QapiCapabilities;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
@@ -60,7 +61,7 @@ impl Message {
     /// [`Error::Protocol`] if the line is not a JSON object, or is none of the four kinds of message.
     pub fn parse(line: &str) -> Result<Self> {
         let bad = |why: String| Error::Protocol { why, line: shortened(line) };
-        let value: Value = serde_json::from_str(line).map_err(|e| bad(e.to_string()))?;
+        let value = read(line).map_err(bad)?;
         let Value::Object(mut object) = value else { return Err(bad("it is no object".into())) };
         if object.contains_key("QMP") {
             let greeting = serde_json::from_value(object.into()).map_err(|e| bad(e.to_string()))?;
@@ -89,6 +90,40 @@ impl Message {
             (None, _) => Err(bad("it is no greeting, event, reply or error".into())),
         }
     }
+}
+
+/// How deep JSON may be nested: a chain is told with each layer inside the one above it.
+const DEEPEST: usize = 2048;
+
+/// Reads JSON that may be nested deeper than serde_json allows by itself.
+fn read(line: &str) -> std::result::Result<Value, String> {
+    if depth(line) > DEEPEST {
+        return Err(format!("it is nested deeper than {DEEPEST} levels"));
+    }
+    let mut reader = serde_json::Deserializer::from_str(line);
+    // The depth is bounded above.
+    reader.disable_recursion_limit();
+    let value = Value::deserialize(&mut reader).and_then(|value| reader.end().map(|()| value));
+    value.map_err(|e| e.to_string())
+}
+
+/// How deep the brackets of a line are nested, those in strings left out.
+fn depth(line: &str) -> usize {
+    let (mut now, mut most, mut quoted, mut escaped) = (0_usize, 0, false, false);
+    for byte in line.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if quoted => escaped = true,
+            b'"' => quoted = !quoted,
+            b'[' | b'{' if !quoted => {
+                now = now.saturating_add(1);
+                most = most.max(now);
+            }
+            b']' | b'}' if !quoted => now = now.saturating_sub(1),
+            _ => {}
+        }
+    }
+    most
 }
 
 /// The line that asks QEMU to execute `command`, with its line end; the reply will carry `id`.
@@ -146,6 +181,21 @@ mod tests {
     fn sample(n: usize) -> Message {
         let lines = include_str!("../testdata/qemu-10.0.2.jsonl");
         Message::parse(lines.lines().nth(n).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_reply_may_be_nested_as_deep_as_a_long_chain() {
+        let nested = |depth: usize| {
+            let level = "{\"node-name\":\"a[\\\"{\",\"backing\":";
+            format!("{{\"return\":{}1{},\"id\":7}}", level.repeat(depth), "}".repeat(depth))
+        };
+        let Message::Return { value, .. } = Message::parse(&nested(DEEPEST - 1)).unwrap() else { panic!() };
+        let depth = std::iter::successors(Some(&value), |level| level.get("backing")).count();
+        assert_eq!(depth, DEEPEST);
+        let error = Message::parse(&nested(DEEPEST)).unwrap_err().to_string();
+        assert!(error.contains("nested deeper"), "{error}");
+        assert!(Message::parse(&"[".repeat(1 << 20)).is_err());
+        assert!(Message::parse("{\"return\": 1, \"id\": 7} {").is_err(), "more than one value");
     }
 
     #[test]

@@ -89,21 +89,60 @@ pub(crate) fn switch<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<()> {
     }
 }
 
-/// Takes the job's result, lets go of the layers that are no longer needed, and looks whether a disk has the chain
-/// that is left. `server` is the socket of an NBD server that QEMU runs already.
+/// The same for a job that QEMU forgets as soon as it has concluded. Returns its error, if it told one.
+pub(crate) fn switch_unkept<M: Monitor + ?Sized>(job: &Job<'_, M>, monitor: &M) -> Result<Option<String>> {
+    if let Err(error) = job.finalize()
+        && job.state()?.is_some_and(|state| state.status == JobStatus::pending)
+    {
+        return Err(error);
+    }
+    let mut why = None;
+    while let Some(event) = monitor.next_event(Duration::ZERO)? {
+        if event.name == "BLOCK_JOB_COMPLETED" && event.data.get("device").is_some_and(|id| id == job.id()) {
+            why = event.data.get("error").and_then(Value::as_str).map(str::to_owned);
+        }
+    }
+    match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
+        Waited::Vanished => Ok(why),
+        Waited::Reached(_) => job.take_result().map(|_| why),
+        other => Err(stuck(job, &other)),
+    }
+}
+
+/// A header that a merge changes, as QEMU has it afterwards.
+pub(crate) struct Renamed<'a> {
+    /// The node of the overlay.
+    pub(crate) overlay: &'a str,
+    /// The backing name that it has then.
+    pub(crate) name: Option<&'a str>,
+}
+
+/// Looks whether a disk has the chain that is left, and the header the name that it should have, for QEMU may have
+/// changed the one and failed at the other; then lets go of the layers that are no longer needed. `server` is the socket
+/// of an NBD server that QEMU runs already.
 pub(crate) fn wrap_up<M: Monitor + ?Sized>(
     job: &Job<'_, M>,
     monitor: &M,
     merged: &[Layer],
     left: &[Layer],
+    renamed: Option<&Renamed<'_>>,
     server: Option<&Path>,
 ) -> Result<Merged> {
-    job.take_result()?;
-    let still_open = let_go(monitor, merged, left, server)?;
-    with_chain(monitor, left)?.map(|disk| Merged { disk, still_open }).ok_or_else(|| {
+    let Some(disk) = with_chain(monitor, left)? else {
         let nodes: Vec<&str> = left.iter().map(|l| l.node.as_str()).collect();
-        failed(job, format!("QEMU called it done, but no disk has the chain {}", nodes.join(", ")))
-    })
+        let why = format!("it has ended, but no disk has the chain {}", nodes.join(", "));
+        return Err(failed(job, why));
+    };
+    if let Some(renamed) = renamed
+        && let Some(overlay) = disk.layers().iter().find(|layer| layer.node == renamed.overlay)
+        && overlay.backing.as_ref().map(|backing| backing.name.as_str()) != renamed.name
+    {
+        let expected = renamed.name.unwrap_or("nothing");
+        let found = overlay.backing.as_ref().map_or("nothing", |backing| &backing.name);
+        let why = format!("{} names {found} as its backing file, and should name {expected}", overlay.file);
+        return Err(failed(job, why));
+    }
+    Ok(Merged { disk, still_open: let_go(monitor, merged, left, server)? })
 }
 
 /// Closes layers that are no longer needed, once the overlay that named them durably names another backing file: QEMU
@@ -168,12 +207,12 @@ pub(crate) fn written<C: Command>(command: &C) -> Result<(&'static str, Value)> 
     Ok((C::NAME, arguments))
 }
 
-/// The commands that end a pending job and close the layers that are given up.
-pub(crate) fn end_of(job: &str, given_up: &[Layer]) -> Result<Vec<(&'static str, Value)>> {
+/// The commands that end a pending job, which is `kept` until it is dismissed, and close the layers that are given up.
+pub(crate) fn end_of(job: &str, kept: bool, given_up: &[Layer]) -> Result<Vec<(&'static str, Value)>> {
     let finalize = written(&qmp::job_finalize { id: job.to_owned() });
-    let dismiss = written(&qmp::job_dismiss { id: job.to_owned() });
+    let dismiss = kept.then(|| written(&qmp::job_dismiss { id: job.to_owned() }));
     let closed = to_close(given_up).map(|node| written(&qmp::blockdev_del { node_name: node.clone() }));
-    [finalize, dismiss].into_iter().chain(closed).collect()
+    [Some(finalize), dismiss].into_iter().flatten().chain(closed).collect()
 }
 
 /// The error of a job that does not come to an end.

@@ -9,7 +9,7 @@ use crate::flush::Means;
 use crate::graph::{Disk, Layer, Range};
 use crate::jobs::Job;
 use crate::monitor::{Execute, Monitor};
-use crate::procedure::{self, Merged, unique};
+use crate::procedure::{self, Merged, Renamed, unique};
 use crate::state::{State, StateLayer};
 
 /// A planned pull of the layers below the active one, down to but without `base`, into it.
@@ -125,12 +125,10 @@ impl Pull {
     /// [`Error::Refused`] with the reason; those of the commands.
     pub fn preflight(&mut self, monitor: &(impl Monitor + ?Sized)) -> Result<()> {
         circumstances(monitor, &self.disk)?;
-        let server = self.options.nbd_socket.as_deref();
-        self.means = Some(Means::find(monitor, &self.active.node, server)?);
-        Ok(())
+        self.find_means(monitor)
     }
 
-    /// Starts the job; it stops before it switches anything, and keeps its error.
+    /// Starts the job; it stops before it switches anything.
     ///
     /// # Errors
     /// [`Error::Refused`] before [`Pull::preflight`] has passed; those of the command.
@@ -147,7 +145,7 @@ impl Pull {
     /// [`Error::Request`] if a command cannot be written as JSON.
     pub fn commands(&self) -> Result<Vec<(&'static str, Value)>> {
         let mut commands = vec![procedure::written(&self.request())?];
-        commands.extend(procedure::end_of(&self.job_id, &self.pulled)?);
+        commands.extend(procedure::end_of(&self.job_id, false, &self.pulled)?);
         Ok(commands)
     }
 
@@ -169,30 +167,21 @@ impl Pull {
             on_error: Some(qmp::BlockdevOnError::stop),
             filter_node_name: Some(self.filter.clone()),
             auto_finalize: Some(false),
-            auto_dismiss: Some(false),
+            // QEMU 10.0.2 crashes when it is asked for its nodes while a stream job that has concluded is kept. The
+            // graph tells how it ended.
+            auto_dismiss: Some(true),
             base: None,
             bottom: None,
         }
     }
 
-    /// The pull that a state file describes, whose job runs or has run in this QEMU. Nothing is asked, and the
-    /// active layer cannot be flushed, unless `flush` is set.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] if the active layer cannot be flushed; those of the queries.
-    pub(crate) fn recall(
-        state: &State,
-        monitor: &(impl Monitor + ?Sized),
-        flush: bool,
-    ) -> Result<Option<Self>> {
+    /// The pull that a state file describes, whose job runs or has run in this QEMU.
+    pub(crate) fn recall(state: &State) -> Option<Self> {
         let layers: Vec<Layer> = state.layers.iter().map(StateLayer::recall).collect();
-        let Some(active) = layers.first().cloned() else { return Ok(None) };
+        let active = layers.first()?.clone();
         let (pulled, left) =
             layers.iter().cloned().partition(|l| l.index > state.base && l.index < active.index);
-        let options = CommitOptions { nbd_socket: state.nbd_socket.clone(), ..Default::default() };
-        let server = options.nbd_socket.as_deref();
-        let means = if flush { Some(Means::find(monitor, &active.node, server)?) } else { None };
-        Ok(Some(Self {
+        Some(Self {
             disk: state.disk.clone(),
             base: layers.iter().find(|l| l.index == state.base).cloned(),
             active,
@@ -201,9 +190,21 @@ impl Pull {
             backing_file: state.backing.as_ref().and_then(|rename| rename.new.clone()),
             job_id: state.job.clone(),
             filter: format!("filter-{}", unique()),
-            options,
-            means,
-        }))
+            options: CommitOptions { nbd_socket: state.nbd_socket.clone(), ..Default::default() },
+            means: None,
+        })
+    }
+
+    /// Finds out how the active layer can be flushed, where that is not known.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if it cannot be; those of the queries.
+    pub(crate) fn find_means(&mut self, monitor: &(impl Monitor + ?Sized)) -> Result<()> {
+        if self.means.is_none() {
+            let server = self.options.nbd_socket.as_deref();
+            self.means = Some(Means::find(monitor, &self.active.node, server)?);
+        }
+        Ok(())
     }
 
     /// Ends a pull whose job is pending: flushes the active layer, has its header name the new backing file, and
@@ -223,9 +224,18 @@ impl Pull {
         if procedure::require(job, &[JobStatus::pending])? == JobStatus::pending {
             self.means()?.flush(monitor, &self.active.node)?;
             before_switch()?;
-            procedure::switch(job)?;
+            if let Some(why) = procedure::switch_unkept(job, monitor)? {
+                return Err(procedure::failed(job, why));
+            }
         }
-        procedure::wrap_up(job, monitor, &self.pulled, &self.left, self.options.nbd_socket.as_deref())
+        self.verify(job, monitor)
+    }
+
+    /// Closes what is no longer needed, and looks whether the pull has been carried out.
+    pub(crate) fn verify<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
+        let renamed = Renamed { overlay: &self.active.node, name: self.backing_file() };
+        let server = self.options.nbd_socket.as_deref();
+        procedure::wrap_up(job, monitor, &self.pulled, &self.left, Some(&renamed), server)
     }
 
     /// Cancels the job and waits until it is gone. The chain is as it was; the active layer holds what was
@@ -273,9 +283,9 @@ mod tests {
         let pull = plan(BLOCKDEV, Some("[3]"), CommitOptions::default()).unwrap();
         let commands = pull.commands().unwrap();
         let names: Vec<_> = commands.iter().map(|(name, _)| *name).collect();
-        assert_eq!(names, ["block-stream", "job-finalize", "job-dismiss", "blockdev-del", "blockdev-del"]);
+        assert_eq!(names, ["block-stream", "job-finalize", "blockdev-del", "blockdev-del"]);
         assert_eq!(commands[0].1["backing-file"], "/vm/a/s2.qcow2");
-        assert_eq!(commands[4].1["node-name"], pull.pulled()[0].protocol_node.as_deref().unwrap());
+        assert_eq!(commands[3].1["node-name"], pull.pulled()[0].protocol_node.as_deref().unwrap());
     }
 
     #[test]

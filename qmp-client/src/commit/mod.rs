@@ -15,7 +15,7 @@ use crate::flush::Means;
 use crate::graph::{Disk, Layer, Range};
 use crate::jobs::{Job, jobs};
 use crate::monitor::{Execute, Monitor};
-use crate::procedure::{self, Merged, unique};
+use crate::procedure::{self, Merged, Renamed, unique};
 use crate::state::{State, StateLayer};
 pub(crate) use name::backing_name;
 pub(crate) use preflight::{bitmaps, circumstances, ownership};
@@ -186,7 +186,7 @@ impl Commit {
         if self.is_active() {
             commands.push(procedure::written(&qmp::job_complete { id: self.job_id.clone() })?);
         }
-        commands.extend(procedure::end_of(&self.job_id, &self.merged)?);
+        commands.extend(procedure::end_of(&self.job_id, true, &self.merged)?);
         Ok(commands)
     }
 
@@ -225,49 +225,45 @@ impl Commit {
         let Some(job) = jobs(monitor)?.into_iter().find(|job| job.id.starts_with(&prefix)) else {
             return Ok(None);
         };
-        if !self.is_active() && job.status != JobStatus::concluded {
-            let server = self.options.nbd_socket.as_deref();
-            self.means = Some(Means::find(monitor, &self.base.node, server)?);
+        if job.status != JobStatus::concluded {
+            self.find_means(monitor)?;
         }
         self.job_id = job.id;
         Ok(Some(Job::new(monitor, self.job_id.clone())))
     }
 
-    /// The merge that a state file describes, whose job runs or has run in this QEMU. Nothing is asked, and base
-    /// cannot be flushed, unless `flush` is set.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] if base cannot be flushed; those of the queries.
-    pub(crate) fn recall(
-        state: &State,
-        monitor: &(impl Monitor + ?Sized),
-        flush: bool,
-    ) -> Result<Option<Self>> {
+    /// The merge that a state file describes, whose job runs or has run in this QEMU.
+    pub(crate) fn recall(state: &State) -> Option<Self> {
         let layers: Vec<Layer> = state.layers.iter().map(StateLayer::recall).collect();
         let at = |index: usize| layers.iter().find(|l| l.index == index).cloned();
-        let (Some(base), Some(top), Some(active)) = (at(state.base), at(state.top), layers.first()) else {
-            return Ok(None);
-        };
         let is_merged = |l: &Layer| l.index > state.base && l.index <= state.top;
-        let mut commit = Self {
+        Some(Self {
             disk: state.disk.clone(),
-            root: active.node.clone(),
+            root: layers.first()?.node.clone(),
             above: at(state.top + 1),
             merged: layers.iter().filter(|l| is_merged(l)).cloned().collect(),
             left: layers.iter().filter(|l| !is_merged(l)).cloned().collect(),
-            base,
-            top,
+            base: at(state.base)?,
+            top: at(state.top)?,
             backing_file: state.backing.as_ref().and_then(|rename| rename.new.clone()),
             job_id: state.job.clone(),
             filter: format!("filter-{}", unique()),
             options: CommitOptions { nbd_socket: state.nbd_socket.clone(), ..Default::default() },
             means: None,
-        };
-        if flush && !commit.is_active() {
-            let server = commit.options.nbd_socket.as_deref();
-            commit.means = Some(Means::find(monitor, &commit.base.node, server)?);
+        })
+    }
+
+    /// Finds out how base can be flushed, where that is needed and not known.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if it cannot be; those of the queries.
+    pub(crate) fn find_means(&mut self, monitor: &(impl Monitor + ?Sized)) -> Result<()> {
+        // At this point QEMU has flushed the base of an active commit, and holds all requests: a flush would hang.
+        if self.means.is_none() && !self.is_active() {
+            let server = self.options.nbd_socket.as_deref();
+            self.means = Some(Means::find(monitor, &self.base.node, server)?);
         }
-        Ok(Some(commit))
+        Ok(())
     }
 
     /// Ends an intermediate merge whose job is pending: flushes base, switches the overlay above top to it, and
@@ -356,7 +352,16 @@ impl Commit {
     }
 
     fn wrap_up<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
-        procedure::wrap_up(job, monitor, &self.merged, &self.left, self.options.nbd_socket.as_deref())
+        job.take_result()?;
+        self.verify(job, monitor)
+    }
+
+    /// Closes what is no longer needed, and looks whether the merge has been carried out.
+    pub(crate) fn verify<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
+        let renamed =
+            self.above.as_ref().map(|above| Renamed { overlay: &above.node, name: self.backing_file() });
+        let server = self.options.nbd_socket.as_deref();
+        procedure::wrap_up(job, monitor, &self.merged, &self.left, renamed.as_ref(), server)
     }
 
     fn nodes(&self) -> impl Iterator<Item = &String> {

@@ -38,3 +38,13 @@ impl Graph {
         Ok(jobs.into_iter().map(|job| (of(&job), job)).map(|(disk, job)| (job, disk)).collect())
     }
 }
+
+/// Whether a job holds all requests to its disk while it is pending.
+///
+/// # Errors
+/// Those of the query.
+pub(crate) fn holds_requests(monitor: &(impl Monitor + ?Sized), job: &str) -> Result<bool> {
+    let command = "x-debug-query-block-graph";
+    let edges: Edges = read(command, monitor.query(command, json!({}))?)?;
+    Ok(edges.has_target(job))
+}

@@ -80,6 +80,12 @@ impl Disk {
             .iter()
             .filter_map(|(name, file)| Some((known(name)?, file.as_ref())))
             .partition(|(node, _)| node.is_filter());
+        // A disk without a name of its own is not called after a job that works on it just now.
+        let lasting = filters.iter().find(|(node, _)| !node.is_of_a_job()).or(images.first());
+        let name = match lasting {
+            Some((node, _)) if root.name == top && root.export.is_none() => node.node_name.clone(),
+            _ => root.name,
+        };
         let depth = images.len();
         let layer = |(place, (node, file)): (usize, (&NamedNode, Option<&String>))| Layer {
             index: depth - place,
@@ -113,7 +119,7 @@ impl Disk {
             Some(active.node.clone()),
         ];
         Some(Self {
-            name: root.name,
+            name,
             aliases: aliases.into_iter().flatten().collect(),
             qdev: root.qdev,
             export: root.export,

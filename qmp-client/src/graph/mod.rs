@@ -8,12 +8,13 @@ mod tests;
 
 use std::collections::HashSet;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::monitor::{Execute, Monitor, read};
+pub(crate) use attached::holds_requests;
 pub use disk::{Backing, Disk, Layer, Range};
-use nodes::{Edges, NamedNode, Stats};
+use nodes::{Edges, NamedNode};
 
 /// The disks of a QEMU or of a qemu-storage-daemon, as they were when it was asked.
 #[derive(Clone, Debug)]
@@ -38,13 +39,17 @@ impl Graph {
     /// chain, and takes seconds during which the guest stands still.
     ///
     /// # Errors
-    /// Those of the queries.
+    /// Those of the queries; [`Error::Refused`] while QEMU keeps a pull that has concluded, because QEMU 10.0.2 then
+    /// crashes at this question.
     pub fn ask(monitor: &(impl Monitor + ?Sized)) -> Result<Self> {
+        no_kept_stream(monitor)?;
         let command = "query-blockstats";
-        let devices: Vec<Stats> = read(command, monitor.query(command, json!({}))?)?;
+        let Value::Array(devices) = monitor.query(command, json!({}))? else {
+            return Err(Error::Unreadable { command: command.to_owned(), why: "it is no list".to_owned() });
+        };
         let command = "query-named-block-nodes";
         let named: Vec<NamedNode> = read(command, monitor.query(command, json!({"flat": true}))?)?;
-        let mut roots: Vec<Root> = devices.into_iter().filter_map(Root::of_device).collect();
+        let mut roots: Vec<Root> = devices.iter().filter_map(Root::of_device).collect();
         let reached: HashSet<String> =
             roots.iter().flat_map(|r| &r.nodes).map(|(node, _)| node.clone()).collect();
         roots.extend(exports(monitor)?.into_iter().filter(|root| !reached.contains(root.top())));
@@ -84,16 +89,19 @@ impl Graph {
 }
 
 impl Root {
-    fn of_device(stats: Stats) -> Option<Self> {
-        let device = stats.device.clone().filter(|d| !d.is_empty());
-        let qdev = stats.qdev.clone();
+    /// The chain that an entry of `query-blockstats` tells, each level in the one above it. It is gone down step by
+    /// step: a long chain is nested deeper than types may be.
+    fn of_device(stats: &Value) -> Option<Self> {
+        let text = |level: &Value, key: &str| level[key].as_str().map(str::to_owned);
+        let device = text(stats, "device").filter(|d| !d.is_empty());
+        let qdev = text(stats, "qdev");
         let mut nodes = Vec::new();
-        let mut next = Some(&stats);
-        while let Some(level) = next {
-            // An empty drive has no node.
-            let node = level.node_name.clone()?;
-            nodes.push((node, level.parent.as_ref().and_then(|p| p.node_name.clone())));
-            next = level.backing.as_deref();
+        let mut level = stats;
+        while level.is_object() {
+            // An empty drive has no node. The parent is the node that holds the file; what lies below is the backing
+            // node, or the node under a filter.
+            nodes.push((text(level, "node-name")?, text(&level["parent"], "node-name")));
+            level = &level["backing"];
         }
         let id = qdev.as_deref().and_then(device_id).map(str::to_owned);
         let name = id.or_else(|| device.clone()).or_else(|| nodes.first().map(|n| n.0.clone()))?;
@@ -103,6 +111,30 @@ impl Root {
     fn top(&self) -> &str {
         self.nodes.first().map_or("", |(node, _)| node)
     }
+}
+
+/// Refuses while QEMU keeps a `stream` job that has concluded. Its filter is then a node without anything below it, and QEMU
+/// 10.0.2 crashes, with the guest, when it is to list its nodes.
+fn no_kept_stream(monitor: &(impl Monitor + ?Sized)) -> Result<()> {
+    let jobs = match monitor.query("query-jobs", json!({})) {
+        Ok(jobs) => jobs,
+        // Before QEMU 3.0, where no job is kept.
+        Err(Error::Command { failure, .. }) if failure.class == "CommandNotFound" => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let kept = |job: &&Value| job["type"] == "stream" && job["status"] == "concluded";
+    let Some(job) = jobs.as_array().into_iter().flatten().find(kept) else { return Ok(()) };
+    let id = job["id"].as_str().unwrap_or_default();
+    let why = match job["error"].as_str() {
+        Some(error) => format!("failed ({error})"),
+        None => "succeeded".to_owned(),
+    };
+    Err(Error::Refused {
+        why: format!(
+            "the job {id} has {why} and was not dismissed by the client that started it; QEMU may crash if it is asked \
+             for its disks now. Dismiss it first: {{\"execute\": \"job-dismiss\", \"arguments\": {{\"id\": \"{id}\"}}}}"
+        ),
+    })
 }
 
 /// The id that a user gave to a device, from its path in QEMU's tree of objects.

@@ -20,19 +20,6 @@ const FILTERS: [&str; 12] = [
     "throttle",
 ];
 
-/// One level of an entry of `query-blockstats`.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(super) struct Stats {
-    pub(super) device: Option<String>,
-    pub(super) qdev: Option<String>,
-    pub(super) node_name: Option<String>,
-    /// The node that holds this level's file.
-    pub(super) parent: Option<Box<Stats>>,
-    /// What lies below: the backing node, or the node under a filter.
-    pub(super) backing: Option<Box<Stats>>,
-}
-
 /// An entry of `query-named-block-nodes`.
 #[derive(Deserialize)]
 pub(super) struct NamedNode {
@@ -49,6 +36,11 @@ pub(super) struct NamedNode {
 }
 
 impl NamedNode {
+    /// Whether it is a filter that a job has put there for its time.
+    pub(super) fn is_of_a_job(&self) -> bool {
+        ["commit_top", "mirror_top"].contains(&self.drv.as_str())
+    }
+
     pub(super) fn is_filter(&self) -> bool {
         FILTERS.contains(&self.drv.as_str())
     }
@@ -114,6 +106,12 @@ impl Edges {
             next = below(id);
         }
         chain
+    }
+
+    /// Whether the job of this id copies into a target of its own, as a mirror does. An active commit is one too.
+    pub(super) fn has_target(&self, job: &str) -> bool {
+        let job = self.nodes.iter().find(|n| n.kind == "block-job" && n.name == job).map(|n| n.id);
+        self.edges.iter().any(|e| Some(e.parent) == job && e.name == "target")
     }
 
     /// The node that the job of this id works on, and those below it: an active commit works on a filter of

@@ -107,7 +107,8 @@ pub fn jobs(monitor: &(impl Monitor + ?Sized)) -> Result<Vec<JobState>> {
 /// What to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Goal {
-    /// An active commit has copied all but what the guest writes just now, and can be completed.
+    /// An active commit has copied all but what the guest writes just now, and can be completed, or is already asked
+    /// to and holds the guest's writes.
     Ready,
     /// All is copied, nothing is switched; the job waits to be finalised.
     Pending,
@@ -118,7 +119,7 @@ pub enum Goal {
 impl Goal {
     fn is_reached(self, status: JobStatus) -> bool {
         match self {
-            Self::Ready => matches!(status, JobStatus::ready | JobStatus::standby),
+            Self::Ready => matches!(status, JobStatus::ready | JobStatus::standby | JobStatus::pending),
             Self::Pending => status == JobStatus::pending,
             Self::Concluded => status == JobStatus::concluded,
         }

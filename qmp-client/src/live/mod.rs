@@ -1,6 +1,7 @@
 //! A live merge as a whole: its procedure, its job in QEMU, and its state file, always in the right order.
 
 mod procedure;
+mod throttle;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,12 +13,13 @@ use crate::error::{Error, Result};
 use crate::graph::{Disk, Graph, Layer};
 use crate::jobs::{Job, Progress, Waited, Watch, jobs};
 use crate::monitor::Monitor;
-use crate::procedure::{Merged, cancel, let_go};
+use crate::procedure::{Merged, cancel, with_chain};
 use crate::state::{
     CLOCK_STEP, FileIdentity, Kind, Phase, Pointer, State, StateFile, StateLayer, boot, now_ns,
 };
 
 pub use procedure::Procedure;
+pub use throttle::Throttle;
 
 /// What a user wants of a merge, beyond the merge itself.
 #[derive(Clone, Debug, Default)]
@@ -92,7 +94,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// `None` if there is no such merge.
     ///
     /// # Errors
-    /// [`Error::Refused`] if the layer that was written cannot be flushed; those of the queries.
+    /// Those of the queries.
     pub fn attach(
         monitor: &'m M,
         graph: &Graph,
@@ -102,16 +104,15 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
         let all = graph.jobs(monitor)?;
         for (file, state) in states {
             let job = all.iter().find(|(job, _)| job.id == state.job);
-            let status = match job {
-                Some((_, Some(at))) if at.name() != disk.name() => continue,
-                Some((_, None)) if state.disk != disk.name() => continue,
-                Some((job, _)) => Some(job.status),
-                None if state.phase == Phase::Switched || !has_chain(disk, state.left()) => continue,
-                None if state.phase == Phase::Copying => continue,
-                None => None,
+            let is_it = match job {
+                Some((_, Some(at))) => at.name() == disk.name(),
+                Some((_, None)) => state.disk == disk.name() || has_chain(disk, state.left()),
+                None => state.phase == Phase::Switching && has_chain(disk, state.left()),
             };
-            let flush = status.is_some_and(|status| status != JobStatus::concluded);
-            let Some(procedure) = Procedure::recall(state, monitor, flush)? else { continue };
+            if !is_it {
+                continue;
+            }
+            let Some(procedure) = Procedure::recall(state) else { continue };
             let address = state.address.parse();
             let pointer = address.map_or_else(|_| Pointer::default(), |address| Pointer::of(&address));
             let job = Job::new(monitor, state.job.clone());
@@ -193,9 +194,8 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
             return Err(Error::Refused { why: "only an active commit can keep the overlay".into() });
         }
         self.stay()?;
-        let disk = commit.keep_overlay(&self.job, self.monitor)?;
-        self.done()?;
-        Ok(disk)
+        let kept = commit.keep_overlay(&self.job, self.monitor);
+        self.relax_after(kept).and_then(|disk| self.done().map(|()| disk))
     }
 
     /// Cancels the job, waits until it is gone, and removes the state file. The chain is as it was; what was copied
@@ -205,51 +205,54 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// Those of the commands; [`Error::Job`] if the job was done before. The state file stays then.
     pub fn cancel(&mut self) -> Result<()> {
         self.stay()?;
-        cancel(&self.job)?;
+        let mut cancelled = cancel(&self.job);
+        if matches!(self.now_after(), Ok(Some(_))) {
+            self.enter(Phase::Switched, self.state.top_after())?;
+            let why = "it had switched before it was cancelled".to_owned();
+            cancelled = Err(Error::Job { id: self.job.id().to_owned(), why });
+        }
+        self.relax_after(cancelled)?;
         self.done()
     }
 
     /// Everything is done, what was merged is cleaned up: removes the state file.
     ///
     /// # Errors
-    /// [`Error::State`] if it cannot be removed.
+    /// [`Error::State`] if it cannot be removed; those of [`Merge::relax`].
     pub fn done(&mut self) -> Result<()> {
+        self.relax()?;
         self.file.remove()?;
         self.pointer.remove(&self.file);
         Ok(())
     }
 
     fn switch(&mut self) -> Result<Merged> {
-        let merged = match self.job.state()? {
-            None if self.state.phase == Phase::Switching => self.take_from_graph(),
-            _ => {
-                let (state, file) = (&mut self.state, &self.file);
-                self.procedure.switch(&self.job, self.monitor, &mut || note_switching(state, file))
-            }
+        let switched = match self.job.state()?.map(|job| job.status) {
+            // The job is gone, and nobody saw how it ended; the graph shows it.
+            None if self.state.phase == Phase::Switching => self.procedure.verify(&self.job, self.monitor),
+            status => self.switch_job(status),
         };
-        match merged {
-            Ok(merged) => {
-                let valid_top = self.state.top_after();
-                self.state.enter(Phase::Switched, valid_top);
-                self.file.save(&mut self.state)?;
-                Ok(merged)
-            }
+        let switched = match switched {
+            Ok(merged) => self.enter(Phase::Switched, self.state.top_after()).map(|()| merged),
             Err(error) => {
                 self.after_failure();
                 Err(error)
             }
-        }
+        };
+        self.relax_after(switched)
     }
 
-    /// The job is gone, and nobody saw how it ended; the graph shows it.
-    fn take_from_graph(&self) -> Result<Merged> {
-        let (merged, left) = (self.procedure.merged(), self.procedure.left());
-        let still_open = let_go(self.monitor, merged, left, self.state.nbd_socket.as_deref())?;
-        let disk = crate::procedure::with_chain(self.monitor, self.procedure.left())?;
-        disk.map(|disk| Merged { disk, still_open }).ok_or_else(|| Error::Job {
-            id: self.job.id().to_owned(),
-            why: "it has vanished, and no disk has the chain that it should have left".into(),
-        })
+    fn switch_job(&mut self, status: Option<JobStatus>) -> Result<Merged> {
+        if status == Some(JobStatus::pending) {
+            self.procedure.find_means(self.monitor)?;
+        }
+        let (state, file) = (&mut self.state, &self.file);
+        self.procedure.switch(&self.job, self.monitor, &mut || note_switching(state, file))
+    }
+
+    /// The disk with the chain that the merge leaves, if QEMU shows it.
+    fn now_after(&self) -> Result<Option<Disk>> {
+        with_chain(self.monitor, self.procedure.left())
     }
 
     /// A switch has failed. If QEMU shows that the disk is where it was, the state file says so again. If it does not
@@ -260,21 +263,38 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
         }
         let gone = jobs(self.monitor).is_ok_and(|all| all.iter().all(|job| job.id != self.job.id()));
         let before = self.procedure.chain();
-        let stands = gone && matches!(crate::procedure::with_chain(self.monitor, &before), Ok(Some(_)));
+        let stands = gone && matches!(with_chain(self.monitor, &before), Ok(Some(_)));
         if stands {
             // The error that is returned is the first one; this one leaves the doubt that the file speaks of.
             let _ = self.stay();
         }
     }
 
-    /// Notes that nothing is switched, and nothing will be.
+    /// Notes that nothing is switched, and nothing will be: before a pending job is cancelled, or after a switch that
+    /// failed.
     fn stay(&mut self) -> Result<()> {
         if self.state.phase == Phase::Copying {
             return Ok(());
         }
-        let valid_top = self.state.top_before();
-        self.state.enter(Phase::Copying, valid_top);
+        if let Some(JobStatus::concluded) | None = self.job.state()?.map(|job| job.status)
+            && !matches!(with_chain(self.monitor, &self.procedure.chain()), Ok(Some(_)))
+        {
+            let why =
+                format!("the job {} has ended, and the disk has not the chain from before", self.job.id());
+            return Err(Error::Refused { why });
+        }
+        self.enter(Phase::Copying, self.state.top_before())
+    }
+
+    fn enter(&mut self, phase: Phase, valid_top: String) -> Result<()> {
+        self.state.enter(phase, valid_top);
         self.file.save(&mut self.state)
+    }
+
+    /// Puts former limits back, whatever the result was; an error of its own is told if there is no other.
+    fn relax_after<T>(&mut self, result: Result<T>) -> Result<T> {
+        let relaxed = self.relax();
+        result.and_then(|value| relaxed.map(|()| value))
     }
 }
 

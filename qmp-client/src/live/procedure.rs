@@ -136,16 +136,29 @@ impl Procedure {
         }
     }
 
-    /// The procedure that a state describes. With `flush`, it is found out how its target can be flushed.
-    pub(super) fn recall(
-        state: &State,
-        monitor: &(impl Monitor + ?Sized),
-        flush: bool,
-    ) -> Result<Option<Self>> {
-        Ok(match state.kind {
-            Kind::Pull => Pull::recall(state, monitor, flush)?.map(Self::from),
-            Kind::Commit | Kind::ActiveCommit => Commit::recall(state, monitor, flush)?.map(Self::from),
-        })
+    /// The procedure that a state describes, whose job runs or has run.
+    pub(super) fn recall(state: &State) -> Option<Self> {
+        match state.kind {
+            Kind::Pull => Pull::recall(state).map(Self::from),
+            Kind::Commit | Kind::ActiveCommit => Commit::recall(state).map(Self::from),
+        }
+    }
+
+    /// Finds out how the layer that was written can be flushed, where its preflight has not done so: for a procedure
+    /// that is recalled.
+    pub(super) fn find_means(&mut self, monitor: &(impl Monitor + ?Sized)) -> Result<()> {
+        match self {
+            Self::Commit(commit) => commit.find_means(monitor),
+            Self::Pull(pull) => pull.find_means(monitor),
+        }
+    }
+
+    /// Looks whether the merge has been carried out by a job that is gone, and closes what is no longer needed.
+    pub(super) fn verify<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
+        match self {
+            Self::Commit(commit) => commit.verify(job, monitor),
+            Self::Pull(pull) => pull.verify(job, monitor),
+        }
     }
 
     /// Switches: the end of a merge of any kind, whose job is pending or, for an active commit, ready.

@@ -80,15 +80,14 @@ pub enum Verdict {
 }
 
 impl Qemu {
-    /// Asks QEMU.
+    /// Asks QEMU for its jobs, and looks for the disk in a graph of just now.
     ///
     /// # Errors
     /// Those of the queries.
-    pub fn ask(monitor: &(impl Monitor + ?Sized), state: &State) -> Result<Self> {
+    pub fn ask(monitor: &(impl Monitor + ?Sized), graph: &Graph, state: &State) -> Result<Self> {
         if let Some(job) = jobs(monitor)?.into_iter().find(|job| job.id == state.job) {
             return Ok(Self::HasJob(job.status));
         }
-        let graph = Graph::ask(monitor)?;
         let shows = |layers: &[&StateLayer]| {
             let is_it = |disk: &Disk| {
                 disk.layers().iter().map(|l| &l.file).eq(layers.iter().map(|l| &l.file))

@@ -1,6 +1,7 @@
 //! A qemu-storage-daemon with a chain of small images, for tests that need the real thing.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod cut;
 pub(crate) mod writer;
 
 use std::path::{Path, PathBuf};
@@ -78,6 +79,15 @@ impl Chain {
             }
         }
         chain
+    }
+
+    /// The same images in another folder; their names must be relative.
+    pub(crate) fn copy(&self) -> Self {
+        let copy = Self { folder: tempfile::tempdir().unwrap(), layers: self.layers };
+        for n in 1..=self.layers {
+            std::fs::copy(self.path(n), copy.path(n)).unwrap();
+        }
+        copy
     }
 
     pub(crate) fn path(&self, n: usize) -> PathBuf {
