@@ -1,6 +1,7 @@
 //! Side-by-side benchmarks of `qmerge` and `qemu-img`: both run on copies of the same files, in turn,
 //! in one run of this command, which prints medians and their ratios.
 
+mod content;
 mod image;
 mod measure;
 mod random;
