@@ -20,6 +20,7 @@ mod differential;
 mod engines;
 mod interrupts;
 mod iotests;
+mod kills;
 mod locks;
 mod malformed;
 mod repair;

@@ -38,17 +38,17 @@ pub fn commit(bytes: &[u8]) {
 
 /// Which layers are merged, and how.
 #[derive(Clone, Copy, Debug)]
-struct Case {
-    base: usize,
-    top: usize,
-    active: usize,
-    delete: bool,
+pub(super) struct Case {
+    pub(super) base: usize,
+    pub(super) top: usize,
+    pub(super) active: usize,
+    pub(super) delete: bool,
     keep_active: bool,
     verify: bool,
 }
 
 impl Case {
-    fn choose(input: &mut Input<'_>, depth: usize) -> Self {
+    pub(super) fn choose(input: &mut Input<'_>, depth: usize) -> Self {
         let active = depth - 1;
         let base = input.below(active as u64) as usize;
         let top = base + 1 + input.below((active - base) as u64) as usize;
@@ -60,7 +60,7 @@ impl Case {
         self.top == self.active && !self.keep_active && !self.delete
     }
 
-    fn options(&self, layers: &[Layer]) -> CommitOptions {
+    pub(super) fn options(&self, layers: &[Layer]) -> CommitOptions {
         let named = |at: usize| layers[at].path.to_string_lossy().into_owned();
         CommitOptions {
             base: BaseChoice::Named(named(self.base)),
@@ -79,7 +79,7 @@ impl Case {
 /// A raw file that ends inside a block shows the rest of it as data once it has grown, in bytes.
 const BLOCK: u64 = 4096;
 
-struct Silent;
+pub(super) struct Silent;
 
 impl Progress for Silent {
     fn written(&self, _done: u64, _total: u64) {}

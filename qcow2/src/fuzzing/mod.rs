@@ -7,6 +7,7 @@
 mod bodies;
 mod chain;
 mod commit;
+mod crash;
 mod fields;
 mod inflate;
 mod model;
@@ -19,6 +20,7 @@ mod seeds;
 pub use bodies::{BODIES, Body, header, image};
 pub use chain::chain;
 pub use commit::commit;
+pub use crash::crash;
 pub use fields::{damaged, fields};
 pub use inflate::inflate;
 pub use names::name;

@@ -1,0 +1,159 @@
+//! Commits that a power cut or a failing disk stops at any point.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use super::chain::{assert_same, host_with, options, view};
+use super::commit::{Case, Silent};
+use super::model::{Input, Layer, chain as layers, guest};
+use crate::Result;
+use crate::chain::Chain;
+use crate::check::{CheckOptions, check};
+use crate::format::is_qcow2;
+use crate::merge::{Commit, CommitOptions};
+use crate::storage::sim::{Cuts, Fault, FaultKind, Garbage, SimHost, State, Tear, power_cuts};
+use crate::storage::{Access, Host, MemHost};
+
+/// The states that are judged of one commit, at most: one takes about a millisecond.
+const JUDGED: u64 = 8;
+
+/// A chain and a commit made from the input, on a simulated disk. Either the power is cut, and some of the states
+/// that this may leave are judged; or the N-th operation fails. Then nothing is corrupt, the guest sees what
+/// it saw, and the same commit again finishes.
+pub fn crash(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let layers = layers(&mut input);
+    let case = Case::choose(&mut input, layers.len());
+    let merge = Merge { options: case.options(&layers), expected: guest(&layers, case.active), layers, case };
+    match alone() {
+        // On one thread the same input always writes in the same order.
+        Some(pool) => pool.install(|| merge.stop_somewhere(&mut input)),
+        None => merge.stop_somewhere(&mut input),
+    }
+}
+
+fn alone() -> Option<&'static ThreadPool> {
+    static ALONE: OnceLock<Option<ThreadPool>> = OnceLock::new();
+    ALONE.get_or_init(|| ThreadPoolBuilder::new().num_threads(1).build().ok()).as_ref()
+}
+
+struct Merge {
+    layers: Vec<Layer>,
+    case: Case,
+    options: CommitOptions,
+    /// What the guest sees.
+    expected: Vec<u8>,
+}
+
+impl Merge {
+    fn active(&self) -> &Path {
+        &self.layers[self.case.active].path
+    }
+
+    fn run(&self, host: Arc<dyn Host>) -> Result<()> {
+        let never = AtomicBool::new(false);
+        let commit = Commit::prepare(host, self.active(), &self.options, &never)?;
+        commit.execute(&Silent, &never).map(drop)
+    }
+
+    fn disk(&self) -> SimHost {
+        SimHost::over(&host_with(&self.layers))
+    }
+
+    fn stop_somewhere(&self, input: &mut Input<'_>) {
+        let disk = self.disk();
+        if self.run(Arc::new(disk.clone())).is_err() {
+            // A base of version 2 with snapshots must not grow: the body of commits asks about that.
+            return;
+        }
+        if input.one_in(3) { self.fail(input) } else { self.cut(&disk, input) }
+    }
+
+    /// Cuts the power, and judges one in some of the states.
+    fn cut(&self, disk: &SimHost, input: &mut Input<'_>) {
+        let tear = [Tear::Sector, Tear::Block, Tear::Call][input.below(3) as usize];
+        let seed = u64::from(input.byte()) << 8 | u64::from(input.byte());
+        let (garbage, damaged) = (Garbage::None, 0);
+        let cuts = Cuts { seed, tear, exhaustive: 2, listed: 2, random: 2, garbage, damaged };
+        let (skip, every) = (u64::from(input.byte()), 1 + input.below(16));
+        let (mut n, mut judged) = (0, 0);
+        power_cuts(disk.start(), &disk.log(), &cuts, |cut| {
+            n += 1;
+            if n > skip && n % every == 0 && judged < JUDGED {
+                judged += 1;
+                self.judge(&cut.state);
+            }
+        });
+    }
+
+    /// Lets an operation fail, once or for ever, and goes on when the disk is well again, or after a power cut.
+    fn fail(&self, input: &mut Input<'_>) {
+        let disk = self.disk();
+        let kinds = [FaultKind::Io, FaultKind::NoSpace, FaultKind::Short, FaultKind::Sync];
+        let kind = kinds[input.below(4) as usize];
+        disk.fail(Some(Fault { kind, nth: u64::from(input.byte()), for_ever: input.one_in(2) }));
+        let outcome = self.run(Arc::new(disk.clone()));
+        let failed = disk.failed();
+        disk.fail(None);
+        assert!(outcome.is_ok() || failed > 0, "a disk that is well, and {:?}", outcome.err());
+        self.judge(&disk.now());
+        self.cut(&disk, input);
+    }
+
+    /// Nothing is corrupt, the guest sees what it saw, and the same commit goes on to the end.
+    fn judge(&self, state: &State) {
+        let host = state.host();
+        self.assert_sound(state, &host);
+        self.assert_guest(&host);
+        if !self.is_switched(&host)
+            && let Err(error) = self.run(Arc::new(host.clone()))
+        {
+            unreachable!("the commit does not go on: {error}");
+        }
+        self.assert_sound(&State::of(&host), &host);
+        self.assert_guest(&host);
+    }
+
+    /// Whether top is not in the chain any more: then the same command names a layer that is not there.
+    fn is_switched(&self, host: &MemHost) -> bool {
+        let top = &self.layers[self.case.top].path;
+        match Chain::open(host, self.active(), &options()) {
+            Ok(chain) => chain.layers().iter().all(|layer| layer.path != *top),
+            Err(_) => host.stat(self.active()).is_err(),
+        }
+    }
+
+    fn assert_sound(&self, state: &State, host: &MemHost) {
+        for path in state.names().filter(|path| state.content(path).is_some_and(|content| is_qcow2(&content)))
+        {
+            let report = host.open(path, Access::Read).map(|file| {
+                let data = self.layers.iter().find(|layer| layer.path == path);
+                let data = data.and_then(|layer| layer.data_file.as_ref());
+                let data = data.and_then(|(data, _)| host.open(data, Access::Read).ok());
+                check(path, &*file, data.as_deref(), &CheckOptions::default())
+            });
+            match report {
+                Ok(Ok(report)) => {
+                    assert!(report.is_consistent(), "{}: {:?}", path.display(), report.findings);
+                }
+                other => unreachable!("{} cannot be checked: {other:?}", path.display()),
+            }
+        }
+    }
+
+    /// The guest's bytes, through the active image; through base if that has been deleted, as asked for.
+    fn assert_guest(&self, host: &MemHost) {
+        let gone = host.stat(self.active()).is_err();
+        assert!(!gone || (self.case.delete && self.case.top == self.case.active), "the active image is gone");
+        let path = if gone { &self.layers[self.case.base].path } else { self.active() };
+        match view(host, path) {
+            // Base may be longer than what was merged into it.
+            Ok(seen) if gone => assert_same(&seen[..self.expected.len()], &self.expected, path),
+            Ok(seen) => assert_same(&seen, &self.expected, path),
+            Err(error) => unreachable!("{}: {error}", path.display()),
+        }
+    }
+}
