@@ -27,6 +27,9 @@ pub(crate) enum Means {
     Server(PathBuf),
     /// By pausing the guest for a moment: QEMU flushes every node then.
     StopAndCont,
+    /// By a command of QEMU's monitor for people, which does not tell whether the flush has failed: for a guest that is
+    /// paused, and needs no NBD server.
+    Command,
 }
 
 /// What the ids of exports begin with, on a server that was started for the flush, and on one that runs anyway.
@@ -54,7 +57,10 @@ impl Means {
         // Only a running guest can be paused; a storage daemon has none.
         match monitor.query("query-status", json!({})) {
             Ok(status) if status["running"] == true => return Ok(Self::StopAndCont),
-            Ok(_) => why.push("the guest does not run, so pausing it flushes nothing".into()),
+            Ok(_) => match Self::Command.flush(monitor, node) {
+                Ok(()) => return Ok(Self::Command),
+                Err(error) => why.push(error.to_string()),
+            },
             Err(error) => why.push(error.to_string()),
         }
         let why = why.join("; ");
@@ -82,6 +88,16 @@ impl Means {
                 monitor.query("stop", json!({}))?;
                 monitor.query("cont", json!({})).map(drop)
             }
+            Self::Command => {
+                let line = json!({"command-line": format!("qemu-io {node} flush")});
+                match monitor.query("human-monitor-command", line)?.as_str() {
+                    Some("") => Ok(()),
+                    said => {
+                        let why = format!("qemu-io cannot flush {node}: {}", said.unwrap_or_default().trim());
+                        Err(Error::Refused { why })
+                    }
+                }
+            }
         }
     }
 }
@@ -93,7 +109,7 @@ impl Means {
 pub(crate) fn flush(monitor: &(impl Monitor + ?Sized), node: &str, server: Option<&Path>) -> Result<()> {
     match Means::find(monitor, node, server)? {
         // Its proof is the flush itself.
-        Means::OwnServer | Means::Server(_) => Ok(()),
+        Means::OwnServer | Means::Server(_) | Means::Command => Ok(()),
         means @ Means::StopAndCont => means.flush(monitor, node),
     }
 }

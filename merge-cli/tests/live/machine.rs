@@ -152,6 +152,12 @@ impl Machine {
         chain.as_array().unwrap().iter().map(name).collect()
     }
 
+    /// All jobs; `None` while another client has the monitor.
+    pub(crate) fn live_jobs(&self) -> Option<Value> {
+        let output = qmerge(self.dir(), &["live", "jobs", "--json", "--qmp", "qmp.sock"]);
+        output.status.success().then(|| serde_json::from_slice(&output.stdout).unwrap())
+    }
+
     /// The only job, or null.
     #[track_caller]
     pub(crate) fn job(&self) -> Value {
@@ -172,7 +178,7 @@ impl Machine {
             if let Some(answer) = ask() {
                 return answer;
             }
-            assert!(start.elapsed() < Duration::from_secs(60), "it does not come: {}", self.job());
+            assert!(start.elapsed() < Duration::from_secs(60), "it does not come: {:?}", self.live_jobs());
             thread::sleep(Duration::from_millis(20));
         }
     }

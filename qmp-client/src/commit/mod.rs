@@ -11,7 +11,7 @@ use qapi::qmp::{self, JobStatus};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::flush::Means;
+use crate::flush::{Means, flush};
 use crate::graph::{Disk, Layer, Range};
 use crate::jobs::{Job, jobs};
 use crate::monitor::{Execute, Monitor};
@@ -297,7 +297,17 @@ impl Commit {
         let Some(means) = &self.means else {
             return Err(Error::Refused { why: "the merge has not passed its preflight".into() });
         };
-        means.flush(monitor, &self.base.node)
+        match means.flush(monitor, &self.base.node) {
+            // A job that had to make base larger lets nobody export it.
+            Err(Error::Command { .. }) if self.grows_base() => {
+                flush(monitor, &self.base.node, self.options.nbd_socket.as_deref())
+            }
+            done => done,
+        }
+    }
+
+    fn grows_base(&self) -> bool {
+        self.base.virtual_size < self.top.virtual_size
     }
 
     /// Ends an active merge whose job is ready: the guest then writes to base.

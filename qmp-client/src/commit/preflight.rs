@@ -79,6 +79,15 @@ pub(super) fn ask(commit: &Commit, monitor: &(impl Monitor + ?Sized)) -> Result<
     if commit.is_active() {
         return Ok(None);
     }
+    if commit.grows_base() && known(monitor, "query-status")?.is_none() {
+        return Err(Error::Refused {
+            why: format!(
+                "{} must grow, and then this storage daemon cannot make it durable before the switch; merge it with the \
+                 active layer, or offline",
+                commit.base.file
+            ),
+        });
+    }
     guard(commit, monitor)?;
     Means::find(monitor, &commit.base.node, commit.options.nbd_socket.as_deref()).map(Some)
 }

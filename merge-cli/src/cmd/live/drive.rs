@@ -178,6 +178,15 @@ impl Drive<'_> {
             );
             return self.session.failure_with(error, hint);
         }
+        if matches!(error, Error::Refused { .. } | Error::Command { .. } | Error::State { .. }) {
+            let disk = shell_word(&merge.state().disk);
+            let hint = format!(
+                "nothing is switched, and the job waits; again: {}; or give it up: {}",
+                self.session.again(),
+                self.session.other(&format!("cancel {disk}"))
+            );
+            return self.session.failure_with(error, hint);
+        }
         self.session.failure(error)
     }
 

@@ -30,9 +30,9 @@ pub(super) fn run(
     let disk = find(graph, &args.disk, session)?;
     guard::disk(session, disk)?;
     let known = states::of(session, std::slice::from_ref(disk), None)?;
-    let found = Merge::attach(&monitor, graph, disk, &known).map_err(|e| session.failure(&e))?;
-    let Some(mut merge) = found else {
-        return foreign::end(session, &monitor, graph, disk, end, console);
+    let mut merge = match Merge::attach(&monitor, graph, disk, &known).map_err(|e| session.failure(&e))? {
+        Some(merge) => merge,
+        None => return foreign::end(session, &monitor, graph, disk, end, console),
     };
     let state = merge.state();
     fits(session, state, end)?;

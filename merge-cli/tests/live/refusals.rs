@@ -1,0 +1,128 @@
+//! What is not done, with the reason, the exit code and the next thing to type.
+
+use std::os::unix::fs::PermissionsExt;
+
+use crate::machine::{Machine, Style};
+use crate::support::{failed, qmerge, run, tools_are_here};
+
+#[test]
+fn ranges_that_make_no_sense() {
+    if !tools_are_here() {
+        return;
+    }
+    let machine = Machine::new(Style::Daemon);
+    let before = machine.files();
+    let chain = "qmerge live chain disk0 --qmp qmp.sock";
+    for (args, code, words) in [
+        (&[][..], 2, &["[4]", "c.img is the active layer", "--active --pivot", "--top '[3]'"][..]),
+        (&["--base", "[3]", "--top", "[2]"], 2, &["reversed", "[1] ", chain]),
+        (&["--base", "[2]", "--top", "[2]"], 2, &["into itself", chain]),
+        (&["--base", "[7]", "--top", "[2]"], 2, &["outside the chain", chain]),
+        (&["--base", "nowhere.img", "--active"], 2, &["'nowhere.img' is no layer", chain]),
+        (&["--base", "vdb[1]", "--active"], 2, &["names another disk", chain]),
+        (&["--top", "[3]", "--pivot"], 2, &["--pivot is for the active layer [4]", chain]),
+        (&["--top", "[3]", "--keep-overlay"], 2, &["--keep-overlay is for the active layer"]),
+        (&["--pivot", "--backing-file", "x"], 6, &["re-points no overlay"]),
+        (&["--pivot", "--keep-overlay"], 2, &["cannot be used with", "qmerge live commit --help"]),
+        (&["--pivot", "--async"], 2, &["cannot be used with"]),
+        (&["--keep-overlay", "--delete"], 2, &["cannot be used with"]),
+        (&["--pivot", "--timeout", "soon"], 2, &["write seconds"]),
+        (&["--pivot", "--bandwidth", "fast"], 2, &["is not a size"]),
+    ] {
+        machine.fails("commit", args, code, words);
+    }
+    machine.fails("finish", &[], 1, &["no job works on the disk disk0", "qmerge live jobs"]);
+    machine.fails("pivot", &[], 1, &["no job works on the disk disk0"]);
+    let output = qmerge(machine.dir(), &["live", "commit", "vdz", "--pivot", "--qmp", "qmp.sock"]);
+    failed(&output, 2, &["'vdz'", "disk0", "qmerge live list"]);
+    assert!(before == machine.files());
+}
+
+#[test]
+fn what_only_a_stopped_machine_allows_names_the_command_for_it() {
+    if !tools_are_here() {
+        return;
+    }
+    // Top is shorter than the overlay above it and than base: QEMU would show base's old bytes.
+    let machine = Machine::with(Style::Daemon, "c.img", |dir| {
+        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "base.img", "16M"]);
+        run("qemu-io", dir, &["-f", "qcow2", "-c", "write -q -P 1 0 16M", "base.img"]);
+        run(
+            "qemu-img",
+            dir,
+            &["create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "qcow2", "a.img", "8M"],
+        );
+        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "-b", "a.img", "-F", "qcow2", "c.img", "16M"]);
+    });
+    let offline = format!(
+        "qmerge commit {} --top {} --base {}",
+        machine.path("c.img"),
+        machine.path("a.img"),
+        machine.path("base.img")
+    );
+    machine.fails("commit", &["--top", "[2]"], 6, &["is shorter than", &offline]);
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_needs_another_for_the_state() {
+    if !tools_are_here() {
+        return;
+    }
+    let machine = Machine::with(Style::Daemon, "vm/c.img", |dir| {
+        std::fs::create_dir(dir.join("vm")).unwrap();
+        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "vm/base.img", "16M"]);
+        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "qcow2", "vm/c.img"]);
+        run("qemu-io", dir, &["-f", "qcow2", "-c", "write -q -P 3 0 1M", "vm/c.img"]);
+    });
+    let vm = machine.dir().join("vm");
+    std::fs::create_dir(machine.dir().join("state")).unwrap();
+    // Root writes where nobody may, so the folder gets a flag that holds for root too.
+    std::fs::set_permissions(&vm, std::fs::Permissions::from_mode(0o555)).unwrap();
+    let flag = |flag: &str| {
+        std::process::Command::new("chattr").arg(flag).arg(&vm).status().is_ok_and(|s| s.success())
+    };
+    if tempfile::tempfile_in(&vm).is_ok() && !flag("+i") {
+        eprintln!("SKIPPED: root may write everywhere, and there is no chattr");
+        return;
+    }
+    let refused = machine.live("commit", &["--pivot"]);
+    let done = machine.live("commit", &["--pivot", "--state-dir", "state", "--async"]);
+    let noted = machine.has("state/.c.img.qmerge-live");
+    let pivoted = machine.live("commit", &["--active", "--pivot", "--state-dir", "state"]);
+    flag("-i");
+    std::fs::set_permissions(&vm, std::fs::Permissions::from_mode(0o755)).unwrap();
+    failed(&refused, 6, &["vm", "cannot be noted there", "--state-dir DIR"]);
+    // Both were asked for at once, which is a typing error, and starts nothing.
+    failed(&done, 2, &["cannot be used with"]);
+    assert!(!noted);
+    assert_eq!(pivoted.status.code(), Some(0), "{}", crate::support::text(&pivoted.stderr));
+    assert!(!machine.has("state/.c.img.qmerge-live"));
+    machine.holds_the_disk("vm/base.img");
+}
+
+#[test]
+fn a_state_that_may_have_been_switched_must_be_recovered_first() {
+    if !tools_are_here() {
+        return;
+    }
+    let machine = Machine::new(Style::Daemon);
+    machine.ok("commit", &["--top", "[3]", "--async"]);
+    machine.job_becomes("pending");
+    let state = machine.dir().join(".c.img.qmerge-live");
+    let text = std::fs::read_to_string(&state).unwrap();
+    machine.ok("cancel", &[]);
+    assert!(!state.exists());
+
+    // A merge that was lost while it copied: nothing is lost, it begins anew.
+    std::fs::write(&state, &text).unwrap();
+    let said = machine.ok("commit", &["--top", "[3]", "-n"]);
+    assert!(said.contains("ended without a switch") && said.contains("begins anew"), "{said}");
+
+    let switching = text.replace("\"phase\": \"copying\"", "\"phase\": \"switching\"");
+    assert_ne!(text, switching);
+    std::fs::write(&state, &switching).unwrap();
+    machine.fails("commit", &["--pivot"], 6, &["about to switch", "c.img", "qmerge live recover disk0"]);
+    assert_eq!(machine.chain().len(), 4);
+    std::fs::write(&state, "{").unwrap();
+    machine.fails("commit", &["--pivot"], 1, &[".c.img.qmerge-live", "ls -la"]);
+}
