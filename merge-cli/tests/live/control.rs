@@ -219,3 +219,23 @@ fn progress_and_the_end_are_events() {
     let output = machine.live("commit", &["--pivot", "-q"]);
     assert_eq!((text(&output.stdout), text(&output.stderr)), (String::new(), String::new()));
 }
+
+#[test]
+fn a_guest_is_slowed_down_only_where_that_is_possible_and_not_for_ever() {
+    if !tools_are_here() {
+        return;
+    }
+    let daemon = Machine::new(Style::Daemon);
+    let before = daemon.files();
+    daemon.fails("commit", &["--pivot", "--converge"], 6, &["cannot be throttled", "leave --converge out"]);
+    daemon.fails("commit", &["--top", "[3]", "--converge"], 2, &["--converge is for the active layer"]);
+    assert!(before == daemon.files() && daemon.job().is_null());
+
+    let machine = Machine::new(Style::Drive);
+    machine.ok("commit", &["--pivot", "--converge"]);
+    let disks = qmp_client::Execute::query(&machine.connect(), "query-block", json!({})).unwrap();
+    let limits: Vec<_> =
+        disks.as_array().unwrap().iter().filter_map(|d| d["inserted"]["bps_wr"].as_u64()).collect();
+    assert_eq!(limits, [0]);
+    machine.holds_the_disk("base.img");
+}

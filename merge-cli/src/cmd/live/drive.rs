@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use qmp_client::{Connection, Disk, Error, JobState, Kind, Merge, Phase, Waited, Watch};
+use qmp_client::{Connection, Disk, Error, JobState, Kind, Merge, Phase, Progress, Throttle, Waited, Watch};
+use serde_json::json;
 
 use super::after::{self, Wishes};
 use super::files::Files;
@@ -18,6 +19,7 @@ use crate::failure::{Failure, Report};
 use crate::output::Console;
 use crate::output::human::{printable, shell_word};
 use crate::output::progress::Meter;
+use crate::output::size;
 use crate::signals::Stop;
 
 /// How long other clients have their turn while a job stands still, and how long they may take it.
@@ -48,6 +50,8 @@ pub(super) struct Drive<'a> {
     pub(super) owns: bool,
     /// What to do with the files that are no longer needed.
     pub(super) wishes: Wishes,
+    /// What slows the guest down if an active merge does not catch up with it.
+    pub(super) throttle: Option<Throttle>,
     /// Whether it was said that the job stands still.
     pub(super) said_stalled: Cell<bool>,
 }
@@ -92,7 +96,7 @@ impl Drive<'_> {
         merge: &mut Merge<'_, Connection>,
     ) -> Result<Step, Failure> {
         let left = self.timeout.map(|timeout| timeout.saturating_sub(self.began.elapsed()));
-        let waited = merge.wait(left, &mut |progress| {
+        let mut watch = |progress: &Progress<'_>| {
             let job = progress.job;
             if !job.is_stalled() && self.said_stalled.replace(false) {
                 stall::over(self);
@@ -101,7 +105,13 @@ impl Drive<'_> {
                 self.meter.update(job.done, job.total);
             }
             if self.stop.flag().load(Ordering::SeqCst) { Watch::Stop } else { Watch::GoOn }
-        });
+        };
+        let waited = match self.throttle.as_ref().filter(|_| merge.state().kind == Kind::ActiveCommit) {
+            Some(throttle) => {
+                merge.wait_converging(throttle, left, &mut watch, &mut |limit| self.say_limit(limit))
+            }
+            None => merge.wait(left, &mut watch),
+        };
         match waited.map_err(|e| self.lost(&e))? {
             Waited::Reached(job) => self.end(monitor, merge, &job),
             // Somebody else ended it, or it failed: what the merge says of it is the truth.
@@ -154,6 +164,19 @@ impl Drive<'_> {
         }
         outcome.tell(self.console)?;
         Ok(Step::Over)
+    }
+
+    /// Tells that the guest is slowed down.
+    fn say_limit(&self, limit: u64) {
+        self.meter.clear();
+        // A reader that went away must not stop a merge; the result will tell.
+        let _ = self.console.event("throttled", json!({ "bytes-per-second": limit }));
+        if !self.console.is_json() {
+            self.console.note(&format!(
+                "the guest writes faster than base takes it; its writes to this disk are limited to {}/s until the merge ends",
+                size::short(limit)
+            ));
+        }
     }
 
     fn seconds(&self) -> f64 {

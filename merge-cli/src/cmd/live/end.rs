@@ -48,6 +48,7 @@ pub(super) fn run(
         end,
         owns: false,
         wishes: Wishes { delete: args.delete || state.delete, scan: Vec::new() },
+        throttle: None,
         said_stalled: Cell::new(false),
     };
     let step = drive.follow(&monitor, &mut merge)?;

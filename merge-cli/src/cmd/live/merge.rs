@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use qmp_client::{Connection, Disk, Graph, Kind, Merge, Procedure, State, StateFile};
+use qmp_client::{Connection, Disk, Graph, Kind, Merge, Procedure, State, StateFile, Throttle};
 
 use super::after::Wishes;
 use super::drive::Drive;
@@ -41,6 +41,7 @@ pub(super) fn commit(
         top: range.top.index,
         end: commit::end(&range, args),
         delete: args.delete,
+        converge: args.converge,
     };
     let start =
         Start { session, graph, disk, files: &files, job: &args.job, scan: &args.scan, console, wanted };
@@ -71,6 +72,7 @@ pub(super) fn pull(
         top: disk.active().index.saturating_sub(1),
         end: if args.job.async_ { End::WaitForFinish } else { End::Finish },
         delete: false,
+        converge: false,
     };
     let start = Start { session, graph, disk, files: &files, job: &args.job, scan: &[], console, wanted };
     if let Some(known) = start.under_way(&monitor)? {
@@ -87,6 +89,7 @@ struct Wanted {
     top: usize,
     end: End,
     delete: bool,
+    converge: bool,
 }
 
 /// A merge that is about to start, or has been started by an earlier call.
@@ -129,7 +132,7 @@ impl Start<'_> {
         }
         self.console
             .note(&format!("picked up again: the merge of {} is under way", printable(self.disk.name())));
-        let drive = self.drive()?;
+        let drive = self.drive(self.throttle(&monitor)?)?;
         let step = drive.follow(&monitor, &mut merge)?;
         drop(merge);
         drop(monitor);
@@ -139,6 +142,7 @@ impl Start<'_> {
     /// Shows the plan, and does what it says.
     fn carry_out(&self, monitor: Connection, mut procedure: Procedure, plan: &Plan) -> Result<Exit, Failure> {
         let warning = checks::room(self.session, plan)?;
+        let throttle = self.throttle(&monitor)?;
         let file = states::place(self.session, self.files, self.disk, self.job.state_dir.as_deref())?;
         states::left_over(self.session, &file, self.console)?;
         announce(plan, self.job, self.console)?;
@@ -160,7 +164,7 @@ impl Start<'_> {
             keep_overlay: self.wanted.end == End::KeepOverlay,
             files_are_elsewhere: !self.files.strangers(self.disk).is_empty(),
         };
-        let drive = self.drive()?;
+        let drive = self.drive(throttle)?;
         let merge = Merge::begin(&monitor, procedure, file, self.session.address, &wishes);
         let mut merge = merge.map_err(|e| self.session.failure(&e))?;
         if self.job.async_ {
@@ -173,7 +177,18 @@ impl Start<'_> {
         drive.take_turns(step)
     }
 
-    fn drive(&self) -> Result<Drive<'_>, Failure> {
+    /// What can slow the guest down, if the user allows that.
+    fn throttle(&self, monitor: &Connection) -> Result<Option<Throttle>, Failure> {
+        if !self.wanted.converge {
+            return Ok(None);
+        }
+        Throttle::of(monitor, self.disk).map(Some).map_err(|e| {
+            let hint = "leave --converge out; the merge gets ready when the guest writes less";
+            self.session.failure_with(&e, hint.to_owned())
+        })
+    }
+
+    fn drive(&self, throttle: Option<Throttle>) -> Result<Drive<'_>, Failure> {
         Ok(Drive {
             session: self.session,
             console: self.console,
@@ -189,6 +204,7 @@ impl Start<'_> {
             end: self.wanted.end,
             owns: true,
             wishes: Wishes { delete: self.wanted.delete, scan: self.scan.to_vec() },
+            throttle,
             said_stalled: Cell::new(false),
         })
     }
