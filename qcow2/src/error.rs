@@ -228,6 +228,29 @@ pub enum Refusal {
         /// What is different.
         what: String,
     },
+    /// No journal can be made beside an image that is to be written.
+    #[error("there is no place for a journal of the work: {why}")]
+    JournalPlace {
+        /// What is in the way.
+        why: String,
+    },
+    /// A merge into the image is pending, and somebody has written to the image since it was stopped.
+    #[error(
+        "a merge into it was stopped at {percent} %, and somebody has opened it for writing since: what the \
+         merge noted does not fit it any more"
+    )]
+    WrittenSince {
+        /// How far the merge was.
+        percent: u64,
+    },
+    /// A pending merge cannot be given up: the chain has been changed already.
+    #[error("the merge of {} into it has begun to change the chain, and can only be finished", top.display())]
+    MergeDone {
+        /// The uppermost layer that was merged.
+        top: PathBuf,
+        /// The active image of the merge.
+        active: PathBuf,
+    },
     /// Anything that needs words of its own.
     #[error("{0}")]
     Other(String),

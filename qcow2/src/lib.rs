@@ -5,6 +5,7 @@
 //!
 //! - [`mod@format`]: bytes to values and back. No I/O.
 //! - [`storage`]: where bytes lie: files, block devices, memory; locks.
+//! - [`journal`]: what is written in place, kept aside until it is durable.
 //! - [`image`]: one opened image, its map and its bytes.
 //! - [`chain`]: layers opened by name under a policy, and the map through them.
 //! - [`check`]: whether an image is consistent.
@@ -42,6 +43,7 @@ pub mod format;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod image;
+pub mod journal;
 pub mod merge;
 pub mod storage;
 pub mod units;

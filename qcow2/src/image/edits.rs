@@ -176,7 +176,7 @@ impl Batch {
         }
         for table in &self.changed {
             if let Place::Fresh { host, .. } = table.place {
-                image.write(host, &table.bytes)?;
+                image.write_new(host, &table.bytes)?;
             }
         }
         Ok(())

@@ -206,13 +206,13 @@ fn write_blocks(
         let to = own.end.clamp(covered, covered + per_block) - covered;
         // One fits into a counter of any width, and the range was clamped to the block.
         let _ = refcounts.width().fill(&mut block, from as usize..to as usize, 1);
-        image.write(host, &block)?;
+        image.write_new(host, &block)?;
     }
     if growth.table == 0 {
         return Ok((table, refcounts.table_at()));
     }
     let at = HostOffset::new((own.start + growth.blocks) << bits);
-    image.write(at, &write_be_u64s(table.iter().map(|e| e.encode())))?;
+    image.write_new(at, &write_be_u64s(table.iter().map(|e| e.encode())))?;
     Ok((table, at))
 }
 
@@ -239,7 +239,7 @@ pub(crate) fn grow_l1(image: &mut Qcow2, refcounts: &Refcounts, size: u64) -> Re
     let mut table = vec![0; (clusters * geometry.cluster_size()) as usize];
     image.read_table(old_at, table.get_mut(..old_bytes as usize).unwrap_or_default())?;
     let at = HostOffset::new(run.start << geometry.cluster_bits());
-    image.write(at, &table)?;
+    image.write_new(at, &table)?;
     refcounts.raise(image, &[run])?;
     image.barrier()?;
     image.switch_header(36..48, |header| {

@@ -175,11 +175,34 @@ impl Qcow2 {
         read_or_zero(&*self.file, host, buf).map_err(|e| Error::io(&self.path, "read", Some(host.get()), e))
     }
 
-    /// Writes a part of the image file's metadata.
+    /// Writes a part of the image file's metadata, in use or not.
     pub(crate) fn write(&self, host: HostOffset, bytes: &[u8]) -> Result<()> {
+        self.file
+            .write_live(bytes, host.get())
+            .map_err(|e| Error::io(&self.path, "write", Some(host.get()), e))
+    }
+
+    /// Writes metadata to which nothing refers yet.
+    pub(crate) fn write_new(&self, host: HostOffset, bytes: &[u8]) -> Result<()> {
         self.file
             .write_all_at(bytes, host.get())
             .map_err(|e| Error::io(&self.path, "write", Some(host.get()), e))
+    }
+
+    /// Goes on with other storages for the image's files, which hold the same image; its header is read
+    /// again.
+    pub(crate) fn replace_files(
+        &mut self,
+        file: Arc<dyn Storage>,
+        data_file: Option<Arc<dyn Storage>>,
+    ) -> Result<()> {
+        self.file = file;
+        if self.data_file.is_some() {
+            self.data_file = data_file;
+        }
+        self.view = OnceLock::new();
+        self.reload_header()?;
+        self.refresh_lengths()
     }
 
     /// A barrier: everything written to the image and its data file is durable when it returns.

@@ -47,6 +47,12 @@ impl Raw {
         &self.file
     }
 
+    /// Goes on with another storage for the image's file, which holds the same image.
+    pub(crate) fn replace_file(&mut self, file: Arc<dyn Storage>) -> Result<()> {
+        *self = Self::open(&self.path, file)?;
+        Ok(())
+    }
+
     /// See [`super::Image::map`].
     ///
     /// # Errors

@@ -38,6 +38,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Writes all of `buf` at `offset`, growing a file when needed. Interruptions are retried.
     fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
 
+    /// Writes as [`Storage::write_all_at`], over bytes that something durable refers to. Under a journal
+    /// such bytes are redone after a power cut that tears them.
+    fn write_live(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.write_all_at(buf, offset)
+    }
+
     /// Makes the range read as zeros, without ever using discard on a block device. A regular file
     /// may give the blocks back (a hole); a range behind its end makes it grow.
     fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()>;
@@ -178,6 +184,17 @@ pub trait Host: Send + Sync + fmt::Debug {
 
     /// Creates a new file for reading and writing; an error if the name exists.
     fn create_new(&self, path: &Path) -> io::Result<Arc<dyn Storage>>;
+
+    /// As [`Host::create_new`], for nobody but the caller to read.
+    fn create_private(&self, path: &Path) -> io::Result<Arc<dyn Storage>> {
+        self.create_new(path)
+    }
+
+    /// Whether files can be created in a directory, as far as that can be told without doing so; the error
+    /// says why not.
+    fn may_create_in(&self, _dir: &Path) -> io::Result<()> {
+        Ok(())
+    }
 
     /// What a name leads to; symbolic links are followed.
     fn stat(&self, path: &Path) -> io::Result<FileStat>;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use rustix::fs::{Advice, CWD, FallocateFlags, OFlags, RenameFlags, SeekFrom};
+use rustix::fs::{Access as RightsTo, Advice, AtFlags, CWD, FallocateFlags, OFlags, RenameFlags, SeekFrom};
 use rustix::io::Errno;
 
 use crate::error::Holder;
@@ -69,6 +69,17 @@ impl Host for OsHost {
 
     fn create_new(&self, path: &Path) -> io::Result<Arc<dyn Storage>> {
         Ok(Arc::new(self.create_file(path)?))
+    }
+
+    fn create_private(&self, path: &Path) -> io::Result<Arc<dyn Storage>> {
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create_new(true).mode(0o600).open(path)?;
+        Ok(Arc::new(OsFile::new(file)?))
+    }
+
+    fn may_create_in(&self, dir: &Path) -> io::Result<()> {
+        let wanted = RightsTo::WRITE_OK | RightsTo::EXEC_OK;
+        Ok(rustix::fs::accessat(CWD, dir, wanted, AtFlags::EACCESS)?)
     }
 
     fn stat(&self, path: &Path) -> io::Result<FileStat> {

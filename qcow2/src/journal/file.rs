@@ -1,0 +1,371 @@
+//! The file of a journal: a header, and two places that records take in turn.
+//!
+//! A record is written over the one before the last only when the last is durable and, in the image, all
+//! that it says. So of the two places at least one holds all that a power cut may have torn.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::record::{BLOCK, Block, ENVELOPE, Header, Phase, Record, header_len, record_len, record_room};
+use crate::error::{Error, Result};
+use crate::storage::{Access, FileKind, Host, Storage};
+
+/// How often there is a sign of life.
+const BEAT_EVERY: Duration = Duration::from_millis(200);
+
+/// An open journal.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    path: PathBuf,
+    file: Arc<dyn Storage>,
+    header: Header,
+    /// The length of the header, in bytes. Behind it are a block for the sign of life, and the records.
+    header_len: u64,
+    state: Mutex<State>,
+    opened: Instant,
+    /// When the last sign of life was, in milliseconds since `opened`.
+    beaten: AtomicU64,
+}
+
+/// How far the work is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct State {
+    pub(crate) phase: Phase,
+    pub(crate) watermark: u64,
+    pub(crate) done: u64,
+    sequence: u64,
+}
+
+impl State {
+    fn of(last: &Record) -> Self {
+        let Record { phase, watermark, done, sequence, .. } = *last;
+        Self { phase, watermark, done, sequence }
+    }
+}
+
+impl Journal {
+    /// Makes a journal at `path`, taking the place of one that is there. It is durable afterwards.
+    ///
+    /// # Errors
+    /// The system's; paths that are too long for a header.
+    pub(crate) fn create(host: &dyn Host, path: &Path, header: Header) -> Result<Self> {
+        let failed = |op| move |e| Error::io(path, op, None, e);
+        let bytes = header.encode().ok_or_else(|| {
+            Error::Usage(format!("{}: the names of the layers are too long for a journal", path.display()))
+        })?;
+        // Complete before it has its name, so that whoever finds the name finds a journal.
+        let mut fresh = path.as_os_str().to_owned();
+        fresh.push(".new");
+        let fresh = PathBuf::from(fresh);
+        match host.unlink(&fresh) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("create")(e)),
+            _ => {}
+        }
+        let file = host.create_private(&fresh).map_err(failed("create"))?;
+        let written = file.write_all_at(&bytes, 0).and_then(|()| file.sync());
+        if let Err(e) = written.and_then(|()| host.rename(&fresh, path)) {
+            // The first error is the one that counts.
+            let _ = host.unlink(&fresh);
+            return Err(failed("create")(e));
+        }
+        sync_folder(host, path)?;
+        Ok(Self::with(path, file, header, bytes.len()))
+    }
+
+    /// Makes a journal at `path` that holds one record, with these blocks of a target that has `len` bytes
+    /// with them. Its content is durable afterwards, its name is not.
+    ///
+    /// # Errors
+    /// As [`Journal::create`].
+    pub(super) fn create_with(
+        host: &dyn Host,
+        path: &Path,
+        header: Header,
+        blocks: Vec<Block>,
+        len: u64,
+    ) -> Result<()> {
+        let failed = |e| Error::io(path, "create", None, e);
+        match host.unlink(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),
+            _ => {}
+        }
+        let bytes = header.encode().ok_or_else(|| failed(io::ErrorKind::InvalidFilename.into()))?;
+        let file = host.create_private(path).map_err(failed)?;
+        file.write_all_at(&bytes, 0).map_err(failed)?;
+        let journal = Self::with(path, file, header, bytes.len());
+        let mut state = journal.turn();
+        state.phase = Phase::Moving;
+        journal.append(&mut state, 0, len, None, blocks).map_err(failed)
+    }
+
+    /// Opens the journal at `path`, with its last record if there is one; `None` if there is no journal.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn open(
+        host: &dyn Host,
+        path: &Path,
+        access: Access,
+    ) -> Result<Option<(Self, Option<Record>)>> {
+        let failed = |op| move |e| Error::io(path, op, None, e);
+        let stat = match host.stat(path) {
+            Ok(stat) => stat,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(failed("stat")(e)),
+        };
+        if stat.kind != FileKind::Regular {
+            return Ok(None);
+        }
+        let file = host.open(path, access).map_err(failed("open"))?;
+        let Some(bytes) = piece(&*file, 0, header_len).map_err(failed("read"))? else { return Ok(None) };
+        let Some(header) = Header::parse(&bytes) else { return Ok(None) };
+        let mut journal = Self::with(path, file, header, bytes.len());
+        let mut last: Option<Record> = None;
+        for place in [0, 1] {
+            let bytes = piece(&*journal.file, journal.place(place), record_len).map_err(failed("read"))?;
+            let record = bytes.and_then(|bytes| Record::parse(&bytes, journal.header.nonce));
+            if let Some(record) = record.filter(|r| usize::from(r.target) < journal.header.targets.len())
+                && last.as_ref().is_none_or(|last| last.sequence < record.sequence)
+            {
+                last = Some(record);
+            }
+        }
+        if let Some(last) = &last {
+            journal.state = Mutex::new(State::of(last));
+        }
+        Ok(Some((journal, last)))
+    }
+
+    fn with(path: &Path, file: Arc<dyn Storage>, header: Header, header_len: usize) -> Self {
+        let state = State { phase: Phase::Arming, watermark: 0, done: 0, sequence: 0 };
+        Self {
+            path: path.to_owned(),
+            file,
+            header,
+            header_len: header_len as u64,
+            state: Mutex::new(state),
+            opened: Instant::now(),
+            beaten: AtomicU64::new(0),
+        }
+    }
+
+    /// Where the sign of life is written, in bytes.
+    fn beat_place(&self) -> u64 {
+        self.header_len.next_multiple_of(BLOCK)
+    }
+
+    /// Where records with this number, even or odd, lie.
+    fn place(&self, sequence: u64) -> u64 {
+        let room = record_room(self.max_blocks()) + ENVELOPE;
+        self.beat_place() + BLOCK + sequence % 2 * (room as u64).next_multiple_of(BLOCK)
+    }
+
+    /// The most blocks that a record has.
+    pub(super) fn max_blocks(&self) -> usize {
+        self.header.max_blocks as usize
+    }
+
+    /// Where it lies.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it is about.
+    pub(crate) fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The turn of whoever writes a record, and then in place what it says. Nobody else does so meanwhile.
+    pub(super) fn turn(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How far the work is.
+    pub(crate) fn state(&self) -> State {
+        *self.turn()
+    }
+
+    /// When the file was last written, in nanoseconds since 1970.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn modified_ns(&self) -> Result<i128> {
+        let stat = self.file.stat().map_err(|e| Error::io(&self.path, "stat", None, e))?;
+        Ok(stat.modified_ns)
+    }
+
+    /// From the next record on, the work is in `phase`.
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.turn().phase = phase;
+    }
+
+    /// Notes durably that the work is in `phase`, that all is done below the guest offset `watermark`, and
+    /// how many bytes were written for that. Everything written to the targets before is durable.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn note(&self, phase: Phase, watermark: u64, done: u64) -> Result<()> {
+        let mut state = self.turn();
+        (state.phase, state.watermark, state.done) = (phase, watermark, done);
+        self.append(&mut state, 0, 0, None, Vec::new()).map_err(|e| Error::io(&self.path, "write", None, e))
+    }
+
+    /// Notes that the work stops in good order, with the target's length and time of change.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn stop(&self, len: u64, modified_ns: i128) -> Result<()> {
+        let mut state = self.turn();
+        self.append(&mut state, 0, 0, Some((len, modified_ns)), Vec::new())
+            .map_err(|e| Error::io(&self.path, "write", None, e))
+    }
+
+    /// Writes a record and makes it durable.
+    pub(super) fn append(
+        &self,
+        state: &mut State,
+        target: u8,
+        len: u64,
+        stopped: Option<(u64, i128)>,
+        blocks: Vec<Block>,
+    ) -> io::Result<()> {
+        let record = Record {
+            nonce: self.header.nonce,
+            sequence: state.sequence + 1,
+            phase: state.phase,
+            watermark: state.watermark,
+            done: state.done,
+            stopped,
+            target,
+            len,
+            blocks,
+        };
+        self.file.write_all_at(&record.encode(), self.place(record.sequence))?;
+        self.file.sync()?;
+        state.sequence = record.sequence;
+        Ok(())
+    }
+
+    /// A sign of life: the file's time of change shows until when the work went on.
+    pub(super) fn beat(&self) {
+        let now = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let last = self.beaten.load(Relaxed);
+        let due = now.saturating_sub(last) >= BEAT_EVERY.as_millis() as u64;
+        if due && self.beaten.compare_exchange(last, now, Relaxed, Relaxed).is_ok() {
+            // Only a hint: without it, the work begins again where a sign would have let it go on.
+            let _ = self.file.write_all_at(&now.to_be_bytes(), self.beat_place());
+        }
+    }
+
+    /// Removes the file; that is durable afterwards.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn remove(&self, host: &dyn Host) -> Result<()> {
+        match host.unlink(&self.path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io(&self.path, "remove", None, e)),
+            _ => sync_folder(host, &self.path),
+        }
+    }
+}
+
+/// The bytes at `at` that an envelope there announces; `None` if there is none.
+fn piece(file: &dyn Storage, at: u64, len: impl Fn(&[u8]) -> Option<usize>) -> io::Result<Option<Vec<u8>>> {
+    let mut head = [0; ENVELOPE];
+    file.read_exact_or_zero(&mut head, at)?;
+    let Some(len) = len(&head).filter(|&len| at.saturating_add(len as u64) <= file.size().unwrap_or(0))
+    else {
+        return Ok(None);
+    };
+    let mut bytes = vec![0; len];
+    file.read_exact_or_zero(&mut bytes, at)?;
+    Ok(Some(bytes))
+}
+
+/// Makes the names in the folder of `path` durable.
+pub(super) fn sync_folder(host: &dyn Host, path: &Path) -> Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    host.sync_dir(folder).map_err(|e| Error::io(folder, "sync", None, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::tests::header;
+    use super::super::record::{SECTORS, sector_crcs};
+    use super::*;
+    use crate::storage::MemHost;
+
+    fn block(number: u64) -> Block {
+        let bytes = vec![number as u8; BLOCK as usize];
+        Block { number, before: sector_crcs(&bytes), bytes: bytes.into() }
+    }
+
+    #[test]
+    fn the_last_whole_record_counts() {
+        let host = MemHost::new();
+        let path = Path::new("/x.journal");
+        let journal = Journal::create(&host, path, header()).unwrap();
+        let (opened, none) = Journal::open(&host, path, Access::Read).unwrap().unwrap();
+        assert_eq!((opened.header(), none), (&header(), None));
+        journal.note(Phase::Moving, 100, 7).unwrap();
+        journal.append(&mut journal.turn(), 1, 50, None, vec![block(3)]).unwrap();
+        let last = Journal::open(&host, path, Access::Read).unwrap().unwrap().1.unwrap();
+        assert_eq!((last.sequence, last.watermark, last.done, last.target), (2, 100, 7, 1));
+        assert_eq!(last.blocks, [block(3)]);
+        // The last one is torn: the one before it counts.
+        let place = journal.place(2);
+        let file = host.open(path, Access::ReadWrite).unwrap();
+        file.write_all_at(&[0xa5; 512], place + 512).unwrap();
+        let (again, last) = Journal::open(&host, path, Access::ReadWrite).unwrap().unwrap();
+        assert_eq!(last.unwrap().sequence, 1);
+        // And the next one takes the torn one's place.
+        again.append(&mut again.turn(), 0, 1, Some((1, 2)), vec![]).unwrap();
+        let last = Journal::open(&host, path, Access::Read).unwrap().unwrap().1.unwrap();
+        assert_eq!((last.sequence, last.stopped), (2, Some((1, 2))));
+        journal.remove(&host).unwrap();
+        journal.remove(&host).unwrap();
+        assert!(Journal::open(&host, path, Access::Read).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_new_journal_takes_the_place_of_an_old_one() {
+        let host = MemHost::new();
+        let path = Path::new("/x.journal");
+        host.add("/x.journal.new", b"left by a crash").unwrap();
+        let old = Journal::create(&host, path, header()).unwrap();
+        old.note(Phase::Moving, 9, 9).unwrap();
+        Journal::create(&host, path, Header { nonce: 1, ..header() }).unwrap();
+        let (opened, last) = Journal::open(&host, path, Access::Read).unwrap().unwrap();
+        assert_eq!((opened.header().nonce, last), (1, None));
+        host.add("/y.journal", b"not a journal").unwrap();
+        assert!(Journal::open(&host, Path::new("/y.journal"), Access::Read).unwrap().is_none());
+    }
+
+    #[test]
+    fn records_do_not_reach_into_each_other() {
+        let host = MemHost::new();
+        let journal = Journal::create(&host, Path::new("/x.journal"), header()).unwrap();
+        let blocks: Vec<Block> = (0..7).map(block).collect();
+        let record = Record {
+            nonce: 0,
+            sequence: 0,
+            phase: Phase::Moving,
+            watermark: 0,
+            done: 0,
+            stopped: Some((1, 1)),
+            target: 0,
+            len: 0,
+            blocks,
+        };
+        assert_eq!(journal.max_blocks(), 7);
+        assert!(journal.place(0) + record.encode().len() as u64 <= journal.place(1));
+        assert!(header().encode().unwrap().len() as u64 <= journal.beat_place());
+        assert_eq!(block(0).before.len(), SECTORS);
+    }
+}

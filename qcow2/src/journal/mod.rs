@@ -1,0 +1,31 @@
+//! The redo journal: what is about to be written over bytes in use is durable elsewhere first.
+//!
+//! The order of writes (see [`crate::merge`]) leaves an image sound after a power cut as long as each sector of
+//! 512 bytes is either old or new. A disk that loses its power in the middle of one may leave neither. So
+//! the image that is being written lies under a journal: a small file beside it that holds, of the last
+//! barrier, every block that was written over something in use, or beside somebody else's bytes. Going on
+//! with the work begins by writing these blocks again.
+//!
+//! Whether that is allowed must be certain: somebody may have written to the image in between. For version 3 the
+//! dirty bit tells, which is set together with clearing `lazy refcounts`: QEMU clears it when it opens
+//! the image for writing, and without lazy refcounts does not set it again. For the rest the times of change
+//! and checksums of the old sectors tell.
+
+mod bytes;
+mod device;
+mod file;
+mod heal;
+mod judge;
+mod place;
+pub mod record;
+
+pub(crate) use device::Journaled;
+pub(crate) use file::Journal;
+pub use heal::has_edit;
+pub(crate) use heal::{Edit, edit_headers, heal, nonce, sweep};
+pub(crate) use judge::{Verdict, judge};
+pub use place::JOURNAL;
+pub(crate) use place::{find, identity, place};
+
+#[cfg(test)]
+mod tests;

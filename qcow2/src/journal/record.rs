@@ -1,0 +1,508 @@
+//! What a journal file holds, as bytes: pure, so that any bytes can be tried on it.
+//!
+//! All numbers are big-endian. Two kinds of envelopes follow the same form: a magic of 8 bytes, the
+//! length of the payload (8), the CRC-32 of both and of the payload (4), the payload. What does not fit,
+//! or has another CRC, is nothing: a power cut while it was written leaves such bytes, and they are
+//! ignored.
+
+use std::path::PathBuf;
+
+use super::bytes::{Reader, Writer};
+use crate::storage::FileId;
+
+/// What a journal keeps whole: the blocks in which disks are written, in bytes.
+pub const BLOCK: u64 = 4096;
+/// What a disk writes wholly or not at all, in bytes.
+pub const SECTOR: usize = 512;
+/// The sectors of a block.
+pub const SECTORS: usize = BLOCK as usize / SECTOR;
+/// The most blocks of one record that any journal asks for.
+pub const MAX_BLOCKS: usize = 2048;
+
+const HEADER_MAGIC: &[u8; 8] = b"qmergeJH";
+const RECORD_MAGIC: &[u8; 8] = b"qmergeJR";
+/// Magic, length and CRC.
+pub const ENVELOPE: usize = 20;
+/// The longest payload of a header, in bytes.
+pub const MAX_HEADER: usize = 2 << 20;
+/// The longest payload of a record, in bytes.
+pub const MAX_RECORD: usize = record_room(MAX_BLOCKS);
+
+/// The longest payload of a record of so many blocks, in bytes.
+pub const fn record_room(blocks: usize) -> usize {
+    256 + blocks * (8 + 4 * SECTORS + BLOCK as usize)
+}
+
+/// What the work under a journal is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Layers are merged down into the image.
+    Merge,
+    /// The image, once active, becomes an empty overlay.
+    Empty,
+    /// Cluster 0 of the image is edited.
+    Header {
+        /// Whether each state between two sectors is the old one or the new one.
+        atomic: bool,
+    },
+}
+
+/// How it is noticed that somebody else wrote to the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guard {
+    /// Its dirty bit was set, and QEMU's first act as a writer is to clear it.
+    DirtyBit {
+        /// Whether refcounts were lazy before, and are to be lazy again.
+        lazy: bool,
+    },
+    /// It has no such bit (raw, or version 2): its time of change must tell.
+    Stamp,
+}
+
+/// A file as it was when the journal was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Its absolute path.
+    pub path: PathBuf,
+    /// Device and inode; a device may get another number when the system starts again.
+    pub id: FileId,
+    /// Whether it is a block device.
+    pub is_device: bool,
+    /// Its length in bytes.
+    pub len: u64,
+    /// When it was last changed, in nanoseconds since 1970.
+    pub modified_ns: i128,
+    /// The CRC-32 of its first sector.
+    pub head_crc: u32,
+}
+
+impl Identity {
+    /// Whether `now` is the same file with, as far as one can tell, the same content.
+    pub fn is_unchanged(&self, now: &Self) -> bool {
+        self.is_same_file(now)
+            && (self.len, self.modified_ns, self.head_crc) == (now.len, now.modified_ns, now.head_crc)
+    }
+
+    /// Whether `now` is the same file: by its inode, or as a device by its path or number.
+    pub fn is_same_file(&self, now: &Self) -> bool {
+        self.is_device == now.is_device
+            && (self.id.inode == now.id.inode || (self.is_device && self.path == now.path))
+    }
+}
+
+/// The work that a journal belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// Ties the records to this header.
+    pub nonce: u64,
+    /// What is done.
+    pub purpose: Purpose,
+    /// The most blocks that a record has: as many as are kept in memory.
+    pub max_blocks: u32,
+    /// How foreign writes are noticed.
+    pub guard: Guard,
+    /// The image that is written, as it was before; then its external data file, if it has one.
+    pub targets: Vec<Identity>,
+    /// The layers above it, from the one above it up to top, with their data files.
+    pub layers: Vec<Identity>,
+    /// The chain's uppermost image that is merged.
+    pub top: PathBuf,
+    /// The chain's active image.
+    pub active: PathBuf,
+    /// The size of the disk when the work is done, in bytes.
+    pub new_size: u64,
+    /// Up to where zeros hide what base held, in bytes.
+    pub zero_until: u64,
+    /// The bytes that all of the work writes.
+    pub total: u64,
+    /// The layers that are restore points no more.
+    pub restore_points_lost: Vec<PathBuf>,
+    /// The layers that are not needed when the work is done.
+    pub obsolete: Vec<PathBuf>,
+}
+
+/// How far the work is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Only the header's first sector is being written, to set the dirty bit.
+    Arming,
+    /// Data moves; no other image is touched.
+    Moving,
+    /// The image holds everything, and the chain above it is being changed.
+    Switching,
+    /// All is done but removing the journal.
+    Done,
+}
+
+/// A block of a target: what it was, and what it is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// Its number: its offset divided by [`BLOCK`].
+    pub number: u64,
+    /// The CRC-32 of each sector before.
+    pub before: [u32; SECTORS],
+    /// The new content; [`BLOCK`] bytes.
+    pub bytes: Box<[u8]>,
+}
+
+/// One step of the work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The nonce of the header.
+    pub nonce: u64,
+    /// Its number: of two records that are both whole, the later one counts.
+    pub sequence: u64,
+    /// How far the work is.
+    pub phase: Phase,
+    /// The guest offset below which all is done and durable.
+    pub watermark: u64,
+    /// The bytes that were written for that.
+    pub done: u64,
+    /// Length and time of change of the target, if the work was stopped in good order.
+    pub stopped: Option<(u64, i128)>,
+    /// Which target the blocks belong to.
+    pub target: u8,
+    /// The length of that target with these blocks, in bytes: they are cut there.
+    pub len: u64,
+    /// What is written in place once this record is durable.
+    pub blocks: Vec<Block>,
+}
+
+/// The CRC-32 of each sector of a block.
+pub fn sector_crcs(block: &[u8]) -> [u32; SECTORS] {
+    let mut crcs = [0; SECTORS];
+    for (crc, sector) in crcs.iter_mut().zip(block.chunks(SECTOR)) {
+        *crc = crc32fast::hash(sector);
+    }
+    crcs
+}
+
+/// The length of the payload that an envelope of this kind announces, if it can be one.
+fn announced(bytes: &[u8], magic: &[u8; 8], most: usize) -> Option<usize> {
+    let mut head = Reader::new(bytes.get(..ENVELOPE)?);
+    if head.bytes(8)? != magic {
+        return None;
+    }
+    usize::try_from(head.u64()?).ok().filter(|&len| len <= most)
+}
+
+fn seal(magic: &[u8; 8], payload: Vec<u8>) -> Vec<u8> {
+    let mut out = Writer::with_capacity(ENVELOPE + payload.len());
+    out.put(magic);
+    out.u64(payload.len() as u64);
+    out.u32(crc(magic, &payload));
+    out.put(&payload);
+    out.into_bytes()
+}
+
+fn crc(magic: &[u8; 8], payload: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(magic);
+    hasher.update(&(payload.len() as u64).to_be_bytes());
+    hasher.update(payload);
+    hasher.finalize()
+}
+
+fn open<'a>(bytes: &'a [u8], magic: &[u8; 8], most: usize) -> Option<Reader<'a>> {
+    let len = announced(bytes, magic, most)?;
+    let payload = bytes.get(ENVELOPE..)?.get(..len)?;
+    let stored = Reader::new(bytes.get(16..ENVELOPE)?).u32()?;
+    (stored == crc(magic, payload)).then(|| Reader::new(payload))
+}
+
+/// How many bytes the header that starts with `bytes` has, if they can be the start of one.
+pub fn header_len(bytes: &[u8]) -> Option<usize> {
+    announced(bytes, HEADER_MAGIC, MAX_HEADER).map(|len| len + ENVELOPE)
+}
+
+/// How many bytes the record that starts with `bytes` has, if they can be the start of one.
+pub fn record_len(bytes: &[u8]) -> Option<usize> {
+    announced(bytes, RECORD_MAGIC, MAX_RECORD).map(|len| len + ENVELOPE)
+}
+
+impl Header {
+    /// The header as bytes; `None` if its paths are too long for the room that there is.
+    pub fn encode(&self) -> Option<Vec<u8>> {
+        let mut out = Writer::with_capacity(1024);
+        out.u64(self.nonce);
+        out.u8(match self.purpose {
+            Purpose::Merge => 0,
+            Purpose::Empty => 1,
+            Purpose::Header { atomic: false } => 2,
+            Purpose::Header { atomic: true } => 3,
+        });
+        out.u8(match self.guard {
+            Guard::Stamp => 0,
+            Guard::DirtyBit { lazy: false } => 1,
+            Guard::DirtyBit { lazy: true } => 2,
+        });
+        out.u32(self.max_blocks);
+        for list in [&self.targets, &self.layers] {
+            out.u32(u32::try_from(list.len()).ok()?);
+            list.iter().for_each(|identity| identity.encode(&mut out));
+        }
+        out.path(&self.top);
+        out.path(&self.active);
+        out.u64(self.new_size);
+        out.u64(self.zero_until);
+        out.u64(self.total);
+        for list in [&self.restore_points_lost, &self.obsolete] {
+            out.u32(u32::try_from(list.len()).ok()?);
+            list.iter().for_each(|path| out.path(path));
+        }
+        let payload = out.into_bytes();
+        (payload.len() <= MAX_HEADER).then(|| seal(HEADER_MAGIC, payload))
+    }
+
+    /// The header that `bytes` start with, if it is whole.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut from = open(bytes, HEADER_MAGIC, MAX_HEADER)?;
+        let nonce = from.u64()?;
+        let purpose = match from.u8()? {
+            0 => Purpose::Merge,
+            1 => Purpose::Empty,
+            2 => Purpose::Header { atomic: false },
+            3 => Purpose::Header { atomic: true },
+            _ => return None,
+        };
+        let guard = match from.u8()? {
+            0 => Guard::Stamp,
+            1 => Guard::DirtyBit { lazy: false },
+            2 => Guard::DirtyBit { lazy: true },
+            _ => return None,
+        };
+        let max_blocks = from.u32().filter(|&most| (1..=MAX_BLOCKS as u32).contains(&most))?;
+        let targets = from.list(Identity::decode)?;
+        let layers = from.list(Identity::decode)?;
+        if targets.is_empty() || targets.len() > 2 {
+            return None;
+        }
+        let header = Self {
+            nonce,
+            purpose,
+            max_blocks,
+            guard,
+            targets,
+            layers,
+            top: from.path()?,
+            active: from.path()?,
+            new_size: from.u64()?,
+            zero_until: from.u64()?,
+            total: from.u64()?,
+            restore_points_lost: from.list(Reader::path)?,
+            obsolete: from.list(Reader::path)?,
+        };
+        from.is_empty().then_some(header)
+    }
+}
+
+impl Identity {
+    fn encode(&self, out: &mut Writer) {
+        out.path(&self.path);
+        out.u64(self.id.device);
+        out.u64(self.id.inode);
+        out.u8(self.is_device.into());
+        out.u64(self.len);
+        out.put(&self.modified_ns.to_be_bytes());
+        out.u32(self.head_crc);
+    }
+
+    fn decode(from: &mut Reader<'_>) -> Option<Self> {
+        Some(Self {
+            path: from.path()?,
+            id: FileId { device: from.u64()?, inode: from.u64()? },
+            is_device: from.flag()?,
+            len: from.u64()?,
+            modified_ns: from.i128()?,
+            head_crc: from.u32()?,
+        })
+    }
+}
+
+impl Record {
+    /// The record as bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Writer::with_capacity(128 + self.blocks.len() * (BLOCK as usize + 64));
+        out.u64(self.nonce);
+        out.u64(self.sequence);
+        out.u8(self.phase as u8);
+        out.u64(self.watermark);
+        out.u64(self.done);
+        out.u8(self.stopped.is_some().into());
+        let (len, modified_ns) = self.stopped.unwrap_or_default();
+        out.u64(len);
+        out.put(&modified_ns.to_be_bytes());
+        out.u8(self.target);
+        out.u64(self.len);
+        out.u32(self.blocks.len() as u32);
+        for block in &self.blocks {
+            out.u64(block.number);
+            block.before.iter().for_each(|crc| out.u32(*crc));
+            out.put(&block.bytes);
+        }
+        seal(RECORD_MAGIC, out.into_bytes())
+    }
+
+    /// The record that `bytes` start with, if it is whole and belongs to the header with that nonce. Its
+    /// blocks ascend, and lie where a file can have blocks.
+    pub fn parse(bytes: &[u8], nonce: u64) -> Option<Self> {
+        let mut from = open(bytes, RECORD_MAGIC, MAX_RECORD)?;
+        if from.u64()? != nonce {
+            return None;
+        }
+        let sequence = from.u64()?;
+        let phase = match from.u8()? {
+            0 => Phase::Arming,
+            1 => Phase::Moving,
+            2 => Phase::Switching,
+            3 => Phase::Done,
+            _ => return None,
+        };
+        let (watermark, done) = (from.u64()?, from.u64()?);
+        let has_stopped = from.flag()?;
+        let stopped = (from.u64()?, from.i128()?);
+        let (target, len) = (from.u8()?, from.u64()?);
+        let blocks = from.list(Block::decode)?;
+        let ascend = blocks.windows(2).all(|two| matches!(two, [a, b] if a.number < b.number));
+        let fit = blocks.last().is_none_or(|last| last.number < i64::MAX as u64 / BLOCK);
+        (from.is_empty() && ascend && fit && blocks.len() <= MAX_BLOCKS).then_some(Self {
+            nonce,
+            sequence,
+            phase,
+            watermark,
+            done,
+            stopped: has_stopped.then_some(stopped),
+            target,
+            len,
+            blocks,
+        })
+    }
+}
+
+impl Block {
+    fn decode(from: &mut Reader<'_>) -> Option<Self> {
+        let number = from.u64()?;
+        let mut before = [0; SECTORS];
+        for crc in &mut before {
+            *crc = from.u32()?;
+        }
+        Some(Self { number, before, bytes: from.bytes(BLOCK as usize)?.into() })
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    pub(crate) fn identity(name: &str) -> Identity {
+        Identity {
+            path: name.into(),
+            id: FileId { device: 7, inode: 9 },
+            is_device: false,
+            len: 12345,
+            modified_ns: -5,
+            head_crc: 77,
+        }
+    }
+
+    pub(crate) fn header() -> Header {
+        Header {
+            nonce: 42,
+            purpose: Purpose::Merge,
+            max_blocks: 7,
+            guard: Guard::DirtyBit { lazy: true },
+            targets: vec![identity("/base"), identity("/data")],
+            layers: vec![identity("/a"), identity("/b")],
+            top: "/b".into(),
+            active: "/c".into(),
+            new_size: 1 << 40,
+            zero_until: 1 << 39,
+            total: 99,
+            restore_points_lost: vec!["/base".into(), "/a".into()],
+            obsolete: vec!["/a".into(), "/b".into()],
+        }
+    }
+
+    fn record() -> Record {
+        let block = |number| Block {
+            number,
+            before: sector_crcs(&[3; BLOCK as usize]),
+            bytes: vec![number as u8; BLOCK as usize].into(),
+        };
+        Record {
+            nonce: 42,
+            sequence: 5,
+            phase: Phase::Moving,
+            watermark: 1 << 30,
+            done: 1 << 29,
+            stopped: Some((1, -2)),
+            target: 1,
+            len: 1 << 20,
+            blocks: vec![block(0), block(7)],
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let bytes = header().encode().unwrap();
+        assert_eq!(header_len(&bytes), Some(bytes.len()));
+        assert_eq!(Header::parse(&bytes), Some(header()));
+        let empty = Header { guard: Guard::Stamp, purpose: Purpose::Empty, ..header() };
+        assert_eq!(Header::parse(&empty.encode().unwrap()), Some(empty));
+        let bytes = record().encode();
+        assert_eq!(record_len(&bytes), Some(bytes.len()));
+        assert_eq!(Record::parse(&bytes, 42), Some(record()));
+        assert_eq!(Record::parse(&bytes, 43), None, "the nonce of another journal");
+        let bare = Record { stopped: None, blocks: Vec::new(), phase: Phase::Done, ..record() };
+        assert_eq!(Record::parse(&bare.encode(), 42), Some(bare));
+    }
+
+    #[test]
+    fn a_damaged_byte_or_a_missing_one_makes_it_nothing() {
+        let header = header().encode().unwrap();
+        for at in 0..header.len() {
+            let mut bad = header.clone();
+            bad[at] ^= 1;
+            assert_eq!(Header::parse(&bad), None, "byte {at}");
+            assert_eq!(Header::parse(&header[..at]), None, "cut at {at}");
+        }
+        let record = record().encode();
+        for at in (0..record.len()).step_by(13) {
+            let mut bad = record.clone();
+            bad[at] ^= 0x80;
+            assert_eq!(Record::parse(&bad, 42), None, "byte {at}");
+            assert_eq!(Record::parse(&record[..at], 42), None, "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn a_sealed_lie_is_refused() {
+        let same = Record { blocks: vec![record().blocks[0].clone(); 2], ..record() };
+        assert_eq!(Record::parse(&same.encode(), 42), None, "blocks that do not ascend");
+        let mut far = record();
+        far.blocks[1].number = u64::MAX;
+        assert_eq!(Record::parse(&far.encode(), 42), None, "a block behind every file");
+        let none = Header { targets: Vec::new(), ..header() };
+        assert_eq!(Header::parse(&none.encode().unwrap()), None);
+        // A list that claims more than there is allocates nothing for it.
+        let mut long = Writer::with_capacity(64);
+        (0..5).for_each(|_| long.u64(0));
+        long.u32(u32::MAX);
+        assert_eq!(Record::parse(&seal(RECORD_MAGIC, long.into_bytes()), 0), None);
+        let mut huge = b"qmergeJR".to_vec();
+        huge.extend([0xff; 12]);
+        assert_eq!((record_len(&huge), header_len(&huge)), (None, None));
+    }
+
+    #[test]
+    fn a_file_is_known_again() {
+        let was = identity("/base");
+        assert!(was.is_unchanged(&Identity { path: "/other".into(), ..was.clone() }));
+        // Another device number after a restart of the system is no other file.
+        assert!(was.is_unchanged(&Identity { id: FileId { device: 8, inode: 9 }, ..was.clone() }));
+        assert!(!was.is_unchanged(&Identity { modified_ns: 0, ..was.clone() }));
+        assert!(!was.is_same_file(&Identity { id: FileId { device: 7, inode: 8 }, ..was.clone() }));
+        let device = Identity { is_device: true, ..was.clone() };
+        assert!(device.is_same_file(&Identity { id: FileId { device: 0, inode: 3 }, ..device.clone() }));
+    }
+}
