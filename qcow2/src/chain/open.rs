@@ -10,6 +10,7 @@ use super::{Chain, DataFile, Layer};
 use crate::error::{Error, Refusal, Result};
 use crate::format::{Cluster0, EXT_BACKING_FORMAT, FormatError};
 use crate::image::{Image, ImageFormat, Qcow2};
+use crate::journal;
 use crate::storage::{Access, FileId, Host, LockError, LockMode, Storage};
 
 /// How a chain is opened. The default names no formats, opens everything for reading, takes no locks,
@@ -29,6 +30,11 @@ pub struct OpenOptions {
     /// Whether every file is locked as QEMU does, before anything is read from it: for writing what is
     /// opened for writing, for reading the rest.
     pub lock: bool,
+    /// Whether headers that a power cut has torn are made whole first, from the records that the writer left
+    /// beside them; this writes, under lock. Then no other lock of this process may be on them.
+    pub heal: bool,
+    /// Where such records lie, if not beside the images.
+    pub journal_dir: Option<PathBuf>,
 }
 
 impl Chain {
@@ -89,6 +95,7 @@ impl Opener<'_> {
     fn open_active(&self, path: &Path) -> Result<Found> {
         let io = |op| move |e| Error::io(path, op, None, e);
         let access = self.access(self.host.stat(path).map_err(io("open"))?.id);
+        self.heal(path)?;
         let storage = self.host.open(path, access).map_err(|e| not_writable(path, access, e, io("open")))?;
         let id = storage.stat().map_err(io("stat"))?.id;
         self.lock(path, id, access, &*storage)?;
@@ -97,6 +104,13 @@ impl Opener<'_> {
             None => ImageFormat::detect(path, &*storage)?,
         };
         Ok(Found { path: path.to_owned(), written_name: None, id, format, storage })
+    }
+
+    fn heal(&self, path: &Path) -> Result<()> {
+        match self.options.heal {
+            true => journal::heal(self.host, path, self.options.journal_dir.as_deref()),
+            false => Ok(()),
+        }
     }
 
     fn lock(&self, path: &Path, id: FileId, access: Access, storage: &dyn Storage) -> Result<()> {
@@ -171,6 +185,7 @@ impl Opener<'_> {
         if self.holds(id) {
             return Err(Error::refused(image, Refusal::Loop { file: path }));
         }
+        self.heal(&path)?;
         self.lock(&path, id, self.access(id), &*storage)?;
         let format = self.backing_format(&named, cluster0, &path, id, &*storage)?;
         Ok(Found { path, written_name: Some(written), id, format, storage })

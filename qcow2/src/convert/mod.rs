@@ -158,7 +158,8 @@ impl Flatten {
         let file = temporary.file();
         let planned = self.plan.totals;
         let image = self.new.write(temporary.path(), Arc::clone(file), planned.clusters_to_allocate)?;
-        let run = Run { progress, total: planned.bytes_to_write, done: AtomicU64::new(0), cancel };
+        let done = AtomicU64::new(0);
+        let run = Run { progress, total: planned.bytes_to_write, done, cancel, journal: None };
         let totals = with_job(&self.chain, self.below, &image, |job| match &image {
             Image::Raw(_) => job.run(None, &run),
             Image::Qcow2(image) => {
@@ -249,7 +250,8 @@ fn with_job<T>(chain: &Chain, below: usize, new: &Image, f: impl FnOnce(&Job<'_>
     let below_size =
         below.checked_sub(1).and_then(|at| layers.get(at)).map_or(0, |image| image.virtual_size());
     let question = Question { view, base: new, below_size, base_size: size, zero_until: size };
-    f(&Job { layers: &layers, base: below, question, new_size: new.virtual_size() })
+    let (new_size, from) = (new.virtual_size(), crate::units::GuestOffset::ZERO);
+    f(&Job { layers: &layers, base: below, question, new_size, from })
 }
 
 /// The refusal of an output that exists.

@@ -10,14 +10,17 @@ use std::sync::atomic::AtomicBool;
 use super::job::{Job, Totals};
 use super::needs::Question;
 use super::options::{BaseChoice, CommitOptions, Span};
-use super::plan::{Afterwards, Plan};
+use super::plan::{Afterwards, Plan, Resumed};
+use super::work::{self, Left, Work};
 use super::{link, record, safety};
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, Refusal, Result};
 use crate::format::Cluster0;
 use crate::image::{Image, bitmaps, grow, read_snapshots};
+use crate::journal::record::Header;
 use crate::storage::{Access, FileId, FileKind, Host};
+use crate::units::GuestOffset;
 
 /// A commit that is ready to be carried out: its chain is open and locked.
 #[derive(Debug)]
@@ -32,6 +35,21 @@ pub struct Commit {
     pub(super) bitmaps: Option<bitmaps::Plan>,
     /// Files that images outside the chain use: never removed.
     pub(super) shared: Vec<FileId>,
+    /// What stopped merges have left in base and in the active image, and these images under their journals.
+    pub(super) left: Leftovers,
+    /// What a journal says of this merge.
+    pub(super) header: Option<Header>,
+    /// Clusters of base that nothing refers to.
+    pub(super) leaks: u64,
+}
+
+/// What stopped merges have left.
+#[derive(Debug, Default)]
+pub(super) struct Leftovers {
+    pub(super) base: Option<Left>,
+    pub(super) active: Option<Left>,
+    pub(super) base_work: Option<Work>,
+    pub(super) active_work: Option<Work>,
 }
 
 impl Commit {
@@ -46,12 +64,14 @@ impl Commit {
         options: &CommitOptions,
         cancel: &AtomicBool,
     ) -> Result<Self> {
-        let scout = Chain::open(&*host, active, &OpenOptions { lock: false, ..options.open.clone() })?;
+        let journal_dir = options.journal_dir.clone();
+        let healing = OpenOptions { lock: false, heal: true, journal_dir, ..options.open.clone() };
+        let scout = Chain::open(&*host, active, &healing)?;
         if let Some(reason) = already_merged(&*host, &scout, options)? {
             return Ok(Self::nothing(host, options, scout, reason));
         }
         let span = choose(&*host, &scout, options)?;
-        let mut open = OpenOptions { lock: true, ..options.open.clone() };
+        let mut open = OpenOptions { lock: true, heal: false, ..options.open.clone() };
         for (at, layer) in scout.layers().iter().enumerate() {
             let written = at == span.base
                 || (span.base < at && at <= span.top && !(span.top == span.active && options.keep_active))
@@ -75,29 +95,52 @@ impl Commit {
     fn judge_and_plan(
         host: Arc<dyn Host>,
         options: &CommitOptions,
-        chain: Chain,
+        mut chain: Chain,
         span: Span,
         cancel: &AtomicBool,
     ) -> Result<Self> {
         let empties = span.top == span.active && !options.keep_active && !options.delete;
-        safety::layers(&chain, span, options)?;
+        let left = leftovers(&*host, &mut chain, span, empties, options)?;
+        let ours = |at: usize| {
+            let left = if at == span.base { left.base.as_ref() } else { left.active.as_ref() };
+            left.is_some_and(Left::is_ours)
+        };
+        safety::layers(&chain, span, options, &ours)?;
         let found = safety::siblings(&*host, &chain, span, options)?;
         let afterwards = link::plan(&*host, &chain, span, options)?;
-        safety::consistent(&chain, span.base, cancel)?;
+        safety::journal_places(&*host, &chain, span, options, &afterwards)?;
+        let leaks = safety::consistent(&chain, span.base, cancel)?;
         if empties {
             safety::consistent(&chain, span.active, cancel)?;
         }
+        let mut header = work::describe(&*host, &chain, span, span.base)?;
         let images = chain.images();
-        let job = job(&images, span)?;
+        let mut job = job(&images, span)?;
+        (header.new_size, header.zero_until) = (job.new_size, job.question.zero_until);
+        let resume = left.base.as_ref().and_then(|left| left.resume(&header));
+        job.from = GuestOffset::new(resume.map_or(0, |(watermark, _)| watermark));
         let mut totals = job.plan(cancel)?;
+        let resumed = resume.map(|(_, done)| Resumed::new(done, totals.bytes_to_write));
+        header.total = totals.bytes_to_write;
+        // The bitmaps record all of the merge, however often it begins.
+        job.from = GuestOffset::ZERO;
         let bitmaps = record::plan(&job, cancel)?;
         let side_by_side = bitmaps.as_ref().map_or(0, bitmaps::Plan::side_by_side);
         totals.clusters_to_allocate += bitmaps.as_ref().map_or(0, bitmaps::Plan::clusters);
         let shared = found.shared.clone();
-        let plan = make_plan(&chain, span, options, totals, side_by_side, afterwards, found)?;
+        let mut plan = make_plan(&chain, span, options, totals, side_by_side, afterwards, found)?;
+        plan.resumed = resumed;
+        if left.base.as_ref().is_some_and(Left::is_ours) || left.active.as_ref().is_some_and(Left::is_ours) {
+            // The images are marked dirty, and must not stay so.
+            plan.nothing_to_do = None;
+        }
+        header.restore_points_lost.clone_from(&plan.restore_points_lost);
+        header.obsolete.clone_from(&plan.obsolete);
         safety::space(&*host, &chain, span, &plan)?;
         let (base, top) = (span.base, span.top);
-        Ok(Self { host, options: options.clone(), chain, base, top, plan, bitmaps, shared })
+        let options = options.clone();
+        let header = Some(header);
+        Ok(Self { host, options, chain, base, top, plan, bitmaps, shared, left, header, leaks })
     }
 
     fn nothing(host: Arc<dyn Host>, options: &CommitOptions, chain: Chain, reason: String) -> Self {
@@ -120,6 +163,7 @@ impl Commit {
             searched: Vec::new(),
             unreadable: Vec::new(),
             nothing_to_do: Some(reason),
+            resumed: None,
         };
         Self {
             host,
@@ -130,6 +174,9 @@ impl Commit {
             plan,
             bitmaps: None,
             shared: Vec::new(),
+            left: Leftovers::default(),
+            header: None,
+            leaks: 0,
         }
     }
 
@@ -162,7 +209,37 @@ pub(super) fn job<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
         base_size: base,
         zero_until: base.min(seen_above).max(top),
     };
-    Ok(Job { layers: images, base: span.base, question, new_size: base.max(top) })
+    let from = GuestOffset::ZERO;
+    Ok(Job { layers: images, base: span.base, question, new_size: base.max(top), from })
+}
+
+/// Finds what stopped merges have left in the images that are to be written, and has it read as it should
+/// be; nothing is written.
+fn leftovers(
+    host: &dyn Host,
+    chain: &mut Chain,
+    span: Span,
+    empties: bool,
+    options: &CommitOptions,
+) -> Result<Leftovers> {
+    let mut all = Leftovers::default();
+    let dir = options.journal_dir.as_deref();
+    let written = [(span.base, true), (span.active, empties)];
+    for (at, _) in written.into_iter().filter(|(_, is_written)| *is_written) {
+        let Some(layer) = chain.layers().get(at) else { continue };
+        let Some(left) = Left::find(host, layer, dir)? else { continue };
+        if left.is_foreign() && at == span.base && !options.restart {
+            return Err(work::written_since(&layer.path, &left));
+        }
+        let image = chain.image_mut(at).filter(|_| left.is_ours());
+        let work = image.map(|image| left.take_up(image)).transpose()?;
+        if at == span.base {
+            (all.base, all.base_work) = (Some(left), work);
+        } else {
+            (all.active, all.active_work) = (Some(left), work);
+        }
+    }
+    Ok(all)
 }
 
 /// How far the overlay at `at` looks: its own disk, or that of an internal snapshot that is larger.
@@ -259,7 +336,7 @@ fn make_plan(
     };
     let direct = span.top == span.active && span.base + 1 == span.top;
     let untouched = match images.get(span.active) {
-        Some(active) => active.next_allocated(crate::units::GuestOffset::ZERO)?.is_none(),
+        Some(active) => active.next_allocated(GuestOffset::ZERO)?.is_none(),
         None => false,
     };
     let nothing = direct && untouched && base >= top && totals.is_empty() && !removed;
@@ -281,6 +358,7 @@ fn make_plan(
         nothing_to_do: nothing.then(|| {
             format!("{} is an empty overlay on {}", path(span.active).display(), path(span.base).display())
         }),
+        resumed: None,
     })
 }
 

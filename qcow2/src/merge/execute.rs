@@ -1,36 +1,42 @@
 //! Carrying a commit out, step by step, each durable before the next.
 //!
-//! 1. Base is prepared: feature bits, bitmaps, room in the metadata, a larger L1 table.
-//! 2. Data and mappings, batch by batch (see `job.rs`).
-//! 3. The size of base's disk.
-//! 4. With `verify`, everything is read back.
-//! 5. Layers that will not be needed are marked as being merged.
-//! 6. The overlay above top gets base as its backing file; or the active image is emptied.
-//! 7. Layers that are no longer needed are marked as merged, or removed from the top down.
+//! 1. Base gets a journal and its dirty bit (see `work.rs`); what a stopped merge has left is put in order.
+//! 2. Base is prepared: feature bits, bitmaps, room in the metadata, a larger L1 table.
+//! 3. Data and mappings, batch by batch (see `job.rs`).
+//! 4. The size of base's disk.
+//! 5. With `verify`, everything is read back.
+//! 6. Layers that will not be needed are marked as being merged.
+//! 7. The overlay above top gets base as its backing file; or the active image is emptied.
+//! 8. Base's dirty bit is cleared, and its journal removed.
+//! 9. Layers that are no longer needed are marked as merged, or removed from the top down.
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
-use rayon::prelude::*;
-
 use super::commit::{Commit, job};
-use super::job::{Totals, Writer};
+use super::job::{Job, Totals, Writer};
 use super::ops::{Progress, Run};
 use super::options::Span;
 use super::plan::Afterwards;
+use super::work::{Work, describe, end_left};
 use super::workers::on_workers;
 use super::{empty, link, record};
 use crate::chain::Layer;
+use crate::check::CheckOptions;
+use crate::check::repair::{self, RepairMode};
 use crate::error::{Error, Result};
 use crate::format::{Mark, plan_feature_bits};
 use crate::image::alloc::Allocator;
 use crate::image::bitmaps;
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, Qcow2, grow};
+use crate::journal::record::Phase;
+use crate::journal::{self, Journal};
 use crate::storage::{FileId, FileKind};
-use crate::units::HostOffset;
+use crate::units::{GuestOffset, HostOffset};
 
 /// How a commit came out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -66,14 +72,28 @@ impl Commit {
     fn carry_out(mut self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Report> {
         let start = Instant::now();
         let mut report = Report::default();
-        if self.plan.nothing_to_do.is_none() {
-            report.totals = self.move_data(progress, cancel)?;
-        }
-        if self.options.verify {
-            report.digest = Some(self.read_back(progress, cancel)?);
-        }
-        if self.plan.nothing_to_do.is_none() {
-            self.link(&mut report)?;
+        let (folders, dir) = (self.chain.folders(&*self.host), self.options.journal_dir.clone());
+        journal::sweep(&*self.host, &folders, dir.as_deref())?;
+        if self.plan.nothing_to_do.is_some() {
+            self.end_left()?;
+            if self.options.verify {
+                report.digest = Some(self.read_back(progress, cancel)?);
+            }
+        } else {
+            let work = self.begin(cancel)?;
+            match self.fill(&work, &mut report, progress, cancel) {
+                Ok(()) => {}
+                Err(e) => {
+                    work.stop();
+                    return Err(e);
+                }
+            }
+            self.link()?;
+            let host = Arc::clone(&self.host);
+            if let Some(image) = self.chain.image_mut(self.base) {
+                work.finish(&*host, image)?;
+            }
+            self.retire(&mut report)?;
         }
         let base = self.layer(self.base)?;
         report.base_file_size =
@@ -82,29 +102,92 @@ impl Commit {
         Ok(report)
     }
 
+    /// Puts base under a journal: that of a merge that was stopped, if this one goes on with it.
+    fn begin(&mut self, cancel: &AtomicBool) -> Result<Work> {
+        let host = Arc::clone(&self.host);
+        let (left, work) = (self.left.base.take(), self.left.base_work.take());
+        let (resumed, leaks) = (self.plan.resumed.is_some(), self.leaks);
+        let header = self.header.take().ok_or_else(|| Error::Usage("there is nothing to merge".into()))?;
+        let dir = self.options.journal_dir.clone();
+        let base = self.base;
+        let image =
+            self.chain.image_mut(base).ok_or_else(|| Error::Usage("the chain has no such layer".into()))?;
+        let work = match work {
+            Some(work) => {
+                work.replay(image)?;
+                if resumed {
+                    work
+                } else {
+                    work.unwrap(image)?;
+                    Work::begin(&*host, image, header, dir.as_deref(), left.as_ref())?
+                }
+            }
+            None => Work::begin(&*host, image, header, dir.as_deref(), left.as_ref())?,
+        };
+        if left.is_some_and(|left| left.is_ours()) && leaks > 0 {
+            give_leaks_back(image, cancel)?;
+        }
+        Ok(work)
+    }
+
+    /// Has base hold everything, durably.
+    fn fill(
+        &mut self,
+        work: &Work,
+        report: &mut Report,
+        progress: &dyn Progress,
+        cancel: &AtomicBool,
+    ) -> Result<()> {
+        report.totals = self.move_data(work.journal(), progress, cancel)?;
+        if self.options.verify {
+            report.digest = Some(self.read_back(progress, cancel)?);
+        }
+        work.journal().note(Phase::Switching, u64::MAX, work.journal().header().total)
+    }
+
+    /// Ends what merges have left that were stopped when they had changed the chain.
+    fn end_left(&self) -> Result<()> {
+        if self.header.is_some() {
+            // The images are locked, and not marked dirty: only the journals are there still.
+            let left = [&self.left.base, &self.left.active];
+            return left.into_iter().flatten().try_for_each(|left| left.discard(&*self.host));
+        }
+        let dir = self.options.journal_dir.as_deref();
+        self.chain.layers().iter().try_for_each(|layer| end_left(&*self.host, layer, dir).map(drop))
+    }
+
     fn layer(&self, at: usize) -> Result<&Layer> {
         self.chain.layers().get(at).ok_or_else(|| Error::Usage("the chain has no such layer".into()))
     }
 
-    fn move_data(&mut self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Totals> {
+    fn move_data(
+        &mut self,
+        journal: &Journal,
+        progress: &dyn Progress,
+        cancel: &AtomicBool,
+    ) -> Result<Totals> {
         let span = self.span();
         let size = self.plan.base_size_after;
         let clusters = self.plan.totals.clusters_to_allocate;
-        let run = Run { progress, total: self.plan.totals.bytes_to_write, done: AtomicU64::new(0), cancel };
+        let before = self.plan.resumed.map_or(0, |resumed| resumed.done);
+        let from = GuestOffset::new(self.plan.resumed.map_or(0, |_| journal.state().watermark));
+        let total = self.plan.totals.bytes_to_write.saturating_add(before);
+        let run = Run { progress, total, done: AtomicU64::new(before), cancel, journal: Some(journal) };
         let grows = size > self.plan.base_size_before;
         match self.chain.image_mut(span.base) {
             Some(Image::Raw(raw)) => {
                 if grows {
                     grow_raw(raw, size)?;
                 }
-                job(&self.chain.images(), span)?.run(None, &run)
+                let images = self.chain.images();
+                Job { from, ..job(&images, span)? }.run(None, &run)
             }
             Some(Image::Qcow2(image)) => {
                 let Some(bitmaps) = self.bitmaps.take() else { return Ok(Totals::default()) };
                 let bitmap_clusters = bitmaps.clusters();
                 let refcounts = prepare(image, clusters, bitmaps.side_by_side(), size)?;
                 let (mut totals, growth) =
-                    move_into_qcow2(&self.chain.images(), span, bitmaps, &refcounts, &run)?;
+                    move_into_qcow2(&self.chain.images(), span, from, bitmaps, &refcounts, &run)?;
                 totals.clusters_to_allocate += bitmap_clusters;
                 if let Some(Image::Qcow2(image)) = self.chain.image_mut(span.base) {
                     growth.publish(image, &refcounts)?;
@@ -115,26 +198,46 @@ impl Commit {
         }
     }
 
-    fn link(&mut self, report: &mut Report) -> Result<()> {
+    fn link(&mut self) -> Result<()> {
         let span = self.span();
         // A power cut behind the switch must not leave old layers that nobody knows for what they are.
         self.mark_obsolete(Mark::Merging)?;
+        let dir = self.options.journal_dir.clone();
         match self.plan.afterwards.clone() {
-            Afterwards::Relink { name, .. } => link::relink(&self.chain, span, span.top + 1, &name)?,
-            Afterwards::Empty { name, .. } => {
-                if let Some(name) = name {
-                    link::relink(&self.chain, span, span.active, &name)?;
-                }
-                if let Some(Image::Qcow2(active)) = self.chain.image_mut(span.active) {
-                    clear_autoclear(active)?;
-                    let refcounts = Refcounts::load(active)?;
-                    bitmaps::drop_all(active, &refcounts)?;
-                    empty::empty(active)?;
-                }
+            Afterwards::Relink { name, .. } => {
+                link::relink(&*self.host, &self.chain, span, span.top + 1, &name, dir.as_deref())
             }
-            Afterwards::Keep | Afterwards::Delete => {}
+            Afterwards::Empty { name, .. } => self.empty_active(name.as_deref(), dir.as_deref()),
+            Afterwards::Keep | Afterwards::Delete => Ok(()),
         }
-        self.retire(report)
+    }
+
+    /// Turns the active image into an empty overlay on base, under a journal of its own.
+    fn empty_active(&mut self, name: Option<&str>, dir: Option<&Path>) -> Result<()> {
+        let span = self.span();
+        let host = Arc::clone(&self.host);
+        let (left, work) = (self.left.active.take(), self.left.active_work.take());
+        let format = self.layer(span.base)?.image.format().name();
+        let header = describe(&*host, &self.chain, span, span.active)?;
+        let missing = || Error::Usage("the chain has no such layer".into());
+        let image = self.chain.image_mut(span.active).ok_or_else(missing)?;
+        let work = match work {
+            Some(work) => {
+                work.replay(image)?;
+                work
+            }
+            None => Work::begin(&*host, image, header, dir, left.as_ref())?,
+        };
+        if let Image::Qcow2(active) = &mut *image {
+            if let Some(name) = name {
+                link::relink_journaled(active, name, format)?;
+            }
+            clear_autoclear(active)?;
+            let refcounts = Refcounts::load(active)?;
+            bitmaps::drop_all(active, &refcounts)?;
+            empty::empty(active)?;
+        }
+        work.finish(&*host, image)
     }
 
     /// Marks or removes what is no longer needed, from the top down.
@@ -176,10 +279,7 @@ impl Commit {
             .rev()
             .filter(|l| l.index <= active && self.plan.obsolete.contains(&l.path))
             .collect();
-        layers
-            .into_par_iter()
-            .map(|layer| Ok((layer.path.clone(), link::mark(&self.chain, layer.index - 1, &base, mark)?)))
-            .collect()
+        link::mark(&*self.host, &layers, &base, mark, self.options.journal_dir.as_deref())
     }
 
     /// Removes a layer, and its data file, if its name still leads to the file of the plan, and that is a
@@ -218,11 +318,10 @@ impl Commit {
     }
 
     fn mark(&self, layer: &Layer, base: &Path, report: &mut Report) -> Result<()> {
-        let list = match link::mark(&self.chain, layer.index - 1, base, Mark::Merged)? {
-            true => &mut report.marked,
-            false => &mut report.unmarked,
-        };
-        list.push(layer.path.clone());
+        let dir = self.options.journal_dir.as_deref();
+        for (path, marked) in link::mark(&*self.host, &[layer], base, Mark::Merged, dir)? {
+            if marked { &mut report.marked } else { &mut report.unmarked }.push(path);
+        }
         Ok(())
     }
 }
@@ -231,6 +330,7 @@ impl Commit {
 fn move_into_qcow2(
     images: &[&Image],
     span: Span,
+    from: GuestOffset,
     bitmaps: bitmaps::Plan,
     refcounts: &Refcounts,
     run: &Run<'_>,
@@ -241,7 +341,7 @@ fn move_into_qcow2(
     };
     let growth = record::set_bits(bitmaps, &job, image, refcounts, run.cancel)?;
     let mut writer = Writer { refcounts, allocator: Allocator::new(refcounts) };
-    match job.run(Some(&mut writer), run) {
+    match (Job { from, ..job }).run(Some(&mut writer), run) {
         Ok(totals) => Ok((totals, growth)),
         Err(Error::Cancelled) => {
             growth.abandon(image, refcounts)?;
@@ -279,6 +379,16 @@ pub(super) fn prepare(image: &mut Qcow2, clusters: u64, side_by_side: u64, size:
     Ok(refcounts)
 }
 
+/// Gives back the clusters that a merge has leaked when it was stopped.
+fn give_leaks_back(image: &mut Image, cancel: &AtomicBool) -> Result<()> {
+    let Image::Qcow2(qcow2) = image else { return Ok(()) };
+    let data = qcow2.has_data_file().then(|| &**qcow2.data_file());
+    let options = CheckOptions { cancel: Some(cancel) };
+    repair::repair(qcow2.path(), &**qcow2.file(), data, RepairMode::Leaks, &options)?;
+    qcow2.barrier()?;
+    qcow2.refresh_lengths()
+}
+
 fn clear_autoclear(image: &Qcow2) -> Result<()> {
     if image.header().version < 3 || image.header().unknown_autoclear() == 0 {
         return Ok(());
@@ -294,7 +404,6 @@ fn clear_autoclear(image: &Qcow2) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
-    use std::sync::Arc;
 
     use super::*;
     use crate::image::bitmaps::tests::{ok, qemu};

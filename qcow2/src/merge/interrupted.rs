@@ -112,7 +112,7 @@ impl Interrupted {
             let mut job = job(&images, span)?;
             job.question.base_size = size_before;
             let total = job.question.end();
-            match job.verify(&Run { progress, total, done: AtomicU64::new(0), cancel }) {
+            match job.verify(&Run { progress, total, done: AtomicU64::new(0), cancel, journal: None }) {
                 Ok(_) => Ok(None),
                 Err(Error::Verify { guest, .. }) => Ok(Some(guest)),
                 Err(e) => Err(e),

@@ -4,7 +4,9 @@
 //! of the disk is resolved, its needs become operations and changes, and batches of these are brought
 //! to disk behind barriers. Nothing is kept of a window once its batch is done.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
@@ -23,10 +25,14 @@ use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// A batch is brought to disk when it holds this many operations,
 const BATCH_OPS: usize = 32 << 10;
-/// or this many bytes of data,
-const BATCH_BYTES: u64 = 1 << 30;
+/// or this many bytes of data: at first few, then as many as take [`BATCH_TIME`], for what a batch has done
+/// is lost when the merge is stopped in the middle of it,
+const BATCH_BYTES: Range<u64> = 64 << 20..1 << 30;
 /// or this much metadata.
 const BATCH_MEMORY: usize = 8 << 20;
+
+/// How long a batch may take, as far as the one before tells.
+const BATCH_TIME: Duration = Duration::from_secs(1);
 
 /// How many windows are resolved side by side.
 const WINDOWS: usize = 4;
@@ -64,6 +70,33 @@ pub(crate) struct Job<'a> {
     pub(crate) question: Question<'a>,
     /// The size of the base's disk when the merge is done.
     pub(crate) new_size: u64,
+    /// Where to begin: what lies below was merged before, and is durable.
+    pub(crate) from: GuestOffset,
+}
+
+/// How much a batch takes.
+#[derive(Debug)]
+struct Pace {
+    bytes: u64,
+    since: Instant,
+}
+
+impl Pace {
+    fn new(bytes: u64) -> Self {
+        Self { bytes, since: Instant::now() }
+    }
+
+    /// A batch of so many bytes is done.
+    fn done(&mut self, bytes: u64) {
+        let took = self.since.elapsed().as_secs_f64().max(1e-3);
+        let next = (bytes as f64 / took * BATCH_TIME.as_secs_f64()) as u64;
+        if bytes > 0 {
+            // What the system's cache takes at first says little about the disk.
+            let most = bytes.saturating_mul(4).min(BATCH_BYTES.end);
+            self.bytes = next.min(most).max(BATCH_BYTES.start);
+        }
+        self.since = Instant::now();
+    }
 }
 
 /// The parts of a qcow2 base that a merge changes.
@@ -89,17 +122,20 @@ impl<'a> Job<'a> {
         Ok(Base { image, layer: self.base, below, size: self.new_size, blank_from })
     }
 
-    /// Calls `f` with the needs of each window in order; windows are resolved in parallel.
-    fn for_each_window(&self, mut f: impl FnMut(&[Need]) -> Result<()>) -> Result<()> {
-        let mut windows = self.question.windows();
+    /// Calls `f` with the needs of each window in order, and where the window ends; windows are resolved in
+    /// parallel.
+    fn for_each_window(&self, mut f: impl FnMut(&[Need], GuestOffset) -> Result<()>) -> Result<()> {
+        let mut windows = self.question.windows(self.from);
         loop {
             let some = windows.by_ref().take(WINDOWS).collect::<Result<Vec<_>>>()?;
             if some.is_empty() {
                 return Ok(());
             }
-            let needs: Vec<_> = some.into_par_iter().map(|window| self.question.needs(window)).collect();
+            let needs: Vec<_> =
+                some.into_par_iter().map(|window| Ok((self.question.needs(window)?, window.end()))).collect();
             for needs in needs {
-                f(&needs?)?;
+                let (needs, end): (Vec<Need>, _) = needs?;
+                f(&needs, end)?;
             }
         }
     }
@@ -115,7 +151,7 @@ impl<'a> Job<'a> {
         mut f: impl FnMut(GuestRange) -> Result<()>,
     ) -> Result<()> {
         let old_end = GuestOffset::new(self.question.base_size);
-        self.for_each_window(|needs| {
+        self.for_each_window(|needs, _| {
             check(cancel)?;
             for need in needs {
                 let end = match need.origin {
@@ -145,12 +181,13 @@ impl<'a> Job<'a> {
         let allocator = Allocator::new(&refcounts);
         let beyond = allocator.limit().max(image.file_len() >> image.geometry().cluster_bits());
         let mut scout = Scout { image, refcounts: &refcounts, allocator, taken: 0, beyond };
-        let effect = self.steps(&self.qcow2(image)?, &mut scout, |batch, ops| {
+        let mut pace = Pace::new(BATCH_BYTES.end);
+        let effect = self.steps(&self.qcow2(image)?, &mut scout, &mut pace, |batch, ops, _| {
             check(cancel)?;
             bytes_to_write += ops.bytes();
             *ops = Ops::default();
             batch.forget();
-            Ok(())
+            Ok(0)
         })?;
         Ok(Totals {
             bytes_to_copy: effect.copied,
@@ -176,46 +213,60 @@ impl<'a> Job<'a> {
         let mut source = Source { image, refcounts, allocator: &mut writer.allocator };
         let target = Target { path: image.path(), file: &**image.data_file() };
         let mut totals = Totals::default();
-        let effect = self.steps(&self.qcow2(image)?, &mut source, |batch, ops| {
+        let mut pace = Pace::new(BATCH_BYTES.start);
+        let effect = self.steps(&self.qcow2(image)?, &mut source, &mut pace, |batch, ops, end| {
             check(run.cancel)?;
+            let bytes = ops.bytes();
             totals.clusters_to_allocate += batch.allocated();
-            totals.bytes_to_write += ops.bytes();
+            totals.bytes_to_write += bytes;
             std::mem::take(ops).run(self.layers, &target, run)?;
-            bring_to_disk(std::mem::take(batch), image, refcounts)
+            bring_to_disk(std::mem::take(batch), image, refcounts)?;
+            run.note(end)?;
+            Ok(bytes)
         })?;
         totals.bytes_to_copy = effect.copied;
         totals.bytes_to_zero = effect.zeroed;
         Ok(totals)
     }
 
-    /// Goes through all clusters that need something; `full` is called whenever a batch is.
+    /// Goes through all clusters that need something; `full` is called whenever a batch is, with the guest
+    /// offset up to which all is in it or in one before, and returns the bytes that it has written.
     fn steps(
         &self,
         base: &Base<'_>,
         source: &mut dyn ClusterSource,
-        mut full: impl FnMut(&mut Batch, &mut Ops) -> Result<()>,
+        pace: &mut Pace,
+        mut full: impl FnMut(&mut Batch, &mut Ops, GuestOffset) -> Result<u64>,
     ) -> Result<Effect> {
         let (mut batch, mut ops) = (Batch::default(), Ops::default());
         let mut total = Effect::default();
-        self.for_each_window(|needs| {
-            for_each_cluster(needs, base.image.geometry().cluster_size(), |start, needs| {
+        let cluster = base.image.geometry().cluster_size();
+        let mut end = self.from;
+        self.for_each_window(|needs, _| {
+            for_each_cluster(needs, cluster, |start, needs| {
+                if start < self.from {
+                    return Ok(());
+                }
                 let effect = base.take(start, needs, &mut batch, &mut ops, source)?;
                 total.copied += effect.copied;
                 total.zeroed += effect.zeroed;
-                if ops.len() >= BATCH_OPS || ops.bytes() >= BATCH_BYTES || batch.memory() >= BATCH_MEMORY {
-                    full(&mut batch, &mut ops)?;
+                end = start + cluster;
+                if ops.len() >= BATCH_OPS || ops.bytes() >= pace.bytes || batch.memory() >= BATCH_MEMORY {
+                    let bytes = full(&mut batch, &mut ops, end)?;
+                    pace.done(bytes);
                 }
                 Ok(())
             })
         })?;
-        full(&mut batch, &mut ops)?;
+        full(&mut batch, &mut ops, end)?;
         Ok(total)
     }
 
     fn plan_raw(&self, raw: &Raw, cancel: &AtomicBool) -> Result<Totals> {
         let mut totals = Totals::default();
-        self.for_each_window(|needs| {
+        self.for_each_window(|needs, _| {
             check(cancel)?;
+            let needs = &self.rest(needs);
             let mut ops = Ops::default();
             add_raw(&mut totals, raw, needs, &mut ops)?;
             totals.bytes_to_write += ops.bytes();
@@ -229,19 +280,32 @@ impl<'a> Job<'a> {
         let target = Target { path: raw.path(), file: &**raw.file() };
         let mut totals = Totals::default();
         let mut ops = Ops::default();
-        self.for_each_window(|needs| {
-            add_raw(&mut totals, raw, needs, &mut ops)?;
-            if ops.len() >= BATCH_OPS || ops.bytes() >= BATCH_BYTES {
-                totals.bytes_to_write += ops.bytes();
-                std::mem::take(&mut ops).run(self.layers, &target, run)?;
+        let mut pace = Pace::new(BATCH_BYTES.start);
+        let bring = |ops: &mut Ops| {
+            let bytes = ops.bytes();
+            std::mem::take(ops).run(self.layers, &target, run)?;
+            // Also when nothing was written: what a merge that was killed has written need not be durable.
+            raw.file().sync().map_err(|e| Error::io(raw.path(), "sync", None, e))?;
+            Ok(bytes)
+        };
+        self.for_each_window(|needs, end| {
+            add_raw(&mut totals, raw, &self.rest(needs), &mut ops)?;
+            if ops.len() >= BATCH_OPS || ops.bytes() >= pace.bytes {
+                let bytes = bring(&mut ops)?;
+                run.note(end)?;
+                totals.bytes_to_write += bytes;
+                pace.done(bytes);
             }
             Ok(())
         })?;
-        totals.bytes_to_write += ops.bytes();
-        ops.run(self.layers, &target, run)?;
-        // Also when nothing was written: what a merge that was killed has written need not be durable.
-        raw.file().sync().map_err(|e| Error::io(raw.path(), "sync", None, e))?;
+        totals.bytes_to_write += bring(&mut ops)?;
         Ok(totals)
+    }
+
+    /// The needs, without what was merged before.
+    fn rest(&self, needs: &[Need]) -> Vec<Need> {
+        let rest = GuestRange::between(self.from, GuestOffset::new(u64::MAX));
+        needs.iter().filter_map(|need| need.clip(&rest)).collect()
     }
 }
 

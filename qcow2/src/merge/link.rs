@@ -1,7 +1,7 @@
 //! The switch of metadata when base holds the data: relinking the overlay above top, or turning the
 //! active image into an empty overlay; marking and removing what is no longer needed.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::options::{CommitOptions, Span};
 use super::plan::Afterwards;
@@ -9,6 +9,7 @@ use crate::chain::{Chain, Layer, new_backing_name};
 use crate::error::{Error, Refusal, Result};
 use crate::format::{Mark, RewriteError, Switch, plan_backing_switch, plan_mark};
 use crate::image::Qcow2;
+use crate::journal::{Edit, edit_headers};
 use crate::storage::Host;
 use crate::units::HostOffset;
 
@@ -66,22 +67,54 @@ fn plan_switch(overlay: &Layer, name: &str, format: &str) -> Result<Switch> {
     plan_backing_switch(&cluster, name, format).map_err(|e| rewrite_error(&overlay.path, name, e))
 }
 
-/// Gives the layer at `at` base as its backing file.
-pub(super) fn relink(chain: &Chain, span: Span, at: usize, name: &str) -> Result<()> {
+/// Gives the layer at `at` base as its backing file. A record of the edit lies beside it or in `dir`
+/// meanwhile.
+pub(super) fn relink(
+    host: &dyn Host,
+    chain: &Chain,
+    span: Span,
+    at: usize,
+    name: &str,
+    dir: Option<&Path>,
+) -> Result<()> {
     let format = layer(chain, span.base)?.image.format().name();
     let overlay = layer(chain, at)?;
     let switch = plan_switch(overlay, name, format)?;
-    apply(qcow2(overlay)?, &switch)
+    edit_headers(host, &edit(overlay, switch).into_iter().collect::<Vec<_>>(), dir)
 }
 
-/// Marks a layer; a header without room for that stays as it is.
-pub(super) fn mark(chain: &Chain, at: usize, base: &Path, mark: Mark) -> Result<bool> {
-    let image = qcow2(layer(chain, at)?)?;
+/// Gives an image that is written under a journal another backing file.
+pub(super) fn relink_journaled(image: &Qcow2, name: &str, format: &str) -> Result<()> {
     let cluster = read_cluster(image)?;
-    match plan_mark(&cluster, &base.to_string_lossy(), mark) {
-        Ok(switch) => apply(image, &switch).map(|()| true),
-        Err(_) => Ok(false),
+    let switch =
+        plan_backing_switch(&cluster, name, format).map_err(|e| rewrite_error(image.path(), name, e))?;
+    apply(image, &switch)
+}
+
+/// Marks layers, side by side; says for each whether its header had room. One without room stays as it is.
+pub(super) fn mark(
+    host: &dyn Host,
+    layers: &[&Layer],
+    base: &Path,
+    mark: Mark,
+    dir: Option<&Path>,
+) -> Result<Vec<(PathBuf, bool)>> {
+    let (mut edits, mut marked) = (Vec::new(), Vec::new());
+    for layer in layers {
+        let cluster = read_cluster(qcow2(layer)?)?;
+        let switch = plan_mark(&cluster, &base.to_string_lossy(), mark).ok();
+        marked.push((layer.path.clone(), switch.is_some()));
+        edits.extend(switch.and_then(|switch| edit(layer, switch)));
     }
+    edit_headers(host, &edits, dir)?;
+    Ok(marked)
+}
+
+/// The edit of a layer's header, if there is anything to write.
+fn edit(layer: &Layer, switch: Switch) -> Option<Edit<'_>> {
+    let writes: Vec<_> = switch.writes.into_iter().map(|write| (write.offset, write.bytes)).collect();
+    let file = &**layer.image.file();
+    (!writes.is_empty()).then_some(Edit { path: &layer.path, file, writes, atomic: switch.atomic })
 }
 
 /// Cluster 0 of an opened image, as bytes.
@@ -91,7 +124,7 @@ pub(super) fn read_cluster(image: &Qcow2) -> Result<Vec<u8>> {
     Ok(cluster)
 }
 
-/// Carries an edit of cluster 0 out, with a barrier behind each write.
+/// Carries an edit of cluster 0 out, with a barrier behind each write, which the journal makes whole.
 pub(super) fn apply(image: &Qcow2, switch: &Switch) -> Result<()> {
     for write in &switch.writes {
         image.write(HostOffset::new(write.offset), &write.bytes)?;

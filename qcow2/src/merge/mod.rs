@@ -1,5 +1,6 @@
 //! Merging layers into a base: needs, operations, batches, and the switch of metadata.
 
+mod abort;
 mod cluster;
 mod commit;
 #[cfg(test)]
@@ -24,8 +25,10 @@ mod safety;
 #[cfg(test)]
 pub(crate) mod testing;
 mod verify;
+mod work;
 mod workers;
 
+pub use abort::{Aborted, Pending, abort, pending};
 pub use commit::Commit;
 pub use empty_onto::{Emptied, EmptyOptions, empty_onto};
 pub use execute::Report;
@@ -36,6 +39,6 @@ pub(crate) use needs::Question;
 pub use ops::Progress;
 pub(crate) use ops::Run;
 pub use options::{BaseChoice, CommitOptions};
-pub use plan::{Afterwards, Plan};
+pub use plan::{Afterwards, Plan, Resumed};
 pub use put::put;
 pub use retire::{Known, Retired, mark_merged, remove};

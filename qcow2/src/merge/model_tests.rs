@@ -156,7 +156,8 @@ impl World {
                 })
                 .unwrap();
                 let cancel = AtomicBool::new(false);
-                let run = Run { progress: &Silent, total: 0, done: AtomicU64::new(0), cancel: &cancel };
+                let done = AtomicU64::new(0);
+                let run = Run { progress: &Silent, total: 0, done, cancel: &cancel, journal: None };
                 let target = Target { path: image.path(), file: &**image.data_file() };
                 ops.run(&images, &target, &run).unwrap();
                 bring_to_disk(batch, image, &refcounts).unwrap();
@@ -311,7 +312,7 @@ fn time_depends_on_what_layers_hold_and_not_on_the_size_of_the_disk() {
         let windows = super::commit::job(&commit.chain().images(), commit.span())
             .unwrap()
             .question
-            .windows()
+            .windows(GuestOffset::ZERO)
             .collect::<crate::error::Result<Vec<_>>>()
             .unwrap();
         assert!(windows.len() <= 4, "{sizes:?}: {windows:?}");

@@ -46,11 +46,11 @@ impl Question<'_> {
         self.view.size().max(self.zero_until)
     }
 
-    /// The windows in which something may be needed, in order; sizes are multiples of every cluster
+    /// The windows from `from` on in which something may be needed, in order; sizes are multiples of every cluster
     /// size. Zeros are needed only where base, or what lies below it, may show something else.
-    pub(crate) fn windows(&self) -> impl Iterator<Item = Result<GuestRange>> + '_ {
+    pub(crate) fn windows(&self, from: GuestOffset) -> impl Iterator<Item = Result<GuestRange>> + '_ {
         let size = self.view.window();
-        let mut at = GuestOffset::ZERO;
+        let mut at = from;
         std::iter::from_fn(move || {
             let start = match self.next(at) {
                 Err(e) => {

@@ -8,8 +8,10 @@ use rayon::prelude::*;
 use super::origin::Origin;
 use crate::error::{Error, Result};
 use crate::image::{ClusterCache, Image};
+use crate::journal::Journal;
+use crate::journal::record::Phase;
 use crate::storage::Storage;
-use crate::units::HostOffset;
+use crate::units::{GuestOffset, HostOffset};
 
 /// The most bytes that one worker moves in one piece, so that all of them stay busy.
 const PIECE: u64 = 16 << 20;
@@ -113,6 +115,21 @@ pub(crate) struct Run<'a> {
     pub(crate) done: AtomicU64,
     /// Set by whoever wants the merge to stop.
     pub(crate) cancel: &'a AtomicBool,
+    /// Where it is noted how far the merge is.
+    pub(crate) journal: Option<&'a Journal>,
+}
+
+impl Run<'_> {
+    /// All is done and durable below the guest offset `end`.
+    ///
+    /// # Errors
+    /// The journal cannot be written.
+    pub(super) fn note(&self, end: GuestOffset) -> Result<()> {
+        match self.journal {
+            Some(journal) => journal.note(Phase::Moving, end.get(), self.done.load(Ordering::Relaxed)),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Op {
@@ -198,7 +215,8 @@ mod tests {
         let file = crate::storage::MemFile::new();
         let target = Target { path: Path::new("/base"), file: &file };
         let cancel = AtomicBool::new(false);
-        let run = Run { progress: &Silent, total: 10, done: AtomicU64::new(0), cancel: &cancel };
+        let run =
+            Run { progress: &Silent, total: 10, done: AtomicU64::new(0), cancel: &cancel, journal: None };
         assert!(ops.run(&[], &target, &run).is_err());
     }
 }

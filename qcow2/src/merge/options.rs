@@ -37,6 +37,11 @@ pub struct CommitOptions {
     pub allow_snapshot_change: bool,
     /// Merge although other images use base or a merged layer.
     pub allow_shared_base: bool,
+    /// Begin again where somebody has written to base since a merge into it was stopped.
+    pub restart: bool,
+    /// Where journals are kept that cannot lie beside the images: for block devices, and for folders that
+    /// cannot be written.
+    pub journal_dir: Option<PathBuf>,
     /// More directories to search for images that share layers.
     pub scan: Vec<PathBuf>,
 }

@@ -39,6 +39,25 @@ pub struct Plan {
     pub unreadable: Vec<PathBuf>,
     /// Set when there is nothing to do, with the reason.
     pub nothing_to_do: Option<String>,
+    /// Set when an earlier run of the same merge was stopped, and this one goes on where it was.
+    pub resumed: Option<Resumed>,
+}
+
+/// Where a merge goes on that was stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resumed {
+    /// Bytes that were written before, and are not written again.
+    pub done: u64,
+    /// The same in percent of the whole merge.
+    pub percent: u64,
+}
+
+impl Resumed {
+    /// `done` bytes were written, and `rest` will be.
+    pub(super) fn new(done: u64, rest: u64) -> Self {
+        let percent = u128::from(done) * 100 / u128::from(done.saturating_add(rest).max(1));
+        Self { done, percent: percent as u64 }
+    }
 }
 
 /// What happens above base when base holds the data.

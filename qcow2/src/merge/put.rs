@@ -65,7 +65,8 @@ pub fn put(
     let (batch, ops) = steps(&base_of(image, &own), &needs, &mut source)?;
     let target = Target { path: image.path(), file: &**image.data_file() };
     let cancel = AtomicBool::new(false);
-    let run = Run { progress: &Silent, total: ops.bytes(), done: AtomicU64::new(0), cancel: &cancel };
+    let done = AtomicU64::new(0);
+    let run = Run { progress: &Silent, total: ops.bytes(), done, cancel: &cancel, journal: None };
     ops.run(&images, &target, &run)?;
     bring_to_disk(batch, image, &refcounts)
 }

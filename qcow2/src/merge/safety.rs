@@ -5,15 +5,22 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use super::options::{CommitOptions, Span};
-use super::plan::Plan;
+use super::plan::{Afterwards, Plan};
 use crate::chain::{Chain, Layer, find_users};
 use crate::check::{CheckOptions, Severity, check};
 use crate::error::{Error, Refusal, Result};
 use crate::image::{Image, bitmap_names};
+use crate::journal;
 use crate::storage::{FileId, FileKind, Host};
 
-/// Rules that the headers alone decide.
-pub(super) fn layers(chain: &Chain, span: Span, options: &CommitOptions) -> Result<()> {
+/// Rules that the headers alone decide; `ours` tells whether the layer at a position is marked dirty by a
+/// merge that was stopped, and is taken up again.
+pub(super) fn layers(
+    chain: &Chain,
+    span: Span,
+    options: &CommitOptions,
+    ours: &dyn Fn(usize) -> bool,
+) -> Result<()> {
     let size = |at: usize| chain.layers().get(at).map_or(0, |layer| layer.image.virtual_size());
     for (at, layer) in chain.layers().iter().enumerate() {
         let merged = span.base < at && at <= span.top;
@@ -23,7 +30,7 @@ pub(super) fn layers(chain: &Chain, span: Span, options: &CommitOptions) -> Resu
             return refuse(Refusal::CorruptBit);
         }
         let emptied = at == span.active && at == span.top && !options.keep_active && !options.delete;
-        if image.header().is_dirty() && (at == span.base || emptied) {
+        if image.header().is_dirty() && (at == span.base || emptied) && !ours(at) {
             return refuse(Refusal::Dirty);
         }
         let grows = at == span.base && size(span.top) > image.virtual_size();
@@ -69,13 +76,35 @@ pub(super) fn bitmaps(chain: &Chain, span: Span) -> Result<Vec<(PathBuf, String)
     Ok(lost)
 }
 
-/// A qcow2 image that is to be written must be consistent: its refcounts decide what is free.
-pub(super) fn consistent(chain: &Chain, at: usize, cancel: &AtomicBool) -> Result<()> {
-    let Some(Layer { image: Image::Qcow2(image), path, .. }) = chain.layers().get(at) else { return Ok(()) };
+/// Each image that is to be written needs a place for a journal, or for the record of an edit.
+pub(super) fn journal_places(
+    host: &dyn Host,
+    chain: &Chain,
+    span: Span,
+    options: &CommitOptions,
+    afterwards: &Afterwards,
+) -> Result<()> {
+    let last = match afterwards {
+        Afterwards::Relink { .. } => span.top + 1,
+        Afterwards::Empty { .. } => span.top,
+        Afterwards::Keep | Afterwards::Delete => span.top.saturating_sub(1),
+    };
+    for layer in chain.layers().get(span.base..=last).unwrap_or_default() {
+        let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, "stat", None, e))?;
+        let is_device = stat.kind == FileKind::Block;
+        journal::place(host, &layer.path, is_device, options.journal_dir.as_deref(), journal::JOURNAL)?;
+    }
+    Ok(())
+}
+
+/// A qcow2 image that is to be written must be consistent: its refcounts decide what is free. Returns how
+/// many clusters it has leaked.
+pub(super) fn consistent(chain: &Chain, at: usize, cancel: &AtomicBool) -> Result<u64> {
+    let Some(Layer { image: Image::Qcow2(image), path, .. }) = chain.layers().get(at) else { return Ok(0) };
     let data_file = image.has_data_file().then(|| &**image.data_file());
     let report = check(path, &**image.file(), data_file, &CheckOptions { cancel: Some(cancel) })?;
     if report.is_consistent() {
-        return Ok(());
+        return Ok(report.leaks);
     }
     // Where the device fails, nothing is known about the image, and nothing may be repaired.
     let unread = report.findings.iter().find(|f| f.severity == Severity::Error);

@@ -32,7 +32,7 @@ impl Commit {
         let mut job = job(&images, span)?;
         job.question.base_size = self.plan.base_size_before;
         let total = self.plan.totals.bytes_to_copy + self.plan.totals.bytes_to_zero;
-        job.verify(&Run { progress, total, done: AtomicU64::new(0), cancel })?;
+        job.verify(&Run { progress, total, done: AtomicU64::new(0), cancel, journal: None })?;
         safety::consistent(&self.chain, span.base, cancel)?;
         let base = reopen(job.image()?)?;
         let above = images.get(span.top + 1..).unwrap_or_default();
@@ -64,7 +64,7 @@ impl Job<'_> {
             compared.fetch_add(bytes, Ordering::Relaxed);
             run.progress.written(run.done.fetch_add(bytes, Ordering::Relaxed) + bytes, run.total);
         };
-        for window in self.question.windows() {
+        for window in self.question.windows(GuestOffset::ZERO) {
             let window = window?;
             let needs: Vec<Supplied> = self.question.needs(window)?.into_iter().map(supplied).collect();
             let mut found: Vec<Supplied> = Vec::new();

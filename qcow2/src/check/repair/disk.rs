@@ -27,7 +27,7 @@ impl<'a> Disk<'a> {
     /// The system's.
     pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.is_dirty.store(true, Relaxed);
-        let written = self.file.write_all_at(bytes, offset);
+        let written = self.file.write_live(bytes, offset);
         written.map_err(|e| Error::io(self.subject.path, "write", Some(offset), e))
     }
 

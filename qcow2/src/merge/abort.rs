@@ -1,0 +1,117 @@
+//! Giving a pending merge up, and saying that there is one.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use super::work::{Left, percent};
+use crate::chain::{Chain, OpenOptions};
+use crate::check::CheckOptions;
+use crate::check::repair::{self, RepairMode};
+use crate::error::{Error, Refusal, Result};
+use crate::image::Image;
+use crate::journal;
+use crate::journal::record::{Phase, Purpose};
+use crate::storage::{Access, Host};
+
+/// A merge that was stopped, or is under way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pending {
+    /// The image that takes the data.
+    pub base: PathBuf,
+    /// The uppermost layer that is merged.
+    pub top: PathBuf,
+    /// The active image of the chain.
+    pub active: PathBuf,
+    /// The bytes that were written, and those that will be in all.
+    pub done: u64,
+    /// All bytes that the merge writes.
+    pub total: u64,
+    /// The same in percent, at most 99.
+    pub percent: u64,
+    /// Whether base holds everything, and the chain above it is being changed: it can only be finished.
+    pub is_switching: bool,
+}
+
+/// What giving a merge up came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Aborted {
+    /// The merge; `None` if none was pending.
+    pub pending: Option<Pending>,
+    /// Layers that are restore points no more, base among them.
+    pub restore_points_lost: Vec<PathBuf>,
+    /// Whether somebody has written to base since the merge was stopped, so that only its journal was removed.
+    pub written_since: bool,
+}
+
+/// The merge into the image at `path` that is pending, by the journal beside it or in `dir`. Takes no lock, and
+/// opens nothing but the image and the journal.
+///
+/// # Errors
+/// The image cannot be opened, or the journal cannot be read.
+pub fn pending(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<Pending>> {
+    let file = host.open(path, Access::Read).map_err(|e| Error::io(path, "open", None, e))?;
+    let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
+    Ok(found.filter(|(_, last)| last.is_some()).and_then(|(journal, _)| of(&journal)))
+}
+
+/// The merge that a journal is about, unless all of it is done.
+pub(super) fn of(journal: &journal::Journal) -> Option<Pending> {
+    let (header, state) = (journal.header(), journal.state());
+    if header.purpose != Purpose::Merge || state.phase == Phase::Done {
+        return None;
+    }
+    Some(Pending {
+        base: header.targets.first()?.path.clone(),
+        top: header.top.clone(),
+        active: header.active.clone(),
+        done: state.done,
+        total: header.total,
+        percent: percent(state.done, header.total),
+        is_switching: state.phase == Phase::Switching,
+    })
+}
+
+/// Gives up the merge that is pending into the image at `base`: what a power cut has torn is made whole,
+/// leaked clusters are given back, the dirty bit is cleared, and the journal removed. The overlays hold all
+/// that they held. If somebody has written to base since, only the journal is removed.
+///
+/// # Errors
+/// [`Refusal::MergeDone`] if the chain has been changed already; [`Error::InUse`]; a base that cannot be
+/// opened or written.
+pub fn abort(
+    host: &dyn Host,
+    base: &Path,
+    open: &OpenOptions,
+    dir: Option<&Path>,
+    cancel: &AtomicBool,
+) -> Result<Aborted> {
+    journal::heal(host, base, dir)?;
+    let id = host.stat(base).map_err(|e| Error::io(base, "open", None, e))?.id;
+    let access = [(id, Access::ReadWrite)].into();
+    let mut chain = Chain::open(host, base, &OpenOptions { lock: true, access, ..open.clone() })?;
+    let at = chain.active();
+    let nothing = Aborted { pending: None, restore_points_lost: Vec::new(), written_since: false };
+    let Some(layer) = chain.layers().get(at) else { return Ok(nothing) };
+    let path = layer.path.clone();
+    let Some(left) = Left::find(host, layer, dir)? else { return Ok(nothing) };
+    let pending = left.pending();
+    if let Some(Pending { is_switching: true, top, active, .. }) = pending.clone() {
+        return Err(Error::refused(&path, Refusal::MergeDone { top, active }));
+    }
+    let lost = if pending.is_some() { left.restore_points_lost() } else { Vec::new() };
+    let result = Aborted { pending, restore_points_lost: lost, written_since: left.is_foreign() };
+    let Some(image) = chain.image_mut(at).filter(|_| left.is_ours()) else {
+        left.discard(host)?;
+        return Ok(result);
+    };
+    let work = left.take_up(image)?;
+    work.replay(image)?;
+    if let Image::Qcow2(qcow2) = &*image {
+        let data = qcow2.has_data_file().then(|| &**qcow2.data_file());
+        let options = CheckOptions { cancel: Some(cancel) };
+        repair::repair(qcow2.path(), &**qcow2.file(), data, RepairMode::Leaks, &options)?;
+        qcow2.barrier()?;
+    }
+    work.finish(host, image)?;
+    Ok(result)
+}

@@ -1,0 +1,329 @@
+//! An image under a journal: armed, written, and released; and what an earlier work has left of that.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::abort::{self, Pending};
+use super::options::Span;
+use crate::chain::{Chain, Layer};
+use crate::error::{Error, Refusal, Result};
+use crate::format::features;
+use crate::image::Image;
+use crate::journal::record::{BLOCK, Guard, Header, Identity, MAX_BLOCKS, Phase, Purpose, Record};
+use crate::journal::{self, Journal, Journaled, Verdict};
+use crate::storage::{Access, Host, Storage};
+
+/// An image that is written under a journal.
+#[derive(Debug)]
+pub(super) struct Work {
+    journal: Arc<Journal>,
+    file: Arc<Journaled>,
+    data: Option<Arc<Journaled>>,
+}
+
+/// What a work that was stopped has left.
+#[derive(Debug)]
+pub(super) struct Left {
+    journal: Arc<Journal>,
+    verdict: Verdict,
+    last: Option<Record>,
+}
+
+impl Left {
+    /// Looks for the journal of a layer, whose file is held under lock, and judges it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn find(host: &dyn Host, layer: &Layer, dir: Option<&Path>) -> Result<Option<Self>> {
+        let file = &**layer.image.file();
+        let found = journal::find(host, &layer.path, file, dir, layer.access, journal::JOURNAL)?;
+        let Some((journal, last)) = found else { return Ok(None) };
+        let dirty = layer.image.as_qcow2().is_some_and(|image| image.header().is_dirty());
+        let verdict = journal::judge(&journal, last.as_ref(), file, Some(dirty))?;
+        Ok(Some(Self { journal: Arc::new(journal), verdict, last }))
+    }
+
+    /// Whether the image is as the stopped work has left it, dirty bit and all.
+    pub(super) fn is_ours(&self) -> bool {
+        matches!(self.verdict, Verdict::Pending | Verdict::Unsure | Verdict::Finished)
+    }
+
+    /// Whether somebody has written to the image since.
+    pub(super) fn is_foreign(&self) -> bool {
+        // Whoever writes to an image that was being emptied writes to a disk that shows all it should.
+        self.verdict == Verdict::Foreign && self.journal.header().purpose == Purpose::Merge
+    }
+
+    /// How far the work was, in percent.
+    pub(super) fn percent(&self) -> u64 {
+        percent(self.journal.state().done, self.journal.header().total)
+    }
+
+    /// The merge that was stopped.
+    pub(super) fn pending(&self) -> Option<Pending> {
+        abort::of(&self.journal).filter(|_| self.verdict != Verdict::Over)
+    }
+
+    /// The layers that are restore points no more.
+    pub(super) fn restore_points_lost(&self) -> Vec<PathBuf> {
+        self.journal.header().restore_points_lost.clone()
+    }
+
+    /// Removes the journal, which is of no use any more.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn discard(&self, host: &dyn Host) -> Result<()> {
+        self.journal.remove(host)
+    }
+
+    /// Where the same work goes on: the guest offset below which all is done, and the bytes that were
+    /// written for that; nowhere if this is another work, or a layer has changed since.
+    pub(super) fn resume(&self, wanted: &Header) -> Option<(u64, u64)> {
+        let then = self.journal.header();
+        let state = self.journal.state();
+        let same = then.purpose == wanted.purpose
+            && then.layers.len() == wanted.layers.len()
+            && then.layers.iter().zip(&wanted.layers).all(|(then, now)| then.is_unchanged(now))
+            && (then.new_size, then.zero_until) == (wanted.new_size, wanted.zero_until);
+        let may = same && self.verdict == Verdict::Pending;
+        (may && state.watermark > 0).then_some((state.watermark, state.done))
+    }
+
+    /// Puts the image under its journal again; what a power cut may have torn is read as it should be, and
+    /// written by the next barrier.
+    ///
+    /// # Errors
+    /// A header that cannot be read even so.
+    pub(super) fn take_up(&self, image: &mut Image) -> Result<Work> {
+        let last = self.last.as_ref().filter(|_| self.verdict != Verdict::Finished);
+        Work::wrap(image, &self.journal, last)
+    }
+
+    /// Whether refcounts were lazy before the work.
+    fn lazy(&self) -> Option<bool> {
+        match self.journal.header().guard {
+            Guard::DirtyBit { lazy } if self.is_ours() => Some(lazy),
+            _ => None,
+        }
+    }
+}
+
+/// The part that is done, in percent; never 100 as long as the work is pending.
+pub(super) fn percent(done: u64, total: u64) -> u64 {
+    (u128::from(done) * 100 / u128::from(total.max(1))).min(99) as u64
+}
+
+impl Work {
+    fn wrap(image: &mut Image, journal: &Arc<Journal>, last: Option<&Record>) -> Result<Self> {
+        let under = |file: &Arc<dyn Storage>, target: u8| {
+            let (blocks, len) = match last.filter(|last| last.target == target) {
+                Some(last) => (last.blocks.clone(), last.len),
+                None => (Vec::new(), 0),
+            };
+            Arc::new(Journaled::replaying(Arc::clone(file), Arc::clone(journal), target, blocks, len))
+        };
+        let file = under(image.file(), 0);
+        let data = image.as_qcow2().filter(|q| q.has_data_file()).map(|q| under(q.data_file(), 1));
+        let work = Self { journal: Arc::clone(journal), file, data };
+        let data = work.data.clone().map(|data| data as Arc<dyn Storage>);
+        replace(image, work.file.clone(), data)?;
+        Ok(work)
+    }
+
+    /// Begins a work on an image: makes the journal, and sets the dirty bit. `left` is what an earlier work
+    /// has left, which is taken over.
+    ///
+    /// # Errors
+    /// The system's; no place for a journal.
+    pub(super) fn begin(
+        host: &dyn Host,
+        image: &mut Image,
+        mut header: Header,
+        dir: Option<&Path>,
+        left: Option<&Left>,
+    ) -> Result<Self> {
+        let is_device = header.targets.first().is_some_and(|target| target.is_device);
+        let path = journal::place(host, image.path(), is_device, dir, journal::JOURNAL)?;
+        let inherited = left.and_then(Left::lazy);
+        if let (Guard::DirtyBit { lazy }, Some(inherited)) = (&mut header.guard, inherited) {
+            *lazy = inherited;
+        }
+        let old = left.map(|left| left.journal.path()).filter(|old| **old != *path);
+        let journal = Arc::new(Journal::create(host, &path, header)?);
+        if let (Some(_), Some(left)) = (old, left) {
+            left.journal.remove(host)?;
+        }
+        let work = Self::wrap(image, &journal, None)?;
+        if let (Image::Qcow2(qcow2), Guard::DirtyBit { .. }) = (image, journal.header().guard)
+            && inherited.is_none()
+        {
+            // In one sector, and so at once: from now on whoever writes to the image is noticed.
+            qcow2.switch_header(72..96, |header| {
+                header.incompatible |= features::DIRTY;
+                header.compatible &= !features::LAZY_REFCOUNTS;
+                header.autoclear &= features::KNOWN_AUTOCLEAR;
+            })?;
+            qcow2.barrier()?;
+        }
+        journal.note(Phase::Moving, 0, 0)?;
+        Ok(work)
+    }
+
+    /// The journal.
+    pub(super) fn journal(&self) -> &Arc<Journal> {
+        &self.journal
+    }
+
+    /// Writes what a power cut may have torn, and notes that the work goes on.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn replay(&self, image: &Image) -> Result<()> {
+        let io = |e| Error::io(image.path(), "sync", None, e);
+        for file in [self.data.as_ref(), Some(&self.file)].into_iter().flatten() {
+            file.sync().map_err(io)?;
+        }
+        let state = self.journal.state();
+        self.journal.note(state.phase.max(Phase::Moving), state.watermark, state.done)
+    }
+
+    /// Gives the image its own files back; nothing more is written under the journal.
+    ///
+    /// # Errors
+    /// A header that cannot be read.
+    pub(super) fn unwrap(&self, image: &mut Image) -> Result<()> {
+        let data = self.data.as_ref().map(|data| Arc::clone(data.inner()));
+        replace(image, Arc::clone(self.file.inner()), data)
+    }
+
+    /// Notes that the work stops in good order. Nothing depends on that.
+    pub(super) fn stop(&self) {
+        let file = self.file.inner();
+        // In the middle of an error, what cannot be noted is not noted.
+        if let Ok(stat) = file.sync().and_then(|()| file.stat()) {
+            let _ = self.journal.stop(stat.len, stat.modified_ns);
+        }
+    }
+
+    /// Ends the work: the dirty bit is cleared, and the journal removed.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn finish(&self, host: &dyn Host, image: &mut Image) -> Result<()> {
+        match (&mut *image, self.journal.header().guard) {
+            (Image::Qcow2(qcow2), Guard::DirtyBit { lazy }) => {
+                self.journal.enter(Phase::Done);
+                qcow2.switch_header(72..88, |header| {
+                    header.incompatible &= !features::DIRTY;
+                    if lazy {
+                        header.compatible |= features::LAZY_REFCOUNTS;
+                    }
+                })?;
+                qcow2.barrier()?;
+            }
+            _ => {
+                let state = self.journal.state();
+                self.journal.note(Phase::Done, state.watermark, state.done)?;
+            }
+        }
+        self.unwrap(image)?;
+        self.journal.remove(host)
+    }
+}
+
+fn replace(image: &mut Image, file: Arc<dyn Storage>, data: Option<Arc<dyn Storage>>) -> Result<()> {
+    match image {
+        Image::Raw(raw) => raw.replace_file(file),
+        Image::Qcow2(qcow2) => qcow2.replace_files(file, data),
+    }
+}
+
+/// What a journal for a work on the layer at `at` says of it, but for what the plan knows.
+///
+/// # Errors
+/// The system's.
+pub(super) fn describe(host: &dyn Host, chain: &Chain, span: Span, at: usize) -> Result<Header> {
+    let layer =
+        |at: usize| chain.layers().get(at).ok_or_else(|| Error::Usage("the chain has no such layer".into()));
+    let written = layer(at)?;
+    let guard = match &written.image {
+        Image::Qcow2(image) if image.header().version >= 3 => {
+            Guard::DirtyBit { lazy: image.header().lazy_refcounts() }
+        }
+        _ => Guard::Stamp,
+    };
+    let mut layers = Vec::new();
+    for layer in chain.layers().get(at + 1..=span.top).unwrap_or_default() {
+        layers.extend(identities(host, layer)?);
+    }
+    let real = |at: usize| Ok(identity(host, layer(at)?)?.path);
+    Ok(Header {
+        nonce: journal::nonce(),
+        max_blocks: max_blocks(chain, span),
+        purpose: if at == span.base { Purpose::Merge } else { Purpose::Empty },
+        guard,
+        targets: identities(host, written)?,
+        layers,
+        top: real(span.top)?,
+        active: real(span.active)?,
+        new_size: 0,
+        zero_until: 0,
+        total: 0,
+        restore_points_lost: Vec::new(),
+        obsolete: Vec::new(),
+    })
+}
+
+/// How many blocks are kept in memory: few where there is little to merge.
+fn max_blocks(chain: &Chain, span: Span) -> u32 {
+    let lens = chain.layers().get(span.base..=span.top).unwrap_or_default();
+    let bytes = lens.iter().map(|layer| layer.image.file().size().unwrap_or(u64::MAX)).max();
+    (bytes.unwrap_or(0) / BLOCK / 8).clamp(32, MAX_BLOCKS as u64) as u32
+}
+
+/// The image file of a layer, and its data file if it has one.
+fn identities(host: &dyn Host, layer: &Layer) -> Result<Vec<Identity>> {
+    let mut all = vec![identity(host, layer)?];
+    if let (Some(data), Some(image)) = (&layer.data_file, layer.image.as_qcow2()) {
+        all.push(journal::identity(host, &data.path, &**image.data_file())?);
+    }
+    Ok(all)
+}
+
+fn identity(host: &dyn Host, layer: &Layer) -> Result<Identity> {
+    journal::identity(host, &layer.path, &**layer.image.file())
+}
+
+/// Ends what a merge has left behind that changed the chain and was stopped then: nothing of `layer` itself
+/// is needed but its header.
+///
+/// # Errors
+/// [`Error::InUse`]; the system's.
+pub(super) fn end_left(host: &dyn Host, layer: &Layer, dir: Option<&Path>) -> Result<bool> {
+    let Some(left) = Left::find(host, layer, dir)? else { return Ok(false) };
+    if left.journal.state().phase < Phase::Switching {
+        return Ok(false);
+    }
+    let path = &layer.path;
+    let io = |op| move |e| Error::io(path, op, None, e);
+    let file = host.open(path, Access::ReadWrite).map_err(io("open"))?;
+    file.lock(crate::storage::LockMode::Write)
+        .map_err(|_| Error::InUse { path: path.clone(), holders: host.holders(layer.id) })?;
+    let found = journal::find(host, path, &*file, dir, Access::ReadWrite, journal::JOURNAL)?;
+    let Some((journal, last)) = found else { return Ok(false) };
+    let data = layer.image.as_qcow2().filter(|q| q.has_data_file()).map(|q| q.data_file().clone());
+    let mut image = Image::open(path, file, layer.image.format(), data)?;
+    let left = Left { verdict: left.verdict, journal: Arc::new(journal), last };
+    if left.is_ours() {
+        left.take_up(&mut image)?.finish(host, &mut image)?;
+    } else {
+        left.journal.remove(host)?;
+    }
+    Ok(true)
+}
+
+/// The refusal for an image that somebody has written to since a merge into it was stopped.
+pub(super) fn written_since(path: &Path, left: &Left) -> Error {
+    Error::refused(path, Refusal::WrittenSince { percent: left.percent() })
+}
