@@ -18,6 +18,8 @@ pub(crate) enum VerbName {
     Compare,
     /// `qmerge commit`
     Commit,
+    /// `qmerge abort`
+    Abort,
     /// `qmerge flatten`
     Flatten,
     /// `qmerge demo`
@@ -33,6 +35,7 @@ impl VerbName {
             "check" => Self::Check,
             "compare" => Self::Compare,
             "commit" => Self::Commit,
+            "abort" => Self::Abort,
             "flatten" => Self::Flatten,
             "demo" => Self::Demo,
             _ => return None,
@@ -47,6 +50,7 @@ impl VerbName {
             Self::Check => "check",
             Self::Compare => "compare",
             Self::Commit => "commit",
+            Self::Abort => "abort",
             Self::Flatten => "flatten",
             Self::Demo => "demo",
         }

@@ -15,7 +15,7 @@ pub(crate) use self::live::{
 };
 pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, RepairWhat};
 use self::merge::COMMIT_EXAMPLES;
-pub(crate) use self::merge::{CommitArgs, FlattenArgs};
+pub(crate) use self::merge::{AbortArgs, CommitArgs, FlattenArgs};
 use crate::exit;
 
 /// Merges QEMU disk image chains: safely, fast, and without QEMU.
@@ -95,6 +95,15 @@ pub(crate) enum Verb {
     /// machine must be shut down. What the guest sees through ACTIVE does not change, at no instant.
     #[command(after_long_help = COMMIT_EXAMPLES)]
     Commit(CommitArgs),
+
+    /// Give up a merge that was stopped
+    ///
+    /// Leaves BASE consistent; the overlays hold all that they held. To finish the merge instead, run the same
+    /// qmerge commit again.
+    #[command(
+        after_long_help = "Examples:\n  qmerge info base.qcow2       whether a merge is pending\n  qmerge abort base.qcow2"
+    )]
+    Abort(AbortArgs),
 
     /// Write a chain, or its upper part, into one new file
     ///

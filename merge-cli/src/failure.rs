@@ -137,6 +137,9 @@ fn refusal_kind(reason: &Refusal) -> &'static str {
         Refusal::HeaderRoom { .. } => "header-room",
         Refusal::NotWritable { .. } => "not-writable",
         Refusal::NotAsKnown { .. } => "changed",
+        Refusal::JournalPlace { .. } => "journal-place",
+        Refusal::WrittenSince { .. } => "written-since",
+        Refusal::MergeDone { .. } => "merge-done",
         _ => "refused",
     }
 }

@@ -5,6 +5,9 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use qcow2::error::Holder;
+use qcow2::journal::has_edit;
+use qcow2::merge;
+use qcow2::storage::OsHost;
 use qcow2::{Error, Refusal};
 use qmp_client::Address;
 
@@ -16,6 +19,10 @@ use crate::output::human::shell_word;
 pub(crate) fn hint(error: &Error, call: &Call) -> String {
     match error {
         Error::Io { path, op, source, .. } => io_hint(path, op, source, call),
+        Error::Format { path, .. } if is_torn(path) => format!(
+            "a power cut has torn its header while it was changed; the same qmerge commit, or qmerge abort {}, makes it whole",
+            word(path)
+        ),
         Error::Format { path, source } | Error::Mapping { path, source, .. } => {
             let file = word(path);
             if source.is_unsupported() {
@@ -45,6 +52,11 @@ pub(crate) fn hint(error: &Error, call: &Call) -> String {
         ),
         _ => call.help(),
     }
+}
+
+/// Whether a record lies beside an image from which its header can be made whole.
+fn is_torn(path: &Path) -> bool {
+    has_edit(&OsHost, path) || matches!(merge::pending(&OsHost, path, None), Ok(Some(_)))
 }
 
 fn io_hint(path: &Path, op: &str, source: &io::Error, call: &Call) -> String {
@@ -119,6 +131,18 @@ fn refusal_hint(path: &Path, reason: &Refusal, call: &Call) -> String {
         }
         Refusal::NotWritable { .. } => {
             format!("see who may write it: ls -l {file}; then again, as root: sudo {}", call.again())
+        }
+        Refusal::JournalPlace { .. } => format!(
+            "name a folder on a disk that survives a power cut, and the same one again if the merge is stopped: {}",
+            call.again_with(&["--journal-dir", "DIR"])
+        ),
+        Refusal::WrittenSince { .. } => format!(
+            "if {file} was only opened, or what was written there may be merged over, begin again: {}; or give the merge up: qmerge abort {file}",
+            call.again_with(&["--restart"])
+        ),
+        Refusal::MergeDone { top, active } => {
+            let top = if top == active { String::new() } else { format!(" --top {}", word(top)) };
+            format!("finish it: qmerge commit {} --base {file}{top}", word(active))
         }
         Refusal::Other(_) if call.verb == VerbName::Flatten && path != call.image => {
             format!("choose another name for the new file, or move that one away: mv {file} {file}.old")

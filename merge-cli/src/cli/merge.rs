@@ -52,6 +52,17 @@ pub(crate) struct CommitArgs {
     #[arg(long, help_heading = "How")]
     pub(crate) keep_active: bool,
 
+    /// Begin again where base was written by others since this merge was stopped
+    #[arg(long, help_heading = "How", hide_short_help = true)]
+    pub(crate) restart: bool,
+
+    /// Keep the journal in DIR, for block devices and folders that cannot be written
+    ///
+    /// The journal is what makes an interrupted merge go on, so name the same DIR then. Without it, the journal
+    /// lies beside base.
+    #[arg(long, value_name = "DIR", help_heading = "How", hide_short_help = true)]
+    pub(crate) journal_dir: Option<PathBuf>,
+
     /// Also search DIR for images that use base or a merged layer (repeatable)
     ///
     /// The folders of the chain are always searched.
@@ -69,6 +80,20 @@ pub(crate) struct CommitArgs {
     /// Merge although persistent bitmaps of merged layers are lost
     #[arg(long, help_heading = "Safety")]
     pub(crate) drop_bitmaps: bool,
+
+    #[command(flatten)]
+    pub(crate) open: ChainArgs,
+}
+
+/// `qmerge abort`
+#[derive(Debug, Args)]
+pub(crate) struct AbortArgs {
+    /// The image that the merge writes to
+    pub(crate) base: PathBuf,
+
+    /// Where the journal is, if the merge was given such a DIR
+    #[arg(long, value_name = "DIR")]
+    pub(crate) journal_dir: Option<PathBuf>,
 
     #[command(flatten)]
     pub(crate) open: ChainArgs,

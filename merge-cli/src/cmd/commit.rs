@@ -5,7 +5,7 @@ mod json;
 
 use std::sync::Arc;
 
-use qcow2::merge::{BaseChoice, Commit, CommitOptions};
+use qcow2::merge::{self, BaseChoice, Commit, CommitOptions, Plan};
 use qcow2::storage::OsHost;
 use qcow2::{Error, ErrorKind};
 
@@ -14,8 +14,8 @@ use crate::call::Call;
 use crate::cli::CommitArgs;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::output::Console;
 use crate::output::progress::Meter;
+use crate::output::{Console, size};
 use crate::signals::Stop;
 
 /// Plans, and carries the plan out unless it is a dry run.
@@ -38,7 +38,9 @@ pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &St
         console.note(&human::plan(&plan, args));
     }
     let meter = Meter::new(console, "merging");
-    let report = commit.execute(&meter, stop.flag()).map_err(|e| halfway(&e, stop, &meter, call))?;
+    let report = commit
+        .execute(&meter, stop.flag())
+        .map_err(|e| halfway(&e, stop, &meter, call, &kept(&plan, args)))?;
     drop(meter);
     console.event("result", json::result(&plan, &report))?;
     console.result(&human::result(&plan, &report))?;
@@ -61,6 +63,8 @@ fn options(args: &CommitArgs) -> CommitOptions {
         drop_bitmaps: args.drop_bitmaps,
         allow_snapshot_change: args.allow_snapshot_change,
         allow_shared_base: args.allow_shared_base,
+        restart: args.restart,
+        journal_dir: args.journal_dir.clone(),
         scan: args.scan.clone(),
     }
 }
@@ -73,15 +77,28 @@ fn unchanged(error: &Error, stop: &Stop, call: &Call) -> Failure {
     }
 }
 
-/// A failure while the plan was carried out: the guest's view is what it was.
-fn halfway(error: &Error, stop: &Stop, meter: &Meter<'_>, call: &Call) -> Failure {
+/// What is kept of a merge that was stopped, in words that follow a comma.
+fn kept(plan: &Plan, args: &CommitArgs) -> String {
+    // Where it cannot be read, nothing is said.
+    match merge::pending(&OsHost, &plan.base, args.journal_dir.as_deref()) {
+        Ok(Some(pending)) if pending.done > 0 => format!(", {} are done for good", size::short(pending.done)),
+        _ => String::new(),
+    }
+}
+
+/// A failure while the plan was carried out: the guest's view is what it was, and what is `kept` need not be
+/// done again.
+fn halfway(error: &Error, stop: &Stop, meter: &Meter<'_>, call: &Call, kept: &str) -> Failure {
     meter.clear();
     if let (ErrorKind::Cancelled, Some(exit)) = (error.kind(), stop.exit()) {
-        return Failure::interrupted(&format!("at {:.0} %", meter.percent()), exit, call);
+        return Failure::interrupted(&format!("at {:.0} %{kept}", meter.percent()), exit, call);
     }
     match Failure::engine(error, call) {
-        Failure::Reported(report) if error.kind() == ErrorKind::Io => {
-            Report { exit: Exit::HALFWAY, ..report }.into()
+        Failure::Reported(report) => {
+            let exit = if error.kind() == ErrorKind::Io { Exit::HALFWAY } else { report.exit };
+            let message =
+                format!("{}\nstopped at {:.0} %{kept}; nothing is lost", report.message, meter.percent());
+            Report { exit, message, ..report }.into()
         }
         failure => failure,
     }

@@ -1,5 +1,6 @@
 //! One module for each verb.
 
+mod abort;
 mod check;
 mod commit;
 mod compare;
@@ -23,6 +24,7 @@ use crate::output::Console;
 pub(crate) fn run(verb: &Verb, words: &[String], console: &Console) -> Result<Exit, Failure> {
     let call = |verb, image: &Path| Call { verb, image: image.to_owned(), words: words.to_vec() };
     match verb {
+        Verb::Abort(args) => abort::run(args, &call(VerbName::Abort, &args.base), console),
         Verb::Info(args) => info::run(args, &call(VerbName::Info, &args.image), console),
         Verb::Check(args) => check::run(args, &call(VerbName::Check, &args.image), console),
         Verb::Commit(args) => commit::run(args, &call(VerbName::Commit, &args.active), console),

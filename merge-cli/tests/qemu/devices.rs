@@ -44,7 +44,7 @@ fn a_raw_block_device_takes_data_and_zeros() {
     folder.overlay("b.qcow2", "a.qcow2", "qcow2", None, "");
     folder.io("qcow2", "b.qcow2", &["write -P 9 2M 1M", "write -z 4096 512"]);
     let shown = folder.view("qcow2", "b.qcow2");
-    folder.merge("b.qcow2", &["--verify"]);
+    folder.merge("b.qcow2", &["--verify", "--journal-dir", "."]);
     folder.view("raw", &device.0).assert_same(&shown, "the device");
 }
 
@@ -66,7 +66,7 @@ fn a_qcow2_base_on_a_block_device_never_trusts_what_lies_there() {
             &["write -P 5 2M 5M", "write -z 1M 1M", "write -P 6 20M 700", "write -P 6 30M 512"],
         );
         let shown = folder.view("qcow2", "a.qcow2");
-        folder.merge("a.qcow2", &["--verify"]);
+        folder.merge("a.qcow2", &["--verify", "--journal-dir", "."]);
         folder.view("qcow2", &device.0).assert_same(&shown, options);
         folder.check_clean(&device.0);
     }
@@ -81,12 +81,15 @@ fn a_block_device_that_is_too_small_is_refused_with_the_size_that_it_needs() {
     let Some(device) = Device::new(&folder, "disk.img", 8 * MIB) else { return };
     folder.overlay("a.qcow2", &device.0, "raw", Some(9 * MIB), "");
     folder.io("qcow2", "a.qcow2", &["write -P 5 0 64k"]);
-    folder.refused(&["commit", "a.qcow2"], &[8]).says("9437184").says("enlarge the device");
+    folder
+        .refused(&["commit", "a.qcow2", "--journal-dir", "."], &[8])
+        .says("9437184")
+        .says("enlarge the device");
     std::fs::remove_file(folder.join("a.qcow2")).unwrap();
     folder.create(&device.0, 64 * MIB, "");
     folder.overlay("b.qcow2", &device.0, "qcow2", None, "");
     folder.io("qcow2", "b.qcow2", &["write -P 5 0 9M"]);
-    folder.refused(&["commit", "b.qcow2"], &[8]).says("enlarge the device");
+    folder.refused(&["commit", "b.qcow2", "--journal-dir", "."], &[8]).says("enlarge the device");
 }
 
 /// A small XFS in a file, mounted; unmounted when dropped.

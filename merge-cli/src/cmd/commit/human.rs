@@ -18,6 +18,10 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs) -> String {
     let below = plan.restore_points_lost.iter().skip(1);
     let merged: Vec<_> = below.chain([&plan.top]).map(|file| show(file)).collect();
     fields.add("merge", format!("{} into {}", merged.join(", "), show(&plan.base)));
+    if let Some(resumed) = plan.resumed {
+        let done = size::short(resumed.done);
+        fields.add("continues", format!("at {} %: {done} are done already", resumed.percent));
+    }
     fields.add("to copy", size::exact(plan.totals.bytes_to_copy));
     fields.add("to zero", size::exact(plan.totals.bytes_to_zero));
     if plan.totals.clusters_to_allocate > 0 {

@@ -12,6 +12,10 @@ pub(super) fn plan(plan: &Plan) -> Value {
     fields["searched"] = paths(&plan.searched);
     fields["unreadable"] = paths(&plan.unreadable);
     fields["obsolete"] = paths(&plan.obsolete);
+    fields["resumed"] = match plan.resumed {
+        Some(resumed) => json!({ "bytes-done": resumed.done, "percent": resumed.percent }),
+        None => Value::Null,
+    };
     fields
 }
 

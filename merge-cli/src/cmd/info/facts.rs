@@ -6,6 +6,7 @@ use qcow2::chain::BackingName;
 use qcow2::error::Holder;
 use qcow2::format::{Bitmap, Cluster0, Snapshot};
 use qcow2::image::{ImageFormat, Qcow2, read_bitmaps, read_snapshots};
+use qcow2::merge::{self, Pending};
 use qcow2::storage::{Access, FileStat, Host, LockMode};
 use qcow2::{Error, Result};
 
@@ -28,12 +29,14 @@ pub(super) struct Facts {
     pub(super) used: Option<LockMode>,
     /// The processes that have it open, as far as they are visible.
     pub(super) holders: Vec<Holder>,
+    /// The merge into it that was stopped, or is under way.
+    pub(super) pending: Option<Pending>,
     /// What makes the image unusable, if anything does.
     pub(super) problem: Option<Error>,
 }
 
 impl Facts {
-    /// Reads what `path` is. Takes no lock and opens no other file.
+    /// Reads what `path` is. Takes no lock and opens no other file but the journal of a merge beside it.
     ///
     /// # Errors
     /// A file that cannot be read, or whose header cannot be decoded.
@@ -56,6 +59,7 @@ impl Facts {
             bitmaps: Vec::new(),
             used,
             holders,
+            pending: merge::pending(host, path, None)?,
             problem: None,
         };
         if format == ImageFormat::Qcow2 {

@@ -2,6 +2,7 @@
 
 use qcow2::ErrorKind;
 use qcow2::format::{Bitmap, Cluster0, FeatureKind, Snapshot, features};
+use qcow2::merge::Pending;
 use qcow2::storage::LockMode;
 
 use super::Layer;
@@ -39,15 +40,28 @@ fn remarks(facts: &Facts) -> impl Iterator<Item = String> {
     let header = facts.cluster0.as_ref().map(|c| &c.header);
     let all = [
         facts.used.map(|_| format!("in use {}", in_use(facts))),
-        header.filter(|h| h.is_dirty()).map(|_| "marked dirty: not closed cleanly".to_owned()),
+        header
+            .filter(|h| h.is_dirty() && facts.pending.is_none())
+            .map(|_| "marked dirty: not closed cleanly".to_owned()),
         header.filter(|h| h.is_corrupt()).map(|_| "marked corrupt".to_owned()),
         facts.cluster0.as_ref().and_then(merged),
+        facts.pending.as_ref().map(pending),
         (!facts.snapshots.is_empty())
             .then(|| plural(facts.snapshots.len() as u64, "internal snapshot", "internal snapshots")),
         (!facts.bitmaps.is_empty())
             .then(|| plural(facts.bitmaps.len() as u64, "persistent bitmap", "persistent bitmaps")),
     ];
     all.into_iter().flatten()
+}
+
+/// `merge pending: 42 % of b.qcow2 into base.qcow2`, and what to do.
+fn pending(pending: &Pending) -> String {
+    let part = if pending.is_switching { "all of".to_owned() } else { format!("{} % of", pending.percent) };
+    format!(
+        "merge pending: {part} {} is in {}; the same commit goes on",
+        pending.top.display(),
+        pending.base.display()
+    )
 }
 
 fn merged(cluster0: &Cluster0) -> Option<String> {
@@ -80,6 +94,9 @@ pub(super) fn image(facts: &Facts) -> String {
         fields.add("snapshots", list(facts.snapshots.iter().map(snapshot)));
         fields.add("bitmaps", list(facts.bitmaps.iter().map(bitmap)));
         fields.add("state", state(facts, cluster0));
+    }
+    if let Some(merge) = &facts.pending {
+        fields.add("pending", pending(merge));
     }
     fields.add("in use", in_use(facts));
     fields.render()
@@ -156,7 +173,7 @@ fn state(facts: &Facts, cluster0: &Cluster0) -> String {
     if header.is_corrupt() {
         words.push("marked corrupt: must not be written".to_owned());
     }
-    if header.is_dirty() {
+    if header.is_dirty() && facts.pending.is_none() {
         words.push("marked dirty: not closed cleanly, its refcounts cannot be trusted".to_owned());
     }
     if let Some(problem) = &facts.problem {

@@ -39,6 +39,18 @@ pub(super) fn image(facts: &Facts) -> Value {
         let holders = facts.holders.iter().map(|h| json!({ "pid": h.pid, "name": h.name }));
         out.insert("holders".into(), holders.collect());
     }
+    if let Some(pending) = &facts.pending {
+        let fields = json!({
+            "base": path(&pending.base),
+            "top": path(&pending.top),
+            "active": path(&pending.active),
+            "bytes-done": pending.done,
+            "bytes-total": pending.total,
+            "percent": pending.percent,
+            "switching": pending.is_switching,
+        });
+        out.insert("merge-pending".into(), fields);
+    }
     if let Some(problem) = &facts.problem {
         out.insert("problem".into(), problem.to_string().into());
     }

@@ -1,0 +1,55 @@
+//! `qmerge abort`: gives up a merge that was stopped.
+
+use qcow2::merge::{self, Aborted};
+use qcow2::storage::OsHost;
+use serde_json::json;
+
+use super::open;
+use crate::call::Call;
+use crate::cli::AbortArgs;
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::output::json::{path, paths};
+use crate::output::{Console, size};
+use crate::signals::Stop;
+
+/// Leaves base consistent and without a trace of the merge.
+pub(super) fn run(args: &AbortArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
+    let stop = Stop::on_signals(call)?;
+    let dir = args.journal_dir.as_deref();
+    let done = merge::abort(&OsHost, &args.base, &open::options(&args.open), dir, stop.flag())
+        .map_err(|e| Failure::engine(&e, call))?;
+    if console.is_json() {
+        console.document(&json!({
+            "base": path(&args.base),
+            "aborted": done.pending.is_some(),
+            "bytes-done": done.pending.as_ref().map_or(0, |pending| pending.done),
+            "written-since": done.written_since,
+            "restore-points-lost": paths(&done.restore_points_lost),
+        }))?;
+    } else {
+        console.result(&human(&done, args))?;
+    }
+    Ok(Exit::DONE)
+}
+
+fn human(done: &Aborted, args: &AbortArgs) -> String {
+    let base = args.base.display();
+    let Some(pending) = &done.pending else { return format!("no merge into {base} is pending") };
+    let mut lines = vec![format!(
+        "gave up the merge of {} into {base} at {} %: {} had been written",
+        pending.top.display(),
+        pending.percent,
+        size::short(pending.done)
+    )];
+    if done.written_since {
+        lines.push(format!("somebody has written to {base} since; only the merge's journal was removed"));
+    } else {
+        lines.push(format!("{base} is consistent, and the overlays hold all that they held"));
+    }
+    if !done.restore_points_lost.is_empty() {
+        let lost: Vec<_> = done.restore_points_lost.iter().map(|file| file.display().to_string()).collect();
+        lines.push(format!("restore points no more, as the merge had begun to write: {}", lost.join(", ")));
+    }
+    lines.join("\n")
+}
