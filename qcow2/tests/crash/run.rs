@@ -1,6 +1,6 @@
 //! Scenarios on all cores, and what came out.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::Write;
 use std::sync::Mutex;
 use std::time::Instant;
@@ -50,6 +50,8 @@ pub(crate) struct Outcome {
     pub(crate) scenarios: u64,
     pub(crate) states: u64,
     pub(crate) failed: u64,
+    /// How often what was wrong.
+    pub(crate) kinds: BTreeMap<String, u64>,
     /// The first failures, in words.
     pub(crate) failures: Vec<String>,
 }
@@ -57,6 +59,8 @@ pub(crate) struct Outcome {
 impl Outcome {
     pub(crate) fn fail(&mut self, what: String) {
         self.failed += 1;
+        let kind = what.rsplit(": ").next().unwrap_or_default();
+        *self.kinds.entry(kind.chars().filter(|c| !c.is_ascii_digit()).collect()).or_default() += 1;
         if self.failures.len() < 5 {
             self.failures.push(what);
         }
@@ -66,6 +70,7 @@ impl Outcome {
         self.scenarios += other.scenarios;
         self.states += other.states;
         self.failed += other.failed;
+        other.kinds.into_iter().for_each(|(kind, count)| *self.kinds.entry(kind).or_default() += count);
         self.failures.extend(other.failures);
     }
 }
@@ -97,6 +102,9 @@ pub(crate) fn all(
         total.failed,
         start.elapsed().as_secs_f64()
     ));
+    for (kind, count) in &total.kinds {
+        say(&format!("  {count} times: {kind}"));
+    }
     assert!(total.failed == 0, "{} failures; the first ones:\n{}", total.failed, total.failures.join("\n"));
     total
 }
