@@ -1,6 +1,8 @@
 //! A live merge as a whole: its procedure, its job in QEMU, and its state file, always in the right order.
 
 mod procedure;
+#[cfg(test)]
+mod tests;
 mod throttle;
 
 use std::path::PathBuf;

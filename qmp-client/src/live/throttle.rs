@@ -129,7 +129,7 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
         on_limit: &mut dyn FnMut(u64),
     ) -> Result<Waited> {
         let begin = Instant::now();
-        let mut before: Option<JobState> = None;
+        let mut before: Option<(JobState, Instant)> = None;
         let mut limit = None;
         loop {
             let left = timeout.map(|timeout| timeout.saturating_sub(begin.elapsed()));
@@ -138,14 +138,16 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
                 Waited::TimeUp(job) if left.is_none_or(|left| left > STEP) => job,
                 ended => return Ok(ended),
             };
-            if let Some(before) = before
-                && let Some(next) = next_limit(&before, &job, limit)
-            {
-                self.throttle(throttle, next)?;
-                limit = Some(next);
-                on_limit(next);
+            // A slow job copies in large pieces, with pauses between them that tell nothing.
+            let (then, since) = before.get_or_insert_with(|| (job.clone(), Instant::now()));
+            if job.done > then.done {
+                if let Some(next) = next_limit(then, &job, since.elapsed(), limit) {
+                    self.throttle(throttle, next)?;
+                    limit = Some(next);
+                    on_limit(next);
+                }
+                before = Some((job, Instant::now()));
             }
-            before = Some(job);
         }
     }
 
@@ -169,16 +171,16 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
     }
 }
 
-/// The next lower limit, if in this step the guest wrote about as much as was copied, and the limit can still be
+/// The next lower limit, if in this time the guest wrote about as much as was copied, and the limit can still be
 /// lowered.
-fn next_limit(before: &JobState, now: &JobState, limit: Option<u64>) -> Option<u64> {
+fn next_limit(before: &JobState, now: &JobState, time: Duration, limit: Option<u64>) -> Option<u64> {
     let copied = now.done.saturating_sub(before.done);
     let written = now.total.saturating_sub(before.total);
     // A job that stands still does not copy, and that is not the guest's doing.
     if copied == 0 || now.is_stalled() || written < copied / 10 * 9 {
         return None;
     }
-    let per_second = copied / STEP.as_secs().max(1);
+    let per_second = copied / time.as_secs().max(1);
     let next = limit.map_or(per_second, |limit| limit.min(per_second)) / 2;
     Some(next.max(Throttle::FLOOR)).filter(|next| limit.is_none_or(|limit| *next < limit))
 }
@@ -204,6 +206,8 @@ mod tests {
     #[test]
     fn a_limit_is_lowered_as_long_as_the_guest_keeps_up_and_never_below_the_floor() {
         let mib = 1 << 20;
+        let next_limit =
+            |before: &JobState, now: &JobState, limit| next_limit(before, now, Duration::from_secs(3), limit);
         assert_eq!(next_limit(&job(0, 90 * mib), &job(60 * mib, 150 * mib), None), Some(10 * mib));
         assert_eq!(next_limit(&job(0, 90 * mib), &job(60 * mib, 140 * mib), None), None, "it gains");
         assert_eq!(next_limit(&job(0, 9 * mib), &job(0, 90 * mib), None), None, "it stands still");

@@ -112,6 +112,11 @@ impl Chain {
         info.lines().find_map(|l| l.strip_prefix(line).map(|rest| rest.trim_start_matches(": ").to_owned()))
     }
 
+    /// Where the daemon's own NBD server listens, if it has one.
+    pub(crate) fn nbd(&self) -> PathBuf {
+        self.folder.path().join("nbd.sock")
+    }
+
     /// The state file beside the active image.
     pub(crate) fn state_file(&self) -> StateFile {
         StateFile::beside(&self.path(self.layers)).unwrap()
