@@ -11,6 +11,7 @@
 mod support;
 
 mod article;
+mod convergence;
 mod instants;
 mod killed;
 mod styles;
