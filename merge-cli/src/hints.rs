@@ -9,7 +9,6 @@ use qcow2::journal::has_edit;
 use qcow2::merge;
 use qcow2::storage::OsHost;
 use qcow2::{Error, Refusal};
-use qmp_client::Address;
 
 use crate::call::{Call, VerbName};
 use crate::monitors;
@@ -161,19 +160,55 @@ fn in_use_hint(path: &Path, holders: &[Holder], call: &Call) -> String {
         );
     }
     if holders.iter().any(|holder| holder.name.starts_with("qemu-system") || holder.name == "kvm") {
-        return format!("shut the virtual machine down, then again: {again}{}", live_hint(holders));
+        return format!("shut the virtual machine down, then again: {again}{}", live_hint(holders, call));
     }
     let pids: Vec<_> = holders.iter().map(|holder| holder.pid.to_string()).collect();
-    format!("let it finish or end it (kill {}), then again: {again}{}", pids.join(" "), live_hint(holders))
+    format!(
+        "let it finish or end it (kill {}), then again: {again}{}",
+        pids.join(" "),
+        live_hint(holders, call)
+    )
 }
 
-/// How to look at the images that a running QEMU holds, where one of the holders shows a monitor.
-fn live_hint(holders: &[Holder]) -> String {
-    let address = holders.iter().find_map(monitors::of);
-    let line = |a: Address| {
-        format!("; its disks, as it runs: qmerge live list --qmp {}", shell_word(&a.to_string()))
-    };
-    address.map(line).unwrap_or_default()
+/// How to do the same to the images as QEMU runs, where one of the holders shows a monitor.
+fn live_hint(holders: &[Holder], call: &Call) -> String {
+    let Some(address) = holders.iter().find_map(monitors::of) else { return String::new() };
+    let address = shell_word(&address.to_string());
+    match call.verb {
+        VerbName::Commit => {
+            format!("; or merge as it runs: qmerge live {} --qmp {address}", live_words(call))
+        }
+        _ => format!("; its disks, as it runs: qmerge live list --qmp {address}"),
+    }
+}
+
+/// The words of a commit as `live commit` takes them: a disk answers to its active image too.
+fn live_words(call: &Call) -> String {
+    let mut line = format!("commit {}", word(&call.image));
+    let mut words = call.words.iter().map(String::as_str);
+    let mut whole = true;
+    while let Some(option) = words.next() {
+        let (name, value) =
+            option.split_once('=').map_or((option, None), |(name, value)| (name, Some(value)));
+        match name {
+            "--base" | "--top" | "--scan" => {
+                whole &= name != "--top";
+                let value = value.or_else(|| words.next()).unwrap_or_default();
+                line += &format!(" {name} {}", shell_word(value));
+            }
+            "--shallow" | "--delete" | "--drop-bitmaps" | "--allow-shared-base" | "--dry-run" => {
+                line += &format!(" {name}");
+            }
+            _ => {}
+        }
+    }
+    if whole && call.words.iter().any(|word| word == "--keep-active") {
+        line + " --keep-overlay"
+    } else if whole {
+        line + " --active --pivot"
+    } else {
+        line
+    }
 }
 
 fn no_space_hint(path: &Path, call: &Call) -> String {
@@ -237,6 +272,23 @@ mod tests {
         assert!(used(vec![]).contains("as root: sudo lsof b.qcow2"));
         assert!(used(vec![holder("qemu-system-x86")]).starts_with("shut the virtual machine down"));
         assert!(used(vec![holder("qemu-nbd")]).contains("kill 42"));
+    }
+
+    #[test]
+    fn a_commit_is_told_as_it_is_typed_for_a_running_qemu() {
+        let live = |words: &[&str]| {
+            let words = words.iter().map(|&word| word.to_owned()).collect();
+            live_words(&Call { verb: VerbName::Commit, image: PathBuf::from("c.img"), words })
+        };
+        assert_eq!(live(&["commit", "c.img"]), "commit c.img --active --pivot");
+        assert_eq!(
+            live(&["commit", "--verify", "c.img", "--base=[1]", "--top", "b.img", "--delete"]),
+            "commit c.img --base '[1]' --top b.img --delete"
+        );
+        assert_eq!(
+            live(&["commit", "c.img", "--keep-active", "--shallow"]),
+            "commit c.img --shallow --keep-overlay"
+        );
     }
 
     #[test]

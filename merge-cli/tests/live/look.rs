@@ -176,13 +176,25 @@ fn who_cannot_be_reached_is_explained() {
 }
 
 #[test]
-fn an_image_that_qemu_holds_leads_to_its_monitor() {
+fn an_image_that_qemu_holds_leads_to_the_same_merge_as_it_runs() {
     if !tools_are_here() {
         return;
     }
     let lab = Lab::new();
-    let expected = format!("qmerge live list --qmp {}", lab.path("qmp.sock"));
-    failed(&qmerge(lab.dir(), &["commit", "3.img"]), 5, &["in use", &expected]);
+    let socket = lab.path("qmp.sock");
+    let hint = format!("qmerge live commit 3.img --active --pivot --qmp {socket}");
+    failed(&qmerge(lab.dir(), &["commit", "3.img"]), 5, &["in use", &hint]);
+    let hint = format!("qmerge live commit 3.img --top 2.img --qmp {socket}");
+    failed(&qmerge(lab.dir(), &["commit", "3.img", "--top", "2.img"]), 5, &["in use", &hint]);
+    // What is printed can be typed.
+    let output = qmerge(lab.dir(), &["live", "commit", "3.img", "--top", "2.img", "--qmp", &socket]);
+    assert_eq!(output.status.code(), Some(0), "{}", crate::support::text(&output.stderr));
+    assert_eq!(lab.json(&["chain", "disk0"]).as_array().unwrap().len(), 2);
+    failed(
+        &qmerge(lab.dir(), &["flatten", "3.img", "-o", "new.img"]),
+        5,
+        &[&format!("qmerge live list --qmp {socket}")],
+    );
 }
 
 #[test]

@@ -126,3 +126,53 @@ fn a_state_that_may_have_been_switched_must_be_recovered_first() {
     std::fs::write(&state, "{").unwrap();
     machine.fails("commit", &["--pivot"], 1, &[".c.img.qmerge-live", "ls -la"]);
 }
+
+/// Has a file that not even root may write, while `f` runs; `false` where there are no such files.
+fn unwritable(machine: &Machine, name: &str, f: impl FnOnce()) -> bool {
+    let path = machine.dir().join(name);
+    let flag = |flag: &str| {
+        std::process::Command::new("chattr").arg(flag).arg(&path).status().is_ok_and(|s| s.success())
+    };
+    if !flag("+i") {
+        eprintln!("SKIPPED: chattr +i does not work here, so files that QEMU cannot write were not tested");
+        return false;
+    }
+    f();
+    flag("-i")
+}
+
+#[test]
+fn images_that_qemu_cannot_write_are_named_and_qemu_lives() {
+    if !tools_are_here() {
+        return;
+    }
+    let machine = Machine::new(Style::Drive);
+    let before = machine.files();
+    for (image, args) in
+        [("b.img", &["--top", "[2]"][..]), ("base.img", &["--top", "[3]"]), ("base.img", &["--pivot"])]
+    {
+        let refused =
+            || machine.fails("commit", args, 1, &["refused", "nothing was changed", "ls -l", image]);
+        if !unwritable(&machine, image, refused) {
+            return;
+        }
+        assert!(
+            machine.job().is_null() && !machine.has(".c.img.qmerge-live") && !machine.has("qmp.sock.qmerge")
+        );
+    }
+    assert!(before == machine.files());
+    machine.ok("commit", &["--top", "[2]"]);
+    machine.holds_the_disk("c.img");
+}
+
+#[test]
+fn a_name_that_only_qemu_understands_gets_a_hint() {
+    if !tools_are_here() {
+        return;
+    }
+    let machine = Machine::new(Style::RelativeDrive);
+    std::fs::rename(machine.dir().join("c.img"), machine.dir().join("moved.img")).unwrap();
+    let output = qmerge(machine.dir(), &["live", "snapshot", "vda=d.img", "--qmp", "qmp.sock"]);
+    failed(&output, 6, &["'c.img'", "start QEMU with absolute names"]);
+    assert!(!machine.has("d.img"));
+}

@@ -17,7 +17,7 @@ use crate::cli::{JobArgs, LiveCommitArgs, PullArgs};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Console;
-use crate::output::human::printable;
+use crate::output::human::{printable, shell_word};
 use crate::output::progress::Meter;
 use crate::signals::Stop;
 
@@ -157,7 +157,7 @@ impl Start<'_> {
             Procedure::Commit(commit) => commit.preflight(&monitor),
             Procedure::Pull(pull) => pull.preflight(&monitor),
         };
-        passed.map_err(|e| self.session.failure(&e))?;
+        passed.map_err(|e| self.not_begun(&e, plan))?;
         let wishes = qmp_client::Wishes {
             delete: self.wanted.delete,
             pivot: self.wanted.end == End::Pivot,
@@ -166,7 +166,7 @@ impl Start<'_> {
         };
         let drive = self.drive(throttle)?;
         let merge = Merge::begin(&monitor, procedure, file, self.session.address, &wishes);
-        let mut merge = merge.map_err(|e| self.session.failure(&e))?;
+        let mut merge = merge.map_err(|e| self.not_begun(&e, plan))?;
         if self.job.async_ {
             Outcome::started(self.session, merge.state()).tell(self.console)?;
             return Ok(Exit::DONE);
@@ -175,6 +175,21 @@ impl Start<'_> {
         drop(merge);
         drop(monitor);
         drive.take_turns(step)
+    }
+
+    /// QEMU refused what the merge needs, before anything was changed.
+    fn not_begun(&self, error: &qmp_client::Error, plan: &Plan) -> Failure {
+        if !matches!(error, qmp_client::Error::Command { .. }) {
+            return self.session.failure(error);
+        }
+        let written = plan.relink.iter().map(|(overlay, _)| overlay).chain([plan.receiver()]);
+        let files: Vec<_> = written.map(|layer| shell_word(&layer.file)).collect();
+        let hint = format!(
+            "nothing was changed; QEMU must be able to write these: ls -l {}; then again: {}",
+            files.join(" "),
+            self.session.again()
+        );
+        self.session.failure_with(error, hint)
     }
 
     /// What can slow the guest down, if the user allows that.

@@ -34,7 +34,10 @@ pub(super) fn run(
                 &error,
                 format!("choose another name; those are taken: ls -l {}", folder_word(file)),
             ),
-            None => session.failure(&error),
+            None => match wanted.iter().find(|(disk, _)| is_relative(&disk.active().file)) {
+                Some((disk, _)) => session.failure_with(&error, relative(disk)),
+                None => session.failure(&error),
+            },
         },
         _ => session.failure(&error),
     })?;
@@ -48,4 +51,18 @@ pub(super) fn run(
     console.result(&lines.collect::<Vec<_>>().join("\n"))?;
     console.note("what starts the virtual machine must name the new files the next time");
     Ok(())
+}
+
+/// Whether only QEMU knows which file is meant: the name is relative to its folder, and none of its open files is seen
+/// to have it.
+fn is_relative(file: &str) -> bool {
+    !file.starts_with('/') && !file.contains(':')
+}
+
+fn relative(disk: &Disk) -> String {
+    format!(
+        "QEMU opened {} by a name of its own folder, and its open files do not show which file that is: run this as root, or \
+         start QEMU with absolute names",
+        printable(&disk.active().file)
+    )
 }
