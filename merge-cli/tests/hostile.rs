@@ -214,3 +214,25 @@ fn mutated_images_never_end_in_a_panic() {
         }
     }
 }
+
+#[test]
+fn a_name_in_an_image_does_not_command_the_terminal() {
+    let name = "ba\u{1b}[31mse\u{7}.raw";
+    let mut top = top();
+    top.backing = Some((name.into(), Some("raw".into())));
+    let dir = folder(&base().build(), &top.build());
+    std::fs::write(dir.path().join(name), vec![0; 65536]).unwrap();
+    for args in [
+        &["info", "top.qcow2"][..],
+        &["info", "--chain", "top.qcow2"],
+        &["map", "top.qcow2"],
+        &["commit", "top.qcow2", "--dry-run"],
+        &["commit", "top.qcow2", "--allow-dir", "/etc"],
+        &["commit", "top.qcow2", "--json", "--dry-run"],
+    ] {
+        let output = qmerge(dir.path(), args);
+        let said = [output.stdout, output.stderr].concat();
+        assert!(!said.is_empty(), "{args:?}");
+        assert!(!said.contains(&0x1b) && !said.contains(&7), "{args:?}: {}", String::from_utf8_lossy(&said));
+    }
+}

@@ -11,6 +11,8 @@ mod commits;
 mod compressed;
 #[path = "hostile/header.rs"]
 mod header;
+#[path = "hostile/history.rs"]
+mod history;
 #[path = "hostile/kit.rs"]
 mod kit;
 #[path = "hostile/mappings.rs"]

@@ -14,6 +14,7 @@ use crate::cli::MapArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Console;
+use crate::output::harmless;
 
 /// Prints the map, range by range as it is found: its length does not matter for memory.
 pub(super) fn run(args: &MapArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
@@ -211,5 +212,5 @@ fn print_line(
     layer: &str,
 ) -> io::Result<()> {
     let line = format!("{start:<16}  {len:<16}  {what:<10}  {at:<16}  {layer}");
-    writeln!(out, "{}", line.trim_end())
+    writeln!(out, "{}", harmless(line.trim_end()))
 }

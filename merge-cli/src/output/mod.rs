@@ -5,6 +5,7 @@ pub(crate) mod json;
 pub(crate) mod progress;
 pub(crate) mod size;
 
+use std::borrow::Cow;
 use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -47,7 +48,7 @@ impl Console {
         if self.json || self.quiet {
             return Ok(());
         }
-        write_stdout(text)
+        write_stdout(&harmless(text))
     }
 
     /// Prints one JSON document, indented, as the whole result.
@@ -100,5 +101,15 @@ fn write_stdout(text: &str) -> Result<(), Failure> {
 
 /// Writes to standard error; there is nobody left to tell if that fails.
 fn write_stderr(text: &str) {
-    let _ = writeln!(io::stderr().lock(), "{}", text.trim_end_matches('\n'));
+    let _ = writeln!(io::stderr().lock(), "{}", harmless(text.trim_end_matches('\n')));
+}
+
+/// A text for a terminal: names that images hold stand in it, and their authors may have put control
+/// characters into them. Ends of lines stay.
+pub(crate) fn harmless(text: &str) -> Cow<'_, str> {
+    let is_harmful = |c: char| c.is_control() && c != '\n';
+    if !text.contains(is_harmful) {
+        return text.into();
+    }
+    text.replace(is_harmful, "\u{fffd}").into()
 }
