@@ -4,6 +4,7 @@
 mod common;
 
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use common::cut::{Cut, Lost};
@@ -285,4 +286,49 @@ fn a_pull_that_is_kept_is_not_asked_about_because_qemu_would_die() {
     assert!(error.contains("theirs") && error.contains("job-dismiss"), "{error}");
     job.take_result().unwrap();
     assert_eq!(listed(&disk(&monitor)), ["4.img", "1.img"]);
+}
+
+#[test]
+fn a_write_that_qemu_should_have_held_is_not_lost_at_the_pivot() {
+    if !tools_are_here() {
+        return;
+    }
+    let chain = Chain::new(Make::default());
+    let mut expected = chain.bytes(4);
+    let daemon = Daemon::serve(&chain, Some(&chain.nbd()));
+    let connection = daemon.connect();
+    // Held, and the client is gone.
+    let cut = Cut::after(2, Lost::Command, &connection, &|| {});
+    let planned = commit(&connection, "[1]", "[4]", CommitOptions::default());
+    let mut merge =
+        Merge::begin(&cut, planned, chain.state_file(), &daemon.address(), &Wishes::default()).unwrap();
+    merge.wait(None, &mut |_| Watch::GoOn).unwrap();
+    assert!(merge.pivot().is_err());
+    drop(merge);
+    drop(cut);
+    drop(connection);
+    // A client that connects now should be held too; QEMU 10.0.2 acknowledges its writes.
+    let export = format!("nbd+unix:///x?socket={}", chain.nbd().display());
+    let mut writer = Command::new("timeout")
+        .args(["10", "qemu-io", "-f", "raw", "-c", "write -q -P 238 9M 64k", "-c", "flush", &export])
+        .spawn()
+        .unwrap();
+    let acknowledged = writer.wait().unwrap().success();
+    let monitor = daemon.connect();
+    let mut merge = attach(&monitor, &daemon).unwrap();
+    let pivoted = merge.pivot();
+    let top = match (acknowledged, pivoted) {
+        (true, Err(Error::Job { why, .. })) => {
+            assert!(why.contains("held"), "{why}");
+            assert_eq!((merge.state().phase, &merge.state().valid_top), (Phase::Copying, &chain.name(4)));
+            assert!(jobs(&monitor).unwrap().is_empty());
+            expected[9 << 20..(9 << 20) + (64 << 10)].fill(238);
+            4
+        }
+        (false, Ok(_)) => 1,
+        other => panic!("{other:?}"),
+    };
+    drop(merge);
+    drop(daemon);
+    assert!(chain.bytes(top) == expected, "an acknowledged write is lost");
 }

@@ -9,12 +9,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use qapi::qmp::JobStatus;
+use serde_json::{Value, json};
 
 use crate::address::Address;
 use crate::error::{Error, Result};
 use crate::graph::{Disk, Graph, Layer};
 use crate::jobs::{Job, Progress, Waited, Watch, jobs};
-use crate::monitor::Monitor;
+use crate::monitor::{Execute, Monitor};
 use crate::procedure::{Merged, cancel, with_chain};
 use crate::state::{
     CLOCK_STEP, FileIdentity, Kind, Phase, Pointer, State, StateFile, StateLayer, boot, now_ns,
@@ -248,8 +249,26 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
         if status == Some(JobStatus::pending) {
             self.procedure.find_means(self.monitor)?;
         }
-        let (state, file) = (&mut self.state, &self.file);
-        self.procedure.switch(&self.job, self.monitor, &mut || note_switching(state, file))
+        let (state, file, monitor) = (&mut self.state, &self.file, self.monitor);
+        self.procedure.switch(&self.job, monitor, &mut || {
+            note_switching(state, file)?;
+            if state.kind != Kind::ActiveCommit {
+                return Ok(());
+            }
+            let why = match is_written_while_held(monitor, state) {
+                Ok(false) => return Ok(()),
+                Ok(true) => {
+                    let why = "somebody has written to the disk while QEMU held it; without the pivot nothing is lost";
+                    Error::Job { id: state.job.clone(), why: why.to_owned() }
+                }
+                Err(error) => error,
+            };
+            // The guest stays where it is: the active layer is the valid top again before the job is cancelled.
+            let valid_top = state.top_before();
+            state.enter(Phase::Copying, valid_top);
+            file.save(state)?;
+            Err(why)
+        })
     }
 
     /// The disk with the chain that the merge leaves, if QEMU shows it.
@@ -315,6 +334,21 @@ fn note_switching(state: &mut State, file: &StateFile) -> Result<()> {
         let _ = file.save(state);
     }
     saved
+}
+
+/// Whether anything was written since QEMU holds the disk's writes, and so is not in base. QEMU 10.0.2 does not hold back
+/// a client that connects to an NBD export only then, and loses at the pivot what it acknowledged to it.
+fn is_written_while_held(monitor: &(impl Monitor + ?Sized), state: &State) -> Result<bool> {
+    let active = state.active().map(|layer| layer.node.as_str());
+    let graph = Graph::ask(monitor)?;
+    let disk = graph.disks().iter().find(|disk| Some(disk.active().node.as_str()) == active);
+    let filters = disk.map(Disk::filters).unwrap_or_default();
+    let nodes = monitor.query("query-named-block-nodes", json!({"flat": true}))?;
+    let is_filter = |node: &&Value| filters.iter().any(|filter| node["node-name"] == filter.as_str());
+    let filters = nodes.as_array().into_iter().flatten().filter(is_filter);
+    // The list of what is still to be copied has no name; a bitmap of a user's has one.
+    let mut lists = filters.filter_map(|node| node["dirty-bitmaps"].as_array()).flatten();
+    Ok(lists.any(|list| list.get("name").is_none() && list["count"].as_u64() != Some(0)))
 }
 
 /// Waits until a write to base or to the active layer would change its time. The kernel's clock for files goes in
