@@ -24,6 +24,8 @@ pub(crate) enum VerbName {
     Flatten,
     /// `qmerge demo`
     Demo,
+    /// `qmerge live recover`
+    Recover,
 }
 
 impl VerbName {
@@ -53,6 +55,7 @@ impl VerbName {
             Self::Abort => "abort",
             Self::Flatten => "flatten",
             Self::Demo => "demo",
+            Self::Recover => "live recover",
         }
     }
 

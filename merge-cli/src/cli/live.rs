@@ -112,6 +112,31 @@ pub(crate) enum LiveVerb {
         #[arg(value_parser = size::parse)]
         rate: u64,
     },
+
+    /// Put right what an interrupted merge left
+    ///
+    /// After QEMU, this command or the host has gone in the middle of a merge: says which image holds the disk,
+    /// and does what is left to do. Where somebody has written to an image that the merge left behind, it
+    /// changes nothing and says what can be done. Needs no QEMU; with --qmp it also looks beside that socket.
+    #[command(
+        after_long_help = "Examples:\n  qmerge live recover /vm/a.qcow2\n  qmerge live recover --qmp /run/vm1/qmp.sock\n  qmerge live recover /vm --dry-run"
+    )]
+    Recover(RecoverArgs),
+}
+
+/// `qmerge live recover`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RecoverArgs {
+    /// An image of the chain, a folder, or a disk; without it, the current folder
+    pub(crate) what: Option<String>,
+
+    /// Say what would be done, and change nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+
+    /// Look in DIR too, where the merge kept its state
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
 }
 
 /// `DISK=FILE` of `snapshot`.
@@ -139,6 +164,7 @@ impl LiveVerb {
             Self::Resume { .. } => "resume",
             Self::Cancel { .. } => "cancel",
             Self::Speed { .. } => "speed",
+            Self::Recover(_) => "recover",
         }
     }
 

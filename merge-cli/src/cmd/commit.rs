@@ -2,6 +2,7 @@
 
 mod human;
 mod json;
+mod live;
 
 use std::sync::Arc;
 
@@ -25,8 +26,12 @@ pub(super) fn run(args: &CommitArgs, call: &Call, console: &Console) -> Result<E
 
 /// As [`run`], where signals are watched already.
 pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &Stop) -> Result<Exit, Failure> {
-    let commit = Commit::prepare(Arc::new(OsHost), &args.active, &options(args), stop.flag())
-        .map_err(|e| unchanged(&e, stop, call))?;
+    live::refuse_interrupted(args, call)?;
+    let prepared = Commit::prepare(Arc::new(OsHost), &args.active, &options(args), stop.flag());
+    if let Err(Error::InUse { path, holders }) = &prepared {
+        return Err(live::in_use(path, holders, args, call));
+    }
+    let commit = prepared.map_err(|e| unchanged(&e, stop, call))?;
     let plan = commit.plan().clone();
     console.event("plan", json::plan(&plan))?;
     if args.dry_run {

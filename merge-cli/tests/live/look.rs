@@ -182,9 +182,14 @@ fn an_image_that_qemu_holds_leads_to_the_same_merge_as_it_runs() {
     }
     let lab = Lab::new();
     let socket = lab.path("qmp.sock");
+    // A client that holds the monitor keeps it from being asked for the disk's name.
+    let client = lab.connect();
     let hint = format!("qmerge live commit 3.img --active --pivot --qmp {socket}");
     failed(&qmerge(lab.dir(), &["commit", "3.img"]), 5, &["in use", &hint]);
-    let hint = format!("qmerge live commit 3.img --top 2.img --qmp {socket}");
+    drop(client);
+    let hint = format!("qmerge live commit disk0 --pivot --qmp {socket};");
+    failed(&qmerge(lab.dir(), &["commit", "3.img"]), 5, &["in use", &hint]);
+    let hint = format!("qmerge live commit disk0 --top '[2]' --qmp {socket};");
     failed(&qmerge(lab.dir(), &["commit", "3.img", "--top", "2.img"]), 5, &["in use", &hint]);
     // What is printed can be typed.
     let output = qmerge(lab.dir(), &["live", "commit", "3.img", "--top", "2.img", "--qmp", &socket]);

@@ -9,6 +9,7 @@ use qcow2::image::{ImageFormat, Qcow2, read_bitmaps, read_snapshots};
 use qcow2::merge::{self, Pending};
 use qcow2::storage::{Access, FileStat, Host, LockMode};
 use qcow2::{Error, Result};
+use qmp_client::{State, StateFile};
 
 /// What one image is.
 #[derive(Debug)]
@@ -31,6 +32,9 @@ pub(super) struct Facts {
     pub(super) holders: Vec<Holder>,
     /// The merge into it that was stopped, or is under way.
     pub(super) pending: Option<Pending>,
+    /// A merge of a running virtual machine of which this was the active image, and that has not come to its end:
+    /// its state file, and what that says if it can be read.
+    pub(super) live_merge: Option<(PathBuf, Option<State>)>,
     /// What makes the image unusable, if anything does.
     pub(super) problem: Option<Error>,
 }
@@ -60,6 +64,7 @@ impl Facts {
             used,
             holders,
             pending: merge::pending(host, path, None)?,
+            live_merge: live_merge(path),
             problem: None,
         };
         if format == ImageFormat::Qcow2 {
@@ -89,5 +94,16 @@ impl Facts {
         let raw = self.cluster0.as_ref()?.backing_name.as_deref()?;
         let resolved = BackingName::parse(raw).map(|name| name.resolve(&self.path));
         Some((String::from_utf8_lossy(raw).into_owned(), resolved))
+    }
+}
+
+fn live_merge(path: &Path) -> Option<(PathBuf, Option<State>)> {
+    let file = StateFile::beside(&std::path::absolute(path).ok()?)?;
+    let state = file.load();
+    let found = |state| Some((file.path().to_owned(), state));
+    match state {
+        Ok(None) => None,
+        Ok(state) => found(state),
+        Err(_) => found(None),
     }
 }

@@ -7,6 +7,8 @@ use qcow2::storage::LockMode;
 
 use super::Layer;
 use super::facts::Facts;
+use crate::cmd::live::recover::tell::what;
+use crate::hints::word;
 use crate::output::human::{Fields, Table, plural};
 use crate::output::size;
 
@@ -46,6 +48,7 @@ fn remarks(facts: &Facts) -> impl Iterator<Item = String> {
         header.filter(|h| h.is_corrupt()).map(|_| "marked corrupt".to_owned()),
         facts.cluster0.as_ref().and_then(merged),
         facts.pending.as_ref().map(pending),
+        live_merge(facts),
         (!facts.snapshots.is_empty())
             .then(|| plural(facts.snapshots.len() as u64, "internal snapshot", "internal snapshots")),
         (!facts.bitmaps.is_empty())
@@ -71,6 +74,16 @@ fn merged(cluster0: &Cluster0) -> Option<String> {
     }
     let into = cluster0.merging_into()?;
     Some(format!("a merge into {} was stopped; the same commit goes on", name(into)))
+}
+
+/// A merge of the running machine that has not come to its end.
+fn live_merge(facts: &Facts) -> Option<String> {
+    let (file, state) = facts.live_merge.as_ref()?;
+    let recover = format!("qmerge live recover {}", word(&facts.path));
+    Some(match state {
+        Some(state) => format!("{} has not ended; how it stands: {recover}", what(state)),
+        None => format!("{} cannot be read: {recover}", file.display()),
+    })
 }
 
 /// Lines for one image.
@@ -99,6 +112,9 @@ pub(super) fn image(facts: &Facts) -> String {
         fields.add("pending", pending(merge));
     }
     fields.add("in use", in_use(facts));
+    if let Some(live) = live_merge(facts) {
+        fields.add("live merge", live);
+    }
     fields.render()
 }
 

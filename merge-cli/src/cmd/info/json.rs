@@ -51,6 +51,17 @@ pub(super) fn image(facts: &Facts) -> Value {
         });
         out.insert("merge-pending".into(), fields);
     }
+    if let Some((file, state)) = &facts.live_merge {
+        let state = state.as_ref();
+        let live = json!({
+            "state-file": path(file),
+            "disk": state.map(|s| s.disk.as_str()),
+            "kind": state.map(|s| s.kind),
+            "phase": state.map(|s| s.phase),
+            "valid-top": state.map(|s| s.valid_top.as_str()),
+        });
+        out.insert("live-merge".into(), live);
+    }
     if let Some(problem) = &facts.problem {
         out.insert("problem".into(), problem.to_string().into());
     }

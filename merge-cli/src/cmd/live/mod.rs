@@ -15,6 +15,7 @@ mod merge;
 mod outcome;
 mod plan;
 mod pull;
+pub(super) mod recover;
 mod siblings;
 mod snapshot;
 mod stall;
@@ -34,6 +35,9 @@ use crate::output::Console;
 
 /// Connects and does it. A monitor that belongs to somebody else is only looked at.
 pub(super) fn run(args: &LiveArgs, words: &[String], console: &Console) -> Result<Exit, Failure> {
+    if let LiveVerb::Recover(recover) = &args.verb {
+        return recover::run(recover, args.qmp.as_ref(), words, console);
+    }
     let Some(address) = &args.qmp else { return Err(trouble::no_address(&args.verb)) };
     let session = Session { address, verb: &args.verb, words };
     guard::place(&session)?;
@@ -57,6 +61,8 @@ pub(super) fn run(args: &LiveArgs, words: &[String], console: &Console) -> Resul
             guard::disk(&session, disk)?;
             jobs::steer(&session, &monitor, &graph, disk, console)
         }
+        // It needs no monitor, and was dealt with before.
+        LiveVerb::Recover(_) => Ok(()),
     }?;
     Ok(Exit::DONE)
 }

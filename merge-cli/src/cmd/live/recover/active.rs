@@ -1,0 +1,155 @@
+//! Merges of the active layer: the guest goes on with base, and the image that it leaves is stale from then on.
+
+use std::path::Path;
+
+use qcow2::Result;
+use qcow2::chain::{OpenOptions, Policy};
+use qcow2::merge::{EmptyOptions, Interrupted, Known, empty_onto, remove};
+use qcow2::storage::OsHost;
+use qcow2::{Error, units::GuestOffset};
+use qmp_client::{Header, Phase, Qemu, StateLayer, Verdict};
+
+use super::Case;
+use super::below::Merged;
+use super::look::{self, Same, Seen};
+use super::tell::Finding;
+use crate::hints::word;
+
+impl Case<'_> {
+    /// A commit of all layers above base, the active one too.
+    pub(super) fn active_commit(&self, qemu: Qemu) -> Result<Finding> {
+        let state = self.state;
+        let (Some(old), Some(base)) = (state.active(), state.layer(state.base)) else {
+            return Ok(self.moved("it names no image"));
+        };
+        let Seen::Same(below) = look::layer(state, base)? else {
+            return Ok(self.moved(&format!("{} is not the file that it was", base.file)));
+        };
+        let seen = look::layer(state, old)?;
+        if state.phase == Phase::Copying {
+            return match seen {
+                Seen::Same(_) => self.not_switched(),
+                _ => Ok(self.moved(&format!("{} is not the file that it was", old.file))),
+            };
+        }
+        let rest = match self.merged(state.merged().filter(|layer| layer.index != old.index))? {
+            Ok(rest) => rest,
+            Err(finding) => return Ok(*finding),
+        };
+        let same = match seen {
+            Seen::Other => return Ok(self.moved(&format!("{} is not the file that it was", old.file))),
+            Seen::Gone => return self.retired(None, &rest),
+            Seen::Same(same) => same,
+        };
+        let emptied = self.is_emptied(&same, &below)?;
+        let seen = qmp_client::Seen { retired: emptied, ..qmp_client::Seen::of(state, qemu, Header::Unread) };
+        match state.judge(&seen) {
+            Verdict::NotSwitched => self.not_switched(),
+            _ if emptied || self.is_superseded(&same, &below, &rest)? => {
+                self.retired(Some((old, &same)), &rest)
+            }
+            _ => Ok(self.two_disks(old, &same, base, &below)),
+        }
+    }
+
+    /// Whether base holds all that the old active image shows, or held it when the guest moved there.
+    fn is_superseded(&self, old: &Same, base: &Same, rest: &Merged<'_>) -> Result<bool> {
+        // QEMU may have closed it after the state was noted; nobody else could open it before.
+        let quiet =
+            old.written == Some(false) || (old.modified_ns > 0 && old.modified_ns <= self.state.changed_ns);
+        if quiet && (self.state.phase == Phase::Switched || base.written != Some(false)) {
+            return Ok(true);
+        }
+        if rest.treated + rest.gone > 0 {
+            // There is no old chain any more to compare base with.
+            return Ok(quiet);
+        }
+        match self.difference(old, base, rest) {
+            Ok(difference) => Ok(difference.is_none()),
+            // Base was whole and durable when the state was noted.
+            Err(Error::InUse { .. }) if quiet => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether it is an empty overlay on base already: an earlier clean-up did not come to its end.
+    fn is_emptied(&self, old: &Same, base: &Same) -> Result<bool> {
+        let path = &old.known.path;
+        if look::backing(path)?.1 != Some(base.known.id) {
+            return Ok(false);
+        }
+        let options = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+        let chain = qcow2::chain::Chain::open(&OsHost, path, &options)?;
+        let active =
+            chain.images().last().map(|image| image.next_allocated(GuestOffset::ZERO)).transpose()?;
+        Ok(active.flatten().is_none())
+    }
+
+    fn difference(&self, old: &Same, base: &Same, rest: &Merged<'_>) -> Result<Option<GuestOffset>> {
+        let mut merged = vec![old.known.clone()];
+        merged.extend(rest.left.iter().map(|(_, same)| same.known.clone()));
+        let any = Known { len: None, modified_ns: None, ..base.known.clone() };
+        let opened = Interrupted::open(&OsHost, None, &merged, &any, &self.options())?;
+        let size = self.state.layer(self.state.base).map_or(0, |layer| layer.virtual_size);
+        opened.first_difference(size, self.meter, self.stop.flag())
+    }
+
+    /// The disk is in base; the old active image, if it is there, becomes an empty overlay on it, or goes.
+    fn retired(&self, old: Option<(&StateLayer, &Same)>, rest: &Merged<'_>) -> Result<Finding> {
+        let state = self.state;
+        let mut finding = Finding::new(self, "completed");
+        let Some(base) = state.layer(state.base) else { return Ok(self.moved("it names no base")) };
+        finding.valid_top = Some(base.file.clone());
+        finding.facts.push("the merge is complete, and the guest had moved to base".to_owned());
+        match old {
+            Some((layer, same)) if state.delete => {
+                if !self.dry_run {
+                    remove(&OsHost, std::slice::from_ref(&same.known), &self.ids(), &[])?;
+                }
+                finding.did.push(format!("remove {}, the active image of before", layer.file));
+            }
+            Some((layer, same)) => {
+                if !self.dry_run {
+                    // What is lost was accepted before the merge began.
+                    let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+                    let options = EmptyOptions { open, drop_bitmaps: true, allow_snapshot_change: true };
+                    let (path, format) = (Path::new(&base.file), look::format(base));
+                    empty_onto(&OsHost, &same.known, path, format, &options, self.stop.flag())?;
+                }
+                finding.did.push(format!("make {} an empty overlay on {}", layer.file, base.file));
+            }
+            None => {}
+        }
+        self.clean(rest, &mut finding)?;
+        self.forget(&mut finding);
+        finding.facts.push(format!("what starts the virtual machine should name {}", base.file));
+        Ok(finding)
+    }
+
+    /// The old active image holds bytes that base does not: somebody has written to it since.
+    fn two_disks(&self, old: &StateLayer, active: &Same, base: &StateLayer, below: &Same) -> Finding {
+        let (old_file, base_file) = (&old.file, &base.file);
+        let when = |same: &Same| match same.written {
+            Some(true) => "was written to since",
+            Some(false) => "was not written to since",
+            None => "keeps no time of its writes",
+        };
+        self.unclear(
+            format!(
+                "{old_file} holds bytes that {base_file} does not. Either the guest moved to {base_file}, which is the disk \
+                 then, and somebody has opened {old_file} afterwards; or QEMU did not come to the switch, and the \
+                 guest went on in {old_file}. {old_file} {}; {base_file} {}",
+                when(active),
+                when(below)
+            ),
+            format!(
+                "start no virtual machine before you know; qmerge compare {} {} shows the first difference. To take base: \
+                 mv {old} {old}.old; rm {state}; to take the other: rm {state}; qmerge commit {old}",
+                word(Path::new(old_file)),
+                word(Path::new(base_file)),
+                old = word(Path::new(old_file)),
+                state = self.path()
+            ),
+        )
+    }
+}

@@ -1,0 +1,89 @@
+//! What the files of a merge are now, beside what the state says that they were.
+
+use std::path::Path;
+
+use qcow2::chain::BackingName;
+use qcow2::format::Cluster0;
+use qcow2::image::{ImageFormat, Qcow2};
+use qcow2::merge::Known;
+use qcow2::storage::{Access, FileId, Host, OsHost};
+use qcow2::{Error, Result};
+use qmp_client::{FileIdentity, State, StateLayer};
+
+/// What a layer's name leads to now.
+#[derive(Debug)]
+pub(super) enum Seen {
+    /// Nothing.
+    Gone,
+    /// Another file, or one that was no file here when the merge began.
+    Other,
+    /// The file of the merge.
+    Same(Same),
+}
+
+/// The file of a layer.
+#[derive(Debug)]
+pub(super) struct Same {
+    /// As it is now.
+    pub(super) known: Known,
+    /// Whether it was written to since the state was noted; `None` where no time tells.
+    pub(super) written: Option<bool>,
+    /// When it was last written to, in nanoseconds since 1970; 0 where no time tells.
+    pub(super) modified_ns: u64,
+}
+
+/// Looks at the file of a layer.
+pub(super) fn layer(state: &State, layer: &StateLayer) -> Result<Seen> {
+    let path = Path::new(&layer.file);
+    let Some(then) = &layer.identity else { return Ok(Seen::Other) };
+    let Some(now) = FileIdentity::of(path) else { return Ok(Seen::Gone) };
+    // The numbers of devices may change when the host starts again.
+    let same_device = now.device == then.device || !state.is_of_this_boot();
+    if now.inode != then.inode || !same_device {
+        return Ok(Seen::Other);
+    }
+    let known = Known::now(&OsHost, path)?;
+    Ok(Seen::Same(Same { known, written: now.is_written_since(then), modified_ns: now.modified_ns }))
+}
+
+/// The format of a layer.
+pub(super) fn format(layer: &StateLayer) -> ImageFormat {
+    ImageFormat::from_name(&layer.format).unwrap_or(ImageFormat::Qcow2)
+}
+
+/// The header of a qcow2 image, read without a lock; `None` for another image.
+pub(super) fn header(path: &Path) -> Result<Option<Cluster0>> {
+    let file = OsHost.open(path, Access::Read).map_err(|e| Error::io(path, "open", None, e))?;
+    if ImageFormat::detect(path, &*file)? != ImageFormat::Qcow2 {
+        return Ok(None);
+    }
+    Qcow2::read_cluster0(path, &*file).map(Some)
+}
+
+/// The backing name of an image, and the file that it leads to, if to any.
+pub(super) fn backing(path: &Path) -> Result<(Option<String>, Option<FileId>)> {
+    let Some(name) = header(path)?.and_then(|cluster0| cluster0.backing_name) else {
+        return Ok((None, None));
+    };
+    let leads_to = BackingName::parse(&name).ok().and_then(|n| OsHost.stat(&n.resolve(path)).ok());
+    Ok((Some(String::from_utf8_lossy(&name).into_owned()), leads_to.map(|stat| stat.id)))
+}
+
+/// Whether an image carries the mark of one that was merged.
+pub(super) fn is_marked(path: &Path) -> Result<bool> {
+    Ok(header(path)?.is_some_and(|cluster0| cluster0.merged_into().is_some()))
+}
+
+/// Refuses if anybody holds one of the files.
+pub(super) fn free<'a>(layers: impl Iterator<Item = &'a StateLayer>) -> Result<()> {
+    for layer in layers {
+        let path = Path::new(&layer.file);
+        let Ok(file) = OsHost.open(path, Access::Read) else { continue };
+        let used = file.used_by_others().map_err(|e| Error::io(path, "look at the locks of", None, e))?;
+        if used.is_some() {
+            let id = file.stat().map_err(|e| Error::io(path, "stat", None, e))?.id;
+            return Err(Error::InUse { path: path.to_owned(), holders: OsHost.holders(id) });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,242 @@
+//! A storage daemon with one disk of four layers, which can be killed at any command.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use qmp_client::{
+    Address, Commit, CommitOptions, Connection, Event, Graph, Merge, Monitor, Options, StateFile, Watch,
+    Wishes,
+};
+use serde_json::{Value, json};
+
+/// Whether the tools are here.
+pub(crate) fn tools_are_here() -> bool {
+    let missing: Vec<_> = ["qemu-storage-daemon", "qemu-img", "qemu-io"]
+        .into_iter()
+        .filter(|tool| Command::new(tool).arg("--version").stdout(Stdio::null()).status().is_err())
+        .collect();
+    if missing.is_empty() {
+        return true;
+    }
+    assert!(std::env::var_os("CI").is_none(), "{missing:?} must be installed for the tests of live recover");
+    eprintln!("SKIPPED: {missing:?} not installed, so live recover was not tested");
+    false
+}
+
+pub(crate) fn run(program: &str, dir: &Path, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).current_dir(dir).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// A disk `disk0` with the layers `1.img <- 2.img <- 3.img <- 4.img`, and what it shows as `ref.raw`.
+pub(crate) struct Lab {
+    folder: tempfile::TempDir,
+    daemon: Mutex<Option<Child>>,
+    /// The daemon itself, where it runs under another program.
+    process: Mutex<Option<u32>>,
+}
+
+impl Lab {
+    pub(crate) fn new() -> Self {
+        Self::traced(&[])
+    }
+
+    /// The daemon runs under this command.
+    pub(crate) fn traced(under: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "1.img", "16M"]);
+        run("qemu-io", dir, &["-f", "qcow2", "-c", "write -q -P 1 0 6M", "1.img"]);
+        for n in 2..=4 {
+            let (below, overlay) = (format!("{}.img", n - 1), format!("{n}.img"));
+            run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "-b", &below, "-F", "qcow2", &overlay]);
+            run("qemu-io", dir, &["-f", "qcow2", "-c", &format!("write -q -P {n} {n}M 3M"), &overlay]);
+        }
+        run("qemu-img", dir, &["convert", "-O", "raw", "4.img", "ref.raw"]);
+        let lab = Self { folder, daemon: Mutex::new(None), process: Mutex::new(None) };
+        lab.start(under, "4.img");
+        lab
+    }
+
+    /// Starts a daemon on this image.
+    pub(crate) fn start(&self, under: &[&str], image: &str) {
+        let top = json!({"driver": "qcow2", "node-name": "top",
+            "file": {"driver": "file", "filename": self.path(image)}});
+        let export = format!(
+            "type=vhost-user-blk,id=disk0,node-name=top,writable=on,addr.type=unix,addr.path={}",
+            self.path("disk0.sock")
+        );
+        let words = [under, &["qemu-storage-daemon"]].concat();
+        let daemon = Command::new(words[0])
+            .args(&words[1..])
+            .args(["--chardev", &format!("socket,id=c0,path={},server=on,wait=off", self.path("qmp.sock"))])
+            .args(["--monitor", "chardev=c0", "--blockdev", &top.to_string(), "--export", &export])
+            .current_dir(self.dir())
+            .spawn()
+            .unwrap();
+        *self.daemon.lock().unwrap() = Some(daemon);
+        let monitor = self.connect();
+        *self.process.lock().unwrap() = monitor.peer().filter(|_| !under.is_empty());
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub(crate) fn path(&self, name: &str) -> String {
+        self.dir().join(name).display().to_string()
+    }
+
+    pub(crate) fn address(&self) -> Address {
+        Address::Unix(self.dir().join("qmp.sock"))
+    }
+
+    pub(crate) fn connect(&self) -> Connection {
+        Connection::reconnect(&self.address(), &Options::default(), Duration::from_secs(20)).unwrap()
+    }
+
+    /// Ends the daemon at once, as a power cut of the process would.
+    pub(crate) fn kill(&self) {
+        if let Some(process) = self.process.lock().unwrap().take() {
+            let _ = Command::new("kill").args(["-9", &process.to_string()]).stderr(Stdio::null()).status();
+        }
+        if let Some(mut daemon) = self.daemon.lock().unwrap().take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+    }
+
+    /// Waits for a daemon that something else ends.
+    pub(crate) fn wait(&self) {
+        if let Some(mut daemon) = self.daemon.lock().unwrap().take() {
+            let _ = daemon.wait();
+        }
+    }
+
+    pub(crate) fn state_file(&self) -> PathBuf {
+        self.dir().join(".4.img.qmerge-live")
+    }
+
+    /// Runs `qmerge ARGS` in the folder.
+    pub(crate) fn qmerge(&self, args: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_qmerge")).args(args).current_dir(self.dir()).output().unwrap()
+    }
+
+    #[track_caller]
+    pub(crate) fn ok(&self, args: &[&str]) -> String {
+        let output = self.qmerge(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// Runs a command that was printed.
+    #[track_caller]
+    pub(crate) fn type_in(&self, line: &str) -> String {
+        let binary = Path::new(env!("CARGO_BIN_EXE_qmerge")).parent().unwrap();
+        let path = format!("{}:{}", binary.display(), std::env::var("PATH").unwrap());
+        let output = Command::new("sh").args(["-c", line]).current_dir(self.dir()).env("PATH", path).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{line}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// `live recover --json`, which must end with `code`: the only finding.
+    #[track_caller]
+    pub(crate) fn recover(&self, code: i32) -> Value {
+        let output = self.qmerge(&["live", "recover", "--json"]);
+        let (out, err) = (text(&output.stdout), text(&output.stderr));
+        assert_eq!(output.status.code(), Some(code), "{out}{err}");
+        assert_eq!(code != 0, err.lines().any(|line| line.starts_with("hint: ")), "{err}");
+        let found: Value = serde_json::from_str(&out).unwrap();
+        assert_eq!(found.as_array().unwrap().len(), 1, "{found:#}");
+        found[0].clone()
+    }
+
+    /// What must hold after everything was put right.
+    #[track_caller]
+    pub(crate) fn nothing_is_left(&self) {
+        assert!(!self.state_file().exists() && !self.dir().join("qmp.sock.qmerge").exists());
+        assert!(self.ok(&["live", "recover"]).starts_with("nothing to recover: "));
+    }
+
+    /// The image shows what the disk showed, and all images are sound.
+    #[track_caller]
+    pub(crate) fn shows(&self, image: &str) {
+        run("qemu-img", self.dir(), &["compare", "-q", "-F", "raw", image, "ref.raw"]);
+        let images = ["1.img", "2.img", "3.img", "4.img"];
+        for image in images.into_iter().filter(|image| self.dir().join(image).exists()) {
+            // Leaks are all that a kill may leave.
+            let output =
+                Command::new("qemu-img").args(["check", "-q", image]).current_dir(self.dir()).output();
+            assert!(matches!(output.unwrap().status.code(), Some(0 | 3)), "{image}");
+        }
+    }
+
+    pub(crate) fn contents(&self) -> Vec<Vec<u8>> {
+        ["1.img", "2.img", "3.img", "4.img"].map(|image| fs::read(self.dir().join(image)).unwrap()).into()
+    }
+
+    /// Merges up to `top` into `[1]`, and kills the daemon at `command`: instead of it, or as soon as it is answered.
+    pub(crate) fn dies(&self, top: &str, command: &'static str, when: When) {
+        let monitor = Deadly { lab: self, inner: self.connect(), command, when };
+        let graph = Graph::ask(&monitor).unwrap();
+        let disk = graph.disk("disk0").unwrap();
+        let range = disk.range(disk.layer("[1]").unwrap(), disk.layer(top).unwrap()).unwrap();
+        let mut commit = Commit::plan(disk, &range, CommitOptions::default()).unwrap();
+        commit.preflight(&monitor).unwrap();
+        let active = commit.is_active();
+        let file = StateFile::beside(&self.dir().join("4.img")).unwrap();
+        let mut merge = Merge::begin(&monitor, commit, file, &self.address(), &Wishes::default()).unwrap();
+        merge.wait(Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+        let end = if active { merge.pivot() } else { merge.finish() };
+        end.unwrap_err();
+        assert!(self.daemon.lock().unwrap().is_none(), "{command} was not sent");
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// When QEMU dies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum When {
+    Before,
+    After,
+}
+
+/// A monitor whose QEMU dies at a command.
+struct Deadly<'a> {
+    lab: &'a Lab,
+    inner: Connection,
+    command: &'static str,
+    when: When,
+}
+
+impl Monitor for Deadly<'_> {
+    fn execute_raw(&self, command: &str, arguments: Value, timeout: Duration) -> qmp_client::Result<Value> {
+        let meant = command == self.command;
+        if meant && self.when == When::Before {
+            self.lab.kill();
+        }
+        let answer = self.inner.execute_raw(command, arguments, timeout);
+        if meant && self.when == When::After {
+            self.lab.kill();
+        }
+        answer
+    }
+
+    fn next_event(&self, timeout: Duration) -> qmp_client::Result<Option<Event>> {
+        self.inner.next_event(timeout)
+    }
+}
