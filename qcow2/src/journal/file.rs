@@ -5,7 +5,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,8 @@ pub(crate) struct Journal {
     opened: Instant,
     /// When the last sign of life was, in milliseconds since `opened`.
     beaten: AtomicU64,
+    /// A write or a barrier has failed: what the file holds is not known, and nothing is written any more.
+    failed: AtomicBool,
 }
 
 /// How far the work is.
@@ -149,6 +151,7 @@ impl Journal {
             state: Mutex::new(state),
             opened: Instant::now(),
             beaten: AtomicU64::new(0),
+            failed: AtomicBool::new(false),
         }
     }
 
@@ -243,8 +246,14 @@ impl Journal {
             len,
             blocks,
         };
-        self.file.write_all_at(&record.encode(), self.place(record.sequence))?;
-        self.file.sync()?;
+        if self.failed.load(Relaxed) {
+            return Err(io::Error::other("an earlier write to the journal failed"));
+        }
+        let written = self
+            .file
+            .write_all_at(&record.encode(), self.place(record.sequence))
+            .and_then(|()| self.file.sync());
+        written.inspect_err(|_| self.failed.store(true, Relaxed))?;
         state.sequence = record.sequence;
         Ok(())
     }
@@ -254,7 +263,10 @@ impl Journal {
         let now = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
         let last = self.beaten.load(Relaxed);
         let due = now.saturating_sub(last) >= BEAT_EVERY.as_millis() as u64;
-        if due && self.beaten.compare_exchange(last, now, Relaxed, Relaxed).is_ok() {
+        if due
+            && !self.failed.load(Relaxed)
+            && self.beaten.compare_exchange(last, now, Relaxed, Relaxed).is_ok()
+        {
             // Only a hint: without it, the work begins again where a sign would have let it go on.
             let _ = self.file.write_all_at(&now.to_be_bytes(), self.beat_place());
         }

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::device::write_in_place;
 use super::file::{Journal, sync_folder};
 use super::judge::{compare, has_header};
-use super::place::{JOURNAL, SWITCH, find, identity, place};
+use super::place::{JOURNAL, SWITCH, find, identity, place, places};
 use super::record::{BLOCK, Block, Guard, Header, MAX_BLOCKS, Purpose, Record, sector_crcs};
 use crate::error::{Error, Result};
 use crate::format::is_qcow2;
@@ -116,6 +116,14 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<(
         if let Some(last) = last.filter(|_| matches!(journal.header().purpose, Purpose::Header { .. })) {
             redo_edit(path, &*file, &journal, &last)?;
             journal.remove(host)?;
+        }
+    }
+    // A record that is not whole: the edit was not begun.
+    for record in places(host, path, dir, SWITCH)? {
+        if host.stat(&record).is_ok() {
+            let _held = hold(host, path)?;
+            host.unlink(&record).map_err(|e| Error::io(&record, "remove", None, e))?;
+            sync_folder(host, &record)?;
         }
     }
     let broken = !has_header(&*file).map_err(|e| Error::io(path, "read", Some(0), e))?;

@@ -51,8 +51,13 @@ pub(crate) fn judge(
     let failed = |e| Error::io(journal.path(), "compare the image with", None, e);
     let stat = file.stat().map_err(failed)?;
     if let Some(then) = last.stopped {
-        let same = then == (stat.len, stat.modified_ns);
-        return Ok(if same || !is_stamped { Verdict::Pending } else { Verdict::Foreign });
+        return Ok(match (then == (stat.len, stat.modified_ns), stat.modified_ns < then.1) {
+            _ if !is_stamped => Verdict::Pending,
+            (true, _) => Verdict::Pending,
+            // A power cut has taken what was not durable, the time of change among it.
+            (false, true) => Verdict::Unsure,
+            (false, false) => Verdict::Foreign,
+        });
     }
     if stat.modified_ns <= journal.modified_ns()?.saturating_add(SLACK_NS) {
         return Ok(Verdict::Pending);

@@ -50,6 +50,22 @@ fn named(image: &Path, ending: &str) -> OsString {
     OsString::from_vec(all)
 }
 
+/// The name of such a file among those about images elsewhere, which may have the same name.
+fn named_apart(image: &Path, ending: &str) -> OsString {
+    let crc = crc32fast::hash(image.as_os_str().as_bytes());
+    named(image, &format!("-{crc:08x}{ending}"))
+}
+
+/// Where files about the image at `path` lie, beside it and in `dir`, by their names.
+///
+/// # Errors
+/// The system's.
+pub(super) fn places(host: &dyn Host, path: &Path, dir: Option<&Path>, ending: &str) -> Result<Vec<PathBuf>> {
+    let real = host.canonicalize(path).map_err(|e| Error::io(path, "find", None, e))?;
+    let beside = real.with_file_name(named(&real, ending));
+    Ok([Some(beside), dir.map(|dir| dir.join(named_apart(&real, ending)))].into_iter().flatten().collect())
+}
+
 /// Where a new journal about the image at `path` goes: into `dir` if given, else beside the image, with
 /// symbolic links followed.
 ///
@@ -66,11 +82,9 @@ pub(crate) fn place(
     let real = host.canonicalize(path).map_err(|e| Error::io(path, "find", None, e))?;
     let refused = |why: String| Error::refused(path, Refusal::JournalPlace { why });
     let (folder, name) = match dir {
-        // Many images may have the same name.
         Some(dir) => {
-            let crc = crc32fast::hash(real.as_os_str().as_bytes());
-            let name = named(&real, &format!("-{crc:08x}{ending}"));
-            (host.canonicalize(dir).map_err(|e| refused(format!("{}: {e}", dir.display())))?, name)
+            let folder = host.canonicalize(dir).map_err(|e| refused(format!("{}: {e}", dir.display())))?;
+            (folder, named_apart(&real, ending))
         }
         None if is_device => return Err(refused("it is a block device".to_owned())),
         None => (real.parent().unwrap_or(Path::new("/")).to_owned(), named(&real, ending)),
@@ -97,7 +111,10 @@ pub(crate) fn find(
     let mut candidates = vec![beside];
     if let Some(dir) = dir {
         // A device may have another name today: what the journals say counts.
-        let names = host.list(dir).map_err(|e| Error::io(dir, "list", None, e))?;
+        let names = match host.list(dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
+            names => names.map_err(|e| Error::io(dir, "list", None, e))?,
+        };
         candidates
             .extend(names.into_iter().filter(|n| n.as_os_str().as_bytes().ends_with(ending.as_bytes())));
     }

@@ -200,8 +200,9 @@ impl Work {
     /// Notes that the work stops in good order. Nothing depends on that.
     pub(super) fn stop(&self) {
         let file = self.file.inner();
-        // In the middle of an error, what cannot be noted is not noted.
-        if let Ok(stat) = file.sync().and_then(|()| file.stat()) {
+        // In the middle of an error, what cannot be noted is not noted. Nothing is synced: that may be what
+        // has failed.
+        if let Ok(stat) = file.stat() {
             let _ = self.journal.stop(stat.len, stat.modified_ns);
         }
     }
