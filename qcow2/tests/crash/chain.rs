@@ -176,6 +176,7 @@ impl Scenario {
             keep_active: self.after == After::Keep,
             drop_bitmaps: true,
             allow_snapshot_change: true,
+            journal_dir: self.device.then(|| PathBuf::from("/journals")),
             ..CommitOptions::default()
         }
     }
@@ -183,6 +184,10 @@ impl Scenario {
     /// The disk before the merge, all of it durable.
     pub(crate) fn start(&self) -> State {
         let host = MemHost::new();
+        if self.device {
+            // So that the folder for the journals exists.
+            host.add("/journals/readme", b"").unwrap();
+        }
         for layer in &self.layers {
             let data = layer.data_file.iter().map(|(path, bytes)| (path, bytes));
             for (path, bytes) in data.chain([(&layer.path, &layer.file)]) {

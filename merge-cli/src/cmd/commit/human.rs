@@ -119,7 +119,8 @@ fn afterwards(plan: &Plan) -> String {
 
 /// A word of care where the switch of the header takes more than one sector.
 fn torn(atomic: bool) -> &'static str {
-    if atomic { "" } else { "\n(its header takes more than one sector: a power cut just then can tear it)" }
+    let careful = "\n(its header takes more than one sector: after a power cut just then, the same command makes it whole)";
+    if atomic { "" } else { careful }
 }
 
 fn obsolete(plan: &Plan, args: &CommitArgs) -> String {
