@@ -56,10 +56,12 @@ pub(crate) fn run(dir: &Path, line: &[&str]) -> String {
     end(Command::new(line[0]).args(&line[1..]).current_dir(dir)).ok().out
 }
 
-/// Runs the built command in the folder.
+/// Runs the built command, or the one that `QMERGE_TEST_BINARY` names, in the folder.
 #[track_caller]
 pub(crate) fn qmerge(dir: &Path, args: &[&str]) -> Run {
-    end(Command::new(env!("CARGO_BIN_EXE_qmerge")).args(args).current_dir(dir))
+    let built = env!("CARGO_BIN_EXE_qmerge").into();
+    let program = std::env::var_os("QMERGE_TEST_BINARY").unwrap_or(built);
+    end(Command::new(program).args(args).current_dir(dir))
 }
 
 /// Waits for the command's end; kills it when the time is up.
