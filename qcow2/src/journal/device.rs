@@ -150,7 +150,7 @@ impl Journaled {
         mut part: impl FnMut(&mut [u8], u64) -> io::Result<()>,
     ) -> io::Result<()> {
         self.journal.beat();
-        let (head, tail) = (range.start.next_multiple_of(BLOCK), range.end - range.end % BLOCK);
+        let (head, tail) = whole_blocks(&range);
         if head >= tail {
             return self.keep(&mut self.lock(), range, part);
         }
@@ -212,6 +212,11 @@ pub(super) fn write_in_place<'a>(
         run.1.extend_from_slice(&block.bytes);
     }
     write(&run)
+}
+
+/// The whole blocks of a range; nothing if the first offset is not below the second.
+fn whole_blocks(range: &Range<u64>) -> (u64, u64) {
+    (range.start.next_multiple_of(BLOCK), range.end - range.end % BLOCK)
 }
 
 fn end_of(offset: u64, len: u64) -> io::Result<u64> {
@@ -301,14 +306,21 @@ impl Storage for Journaled {
 
     fn copy_from(&self, src: &dyn Storage, src_offset: u64, dst_offset: u64, len: u64) -> io::Result<()> {
         end_of(src_offset, len)?;
-        self.split(
-            dst_offset..end_of(dst_offset, len)?,
-            |whole| {
-                let from = src_offset + (whole.start - dst_offset);
-                self.file.copy_from(src, from, whole.start, whole.end - whole.start)
-            },
-            |bytes, at| src.read_exact_or_zero(bytes, src_offset + (at - dst_offset)),
-        )
+        let range = dst_offset..end_of(dst_offset, len)?;
+        let (head, tail) = whole_blocks(&range);
+        let parts = if head < tail { [range.start..head, tail..range.end] } else { [range, 0..0] };
+        // What is kept is read before it is locked: the source may be this file itself.
+        for part in parts.into_iter().filter(|part| !part.is_empty()) {
+            let mut bytes = vec![0; (part.end - part.start) as usize];
+            src.read_exact_or_zero(&mut bytes, src_offset + (part.start - dst_offset))?;
+            self.write_all_at(&bytes, part.start)?;
+        }
+        if head < tail {
+            self.journal.beat();
+            self.forget(head..tail)?;
+            self.file.copy_from(src, src_offset + (head - dst_offset), head, tail - head)?;
+        }
+        Ok(())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

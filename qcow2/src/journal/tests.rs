@@ -72,6 +72,25 @@ fn reads_see_what_a_plain_file_would_show() {
     }
 }
 
+/// Old content moves along inside base, and a lock that was held meanwhile stopped the merge for ever.
+#[test]
+fn a_file_is_copied_from_itself_while_blocks_are_kept() {
+    let host = MemHost::new();
+    let file = Journaled::new(Arc::new(MemFile::new()), journal(&host), 0);
+    file.write_all_at(&(0..20_000u32).map(|n| n as u8).collect::<Vec<_>>(), 0).unwrap();
+    file.write_live(&[1; 10], 7).unwrap();
+    let (sent, done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        file.copy_from(&file, 5, 30_000, 512).unwrap();
+        file.copy_from(&file, 100, 40_001, 9000).unwrap();
+        let mut bytes = vec![0; 9000];
+        file.read_at(&mut bytes, 40_001).unwrap();
+        sent.send(bytes).unwrap();
+    });
+    let bytes = done.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+    assert_eq!(bytes, (100..9100u32).map(|n| n as u8).collect::<Vec<_>>());
+}
+
 /// What was done to a file: `w` a write, `s` a barrier.
 type Log = Arc<Mutex<Vec<String>>>;
 
