@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::io::ErrorKind;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -83,8 +84,13 @@ pub(crate) fn place(
     let refused = |why: String| Error::refused(path, Refusal::JournalPlace { why });
     let (folder, name) = match dir {
         Some(dir) => {
-            let folder = host.canonicalize(dir).map_err(|e| refused(format!("{}: {e}", dir.display())))?;
-            (folder, named_apart(&real, ending))
+            let no_folder = |e: std::io::Error| match e.kind() {
+                ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::PermissionDenied => {
+                    refused(format!("{}: {e}", dir.display()))
+                }
+                _ => Error::io(dir, "find", None, e),
+            };
+            (host.canonicalize(dir).map_err(no_folder)?, named_apart(&real, ending))
         }
         None if is_device => return Err(refused("it is a block device".to_owned())),
         None => (real.parent().unwrap_or(Path::new("/")).to_owned(), named(&real, ending)),

@@ -272,6 +272,7 @@ fn already_merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Re
         Err(not_found) => {
             // A layer that was merged is not in the chain any more.
             let path = Path::new(top);
+            // A power cut may have torn its last mark.
             crate::journal::heal(host, path, options.journal_dir.as_deref())?;
             let Ok(file) = host.open(path, Access::Read) else { return Err(not_found) };
             match crate::image::Qcow2::read_cluster0(path, &*file).ok().as_ref().and_then(either) {

@@ -84,7 +84,11 @@ impl Commit {
             match self.fill(&work, &mut report, progress, cancel) {
                 Ok(()) => {}
                 Err(e) => {
-                    work.stop();
+                    // A failed barrier is final: nothing may be written, or called durable, behind it.
+                    let of_journal = matches!(&e, Error::Io { path, .. } if path == work.journal().path());
+                    if !of_journal && !matches!(e, Error::Io { op: "sync", .. }) {
+                        work.stop();
+                    }
                     return Err(e);
                 }
             }

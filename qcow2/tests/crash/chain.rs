@@ -145,6 +145,9 @@ pub(crate) enum After {
     Keep,
 }
 
+/// Where the journals of block devices are kept.
+pub(crate) const JOURNALS: &str = "/journals";
+
 /// A chain and a merge.
 #[derive(Clone, Debug)]
 pub(crate) struct Scenario {
@@ -176,7 +179,7 @@ impl Scenario {
             keep_active: self.after == After::Keep,
             drop_bitmaps: true,
             allow_snapshot_change: true,
-            journal_dir: self.device.then(|| PathBuf::from("/journals")),
+            journal_dir: self.device.then(|| PathBuf::from(JOURNALS)),
             ..CommitOptions::default()
         }
     }
@@ -185,8 +188,8 @@ impl Scenario {
     pub(crate) fn start(&self) -> State {
         let host = MemHost::new();
         if self.device {
-            // So that the folder for the journals exists.
-            host.add("/journals/readme", b"").unwrap();
+            // A folder is there when something lies in it.
+            host.add(Path::new(JOURNALS).join("readme"), b"").unwrap();
         }
         for layer in &self.layers {
             let data = layer.data_file.iter().map(|(path, bytes)| (path, bytes));

@@ -5,17 +5,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use qcow2::Result;
 use qcow2::chain::Chain;
 use qcow2::chain::view::View;
 use qcow2::check::{CheckOptions, check};
 use qcow2::image::ClusterCache;
-use qcow2::merge::{Commit, CommitOptions, Progress, Report};
+use qcow2::merge::{Commit, CommitOptions, Progress, Report, abort};
 use qcow2::storage::sim::{Cut, State};
 use qcow2::storage::{Access, Host, MemHost};
 use qcow2::units::GuestOffset;
+use qcow2::{Error, Refusal, Result};
 
-use crate::chain::{After, Scenario, options};
+use crate::chain::{After, JOURNALS, Scenario, options};
+use crate::power::disk;
 
 /// Nobody is told.
 struct Silent;
@@ -78,11 +79,26 @@ impl<'a> Judge<'a> {
 
     /// Judges a state in which sectors may hold garbage: it need not be sound before it was recovered.
     pub(crate) fn damaged(&self, state: &State) -> Verdict {
+        caught(|| self.again(state))
+    }
+
+    /// Judges what is left when the merge is given up: base is sound, and the same merge can be begun anew.
+    pub(crate) fn given_up(&self, state: &State, is_damaged: bool) -> Verdict {
         caught(|| {
-            let host = state.host();
-            drop(prepare(self.scenario, &self.scenario.options(), Arc::new(host.clone())));
-            self.left(&State::of(&host)).map_err(|what| format!("recovered: {what}"))?;
-            self.again(state)
+            let host = disk(self.scenario, state);
+            let (base, options) = (self.scenario.path(self.scenario.base), self.scenario.options());
+            let dir = options.journal_dir.as_deref();
+            match abort(&host, base, &options.open, dir, &AtomicBool::new(false)) {
+                Ok(_) => {}
+                // The chain was changed: the merge is done, and can only be finished.
+                Err(Error::Refused { reason: Refusal::MergeDone { .. }, .. }) => return Ok(()),
+                Err(e) => return Err(format!("cannot be given up: {e}")),
+            }
+            let state = host.now();
+            if !is_damaged {
+                self.left(&state).map_err(|what| format!("given up: {what}"))?;
+            }
+            self.again(&state).map_err(|what| format!("given up, and begun again: {what}"))
         })
     }
 
@@ -101,11 +117,11 @@ impl<'a> Judge<'a> {
 
     /// The same merge succeeds, and leaves what an undisturbed one leaves.
     pub(crate) fn again(&self, state: &State) -> Verdict {
-        let host = state.host();
+        let host = disk(self.scenario, state);
         match merge(self.scenario, Arc::new(host.clone())) {
-            Ok(_) => self.done(&State::of(&host)).map_err(|what| format!("after the same merge: {what}")),
+            Ok(_) => self.done(&host.now()).map_err(|what| format!("after the same merge: {what}")),
             Err(e) if self.is_gone(state) => {
-                let base = self.shows(&host, self.scenario.base)?;
+                let base = self.shows(&state.host(), self.scenario.base)?;
                 let whole = base == self.merged;
                 if whole { Ok(()) } else { Err(format!("a layer is gone, and base is not complete: {e}")) }
             }
@@ -119,7 +135,9 @@ impl<'a> Judge<'a> {
         if self.shows(&state.host(), self.scenario.base)? != self.merged {
             return Err("base does not show what was merged".into());
         }
-        match state.names().find(|name| self.start.inode(name).is_none()) {
+        // Half a record in the journals' own folder belongs to nobody, and is harmless.
+        let left = |name: &&Path| self.start.inode(name).is_none() && !name.starts_with(JOURNALS);
+        match state.names().find(left) {
             Some(name) => Err(format!("{} was left behind", name.display())),
             None => Ok(()),
         }

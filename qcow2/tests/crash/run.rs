@@ -27,13 +27,13 @@ pub(crate) fn tier() -> Tier {
     }
 }
 
-/// What may hold garbage after a power cut: nothing, unless `QMERGE_CRASH_GARBAGE` says `sectors` or `blocks`.
+/// What may hold garbage after a power cut: sectors, unless `QMERGE_CRASH_GARBAGE` says `blocks` or `none`.
 pub(crate) fn garbage() -> Garbage {
     match std::env::var("QMERGE_CRASH_GARBAGE").as_deref() {
-        Ok("sectors") => Garbage::Sectors,
+        Ok("none") => Garbage::None,
         Ok("blocks") => Garbage::Blocks,
-        Ok(other) => panic!("QMERGE_CRASH_GARBAGE={other}: only 'sectors' and 'blocks' are known"),
-        Err(_) => Garbage::None,
+        Ok(other) => panic!("QMERGE_CRASH_GARBAGE={other}: only 'blocks' and 'none' are known"),
+        Err(_) => Garbage::Sectors,
     }
 }
 
@@ -60,7 +60,9 @@ impl Outcome {
     pub(crate) fn fail(&mut self, what: String) {
         self.failed += 1;
         let kind = what.rsplit(": ").next().unwrap_or_default();
-        *self.kinds.entry(kind.chars().filter(|c| !c.is_ascii_digit()).collect()).or_default() += 1;
+        // Numbers tell failures of one kind apart.
+        let words = kind.split(|c: char| !c.is_alphabetic()).filter(|word| word.len() > 3);
+        *self.kinds.entry(words.collect::<Vec<_>>().join(" ")).or_default() += 1;
         if self.failures.len() < 5 {
             self.failures.push(what);
         }

@@ -14,6 +14,8 @@ use crate::storage::mem::{Content, Page};
 pub struct State {
     files: BTreeMap<u64, Content>,
     names: BTreeMap<PathBuf, u64>,
+    /// The last write; all its sectors are one change of the file.
+    last_call: u64,
 }
 
 impl State {
@@ -98,9 +100,10 @@ impl State {
     /// Does what a log's entry says.
     pub fn apply(&mut self, op: &Op) {
         match op {
-            Op::Write { file, offset, bytes, .. } => {
+            Op::Write { file, call, offset, bytes } => {
                 self.put(*file, *offset, bytes);
-                self.files.entry(*file).or_default().changes += 1;
+                self.files.entry(*file).or_default().changes += u64::from(*call != self.last_call);
+                self.last_call = *call;
             }
             Op::SetLen { file, len } => {
                 self.set_len_of(*file, *len);

@@ -313,7 +313,7 @@ impl Disk<'_> {
         let singles = positions(places.len(), self.cuts.damaged / 2, &mut self.dice);
         let mut some: Vec<Vec<(u64, u64)>> =
             singles.into_iter().filter_map(|at| Some(vec![*places.get(at)?])).collect();
-        while some.len() < self.cuts.damaged && places.len() > 1 {
+        while some.len() < self.cuts.damaged && !places.is_empty() {
             let mut two = || places.get(self.dice.below(places.len() as u64) as usize).copied();
             some.push([two(), two()].into_iter().flatten().collect());
         }
