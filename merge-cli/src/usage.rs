@@ -50,11 +50,11 @@ fn live_verb(args: &[OsString]) -> String {
 fn message(error: &clap::Error, live: bool) -> String {
     if live && error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return "what shall be done? Verbs: list, chain, snapshot, commit, pull, jobs, finish, pivot, cancel, pause, resume, \
-                speed"
+                speed, recover"
             .to_owned();
     }
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "what shall be done? Verbs: info, map, check, compare, commit, flatten, demo, live"
+        return "what shall be done? Verbs: info, map, check, compare, commit, flatten, abort, demo, live"
             .to_owned();
     }
     let text = error.render().to_string();

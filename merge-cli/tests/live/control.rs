@@ -7,7 +7,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::machine::{Machine, Style, events, shows};
-use crate::support::{failed, text, tools_are_here};
+use crate::support::{failed, qmerge, text, tools_are_here};
 
 /// Slow enough to be met at work.
 const SLOW: &[&str] = &["--top", "[3]", "--bandwidth", "256K"];
@@ -79,6 +79,9 @@ fn an_active_merge_is_left_ready_and_then_pivoted_or_cancelled() {
             "{said}"
         );
         assert_eq!(machine.job()["status"], "ready");
+        let snapshot = qmerge(machine.dir(), &["live", "snapshot", "vda=d.img", "--qmp", "qmp.sock"]);
+        failed(&snapshot, 1, &["a job works on vda", "qmerge live pivot vda --qmp qmp.sock"]);
+        assert!(!machine.has("d.img"));
         machine.guest_writes(55, "2M", "128k");
         machine.fails("finish", &[], 2, &["ends with a pivot", "qmerge live pivot vda"]);
         if pivot {

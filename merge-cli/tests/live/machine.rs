@@ -25,6 +25,8 @@ pub(crate) enum Style {
     RelativeDrive,
     /// `-blockdev` for each layer, as libvirt does.
     Blockdev,
+    /// The same, with a throttle between the base and its file.
+    ThrottledBase,
 }
 
 /// The process, its folder, and what the guest sees.
@@ -269,7 +271,7 @@ fn command(style: Style, dir: &Path, active: &str) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     command.args(fixed.split(' ')).args(["-qmp", "unix:qmp.sock,server=on,wait=off"]);
     let drive = match style {
-        Style::Blockdev => {
+        Style::Blockdev | Style::ThrottledBase => {
             let nodes = [("base", "raw"), ("a", "qcow2"), ("b", "qcow2"), ("c", "qcow2")];
             let mut below = Value::Null;
             for (name, driver) in nodes {
@@ -282,6 +284,12 @@ fn command(style: Style, dir: &Path, active: &str) -> Command {
                 }
                 if !below.is_null() {
                     node["backing"] = below;
+                }
+                if style == Style::ThrottledBase && name == "base" {
+                    storage["node-name"] = "base-leaf".into();
+                    let throttle = json!({"driver": "throttle", "throttle-group": "slow", "file": "base-leaf", "node-name": "base-file"});
+                    command.args(["-object", "throttle-group,id=slow", "-blockdev", &storage.to_string()]);
+                    storage = throttle;
                 }
                 command.args(["-blockdev", &storage.to_string(), "-blockdev", &node.to_string()]);
                 below = name.into();

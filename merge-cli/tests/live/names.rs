@@ -228,3 +228,20 @@ fn a_relative_name_of_qemus_is_understood_from_another_folder() {
     assert!(!machine.has("c.img"));
     machine.holds_the_disk("base.img");
 }
+
+/// QEMU describes a format above a throttle by a `json:` name; the old active image was not emptied then.
+#[test]
+fn a_filter_below_the_base_hides_no_file() {
+    if !tools_are_here() {
+        return;
+    }
+    let mut machine = Machine::new(Style::ThrottledBase);
+    let chain = machine.document(&["chain", "vda"]);
+    assert_eq!(chain[3]["filename"], machine.path("base.img").as_str(), "{chain}");
+    machine.ok("commit", &["--top", "[3]"]);
+    let said = machine.ok("commit", &["--active", "--pivot"]);
+    assert!(said.contains("is an empty overlay on") && !said.contains("not touched"), "{said}");
+    machine.stop();
+    assert!(!machine.has(".c.img.qmerge-live"));
+    machine.holds_the_disk("c.img");
+}

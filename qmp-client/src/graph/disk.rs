@@ -235,13 +235,45 @@ impl Disk {
 
 /// The name of an image's file. QEMU describes an image with a `json:` name when its header and its place in
 /// the chain say different things, as after a merge with a relative name; the file below has its plain one.
+/// Where that is a filter, its description ends with the file that it passes requests on to.
 fn file_of(node: &NamedNode, below: Option<&NamedNode>) -> String {
-    let plain = below.filter(|below| node.file.starts_with("json:") && !below.file.starts_with("json:"));
-    plain.unwrap_or(node).file.clone()
+    let described = |node: &NamedNode| node.file.starts_with("json:");
+    match below {
+        Some(below) if described(node) && !described(below) => below.file.clone(),
+        Some(below) if described(node) => leaf(&below.file).unwrap_or_else(|| node.file.clone()),
+        _ => node.file.clone(),
+    }
+}
+
+/// The file at the end of a `json:` description, if it ends with a file or a device of the host.
+fn leaf(description: &str) -> Option<String> {
+    let text = description.strip_prefix("json:")?;
+    let whole: serde_json::Value = serde_json::from_str(text).ok()?;
+    let mut level = &whole;
+    while level["file"].is_object() {
+        level = &level["file"];
+    }
+    let is_local = level["driver"].as_str().is_some_and(|driver| ["file", "host_device"].contains(&driver));
+    level["filename"].as_str().filter(|_| is_local).map(str::to_owned)
 }
 
 /// Whether `name` is the file of this layer, by its text or by being the same file here.
 fn is_file(layer: &Layer, name: &str) -> bool {
     let identity = |path: &str| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
     layer.file == name || identity(name).is_some_and(|here| identity(&layer.file) == Some(here))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::leaf;
+
+    #[test]
+    fn a_filter_below_the_format_hides_no_file() {
+        let throttle = r#"json:{"throttle-group": "g", "driver": "throttle", "file": {"driver": "file", "filename": "/a"}}"#;
+        assert_eq!(leaf(throttle).as_deref(), Some("/a"));
+        let nbd = r#"json:{"driver": "throttle", "file": {"driver": "nbd", "server.path": "/s"}}"#;
+        for other in [nbd, "json:[]", "json:", "/a"] {
+            assert_eq!(leaf(other), None, "{other}");
+        }
+    }
 }

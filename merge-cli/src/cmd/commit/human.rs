@@ -34,12 +34,11 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs) -> String {
     }
     fields.add("afterwards", afterwards(plan));
     fields.add("not needed then", obsolete(plan, args));
+    let what = if plan.restore_points_lost.len() == 1 { "a restore point" } else { "restore points" };
+    let lost = list(&plan.restore_points_lost);
     fields.add(
         "restore points",
-        format!(
-            "{} will be restore points no more, as soon as the first byte is written",
-            list(&plan.restore_points_lost)
-        ),
+        format!("{lost} will be {what} no more, as soon as the first byte is written"),
     );
     for (file, name) in &plan.bitmaps_lost {
         fields.add("lost", format!("the persistent bitmap {name} of {}", show(file)));

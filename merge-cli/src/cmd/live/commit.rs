@@ -1,5 +1,9 @@
 //! `qmerge live commit`: layers of a disk merged down into a base, while the guest runs.
 
+use std::path::Path;
+
+use qcow2::image::Qcow2;
+use qcow2::storage::{Access, Host, OsHost};
 use qmp_client::{Commit, CommitOptions, Disk, Layer, Range};
 
 use super::plan::{End, Plan};
@@ -36,6 +40,16 @@ pub(super) fn range<'d>(
         return Err(only_for_active(session, disk, top, option));
     }
     Ok(Some(range))
+}
+
+/// Where a file was merged to that is in the chain no more, if its mark says so.
+pub(super) fn merged_before(disk: &Disk, top: &str) -> Option<String> {
+    if disk.layer(top).is_ok() {
+        return None;
+    }
+    let path = Path::new(top);
+    let file = OsHost.open(path, Access::Read).ok()?;
+    Qcow2::read_cluster0(path, &*file).ok()?.merged_into()
 }
 
 fn option_for_active(args: &LiveCommitArgs) -> Option<&'static str> {

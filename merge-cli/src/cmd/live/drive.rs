@@ -288,6 +288,14 @@ impl Drive<'_> {
         );
         let hint = match why {
             GivesUp::Signal(_) => format!("nothing is lost; to begin anew: {}", self.session.again()),
+            GivesUp::Time(_)
+                if merge.state().kind == Kind::ActiveCommit && !self.session.words_have("--converge") =>
+            {
+                format!(
+                    "nothing is lost; if the guest writes faster than QEMU copies: {}",
+                    self.session.again_with("--converge")
+                )
+            }
             GivesUp::Time(_) => format!(
                 "nothing is lost; again, with more time or without --timeout: {}",
                 self.session.again()

@@ -60,12 +60,12 @@ pub(super) fn list(
     console.result(&(table.render() + &merges))
 }
 
-/// `vda: b.qcow2, a.qcow2 into base.raw, being copied; the disk is c.qcow2`
+/// `vda: b.qcow2, a.qcow2 into base.raw, not switched yet; the image that holds the disk is c.qcow2`
 fn in_words(state: &State) -> String {
     let merged: Vec<_> = state.merged().map(|layer| printable(&layer.file)).collect();
     let target = state.target().map_or(String::new(), |layer| printable(&layer.file));
     let phase = match state.phase {
-        Phase::Copying => "being copied",
+        Phase::Copying => "not switched yet",
         Phase::Switching => "about to switch",
         Phase::Switched => "switched",
     };

@@ -32,6 +32,10 @@ pub(super) fn commit(
     let files = Files::of(&monitor);
     let disk = find(graph, &args.disk, session)?;
     guard::disk(session, disk)?;
+    if let Some(base) = args.top.as_ref().and_then(|top| commit::merged_before(disk, top)) {
+        let why = format!("{} was already merged into {base}", args.top.as_deref().unwrap_or_default());
+        return nothing_to_do(console, disk.name(), &why);
+    }
     let Some(range) = commit::range(session, disk, args)? else {
         return nothing_to_do(console, disk.name(), "its chain has one layer");
     };

@@ -193,6 +193,11 @@ fn configuration(monitor: &Connection, state: &State, fields: &mut Value) -> Str
     let format = state.target().map_or("", |layer| layer.format.as_str());
     let words = monitor.peer().map_or(Vec::new(), |pid| after::words_that_name(pid, Path::new(&old)));
     fields["configuration"] = json!({ "old": old, "new": new, "format": format, "words": words });
+    let named_now = monitor.peer().map_or(Vec::new(), |pid| after::words_that_name(pid, Path::new(&new)));
+    if words.is_empty() && !named_now.is_empty() {
+        let (new, named_now) = (printable(&new), printable(&named_now.join(" ")));
+        return format!("the virtual machine was started with {new}, which is right again: {named_now}");
+    }
     let shown = if words.is_empty() {
         String::new()
     } else {

@@ -1,6 +1,6 @@
 //! `qmerge live snapshot`: new overlays.
 
-use std::path::{self, PathBuf};
+use std::path::{self, Path, PathBuf};
 
 use qmp_client::{Connection, Disk, Error, Graph};
 
@@ -10,7 +10,7 @@ use crate::cli::Overlay;
 use crate::failure::Failure;
 use crate::hints::folder_word;
 use crate::output::Console;
-use crate::output::human::printable;
+use crate::output::human::{printable, shell_word};
 
 /// Makes the overlays; relative names are those of this folder, not of QEMU's.
 pub(super) fn run(
@@ -39,6 +39,10 @@ pub(super) fn run(
                 None => session.failure(&error),
             },
         },
+        Error::Command { .. } => match busy(monitor, graph, &pairs) {
+            Some(disk) => session.failure_with(&error, end_first(session, disk)),
+            None => session.failure(&error),
+        },
         _ => session.failure(&error),
     })?;
     if console.is_json() {
@@ -64,5 +68,22 @@ fn relative(disk: &Disk) -> String {
         "QEMU opened {} by a name of its own folder, and its open files do not show which file that is: run this as root, or \
          start QEMU with absolute names",
         printable(&disk.active().file)
+    )
+}
+
+/// The first of these disks on which a job works: QEMU lets nothing change its chain meanwhile.
+fn busy<'d>(monitor: &Connection, graph: &Graph, wanted: &[(&'d Disk, &Path)]) -> Option<&'d Disk> {
+    let jobs = graph.jobs(monitor).ok()?;
+    let works = |disk: &Disk| jobs.iter().any(|(_, of)| of.is_some_and(|of| of.name() == disk.name()));
+    wanted.iter().map(|(disk, _)| *disk).find(|disk| works(disk))
+}
+
+fn end_first(session: &Session<'_>, disk: &Disk) -> String {
+    let word = shell_word(disk.name());
+    format!(
+        "a job works on {}; let it end, or end it: {}; {}",
+        printable(disk.name()),
+        session.other(&format!("pivot {word}")),
+        session.other(&format!("cancel {word}"))
     )
 }

@@ -82,6 +82,12 @@ impl Session<'_> {
             Error::Job { .. } | Error::TimedOut { .. } | Error::Unreadable { .. } => {
                 format!("see how it stands: qmerge live jobs {qmp}")
             }
+            Error::Disconnected { .. } if self.verb.is_merge() => {
+                format!(
+                    "if QEMU still runs, its jobs go on: qmerge live jobs {qmp}; if it has ended, this says which image \
+                     holds the disk: qmerge live recover {qmp}"
+                )
+            }
             Error::Disconnected { .. } => {
                 format!("if QEMU still runs, its jobs go on: qmerge live jobs {qmp}")
             }
@@ -125,6 +131,11 @@ impl Session<'_> {
                   with qmerge commit"
                 .to_owned(),
         }
+    }
+
+    /// Whether the command was given this option.
+    pub(super) fn words_have(&self, option: &str) -> bool {
+        self.words.iter().any(|word| word == option)
     }
 
     /// The same command, to be typed again.

@@ -20,11 +20,10 @@ pub(in crate::cmd::live) fn text(plan: &Plan) -> String {
         fields.add("to zero", size::exact(plan.amounts.zero));
     }
     if let Some((folder, free)) = &plan.room {
-        let (growth, free) = (size::short(plan.growth()), size::short(*free));
-        fields.add(
-            "room",
-            format!("at most {growth} more of the {free} that are free in {}", folder.display()),
-        );
+        let (growth, free) = (plan.growth(), size::short(*free));
+        let growth = if growth == 0 { "nothing".into() } else { format!("at most {}", size::short(growth)) };
+        fields
+            .add("room", format!("takes {growth} more of the {free} that are free in {}", folder.display()));
     }
     if let Some((before, after)) = plan.grows_disk_of_base() {
         fields.add("base's disk", format!("grows from {} to {}", size::short(before), size::exact(after)));
@@ -36,11 +35,9 @@ pub(in crate::cmd::live) fn text(plan: &Plan) -> String {
     }
     let lost = plan.restore_points_lost();
     if !lost.is_empty() {
+        let what = if lost.len() == 1 { "a restore point" } else { "restore points" };
         let lost = list(lost.into_iter());
-        fields.add(
-            "restore points",
-            format!("{lost} will be restore points no more, as soon as the job starts"),
-        );
+        fields.add("restore points", format!("{lost} will be {what} no more, as soon as the job starts"));
     }
     for (layer, name) in plan.bitmaps_lost() {
         fields.add("lost", format!("the persistent bitmap {} of {}", printable(name), show(layer)));
@@ -98,7 +95,11 @@ fn afterwards(plan: &Plan) -> String {
 fn obsolete(plan: &Plan) -> &'static str {
     match plan.end {
         _ if plan.delete => "will be removed",
+        _ if plan.pull && plan.merged.len() == 1 => "stays as it is",
         _ if plan.pull => "stay as they are",
+        End::KeepOverlay | End::Finish | End::WaitForFinish if plan.merged.len() == 1 => {
+            "stays, marked as merged"
+        }
         End::KeepOverlay | End::Finish | End::WaitForFinish => "stay, marked as merged",
         End::Pivot | End::Ready if plan.merged.len() == 1 => "stays, as an empty overlay on base",
         End::Pivot | End::Ready => "stay; the first as an empty overlay on base, the others marked as merged",
