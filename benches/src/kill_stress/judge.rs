@@ -24,7 +24,7 @@ pub(crate) fn is_gone(dir: &Path, chain: &Chain) -> bool {
 
 /// Whether a merge says that it goes on where an earlier one stopped.
 pub(crate) fn went_on(said: &str) -> bool {
-    said.contains("\"resumed\":true")
+    said.contains("\"resumed\":{")
 }
 
 /// Leaks at most, and the guest's bytes are what they were.

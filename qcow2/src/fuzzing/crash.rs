@@ -6,11 +6,10 @@ use std::sync::{Arc, OnceLock};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use super::chain::{assert_same, host_with, options, view};
+use super::chain::{assert_same, host_with, view};
 use super::commit::{Case, Silent};
 use super::model::{Input, Layer, chain as layers, guest};
 use crate::Result;
-use crate::chain::Chain;
 use crate::check::{CheckOptions, check};
 use crate::format::is_qcow2;
 use crate::merge::{Commit, CommitOptions};
@@ -21,17 +20,19 @@ use crate::storage::{Access, Host, MemHost};
 const JUDGED: u64 = 8;
 
 /// A chain and a commit made from the input, on a simulated disk. Either the power is cut, and some of the states
-/// that this may leave are judged; or the N-th operation fails. Then nothing is corrupt, the guest sees what
-/// it saw, and the same commit again finishes.
+/// that this may leave are judged, with what was being written torn or spoilt; or the N-th operation fails.
+/// Then nothing is corrupt, the guest sees what it saw, and the same commit again finishes.
 pub fn crash(bytes: &[u8]) {
     let mut input = Input::new(bytes);
-    let layers = layers(&mut input);
-    let case = Case::choose(&mut input, layers.len());
-    let merge = Merge { options: case.options(&layers), expected: guest(&layers, case.active), layers, case };
+    let merge = Merge::choose(&mut input);
+    on_one_thread(|| merge.stop_somewhere(&mut input));
+}
+
+/// On one thread the same input always writes in the same order.
+pub(super) fn on_one_thread(run: impl FnOnce() + Send) {
     match alone() {
-        // On one thread the same input always writes in the same order.
-        Some(pool) => pool.install(|| merge.stop_somewhere(&mut input)),
-        None => merge.stop_somewhere(&mut input),
+        Some(pool) => pool.install(run),
+        None => run(),
     }
 }
 
@@ -40,26 +41,40 @@ fn alone() -> Option<&'static ThreadPool> {
     ALONE.get_or_init(|| ThreadPoolBuilder::new().num_threads(1).build().ok()).as_ref()
 }
 
-struct Merge {
-    layers: Vec<Layer>,
-    case: Case,
-    options: CommitOptions,
+/// A chain, and a commit of it.
+pub(super) struct Merge {
+    pub(super) layers: Vec<Layer>,
+    pub(super) case: Case,
+    pub(super) options: CommitOptions,
     /// What the guest sees.
     expected: Vec<u8>,
 }
 
 impl Merge {
-    fn active(&self) -> &Path {
+    pub(super) fn choose(input: &mut Input<'_>) -> Self {
+        let layers = layers(input);
+        let case = Case::choose(input, layers.len());
+        Self { options: case.options(&layers), expected: guest(&layers, case.active), layers, case }
+    }
+
+    pub(super) fn active(&self) -> &Path {
         &self.layers[self.case.active].path
     }
 
-    fn run(&self, host: Arc<dyn Host>) -> Result<()> {
-        let never = AtomicBool::new(false);
-        let commit = Commit::prepare(host, self.active(), &self.options, &never)?;
-        commit.execute(&Silent, &never).map(drop)
+    pub(super) fn prepare(&self, host: Arc<dyn Host>) -> Result<Commit> {
+        Commit::prepare(host, self.active(), &self.options, &AtomicBool::new(false))
     }
 
-    fn disk(&self) -> SimHost {
+    pub(super) fn run(&self, host: Arc<dyn Host>) -> Result<()> {
+        self.run_with(&self.options, host)
+    }
+
+    pub(super) fn run_with(&self, options: &CommitOptions, host: Arc<dyn Host>) -> Result<()> {
+        let never = AtomicBool::new(false);
+        Commit::prepare(host, self.active(), options, &never)?.execute(&Silent, &never).map(drop)
+    }
+
+    pub(super) fn disk(&self) -> SimHost {
         SimHost::over(&host_with(&self.layers))
     }
 
@@ -76,7 +91,7 @@ impl Merge {
     fn cut(&self, disk: &SimHost, input: &mut Input<'_>) {
         let tear = [Tear::Sector, Tear::Block, Tear::Call][input.below(3) as usize];
         let seed = u64::from(input.byte()) << 8 | u64::from(input.byte());
-        let (garbage, damaged) = (Garbage::None, 0);
+        let (garbage, damaged) = (Garbage::Sectors, 2);
         let cuts = Cuts { seed, tear, exhaustive: 2, listed: 2, random: 2, garbage, damaged };
         let (skip, every) = (u64::from(input.byte()), 1 + input.below(16));
         let (mut n, mut judged) = (0, 0);
@@ -84,7 +99,7 @@ impl Merge {
             n += 1;
             if n > skip && n % every == 0 && judged < JUDGED {
                 judged += 1;
-                self.judge(&cut.state);
+                self.judge(&cut.state, !cut.garbage.is_empty());
             }
         });
     }
@@ -99,34 +114,29 @@ impl Merge {
         let failed = disk.failed();
         disk.fail(None);
         assert!(outcome.is_ok() || failed > 0, "a disk that is well, and {:?}", outcome.err());
-        self.judge(&disk.now());
+        self.judge(&disk.now(), false);
         self.cut(&disk, input);
     }
 
-    /// Nothing is corrupt, the guest sees what it saw, and the same commit goes on to the end.
-    fn judge(&self, state: &State) {
+    /// Nothing is corrupt, the guest sees what it saw, and the same commit goes on to the end. What is
+    /// spoilt is made whole before that, by whoever opens the chain for writing.
+    fn judge(&self, state: &State, spoilt: bool) {
         let host = state.host();
-        self.assert_sound(state, &host);
-        self.assert_guest(&host);
-        if !self.is_switched(&host)
-            && let Err(error) = self.run(Arc::new(host.clone()))
-        {
+        if !spoilt {
+            self.assert_sound(state, &host);
+            self.assert_guest(&host);
+        }
+        // A layer that was removed, as asked for, cannot be named again.
+        let top = &self.layers[self.case.top].path;
+        let is_removed = self.case.delete && host.stat(top).is_err();
+        if !is_removed && let Err(error) = self.run(Arc::new(host.clone())) {
             unreachable!("the commit does not go on: {error}");
         }
         self.assert_sound(&State::of(&host), &host);
         self.assert_guest(&host);
     }
 
-    /// Whether top is not in the chain any more: then the same command names a layer that is not there.
-    fn is_switched(&self, host: &MemHost) -> bool {
-        let top = &self.layers[self.case.top].path;
-        match Chain::open(host, self.active(), &options()) {
-            Ok(chain) => chain.layers().iter().all(|layer| layer.path != *top),
-            Err(_) => host.stat(self.active()).is_err(),
-        }
-    }
-
-    fn assert_sound(&self, state: &State, host: &MemHost) {
+    pub(super) fn assert_sound(&self, state: &State, host: &MemHost) {
         for path in state.names().filter(|path| state.content(path).is_some_and(|content| is_qcow2(&content)))
         {
             let report = host.open(path, Access::Read).map(|file| {
@@ -145,7 +155,7 @@ impl Merge {
     }
 
     /// The guest's bytes, through the active image; through base if that has been deleted, as asked for.
-    fn assert_guest(&self, host: &MemHost) {
+    pub(super) fn assert_guest(&self, host: &MemHost) {
         let gone = host.stat(self.active()).is_err();
         assert!(!gone || (self.case.delete && self.case.top == self.case.active), "the active image is gone");
         let path = if gone { &self.layers[self.case.base].path } else { self.active() };

@@ -54,6 +54,19 @@ impl Journal {
     /// # Errors
     /// The system's; paths that are too long for a header.
     pub(crate) fn create(host: &dyn Host, path: &Path, header: Header) -> Result<Self> {
+        Self::make(host, path, header, false)
+    }
+
+    /// As [`Journal::create`], for an image whose dirty bit an earlier work has set: the new journal says
+    /// that from the moment it has its name.
+    ///
+    /// # Errors
+    /// As [`Journal::create`].
+    pub(crate) fn take_over(host: &dyn Host, path: &Path, header: Header) -> Result<Self> {
+        Self::make(host, path, header, true)
+    }
+
+    fn make(host: &dyn Host, path: &Path, header: Header, begun: bool) -> Result<Self> {
         let failed = |op| move |e| Error::io(path, op, None, e);
         let bytes = header.encode().ok_or_else(|| {
             Error::Usage(format!("{}: the names of the layers are too long for a journal", path.display()))
@@ -67,14 +80,22 @@ impl Journal {
             _ => {}
         }
         let file = host.create_private(&fresh).map_err(failed("create"))?;
-        let written = file.write_all_at(&bytes, 0).and_then(|()| file.sync());
+        let journal = Self::with(path, file, header, bytes.len());
+        let written = journal.file.write_all_at(&bytes, 0).and_then(|()| {
+            if !begun {
+                return journal.file.sync();
+            }
+            let mut state = journal.turn();
+            state.phase = Phase::Moving;
+            journal.append(&mut state, 0, 0, None, Vec::new())
+        });
         if let Err(e) = written.and_then(|()| host.rename(&fresh, path)) {
             // The first error is the one that counts.
             let _ = host.unlink(&fresh);
             return Err(failed("create")(e));
         }
         sync_folder(host, path)?;
-        Ok(Self::with(path, file, header, bytes.len()))
+        Ok(journal)
     }
 
     /// Makes a journal at `path` that holds one record, with these blocks of a target that has `len` bytes

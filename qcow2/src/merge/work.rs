@@ -150,7 +150,9 @@ impl Work {
             *lazy = inherited;
         }
         let old = left.map(|left| left.journal.path()).filter(|old| **old != *path);
-        let journal = Arc::new(Journal::create(host, &path, header)?);
+        // Without a record of its own, a journal does not explain a dirty bit that is set already.
+        let make = if inherited.is_some() { Journal::take_over } else { Journal::create };
+        let journal = Arc::new(make(host, &path, header)?);
         if let (Some(_), Some(left)) = (old, left) {
             left.journal.remove(host)?;
         }
