@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::device::write_in_place;
 use super::file::{Journal, sync_folder};
-use super::judge::{compare, has_header};
+use super::judge::{SLACK_NS, compare, has_clean_names, has_header};
 use super::place::{JOURNAL, SWITCH, find, identity, place, places};
 use super::record::{BLOCK, Block, Guard, Header, MAX_BLOCKS, Purpose, Record, sector_crcs};
 use crate::error::{Error, Result};
@@ -187,13 +187,21 @@ pub fn has_edit(host: &dyn Host, path: &Path) -> bool {
 }
 
 /// Redoes an edit that was torn. A header that is whole is left as it is: it is the old one or the new one,
-/// or somebody has written another since.
+/// or somebody has written another since. One whose names nobody would write was torn behind its first bytes.
 fn redo_edit(path: &Path, file: &dyn Storage, journal: &Journal, last: &Record) -> Result<()> {
     let failed = |e| Error::io(path, "read", Some(0), e);
     let sectors = compare(last, file).map_err(failed)?;
     let atomic = matches!(journal.header().purpose, Purpose::Header { atomic: true });
     let between = !atomic && sectors.foreign == 0 && sectors.old > 0 && sectors.new > 0;
-    if between || !has_header(file).map_err(failed)? { write_back(path, file, last) } else { Ok(()) }
+    let torn = || -> Result<bool> {
+        if !has_header(file).map_err(failed)? {
+            return Ok(true);
+        }
+        let at_once =
+            file.stat().map_err(failed)?.modified_ns <= journal.modified_ns()?.saturating_add(SLACK_NS);
+        Ok(sectors.foreign > 0 && at_once && !has_clean_names(file).map_err(failed)?)
+    };
+    if between || torn()? { write_back(path, file, last) } else { Ok(()) }
 }
 
 fn write_back(path: &Path, file: &dyn Storage, last: &Record) -> Result<()> {

@@ -5,11 +5,11 @@ use std::io;
 use super::file::Journal;
 use super::record::{BLOCK, Guard, Phase, Record, SECTOR};
 use crate::error::{Error, Result};
-use crate::format::Cluster0;
+use crate::format::{Cluster0, FormatError};
 use crate::storage::Storage;
 
 /// How much later than the journal's last sign of life an image may have been written by the same process.
-const SLACK_NS: i128 = 1_000_000_000;
+pub(super) const SLACK_NS: i128 = 1_000_000_000;
 
 /// What a journal means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,15 +108,32 @@ pub(super) fn compare(record: &Record, file: &dyn Storage) -> io::Result<Sectors
 
 /// Whether the image in `file` has a header of qcow2 that can be read.
 pub(super) fn has_header(file: &dyn Storage) -> io::Result<bool> {
+    Ok(match cluster0(file)? {
+        Some(Ok(_)) => true,
+        Some(Err(e)) => e.is_unsupported(),
+        None => false,
+    })
+}
+
+/// Whether the names in the header of the image in `file` are text.
+pub(super) fn has_clean_names(file: &dyn Storage) -> io::Result<bool> {
+    let Some(Ok(cluster0)) = cluster0(file)? else { return Ok(false) };
+    let clean = |name: &[u8]| {
+        std::str::from_utf8(name)
+            .is_ok_and(|name| !name.contains(|c: char| c.is_control() || c == '\u{fffd}'))
+    };
+    let format = cluster0.backing_format().unwrap_or_default();
+    Ok(clean(cluster0.backing_name.as_deref().unwrap_or_default()) && clean(format.as_bytes()))
+}
+
+/// Cluster 0 as a reader sees it; `None` if it does not begin like one.
+fn cluster0(file: &dyn Storage) -> io::Result<Option<std::result::Result<Cluster0, FormatError>>> {
     let mut bytes = vec![0; BLOCK as usize];
     file.read_exact_or_zero(&mut bytes, 0)?;
-    let Ok(cluster0) = Cluster0::decode(&bytes) else { return Ok(false) };
+    let Ok(cluster0) = Cluster0::decode(&bytes) else { return Ok(None) };
     bytes.resize(cluster0.header.geometry().cluster_size() as usize, 0);
     file.read_exact_or_zero(&mut bytes, 0)?;
-    Ok(match Cluster0::parse(&bytes) {
-        Ok(_) => true,
-        Err(e) => e.is_unsupported(),
-    })
+    Ok(Some(Cluster0::parse(&bytes)))
 }
 
 #[cfg(test)]

@@ -18,7 +18,8 @@ use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, Refusal, Result};
 use crate::format::Cluster0;
 use crate::image::{Image, bitmaps, grow, read_snapshots};
-use crate::journal::record::Header;
+use crate::journal;
+use crate::journal::record::{Header, Phase, Purpose};
 use crate::storage::{Access, FileId, FileKind, Host};
 use crate::units::GuestOffset;
 
@@ -67,7 +68,10 @@ impl Commit {
         let journal_dir = options.journal_dir.clone();
         let healing = OpenOptions { lock: false, heal: true, journal_dir, ..options.open.clone() };
         let scout = Chain::open(&*host, active, &healing)?;
-        if let Some(reason) = already_merged(&*host, &scout, options)? {
+        let switched = switched_before(&*host, &scout, options)?;
+        if let Some(reason) =
+            switched.map_or_else(|| already_merged(&*host, &scout, options), |r| Ok(Some(r)))?
+        {
             return Ok(Self::nothing(host, options, scout, reason));
         }
         let span = choose(&*host, &scout, options)?;
@@ -250,6 +254,29 @@ fn seen_through(images: &[&Image], at: usize) -> Result<u64> {
         None => Vec::new(),
     };
     Ok(snapshots.iter().filter_map(|s| s.disk_size).fold(image.virtual_size(), u64::max))
+}
+
+/// The reason why there is nothing to do but to clean up, if a merge was stopped behind the switch of the chain, and
+/// the layer asked for as top is in the chain no more, or is an index: what it meant then, it means no more.
+fn switched_before(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<String>> {
+    let Some(top) = &options.top else { return Ok(None) };
+    let files = chain.files();
+    let is_layer = |path: &Path| host.stat(path).is_ok_and(|stat| files.contains(&stat.id));
+    if is_layer(Path::new(top)) {
+        return Ok(None);
+    }
+    let dir = options.journal_dir.as_deref();
+    for layer in chain.layers() {
+        let file = &**layer.image.file();
+        let found = journal::find(host, &layer.path, file, dir, layer.access, journal::JOURNAL)?;
+        let Some((journal, Some(last))) = found else { continue };
+        let merged = &journal.header().top;
+        if journal.header().purpose == Purpose::Merge && last.phase >= Phase::Switching && !is_layer(merged) {
+            let (merged, base) = (merged.display(), layer.path.display());
+            return Ok(Some(format!("{merged} was already merged into {base}")));
+        }
+    }
+    Ok(None)
 }
 
 /// The reason why there is nothing to do, if the layers asked for were merged before.

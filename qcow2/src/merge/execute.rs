@@ -7,8 +7,9 @@
 //! 5. With `verify`, everything is read back.
 //! 6. Layers that will not be needed are marked as being merged.
 //! 7. The overlay above top gets base as its backing file; or the active image is emptied.
-//! 8. Base's dirty bit is cleared, and its journal removed.
-//! 9. Layers that are no longer needed are marked as merged, or removed from the top down.
+//! 8. Layers that are no longer needed are marked as merged.
+//! 9. Base's dirty bit is cleared, and its journal removed; with `delete` these layers are then removed from the
+//!    top down.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -93,11 +94,18 @@ impl Commit {
                 }
             }
             self.link()?;
+            // Until base is finished, its journal tells that an index of the same command meant another chain.
+            // But a file is only removed when nothing is left to be written that a power cut may tear.
+            if !self.options.delete {
+                self.retire(&mut report)?;
+            }
             let host = Arc::clone(&self.host);
             if let Some(image) = self.chain.image_mut(self.base) {
                 work.finish(&*host, image)?;
             }
-            self.retire(&mut report)?;
+            if self.options.delete {
+                self.retire(&mut report)?;
+            }
         }
         let base = self.layer(self.base)?;
         report.base_file_size =
@@ -232,6 +240,10 @@ impl Commit {
             }
             None => Work::begin(&*host, image, header, dir, left.as_ref())?,
         };
+        if left.is_some_and(|left| left.is_ours()) {
+            // Mappings that are gone lead nobody to the clusters that were not given back yet.
+            give_leaks_back(image, &AtomicBool::new(false))?;
+        }
         if let Image::Qcow2(active) = &mut *image {
             if let Some(name) = name {
                 link::relink_journaled(active, name, format)?;
