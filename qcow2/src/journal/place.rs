@@ -117,7 +117,8 @@ pub(crate) fn find(
     let mut candidates = vec![beside];
     if let Some(dir) = dir {
         // A device may have another name today: what the journals say counts.
-        let names = match host.list(dir) {
+        // By its real name, as in `place`: a journal must not be taken for another one than itself.
+        let names = match host.canonicalize(dir).and_then(|dir| host.list(&dir)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
             names => names.map_err(|e| Error::io(dir, "list", None, e))?,
         };
