@@ -97,8 +97,36 @@ impl Call {
         words.fold("qmerge".to_owned(), |line, word| line + " " + &shell_word(word))
     }
 
+    /// The same command with another value of `option`, which may be given once.
+    pub(crate) fn again_with_value(&self, option: &str, value: &str) -> String {
+        let mut words = Vec::new();
+        let mut rest = self.words.iter();
+        while let Some(word) = rest.next() {
+            if word == option {
+                rest.next();
+            } else if word.strip_prefix(option).is_none_or(|value| !value.starts_with('=')) {
+                words.push(word.clone());
+            }
+        }
+        Self { words, ..self.clone() }.again_with(&[option, value])
+    }
+
     /// The command that prints the verb's help.
     pub(crate) fn help(&self) -> String {
         format!("qmerge {} --help", self.verb.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_option_that_was_given_is_not_given_twice() {
+        for words in ["commit a --journal-dir x -q", "commit a --journal-dir=x -q", "commit a -q"] {
+            let words = words.split(' ').map(str::to_owned).collect();
+            let call = Call { verb: VerbName::Commit, image: "a".into(), words };
+            assert_eq!(call.again_with_value("--journal-dir", "DIR"), "qmerge commit a -q --journal-dir DIR");
+        }
     }
 }

@@ -133,7 +133,7 @@ fn refusal_hint(path: &Path, reason: &Refusal, call: &Call) -> String {
         }
         Refusal::JournalPlace { .. } => format!(
             "name a folder on a disk that survives a power cut, and the same one again if the merge is stopped: {}",
-            call.again_with(&["--journal-dir", "DIR"])
+            call.again_with_value("--journal-dir", "DIR")
         ),
         Refusal::WrittenSince { .. } => format!(
             "if {file} was only opened, or what was written there may be merged over, begin again: {}; or give the merge up: qmerge abort {file}",
