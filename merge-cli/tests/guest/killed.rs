@@ -1,7 +1,8 @@
 //! QEMU killed at every stage of a merge: every write that was acknowledged to the guest is there afterwards.
 
+use std::fs;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -108,40 +109,70 @@ fn after_the_pivot() {
 /// the old active image before the switch, and in base alone after it.
 #[test]
 fn at_any_moment_of_a_pivot() {
+    for (seed, share) in cases() {
+        // The command takes about a quarter of a second.
+        killed_in_a_pivot(seed, |_| thread::sleep(Duration::from_millis(260).mul_f64(share)));
+    }
+}
+
+/// The moments that tell least: the switch is noted, and QEMU may have come to it or not. It closes the old active image
+/// then, which writes the tables there that it still had in memory.
+#[test]
+fn behind_the_note_of_a_pivot() {
+    let noted = |lab: &Lab| {
+        let note = fs::read_to_string(lab.dir().join(".c.qcow2.qmerge-live"));
+        note.is_ok_and(|note| note.contains("\"switching\""))
+    };
+    for (seed, share) in cases() {
+        killed_in_a_pivot(seed, |lab| {
+            let begin = Instant::now();
+            while !noted(lab) && begin.elapsed() < Duration::from_secs(10) {
+                thread::sleep(Duration::from_micros(100));
+            }
+            thread::sleep(Duration::from_millis(12).mul_f64(share));
+        });
+    }
+}
+
+/// Seeds, each with a number between 0 and 1.
+fn cases() -> impl Iterator<Item = (u64, f64)> {
+    let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
+    let (first, count) = (number("QMERGE_TEST_SEED").unwrap_or(1), number("QMERGE_TEST_CASES").unwrap_or(3));
+    // Steps of the golden section leave no part of the range out.
+    (first..first + count).map(|seed| (seed, (seed as f64 * 0.618_033_988_7).fract()))
+}
+
+fn killed_in_a_pivot(seed: u64, wait: impl FnOnce(&Lab)) {
     if !guest_possible() {
         return;
     }
-    let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
-    let (first, cases) = (number("QMERGE_TEST_SEED").unwrap_or(1), number("QMERGE_TEST_CASES").unwrap_or(3));
-    for seed in first..first + cases {
-        let lab = Lab::new();
-        lab.chain(&["base.qcow2", "c.qcow2"]);
-        let initial = lab.bytes("c.qcow2");
-        let mut guest = lab.start("c.qcow2");
-        guest.go(seed, "vda");
-        guest.commit(&["vda", "--active"]).ok();
-        guest.writes(100);
-        // The command takes about a quarter of a second.
-        let delay = Duration::from_millis(seed * 67 % 260);
-        let ended = thread::scope(|scope| {
-            let pivot = scope.spawn(|| guest.live(&["pivot", "vda"]));
-            thread::sleep(delay);
-            rustix::process::kill_process(guest.process(), rustix::process::Signal::KILL).unwrap();
-            pivot.join().unwrap()
-        });
-        guest.kill();
-        let noted = lab.dir().join(".c.qcow2.qmerge-live").exists();
-        assert!(noted || ended.code == Some(0), "{ended}");
-        let top = recover(&lab).unwrap_or_else(|| "base.qcow2".to_owned());
-        eprintln!("case {seed}: killed after {delay:?}; noted: {noted}; the disk is in {top}");
-        let oracle = Oracle::new(&lab, initial, 0);
-        oracle.nothing_lost(&lab, &top);
-        if top == "base.qcow2" {
-            // A configuration that names the old active image finds the same disk.
-            oracle.nothing_lost(&lab, "c.qcow2");
-        }
-        let mut guest = lab.start(&top);
-        assert!(guest.verify_journal() > 100);
-        guest.quit();
+    let lab = Lab::new();
+    lab.chain(&["base.qcow2", "c.qcow2"]);
+    let initial = lab.bytes("c.qcow2");
+    let mut guest = lab.start("c.qcow2");
+    guest.go(seed, "vda");
+    guest.commit(&["vda", "--active"]).ok();
+    guest.writes(100);
+    let begin = Instant::now();
+    let ended = thread::scope(|scope| {
+        let pivot = scope.spawn(|| guest.live(&["pivot", "vda"]));
+        wait(&lab);
+        rustix::process::kill_process(guest.process(), rustix::process::Signal::KILL).unwrap();
+        pivot.join().unwrap()
+    });
+    let delay = begin.elapsed();
+    guest.kill();
+    let noted = lab.dir().join(".c.qcow2.qmerge-live").exists();
+    assert!(noted || ended.code == Some(0), "{ended}");
+    let top = recover(&lab).unwrap_or_else(|| "base.qcow2".to_owned());
+    eprintln!("case {seed}: killed within {delay:?}; noted: {noted}; the disk is in {top}");
+    let oracle = Oracle::new(&lab, initial, 0);
+    oracle.nothing_lost(&lab, &top);
+    if top == "base.qcow2" {
+        // A configuration that names the old active image finds the same disk.
+        oracle.nothing_lost(&lab, "c.qcow2");
     }
+    let mut guest = lab.start(&top);
+    assert!(guest.verify_journal() > 100);
+    guest.quit();
 }

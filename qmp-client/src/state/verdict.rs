@@ -15,6 +15,10 @@ use crate::monitor::Monitor;
 /// steps of some milliseconds.
 pub(crate) const CLOCK_STEP: Duration = Duration::from_millis(20);
 
+/// QEMU pivots, and closes the old active image, within this time from when it is told to. Who writes to that image
+/// later is somebody else.
+const PIVOT_TAKES: Duration = Duration::from_secs(2);
+
 /// What is true, or why that cannot be told.
 type Doubtful<T> = std::result::Result<T, String>;
 
@@ -29,6 +33,8 @@ pub struct Seen {
     pub identities: Vec<Option<FileIdentity>>,
     /// Whether the old active image has been made an empty overlay on base since, by the engine for stopped images.
     pub retired: bool,
+    /// Whether QEMU writes to base when it closes it, without a write of the guest's: for lazy refcounts or bitmaps.
+    pub closing_writes_base: bool,
     /// Whether the host has not been started since the state was written.
     pub same_boot: bool,
 }
@@ -107,13 +113,14 @@ impl Qemu {
 }
 
 impl Seen {
-    /// Looks at the files; what QEMU says and what the header names come from those who can ask.
+    /// Looks at the files; what QEMU says and what headers hold come from those who can ask.
     pub fn of(state: &State, qemu: Qemu, header: Header) -> Self {
         Self {
             qemu,
             header,
             identities: state.layers.iter().map(|layer| FileIdentity::of(Path::new(&layer.file))).collect(),
             retired: false,
+            closing_writes_base: true,
             same_boot: state.is_of_this_boot(),
         }
     }
@@ -229,8 +236,15 @@ impl State {
             (Phase::Switching, _) => match (base, active) {
                 // Whatever base holds is at least what the active layer held.
                 (_, Some(None)) => Ok(Verdict::Switched),
-                // QEMU writes the tables of the old active image when it closes it; the guest goes on with base.
-                (Some(Some(base)), Some(Some(active))) if base > active + nanoseconds(CLOCK_STEP) => {
+                // QEMU has flushed base before it holds the guest, so only the guest writes there now, and only
+                // behind the pivot. The old active image gets its tables when QEMU closes it; and nobody else has
+                // opened it, for the guest wrote to base until QEMU was gone.
+                (Some(Some(base)), Some(Some(active)))
+                    if !seen.closing_writes_base
+                        && seen.same_boot
+                        && active <= self.changed_ns.saturating_add(nanoseconds(PIVOT_TAKES))
+                        && active <= base.saturating_add(nanoseconds(CLOCK_STEP)) =>
+                {
                     Ok(Verdict::Switched)
                 }
                 // Where nothing was written to base, the active layer is base's equal, or newer. A power cut may

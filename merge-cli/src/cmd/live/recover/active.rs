@@ -42,9 +42,15 @@ impl Case<'_> {
             Seen::Same(same) => same,
         };
         let emptied = self.is_emptied(&same, &below)?;
-        let seen = qmp_client::Seen { retired: emptied, ..qmp_client::Seen::of(state, qemu, Header::Unread) };
+        let seen = qmp_client::Seen {
+            retired: emptied,
+            closing_writes_base: look::is_written_by_closing(&below.known.path)?,
+            ..qmp_client::Seen::of(state, qemu, Header::Unread)
+        };
         match state.judge(&seen) {
             Verdict::NotSwitched => self.not_switched(),
+            // Where nobody has written to base, comparing is cheaper than being wrong.
+            Verdict::Switched if below.written == Some(true) => self.retired(Some((old, &same)), &rest),
             _ if emptied || self.is_superseded(&same, &below, &rest)? => {
                 self.retired(Some((old, &same)), &rest)
             }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use qcow2::chain::BackingName;
-use qcow2::format::Cluster0;
+use qcow2::format::{Cluster0, EXT_BITMAPS};
 use qcow2::image::{ImageFormat, Qcow2};
 use qcow2::merge::Known;
 use qcow2::storage::{Access, FileId, Host, OsHost};
@@ -67,6 +67,14 @@ pub(super) fn backing(path: &Path) -> Result<(Option<String>, Option<FileId>)> {
     };
     let leads_to = BackingName::parse(&name).ok().and_then(|n| OsHost.stat(&n.resolve(path)).ok());
     Ok((Some(String::from_utf8_lossy(&name).into_owned()), leads_to.map(|stat| stat.id)))
+}
+
+/// Whether QEMU may write to an image when it closes it, though nobody wrote there: to clear the dirty bit of lazy
+/// refcounts, or to store bitmaps.
+pub(super) fn is_written_by_closing(path: &Path) -> Result<bool> {
+    Ok(header(path)?.is_some_and(|cluster0| {
+        cluster0.header.lazy_refcounts() || cluster0.extensions.iter().any(|e| e.magic == EXT_BITMAPS)
+    }))
 }
 
 /// Whether an image carries the mark of one that was merged.
