@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::support::{Folder, Run, merge_binary, qemu_present, run};
+use crate::support::{Folder, Run, merge_binary, needs_tools, qemu_present, run};
 
 const MIB: u64 = 1 << 20;
 
@@ -256,15 +256,7 @@ fn kills_at_any_time_lose_nothing() {
 /// An index meant another layer before the chain was switched: going on with it would merge more than was asked for.
 #[test]
 fn a_merge_stopped_behind_its_switch_is_only_cleaned_up() {
-    if Command::new("strace").arg("--version").stdout(Stdio::null()).status().is_err() {
-        assert!(
-            std::env::var_os("CI").is_none(),
-            "strace must be installed for the tests of merges that are killed"
-        );
-        eprintln!("SKIPPED: strace is not installed, so no merge was killed at a chosen moment");
-        return;
-    }
-    if !qemu_present() {
+    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     let mut behind = 0;
@@ -276,16 +268,7 @@ fn a_merge_stopped_behind_its_switch_is_only_cleaned_up() {
                 folder.overlay(name, below, "qcow2", None, "");
                 folder.io("qcow2", name, &["write -P 7 1M 1M"]);
             }
-            let inject = format!("inject=fdatasync:signal=SIGKILL:when={call}");
-            let traced = Command::new("strace")
-                .args(["-qq", "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", &inject])
-                .arg(merge_binary())
-                .args(["commit", "c.qcow2", "--top", top, "-q"])
-                .current_dir(folder.path())
-                .stdin(Stdio::null())
-                .status()
-                .unwrap();
-            if traced.success() {
+            if !folder.killed_at_sync(call, &["commit", "c.qcow2", "--top", top, "-q"]) {
                 break;
             }
             let before = folder.view("qcow2", "c.qcow2");

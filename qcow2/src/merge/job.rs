@@ -27,7 +27,7 @@ use crate::units::{GuestOffset, GuestRange, HostOffset};
 const BATCH_OPS: usize = 32 << 10;
 /// or this many bytes of data: at first few, then as many as take [`BATCH_TIME`], for what a batch has done
 /// is lost when the merge is stopped in the middle of it,
-const BATCH_BYTES: Range<u64> = 64 << 20..1 << 30;
+const BATCH_BYTES: Range<u64> = 256 << 20..1 << 30;
 /// or this much metadata.
 const BATCH_MEMORY: usize = 8 << 20;
 

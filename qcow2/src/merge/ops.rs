@@ -13,8 +13,8 @@ use crate::journal::record::Phase;
 use crate::storage::Storage;
 use crate::units::{GuestOffset, HostOffset};
 
-/// The most bytes that one worker moves in one piece, so that all of them stay busy.
-const PIECE: u64 = 16 << 20;
+/// The most bytes that one worker moves in one piece: all of them stay busy, and the device soon has something to do.
+const PIECE: u64 = 4 << 20;
 
 /// Pieces of at least this size are sent to the device as soon as they are copied.
 const EARLY: u64 = 1 << 20;

@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::hash::Hasher;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::view::data_ranges;
@@ -60,6 +61,19 @@ impl Folder {
     #[track_caller]
     pub(crate) fn qmerge(&self, args: &[&str]) -> Run {
         run(&self.images, merge_binary(), args)
+    }
+
+    /// Runs the built command here, and kills it when it is about to sync for the `call`-th time. False if it ends before.
+    pub(crate) fn killed_at_sync(&self, call: u32, args: &[&str]) -> bool {
+        let inject = format!("inject=fdatasync:signal=SIGKILL:when={call}");
+        let traced = Command::new("strace")
+            .args(["-qq", "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", &inject])
+            .arg(merge_binary())
+            .args(args)
+            .current_dir(self.path())
+            .stdin(Stdio::null())
+            .status();
+        !traced.unwrap().success()
     }
 
     /// Runs `qemu-img` here, whatever it answers.
