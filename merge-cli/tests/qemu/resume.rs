@@ -32,7 +32,7 @@ fn pending(folder: &Folder, format: &str) -> Option<Value> {
 
 /// Kills a merge with `signal` when it has noted some progress; fails if it is never seen in time.
 fn stopped(folder: &Folder, format: &str, args: &[&str], signal: &str) -> Run {
-    for _ in 0..5 {
+    for _ in 0..20 {
         let child = Command::new(merge_binary())
             .args(["commit", "b.qcow2", "--json"])
             .args(args)
