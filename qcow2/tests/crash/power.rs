@@ -15,10 +15,10 @@ pub(crate) fn cuts(seed: u64, tier: Tier) -> Cuts {
         seed,
         tear: Tear::Sector,
         exhaustive: tier.of(6, 11),
-        listed: tier.of(1, 16),
-        random: tier.of(3, 32),
+        listed: tier.of(2, 16),
+        random: tier.of(4, 32),
         garbage: garbage(),
-        damaged: tier.of(3, 24),
+        damaged: tier.of(4, 24),
     }
 }
 
@@ -67,10 +67,10 @@ fn cut_everywhere(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
 #[test]
 fn no_power_cut_loses_anything() {
     let tier = tier();
-    let some = scenarios::some(tier, 2);
+    let some = scenarios::some(tier, 1);
     let total = all("power cuts", some, |scenario, seed| cut_everywhere(scenario, seed, tier));
     if std::env::var_os("QMERGE_CRASH_ONLY").is_none() {
-        assert!(total.scenarios >= 200 && total.states >= tier.of(15_000, 1_000_000), "{total:?}");
+        assert!(total.scenarios >= 500 && total.states >= tier.of(100_000, 1_000_000), "{total:?}");
     }
 }
 
@@ -160,9 +160,9 @@ fn cut_twice(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
 #[test]
 fn no_power_cut_during_recovery_loses_anything() {
     let tier = tier();
-    let some = scenarios::some(tier, 7);
+    let some = scenarios::some(tier, 3);
     let total = all("power cuts during recovery", some, |scenario, seed| cut_twice(scenario, seed, tier));
     if std::env::var_os("QMERGE_CRASH_ONLY").is_none() {
-        assert!(total.states >= tier.of(1_000, 100_000), "{total:?}");
+        assert!(total.states >= tier.of(50_000, 100_000), "{total:?}");
     }
 }
