@@ -119,3 +119,26 @@ fn what_is_lost_or_broken_stands_in_the_plan() {
     // A pull changes no layer below.
     machine.ok("pull", &["-n", "--drop-bitmaps"]);
 }
+
+/// Another image reads through the layer that is kept, and so through those below it.
+#[test]
+fn what_lies_below_a_layer_that_is_kept_is_kept() {
+    if !tools_are_here() {
+        return;
+    }
+    let machine = Machine::with(Style::Daemon, "c.img", |dir| {
+        crate::machine::usual_chain(dir, "qcow2");
+        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "-b", "b.img", "-F", "qcow2", "other.img"]);
+        run("qemu-img", dir, &["convert", "-O", "raw", "other.img", "other.raw"]);
+    });
+    let said = machine.ok("commit", &["--top", "[3]", "--allow-shared-base", "--delete"]);
+    assert!(!said.contains("removed: "), "{said}");
+    for (name, why) in [("b.img", "other.img uses it"), ("a.img", "a layer above it is kept")] {
+        assert!(
+            said.contains(&format!("not touched: {}: ", machine.path(name))) && said.contains(why),
+            "{said}"
+        );
+    }
+    // The chain below top shows what it did: all of it is in base.
+    run("qemu-img", machine.dir(), &["compare", "-q", "-U", "-F", "raw", "other.img", "other.raw"]);
+}

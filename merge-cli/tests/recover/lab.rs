@@ -7,8 +7,8 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use qmp_client::{
-    Address, Commit, CommitOptions, Connection, Event, Graph, Merge, Monitor, Options, StateFile, Watch,
-    Wishes,
+    Address, Commit, CommitOptions, Connection, Event, Graph, Merge, Monitor, Options, Procedure, Pull,
+    StateFile, Watch, Wishes,
 };
 use serde_json::{Value, json};
 
@@ -180,26 +180,60 @@ impl Lab {
         }
     }
 
+    /// The names of all images.
+    pub(crate) fn images(&self) -> Vec<String> {
+        let files =
+            fs::read_dir(self.dir()).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+        let mut images: Vec<_> = files.filter(|name| name.ends_with(".img")).collect();
+        images.sort();
+        images
+    }
+
     pub(crate) fn contents(&self) -> Vec<Vec<u8>> {
         ["1.img", "2.img", "3.img", "4.img"].map(|image| fs::read(self.dir().join(image)).unwrap()).into()
     }
 
     /// Merges up to `top` into `[1]`, and kills the daemon at `command`: instead of it, or as soon as it is answered.
     pub(crate) fn dies(&self, top: &str, command: &'static str, when: When) {
+        let file = StateFile::beside(&self.dir().join("4.img")).unwrap();
+        self.dies_as(&Merging { top: Some(top), wishes: Wishes::default(), file }, command, when);
+    }
+
+    /// The same for any merge.
+    pub(crate) fn dies_as(&self, merging: &Merging<'_>, command: &'static str, when: When) {
         let monitor = Deadly { lab: self, inner: self.connect(), command, when };
         let graph = Graph::ask(&monitor).unwrap();
         let disk = graph.disk("disk0").unwrap();
-        let range = disk.range(disk.layer("[1]").unwrap(), disk.layer(top).unwrap()).unwrap();
-        let mut commit = Commit::plan(disk, &range, CommitOptions::default()).unwrap();
-        commit.preflight(&monitor).unwrap();
-        let active = commit.is_active();
-        let file = StateFile::beside(&self.dir().join("4.img")).unwrap();
-        let mut merge = Merge::begin(&monitor, commit, file, &self.address(), &Wishes::default()).unwrap();
+        let base = disk.layer("[1]").unwrap();
+        let options = CommitOptions::default();
+        let procedure: Procedure = match merging.top {
+            Some(top) => {
+                let range = disk.range(base, disk.layer(top).unwrap()).unwrap();
+                let mut commit = Commit::plan(disk, &range, options).unwrap();
+                commit.preflight(&monitor).unwrap();
+                commit.into()
+            }
+            None => {
+                let mut pull = Pull::plan(disk, Some(base), options).unwrap();
+                pull.preflight(&monitor).unwrap();
+                pull.into()
+            }
+        };
+        let (file, wishes) = (merging.file.clone(), &merging.wishes);
+        let mut merge = Merge::begin(&monitor, procedure, file, &self.address(), wishes).unwrap();
         merge.wait(Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
-        let end = if active { merge.pivot() } else { merge.finish() };
+        let end = if merging.top == Some("[4]") { merge.pivot() } else { merge.finish() };
         end.unwrap_err();
         assert!(self.daemon.lock().unwrap().is_none(), "{command} was not sent");
     }
+}
+
+/// What is merged, and what is noted of it where.
+pub(crate) struct Merging<'a> {
+    /// The layer that is merged into `[1]` with those between; none for a pull of those between into `[4]`.
+    pub(crate) top: Option<&'a str>,
+    pub(crate) wishes: Wishes,
+    pub(crate) file: StateFile,
 }
 
 impl Drop for Lab {

@@ -41,4 +41,4 @@ pub(crate) use ops::Run;
 pub use options::{BaseChoice, CommitOptions};
 pub use plan::{Afterwards, Plan, Resumed};
 pub use put::put;
-pub use retire::{Known, Retired, mark_merged, remove};
+pub use retire::{Known, Retired, mark_merged, remove, unused};

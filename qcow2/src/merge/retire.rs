@@ -131,8 +131,6 @@ fn mark(image: &Known, file: Arc<dyn Storage>, base: &Path) -> Result<bool> {
 /// [`Error::InUse`]; [`Refusal::NotAsKnown`]; [`Refusal::SharedBase`]; an I/O error.
 pub fn remove(host: &dyn Host, images: &[Known], chain: &[FileId], scan: &[PathBuf]) -> Result<Retired> {
     let mut retired = Retired::default();
-    let mut theirs = chain.to_vec();
-    theirs.extend(images.iter().map(|image| image.id));
     for image in images {
         let io = |op| move |e| Error::io(&image.path, op, None, e);
         let file = image.open(host, LockMode::Write)?;
@@ -143,21 +141,54 @@ pub fn remove(host: &dyn Host, images: &[Known], chain: &[FileId], scan: &[PathB
             let what = "it is not a regular file".to_owned();
             return Err(Error::refused(&image.path, Refusal::Other(what)));
         }
-        let folder = real.parent().unwrap_or(Path::new("/"));
-        let mut folders = vec![folder.to_owned()];
-        folders.extend(image.path.parent().filter(|p| !p.as_os_str().is_empty()).map(Path::to_owned));
-        folders.extend(scan.iter().cloned());
-        let users = find_users(host, &folders, &[image.id], &theirs)?.users;
+        let users = users_of(host, image, images, chain, scan)?;
         if !users.is_empty() {
-            let users = users.into_iter().map(|user| user.path).collect();
             return Err(Error::refused(&image.path, Refusal::SharedBase { users }));
         }
+        let folder = real.parent().unwrap_or(Path::new("/"));
         host.unlink(&real).map_err(|e| Error::io(&real, "remove", None, e))?;
         host.sync_dir(folder).map_err(|e| Error::io(folder, "sync", None, e))?;
         drop(file);
         retired.deleted.push(image.path.clone());
     }
     Ok(retired)
+}
+
+/// How many of the `images`, the uppermost first, nobody else uses; and who uses the next one, if there is one. That one
+/// and those below it must stay: who uses it reads through them. Only looks; `chain` and `scan` are those of [`remove`].
+///
+/// # Errors
+/// An I/O error.
+pub fn unused(
+    host: &dyn Host,
+    images: &[Known],
+    chain: &[FileId],
+    scan: &[PathBuf],
+) -> Result<(usize, Vec<PathBuf>)> {
+    for (at, image) in images.iter().enumerate() {
+        let users = users_of(host, image, images, chain, scan)?;
+        if !users.is_empty() {
+            return Ok((at, users));
+        }
+    }
+    Ok((images.len(), Vec::new()))
+}
+
+/// The images in the same folders, or in `scan`, that use an image, without those that are about to go or to change.
+fn users_of(
+    host: &dyn Host,
+    image: &Known,
+    images: &[Known],
+    chain: &[FileId],
+    scan: &[PathBuf],
+) -> Result<Vec<PathBuf>> {
+    let real = host.canonicalize(&image.path).map_err(|e| Error::io(&image.path, "resolve", None, e))?;
+    let parents = [real.as_path(), &image.path].map(Path::parent).into_iter().flatten();
+    let mut folders: Vec<_> = parents.filter(|p| !p.as_os_str().is_empty()).map(Path::to_owned).collect();
+    folders.extend(scan.iter().cloned());
+    let theirs: Vec<_> = chain.iter().copied().chain(images.iter().map(|image| image.id)).collect();
+    let users = find_users(host, &folders, &[image.id], &theirs)?.users;
+    Ok(users.into_iter().map(|user| user.path).collect())
 }
 
 #[cfg(test)]
@@ -226,7 +257,10 @@ mod tests {
             panic!("{refused}")
         };
         assert_eq!(users[..], [Path::new("/2")]);
-        let retired = remove(&host, &[known(&host, "/2"), known(&host, "/1")], &[], &[]).unwrap();
+        let images = [known(&host, "/2"), known(&host, "/1")];
+        assert_eq!(unused(&host, &images, &[], &[]).unwrap(), (2, vec![]));
+        assert_eq!(unused(&host, &images[1..], &[], &[]).unwrap(), (0, vec!["/2".into()]));
+        let retired = remove(&host, &images, &[], &[]).unwrap();
         assert_eq!(retired.deleted, [Path::new("/2"), Path::new("/1")]);
         assert_eq!(host.list(Path::new("/")).unwrap(), [Path::new("/0")]);
         // The overlay above is about to be re-pointed, or was.

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use qcow2::chain::{OpenOptions, Policy};
 use qcow2::image::ImageFormat;
-use qcow2::merge::{EmptyOptions, Known, empty_onto, mark_merged, remove};
+use qcow2::merge::{EmptyOptions, Known, empty_onto, mark_merged, remove, unused};
 use qcow2::storage::{FileId, OsHost};
 use qmp_client::{FileIdentity, Kind, State, StateLayer};
 
@@ -49,6 +49,11 @@ pub(super) fn tidy(state: &State, files: &Files, wishes: &Wishes) -> Tidied {
             tidied.unneeded.push(path);
             continue;
         }
+        if wishes.delete && !tidied.kept.is_empty() {
+            // Whoever uses the layer that is kept reads through those below it.
+            tidied.kept.push((path, "a layer above it is kept".to_owned()));
+            continue;
+        }
         let Some(identity) = &layer.identity else {
             tidied.kept.push((path, "it is no file here".to_owned()));
             continue;
@@ -85,7 +90,11 @@ fn treat(
     let base = state.target().filter(|_| state.kind != Kind::Pull);
     let base_path = base.map(|base| PathBuf::from(&base.file)).unwrap_or_default();
     if wishes.delete {
-        tidied.deleted.extend(remove(&OsHost, &[known], chain, &wishes.scan)?.deleted);
+        let (_, users) = unused(&OsHost, std::slice::from_ref(&known), chain, &wishes.scan)?;
+        match users.first() {
+            Some(user) => tidied.kept.push((known.path, format!("{} uses it", user.display()))),
+            None => tidied.deleted.extend(remove(&OsHost, &[known], chain, &wishes.scan)?.deleted),
+        }
     } else if state.kind == Kind::ActiveCommit && layer.index == state.top && layer.format == "qcow2" {
         let format =
             if base.is_some_and(|base| base.format == "raw") { ImageFormat::Raw } else { ImageFormat::Qcow2 };

@@ -176,7 +176,7 @@ fn add_files(
     }
     if !tidied.kept.is_empty() {
         let later = session.other(&format!("recover {}", shell_word(&state.disk)));
-        lines.push(format!("when QEMU has let go of them: {later}"));
+        lines.push(format!("to deal with them later: {later}"));
     }
     fields["deleted"] = paths(&tidied.deleted);
     fields["marked"] = paths(&tidied.marked);

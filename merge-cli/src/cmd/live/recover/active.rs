@@ -4,7 +4,7 @@ use std::path::Path;
 
 use qcow2::Result;
 use qcow2::chain::{OpenOptions, Policy};
-use qcow2::merge::{EmptyOptions, Interrupted, Known, empty_onto, remove};
+use qcow2::merge::{EmptyOptions, Interrupted, Known, empty_onto};
 use qcow2::storage::OsHost;
 use qcow2::{Error, units::GuestOffset};
 use qmp_client::{Header, Phase, Qemu, StateLayer, Verdict};
@@ -108,12 +108,8 @@ impl Case<'_> {
         finding.valid_top = Some(base.file.clone());
         finding.facts.push("the merge is complete, and the guest had moved to base".to_owned());
         match old {
-            Some((layer, same)) if state.delete => {
-                if !self.dry_run {
-                    remove(&OsHost, std::slice::from_ref(&same.known), &self.ids(), &[])?;
-                }
-                finding.did.push(format!("remove {}, the active image of before", layer.file));
-            }
+            // It goes with the other layers, or stays as they do.
+            Some(_) if state.delete => {}
             Some((layer, same)) => {
                 if !self.dry_run {
                     // What is lost was accepted before the merge began.
@@ -126,7 +122,9 @@ impl Case<'_> {
             }
             None => {}
         }
-        self.clean(rest, &mut finding)?;
+        let deleted = old.filter(|_| state.delete).map(|(layer, same)| (layer, same.clone()));
+        let left: Vec<_> = deleted.into_iter().chain(rest.left.iter().cloned()).collect();
+        self.clean(&left, &mut finding)?;
         self.forget(&mut finding);
         finding.facts.push(format!("what starts the virtual machine should name {}", base.file));
         Ok(finding)

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use qcow2::chain::{OpenOptions, Policy};
-use qcow2::merge::{BackingIs, Interrupted, Known, mark_merged, remove};
+use qcow2::merge::{BackingIs, Interrupted, Known, mark_merged, remove, unused};
 use qcow2::storage::{FileId, Host, OsHost};
 use qcow2::{Error, Result};
 use qmp_client::{Kind, Phase, StateLayer};
@@ -167,31 +167,38 @@ impl<'a> Case<'a> {
         let mut finding = Finding::new(self, "completed");
         finding.valid_top = self.state.left().next().map(|layer| layer.file.clone());
         finding.facts.push("the merge is complete".to_owned());
-        self.clean(merged, &mut finding)?;
+        self.clean(&merged.left, &mut finding)?;
         self.forget(&mut finding);
         Ok(finding)
     }
 
-    /// Marks or removes layers.
-    pub(super) fn clean(&self, merged: &Merged<'_>, finding: &mut Finding) -> Result<()> {
+    /// Marks or removes layers, the uppermost first.
+    pub(super) fn clean(&self, left: &[(&StateLayer, Same)], finding: &mut Finding) -> Result<()> {
         let state = self.state;
         let base = state.layer(state.base).map(|layer| Path::new(&layer.file)).unwrap_or(Path::new(""));
-        let known: Vec<Known> = merged.left.iter().map(|(_, same)| same.known.clone()).collect();
-        let names: Vec<_> = merged.left.iter().map(|(layer, _)| layer.file.as_str()).collect();
-        if names.is_empty() {
-            return Ok(());
-        }
-        if state.delete {
+        let known: Vec<Known> = left.iter().map(|(_, same)| same.known.clone()).collect();
+        let names: Vec<_> = left.iter().map(|(layer, _)| layer.file.as_str()).collect();
+        let ids = self.ids();
+        let (gone, users) = if state.delete { unused(&OsHost, &known, &ids, &[])? } else { (0, Vec::new()) };
+        let (gone, kept) = known.split_at(gone.min(known.len()));
+        let (names_gone, names_kept) = names.split_at(gone.len());
+        if !gone.is_empty() {
             if !self.dry_run {
-                remove(&OsHost, &known, &self.ids(), &[])?;
+                remove(&OsHost, gone, &ids, &[])?;
             }
-            finding.did.push(format!("remove {}", names.join(", ")));
-            return Ok(());
+            finding.did.push(format!("remove {}", names_gone.join(", ")));
         }
-        if !self.dry_run {
-            mark_merged(&OsHost, &known, base)?;
+        if let (Some(first), Some(user)) = (names_kept.first(), users.first()) {
+            let below = if names_kept.len() > 1 { ", and reads through those below it" } else { "" };
+            let kept = names_kept.join(", ");
+            finding.facts.push(format!("{kept}: not removed; {} uses {first}{below}", user.display()));
         }
-        finding.did.push(format!("mark as merged, and no longer needed: {}", names.join(", ")));
+        if !kept.is_empty() {
+            if !self.dry_run {
+                mark_merged(&OsHost, kept, base)?;
+            }
+            finding.did.push(format!("mark as merged, and no longer needed: {}", names_kept.join(", ")));
+        }
         Ok(())
     }
 

@@ -22,7 +22,7 @@ pub(super) enum Seen {
 }
 
 /// The file of a layer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Same {
     /// As it is now.
     pub(super) known: Known,
