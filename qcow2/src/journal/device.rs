@@ -102,6 +102,7 @@ impl Journaled {
         let written = write_in_place(&*self.file, kept.blocks.values(), len).and_then(|()| self.file.sync());
         if let Err(e) = written {
             kept.failed = Some((e.kind(), e.to_string()));
+            self.journal.fail();
             return Err(e);
         }
         kept.blocks.clear();

@@ -28,7 +28,7 @@ pub(crate) struct Journal {
     opened: Instant,
     /// When the last sign of life was, in milliseconds since `opened`.
     beaten: AtomicU64,
-    /// A write or a barrier has failed: what the file holds is not known, and nothing is written any more.
+    /// A write or a barrier has failed, here or of what the last record holds: nothing is written any more.
     failed: AtomicBool,
 }
 
@@ -268,7 +268,7 @@ impl Journal {
             blocks,
         };
         if self.failed.load(Relaxed) {
-            return Err(io::Error::other("an earlier write to the journal failed"));
+            return Err(io::Error::other("an earlier write to the journal, or under it, failed"));
         }
         let written = self
             .file
@@ -277,6 +277,12 @@ impl Journal {
         written.inspect_err(|_| self.failed.store(true, Relaxed))?;
         state.sequence = record.sequence;
         Ok(())
+    }
+
+    /// The blocks of the last record could not be written in place: it stays the last, for only it can make them whole
+    /// after a power cut.
+    pub(super) fn fail(&self) {
+        self.failed.store(true, Relaxed);
     }
 
     /// A sign of life: the file's time of change shows until when the work went on.

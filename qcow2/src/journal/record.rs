@@ -344,7 +344,7 @@ impl Record {
     }
 
     /// The record that `bytes` start with, if it is whole and belongs to the header with that nonce. Its
-    /// blocks ascend, and lie where a file can have blocks.
+    /// blocks ascend, and lie where a file can have blocks; its numbers leave room to go on from.
     pub fn parse(bytes: &[u8], nonce: u64) -> Option<Self> {
         let mut from = open(bytes, RECORD_MAGIC, MAX_RECORD)?;
         if from.u64()? != nonce {
@@ -364,7 +364,8 @@ impl Record {
         let (target, len) = (from.u8()?, from.u64()?);
         let blocks = from.list(Block::decode)?;
         let ascend = blocks.windows(2).all(|two| matches!(two, [a, b] if a.number < b.number));
-        let fit = blocks.last().is_none_or(|last| last.number < i64::MAX as u64 / BLOCK);
+        let fit = blocks.last().is_none_or(|last| last.number < i64::MAX as u64 / BLOCK)
+            && [sequence, done, len].iter().all(|&number| i64::try_from(number).is_ok());
         (from.is_empty() && ascend && fit && blocks.len() <= MAX_BLOCKS).then_some(Self {
             nonce,
             sequence,
@@ -482,6 +483,13 @@ pub(super) mod tests {
         let mut far = record();
         far.blocks[1].number = u64::MAX;
         assert_eq!(Record::parse(&far.encode(), 42), None, "a block behind every file");
+        for endless in [
+            Record { sequence: u64::MAX, ..record() },
+            Record { done: u64::MAX, ..record() },
+            Record { len: u64::MAX, ..record() },
+        ] {
+            assert_eq!(Record::parse(&endless.encode(), 42), None, "a number that cannot be counted on from");
+        }
         let none = Header { targets: Vec::new(), ..header() };
         assert_eq!(Header::parse(&none.encode().unwrap()), None);
         // A list that claims more than there is allocates nothing for it.

@@ -167,3 +167,41 @@ fn the_nth_operation_fails_and_nothing_is_lost() {
         assert!(total.states >= tier.of(30_000, 50_000), "{total:?}");
     }
 }
+
+/// Lets every operation fail, once, and then cuts the power with garbage in what was being written.
+fn fail_and_cut(scenario: &Scenario, seed: u64) -> Outcome {
+    let judge = Judge::new(scenario);
+    let mut outcome = Outcome::default();
+    for nth in 1.. {
+        let disk = disk(scenario, judge.start());
+        disk.fail(Some(Fault { kind: FaultKind::Io, nth, for_ever: false }));
+        let failed = merge(scenario, Arc::new(disk.clone())).is_err();
+        if disk.failed() == 0 {
+            break;
+        }
+        let log = disk.log();
+        let few = Cuts { exhaustive: 1, listed: 1, random: 1, ..cuts(seed, tier()) };
+        let few = Cuts { garbage: Garbage::Sectors, damaged: 4, ..few };
+        power_cuts(disk.start(), &log, &few, |cut| {
+            // What is left without garbage is judged above.
+            if cut.reached < log.len() || cut.garbage.is_empty() || !failed {
+                return;
+            }
+            outcome.states += 1;
+            if let Err(what) = judge.cut(cut) {
+                outcome.fail(format!("operation {nth}, then {cut}: {what}"));
+            }
+        });
+    }
+    outcome
+}
+
+/// A full record is written in place in the middle of a write. What fails there is a failed barrier all the same, and
+/// no later record may take the place of the one that heals it.
+#[test]
+fn a_failure_while_a_full_record_is_written_in_place_is_healed_from_it() {
+    let total = all("failed operations of full records", scenarios::full_records(), fail_and_cut);
+    if std::env::var_os("QMERGE_CRASH_ONLY").is_none() {
+        assert!(total.states > 100, "{total:?}");
+    }
+}

@@ -74,6 +74,13 @@ fn no_power_cut_loses_anything() {
     }
 }
 
+#[test]
+fn no_power_cut_in_the_midst_of_full_records_loses_anything() {
+    let tier = tier();
+    let list = scenarios::full_records();
+    all("power cuts, full records", list, |scenario, seed| cut_everywhere(scenario, seed, tier));
+}
+
 /// The last mark of a merged layer is written when nothing names the layer any more.
 #[test]
 fn a_torn_mark_of_a_layer_that_has_left_the_chain_is_made_whole() {

@@ -11,6 +11,8 @@ mod shape;
 #[path = "scenarios/tables.rs"]
 mod tables;
 
+pub(crate) use tables::full_records;
+
 use crate::chain::Scenario;
 use crate::run::Tier;
 

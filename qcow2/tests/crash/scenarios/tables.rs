@@ -177,3 +177,21 @@ pub(super) fn bitmaps() -> Vec<Scenario> {
     }
     list
 }
+
+/// More to be kept than one record of a journal has blocks: tables of a qcow2 base, parts of blocks of a raw one.
+pub(crate) fn full_records() -> Vec<Scenario> {
+    const BLOCKS: u64 = 36;
+    let each = |every: u64, first: u64, clusters: u64, fill: u8| {
+        let at = (0..BLOCKS).flat_map(move |block| (0..clusters).map(move |n| block * every + first + n));
+        at.fold(SHAPE.sample(BLOCKS * every), |sample, at| sample.with(at, Content::Data(fill)))
+    };
+    // Each table has a block of the file to itself.
+    let base = Layer::qcow2(&name(0), &each(64, 0, 7, 0x11), Room::Dirty(0));
+    let top = overlay(each(64, 9, 1, 0x22), &base, 1);
+    let raw = Layer::raw("/vm/0.raw", BLOCKS * 8, 0x11);
+    let over_raw = overlay(each(8, 3, 1, 0x22), &raw, 1);
+    vec![
+        Scenario::new("more tables than a record has blocks".into(), vec![base, top], 0, 1),
+        Scenario::new("more parts of blocks than a record has".into(), vec![raw, over_raw], 0, 1),
+    ]
+}
