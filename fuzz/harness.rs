@@ -7,12 +7,15 @@
 //! The crates' tests include this file.
 #![allow(unsafe_code, reason = "a counting allocator is unsafe by its interface")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use std::{env, fs};
+
+#[path = "counting.rs"]
+mod counting;
+
+use counting::{MEMORY, counted};
 
 /// A body with what it is run over.
 pub(crate) struct Body {
@@ -26,54 +29,18 @@ pub(crate) struct Body {
     pub(crate) mutations: u64,
 }
 
-/// The most that an input may make the engine hold, in bytes.
-const MEMORY: usize = 64 << 20;
 /// The longest that an input may take. A machine that is busy with something else can be slow once, so an input
 /// that takes longer is tried again before it counts.
 const TIME: Duration = Duration::from_secs(1);
 const TRIES: u32 = 4;
 
-struct Counting;
-
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let held = HELD.fetch_add(layout.size(), Relaxed) + layout.size();
-        MOST.fetch_max(held, Relaxed);
-        // SAFETY: the caller's promise is the same as the callee's.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        let held = HELD.fetch_add(layout.size(), Relaxed) + layout.size();
-        MOST.fetch_max(held, Relaxed);
-        // SAFETY: the caller's promise is the same as the callee's.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        HELD.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: the caller's promise is the same as the callee's.
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
 /// Runs one input; the most that it made the engine hold, or what was broken.
 fn run(body: &Body, input: &[u8]) -> Result<usize, String> {
     let mut took = Duration::MAX;
     for _ in 0..TRIES {
-        let before = HELD.load(Relaxed);
-        MOST.store(before, Relaxed);
         let start = Instant::now();
-        let outcome = catch_unwind(AssertUnwindSafe(|| (body.run)(input)));
+        let (outcome, held) = counted(|| catch_unwind(AssertUnwindSafe(|| (body.run)(input))));
         took = took.min(start.elapsed());
-        let held = MOST.load(Relaxed).saturating_sub(before);
         if outcome.is_err() {
             return Err("it panicked, see above".into());
         }

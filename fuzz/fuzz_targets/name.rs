@@ -1,3 +1,6 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| qcow2::fuzzing::name(bytes));
+#[path = "../limits.rs"]
+mod limits;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| limits::run(qcow2::fuzzing::name, bytes));

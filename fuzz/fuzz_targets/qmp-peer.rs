@@ -1,3 +1,6 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| qmp_client::fuzzing::peer(bytes));
+#[path = "../limits.rs"]
+mod limits;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| limits::run(qmp_client::fuzzing::peer, bytes));
