@@ -26,17 +26,16 @@ type Files = BTreeMap<PathBuf, Vec<u8>>;
 
 /// A commit that is stopped by a failing disk, and whose journals are then replaced by any bytes, damaged, or
 /// changed with a right checksum. An image is written only because of a journal that is whole and about that very
-/// file; where there is none, the commit afterwards finishes or is refused with nothing written, and
-/// the guest sees what it saw.
+/// file; where there is none, the commit afterwards finishes or is refused with nothing written. The guest sees what it
+/// saw, unless a journal lies with a right checksum.
 pub fn journal(bytes: &[u8]) {
     let (head, rest) = bytes.split_at(bytes.len().min(HEAD));
     let merge = Merge::choose(&mut Input::new(rest));
     on_one_thread(|| {
         let mut input = Input::new(head);
         let left = stopped(&merge, &mut input).host();
-        let old = journals(&left);
-        tamper(&merge, &left, &mut input, rest);
-        Tampered { merge: &merge, intact: journals(&left) == old, state: State::of(&left) }.judge();
+        let is_honest = !tamper(&merge, &left, &mut input, rest);
+        Tampered { merge: &merge, is_honest, state: State::of(&left) }.judge();
     });
 }
 
@@ -64,9 +63,11 @@ fn journals(host: &MemHost) -> Files {
     names.filter_map(|path| Some((path.to_owned(), state.content(path)?))).collect()
 }
 
-/// Changes the journals that are there, or makes one.
-fn tamper(merge: &Merge, host: &MemHost, input: &mut Input<'_>, any: &[u8]) {
+/// Changes the journals that are there, or makes one. Says whether one of them is whole and not what the commit has
+/// written.
+fn tamper(merge: &Merge, host: &MemHost, input: &mut Input<'_>, any: &[u8]) -> bool {
     let mut files = journals(host);
+    let mut lies = false;
     if files.is_empty() || input.one_in(8) {
         let layer = &merge.layers[input.below(merge.layers.len() as u64) as usize].path;
         let name = layer.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
@@ -74,17 +75,27 @@ fn tamper(merge: &Merge, host: &MemHost, input: &mut Input<'_>, any: &[u8]) {
         // Bytes of another journal are a journal, but not about this image.
         let bytes = files.values().next().cloned().unwrap_or_else(|| any.to_vec());
         files.insert(layer.with_file_name(format!(".{name}{ending}")), bytes);
+        lies = true;
     }
     for (path, bytes) in &mut files {
+        let old = bytes.clone();
         match input.below(6) {
             0 => any.clone_into(bytes),
+            // A checksum tells: what is damaged is no journal, or a record less.
             1 => mutate(bytes, &mut Random::new(u64::from(input.byte()))),
-            2 | 3 => change_header(bytes, input),
-            4 => change_records(bytes, input),
+            change @ 2..=4 => {
+                if change == 4 {
+                    change_records(bytes, input);
+                } else {
+                    change_header(bytes, input);
+                }
+                lies |= *bytes != old;
+            }
             _ => {}
         }
         assert!(host.add(path, bytes).is_ok(), "files in memory can be added");
     }
+    lies
 }
 
 fn value(input: &mut Input<'_>, old: u64) -> u64 {
@@ -170,8 +181,8 @@ fn put(bytes: &mut [u8], at: usize, new: Option<Vec<u8>>) {
 /// A stopped commit with the journals that it has now.
 struct Tampered<'a> {
     merge: &'a Merge,
-    /// Whether the journals are as the commit has left them.
-    intact: bool,
+    /// Whether all that is whole of the journals is what the commit has left.
+    is_honest: bool,
     state: State,
 }
 
@@ -199,7 +210,7 @@ impl Tampered<'_> {
             if done.is_err() && believed.is_empty() {
                 unwritten(&host, "a refused commit");
             }
-            if believed.is_empty() || self.intact {
+            if believed.is_empty() || self.is_honest {
                 self.merge.assert_sound(&State::of(&host), &host);
                 self.merge.assert_guest(&host);
             }
@@ -208,7 +219,7 @@ impl Tampered<'_> {
         let base = &self.merge.layers[self.merge.case.base].path;
         let _ = abort(&host, base, &options(), None, &AtomicBool::new(false));
         unwritten(&host, "giving up");
-        if believed.is_empty() || self.intact {
+        if believed.is_empty() || self.is_honest {
             self.merge.assert_guest(&host);
         }
     }
