@@ -14,6 +14,8 @@ pub(crate) enum VerbName {
     Map,
     /// `qmerge check`
     Check,
+    /// `qmerge check --restore`, which answers as the verbs that change something
+    Restore,
     /// `qmerge compare`
     Compare,
     /// `qmerge commit`
@@ -49,7 +51,7 @@ impl VerbName {
         match self {
             Self::Info => "info",
             Self::Map => "map",
-            Self::Check => "check",
+            Self::Check | Self::Restore => "check",
             Self::Compare => "compare",
             Self::Commit => "commit",
             Self::Abort => "abort",

@@ -75,9 +75,10 @@ pub(crate) enum Verb {
 
     /// Check the consistency of an image
     ///
-    /// Exits as qemu-img check: 0 clean, 1 could not check, 2 corruption, 3 leaks only, 63 nothing to check (raw).
+    /// Exits as qemu-img check: 0 clean, 1 could not check, 2 corruption, 3 leaks only, 63 nothing to check (raw);
+    /// with --restore as the other verbs.
     #[command(
-        after_long_help = "Examples:\n  qmerge check vm.qcow2\n  qmerge check -q vm.qcow2 && echo clean\n  qmerge check --repair all --dry-run vm.qcow2\n  qmerge check --repair all --backup vm.metadata vm.qcow2"
+        after_long_help = "Examples:\n  qmerge check vm.qcow2\n  qmerge check -q vm.qcow2 && echo clean\n  qmerge check --repair all --dry-run vm.qcow2\n  qmerge check --repair all --backup vm.metadata vm.qcow2\n  qmerge check --restore vm.metadata vm.qcow2"
     )]
     Check(CheckArgs),
 

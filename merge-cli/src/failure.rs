@@ -140,6 +140,9 @@ fn refusal_kind(reason: &Refusal) -> &'static str {
         Refusal::JournalPlace { .. } => "journal-place",
         Refusal::WrittenSince { .. } => "written-since",
         Refusal::MergeDone { .. } => "merge-done",
+        Refusal::BackupDamaged { .. } => "backup-damaged",
+        Refusal::OtherImage { .. } => "other-image",
+        Refusal::WrittenSinceRepair { .. } => "written-since",
         _ => "refused",
     }
 }

@@ -143,6 +143,19 @@ fn refusal_hint(path: &Path, reason: &Refusal, call: &Call) -> String {
             let top = if top == active { String::new() } else { format!(" --top {}", word(top)) };
             format!("finish it: qmerge commit {} --base {file}{top}", word(active))
         }
+        Refusal::BackupDamaged { .. } => {
+            format!(
+                "the image was not touched; take a whole copy of {file}, or: qmerge check {}",
+                word(&call.image)
+            )
+        }
+        Refusal::OtherImage { .. } => format!(
+            "name that image; or, if {file} is a copy of it, made since the repair: {}",
+            call.again_with(&["--allow-copy"])
+        ),
+        Refusal::WrittenSinceRepair { .. } => format!(
+            "what was written since would be lost, so the backup is of no use for {file} any more; see how it is: qmerge check {file}"
+        ),
         Refusal::Other(_) if call.verb == VerbName::Flatten && path != call.image => {
             format!("choose another name for the new file, or move that one away: mv {file} {file}.old")
         }

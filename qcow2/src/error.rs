@@ -251,6 +251,33 @@ pub enum Refusal {
         /// The active image of the merge.
         active: PathBuf,
     },
+    /// A backup of metadata cannot be used.
+    #[error("the backup is damaged or not whole at offset {offset:#x}: {what}")]
+    BackupDamaged {
+        /// Where in the backup.
+        offset: u64,
+        /// What is wrong.
+        what: String,
+    },
+    /// A backup of metadata is about another file.
+    #[error("the backup is about another file: {}", in_one_line(image))]
+    OtherImage {
+        /// The file that it is about, by its name at that time.
+        image: PathBuf,
+    },
+    /// An image is not as a repair has left it, so a backup of its metadata does not fit it.
+    #[error(
+        "it was written by others since the repair: at offset {offset:#x}, {what}{}",
+        breaks_off.map(|at| format!("; or the backup was cut off: it breaks off at offset {at:#x}")).unwrap_or_default()
+    )]
+    WrittenSinceRepair {
+        /// Where in the image.
+        offset: u64,
+        /// What is there.
+        what: String,
+        /// Where the backup ends too early, if it does.
+        breaks_off: Option<u64>,
+    },
     /// Anything that needs words of its own.
     #[error("{0}")]
     Other(String),
@@ -332,6 +359,11 @@ fn held_by(holders: &[Holder]) -> String {
     }
     let names: Vec<_> = holders.iter().map(|h| format!("{} (process {})", h.name, h.pid)).collect();
     format!(" by {}", names.join(", "))
+}
+
+/// A name that somebody else chose.
+fn in_one_line(path: &Path) -> String {
+    path.to_string_lossy().replace(char::is_control, "\u{fffd}")
 }
 
 fn list(paths: &[PathBuf]) -> String {

@@ -48,22 +48,36 @@ pub(crate) struct CheckArgs {
     /// Repair the image, then report what remains
     ///
     /// The image must not be in use. The guest's data is not touched; what could only be guessed is left and reported.
-    #[arg(long, value_name = "WHAT", help_heading = "Repair")]
+    #[arg(long, value_name = "WHAT", group = "work", help_heading = "Repair")]
     pub(crate) repair: Option<RepairWhat>,
 
-    /// Show what the repair would do, and change nothing; exits as the check without a repair
-    #[arg(long, requires = "repair", help_heading = "Repair")]
+    /// Show what the repair or the restore would do, and change nothing; a repair exits as the check without it
+    #[arg(long, requires = "work", help_heading = "Repair")]
     pub(crate) dry_run: bool,
 
-    /// Copy the metadata to a new FILE before the first write
+    /// Copy the metadata to a new FILE before the first write, for --restore
+    ///
+    /// All that the repair writes is noted there before it is written. Space that the repair frees is not given to the
+    /// file system then, so that it can be taken back.
     #[arg(
         long,
         value_name = "FILE",
         requires = "repair",
-        conflicts_with = "dry_run",
+        conflicts_with_all = ["dry_run", "restore"],
         help_heading = "Repair"
     )]
     pub(crate) backup: Option<PathBuf>,
+
+    /// Put the metadata back as it was before the repair whose --backup is FILE
+    ///
+    /// Refuses if anything but that repair has changed the metadata since. If it is stopped, the same command goes on.
+    /// Exits 0 when all is as it was before, else as the other verbs: 4 half-way, 5 in use, 6 refused.
+    #[arg(long, value_name = "FILE", group = "work", help_heading = "Repair")]
+    pub(crate) restore: Option<PathBuf>,
+
+    /// Restore although the image is a copy of the one that was repaired
+    #[arg(long, requires = "restore", help_heading = "Repair")]
+    pub(crate) allow_copy: bool,
 
     #[command(flatten)]
     pub(crate) open: ImageArgs,

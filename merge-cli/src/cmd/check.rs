@@ -1,12 +1,15 @@
 //! `qmerge check`: is an image consistent?
 
+mod restore;
+
 use std::path::Path;
+use std::sync::Arc;
 
 use qcow2::chain::{OpenOptions, open_data_file};
 use qcow2::check::repair::{self, RepairMode, RepairPlan};
 use qcow2::check::{self, CheckOptions, CheckReport, Severity, Verdict};
 use qcow2::image::{ImageFormat, Qcow2};
-use qcow2::storage::{Access, Host, LockError, LockMode, OsHost, Storage};
+use qcow2::storage::{Access, FileId, Host, LockError, LockMode, OsHost, Storage};
 use qcow2::{Error, ErrorKind};
 use serde_json::{Map, Value, json};
 
@@ -24,6 +27,9 @@ use crate::output::size;
 /// Checks the image and its external data file, and repairs the image if asked to; other files are not
 /// opened.
 pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
+    if let Some(from) = &args.restore {
+        return restore::run(args, from, call, console);
+    }
     let options = OpenOptions { lock: true, ..open::image_options(&args.open) };
     let outcome = check(args, &options).map_err(|e| failure(&e, args, call))?;
     let Some(outcome) = outcome else { return Err(nothing_to_check(&args.image)) };
@@ -73,15 +79,7 @@ fn failure(error: &Error, args: &CheckArgs, call: &Call) -> Failure {
 /// Checks under a reader's lock, repairs under a writer's; `None` for raw images.
 fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<Outcome>> {
     let image = &args.image;
-    let writes = args.repair.is_some() && !args.dry_run;
-    let (access, mode) =
-        if writes { (Access::ReadWrite, LockMode::Write) } else { (Access::Read, LockMode::Read) };
-    let file = OsHost.open(image, access).map_err(|e| Error::io(image, "open", None, e))?;
-    let id = file.stat().map_err(|e| Error::io(image, "read the state of", None, e))?.id;
-    file.lock(mode).map_err(|e| match e {
-        LockError::Held { .. } => Error::InUse { path: image.to_owned(), holders: OsHost.holders(id) },
-        LockError::Io(e) => Error::io(image, "lock", None, e),
-    })?;
+    let (file, id) = open_locked(image, args.repair.is_some() && !args.dry_run)?;
     let format = match options.active_format {
         Some(format) => format,
         None => ImageFormat::detect(image, &*file)?,
@@ -103,10 +101,24 @@ fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<Outcom
     if args.dry_run {
         return repair::plan(image, &*file, data, what, &how).map(Outcome::Planned).map(Some);
     }
-    if let Some(to) = &args.backup {
-        repair::backup(image, &*file, &OsHost, to, &how)?;
-    }
-    repair::repair(image, &*file, data, what, &how).map(Outcome::Repaired).map(Some)
+    let done = match &args.backup {
+        Some(to) => repair::repair_with_backup(image, &*file, data, what, &OsHost, to, &how),
+        None => repair::repair(image, &*file, data, what, &how),
+    };
+    done.map(Outcome::Repaired).map(Some)
+}
+
+/// Opens an image under a lock, for reading or for writing.
+fn open_locked(image: &Path, writes: bool) -> qcow2::Result<(Arc<dyn Storage>, FileId)> {
+    let (access, mode) =
+        if writes { (Access::ReadWrite, LockMode::Write) } else { (Access::Read, LockMode::Read) };
+    let file = OsHost.open(image, access).map_err(|e| Error::io(image, "open", None, e))?;
+    let id = file.stat().map_err(|e| Error::io(image, "read the state of", None, e))?.id;
+    file.lock(mode).map_err(|e| match e {
+        LockError::Held { .. } => Error::InUse { path: image.to_owned(), holders: OsHost.holders(id) },
+        LockError::Io(e) => Error::io(image, "lock", None, e),
+    })?;
+    Ok((file, id))
 }
 
 fn nothing_to_check(image: &Path) -> Failure {

@@ -25,6 +25,7 @@ mod kills;
 mod locks;
 mod malformed;
 mod repair;
+mod restore;
 mod resume;
 mod siblings;
 mod traps;

@@ -3,7 +3,7 @@
 use crate::support::{Folder, Holder, qemu_present};
 
 /// A folder with `b.qcow2`, 8 MiB with data, a snapshot `one`, and no refcount block any more.
-fn damaged(name: &str) -> Folder {
+pub(crate) fn damaged(name: &str) -> Folder {
     let folder = Folder::new(name);
     folder.create("b.qcow2", 8 << 20, "");
     folder.io("qcow2", "b.qcow2", &["write -P 1 0 1M", "write -P 2 5M 100k"]);
@@ -35,7 +35,7 @@ fn a_repair_is_planned_backed_up_made_and_reported() {
     assert!(json["corruptions-fixed"].as_u64().unwrap() > 10, "{run}");
     assert_eq!(json["repair"]["refcounts-rebuilt"], true, "{run}");
     assert!(json.get("corruptions").is_none() && json.get("leaks-fixed").is_none(), "{run}");
-    assert!(std::fs::read(folder.join("saved")).unwrap().starts_with(b"qmerge-metadata1"));
+    assert!(std::fs::read(folder.join("saved")).unwrap().starts_with(b"qmerge-metadata2"));
     folder.check_clean("b.qcow2");
     folder.view("qcow2", "b.qcow2").assert_same(&disk, "the disk");
     folder.snapshot_view("b.qcow2", "one").assert_same(&snapshot, "the snapshot");

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::chain::chain;
 use super::commit::commit;
 use super::seeds::{chains, images};
-use super::{crash, fields, inflate, journal, names, repair};
+use super::{crash, fields, inflate, journal, names, repair, restore};
 use crate::Error;
 use crate::check::{CheckOptions, CheckReport, check};
 use crate::format::{Cluster0, Extension, Header};
@@ -27,7 +27,7 @@ pub struct Body {
 }
 
 /// Every fuzz target.
-pub const BODIES: [Body; 10] = [
+pub const BODIES: [Body; 11] = [
     Body { name: "header", run: header, seeds: images, mutations: 100_000 },
     Body { name: "image", run: image, seeds: images, mutations: 60_000 },
     Body { name: "chain", run: chain, seeds: chains, mutations: 2_000 },
@@ -35,6 +35,7 @@ pub const BODIES: [Body; 10] = [
     Body { name: "crash", run: crash::crash, seeds: chains, mutations: 400 },
     Body { name: "journal", run: journal::journal, seeds: chains, mutations: 1_000 },
     Body { name: "repair", run: repair::repair, seeds: repair_seeds, mutations: 3_000 },
+    Body { name: "restore", run: restore::restore, seeds: chains, mutations: 3_000 },
     Body { name: "fields", run: fields::fields, seeds: chains, mutations: 2_000 },
     Body { name: "inflate", run: inflate::inflate, seeds: inflate::seeds, mutations: 2_000 },
     Body { name: "name", run: names::name, seeds: names::seeds, mutations: 20_000 },

@@ -14,7 +14,8 @@ mod journal;
 mod model;
 pub mod mutate;
 mod names;
-mod repair;
+pub(crate) mod repair;
+mod restore;
 pub mod sample;
 mod seeds;
 
@@ -27,4 +28,5 @@ pub use inflate::inflate;
 pub use journal::journal;
 pub use names::name;
 pub use repair::repair;
+pub use restore::restore;
 pub use seeds::{chains, images};

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::sample::{Content, Image as Laid, Sample, field};
 use crate::Result;
-use crate::check::repair::{self as repairs, RepairMode, RepairPlan};
+use crate::check::repair::{self as repairs, RepairMode, RepairPlan, RestoreOptions};
 use crate::check::{CheckOptions, CheckReport, Verdict, check};
 use crate::image::{ClusterCache, Image, ImageFormat};
 use crate::storage::{Access, Host, MemHost, Storage};
@@ -16,16 +16,13 @@ const IMAGE: &str = "/image.qcow2";
 const DATA: &str = "/data.raw";
 const BACKUP: &str = "/image.metadata";
 
-/// An image checked twice, planned, backed up and repaired in both modes. The check says the same twice
+/// An image checked twice, planned, and repaired in both modes, with a backup and without. The check says the same twice
 /// and writes nothing; the plan is what is done; what is left is what a new check finds, no more than
-/// before; what the guest could read before, it reads after; a second repair has nothing left to do.
+/// before; what the guest could read before, it reads after; a second repair has nothing left to do; what the backup
+/// restores is the image as it was, to the byte.
 pub fn repair(bytes: &[u8]) {
     for mode in [RepairMode::Leaks, RepairMode::All] {
-        let host = MemHost::new();
-        let added = host.add(IMAGE, bytes).and_then(|()| host.add(DATA, &[0xda; 8192]));
-        assert!(added.is_ok(), "files in memory can be added");
-        let disk = Disk { host };
-        disk.repair_in(mode, bytes);
+        Disk::holding(bytes).repair_in(mode, bytes);
     }
 }
 
@@ -34,6 +31,13 @@ struct Disk {
 }
 
 impl Disk {
+    fn holding(bytes: &[u8]) -> Self {
+        let host = MemHost::new();
+        let added = host.add(IMAGE, bytes).and_then(|()| host.add(DATA, &[0xda; 8192]));
+        assert!(added.is_ok(), "files in memory can be added");
+        Self { host }
+    }
+
     fn file(&self, name: &str, access: Access) -> std::sync::Arc<dyn Storage> {
         match self.host.open(Path::new(name), access) {
             Ok(file) => file,
@@ -70,11 +74,7 @@ impl Disk {
         };
         assert_eq!(second.ok().as_ref(), Some(&before), "a second check finds something else");
         let planned = self.plan(mode).ok();
-        let file = self.file(IMAGE, Access::Read);
-        let how = CheckOptions::default();
-        let backed_up = repairs::backup(Path::new(IMAGE), &*file, &self.host, Path::new(BACKUP), &how);
-        assert!(self.content() == bytes, "check, plan or backup has written");
-        assert!(backed_up.is_ok(), "what can be checked can be backed up: {:?}", backed_up.err());
+        assert!(self.content() == bytes, "check or plan has written");
         let readable = self.readable();
         let done = match self.execute(mode) {
             Ok(done) => done,
@@ -85,6 +85,26 @@ impl Disk {
         self.assert_no_worse(&done);
         self.assert_reads(&readable);
         self.assert_done(mode, &done);
+        Self::holding(bytes).assert_undone(mode, &done, bytes);
+    }
+
+    /// The same repair with a backup does the same, and can be undone to the byte.
+    fn assert_undone(&self, mode: RepairMode, done: &RepairPlan, bytes: &[u8]) {
+        let (image, backup, how) = (Path::new(IMAGE), Path::new(BACKUP), CheckOptions::default());
+        let (file, data) = (self.file(IMAGE, Access::ReadWrite), self.file(DATA, Access::Read));
+        let again = repairs::repair_with_backup(image, &*file, Some(&*data), mode, &self.host, backup, &how);
+        assert_eq!(again.ok().as_ref(), Some(done), "a repair with a backup does something else");
+        let options = RestoreOptions::default();
+        for is_empty in [self.content() == bytes, true] {
+            let planned = repairs::plan_restore(image, &*file, &self.host, backup, &options);
+            let restored = repairs::restore(image, &*file, &self.host, backup, &options);
+            match (&planned, &restored) {
+                (Ok(planned), Ok(restored)) => assert_eq!(planned, restored),
+                _ => unreachable!("what was repaired cannot be restored: {planned:?} {restored:?}"),
+            }
+            assert_eq!(restored.ok().map(|plan| plan.is_empty()), Some(is_empty), "what is left to restore");
+            assert!(self.content() == bytes, "a restore does not bring back what was there");
+        }
     }
 
     /// What is left is what a new check finds, and not more than there was.
@@ -171,7 +191,7 @@ fn read(image: &Image, at: u64, len: u64) -> Option<Vec<u8>> {
 }
 
 /// Images with damage of each kind that a repair mends, beside the sound ones.
-pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let sample = |snapshots: &[&str]| {
         let snapshots = snapshots.iter().map(|name| (*name).to_owned()).collect();
         let sample = Sample { snapshots, ..Sample::new(100) };

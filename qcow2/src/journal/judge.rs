@@ -118,12 +118,17 @@ pub(super) fn has_header(file: &dyn Storage) -> io::Result<bool> {
 /// Whether the names in the header of the image in `file` are text.
 pub(super) fn has_clean_names(file: &dyn Storage) -> io::Result<bool> {
     let Some(Ok(cluster0)) = cluster0(file)? else { return Ok(false) };
+    Ok(are_names_clean(&cluster0))
+}
+
+/// Whether the names in a header are text.
+pub(crate) fn are_names_clean(cluster0: &Cluster0) -> bool {
     let clean = |name: &[u8]| {
         std::str::from_utf8(name)
             .is_ok_and(|name| !name.contains(|c: char| c.is_control() || c == '\u{fffd}'))
     };
     let format = cluster0.backing_format().unwrap_or_default();
-    Ok(clean(cluster0.backing_name.as_deref().unwrap_or_default()) && clean(format.as_bytes()))
+    clean(cluster0.backing_name.as_deref().unwrap_or_default()) && clean(format.as_bytes())
 }
 
 /// Cluster 0 as a reader sees it; `None` if it does not begin like one.

@@ -23,7 +23,7 @@ pub(crate) use device::Journaled;
 pub(crate) use file::Journal;
 pub use heal::has_edit;
 pub(crate) use heal::{Edit, edit_headers, heal, nonce, sweep};
-pub(crate) use judge::{Verdict, judge};
+pub(crate) use judge::{Verdict, are_names_clean, judge};
 pub use place::JOURNAL;
 pub(crate) use place::{find, identity, place};
 

@@ -135,16 +135,17 @@ impl Fixer<'_> {
         if subject.file.read_exact_or_zero(&mut bytes, table.start).is_err() {
             return Ok(());
         }
-        for (raw, place) in read_be_u64s(&bytes).zip((table.start..).step_by(8)) {
+        let mut changes = Vec::new();
+        for (raw, at) in read_be_u64s(&bytes).zip((0..).step_by(8)) {
+            let place = table.start + at as u64;
             let Ok(L1Entry::Table { host, .. }) = L1Entry::decode(raw, &subject.geometry, place) else {
                 continue;
             };
             if let Some(new) = with_flag(raw, self.wanted.flag(host.get(), subject)) {
-                self.disk.write(place, &new.to_be_bytes())?;
-                self.changed.fetch_add(1, Relaxed);
+                changes.push((at, new));
             }
         }
-        Ok(())
+        self.write(table.start, &bytes, &changes)
     }
 
     /// Corrects the entries of one table, by one write.
@@ -166,16 +167,21 @@ impl Fixer<'_> {
             }
             at += size;
         }
+        self.write(table.host, bytes, &changes)
+    }
+
+    /// Changes words of a table at a host offset, by one write; `changes` are offsets in it and new words.
+    fn write(&self, host: u64, table: &[u8], changes: &[(usize, u64)]) -> Result<()> {
         let (Some((first, _)), Some((last, _))) = (changes.first(), changes.last()) else { return Ok(()) };
         let start = *first;
-        let mut new = bytes.get(start..last + 8).unwrap_or_default().to_vec();
-        for (at, word) in &changes {
+        let mut new = table.get(start..last + 8).unwrap_or_default().to_vec();
+        for (at, word) in changes {
             if let Some(place) = new.get_mut(at - start..at - start + 8) {
                 place.copy_from_slice(&word.to_be_bytes());
             }
         }
         self.changed.fetch_add(changes.len() as u64, Relaxed);
-        self.disk.write(table.host + start as u64, &new)
+        self.disk.write(host + start as u64, &new)
     }
 
     /// What the flag of an L2 entry should be; `None` if it may stay, or if the entry is damaged.

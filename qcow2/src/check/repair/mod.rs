@@ -33,13 +33,13 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::format::features;
-use crate::storage::Storage;
+use crate::storage::{Host, Storage};
 
 use self::disk::Disk;
 use self::scratch::Scratch;
 use self::survey::Survey;
 
-pub use self::backup::backup;
+pub use self::backup::{RestoreOptions, RestorePlan, plan_restore, restore};
 pub use self::plan::RepairPlan;
 
 use super::census::WINDOW_WORDS;
@@ -117,6 +117,26 @@ pub fn repair(
     if mode == RepairMode::All && plan.after.verdict() == Verdict::Clean {
         clear_marks(&survey, &disk, &mut plan)?;
     }
+    Ok(plan)
+}
+
+/// Repairs as [`repair`], after the metadata was copied to the new file `to`, which from then on holds what
+/// [`restore`] needs: the way back. What is freed is given to the image, not to the file system.
+///
+/// # Errors
+/// Those of [`repair`]; a file `to` that exists, and those of writing to it.
+pub fn repair_with_backup(
+    path: &Path,
+    file: &dyn Storage,
+    data_file: Option<&dyn Storage>,
+    mode: RepairMode,
+    host: &dyn Host,
+    to: &Path,
+    options: &CheckOptions<'_>,
+) -> Result<RepairPlan> {
+    let recorded = backup::record(path, file, host, to, options)?;
+    let plan = repair(path, &recorded, data_file, mode, options)?;
+    recorded.end().map_err(|e| Error::io(to, "write", None, e))?;
     Ok(plan)
 }
 

@@ -6,10 +6,14 @@ mod qemu;
 mod random;
 mod repair;
 mod repair_crash;
+mod restore;
+mod restore_crash;
 
 use std::path::Path;
 
+use super::repair::{RepairMode, repair_with_backup};
 use super::{CheckOptions, CheckReport, check};
+use crate::fuzzing::repair::seeds as damaged_images;
 use crate::storage::{Access, Host, OsHost};
 
 /// Our report of an image file, with its data file if it has one.
@@ -36,4 +40,11 @@ fn ours_in_windows(path: &Path, words: u64) -> CheckReport {
 fn luks_header(path: &Path) -> u64 {
     let file = OsHost.open(path, Access::Read).unwrap();
     super::Subject::open(path, &*file, None, None).unwrap().encryption.unwrap().0.get()
+}
+
+/// Repairs the image of a host, with a backup.
+fn repaired(host: &dyn Host, mode: RepairMode) {
+    let (image, backup) = (Path::new(restore::IMAGE), Path::new(restore::BACKUP));
+    let file = host.open(image, Access::ReadWrite).unwrap();
+    repair_with_backup(image, &*file, None, mode, host, backup, &CheckOptions::default()).unwrap();
 }

@@ -3,8 +3,8 @@
 
 use std::path::Path;
 
-use super::super::repair::{RepairMode, RepairPlan, backup, plan, repair};
-use super::super::{CheckOptions, Severity, Verdict, What};
+use super::super::repair::{RepairMode, RepairPlan, plan, repair};
+use super::super::{CheckOptions, Verdict, What};
 use super::ours;
 use super::qemu::{Bench, patch, patch_u64, places, theirs, word};
 use super::random::{IMAGES, Random, damage, metadata_words, varied_image};
@@ -269,40 +269,4 @@ fn random_damage_is_repaired_as_far_as_that_is_promised() {
     }
     // The damage must be of all kinds, or this would show nothing.
     assert!(clean > 50 && left > 50 && anew > 5, "{clean} {left} {anew}");
-}
-
-#[test]
-fn a_backup_brings_the_damage_back() {
-    let Some(bench) = Bench::new() else { return };
-    let path = varied_image(&bench, "i", "cluster_size=4k");
-    patch_u64(&path, places(&path).refcount_table, 0);
-    let (before, report) = (std::fs::read(&path).unwrap(), ours(&path));
-    let file = OsHost.open(&path, Access::ReadWrite).unwrap();
-    let to = bench.path("saved");
-    let len = backup(&path, &*file, &OsHost, &to, &CheckOptions::default()).unwrap();
-    let saved = std::fs::read(&to).unwrap();
-    assert_eq!(len, saved.len() as u64);
-    // An existing file is never overwritten.
-    backup(&path, &*file, &OsHost, &to, &CheckOptions::default()).unwrap_err();
-    assert!(std::fs::read(&to).unwrap() == saved);
-
-    let plan = repaired(&path, RepairMode::All);
-    assert!(plan.rebuilt.is_some());
-    let number = |at: usize| u64::from_be_bytes(saved[at..at + 8].try_into().unwrap());
-    assert_eq!(&saved[..16], b"qmerge-metadata1");
-    let (mut at, mut records) = (24, 0);
-    while number(at) != u64::MAX {
-        let (offset, len) = (number(at), number(at + 8) as usize);
-        let crc = u32::from_be_bytes(saved[at + 16..at + 20].try_into().unwrap());
-        let content = &saved[at + 20..at + 20 + len];
-        assert_eq!(crc, crc32fast::hash(&[&saved[at..at + 16], content].concat()));
-        patch(&path, offset, content);
-        at += 20 + len;
-        records += 1;
-    }
-    assert_eq!((number(at + 8), at + 20), (records, saved.len()));
-    std::fs::File::options().write(true).open(&path).unwrap().set_len(number(16)).unwrap();
-    assert_eq!(ours(&path), report);
-    assert_eq!(number(16), before.len() as u64);
-    assert!(report.findings.iter().any(|f| f.severity == Severity::Corruption));
 }

@@ -1,0 +1,103 @@
+//! `qmerge check --restore`: an image's metadata as it was before a repair.
+
+use std::path::Path;
+
+use qcow2::ErrorKind;
+use qcow2::check::repair::{RestoreOptions, RestorePlan, plan_restore, restore};
+use qcow2::storage::OsHost;
+use serde_json::json;
+
+use super::open_locked;
+use crate::call::{Call, VerbName};
+use crate::cli::{CheckArgs, ImageFormat};
+use crate::exit::Exit;
+use crate::failure::{Failure, Report};
+use crate::hints::word;
+use crate::output::human::plural;
+use crate::output::json::path;
+use crate::output::{Console, size};
+
+/// How many places a plan lists for people.
+const LISTED: usize = 20;
+
+/// Puts the metadata back that the backup `from` holds, or shows what that would do.
+pub(super) fn run(args: &CheckArgs, from: &Path, call: &Call, console: &Console) -> Result<Exit, Failure> {
+    if args.open.format == Some(ImageFormat::Raw) {
+        return Err(super::nothing_to_check(&args.image));
+    }
+    let call = Call { verb: VerbName::Restore, ..call.clone() };
+    let done = carry_out(args, from, &call)?;
+    if console.is_json() {
+        console.document(&json(args, from, &done))?;
+    } else {
+        console.result(&human(args, &done))?;
+    }
+    Ok(Exit::DONE)
+}
+
+fn carry_out(args: &CheckArgs, from: &Path, call: &Call) -> Result<RestorePlan, Failure> {
+    let failed = |e| Failure::engine(&e, call);
+    let image = &args.image;
+    let (file, _) = open_locked(image, !args.dry_run).map_err(failed)?;
+    let options = RestoreOptions { allow_copy: args.allow_copy, ..RestoreOptions::default() };
+    let plan = || plan_restore(image, &*file, &OsHost, from, &options);
+    if args.dry_run {
+        return plan().map_err(failed);
+    }
+    restore(image, &*file, &OsHost, from, &options).map_err(|error| {
+        let has_begun = error.kind() == ErrorKind::Io && plan().is_ok_and(|plan| plan.continues);
+        match failed(error) {
+            Failure::Reported(report) if has_begun => {
+                let message = format!("{}\nstopped half-way; the same command goes on", report.message);
+                Report { exit: Exit::HALFWAY, message, ..report }.into()
+            }
+            failure => failure,
+        }
+    })
+}
+
+fn human(args: &CheckArgs, plan: &RestorePlan) -> String {
+    let file = word(&args.image);
+    if plan.is_empty() {
+        return format!("nothing to restore: the metadata of {file} is as it was before the repair");
+    }
+    let mut lines = Vec::new();
+    if plan.continues {
+        lines.push("continues a restore that was stopped".to_owned());
+    }
+    let cut = (plan.len > plan.len_after)
+        .then(|| format!("{} to {}", size::exact(plan.len), size::exact(plan.len_after)));
+    if args.dry_run {
+        lines.push("This would be done:".to_owned());
+        lines.push(format!("written as before the repair: {} bytes", plan.bytes));
+        for range in plan.ranges.iter().take(LISTED) {
+            lines.push(format!("  {:#x}: {} bytes", range.start, range.end - range.start));
+        }
+        if plan.ranges.len() > LISTED {
+            lines.push("  ...".to_owned());
+        }
+        lines.extend(cut.map(|cut| format!("shortened: {cut}")));
+    } else {
+        let places = plural(plan.ranges.len() as u64, "place", "places");
+        lines.push(format!("restored: {} bytes in {places} are as they were before the repair", plan.bytes));
+        lines.extend(cut.map(|cut| format!("shortened: {cut}")));
+        lines.push(format!("What was wrong before is wrong again: qmerge check {file}"));
+    }
+    lines.join("\n")
+}
+
+fn json(args: &CheckArgs, from: &Path, plan: &RestorePlan) -> serde_json::Value {
+    let ranges = plan.ranges.iter();
+    let ranges = ranges.map(|range| json!({ "offset": range.start, "length": range.end - range.start }));
+    json!({
+        "filename": path(&args.image),
+        "backup": path(from),
+        if args.dry_run { "plan" } else { "restore" }: {
+            "bytes": plan.bytes,
+            "ranges": ranges.collect::<Vec<_>>(),
+            "file-length": plan.len,
+            "file-length-after": plan.len_after,
+            "continues": plan.continues,
+        },
+    })
+}

@@ -1,0 +1,121 @@
+//! The first part of a backup: the image's metadata as it is before the repair.
+
+use std::io;
+use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use super::super::super::CheckOptions;
+use super::super::super::counts::Reference;
+use super::super::super::finding::Findings;
+use super::super::super::layout::{Scope, lay_out};
+use super::super::super::subject::Subject;
+use super::super::super::tables::{TableRef, Visitor, walk_l1};
+use super::record::{Kind, PIECE, Writer};
+use crate::error::{Error, Result};
+use crate::format::RefcountTableEntry;
+use crate::journal;
+use crate::storage::{Host, Storage};
+
+/// Copies the metadata of the image in `file` to the new file `to`: the header's cluster, refcount table
+/// and blocks, L1 and L2 tables, those of snapshots too, the snapshot table, and the directory and tables of
+/// bitmaps. All of it and the file's name are durable afterwards.
+///
+/// # Errors
+/// A file `to` that exists; those of a check, and of reading and writing. An incomplete file is removed.
+pub(super) fn keep(
+    path: &Path,
+    file: &dyn Storage,
+    host: &dyn Host,
+    to: &Path,
+    options: &CheckOptions<'_>,
+) -> Result<Writer> {
+    let subject = Subject::open(path, file, None, options.cancel)?;
+    let image = journal::identity(host, path, file)?;
+    let out = host.create_new(to).map_err(|e| Error::io(to, "create", None, e))?;
+    let mut keeper = Keeper { subject: &subject, to, out: Writer::new(to, out), records: 0 };
+    let durable = keeper.all(&image).and_then(|()| {
+        let folder = match to.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        host.sync_dir(folder).map_err(|e| Error::io(folder, "sync", None, e))
+    });
+    match durable {
+        Ok(()) => Ok(keeper.out),
+        Err(error) => {
+            // The first error is the one that counts.
+            let _ = host.unlink(to);
+            Err(error)
+        }
+    }
+}
+
+struct Keeper<'a> {
+    subject: &'a Subject<'a>,
+    to: &'a Path,
+    out: Writer,
+    records: u64,
+}
+
+impl Keeper<'_> {
+    fn all(&mut self, image: &journal::record::Identity) -> Result<()> {
+        let subject = self.subject;
+        let geometry = subject.geometry;
+        let failed = failed(self.to);
+        let id = [image.id.device.to_be_bytes(), image.id.inode.to_be_bytes()].concat();
+        let path = image.path.as_os_str().as_bytes();
+        let is_device = u64::from(image.is_device);
+        self.out.put(Kind::Image, subject.file_len, is_device, &[&id, path]).map_err(&failed)?;
+        let layout = lay_out(subject, Scope::Everything, &Findings::new(0))?;
+        let bits = geometry.cluster_bits();
+        for segment in &layout.metadata {
+            self.bytes(segment.range.start << bits..segment.range.end << bits)?;
+        }
+        for &raw in &layout.refcount_table {
+            if let Ok(Some(block)) = RefcountTableEntry::decode(raw, &geometry, 0).map(|entry| entry.block())
+            {
+                self.bytes(block.get()..block.get().saturating_add(geometry.cluster_size()))?;
+            }
+        }
+        walk_l1(subject, &layout.l1, None, self)?;
+        self.out.put(Kind::Full, self.records, 0, &[]).map_err(&failed)?;
+        self.out.sync().map_err(&failed)
+    }
+
+    /// Records for the bytes of a range, as far as it lies in the file.
+    fn bytes(&mut self, range: Range<u64>) -> Result<()> {
+        let end = range.end.min(self.subject.file_len);
+        let mut at = range.start;
+        while at < end {
+            self.subject.may_go_on()?;
+            let mut content = vec![0; PIECE.min(end - at) as usize];
+            let read = self.subject.file.read_exact_or_zero(&mut content, at);
+            // What cannot be read cannot be kept, and is not what will be written.
+            if read.is_ok() {
+                self.out.put(Kind::Kept, at, 0, &[&content]).map_err(failed(self.to))?;
+                self.records += 1;
+            }
+            at += content.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+fn failed(to: &Path) -> impl Fn(io::Error) -> Error {
+    |e| Error::io(to, "write", None, e)
+}
+
+impl Visitor for Keeper<'_> {
+    fn reference(&mut self, _: Range<u64>, _: Reference) {}
+
+    fn batch(&mut self, tables: &[TableRef]) -> Result<()> {
+        let size = self.subject.geometry.cluster_size();
+        for run in tables.chunk_by(|a, b| a.host + size == b.host) {
+            if let (Some(first), Some(last)) = (run.first(), run.last()) {
+                self.bytes(first.host..last.host.saturating_add(size))?;
+            }
+        }
+        Ok(())
+    }
+}

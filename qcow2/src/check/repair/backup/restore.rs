@@ -1,0 +1,179 @@
+//! The way back: an image's metadata as it was before the repair.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::super::super::CheckOptions;
+use super::SECTOR;
+use super::judge::{Differences, judge, marked};
+use super::record::{Kind, Reader, Writer};
+use super::saved::{Saved, halves};
+use crate::error::{Error, Refusal, Result};
+use crate::journal;
+use crate::storage::{Access, Host, Storage};
+
+/// How to put an image back.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RestoreOptions<'a> {
+    /// Whether the image may be another file than the one that was repaired, with the same metadata: a copy.
+    pub allow_copy: bool,
+    /// How to look at the image.
+    pub check: CheckOptions<'a>,
+}
+
+/// What a restore writes, or wrote.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RestorePlan {
+    /// How many bytes are not as they were before the repair, in whole sectors.
+    pub bytes: u64,
+    /// Where they are: the first thousand ranges.
+    pub ranges: Vec<Range<u64>>,
+    /// The image's length, in bytes.
+    pub len: u64,
+    /// Its length afterwards: shorter if the repair made it longer.
+    pub len_after: u64,
+    /// Whether a restore that was stopped goes on.
+    pub continues: bool,
+}
+
+impl RestorePlan {
+    /// Whether the image is as it was before the repair.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0 && self.len == self.len_after
+    }
+}
+
+/// What it takes to put back the metadata of the image in `file`, as [`repair_with_backup`](super::super::repair_with_backup) kept it in the
+/// file `from`; nothing is written.
+///
+/// # Errors
+/// [`Refusal::BackupDamaged`]; [`Refusal::OtherImage`]; [`Refusal::WrittenSinceRepair`], for an image in which
+/// anything is neither as it was before the repair nor as the repair left it; the system's.
+pub fn plan_restore(
+    path: &Path,
+    file: &dyn Storage,
+    host: &dyn Host,
+    from: &Path,
+    options: &RestoreOptions<'_>,
+) -> Result<RestorePlan> {
+    let backup = open(host, from, Access::Read)?;
+    prepare(path, file, host, &Saved::read(Reader::of(from, &*backup)?)?, options)
+}
+
+/// Puts back the metadata of the image in `file`, which must be held under a writer's lock. When it was stopped, the
+/// same call goes on. The backup notes that it has begun.
+///
+/// # Errors
+/// Those of [`plan_restore`], when nothing was written; and of writing.
+pub fn restore(
+    path: &Path,
+    file: &dyn Storage,
+    host: &dyn Host,
+    from: &Path,
+    options: &RestoreOptions<'_>,
+) -> Result<RestorePlan> {
+    let backup = open(host, from, Access::ReadWrite)?;
+    let saved = Saved::read(Reader::of(from, &*backup)?)?;
+    let plan = prepare(path, file, host, &saved, options)?;
+    let mut marks = Writer::behind(from, Arc::clone(&backup), saved.end);
+    let mut mark = |kind| {
+        let written = marks.put(kind, 0, 0, &[]).and_then(|()| marks.sync());
+        written.map_err(|e| Error::io(from, "write", Some(saved.end.end), e))
+    };
+    if !plan.is_empty() {
+        if !plan.continues {
+            mark(Kind::Restoring)?;
+        }
+        Work { saved: &saved, path, file }.all(&plan)?;
+    }
+    if !plan.is_empty() || plan.continues {
+        mark(Kind::Restored)?;
+    }
+    Ok(plan)
+}
+
+fn open(host: &dyn Host, from: &Path, access: Access) -> Result<Arc<dyn Storage>> {
+    host.open(from, access).map_err(|e| Error::io(from, "open", None, e))
+}
+
+/// Makes sure that the backup is about the image, and that nobody else has written to it.
+fn prepare(
+    path: &Path,
+    file: &dyn Storage,
+    host: &dyn Host,
+    saved: &Saved<'_>,
+    options: &RestoreOptions<'_>,
+) -> Result<RestorePlan> {
+    let now = journal::identity(host, path, file)?;
+    if !options.allow_copy && !saved.image.is_same_file(&now) {
+        return Err(Error::refused(path, Refusal::OtherImage { image: saved.image.path.clone() }));
+    }
+    let Differences { bytes, ranges, len, len_before } = judge(saved, path, file, &options.check)?;
+    Ok(RestorePlan { bytes, ranges, len, len_after: len_before, continues: saved.is_restoring })
+}
+
+struct Work<'a> {
+    saved: &'a Saved<'a>,
+    path: &'a Path,
+    file: &'a dyn Storage,
+}
+
+impl Work<'_> {
+    fn all(&self, plan: &RestorePlan) -> Result<()> {
+        let Some(header) = self.saved.headers.first() else { return Ok(()) };
+        let marked = marked(header);
+        // From here on nobody else writes, though the metadata is half of the one and half of the other.
+        if let Some(marked) = &marked {
+            self.write(0, marked, plan)?;
+            self.barrier()?;
+        }
+        let mut barriers = None;
+        self.saved.for_each_change_back(|record| {
+            if barriers.replace(record.second).is_some_and(|last| last != record.second) {
+                self.barrier()?;
+            }
+            let skipped = if record.first == 0 && marked.is_some() { SECTOR } else { 0 };
+            let before = halves(record).0.get(skipped as usize..).unwrap_or_default();
+            self.write(record.first + skipped, before, plan)
+        })?;
+        self.barrier()?;
+        if plan.len > plan.len_after {
+            let cut = self.file.set_len(plan.len_after);
+            cut.map_err(|e| Error::io(self.path, "shorten", Some(plan.len_after), e))?;
+            self.barrier()?;
+        }
+        if marked.is_some() {
+            self.write(0, header, plan)?;
+            self.barrier()?;
+        }
+        Ok(())
+    }
+
+    /// Writes the sectors that are different, as far as they lie in the image as it was.
+    fn write(&self, offset: u64, bytes: &[u8], plan: &RestorePlan) -> Result<()> {
+        let room = plan.len_after.saturating_sub(offset).min(bytes.len() as u64);
+        let bytes = bytes.get(..room as usize).unwrap_or_default();
+        let mut now = vec![0; bytes.len()];
+        let read = self.file.read_exact_or_zero(&mut now, offset);
+        read.map_err(|e| Error::io(self.path, "read", Some(offset), e))?;
+        let size = SECTOR as usize;
+        let mut at = 0;
+        let is_same: Vec<bool> = now.chunks(size).zip(bytes.chunks(size)).map(|(a, b)| a == b).collect();
+        for run in is_same.chunk_by(|a, b| a == b) {
+            let part = bytes.get(at..(at + run.len() * size).min(bytes.len())).unwrap_or_default();
+            if run.first() == Some(&false) {
+                let place = offset + at as u64;
+                let written = self.file.write_live(part, place);
+                written.map_err(|e| Error::io(self.path, "write", Some(place), e))?;
+            }
+            at += part.len();
+        }
+        Ok(())
+    }
+
+    fn barrier(&self) -> Result<()> {
+        self.file.sync().map_err(|e| Error::io(self.path, "sync", None, e))
+    }
+}

@@ -1,0 +1,233 @@
+//! A backup that was read as a whole: what it is about, and which parts it has.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+use super::SECTOR;
+use super::record::{Kind, PIECE, Place, Reader, Record};
+use crate::error::Result;
+use crate::journal::record::Identity;
+use crate::storage::FileId;
+
+/// The most times that a repair writes the header.
+const HEADERS: usize = 16;
+
+/// The content of a sector.
+pub(super) type Sector = [u8; SECTOR as usize];
+
+/// A backup whose metadata is whole.
+#[derive(Debug)]
+pub(super) struct Saved<'a> {
+    reader: Reader<'a>,
+    /// The image, as far as the backup knows it.
+    pub(super) image: Identity,
+    /// The first sector before the repair, and after each write to it.
+    pub(super) headers: Vec<Sector>,
+    /// Where the change ends that lies farthest behind, in bytes.
+    pub(super) changes_end: u64,
+    /// Whether a restore began and did not end.
+    pub(super) is_restoring: bool,
+    /// Where the metadata begins and ends.
+    metadata: (Place, Place),
+    /// Where the changes begin and end.
+    changes: (Place, Place),
+    /// Behind the last record.
+    pub(super) end: Place,
+}
+
+/// What may follow the metadata.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Changes.
+    Repair,
+    /// The marks of restores.
+    Restore,
+}
+
+impl<'a> Saved<'a> {
+    /// Reads a backup from its beginning to its end.
+    ///
+    /// # Errors
+    /// The system's, and a backup that is damaged or lacks part of the metadata.
+    pub(super) fn read(reader: Reader<'a>) -> Result<Self> {
+        let start = Place::START.end;
+        let first = reader.next(Place::START)?.filter(|record| record.kind == Kind::Image);
+        let first = first.ok_or_else(|| reader.damaged(start, "the record of the image is not whole"))?;
+        let Some(image) = identity(&first) else {
+            return Err(reader.damaged(start, "it does not say which image it is about"));
+        };
+        let place = first.place();
+        let mut saved = Self {
+            reader,
+            image,
+            headers: Vec::new(),
+            changes_end: 0,
+            is_restoring: false,
+            metadata: (place, place),
+            changes: (place, place),
+            end: place,
+        };
+        saved.read_metadata()?;
+        saved.read_changes()?;
+        Ok(saved)
+    }
+
+    fn read_metadata(&mut self) -> Result<()> {
+        let mut kept = 0u64;
+        loop {
+            let Some(record) = self.reader.next(self.end)? else {
+                return Err(self.reader.damaged(self.end.end, "from here on the metadata is not whole"));
+            };
+            let bad = |what| Err(self.reader.damaged(self.end.end, what));
+            let end = record.first.checked_add(record.content.len() as u64);
+            let is_inside = end.is_some_and(|end| end <= self.image.len);
+            match record.kind {
+                Kind::Kept if !record.first.is_multiple_of(SECTOR) || !is_inside => {
+                    return bad("metadata lies outside the image");
+                }
+                Kind::Kept => {
+                    if record.first == 0 && self.headers.is_empty() {
+                        self.headers.push(sector(&record.content));
+                    }
+                    kept += 1;
+                }
+                Kind::Full if record.first != kept => return bad("some of the metadata is missing"),
+                Kind::Full if self.headers.is_empty() => return bad("the header is missing"),
+                Kind::Full => {
+                    self.metadata.1 = self.end;
+                    self.end = record.place();
+                    self.changes = (self.end, self.end);
+                    return Ok(());
+                }
+                _ => return bad("this record does not belong into the metadata"),
+            }
+            self.end = record.place();
+        }
+    }
+
+    fn read_changes(&mut self) -> Result<()> {
+        let mut phase = Phase::Repair;
+        let mut changes = 0u64;
+        while let Some(record) = self.reader.next(self.end)? {
+            let follows = match (record.kind, phase) {
+                (Kind::Change, Phase::Repair) => {
+                    changes += 1;
+                    self.changes.1 = record.place();
+                    self.note_change(&record)
+                }
+                (Kind::Repaired, Phase::Repair) => {
+                    phase = Phase::Restore;
+                    record.first == changes
+                }
+                (Kind::Restoring, _) => {
+                    phase = Phase::Restore;
+                    !std::mem::replace(&mut self.is_restoring, true)
+                }
+                (Kind::Restored, Phase::Restore) => std::mem::replace(&mut self.is_restoring, false),
+                _ => false,
+            };
+            if !follows {
+                return Err(self.reader.damaged(self.end.end, "this record does not fit those before it"));
+            }
+            self.end = record.place();
+        }
+        Ok(())
+    }
+
+    /// Takes in a change; false if it cannot be one.
+    fn note_change(&mut self, record: &Record) -> bool {
+        let (before, after) = halves(record);
+        let len = before.len() as u64;
+        let fits = before.len() == after.len() && (1..=PIECE).contains(&len);
+        let Some(end) = record.first.checked_add(len).filter(|&end| fits && end <= i64::MAX as u64) else {
+            return false;
+        };
+        self.changes_end = self.changes_end.max(end);
+        if record.first == 0 {
+            self.headers.push(sector(after));
+        }
+        let is_of_sectors = record.first.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR);
+        let is_inside = !self.image.is_device || end <= self.image.len.next_multiple_of(SECTOR);
+        is_of_sectors && is_inside && self.headers.len() <= HEADERS
+    }
+
+    /// Where something follows the last record that is none, if so.
+    pub(super) fn breaks_off(&self) -> Option<u64> {
+        (self.end.end < self.reader.len()).then_some(self.end.end)
+    }
+
+    /// Calls `f` with each record of metadata.
+    ///
+    /// # Errors
+    /// Those of `f`, and a backup that changes meanwhile.
+    pub(super) fn for_each_kept(&self, f: impl FnMut(&Record) -> Result<()>) -> Result<()> {
+        self.for_each(self.metadata, f)
+    }
+
+    /// Calls `f` with each change, the first one first.
+    ///
+    /// # Errors
+    /// Those of `f`, and a backup that changes meanwhile.
+    pub(super) fn for_each_change(&self, f: impl FnMut(&Record) -> Result<()>) -> Result<()> {
+        self.for_each(self.changes, f)
+    }
+
+    fn for_each(
+        &self,
+        (mut place, end): (Place, Place),
+        mut f: impl FnMut(&Record) -> Result<()>,
+    ) -> Result<()> {
+        while place != end {
+            let Some(record) = self.reader.next(place)? else { return Err(self.is_changing(place.end)) };
+            f(&record)?;
+            place = record.place();
+        }
+        Ok(())
+    }
+
+    /// Calls `f` with each change, the last one first.
+    ///
+    /// # Errors
+    /// Those of `f`, and a backup that changes meanwhile.
+    pub(super) fn for_each_change_back(&self, mut f: impl FnMut(&Record) -> Result<()>) -> Result<()> {
+        let mut link = self.changes.1.last;
+        while link != self.changes.0.last {
+            let record = self.reader.at(link.at)?.filter(|record| record.link == link);
+            let Some(record) = record.filter(|record| record.before.at < link.at) else {
+                return Err(self.is_changing(link.at));
+            };
+            f(&record)?;
+            link = record.before;
+        }
+        Ok(())
+    }
+
+    fn is_changing(&self, at: u64) -> crate::Error {
+        self.reader.damaged(at, "a record has changed while it was in use")
+    }
+}
+
+/// What was there before a change, and what after it.
+pub(super) fn halves(change: &Record) -> (&[u8], &[u8]) {
+    change.content.split_at(change.content.len() / 2)
+}
+
+fn sector(bytes: &[u8]) -> Sector {
+    let mut sector = [0; SECTOR as usize];
+    sector.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+    sector
+}
+
+/// The image that a backup is about: what is needed to know it again.
+fn identity(record: &Record) -> Option<Identity> {
+    let (device, rest) = record.content.split_first_chunk::<8>()?;
+    let (inode, path) = rest.split_first_chunk::<8>()?;
+    Some(Identity {
+        path: OsStr::from_bytes(path).into(),
+        id: FileId { device: u64::from_be_bytes(*device), inode: u64::from_be_bytes(*inode) },
+        is_device: record.second == 1,
+        len: record.first,
+        modified_ns: 0,
+        head_crc: 0,
+    })
+}
