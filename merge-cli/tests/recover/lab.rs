@@ -7,8 +7,8 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use qmp_client::{
-    Address, Commit, CommitOptions, Connection, Event, Graph, Merge, Monitor, Options, Procedure, Pull,
-    StateFile, Watch, Wishes,
+    Address, Commit, CommitOptions, Connection, Event, Graph, Merge, Merged, Monitor, Options, Procedure,
+    Pull, StateFile, Watch, Wishes,
 };
 use serde_json::{Value, json};
 
@@ -51,9 +51,14 @@ impl Lab {
 
     /// The daemon runs under this command.
     pub(crate) fn traced(under: &[&str]) -> Self {
+        Self::with_base(under, &[])
+    }
+
+    /// The same, with a base that was created with these options.
+    pub(crate) fn with_base(under: &[&str], options: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path();
-        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "1.img", "16M"]);
+        run("qemu-img", dir, &[&["create", "-q", "-f", "qcow2"], options, &["1.img", "16M"]].concat());
         run("qemu-io", dir, &["-f", "qcow2", "-c", "write -q -P 1 0 6M", "1.img"]);
         for n in 2..=4 {
             let (below, overlay) = (format!("{}.img", n - 1), format!("{n}.img"));
@@ -100,7 +105,7 @@ impl Lab {
     }
 
     pub(crate) fn connect(&self) -> Connection {
-        Connection::reconnect(&self.address(), &Options::default(), Duration::from_secs(20)).unwrap()
+        Connection::reconnect(&self.address(), &Options::default(), Duration::from_secs(300)).unwrap()
     }
 
     /// Ends the daemon at once, as a power cut of the process would.
@@ -199,8 +204,20 @@ impl Lab {
         self.dies_as(&Merging { top: Some(top), wishes: Wishes::default(), file }, command, when);
     }
 
+    /// Pivots to `[1]`, and notes that; nothing is cleaned up after.
+    pub(crate) fn pivots(&self) {
+        let file = StateFile::beside(&self.dir().join("4.img")).unwrap();
+        let merging = Merging { top: Some("[4]"), wishes: Wishes::default(), file };
+        self.merge(&merging, "none", When::After).unwrap();
+    }
+
     /// The same for any merge.
     pub(crate) fn dies_as(&self, merging: &Merging<'_>, command: &'static str, when: When) {
+        self.merge(merging, command, when).unwrap_err();
+        assert!(self.daemon.lock().unwrap().is_none(), "{command} was not sent");
+    }
+
+    fn merge(&self, merging: &Merging<'_>, command: &'static str, when: When) -> qmp_client::Result<Merged> {
         let monitor = Deadly { lab: self, inner: self.connect(), command, when };
         let graph = Graph::ask(&monitor).unwrap();
         let disk = graph.disk("disk0").unwrap();
@@ -221,10 +238,8 @@ impl Lab {
         };
         let (file, wishes) = (merging.file.clone(), &merging.wishes);
         let mut merge = Merge::begin(&monitor, procedure, file, &self.address(), wishes).unwrap();
-        merge.wait(Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
-        let end = if merging.top == Some("[4]") { merge.pivot() } else { merge.finish() };
-        end.unwrap_err();
-        assert!(self.daemon.lock().unwrap().is_none(), "{command} was not sent");
+        merge.wait(Some(Duration::from_secs(300)), &mut |_| Watch::GoOn).unwrap();
+        if merging.top == Some("[4]") { merge.pivot() } else { merge.finish() }
     }
 }
 

@@ -1,5 +1,6 @@
 //! A live merge as a whole: its procedure, its job in QEMU, and its state file, always in the right order.
 
+mod held;
 mod procedure;
 #[cfg(test)]
 mod tests;
@@ -9,18 +10,16 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use qapi::qmp::JobStatus;
-use serde_json::{Value, json};
 
 use crate::address::Address;
 use crate::error::{Error, Result};
 use crate::graph::{Disk, Graph, Layer};
 use crate::jobs::{Job, Progress, Waited, Watch, jobs};
-use crate::monitor::{Execute, Monitor};
+use crate::monitor::Monitor;
 use crate::procedure::{Merged, cancel, with_chain};
-use crate::state::{
-    CLOCK_STEP, FileIdentity, Kind, Phase, Pointer, State, StateFile, StateLayer, boot, now_ns,
-};
+use crate::state::{Kind, Phase, Pointer, State, StateFile, StateLayer, boot, now_ns};
 
+use held::{is_written_while_held, note_switching};
 pub use procedure::Procedure;
 pub use throttle::Throttle;
 
@@ -230,14 +229,17 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     }
 
     fn switch(&mut self) -> Result<Merged> {
-        let switched = match self.job.state()?.map(|job| job.status) {
-            // The job is gone, and nobody saw how it ended; the graph shows it.
-            None if self.state.phase == Phase::Switching => self.procedure.verify(&self.job, self.monitor),
-            status => self.switch_job(status),
-        };
+        let status = self.job.state()?.map(|job| job.status);
+        let unseen = status.is_none() && self.state.phase == Phase::Switching;
+        // The job is gone, and nobody saw how it ended; the graph shows it.
+        let switched =
+            if unseen { self.procedure.verify(&self.job, self.monitor) } else { self.switch_job(status) };
         let switched = match switched {
-            Ok(merged) => self.enter(Phase::Switched, self.state.top_after()).map(|()| merged),
+            Ok(merged) => self.note_switched(unseen).map(|()| merged),
             Err(error) => {
+                if let Error::Disconnected { .. } = error {
+                    self.note_gone();
+                }
                 self.after_failure();
                 Err(error)
             }
@@ -274,6 +276,29 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// The disk with the chain that the merge leaves, if QEMU shows it.
     fn now_after(&self) -> Result<Option<Disk>> {
         with_chain(self.monitor, self.procedure.left())
+    }
+
+    /// If nobody saw the switch, somebody may have started base by hand, and the guest have gone on in the old active image:
+    /// that one must be as it was when the switch was noted, or it is not touched.
+    fn note_switched(&mut self, unseen: bool) -> Result<()> {
+        let before = self.state.active().and_then(|layer| layer.identity);
+        self.state.enter(Phase::Switched, self.state.top_after());
+        if let (true, Kind::ActiveCommit, Some(active)) =
+            (unseen, self.state.kind, self.state.layers.first_mut())
+        {
+            active.identity = before;
+        }
+        self.file.save(&mut self.state)
+    }
+
+    /// QEMU has gone between the note of the switch and its success. The time of that tells which writes were its own.
+    fn note_gone(&mut self) {
+        let is_noted = |state: &State| state.job == self.state.job && state.phase == Phase::Switching;
+        if self.state.phase == Phase::Switching && matches!(self.file.load(), Ok(Some(s)) if is_noted(&s)) {
+            self.state.gone_ns = Some(now_ns());
+            // Without it there is only more doubt.
+            let _ = self.file.save_as_it_is(&self.state);
+        }
     }
 
     /// A switch has failed. If QEMU shows that the disk is where it was, the state file says so again. If it does not
@@ -319,51 +344,6 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     }
 }
 
-/// Notes that QEMU is about to switch.
-fn note_switching(state: &mut State, file: &StateFile) -> Result<()> {
-    let valid_top = state.top_after();
-    if state.kind == Kind::ActiveCommit {
-        settle(state);
-    }
-    state.enter(Phase::Switching, valid_top);
-    let saved = file.save(state);
-    if saved.is_err() {
-        // The new text may have reached the file all the same; the guest will go on where it was.
-        let valid_top = state.top_before();
-        state.enter(Phase::Copying, valid_top);
-        let _ = file.save(state);
-    }
-    saved
-}
-
-/// Whether anything was written since QEMU holds the disk's writes, and so is not in base. QEMU 10.0.2 does not hold back
-/// a client that connects to an NBD export only then, and loses at the pivot what it acknowledged to it.
-fn is_written_while_held(monitor: &(impl Monitor + ?Sized), state: &State) -> Result<bool> {
-    let active = state.active().map(|layer| layer.node.as_str());
-    let graph = Graph::ask(monitor)?;
-    let disk = graph.disks().iter().find(|disk| Some(disk.active().node.as_str()) == active);
-    let filters = disk.map(Disk::filters).unwrap_or_default();
-    let nodes = monitor.query("query-named-block-nodes", json!({"flat": true}))?;
-    let is_filter = |node: &&Value| filters.iter().any(|filter| node["node-name"] == filter.as_str());
-    let filters = nodes.as_array().into_iter().flatten().filter(is_filter);
-    // The list of what is still to be copied has no name; a bitmap of a user's has one.
-    let mut lists = filters.filter_map(|node| node["dirty-bitmaps"].as_array()).flatten();
-    Ok(lists.any(|list| list.get("name").is_none() && list["count"].as_u64() != Some(0)))
-}
-
-/// Waits until a write to base or to the active layer would change its time. The kernel's clock for files goes in
-/// steps of some milliseconds; guest writes are held meanwhile.
-fn settle(state: &State) {
-    let layers = [state.active(), state.target()].into_iter().flatten();
-    let known = layers.filter(|layer| layer.identity.is_some());
-    let last = known.filter_map(|layer| FileIdentity::of(std::path::Path::new(&layer.file)));
-    let last = last.map(|identity| identity.modified_ns).max().unwrap_or(0);
-    let age = Duration::from_nanos(now_ns().saturating_sub(last));
-    if let Some(rest) = CLOCK_STEP.checked_sub(age) {
-        std::thread::sleep(rest);
-    }
-}
-
 fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> State {
     let chain = procedure.chain();
     let (base, top) = procedure.range();
@@ -377,6 +357,7 @@ fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> State
         version: crate::state::VERSION,
         created_ns: now_ns(),
         changed_ns: now_ns(),
+        gone_ns: None,
         boot: boot(),
         address,
         disk: procedure.disk().to_owned(),

@@ -89,6 +89,11 @@ impl StateFile {
     /// new one.
     pub fn save(&self, state: &mut State) -> Result<()> {
         state.changed_ns = now_ns();
+        self.save_as_it_is(state)
+    }
+
+    /// The same, with the time that the state names.
+    pub(crate) fn save_as_it_is(&self, state: &State) -> Result<()> {
         let text = serde_json::to_vec_pretty(state).map_err(|e| failed(&self.path, e))?;
         replace(&self.path, &text).map_err(|e| failed(&self.path, e))
     }

@@ -25,7 +25,6 @@ pub use identity::FileIdentity;
 pub(crate) use identity::boot;
 pub(crate) use pointer::Pointer;
 pub use pointer::states_of;
-pub(crate) use verdict::CLOCK_STEP;
 pub use verdict::{Header, Qemu, Seen, Verdict};
 
 /// The version of the file's content that is written, and the only one that is read.
@@ -41,6 +40,9 @@ pub struct State {
     pub created_ns: u64,
     /// When this was written last, in nanoseconds since 1970.
     pub changed_ns: u64,
+    /// When this program saw that QEMU was gone, in nanoseconds since 1970: after QEMU was told to switch, and before it said
+    /// that it had. What was written to the disk's files before was written by that QEMU.
+    pub gone_ns: Option<u64>,
     /// Which run of the host's kernel wrote it. Times of files are evidence only while that runs: a power cut
     /// may lose a time though the data of that time was synced.
     pub boot: Option<String>,
@@ -186,6 +188,7 @@ impl State {
     pub(crate) fn enter(&mut self, phase: Phase, valid_top: String) {
         self.phase = phase;
         self.valid_top = valid_top;
+        self.gone_ns = None;
         self.boot = boot();
         self.layers.iter_mut().for_each(StateLayer::look_again);
     }

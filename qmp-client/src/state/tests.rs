@@ -23,6 +23,7 @@ pub(crate) fn state(folder: &str) -> State {
         version: VERSION,
         created_ns: 1,
         changed_ns: 1,
+        gone_ns: None,
         boot: boot(),
         address: "/run/qmp.sock".into(),
         disk: "vda".into(),

@@ -1,7 +1,6 @@
 //! What is true of a merge that was interrupted, from what its state file says and what can be seen now.
 
 use std::path::Path;
-use std::time::Duration;
 
 use qapi::qmp::JobStatus;
 
@@ -10,14 +9,6 @@ use crate::error::Result;
 use crate::graph::{Disk, Graph};
 use crate::jobs::jobs;
 use crate::monitor::Monitor;
-
-/// Two writes that are further apart than this have different times in that order: the kernel's clock for files goes in
-/// steps of some milliseconds.
-pub(crate) const CLOCK_STEP: Duration = Duration::from_millis(20);
-
-/// QEMU pivots, and closes the old active image, within this time from when it is told to. Who writes to that image
-/// later is somebody else.
-const PIVOT_TAKES: Duration = Duration::from_secs(2);
 
 /// What is true, or why that cannot be told.
 type Doubtful<T> = std::result::Result<T, String>;
@@ -124,6 +115,15 @@ impl Seen {
             same_boot: state.is_of_this_boot(),
         }
     }
+
+    /// The file of this layer, by index, does not tell when its image was written: the bytes go to another file.
+    pub fn tells_no_time(&mut self, state: &State, index: usize) {
+        for (layer, now) in state.layers.iter().zip(&mut self.identities) {
+            if let Some(now) = now.as_mut().filter(|_| layer.index == index) {
+                now.modified_ns = 0;
+            }
+        }
+    }
 }
 
 impl State {
@@ -132,7 +132,7 @@ impl State {
     /// Headers are believed before memory: a header that was written tells that the switch has begun, and what it names
     /// was made durable before. For an active commit no header changes, so files tell: base and the old active
     /// layer were equal, and held, when their identities were taken, so whichever was written since is the one
-    /// that the guest went on with.
+    /// that the guest went on with. A QEMU that runs on base says little: somebody may have started it there.
     pub fn judge(&self, seen: &Seen) -> Verdict {
         if let Qemu::HasJob(_) = seen.qemu {
             return Verdict::AtWork;
@@ -218,7 +218,7 @@ impl State {
     fn judge_pivot(&self, seen: &Seen) -> Doubtful<Verdict> {
         let (base, active) = (self.written(seen, self.base), self.written(seen, self.layers.len()));
         match (self.phase, seen.qemu) {
-            (_, Qemu::ShowsAfter) => Ok(Verdict::Switched),
+            (Phase::Copying, Qemu::ShowsAfter) => Err("QEMU runs on base, and no pivot is noted".into()),
             (Phase::Copying, _) => Ok(Verdict::NotSwitched),
             (_, Qemu::ShowsBefore)
                 if self.phase == Phase::Switched || base.is_none_or(|when| when.is_some()) =>
@@ -227,29 +227,33 @@ impl State {
                     .into())
             }
             (Phase::Switching, Qemu::ShowsBefore) => Ok(Verdict::NotSwitched),
-            (Phase::Switched, _) if seen.retired => Ok(Verdict::Switched),
+            (_, _) if seen.retired => Ok(Verdict::Switched),
             (Phase::Switched, _) => match active {
+                Some(None) => Ok(Verdict::Switched),
                 Some(Some(_)) => Err("the old active image was written after the pivot".into()),
-                _ => Ok(Verdict::Switched),
+                None if seen.identities.first().is_none_or(Option::is_none) => Ok(Verdict::Switched),
+                None => {
+                    Err("it cannot be seen whether the old active image was written after the pivot".into())
+                }
             },
-            (Phase::Switching, _) if seen.retired => Ok(Verdict::Switched),
             (Phase::Switching, _) => match (base, active) {
                 // Whatever base holds is at least what the active layer held.
                 (_, Some(None)) => Ok(Verdict::Switched),
                 // QEMU has flushed base before it holds the guest, so only the guest writes there now, and only
-                // behind the pivot. The old active image gets its tables when QEMU closes it; and nobody else has
-                // opened it, for the guest wrote to base until QEMU was gone.
+                // behind the pivot. The old active image gets its tables when QEMU closes it. What was written to
+                // either once QEMU was seen to be gone is somebody else's.
                 (Some(Some(base)), Some(Some(active)))
                     if !seen.closing_writes_base
                         && seen.same_boot
-                        && active <= self.changed_ns.saturating_add(nanoseconds(PIVOT_TAKES))
-                        && active <= base.saturating_add(nanoseconds(CLOCK_STEP)) =>
+                        && self.gone_ns.is_some_and(|gone| base.max(active) <= gone) =>
                 {
                     Ok(Verdict::Switched)
                 }
                 // Where nothing was written to base, the active layer is base's equal, or newer. A power cut may
                 // have lost the time of a write, though.
-                (Some(None), Some(Some(_))) if seen.same_boot => Ok(Verdict::NotSwitched),
+                (Some(None), Some(Some(_))) if seen.same_boot && seen.qemu != Qemu::ShowsAfter => {
+                    Ok(Verdict::NotSwitched)
+                }
                 _ => {
                     Err("it cannot be seen whether the guest went on with base or with the old active image"
                         .into())
@@ -290,8 +294,4 @@ impl State {
 /// File systems get other numbers when the host starts again; files in them keep theirs.
 fn is_same(before: &FileIdentity, now: &FileIdentity, same_boot: bool) -> bool {
     if same_boot { now.is_same_file(before) } else { now.inode == before.inode }
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -113,9 +113,13 @@ impl Drive<'_> {
             None => merge.wait(left, &mut watch),
         };
         match waited.map_err(|e| self.lost(&e))? {
-            Waited::Reached(job) => self.end(monitor, merge, &job),
+            Waited::Reached(job) => self.end(monitor, merge, job.done),
             // Somebody else ended it, or it failed: what the merge says of it is the truth.
-            Waited::Concluded(job) => self.end(monitor, merge, &job),
+            Waited::Concluded(job) => self.end(monitor, merge, job.done),
+            // An earlier client was lost when QEMU had switched; only the end is to be noted.
+            Waited::Vanished if merge.state().phase == Phase::Switching && self.ends_with_a_switch(merge) => {
+                self.end(monitor, merge, 0)
+            }
             Waited::Vanished => self.vanished(merge),
             Waited::Stalled(job) => match self.gives_up() {
                 Some(why) => Err(self.give_up(merge, &job, &why)),
@@ -134,31 +138,34 @@ impl Drive<'_> {
         }
     }
 
+    fn ends_with_a_switch(&self, merge: &Merge<'_, Connection>) -> bool {
+        merge.state().kind != Kind::ActiveCommit || self.end == End::Pivot
+    }
+
     /// Everything is copied: does what the user wants then.
     fn end(
         &self,
         monitor: &Connection,
         merge: &mut Merge<'_, Connection>,
-        job: &JobState,
+        done: u64,
     ) -> Result<Step, Failure> {
         self.meter.clear();
         let ended = match (merge.state().kind, self.end) {
             (Kind::ActiveCommit, End::Pivot) => merge.pivot(),
             (Kind::ActiveCommit, End::KeepOverlay) => {
                 merge.keep_overlay().map_err(|e| self.failed(merge, &e))?;
-                Outcome::kept_overlay(merge.state(), job.done, self.seconds()).tell(self.console)?;
+                Outcome::kept_overlay(merge.state(), done, self.seconds()).tell(self.console)?;
                 return Ok(Step::Over);
             }
             (Kind::ActiveCommit, _) => {
-                Outcome::ready(self.session, merge.state(), job.done, self.seconds()).tell(self.console)?;
+                Outcome::ready(self.session, merge.state(), done, self.seconds()).tell(self.console)?;
                 return Ok(Step::Over);
             }
             _ => merge.finish(),
         };
         ended.map_err(|e| self.failed(merge, &e))?;
         let tidied = after::tidy(merge.state(), &Files::of(monitor), &self.wishes);
-        let outcome =
-            Outcome::switched(self.session, monitor, merge.state(), &tidied, job.done, self.seconds());
+        let outcome = Outcome::switched(self.session, monitor, merge.state(), &tidied, done, self.seconds());
         if outcome.is_complete() {
             merge.done().map_err(|e| self.session.failure(&e))?;
         }

@@ -28,6 +28,7 @@ impl Case<'_> {
         let seen = look::layer(state, old)?;
         if state.phase == Phase::Copying {
             return match seen {
+                Seen::Same(_) if qemu == Qemu::ShowsAfter => Ok(self.runs_on_base(old, base)),
                 Seen::Same(_) => self.not_switched(),
                 _ => Ok(self.moved(&format!("{} is not the file that it was", old.file))),
             };
@@ -42,11 +43,16 @@ impl Case<'_> {
             Seen::Same(same) => same,
         };
         let emptied = self.is_emptied(&same, &below)?;
-        let seen = qmp_client::Seen {
+        let mut seen = qmp_client::Seen {
             retired: emptied,
-            closing_writes_base: look::is_written_by_closing(&below.known.path)?,
+            closing_writes_base: look::is_written_by_closing(base)?,
             ..qmp_client::Seen::of(state, qemu, Header::Unread)
         };
+        for (layer, file) in [(old, &same), (base, &below)] {
+            if file.written.is_none() {
+                seen.tells_no_time(state, layer.index);
+            }
+        }
         match state.judge(&seen) {
             Verdict::NotSwitched => self.not_switched(),
             // Where nobody has written to base, comparing is cheaper than being wrong.
@@ -128,6 +134,24 @@ impl Case<'_> {
         self.forget(&mut finding);
         finding.facts.push(format!("what starts the virtual machine should name {}", base.file));
         Ok(finding)
+    }
+
+    /// QEMU runs on base, and nobody has noted a pivot.
+    fn runs_on_base(&self, old: &StateLayer, base: &StateLayer) -> Finding {
+        let (old_file, base_file) = (&old.file, &base.file);
+        self.unclear(
+            format!(
+                "QEMU runs on {base_file}, but no pivot is noted. Either another client has pivoted, and {base_file} is the \
+                 disk; or somebody has started {base_file}, and what the guest wrote last is in {old_file}"
+            ),
+            format!(
+                "shut the virtual machine down and start none before you know. To take {base}: mv {old} {old}.old; rm {state}; \
+                 to take the other: rm {state}; qmerge commit {old}",
+                base = word(Path::new(base_file)),
+                old = word(Path::new(old_file)),
+                state = self.path()
+            ),
+        )
     }
 
     /// The old active image holds bytes that base does not: somebody has written to it since.

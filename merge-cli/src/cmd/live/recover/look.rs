@@ -43,6 +43,9 @@ pub(super) fn layer(state: &State, layer: &StateLayer) -> Result<Seen> {
         return Ok(Seen::Other);
     }
     let known = Known::now(&OsHost, path)?;
+    if has_data_file(layer)? {
+        return Ok(Seen::Same(Same { known, written: None, modified_ns: 0 }));
+    }
     Ok(Seen::Same(Same { known, written: now.is_written_since(then), modified_ns: now.modified_ns }))
 }
 
@@ -71,10 +74,23 @@ pub(super) fn backing(path: &Path) -> Result<(Option<String>, Option<FileId>)> {
 
 /// Whether QEMU may write to an image when it closes it, though nobody wrote there: to clear the dirty bit of lazy
 /// refcounts, or to store bitmaps.
-pub(super) fn is_written_by_closing(path: &Path) -> Result<bool> {
-    Ok(header(path)?.is_some_and(|cluster0| {
+pub(super) fn is_written_by_closing(layer: &StateLayer) -> Result<bool> {
+    Ok(header_of(layer)?.is_some_and(|cluster0| {
         cluster0.header.lazy_refcounts() || cluster0.extensions.iter().any(|e| e.magic == EXT_BITMAPS)
     }))
+}
+
+/// Whether what a guest writes to an image goes to another file: the image's own time does not tell of it then.
+fn has_data_file(layer: &StateLayer) -> Result<bool> {
+    Ok(header_of(layer)?.is_some_and(|cluster0| cluster0.header.has_data_file()))
+}
+
+/// The header of a layer that is a qcow2 image; what a guest has written to a raw one is not taken for a header.
+fn header_of(layer: &StateLayer) -> Result<Option<Cluster0>> {
+    match format(layer) {
+        ImageFormat::Qcow2 => header(Path::new(&layer.file)),
+        ImageFormat::Raw => Ok(None),
+    }
 }
 
 /// Whether an image carries the mark of one that was merged.

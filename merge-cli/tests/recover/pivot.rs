@@ -1,0 +1,149 @@
+//! Pivots of which only the state file and the images tell: no image may be emptied that alone holds what a guest wrote.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Value, json};
+
+use crate::lab::{Lab, When, tools_are_here};
+use crate::write;
+
+/// `live recover` changes nothing and leaves the question to the user, or waits until the images are free.
+fn asks(lab: &Lab, code: i32, outcome: &str) {
+    let before = fs::read(lab.dir().join("4.img")).unwrap();
+    let found = lab.recover(code);
+    assert_eq!(found["outcome"], outcome, "{found:#}");
+    assert!(fs::read(lab.dir().join("4.img")).unwrap() == before, "4.img was changed: {found:#}");
+    assert!(lab.state_file().exists());
+}
+
+/// The pivot never came, and the guest went on in the old active image. A daemon on base, with the same monitor and a
+/// disk of the same name, is no proof of the contrary.
+#[test]
+fn a_base_that_is_started_by_hand_does_not_outdo_where_the_guest_went_on() {
+    if !tools_are_here() {
+        return;
+    }
+    let lab = Lab::new();
+    lab.dies("[4]", "job-finalize", When::Before);
+    write(&lab, "4.img", "write -q -P 8 10M 1M");
+    write(&lab, "1.img", "write -q -P 7 9M 1M");
+    lab.start(&[], "1.img");
+    asks(&lab, 5, "in-use");
+    lab.kill();
+    asks(&lab, 6, "unclear");
+}
+
+/// The pivot is noted, but its end was not cleaned up; somebody worked with the old active image before base was started
+/// again.
+#[test]
+fn an_old_active_image_that_was_used_after_the_pivot_is_not_emptied_beside_a_base_in_use() {
+    if !tools_are_here() {
+        return;
+    }
+    let lab = Lab::new();
+    lab.pivots();
+    lab.kill();
+    write(&lab, "4.img", "write -q -P 8 10M 1M");
+    write(&lab, "1.img", "write -q -P 7 9M 1M");
+    lab.start(&[], "1.img");
+    asks(&lab, 5, "in-use");
+    lab.kill();
+    asks(&lab, 6, "unclear");
+}
+
+/// Nothing of a pivot is noted, and a daemon runs on base: another client may have pivoted, or somebody has started base.
+#[test]
+fn a_base_that_runs_without_a_note_of_a_pivot_leaves_the_question_open() {
+    if !tools_are_here() {
+        return;
+    }
+    let lab = Lab::new();
+    lab.ok(&["live", "commit", "disk0", "--active", "--qmp", "qmp.sock"]);
+    lab.kill();
+    lab.start(&[], "1.img");
+    asks(&lab, 6, "unclear");
+    lab.kill();
+    let found = lab.recover(0);
+    assert_eq!((&found["outcome"], &found["valid-top"]), (&json!("not-switched"), &json!(lab.path("4.img"))));
+}
+
+/// What the guest writes goes to the data file, so base's own time does not tell that the guest is there.
+#[test]
+fn a_base_whose_data_is_in_another_file_is_compared() {
+    if !tools_are_here() {
+        return;
+    }
+    let lab = Lab::with_base(&[], &["-o", "data_file=1.data,data_file_raw=on"]);
+    lab.dies("[4]", "job-finalize", When::After);
+    let image = File::options().write(true).open(lab.dir().join("1.img")).unwrap();
+    let time = image.metadata().unwrap().modified().unwrap();
+    write(&lab, "1.img", "write -q -P 7 4M 64k");
+    image.set_modified(time).unwrap();
+    written_at(&lab.dir().join("4.img"), SystemTime::now());
+    asks(&lab, 6, "unclear");
+}
+
+/// QEMU writes tables to the old active image when it closes it, and dies before anybody notes the pivot. The client saw
+/// when; whoever wrote to an image later was somebody else.
+#[test]
+fn an_old_active_image_that_qemu_wrote_to_until_it_died_is_superseded() {
+    if !tools_are_here() {
+        return;
+    }
+    for (base, old, outcome) in [(0, 0, "completed"), (0, 1, "unclear"), (1, 0, "unclear")] {
+        let lab = Lab::new();
+        lab.dies("[4]", "job-finalize", When::After);
+        write(&lab, "1.img", "write -q -P 7 4M 64k");
+        let note: Value = serde_json::from_slice(&fs::read(lab.state_file()).unwrap()).unwrap();
+        let gone = note["gone-ns"].as_u64().unwrap();
+        for (image, later) in [("1.img", base), ("4.img", old)] {
+            let time = Duration::from_nanos(gone + later);
+            written_at(&lab.dir().join(image), SystemTime::UNIX_EPOCH + time);
+        }
+        if outcome == "unclear" {
+            asks(&lab, 6, outcome);
+            continue;
+        }
+        let found = lab.recover(0);
+        assert_eq!((&found["outcome"], &found["valid-top"]), (&json!(outcome), &json!(lab.path("1.img"))));
+        lab.nothing_is_left();
+    }
+}
+
+/// A client that was killed when QEMU had switched and forgotten the job, and before it noted that.
+#[test]
+fn a_pivot_of_which_only_the_end_is_not_noted_is_ended_by_the_command_that_is_printed() {
+    if !tools_are_here() {
+        return;
+    }
+    for written in [false, true] {
+        let lab = Lab::new();
+        lab.pivots();
+        let note = fs::read_to_string(lab.state_file()).unwrap();
+        fs::write(lab.state_file(), note.replace("\"switched\"", "\"switching\"")).unwrap();
+        if written {
+            written_at(&lab.dir().join("4.img"), SystemTime::now());
+        }
+        let before = fs::read(lab.dir().join("4.img")).unwrap();
+        let found = lab.recover(0);
+        assert_eq!(found["outcome"], "running", "{found:#}");
+        let said = lab.type_in(found["next"].as_str().unwrap());
+        if written {
+            // By the guest, perhaps: base may have been started by hand.
+            assert!(said.contains("not touched: ") && lab.state_file().exists(), "{said}");
+            assert!(fs::read(lab.dir().join("4.img")).unwrap() == before, "{said}");
+        } else {
+            lab.nothing_is_left();
+        }
+        lab.kill();
+        lab.shows("1.img");
+        lab.shows("4.img");
+    }
+}
+
+/// As if something had been written there at that time.
+fn written_at(image: &Path, time: SystemTime) {
+    File::options().write(true).open(image).unwrap().set_modified(time).unwrap();
+}
