@@ -54,7 +54,7 @@ fn procedure<M: Monitor>(monitor: &M, kind: Kind, nbd: &Path) -> Result<Procedur
 }
 
 fn to_the_end<M: Monitor>(merge: &mut Merge<'_, M>, kind: Kind) -> Result<()> {
-    match merge.wait(Some(Duration::from_secs(60)), &mut |_| Watch::GoOn)? {
+    match merge.wait(Some(Duration::from_secs(300)), &mut |_| Watch::GoOn)? {
         // One that has vanished was carried out, or attach would not have found it.
         Waited::Reached(_) | Waited::Concluded(_) | Waited::Vanished => {}
         other => panic!("{other:?}"),
@@ -310,7 +310,7 @@ fn a_write_that_qemu_should_have_held_is_not_lost_at_the_pivot() {
     // A client that connects now should be held too; QEMU 10.0.2 acknowledges its writes.
     let export = format!("nbd+unix:///x?socket={}", chain.nbd().display());
     let mut writer = Command::new("timeout")
-        .args(["10", "qemu-io", "-f", "raw", "-c", "write -q -P 238 9M 64k", "-c", "flush", &export])
+        .args(["60", "qemu-io", "-f", "raw", "-c", "write -q -P 238 9M 64k", "-c", "flush", &export])
         .spawn()
         .unwrap();
     let acknowledged = writer.wait().unwrap().success();

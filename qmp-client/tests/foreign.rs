@@ -36,7 +36,7 @@ fn an_active_commit_of_any_client_is_pivoted_and_the_graph_says_so() {
         let monitor = daemon.connect();
         let was = disk(&monitor);
         let job = start(&monitor, true, finalizes, dismisses);
-        job.wait(Goal::Ready, Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+        job.wait(Goal::Ready, Some(Duration::from_secs(300)), &mut |_| Watch::GoOn).unwrap();
         let now = conclude(&monitor, &was, &job).unwrap();
         assert_eq!(listed(&now), ["1.img"], "{finalizes} {dismisses}");
         assert!(jobs(&monitor).unwrap().is_empty());
@@ -57,7 +57,7 @@ fn a_pending_commit_of_any_client_is_finished_and_durable() {
         let monitor = daemon.connect();
         let was = disk(&monitor);
         let job = start(&monitor, false, false, dismisses);
-        job.wait(Goal::Pending, Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+        job.wait(Goal::Pending, Some(Duration::from_secs(300)), &mut |_| Watch::GoOn).unwrap();
         let now = conclude(&monitor, &was, &job).unwrap();
         assert_eq!(listed(&now), ["4.img", "1.img"]);
         daemon.kill();
@@ -77,9 +77,9 @@ fn a_job_that_is_not_ready_or_was_ended_is_not_called_a_success() {
     let error = conclude(&monitor, &was, &Job::new(&monitor, "nobody's")).unwrap_err();
     assert!(matches!(error, Error::Refused { .. }), "{error}");
     let job = start(&monitor, true, true, false);
-    job.wait(Goal::Ready, Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+    job.wait(Goal::Ready, Some(Duration::from_secs(300)), &mut |_| Watch::GoOn).unwrap();
     job.cancel().unwrap();
-    job.wait(Goal::Concluded, Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+    job.wait(Goal::Concluded, Some(Duration::from_secs(300)), &mut |_| Watch::GoOn).unwrap();
     // It was kept with its error, which is told when it is taken.
     let error = conclude(&monitor, &was, &job).unwrap_err();
     assert!(matches!(error, Error::Job { .. }), "{error}");

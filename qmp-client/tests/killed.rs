@@ -41,7 +41,7 @@ fn whole<M: Monitor>(monitor: &M, daemon: &Daemon, chain: &Chain, kind: Kind) ->
     };
     let mut merge =
         Merge::begin(monitor, procedure, chain.state_file(), &daemon.address(), &Wishes::default())?;
-    merge.wait(Some(Duration::from_secs(120)), &mut |_| Watch::GoOn)?;
+    merge.wait(Some(Duration::from_secs(300)), &mut |_| Watch::GoOn)?;
     if kind == Kind::Active { merge.pivot() } else { merge.finish() }?;
     merge.done()
 }
@@ -57,7 +57,7 @@ fn write_then_kill(daemon: &Daemon, chain: &Chain) -> bool {
         .spawn()
         .unwrap();
     let begin = Instant::now();
-    while begin.elapsed() < Duration::from_secs(1) && writer.try_wait().unwrap().is_none() {
+    while begin.elapsed() < Duration::from_secs(3) && writer.try_wait().unwrap().is_none() {
         std::thread::sleep(Duration::from_millis(5));
     }
     let killed = Command::new("kill").args(["-9", &daemon.child.id().to_string()]).status().unwrap();

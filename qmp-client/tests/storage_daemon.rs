@@ -22,7 +22,7 @@ fn plan(disk: &Disk, base: &str, top: &str, options: CommitOptions) -> Commit {
 }
 
 fn wait(job: &Job<'_, Connection>, goal: Goal) {
-    let waited = job.wait(goal, Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+    let waited = job.wait(goal, Some(Duration::from_secs(300)), &mut |_| Watch::GoOn).unwrap();
     assert!(matches!(waited, Waited::Reached(_)), "{waited:?}");
 }
 
@@ -496,7 +496,7 @@ fn a_full_disk_halts_the_merge_and_room_lets_it_go_on() {
         let mut commit = plan(&disk(&monitor), "[1]", top, options);
         commit.preflight(&monitor).unwrap();
         let job = commit.start(&monitor).unwrap();
-        let waited = job.wait(goal, Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+        let waited = job.wait(goal, Some(Duration::from_secs(300)), &mut |_| Watch::GoOn).unwrap();
         assert!(
             matches!(&waited, Waited::Stalled(job) if job.block.as_ref().unwrap().io_status == "nospace"),
             "{waited:?}"
@@ -654,7 +654,7 @@ fn over_nbd() -> (Chain, Daemon) {
     let mut command = Command::new("qemu-nbd");
     command.args(["-t", "-e", "4", "-f", "qcow2", "-k"]).arg(&socket).arg(remote.path(1));
     let server = Daemon { child: command.spawn().unwrap(), socket: socket.clone() };
-    for _ in 0..2000 {
+    for _ in 0..30_000 {
         if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
             break;
         }
@@ -700,13 +700,13 @@ fn a_base_whose_server_goes_halts_the_merge_and_it_can_be_cancelled() {
     let (chain, mut server) = over_nbd();
     let daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
-    let options = CommitOptions { speed: 64 << 10, ..Default::default() };
+    let options = CommitOptions { speed: 16 << 10, ..Default::default() };
     let mut commit = plan(&disk(&monitor), "[1]", "[2]", options);
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();
     server.kill();
     job.set_speed(0).unwrap();
-    let waited = job.wait(Goal::Pending, Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+    let waited = job.wait(Goal::Pending, Some(Duration::from_secs(300)), &mut |_| Watch::GoOn).unwrap();
     assert!(
         matches!(&waited, Waited::Stalled(job) if job.block.as_ref().unwrap().io_status == "failed"),
         "{waited:?}"

@@ -109,7 +109,7 @@ fn a_guest_that_is_too_fast_is_throttled_and_gets_its_limits_back() {
         let waited = merge
             .wait_converging(
                 &throttle,
-                Some(Duration::from_secs(180)),
+                Some(Duration::from_secs(600)),
                 &mut |_| if seen.get() > 0 { Watch::Stop } else { Watch::GoOn },
                 &mut told,
             )

@@ -1,5 +1,6 @@
 //! Clients that die, clients of others, and monitors that are taken.
 
+use std::io::{BufRead, BufReader};
 use std::time::Duration;
 
 use qmp_client::{Execute, Graph};
@@ -126,10 +127,13 @@ fn a_qemu_that_ends_during_the_merge_leaves_a_note_and_the_disk() {
         return;
     }
     let mut machine = Machine::new(Style::Daemon);
-    let child = machine.command("commit", &["--pivot", "--bandwidth", "256K"]).spawn().unwrap();
-    machine.eventually(|| machine.has("qmp.sock.qmerge").then_some(()));
-    std::thread::sleep(Duration::from_millis(300));
+    let args = ["--pivot", "--bandwidth", "32K", "--json"];
+    let mut child = machine.command("commit", &args).spawn().unwrap();
+    // It watches the job once it tells of progress.
+    let mut events = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(events.any(|event| event.unwrap().contains("\"progress\"")));
     machine.stop();
+    assert!(events.all(|event| event.is_ok()));
     let output = child.wait_with_output().unwrap();
     failed(&output, 1, &["closed", "picks it up again", "qmerge live recover --qmp qmp.sock"]);
     assert!(machine.has(".c.img.qmerge-live"));

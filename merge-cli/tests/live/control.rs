@@ -1,5 +1,6 @@
 //! Merges that are started, watched, stopped and ended in several calls.
 
+use std::fs;
 use std::process::{Child, Output};
 use std::time::{Duration, Instant};
 
@@ -9,9 +10,19 @@ use serde_json::json;
 use crate::machine::{Machine, Style, events, shows};
 use crate::support::{failed, qmerge, text, tools_are_here};
 
-/// Slow enough to be met at work.
-const SLOW: &[&str] = &["--top", "[3]", "--bandwidth", "256K"];
-const SLOW_ACTIVE: &[&str] = &["--active", "--bandwidth", "256K"];
+/// Slow enough to be met at work: minutes.
+const SLOW: &[&str] = &["--top", "[3]", "--bandwidth", "32K"];
+const SLOW_ACTIVE: &[&str] = &["--active", "--bandwidth", "32K"];
+
+/// Waits until the child would not die of this signal: it takes it as a wish.
+fn until_it_listens(machine: &Machine, child: &Child, signal: Signal) {
+    let bit = 1_u64 << (signal.as_raw() - 1);
+    machine.eventually(|| {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+        (u64::from_str_radix(caught.trim(), 16).unwrap() & bit != 0).then_some(())
+    });
+}
 
 fn signal(child: Child, signal: Signal) -> Output {
     kill_process(Pid::from_child(&child), signal).unwrap();
@@ -56,7 +67,7 @@ fn a_finish_waits_and_does_not_cancel_what_it_did_not_start() {
     machine.ok("commit", &[SLOW, &["--async"]].concat());
     machine.fails("finish", &["--timeout", "0.2"], 4, &["the job goes on", "qmerge live finish disk0"]);
     let waiting = machine.command("finish", &[]).spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(500));
+    until_it_listens(&machine, &waiting, Signal::INT);
     failed(&signal(waiting, Signal::INT), 130, &["the job goes on"]);
     assert_eq!(machine.job()["status"], "running");
     machine.ok("speed", &["0"]);
@@ -110,7 +121,7 @@ fn the_overlay_is_kept_with_base_as_the_disk_was() {
     assert_eq!(machine.chain().len(), 4);
     assert!(machine.job().is_null() && !machine.has(".c.img.qmerge-live"));
     // What the guest writes from now on is not in base.
-    std::fs::copy(machine.dir().join("expected.raw"), machine.dir().join("then.raw")).unwrap();
+    fs::copy(machine.dir().join("expected.raw"), machine.dir().join("then.raw")).unwrap();
     machine.guest_writes(66, "0", "64k");
     machine.stop();
     shows(machine.dir(), "base.img", "then.raw");
@@ -137,7 +148,7 @@ fn time_is_up() {
                 "--timeout",
             ],
         );
-        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
         assert!(machine.job().is_null() && !machine.has(".c.img.qmerge-live"));
         assert_eq!(machine.chain().len(), 4);
         machine.holds_the_disk("c.img");
@@ -167,8 +178,8 @@ fn a_signal_cancels_the_job_and_says_what_changed() {
         for args in [SLOW, SLOW_ACTIVE] {
             let machine = Machine::new(Style::Daemon);
             let child = machine.command("commit", &[args, &["--json"]].concat()).spawn().unwrap();
+            until_it_listens(&machine, &child, number);
             machine.eventually(|| machine.has("qmp.sock.qmerge").then_some(()));
-            std::thread::sleep(Duration::from_millis(700));
             let output = signal(child, number);
             failed(&output, code, &["stopped at", "is as it was, with the same bytes", "to begin anew"]);
             let last = events(&output.stdout).pop().unwrap();
@@ -189,15 +200,24 @@ fn a_signal_that_comes_twice_at_once_still_cancels() {
     if !tools_are_here() {
         return;
     }
-    // As timeout(1) sends it.
-    let machine = Machine::new(Style::Daemon);
-    let child = machine.command("commit", SLOW).spawn().unwrap();
-    machine.eventually(|| machine.has("qmp.sock.qmerge").then_some(()));
-    std::thread::sleep(Duration::from_millis(300));
-    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-    std::thread::sleep(Duration::from_millis(2));
-    failed(&signal(child, Signal::TERM), 143, &["stopped at"]);
-    assert!(machine.job().is_null());
+    // As timeout(1) sends it. A busy machine may make two signals of it, and then it is done again.
+    loop {
+        let machine = Machine::new(Style::Daemon);
+        let child = machine.command("commit", SLOW).spawn().unwrap();
+        until_it_listens(&machine, &child, Signal::TERM);
+        machine.eventually(|| machine.has("qmp.sock.qmerge").then_some(()));
+        let begin = Instant::now();
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        let together = begin.elapsed() < Duration::from_millis(100);
+        let output = child.wait_with_output().unwrap();
+        if together {
+            failed(&output, 143, &["stopped at"]);
+            assert!(machine.job().is_null());
+            break;
+        }
+    }
 }
 
 #[test]
@@ -206,7 +226,8 @@ fn progress_and_the_end_are_events() {
         return;
     }
     let machine = Machine::new(Style::Daemon);
-    let all = machine.events("commit", &["--pivot", "--bandwidth", "4M"]);
+    // 8 MiB at 1 MiB/s, and an event every half a second.
+    let all = machine.events("commit", &["--pivot", "--bandwidth", "1M"]);
     let names: Vec<_> = all.iter().map(|event| event["event"].as_str().unwrap()).collect();
     assert_eq!((names[0], names[names.len() - 1]), ("plan", "result"));
     let progress: Vec<_> = all.iter().filter(|event| event["event"] == "progress").collect();

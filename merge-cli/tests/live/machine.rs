@@ -92,7 +92,7 @@ impl Machine {
     /// A client of the test's own; it holds the monitor until it is dropped.
     pub(crate) fn connect(&self) -> Connection {
         let address = Address::Unix(self.dir().join("qmp.sock"));
-        Connection::reconnect(&address, &Options::default(), Duration::from_secs(60)).unwrap()
+        Connection::reconnect(&address, &Options::default(), Duration::from_secs(300)).unwrap()
     }
 
     /// `live VERB DISK ARGS --qmp qmp.sock`, to be started.
@@ -180,7 +180,7 @@ impl Machine {
             if let Some(answer) = ask() {
                 return answer;
             }
-            assert!(start.elapsed() < Duration::from_secs(60), "it does not come: {:?}", self.live_jobs());
+            assert!(start.elapsed() < Duration::from_secs(300), "it does not come: {:?}", self.live_jobs());
             thread::sleep(Duration::from_millis(20));
         }
     }

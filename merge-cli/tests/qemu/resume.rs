@@ -4,9 +4,13 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::support::{Folder, Run, merge_binary, needs_tools, qemu_present, run};
+use crate::support::{Folder, Run, merge_binary, needs_tools, qemu_present};
 
 const MIB: u64 = 1 << 20;
+
+fn tools_are_here() -> bool {
+    needs_tools(&["qemu-img", "qemu-io", "strace"])
+}
 
 /// A base that has something of everything below an overlay with much to move.
 fn chain(format: &str, options: &str) -> Folder {
@@ -30,38 +34,21 @@ fn pending(folder: &Folder, format: &str) -> Option<Value> {
     info.get("merge-pending").cloned()
 }
 
-/// Kills a merge with `signal` when it has noted some progress; fails if it is never seen in time.
+/// Sends a merge a signal at its first sync behind which it has noted some progress.
 fn stopped(folder: &Folder, format: &str, args: &[&str], signal: &str) -> Run {
-    for _ in 0..20 {
-        let child = Command::new(merge_binary())
-            .args(["commit", "b.qcow2", "--json"])
-            .args(args)
-            .current_dir(folder.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let id = child.id().to_string();
-        let waiting = std::thread::spawn(move || child.wait_with_output().unwrap());
-        while !waiting.is_finished() {
-            let done = pending(folder, format).and_then(|pending| pending["bytes-done"].as_u64());
-            if done.is_some_and(|done| done > 0) {
-                // The process may have ended before.
-                run(folder.path(), "kill", &[signal, &id]);
-                break;
-            }
+    // A kill before the first batch is noted would only have its copying done again.
+    let first = match (signal, format) {
+        ("SIGKILL", "raw") => 6,
+        ("SIGKILL", _) => 9,
+        _ => 2,
+    };
+    for call in first..100 {
+        let run = folder.signalled_at_sync(signal, call, &[&["commit", "b.qcow2", "--json"], args].concat());
+        let done = pending(folder, format).and_then(|pending| pending["bytes-done"].as_u64());
+        if done.is_some_and(|done| done > 0) {
+            return run;
         }
-        let output = waiting.join().unwrap();
-        if pending(folder, format).is_some() {
-            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-            let code = output.status.code().unwrap_or(-1);
-            let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
-            return Run { command: "qmerge commit".into(), code, stdout, stderr };
-        }
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        // Too fast: the overlay is filled again.
-        folder.io("qcow2", "b.qcow2", &["write -P 3 50M 400M", "write -P 4 500M 64M"]);
+        assert_ne!(run.code, 0, "the merge was over before its sync {call}");
     }
     panic!("no merge could be stopped in the middle");
 }
@@ -73,12 +60,12 @@ fn plan_of(run: &Run) -> Value {
 
 #[test]
 fn a_killed_merge_goes_on_where_it_was() {
-    if !qemu_present() {
+    if !tools_are_here() {
         return;
     }
     for options in ["lazy_refcounts=on", "cluster_size=4k", "data_file=data,data_file_raw=off"] {
         let folder = chain("qcow2", options);
-        stopped(&folder, "qcow2", &[], "-KILL");
+        stopped(&folder, "qcow2", &[], "SIGKILL");
         let before = folder.view("qcow2", "b.qcow2");
         let noted = pending(&folder, "qcow2").unwrap();
         let done = noted["bytes-done"].as_u64().unwrap();
@@ -106,14 +93,14 @@ fn a_killed_merge_goes_on_where_it_was() {
 
 #[test]
 fn bases_without_a_dirty_bit_come_to_the_same_end() {
-    if !qemu_present() {
+    if !tools_are_here() {
         return;
     }
     for (format, options) in [("raw", ""), ("qcow2", "compat=0.10")] {
         let folder = chain(format, options);
-        stopped(&folder, format, &[], "-KILL");
+        stopped(&folder, format, &[], "SIGKILL");
         let before = folder.view("qcow2", "b.qcow2");
-        stopped(&folder, format, &["--top", "b.qcow2"], "-TERM");
+        stopped(&folder, format, &["--top", "b.qcow2"], "SIGTERM");
         folder.view("qcow2", "b.qcow2").assert_same(&before, "the view between");
         let again = folder.qmerge(&["commit", "b.qcow2", "--json"]).ok();
         let plan = plan_of(&again);
@@ -125,22 +112,22 @@ fn bases_without_a_dirty_bit_come_to_the_same_end() {
 
 #[test]
 fn ctrl_c_says_how_much_is_kept() {
-    if !qemu_present() {
+    if !tools_are_here() {
         return;
     }
     let folder = chain("qcow2", "");
-    let run = stopped(&folder, "qcow2", &[], "-INT").expect(130).says("are done for good");
+    let run = stopped(&folder, "qcow2", &[], "SIGINT").expect(130).says("are done for good");
     assert!(run.last_line().contains("qmerge commit") || run.stdout.contains("\"hint\""), "{run}");
     folder.merge("b.qcow2", &[]);
 }
 
 #[test]
 fn a_base_that_was_written_by_others_meanwhile_is_not_touched() {
-    if !qemu_present() {
+    if !tools_are_here() {
         return;
     }
     let folder = chain("qcow2", "lazy_refcounts=on");
-    stopped(&folder, "qcow2", &[], "-KILL");
+    stopped(&folder, "qcow2", &[], "SIGKILL");
     // QEMU repairs base and clears its dirty bit; what it writes then must stay.
     folder.io("qcow2", "base", &["write -P 77 590M 1M"]);
     let view = folder.view("qcow2", "b.qcow2");
@@ -152,7 +139,7 @@ fn a_base_that_was_written_by_others_meanwhile_is_not_touched() {
     folder.all_clean();
     // Opening alone is enough to be noticed; giving up then only removes the journal.
     let folder = chain("qcow2", "");
-    stopped(&folder, "qcow2", &[], "-KILL");
+    stopped(&folder, "qcow2", &[], "SIGKILL");
     folder.io("qcow2", "base", &["write -P 1 0 512"]);
     let before = folder.view("qcow2", "base");
     folder.qmerge(&["abort", "base"]).ok().says("only the merge's journal was removed");
@@ -162,11 +149,11 @@ fn a_base_that_was_written_by_others_meanwhile_is_not_touched() {
 
 #[test]
 fn a_guest_that_ran_in_between_loses_nothing() {
-    if !qemu_present() {
+    if !tools_are_here() {
         return;
     }
     let folder = chain("qcow2", "");
-    stopped(&folder, "qcow2", &[], "-KILL");
+    stopped(&folder, "qcow2", &[], "SIGKILL");
     // It runs on the overlays; QEMU opens base for reading only, and leaves its dirty bit.
     folder.io("qcow2", "b.qcow2", &["write -P 9 0 64k", "write -P 9 20M 1M", "write -z 100M 1M"]);
     let before = folder.view("qcow2", "b.qcow2");
@@ -178,12 +165,12 @@ fn a_guest_that_ran_in_between_loses_nothing() {
 
 #[test]
 fn a_merge_that_is_given_up_leaves_base_consistent() {
-    if !qemu_present() {
+    if !tools_are_here() {
         return;
     }
     for (format, options) in [("qcow2", "lazy_refcounts=on"), ("qcow2", "compat=0.10"), ("raw", "")] {
         let folder = chain(format, options);
-        stopped(&folder, format, &[], "-KILL");
+        stopped(&folder, format, &[], "SIGKILL");
         let before = folder.view("qcow2", "b.qcow2");
         let abort = folder.qmerge(&["abort", "-f", format, "base"]).ok();
         abort.says("gave up the merge").says("a.qcow2").says("restore points no more");
@@ -202,11 +189,11 @@ fn a_merge_that_is_given_up_leaves_base_consistent() {
 
 #[test]
 fn a_dirty_base_without_our_journal_is_refused() {
-    if !qemu_present() {
+    if !tools_are_here() {
         return;
     }
     let folder = chain("qcow2", "");
-    stopped(&folder, "qcow2", &[], "-KILL");
+    stopped(&folder, "qcow2", &[], "SIGKILL");
     std::fs::remove_file(folder.join(".base.qmerge-journal")).unwrap();
     folder.refused(&["commit", "b.qcow2"], &[9]).says("dirty").says("check --repair");
     folder.qmerge(&["check", "--repair", "all", "base"]);
@@ -256,7 +243,7 @@ fn kills_at_any_time_lose_nothing() {
 /// An index meant another layer before the chain was switched: going on with it would merge more than was asked for.
 #[test]
 fn a_merge_stopped_behind_its_switch_is_only_cleaned_up() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !tools_are_here() {
         return;
     }
     let mut behind = 0;

@@ -204,17 +204,17 @@ impl Lab {
         self.dies_as(&Merging { top: Some(top), wishes: Wishes::default(), file }, command, when);
     }
 
+    /// The same for any merge.
+    pub(crate) fn dies_as(&self, merging: &Merging<'_>, command: &'static str, when: When) {
+        self.merge(merging, command, when).unwrap_err();
+        assert!(self.daemon.lock().unwrap().is_none(), "{command} was not sent");
+    }
+
     /// Pivots to `[1]`, and notes that; nothing is cleaned up after.
     pub(crate) fn pivots(&self) {
         let file = StateFile::beside(&self.dir().join("4.img")).unwrap();
         let merging = Merging { top: Some("[4]"), wishes: Wishes::default(), file };
         self.merge(&merging, "none", When::After).unwrap();
-    }
-
-    /// The same for any merge.
-    pub(crate) fn dies_as(&self, merging: &Merging<'_>, command: &'static str, when: When) {
-        self.merge(merging, command, when).unwrap_err();
-        assert!(self.daemon.lock().unwrap().is_none(), "{command} was not sent");
     }
 
     fn merge(&self, merging: &Merging<'_>, command: &'static str, when: When) -> qmp_client::Result<Merged> {

@@ -9,7 +9,7 @@ use crate::monitor::Execute;
 
 const GREETING: &str = include_str!("../../testdata/qemu-10.0.2.jsonl");
 const SHORT: Duration = Duration::from_millis(30);
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(300);
 
 /// The far end: reads commands, writes whatever the test tells.
 struct Server {

@@ -185,7 +185,7 @@ impl Daemon {
     }
 
     pub(crate) fn connect(&self) -> Connection {
-        Connection::reconnect(&self.address(), &Options::default(), Duration::from_secs(20)).unwrap()
+        Connection::reconnect(&self.address(), &Options::default(), Duration::from_secs(300)).unwrap()
     }
 
     /// Kills it as a power cut would, and waits until its locks are gone.
@@ -197,7 +197,7 @@ impl Daemon {
     pub(crate) fn wait_for_its_end(&mut self) {
         let start = Instant::now();
         while self.child.try_wait().unwrap().is_none() {
-            assert!(start.elapsed() < Duration::from_secs(20), "the daemon does not end");
+            assert!(start.elapsed() < Duration::from_secs(300), "the daemon does not end");
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -247,6 +247,6 @@ pub(crate) fn attach<'m>(monitor: &'m Connection, daemon: &Daemon) -> Option<Mer
 
 /// Waits until all is copied.
 pub(crate) fn copied(merge: &Merge<'_, Connection>) {
-    let waited = merge.wait(Some(Duration::from_secs(60)), &mut |_| Watch::GoOn).unwrap();
+    let waited = merge.wait(Some(Duration::from_secs(300)), &mut |_| Watch::GoOn).unwrap();
     assert!(matches!(waited, Waited::Reached(_)), "{waited:?}");
 }

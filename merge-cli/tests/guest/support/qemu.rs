@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::process::{Run, qmerge};
 
 /// For what takes a second or two on a machine that is free.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
 
 /// The command line of a machine, without disks.
 #[derive(Clone, Debug)]

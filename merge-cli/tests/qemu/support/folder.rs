@@ -6,7 +6,6 @@ use std::fs::{self, File};
 use std::hash::Hasher;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::view::data_ranges;
@@ -65,15 +64,15 @@ impl Folder {
 
     /// Runs the built command here, and kills it when it is about to sync for the `call`-th time. False if it ends before.
     pub(crate) fn killed_at_sync(&self, call: u32, args: &[&str]) -> bool {
-        let inject = format!("inject=fdatasync:signal=SIGKILL:when={call}");
-        let traced = Command::new("strace")
-            .args(["-qq", "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", &inject])
-            .arg(merge_binary())
-            .args(args)
-            .current_dir(self.path())
-            .stdin(Stdio::null())
-            .status();
-        !traced.unwrap().success()
+        self.signalled_at_sync("SIGKILL", call, args).code != 0
+    }
+
+    /// Runs the built command here, and sends it a signal when it is about to sync for the `call`-th time.
+    pub(crate) fn signalled_at_sync(&self, signal: &str, call: u32, args: &[&str]) -> Run {
+        let inject = format!("inject=fdatasync:signal={signal}:when={call}");
+        let (inject, binary) = (inject.as_str(), merge_binary().display().to_string());
+        let strace = ["-qq", "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", inject, &binary];
+        run(&self.images, "strace", &[&strace, args].concat())
     }
 
     /// Runs `qemu-img` here, whatever it answers.

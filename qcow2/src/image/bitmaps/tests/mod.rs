@@ -101,7 +101,7 @@ impl Fixture {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(300);
         while !Path::new(socket).exists() {
             assert!(
                 server.try_wait().unwrap().is_none() && Instant::now() < deadline,
