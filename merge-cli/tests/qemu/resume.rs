@@ -36,13 +36,7 @@ fn pending(folder: &Folder, format: &str) -> Option<Value> {
 
 /// Sends a merge a signal at its first sync behind which it has noted some progress.
 fn stopped(folder: &Folder, format: &str, args: &[&str], signal: &str) -> Run {
-    // A kill before the first batch is noted would only have its copying done again.
-    let first = match (signal, format) {
-        ("SIGKILL", "raw") => 6,
-        ("SIGKILL", _) => 9,
-        _ => 2,
-    };
-    for call in first..100 {
+    for call in 2..100 {
         let run = folder.signalled_at_sync(signal, call, &[&["commit", "b.qcow2", "--json"], args].concat());
         let done = pending(folder, format).and_then(|pending| pending["bytes-done"].as_u64());
         if done.is_some_and(|done| done > 0) {

@@ -67,12 +67,15 @@ impl Folder {
         self.signalled_at_sync("SIGKILL", call, args).code != 0
     }
 
-    /// Runs the built command here, and sends it a signal when it is about to sync for the `call`-th time.
+    /// Runs the built command here, and sends it a signal when it is about to sync for the `call`-th time. It copies slowly
+    /// if it may answer the signal: a thread of its own takes it, and comes late on a busy machine.
     pub(crate) fn signalled_at_sync(&self, signal: &str, call: u32, args: &[&str]) -> Run {
         let inject = format!("inject=fdatasync:signal={signal}:when={call}");
-        let (inject, binary) = (inject.as_str(), merge_binary().display().to_string());
-        let strace = ["-qq", "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", inject, &binary];
-        run(&self.images, "strace", &[&strace, args].concat())
+        let slowly = ["-e", "inject=fadvise64:delay_enter=100000"];
+        let slowly: &[&str] = if signal == "SIGKILL" { &[] } else { &slowly };
+        let binary = merge_binary().display().to_string();
+        let strace = ["-qq", "-f", "-o", "/dev/null", "-e", "trace=fdatasync,fadvise64", "-e", &inject];
+        run(&self.images, "strace", &[&strace, slowly, &[&binary], args].concat())
     }
 
     /// Runs `qemu-img` here, whatever it answers.
