@@ -14,11 +14,11 @@ pub(crate) fn cuts(seed: u64, tier: Tier) -> Cuts {
     Cuts {
         seed,
         tear: Tear::Sector,
-        exhaustive: tier.of(6, 11),
-        listed: tier.of(2, 16),
-        random: tier.of(4, 32),
+        exhaustive: tier.of(6, 9),
+        listed: tier.of(2, 10),
+        random: tier.of(4, 16),
         garbage: garbage(),
-        damaged: tier.of(4, 24),
+        damaged: tier.of(4, 12),
     }
 }
 
@@ -142,7 +142,7 @@ fn cut_twice(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
     let few = Cuts { exhaustive: 3, listed: 3, random: 3, garbage: Garbage::None, ..cuts(seed, tier) };
     power_cuts(disk.start(), &disk.log(), &few, |cut| first.push((cut.state.clone(), cut.to_string())));
     let mut dice = Random::new(seed);
-    for _ in 0..tier.of(3, 12).min(first.len()) {
+    for _ in 0..tier.of(3, 6).min(first.len()) {
         let (state, how) = first.swap_remove(dice.below(first.len() as u64) as usize);
         let second = self::disk(scenario, &state);
         if merge(scenario, Arc::new(second.clone())).is_err() {
