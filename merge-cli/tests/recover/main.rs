@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod kinds;
 mod lab;
 mod pivot;
 
@@ -14,8 +15,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use lab::{Lab, Merging, When, run, text, tools_are_here};
-use qmp_client::{StateFile, Wishes};
+use lab::{Lab, When, run, text, tools_are_here};
 use serde_json::json;
 
 /// Writes into an image, as somebody who starts a virtual machine on it.
@@ -211,93 +211,6 @@ fn two_disks_that_both_went_on_are_left_to_the_user() {
     let message = found["error"]["message"].as_str().unwrap();
     assert!(message.contains("Either") && message.contains("; or "), "{message}");
     assert!(lab.contents() == before && lab.state_file().exists());
-}
-
-#[test]
-fn what_was_to_be_deleted_is_deleted() {
-    if !tools_are_here() {
-        return;
-    }
-    for (top, valid, left) in [("[3]", "4.img", ["1.img", "4.img"].as_slice()), ("[4]", "1.img", &["1.img"])]
-    {
-        let lab = Lab::new();
-        let file = StateFile::beside(&lab.dir().join("4.img")).unwrap();
-        let wishes = Wishes { delete: true, ..Wishes::default() };
-        lab.dies_as(&Merging { top: Some(top), wishes, file }, "job-finalize", When::After);
-        let dry = lab.ok(&["live", "recover", "--dry-run"]);
-        assert!(dry.contains("to do: remove "), "{dry}");
-        assert_eq!(lab.images(), ["1.img", "2.img", "3.img", "4.img"]);
-        let found = lab.recover(0);
-        assert_eq!((&found["outcome"], &found["valid-top"]), (&json!("completed"), &json!(lab.path(valid))));
-        lab.nothing_is_left();
-        assert_eq!(lab.images(), left);
-        lab.shows(valid);
-    }
-}
-
-/// An image that the merge did not know of reads through a merged layer: QEMU never looks for such.
-#[test]
-fn what_another_image_needs_is_not_deleted() {
-    if !tools_are_here() {
-        return;
-    }
-    let lab = Lab::new();
-    let file = StateFile::beside(&lab.dir().join("4.img")).unwrap();
-    let wishes = Wishes { delete: true, ..Wishes::default() };
-    lab.dies_as(&Merging { top: Some("[3]"), wishes, file }, "job-finalize", When::After);
-    run("qemu-img", lab.dir(), &["create", "-q", "-f", "qcow2", "-b", "2.img", "-F", "qcow2", "other.img"]);
-    let dry = lab.ok(&["live", "recover", "--dry-run"]);
-    let said = lab.ok(&["live", "recover"]);
-    assert_eq!(dry.replace("to do:", "done:"), said);
-    assert!(said.contains("2.img: not removed; ") && said.contains("other.img uses "), "{said}");
-    lab.nothing_is_left();
-    assert_eq!(lab.images(), ["1.img", "2.img", "4.img", "other.img"]);
-    assert!(lab.ok(&["info", "2.img"]).contains("merged into"));
-    lab.shows("4.img");
-}
-
-#[test]
-fn a_pull_that_died_is_complete_or_as_if_it_had_not_been() {
-    if !tools_are_here() {
-        return;
-    }
-    for (when, outcome, backing) in
-        [(When::Before, "not-switched", "3.img"), (When::After, "completed", "1.img")]
-    {
-        let lab = Lab::new();
-        let file = StateFile::beside(&lab.dir().join("4.img")).unwrap();
-        lab.dies_as(&Merging { top: None, wishes: Wishes::default(), file }, "job-finalize", when);
-        let before = lab.contents();
-        let found = lab.recover(0);
-        assert_eq!((&found["outcome"], &found["valid-top"]), (&json!(outcome), &json!(lab.path("4.img"))));
-        lab.nothing_is_left();
-        assert!(lab.contents() == before, "a pull leaves nothing to put right");
-        lab.shows("4.img");
-        let info = run("qemu-img", lab.dir(), &["info", "4.img"]);
-        assert!(info.contains(&format!("backing file: {backing}")), "{info}");
-    }
-}
-
-#[test]
-fn a_state_in_another_folder_is_found_there() {
-    if !tools_are_here() {
-        return;
-    }
-    let lab = Lab::new();
-    let folder = lab.dir().join("states");
-    fs::create_dir(&folder).unwrap();
-    let file = StateFile::in_folder(&folder, &lab.dir().join("4.img"));
-    let merging = Merging { top: Some("[4]"), wishes: Wishes::default(), file };
-    lab.dies_as(&merging, "job-finalize", When::After);
-    // The pointer beside the socket would lead there too.
-    fs::remove_file(lab.dir().join("qmp.sock.qmerge")).unwrap();
-    assert!(lab.ok(&["live", "recover"]).starts_with("nothing to recover: "));
-    let said = lab.ok(&["live", "recover", "--state-dir", "states"]);
-    assert!(said.contains("make ") && said.contains("empty overlay"), "{said}");
-    assert!(lab.ok(&["live", "recover", "--state-dir", "states"]).starts_with("nothing to recover: "));
-    assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
-    lab.shows("1.img");
-    lab.shows("4.img");
 }
 
 /// Base and the old active image were equal, and only the latter was written since: the pivot never came.

@@ -4,9 +4,7 @@
 //! of the disk is resolved, its needs become operations and changes, and batches of these are brought
 //! to disk behind barriers. Nothing is kept of a window once its batch is done.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
@@ -14,6 +12,7 @@ use super::cluster::{Base, Effect};
 use super::needs::{Need, Question};
 use super::ops::{Ops, Run, Target};
 use super::origin::Origin;
+use super::pace::Pace;
 use crate::chain::view::View;
 use crate::error::{Error, Result};
 use crate::image::alloc::Allocator;
@@ -25,14 +24,9 @@ use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// A batch is brought to disk when it holds this many operations,
 const BATCH_OPS: usize = 32 << 10;
-/// or this many bytes of data: at first few, then as many as take [`BATCH_TIME`], for what a batch has done
-/// is lost when the merge is stopped in the middle of it,
-const BATCH_BYTES: Range<u64> = 256 << 20..1 << 30;
+/// or the bytes of data that [`Pace`] tells,
 /// or this much metadata.
 const BATCH_MEMORY: usize = 8 << 20;
-
-/// How long a batch may take, as far as the one before tells.
-const BATCH_TIME: Duration = Duration::from_secs(1);
 
 /// How many windows are resolved side by side.
 const WINDOWS: usize = 4;
@@ -72,31 +66,6 @@ pub(crate) struct Job<'a> {
     pub(crate) new_size: u64,
     /// Where to begin: what lies below was merged before, and is durable.
     pub(crate) from: GuestOffset,
-}
-
-/// How much a batch takes.
-#[derive(Debug)]
-struct Pace {
-    bytes: u64,
-    since: Instant,
-}
-
-impl Pace {
-    fn new(bytes: u64) -> Self {
-        Self { bytes, since: Instant::now() }
-    }
-
-    /// A batch of so many bytes is done.
-    fn done(&mut self, bytes: u64) {
-        let took = self.since.elapsed().as_secs_f64().max(1e-3);
-        let next = (bytes as f64 / took * BATCH_TIME.as_secs_f64()) as u64;
-        if bytes > 0 {
-            // What the system's cache takes at first says little about the disk.
-            let most = bytes.saturating_mul(4).min(BATCH_BYTES.end);
-            self.bytes = next.min(most).max(BATCH_BYTES.start);
-        }
-        self.since = Instant::now();
-    }
 }
 
 /// The parts of a qcow2 base that a merge changes.
@@ -181,7 +150,7 @@ impl<'a> Job<'a> {
         let allocator = Allocator::new(&refcounts);
         let beyond = allocator.limit().max(image.file_len() >> image.geometry().cluster_bits());
         let mut scout = Scout { image, refcounts: &refcounts, allocator, taken: 0, beyond };
-        let mut pace = Pace::new(BATCH_BYTES.end);
+        let mut pace = Pace::longest();
         let effect = self.steps(&self.qcow2(image)?, &mut scout, &mut pace, |batch, ops, _| {
             check(cancel)?;
             bytes_to_write += ops.bytes();
@@ -213,7 +182,7 @@ impl<'a> Job<'a> {
         let mut source = Source { image, refcounts, allocator: &mut writer.allocator };
         let target = Target { path: image.path(), file: &**image.data_file() };
         let mut totals = Totals::default();
-        let mut pace = Pace::new(BATCH_BYTES.start);
+        let mut pace = Pace::default();
         let effect = self.steps(&self.qcow2(image)?, &mut source, &mut pace, |batch, ops, end| {
             check(run.cancel)?;
             let bytes = ops.bytes();
@@ -251,7 +220,7 @@ impl<'a> Job<'a> {
                 total.copied += effect.copied;
                 total.zeroed += effect.zeroed;
                 end = start + cluster;
-                if ops.len() >= BATCH_OPS || ops.bytes() >= pace.bytes || batch.memory() >= BATCH_MEMORY {
+                if ops.len() >= BATCH_OPS || ops.bytes() >= pace.bytes() || batch.memory() >= BATCH_MEMORY {
                     let bytes = full(&mut batch, &mut ops, end)?;
                     pace.done(bytes);
                 }
@@ -280,7 +249,7 @@ impl<'a> Job<'a> {
         let target = Target { path: raw.path(), file: &**raw.file() };
         let mut totals = Totals::default();
         let mut ops = Ops::default();
-        let mut pace = Pace::new(BATCH_BYTES.start);
+        let mut pace = Pace::default();
         let bring = |ops: &mut Ops| {
             let bytes = ops.bytes();
             std::mem::take(ops).run(self.layers, &target, run)?;
@@ -290,7 +259,7 @@ impl<'a> Job<'a> {
         };
         self.for_each_window(|needs, end| {
             add_raw(&mut totals, raw, &self.rest(needs), &mut ops)?;
-            if ops.len() >= BATCH_OPS || ops.bytes() >= pace.bytes {
+            if ops.len() >= BATCH_OPS || ops.bytes() >= pace.bytes() {
                 let bytes = bring(&mut ops)?;
                 run.note(end)?;
                 totals.bytes_to_write += bytes;

@@ -17,6 +17,7 @@ mod needs;
 mod ops;
 mod options;
 mod origin;
+mod pace;
 mod plan;
 mod put;
 mod record;
