@@ -101,22 +101,27 @@ impl Call {
 
     /// The same command with another value of `option`, which may be given once.
     pub(crate) fn again_with_value(&self, option: &str, value: &str) -> String {
-        let mut words = Vec::new();
-        let mut rest = self.words.iter();
-        while let Some(word) = rest.next() {
-            if word == option {
-                rest.next();
-            } else if word.strip_prefix(option).is_none_or(|value| !value.starts_with('=')) {
-                words.push(word.clone());
-            }
-        }
-        Self { words, ..self.clone() }.again_with(&[option, value])
+        Self { words: without(&self.words, option), ..self.clone() }.again_with(&[option, value])
     }
 
     /// The command that prints the verb's help.
     pub(crate) fn help(&self) -> String {
         format!("qmerge {} --help", self.verb.as_str())
     }
+}
+
+/// A command line without an option and its value.
+pub(crate) fn without(words: &[String], option: &str) -> Vec<String> {
+    let mut left = Vec::new();
+    let mut rest = words.iter();
+    while let Some(word) = rest.next() {
+        if word == option {
+            rest.next();
+        } else if word.strip_prefix(option).is_none_or(|value| !value.starts_with('=')) {
+            left.push(word.clone());
+        }
+    }
+    left
 }
 
 #[cfg(test)]

@@ -16,6 +16,10 @@ pub(crate) struct InfoArgs {
     #[arg(long)]
     pub(crate) chain: bool,
 
+    /// Where the journal of a stopped merge is, if the merge was given such a DIR
+    #[arg(long, value_name = "DIR")]
+    pub(crate) journal_dir: Option<PathBuf>,
+
     #[command(flatten)]
     pub(crate) open: ChainArgs,
 }

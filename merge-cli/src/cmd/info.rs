@@ -4,6 +4,8 @@ mod facts;
 mod human;
 mod json;
 
+use std::path::Path;
+
 use qcow2::ErrorKind;
 use qcow2::chain::Chain;
 use qcow2::chain::view::Supply;
@@ -23,8 +25,8 @@ pub(super) fn run(args: &InfoArgs, call: &Call, console: &Console) -> Result<Exi
     if args.chain {
         return chain(args, call, console);
     }
-    let facts = Facts::read(&OsHost, &args.image, args.open.image.format.map(Into::into))
-        .map_err(|e| Failure::engine(&e, call))?;
+    let (format, dir) = (args.open.image.format.map(Into::into), args.journal_dir.as_deref());
+    let facts = Facts::read(&OsHost, &args.image, format, dir).map_err(|e| Failure::engine(&e, call))?;
     if console.is_json() {
         console.document(&json::image(&facts))?;
     } else {
@@ -51,7 +53,7 @@ struct Layer {
 /// Prints every layer, from the active image down.
 fn chain(args: &InfoArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
     let chain = open::chain(&args.image, &open::options(&args.open), call)?;
-    let mut layers = read_layers(&chain, call)?;
+    let mut layers = read_layers(&chain, args.journal_dir.as_deref(), call)?;
     count_visible(&chain, &mut layers, call)?;
     layers.reverse();
     if console.is_json() {
@@ -62,9 +64,9 @@ fn chain(args: &InfoArgs, call: &Call, console: &Console) -> Result<Exit, Failur
     Ok(Exit::DONE)
 }
 
-fn read_layers(chain: &Chain, call: &Call) -> Result<Vec<Layer>, Failure> {
+fn read_layers(chain: &Chain, dir: Option<&Path>, call: &Call) -> Result<Vec<Layer>, Failure> {
     let layers = chain.layers().iter().map(|layer| {
-        let facts = Facts::read(&OsHost, &layer.path, Some(layer.image.format()))?;
+        let facts = Facts::read(&OsHost, &layer.path, Some(layer.image.format()), dir)?;
         Ok(Layer { index: layer.index, facts, visible_data: 0, visible_zeros: 0 })
     });
     layers.collect::<Result<_, _>>().map_err(|e| Failure::engine(&e, call))

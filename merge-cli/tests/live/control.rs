@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::machine::{Machine, Style, events, shows};
-use crate::support::{failed, qmerge, text, tools_are_here};
+use crate::support::{failed, qmerge, run, text, tools_are_here};
 
 /// Slow enough to be met at work: minutes.
 const SLOW: &[&str] = &["--top", "[3]", "--bandwidth", "32K"];
@@ -107,6 +107,33 @@ fn an_active_merge_is_left_ready_and_then_pivoted_or_cancelled() {
             assert!(!machine.has(".c.img.qmerge-live") && !machine.has("qmp.sock.qmerge"));
             machine.holds_the_disk("c.img");
         }
+    }
+}
+
+/// An image in another folder begins to use a merged layer while the merge is under way.
+#[test]
+fn files_that_a_scanned_folder_uses_outlive_a_pivot_and_a_finish() {
+    if !tools_are_here() {
+        return;
+    }
+    for (verb, start, scans_at_the_end) in [
+        ("pivot", &["--active"][..], false),
+        ("pivot", &["--active"], true),
+        ("finish", &["--top", "[3]", "--async"], false),
+        ("finish", &["--top", "[3]", "--async"], true),
+    ] {
+        let machine = Machine::new(Style::Blockdev);
+        std::fs::create_dir(machine.dir().join("elsewhere")).unwrap();
+        let scan = ["--scan", "elsewhere"];
+        let (first, last) = if scans_at_the_end { (&[][..], &scan[..]) } else { (&scan[..], &[][..]) };
+        machine.ok("commit", &[start, first].concat());
+        let used = machine.path("b.img");
+        let other =
+            ["create", "-q", "-u", "-f", "qcow2", "-b", &used, "-F", "qcow2", "elsewhere/other.img", "64M"];
+        run("qemu-img", machine.dir(), &other);
+        let said = machine.ok(verb, &[&["--delete"], last].concat());
+        assert!(said.contains("other.img uses it"), "{verb}, {scans_at_the_end}: {said}");
+        assert!(machine.has("b.img") && machine.has("a.img"), "{verb}, {scans_at_the_end}: {said}");
     }
 }
 

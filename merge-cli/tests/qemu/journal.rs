@@ -71,6 +71,11 @@ fn a_block_device_needs_another_place() {
         let killed = folder.killed_at_sync(sync, &args);
         assert!(killed, "the merge is over before its sync {sync}");
         folder.view("qcow2", "a.qcow2").assert_same(&before, &format!("killed at sync {sync}"));
+        let info = |args: &[&str]| folder.qmerge(&[&["info"], args].concat()).ok().stdout;
+        assert!(!info(&[&device]).contains("merge pending"), "nothing lies beside the device");
+        assert!(info(&[&device, "--journal-dir", "journals"]).contains("merge pending"), "sync {sync}");
+        let chain = info(&["a.qcow2", "--chain", "--journal-dir", "journals", "--json"]);
+        assert!(chain.contains("merge-pending"), "sync {sync}: {chain}");
     }
     folder.qmerge(&["abort", &device, "--journal-dir", "journals"]).ok();
     folder.check_clean(&device);

@@ -29,25 +29,32 @@ fn what_was_to_be_deleted_is_deleted() {
     }
 }
 
-/// An image that the merge did not know of reads through a merged layer: QEMU never looks for such.
+/// An image that the merge did not know of reads through a merged layer: QEMU never looks for such. It is found beside the
+/// chain, and in a folder that was named to the merge.
 #[test]
 fn what_another_image_needs_is_not_deleted() {
     if !tools_are_here() {
         return;
     }
-    let lab = Lab::new();
-    let file = StateFile::beside(&lab.dir().join("4.img")).unwrap();
-    let wishes = Wishes { delete: true, ..Wishes::default() };
-    lab.dies_as(&Merging { top: Some("[3]"), wishes, file }, "job-finalize", When::After);
-    run("qemu-img", lab.dir(), &["create", "-q", "-f", "qcow2", "-b", "2.img", "-F", "qcow2", "other.img"]);
-    let dry = lab.ok(&["live", "recover", "--dry-run"]);
-    let said = lab.ok(&["live", "recover"]);
-    assert_eq!(dry.replace("to do:", "done:"), said);
-    assert!(said.contains("2.img: not removed; ") && said.contains("other.img uses "), "{said}");
-    lab.nothing_is_left();
-    assert_eq!(lab.images(), ["1.img", "2.img", "4.img", "other.img"]);
-    assert!(lab.ok(&["info", "2.img"]).contains("merged into"));
-    lab.shows("4.img");
+    for folder in [".", "elsewhere"] {
+        let lab = Lab::new();
+        let file = StateFile::beside(&lab.dir().join("4.img")).unwrap();
+        let other = lab.dir().join(folder);
+        std::fs::create_dir_all(&other).unwrap();
+        let scan = if folder == "." { Vec::new() } else { vec![other.clone()] };
+        let wishes = Wishes { delete: true, scan, ..Wishes::default() };
+        lab.dies_as(&Merging { top: Some("[3]"), wishes, file }, "job-finalize", When::After);
+        let used = lab.path("2.img");
+        run("qemu-img", &other, &["create", "-q", "-f", "qcow2", "-b", &used, "-F", "qcow2", "other.img"]);
+        let dry = lab.ok(&["live", "recover", "--dry-run"]);
+        let said = lab.ok(&["live", "recover"]);
+        assert_eq!(dry.replace("to do:", "done:"), said);
+        assert!(said.contains("2.img: not removed; ") && said.contains("other.img uses "), "{said}");
+        lab.nothing_is_left();
+        assert_eq!(lab.images()[..3], ["1.img", "2.img", "4.img"]);
+        assert!(lab.ok(&["info", "2.img"]).contains("merged into"));
+        lab.shows("4.img");
+    }
 }
 
 #[test]

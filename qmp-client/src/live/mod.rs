@@ -28,6 +28,8 @@ pub use throttle::Throttle;
 pub struct Wishes {
     /// Delete the merged files afterwards. The library only keeps this wish; who calls it deletes.
     pub delete: bool,
+    /// Where else to look for other users of these files before; absolute paths. Kept as the wish itself.
+    pub scan: Vec<PathBuf>,
     /// Pivot as soon as an active commit is ready.
     pub pivot: bool,
     /// End an active commit without a pivot as soon as it is ready.
@@ -370,6 +372,7 @@ fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> State
         top,
         backing: procedure.rename(),
         delete: wishes.delete,
+        scan: wishes.scan.clone(),
         pivot: wishes.pivot,
         keep_overlay: wishes.keep_overlay,
         nbd_socket: procedure.nbd_socket(),

@@ -68,6 +68,10 @@ pub struct State {
     pub backing: Option<Rename>,
     /// Whether the merged files are to be deleted afterwards.
     pub delete: bool,
+    /// Folders that are searched for other users of the merged files before these are deleted, beside those of the
+    /// chain.
+    #[serde(default)]
+    pub scan: Vec<std::path::PathBuf>,
     /// Whether an active commit is to pivot as soon as it is ready.
     pub pivot: bool,
     /// Whether an active commit is to end without a pivot.

@@ -44,6 +44,7 @@ pub(crate) fn state(folder: &str) -> State {
         delete: false,
         pivot: false,
         keep_overlay: false,
+        scan: Vec::new(),
         nbd_socket: None,
         throttled: None,
     }

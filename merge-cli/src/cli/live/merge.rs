@@ -166,6 +166,10 @@ pub(crate) struct EndArgs {
     /// Remove the files that are no longer needed, as `live commit --delete` does
     #[arg(long)]
     pub(crate) delete: bool,
+
+    /// Also search DIR for images that use those files, beside the folders that `live commit` searched (repeatable)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) scan: Vec<PathBuf>,
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

@@ -40,11 +40,17 @@ pub(super) struct Facts {
 }
 
 impl Facts {
-    /// Reads what `path` is. Takes no lock and opens no other file but the journal of a merge beside it.
+    /// Reads what `path` is. Takes no lock and opens no other file but the journal of a merge, beside it or in
+    /// `journal_dir`.
     ///
     /// # Errors
     /// A file that cannot be read, or whose header cannot be decoded.
-    pub(super) fn read(host: &dyn Host, path: &Path, format: Option<ImageFormat>) -> Result<Self> {
+    pub(super) fn read(
+        host: &dyn Host,
+        path: &Path,
+        format: Option<ImageFormat>,
+        journal_dir: Option<&Path>,
+    ) -> Result<Self> {
         let file = host.open(path, Access::Read).map_err(|e| Error::io(path, "open", None, e))?;
         let stat = file.stat().map_err(|e| Error::io(path, "read the state of", None, e))?;
         let format = match format {
@@ -63,7 +69,7 @@ impl Facts {
             bitmaps: Vec::new(),
             used,
             holders,
-            pending: merge::pending(host, path, None)?,
+            pending: merge::pending(host, path, journal_dir)?,
             live_merge: live_merge(path),
             problem: None,
         };

@@ -18,7 +18,7 @@ use crate::output::human::{printable, shell_word};
 pub(super) struct Wishes {
     /// Remove them.
     pub(super) delete: bool,
-    /// Where else to look for images that use them.
+    /// Where else to look for images that use them, beside the folders that the merge noted.
     pub(super) scan: Vec<PathBuf>,
 }
 
@@ -90,10 +90,11 @@ fn treat(
     let base = state.target().filter(|_| state.kind != Kind::Pull);
     let base_path = base.map(|base| PathBuf::from(&base.file)).unwrap_or_default();
     if wishes.delete {
-        let (_, users) = unused(&OsHost, std::slice::from_ref(&known), chain, &wishes.scan)?;
+        let scan = [&state.scan[..], &wishes.scan[..]].concat();
+        let (_, users) = unused(&OsHost, std::slice::from_ref(&known), chain, &scan)?;
         match users.first() {
             Some(user) => tidied.kept.push((known.path, format!("{} uses it", user.display()))),
-            None => tidied.deleted.extend(remove(&OsHost, &[known], chain, &wishes.scan)?.deleted),
+            None => tidied.deleted.extend(remove(&OsHost, &[known], chain, &scan)?.deleted),
         }
     } else if state.kind == Kind::ActiveCommit && layer.index == state.top && layer.format == "qcow2" {
         let format =

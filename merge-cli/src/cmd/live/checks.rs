@@ -41,7 +41,7 @@ pub(super) fn same_files(
     let hint = format!(
         "run qmerge where QEMU runs (nsenter -t PID -m); or, if the files cannot be looked at, say what base is called \
          there: {}",
-        session.again_with("--backing-file NAME --state-dir DIR")
+        session.again_with_values(&[("--backing-file", "NAME"), ("--state-dir", "DIR")])
     );
     refuse("not-here", message, hint)
 }

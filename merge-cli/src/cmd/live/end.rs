@@ -47,7 +47,7 @@ pub(super) fn run(
         state_dir: None,
         end,
         owns: false,
-        wishes: Wishes { delete: args.delete || state.delete, scan: Vec::new() },
+        wishes: Wishes { delete: args.delete || state.delete, scan: args.scan.clone() },
         throttle: None,
         said_stalled: Cell::new(false),
     };

@@ -12,7 +12,7 @@ use super::files::Files;
 use super::outcome::Outcome;
 use super::plan::{End, Plan, fields, show, text};
 use super::trouble::{self, Session};
-use super::{checks, commit, find, guard, pull, states};
+use super::{checks, commit, find, guard, pull, siblings, states};
 use crate::cli::{JobArgs, LiveCommitArgs, PullArgs};
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -164,6 +164,7 @@ impl Start<'_> {
         passed.map_err(|e| self.not_begun(&e, plan))?;
         let wishes = qmp_client::Wishes {
             delete: self.wanted.delete,
+            scan: siblings::absolute(self.scan),
             pivot: self.wanted.end == End::Pivot,
             keep_overlay: self.wanted.end == End::KeepOverlay,
             files_are_elsewhere: !self.files.strangers(self.disk).is_empty(),

@@ -55,6 +55,11 @@ pub(super) fn search(
     Ok(Searched { folders, unreadable, broken })
 }
 
+/// Folders by names that mean the same in another working directory.
+pub(super) fn absolute(folders: &[PathBuf]) -> Vec<PathBuf> {
+    folders.iter().map(|folder| std::path::absolute(folder).unwrap_or_else(|_| folder.clone())).collect()
+}
+
 /// The folders of files, as named and with links followed.
 fn folders(files: &[(PathBuf, FileId)]) -> BTreeSet<PathBuf> {
     let real = files.iter().filter_map(|(path, _)| path.canonicalize().ok());

@@ -70,7 +70,10 @@ fn no_folder(session: &Session<'_>, message: String) -> Failure {
     Report {
         kind: "no-state-folder",
         message,
-        hint: format!("name another folder that lasts: {}", session.again_with("--state-dir DIR")),
+        hint: format!(
+            "name another folder that lasts: {}",
+            session.again_with_values(&[("--state-dir", "DIR")])
+        ),
         exit: Exit::REFUSED,
     }
     .into()

@@ -5,6 +5,7 @@ use std::io;
 use qmp_client::{Address, Disk, Error, Owner, Range};
 
 use super::{guard, option};
+use crate::call::without;
 use crate::cli::LiveVerb;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
@@ -54,7 +55,10 @@ impl Session<'_> {
             // The reason ends with the command to use.
             format!("shut down or not, such a disk is libvirt's: {}", Owner::Libvirt.instead())
         } else if why.contains("backing name") {
-            format!("say what base is called there: {}", self.again_with("--backing-file NAME"))
+            format!(
+                "say what base is called there: {}",
+                self.again_with_values(&[("--backing-file", "NAME")])
+            )
         } else {
             let file = |layer: &qmp_client::Layer| shell_word(&layer.file);
             let top = range.above.map_or(String::new(), |_| format!(" --top {}", file(range.top)));
@@ -102,7 +106,10 @@ impl Session<'_> {
                 folder_word(path)
             ),
             Error::Refused { why } if why.contains("cannot be flushed") => {
-                format!("name the socket of its NBD server: {}", self.again_with("--nbd-socket PATH"))
+                format!(
+                    "name the socket of its NBD server: {}",
+                    self.again_with_values(&[("--nbd-socket", "PATH")])
+                )
             }
             Error::Refused { .. } if self.verb.is_merge() => {
                 format!("see how things stand: {}", self.other("jobs"))
@@ -146,6 +153,13 @@ impl Session<'_> {
     /// The same command with more words at its end, which the shell must not change.
     pub(super) fn again_with(&self, more: &str) -> String {
         self.again() + " " + more
+    }
+
+    /// The same command with other values of options, each of which may be given once.
+    pub(super) fn again_with_values(&self, options: &[(&str, &str)]) -> String {
+        let words = options.iter().fold(self.words.to_vec(), |words, (option, _)| without(&words, option));
+        let line = Session { address: self.address, verb: self.verb, words: &words }.again();
+        options.iter().fold(line, |line, (option, value)| format!("{line} {option} {}", shell_word(value)))
     }
 
     /// Another live command for the same monitor: `qmerge live WORDS --qmp ADDRESS`.
@@ -208,5 +222,33 @@ fn class(error: &Error) -> (&'static str, Exit) {
         }
         Error::Command { .. } => ("qemu-refused", Exit::FAILED),
         _ => ("qmp", Exit::FAILED),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An option that was given is refused when the hint gives it again.
+    #[test]
+    fn a_hint_gives_no_option_twice() {
+        let address = "/vm/qmp.sock".parse().unwrap();
+        let hint = |line: &str, why: &str| {
+            let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+            let session = Session { address: &address, verb: &LiveVerb::List, words: &words };
+            session.hint(&Error::Refused { why: why.into() })
+        };
+        for given in ["", " --nbd-socket old.sock", " --nbd-socket=old.sock"] {
+            assert_eq!(
+                hint(&format!("live commit vda{given} --qmp q"), "base cannot be flushed"),
+                "name the socket of its NBD server: qmerge live commit vda --qmp q --nbd-socket PATH"
+            );
+        }
+        let words = ["live", "--backing-file", "x", "commit", "--state-dir=y"].map(str::to_owned);
+        let session = Session { address: &address, verb: &LiveVerb::List, words: &words };
+        assert_eq!(
+            session.again_with_values(&[("--backing-file", "NAME"), ("--state-dir", "DIR")]),
+            "qmerge live commit --backing-file NAME --state-dir DIR"
+        );
     }
 }

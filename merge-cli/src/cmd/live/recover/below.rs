@@ -179,12 +179,13 @@ impl<'a> Case<'a> {
         let known: Vec<Known> = left.iter().map(|(_, same)| same.known.clone()).collect();
         let names: Vec<_> = left.iter().map(|(layer, _)| layer.file.as_str()).collect();
         let ids = self.ids();
-        let (gone, users) = if state.delete { unused(&OsHost, &known, &ids, &[])? } else { (0, Vec::new()) };
+        let (gone, users) =
+            if state.delete { unused(&OsHost, &known, &ids, &state.scan)? } else { (0, Vec::new()) };
         let (gone, kept) = known.split_at(gone.min(known.len()));
         let (names_gone, names_kept) = names.split_at(gone.len());
         if !gone.is_empty() {
             if !self.dry_run {
-                remove(&OsHost, gone, &ids, &[])?;
+                remove(&OsHost, gone, &ids, &state.scan)?;
             }
             finding.did.push(format!("remove {}", names_gone.join(", ")));
         }
