@@ -1,10 +1,10 @@
 //! The file that describes a merge under way.
 
 use super::assert_short;
-use crate::state::State;
+use crate::state::{FileIdentity, Header, Kind, Qemu, Seen, State, StateLayer, Verdict};
 
 /// Any text as a state file: refused in few words, or a state whose parts fit together, and which reads the same
-/// when it is written again.
+/// when it is written again. Whatever is seen of such a merge, a verdict on it keeps to what was seen.
 pub fn state(bytes: &[u8]) {
     let state = match State::parse(bytes) {
         Ok(state) => state,
@@ -24,14 +24,76 @@ pub fn state(bytes: &[u8]) {
         Err(error) => unreachable!("what was read cannot be written: {error}"),
     };
     assert_eq!(State::parse(&text).as_ref(), Ok(&state), "what is written reads otherwise");
+    assert_judged(&state);
+}
+
+/// The merge is judged with files as they were, written since, other ones and gone; with each name in the header; and
+/// with each thing that QEMU may show.
+fn assert_judged(state: &State) {
+    let as_they_were: Vec<_> = state.layers.iter().map(|layer| layer.identity).collect();
+    let changed = |change: fn(&FileIdentity) -> FileIdentity| -> Vec<_> {
+        as_they_were.iter().map(|identity| identity.as_ref().map(change)).collect()
+    };
+    let written = changed(|id| FileIdentity { modified_ns: id.modified_ns.saturating_add(1), ..*id });
+    let others = changed(|id| FileIdentity { inode: !id.inode, ..*id });
+    let gone = vec![None; state.layers.len()];
+    let (old, new) = match &state.backing {
+        Some(rename) => (Some(rename.old.clone()), rename.new.clone()),
+        None => (None, None),
+    };
+    let header = |name: Option<String>| name.map_or(Header::Nothing, Header::Names);
+    let switches = header(new);
+    let headers = [Header::Unread, header(old), switches.clone()];
+    for identities in [&as_they_were, &written, &others, &gone] {
+        for header in &headers {
+            for qemu in [Qemu::Gone, Qemu::ShowsBefore, Qemu::ShowsAfter, Qemu::ShowsNeither] {
+                for flags in 0..8 {
+                    let [retired, closing_writes_base, same_boot] = [1, 2, 4].map(|flag| flags & flag != 0);
+                    let (header, identities) = (header.clone(), identities.clone());
+                    let seen = Seen { qemu, header, identities, retired, closing_writes_base, same_boot };
+                    assert_verdict(state, &seen, &switches);
+                }
+            }
+        }
+    }
+    let seen = Seen::of(state, Qemu::Gone, Header::Unread);
+    assert!(state.touched(&Seen { identities: as_they_were, ..seen }).is_empty(), "touched, and as it was");
+}
+
+fn assert_verdict(state: &State, seen: &Seen, switches: &Header) {
+    let verdict = state.judge(seen);
+    let needed: Vec<usize> = match &verdict {
+        Verdict::AtWork => unreachable!("QEMU has no job"),
+        Verdict::InDoubt { why, likely } => {
+            assert_eq!(likely, &state.valid_top);
+            return assert_short(why);
+        }
+        Verdict::Switched => state.left().map(|layer| layer.index).collect(),
+        Verdict::NotSwitched => state.layers.iter().map(|layer| layer.index).collect(),
+    };
+    let is_there = |(layer, now): (&StateLayer, &Option<FileIdentity>)| {
+        let same = |before: FileIdentity| now.is_some_and(|now| now.inode == before.inode);
+        !needed.contains(&layer.index) || layer.identity.is_none_or(same)
+    };
+    assert!(
+        state.layers.iter().zip(&seen.identities).all(is_there),
+        "a chain with a layer that is not there"
+    );
+    if state.kind != Kind::ActiveCommit {
+        let says_switched = seen.header == *switches;
+        assert_eq!(verdict == Verdict::Switched, says_switched, "not what the header says");
+    }
 }
 
 /// A file of each kind of merge, and a few that contradict themselves.
 pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    // All but the second layer are files here.
     let layer = |index: usize| {
+        let id = format!(r#"{{"device": 1, "inode": {index}, "size": 9, "modified-ns": {index}}}"#);
+        let id = if index == 2 { "null" } else { &id };
         format!(
             r#"{{"index": {index}, "node": "n{index}", "protocol-node": null, "file": "/vm/{index}.qcow2",
-                "format": "qcow2", "virtual-size": 1073741824, "identity": null}}"#
+                "format": "qcow2", "virtual-size": 1073741824, "identity": {id}}}"#
         )
     };
     let file = |kind: &str, phase: &str, base: usize, top: usize, backing: &str| {
@@ -59,4 +121,17 @@ pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("wrong-overlay", file("commit", "copying", 1, 2, &rename(4))),
         ("beyond-the-chain", file("commit", "copying", 1, 9, &rename(10))),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Seeds that are all refused would try the reading of files only.
+    #[test]
+    fn a_file_of_each_kind_of_merge_is_a_seed() {
+        let kinds: Vec<_> =
+            seeds().iter().filter_map(|(_, text)| Some(State::parse(text).ok()?.kind)).collect();
+        assert_eq!(kinds, [Kind::Commit, Kind::ActiveCommit, Kind::Pull]);
+    }
 }
