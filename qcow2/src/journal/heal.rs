@@ -137,40 +137,47 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<(
     Ok(())
 }
 
-/// Ends edits of headers that a power cut has left in `folders`, of images that nobody holds.
+/// Ends edits of headers that a power cut has left in `folders`, of images that nobody holds. What lies there is only
+/// believed about the image beside it: it may be anybody's, and could name any file. `dir` is the caller's own.
 ///
 /// # Errors
 /// The system's.
 pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>) -> Result<()> {
-    for folder in folders.iter().map(PathBuf::as_path).chain(dir) {
+    let folders = folders.iter().map(|folder| (folder.as_path(), false));
+    for (folder, may_be_elsewhere) in folders.chain(dir.map(|dir| (dir, true))) {
         // What cannot be listed cannot be swept.
         for record in host.list(folder).unwrap_or_default() {
-            if !record.as_os_str().as_bytes().ends_with(SWITCH.as_bytes()) {
-                continue;
-            }
-            let written = Journal::open(host, &record, Access::Read)?;
-            let image = match &written {
-                Some((journal, _)) => journal.header().targets.first().map(|target| target.path.clone()),
-                None => image_of(&record),
-            };
-            // An image in use may be in the middle of its edit.
-            let Some(image) = image else { continue };
-            let Ok(file) = hold(host, &image) else { continue };
-            if let Some((journal, Some(last))) = written
-                && identity(host, &image, &*file)
-                    .is_ok_and(|now| journal.header().targets.iter().any(|target| target.is_same_file(&now)))
-            {
-                redo_edit(&image, &*file, &journal, &last)?;
-            }
-            match host.unlink(&record) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(Error::io(&record, "remove", None, e));
-                }
-                _ => sync_folder(host, &record)?,
+            if record.as_os_str().as_bytes().ends_with(SWITCH.as_bytes()) {
+                sweep_one(host, &record, may_be_elsewhere)?;
             }
         }
     }
     Ok(())
+}
+
+fn sweep_one(host: &dyn Host, record: &Path, may_be_elsewhere: bool) -> Result<()> {
+    let written = Journal::open(host, record, Access::Read)?;
+    let image = match &written {
+        Some((journal, _)) => journal.header().targets.first().map(|target| target.path.clone()),
+        None => image_of(record),
+    };
+    let is_beside = |image: &PathBuf| {
+        places(host, image, None, SWITCH).is_ok_and(|places| places.iter().any(|place| place == record))
+    };
+    // An image in use may be in the middle of its edit.
+    let Some(image) = image.filter(|image| may_be_elsewhere || is_beside(image)) else { return Ok(()) };
+    let Ok(file) = hold(host, &image) else { return Ok(()) };
+    if let Some((journal, Some(last))) = written
+        && matches!(journal.header().purpose, Purpose::Header { .. })
+        && identity(host, &image, &*file)
+            .is_ok_and(|now| journal.header().targets.iter().any(|target| target.is_same_file(&now)))
+    {
+        redo_edit(&image, &*file, &journal, &last)?;
+    }
+    match host.unlink(record) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(record, "remove", None, e)),
+        _ => sync_folder(host, record),
+    }
 }
 
 /// The image that a record beside it is about, by the record's name.

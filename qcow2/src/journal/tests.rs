@@ -336,6 +336,27 @@ fn records_that_a_power_cut_has_left_are_swept() {
     assert_eq!(left, [PathBuf::from("/.held.qmerge-switch")]);
 }
 
+/// Somebody who may write in the folder of a chain, and knows a file elsewhere, makes a record about that.
+#[test]
+fn a_record_about_a_file_elsewhere_is_not_carried_out() {
+    let host = MemHost::new();
+    host.add("/etc/conf", &[b'#'; 4096]).unwrap();
+    let file = host.open(Path::new("/etc/conf"), Access::ReadWrite).unwrap();
+    let writes = vec![(0, b"theirs".to_vec())];
+    let edit = Edit { path: Path::new("/etc/conf"), file: &*file, writes, atomic: true };
+    let made = super::heal::record(&host, &edit, None).unwrap();
+    drop(file);
+    host.add("/vm/image", b"").unwrap();
+    let planted = Path::new("/vm/.conf.qmerge-switch");
+    host.add(planted, &host.content(made).unwrap()).unwrap();
+    super::sweep(&host, &[PathBuf::from("/vm")], None).unwrap();
+    assert_eq!(host.content("/etc/conf").unwrap(), [b'#'; 4096]);
+    // In a folder that the caller names for journals, it is believed.
+    super::sweep(&host, &[], Some(Path::new("/vm"))).unwrap();
+    assert_eq!(host.content("/etc/conf").unwrap()[..6], *b"theirs");
+    assert!(host.content(planted).is_err());
+}
+
 #[test]
 fn a_torn_header_is_not_touched_while_somebody_holds_the_image() {
     let host = MemHost::new();
