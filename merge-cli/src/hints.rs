@@ -6,7 +6,7 @@ use std::path::Path;
 
 use qcow2::error::Holder;
 use qcow2::journal::has_edit;
-use qcow2::merge;
+use qcow2::merge::{self, Pending};
 use qcow2::storage::OsHost;
 use qcow2::{Error, Refusal};
 
@@ -55,7 +55,9 @@ pub(crate) fn hint(error: &Error, call: &Call) -> String {
 
 /// Whether a record lies beside an image from which its header can be made whole.
 fn is_torn(path: &Path) -> bool {
-    has_edit(&OsHost, path) || matches!(merge::pending(&OsHost, path, None), Ok(Some(_)))
+    let is_written = |pending: Pending| !pending.is_removing;
+    has_edit(&OsHost, path)
+        || merge::pending(&OsHost, path, None).is_ok_and(|left| left.is_some_and(is_written))
 }
 
 fn io_hint(path: &Path, op: &str, source: &io::Error, call: &Call) -> String {
@@ -139,9 +141,10 @@ fn refusal_hint(path: &Path, reason: &Refusal, call: &Call) -> String {
             "if {file} was only opened, or what was written there may be merged over, begin again: {}; or give the merge up: qmerge abort {file}",
             call.again_with(&["--restart"])
         ),
-        Refusal::MergeDone { top, active } => {
+        Refusal::MergeDone { top, active, removes } => {
             let top = if top == active { String::new() } else { format!(" --top {}", word(top)) };
-            format!("finish it: qmerge commit {} --base {file}{top}", word(active))
+            let delete = if *removes { " --delete" } else { "" };
+            format!("finish it: qmerge commit {} --base {file}{top}{delete}", word(active))
         }
         Refusal::BackupDamaged { .. } => {
             format!(

@@ -250,6 +250,8 @@ pub enum Refusal {
         top: PathBuf,
         /// The active image of the merge.
         active: PathBuf,
+        /// Whether it removes layers that are not needed any more.
+        removes: bool,
     },
     /// A backup of metadata cannot be used.
     #[error("the backup is damaged or not whole at offset {offset:#x}: {what}")]

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use crate::chain::Chain;
@@ -17,8 +17,29 @@ pub(crate) fn flatten(dir: &Path, chain: &Chain) -> Result<()> {
     if output.status.success() { Ok(()) } else { Err(text(&output).into()) }
 }
 
+/// Whether a merge that deletes layers is done, and has left nothing: it cannot be asked for again.
+pub(crate) fn is_over(dir: &Path, chain: &Chain) -> Result<bool> {
+    Ok(chain.deletes() && left_over(dir, chain)?.is_none())
+}
+
+/// A file that is not there when the merge is done: of a layer that is deleted, or the program's own.
+fn left_over(dir: &Path, chain: &Chain) -> Result<Option<PathBuf>> {
+    let deleted = if chain.deletes() { chain.base + 1..chain.top + 1 } else { 0..0 };
+    let mut layers = chain.layers[deleted].iter().map(|(name, _)| dir.join(name));
+    if let Some(layer) = layers.find(|path| path.exists()) {
+        return Ok(Some(layer));
+    }
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.to_string_lossy().contains(".qmerge-") {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
+}
+
 /// Whether the active image was deleted: the merge was switched, and base is the disk.
-pub(crate) fn is_gone(dir: &Path, chain: &Chain) -> bool {
+fn is_gone(dir: &Path, chain: &Chain) -> bool {
     chain.deletes() && chain.is_active() && !dir.join(chain.active()).exists()
 }
 
@@ -33,8 +54,12 @@ pub(crate) fn after_a_kill(dir: &Path, chain: &Chain) -> Result<()> {
     same_guest(dir, chain)
 }
 
-/// The guest's bytes are what they were, base has them if everything was merged, and nothing is corrupt.
+/// The guest's bytes are what they were, base has them if everything was merged, nothing is corrupt, and nothing is
+/// left behind.
 pub(crate) fn at_the_end(dir: &Path, chain: &Chain) -> Result<()> {
+    if let Some(file) = left_over(dir, chain)? {
+        return Err(format!("{} was left behind", file.display()).into());
+    }
     check(dir, chain, &[0, 3])?;
     same_guest(dir, chain)?;
     if chain.is_active() { same_base(dir, chain) } else { Ok(()) }

@@ -185,11 +185,11 @@ impl<'a> Merge<'a> {
             totals.kills += 1;
             judge::after_a_kill(self.dir, &self.chain)
                 .map_err(|e| format!("{}: after kill {killed}, {delay:?} from the start: {e}", self.chain))?;
-            if judge::is_gone(self.dir, &self.chain) {
+            if judge::is_over(self.dir, &self.chain)? {
                 break;
             }
         }
-        if !judge::is_gone(self.dir, &self.chain) {
+        if !judge::is_over(self.dir, &self.chain)? {
             let status = start(self.qmerge, self.dir, &self.chain)?.wait()?;
             if !status.success() {
                 return Err(format!("{}: the last run: {status}: {}", self.chain, said(self.dir)).into());

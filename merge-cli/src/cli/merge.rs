@@ -41,8 +41,8 @@ pub(crate) struct CommitArgs {
 
     /// Remove the files that are no longer needed
     ///
-    /// Without it they stay, marked as merged. Files are removed when everything is durable, top-down,
-    /// and only if they are still the files of the plan and no other image uses them.
+    /// Without it they stay, marked as merged. Files are removed when everything is durable, top-down, ACTIVE
+    /// itself last, and only if they are still the files of the plan and no other image uses them.
     #[arg(long, conflicts_with = "keep_active", help_heading = "How")]
     pub(crate) delete: bool,
 

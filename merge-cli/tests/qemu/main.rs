@@ -15,6 +15,7 @@
 mod support;
 
 mod article;
+mod deletion;
 mod devices;
 mod differential;
 mod engines;

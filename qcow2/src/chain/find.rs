@@ -42,7 +42,7 @@ impl Chain {
 }
 
 /// The number in `[3]` or `vda[3]`.
-fn index(spec: &str) -> Option<usize> {
+pub(crate) fn index(spec: &str) -> Option<usize> {
     let (_, digits) = spec.strip_suffix(']')?.rsplit_once('[')?;
     if digits.bytes().all(|b| b.is_ascii_digit()) { digits.parse().ok() } else { None }
 }

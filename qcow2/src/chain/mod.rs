@@ -21,14 +21,16 @@ use crate::image::Image;
 use crate::storage::{Access, FileId};
 
 pub use digest::digest;
+pub(crate) use find::index;
 pub use name::{BackingName, Spelling};
 pub use open::{OpenOptions, open_data_file};
 pub use policy::{DEFAULT_MAX_DEPTH, Policy};
 pub use relink::new_backing_name;
 pub use siblings::{Sibling, Siblings, find_users};
 
-/// An opened chain: one layer or more, the bottom first, the active image last.
-#[derive(Debug)]
+/// An opened chain, the bottom first, the active image last. The default is an empty one, for an image that is
+/// there no more; all others have one layer or more.
+#[derive(Debug, Default)]
 pub struct Chain {
     layers: Vec<Layer>,
 }

@@ -113,6 +113,12 @@ impl Policy {
         Ok(Opened { path, id: opened.id, storage })
     }
 
+    /// Whether a file may be one that an image names; its path has no symbolic links.
+    pub(crate) fn allows(&self, host: &dyn Host, file: &Path) -> bool {
+        let is_denied = self.scope == Scope::Nothing || KERNEL_FILES.iter().any(|dir| file.starts_with(dir));
+        !is_denied && self.check_scope(host, file, file.to_owned()).is_ok()
+    }
+
     fn check_scope(&self, host: &dyn Host, image: &Path, file: PathBuf) -> Result<()> {
         let Scope::Inside(dirs) = &self.scope else { return Ok(()) };
         for dir in dirs {

@@ -1,6 +1,6 @@
 //! Commits that a power cut or a failing disk stops at any point.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
@@ -8,6 +8,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::chain::{assert_same, host_with, view};
 use super::commit::{Case, Silent};
+use super::journal::is_journal;
 use super::model::{Input, Layer, chain as layers, guest};
 use crate::Result;
 use crate::check::{CheckOptions, check};
@@ -126,14 +127,28 @@ impl Merge {
             self.assert_sound(state, &host);
             self.assert_guest(&host);
         }
-        // A layer that was removed, as asked for, cannot be named again.
-        let top = &self.layers[self.case.top].path;
-        let is_removed = self.case.delete && host.stat(top).is_err();
-        if !is_removed && let Err(error) = self.run(Arc::new(host.clone())) {
-            unreachable!("the commit does not go on: {error}");
+        // When all is removed, as asked for, nothing tells that it was there.
+        let is_over = self.case.delete && self.left_over(state).is_none();
+        match self.run(Arc::new(host.clone())) {
+            Err(error) if !is_over => unreachable!("the commit does not go on: {error}"),
+            _ => {}
         }
-        self.assert_sound(&State::of(&host), &host);
+        let after = State::of(&host);
+        assert_eq!(self.left_over(&after), None, "left behind");
+        self.assert_sound(&after, &host);
         self.assert_guest(&host);
+    }
+
+    /// A file that is not there when the commit is done: a journal, or one of a layer that is removed.
+    fn left_over(&self, state: &State) -> Option<PathBuf> {
+        let removed = if self.case.delete { self.case.base + 1..self.case.top + 1 } else { 0..0 };
+        let is_removed = |name: &Path| {
+            let of = |layer: &Layer| {
+                layer.path == name || layer.data_file.as_ref().is_some_and(|(data, _)| data == name)
+            };
+            self.layers[removed.clone()].iter().any(of)
+        };
+        state.names().find(|name| is_journal(name) || is_removed(name)).map(Path::to_owned)
     }
 
     pub(super) fn assert_sound(&self, state: &State, host: &MemHost) {

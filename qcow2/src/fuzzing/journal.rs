@@ -51,7 +51,8 @@ fn stopped(merge: &Merge, input: &mut Input<'_>) -> State {
     disk.now()
 }
 
-fn is_journal(path: &Path) -> bool {
+/// Whether a file is a journal, or a record of a single edit, by its name.
+pub(super) fn is_journal(path: &Path) -> bool {
     let name = path.to_string_lossy();
     ENDINGS.iter().any(|ending| name.ends_with(ending))
 }
@@ -151,8 +152,8 @@ fn change_records(bytes: &mut [u8], input: &mut Input<'_>) {
         match input.below(12) {
             0 => record.sequence = value(input, record.sequence),
             1 => {
-                record.phase =
-                    [Phase::Arming, Phase::Moving, Phase::Switching, Phase::Done][input.below(4) as usize];
+                let phases = [Phase::Arming, Phase::Moving, Phase::Switching, Phase::Done, Phase::Removing];
+                record.phase = phases[input.below(5) as usize];
             }
             2 => record.watermark = value(input, record.watermark),
             3 => record.done = value(input, record.done),

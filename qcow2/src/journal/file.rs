@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::record::{BLOCK, Block, ENVELOPE, Header, Phase, Record, header_len, record_len, record_room};
+use super::record::{
+    BLOCK, Block, ENVELOPE, Header, Phase, Record, Spent, header_len, record_len, record_room,
+};
 use crate::error::{Error, Result};
 use crate::storage::{Access, FileKind, Host, Storage};
 
@@ -25,6 +27,8 @@ pub(crate) struct Journal {
     /// The length of the header, in bytes. Behind it are a block for the sign of life, and the records.
     header_len: u64,
     state: Mutex<State>,
+    /// What every record says of the files to be removed.
+    spent: Mutex<Option<Vec<Spent>>>,
     opened: Instant,
     /// When the last sign of life was, in milliseconds since `opened`.
     beaten: AtomicU64,
@@ -158,6 +162,7 @@ impl Journal {
         }
         if let Some(last) = &last {
             journal.state = Mutex::new(State::of(last));
+            journal.spent = Mutex::new(last.spent.clone());
         }
         Ok(Some((journal, last)))
     }
@@ -170,6 +175,7 @@ impl Journal {
             header,
             header_len: header_len as u64,
             state: Mutex::new(state),
+            spent: Mutex::default(),
             opened: Instant::now(),
             beaten: AtomicU64::new(0),
             failed: AtomicBool::new(false),
@@ -183,7 +189,8 @@ impl Journal {
 
     /// Where records with this number, even or odd, lie.
     fn place(&self, sequence: u64) -> u64 {
-        let room = record_room(self.max_blocks()) + ENVELOPE;
+        // Spent files are some of those that the header names.
+        let room = record_room(self.max_blocks()) + ENVELOPE + 2 * self.header_len as usize;
         self.beat_place() + BLOCK + sequence % 2 * (room as u64).next_multiple_of(BLOCK)
     }
 
@@ -210,6 +217,16 @@ impl Journal {
     /// How far the work is.
     pub(crate) fn state(&self) -> State {
         *self.turn()
+    }
+
+    /// The files to be removed when all is done, as the last record has them.
+    pub(crate) fn spent(&self) -> Option<Vec<Spent>> {
+        self.spent.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From the next record on, these files are to be removed when all is done.
+    pub(crate) fn set_spent(&self, spent: Option<Vec<Spent>>) {
+        *self.spent.lock().unwrap_or_else(PoisonError::into_inner) = spent;
     }
 
     /// When the file was last written, in nanoseconds since 1970.
@@ -263,6 +280,7 @@ impl Journal {
             watermark: state.watermark,
             done: state.done,
             stopped,
+            spent: self.spent(),
             target,
             len,
             blocks,
@@ -334,77 +352,5 @@ pub(super) fn sync_folder(host: &dyn Host, path: &Path) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::record::tests::header;
-    use super::super::record::{SECTORS, sector_crcs};
-    use super::*;
-    use crate::storage::MemHost;
-
-    fn block(number: u64) -> Block {
-        let bytes = vec![number as u8; BLOCK as usize];
-        Block { number, before: sector_crcs(&bytes), bytes: bytes.into() }
-    }
-
-    #[test]
-    fn the_last_whole_record_counts() {
-        let host = MemHost::new();
-        let path = Path::new("/x.journal");
-        let journal = Journal::create(&host, path, header()).unwrap();
-        let (opened, none) = Journal::open(&host, path, Access::Read).unwrap().unwrap();
-        assert_eq!((opened.header(), none), (&header(), None));
-        journal.note(Phase::Moving, 100, 7).unwrap();
-        journal.append(&mut journal.turn(), 1, 50, None, vec![block(3)]).unwrap();
-        let last = Journal::open(&host, path, Access::Read).unwrap().unwrap().1.unwrap();
-        assert_eq!((last.sequence, last.watermark, last.done, last.target), (2, 100, 7, 1));
-        assert_eq!(last.blocks, [block(3)]);
-        // The last one is torn: the one before it counts.
-        let place = journal.place(2);
-        let file = host.open(path, Access::ReadWrite).unwrap();
-        file.write_all_at(&[0xa5; 512], place + 512).unwrap();
-        let (again, last) = Journal::open(&host, path, Access::ReadWrite).unwrap().unwrap();
-        assert_eq!(last.unwrap().sequence, 1);
-        // And the next one takes the torn one's place.
-        again.append(&mut again.turn(), 0, 1, Some((1, 2)), vec![]).unwrap();
-        let last = Journal::open(&host, path, Access::Read).unwrap().unwrap().1.unwrap();
-        assert_eq!((last.sequence, last.stopped), (2, Some((1, 2))));
-        journal.remove(&host).unwrap();
-        journal.remove(&host).unwrap();
-        assert!(Journal::open(&host, path, Access::Read).unwrap().is_none());
-    }
-
-    #[test]
-    fn a_new_journal_takes_the_place_of_an_old_one() {
-        let host = MemHost::new();
-        let path = Path::new("/x.journal");
-        host.add("/x.journal.new", b"left by a crash").unwrap();
-        let old = Journal::create(&host, path, header()).unwrap();
-        old.note(Phase::Moving, 9, 9).unwrap();
-        Journal::create(&host, path, Header { nonce: 1, ..header() }).unwrap();
-        let (opened, last) = Journal::open(&host, path, Access::Read).unwrap().unwrap();
-        assert_eq!((opened.header().nonce, last), (1, None));
-        host.add("/y.journal", b"not a journal").unwrap();
-        assert!(Journal::open(&host, Path::new("/y.journal"), Access::Read).unwrap().is_none());
-    }
-
-    #[test]
-    fn records_do_not_reach_into_each_other() {
-        let host = MemHost::new();
-        let journal = Journal::create(&host, Path::new("/x.journal"), header()).unwrap();
-        let blocks: Vec<Block> = (0..7).map(block).collect();
-        let record = Record {
-            nonce: 0,
-            sequence: 0,
-            phase: Phase::Moving,
-            watermark: 0,
-            done: 0,
-            stopped: Some((1, 1)),
-            target: 0,
-            len: 0,
-            blocks,
-        };
-        assert_eq!(journal.max_blocks(), 7);
-        assert!(journal.place(0) + record.encode().len() as u64 <= journal.place(1));
-        assert!(header().encode().unwrap().len() as u64 <= journal.beat_place());
-        assert_eq!(block(0).before.len(), SECTORS);
-    }
-}
+#[path = "file_tests.rs"]
+mod tests;

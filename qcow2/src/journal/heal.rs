@@ -67,13 +67,14 @@ pub(super) fn record(host: &dyn Host, edit: &Edit<'_>, dir: Option<&Path>) -> Re
         guard: Guard::Stamp,
         targets: vec![now],
         layers: Vec::new(),
+        base: PathBuf::new(),
         top: PathBuf::new(),
+        top_index: 0,
         active: PathBuf::new(),
         new_size: 0,
         zero_until: 0,
         total: 0,
         restore_points_lost: Vec::new(),
-        obsolete: Vec::new(),
     };
     Journal::create_with(host, &path, header, blocks, len)?;
     Ok(path)
@@ -126,10 +127,11 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<(
             sync_folder(host, &record)?;
         }
     }
-    let broken = !has_header(&*file).map_err(|e| Error::io(path, "read", Some(0), e))?;
-    if broken && let Some((_, Some(last))) = find(host, path, &*file, dir, Access::Read, JOURNAL)? {
+    let failed = |e| Error::io(path, "read", Some(0), e);
+    let whole = has_header(&*file).map_err(failed)? && has_clean_names(&*file).map_err(failed)?;
+    if !whole && let Some((journal, Some(last))) = find(host, path, &*file, dir, Access::Read, JOURNAL)? {
         let first = last.blocks.first().filter(|block| block.number == 0 && is_qcow2(&block.bytes));
-        if last.target == 0 && first.is_some() {
+        if last.target == 0 && first.is_some() && is_torn(path, &*file, &journal, &last)? {
             let file = hold(host, path)?;
             write_back(path, &*file, &last)?;
         }
@@ -194,21 +196,24 @@ pub fn has_edit(host: &dyn Host, path: &Path) -> bool {
 }
 
 /// Redoes an edit that was torn. A header that is whole is left as it is: it is the old one or the new one,
-/// or somebody has written another since. One whose names nobody would write was torn behind its first bytes.
+/// or somebody has written another since.
 fn redo_edit(path: &Path, file: &dyn Storage, journal: &Journal, last: &Record) -> Result<()> {
-    let failed = |e| Error::io(path, "read", Some(0), e);
-    let sectors = compare(last, file).map_err(failed)?;
+    let sectors = compare(last, file).map_err(|e| Error::io(path, "read", Some(0), e))?;
     let atomic = matches!(journal.header().purpose, Purpose::Header { atomic: true });
     let between = !atomic && sectors.foreign == 0 && sectors.old > 0 && sectors.new > 0;
-    let torn = || -> Result<bool> {
-        if !has_header(file).map_err(failed)? {
-            return Ok(true);
-        }
-        let at_once =
-            file.stat().map_err(failed)?.modified_ns <= journal.modified_ns()?.saturating_add(SLACK_NS);
-        Ok(sectors.foreign > 0 && at_once && !has_clean_names(file).map_err(failed)?)
-    };
-    if between || torn()? { write_back(path, file, last) } else { Ok(()) }
+    if between || is_torn(path, file, journal, last)? { write_back(path, file, last) } else { Ok(()) }
+}
+
+/// Whether the header of an image was torn as it was written with this record. One whose names nobody would write was torn
+/// behind its first bytes.
+fn is_torn(path: &Path, file: &dyn Storage, journal: &Journal, last: &Record) -> Result<bool> {
+    let failed = |e| Error::io(path, "read", Some(0), e);
+    if !has_header(file).map_err(failed)? {
+        return Ok(true);
+    }
+    let at_once = file.stat().map_err(failed)?.modified_ns <= journal.modified_ns()?.saturating_add(SLACK_NS);
+    let is_foreign = compare(last, file).map_err(failed)?.foreign > 0;
+    Ok(is_foreign && at_once && !has_clean_names(file).map_err(failed)?)
 }
 
 fn write_back(path: &Path, file: &dyn Storage, last: &Record) -> Result<()> {

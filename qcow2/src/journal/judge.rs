@@ -41,7 +41,9 @@ pub(crate) fn judge(
     let Some(last) = last else { return Ok(Verdict::Over) };
     let is_stamped = journal.header().guard == Guard::Stamp;
     match (is_stamped, dirty, last.phase) {
-        (true, _, Phase::Done) | (false, Some(false), Phase::Arming | Phase::Done) => {
+        (_, _, Phase::Removing)
+        | (true, _, Phase::Done)
+        | (false, Some(false), Phase::Arming | Phase::Done) => {
             return Ok(Verdict::Over);
         }
         (false, Some(false), _) => return Ok(Verdict::Foreign),
@@ -160,6 +162,7 @@ mod tests {
             watermark: 0,
             done: 0,
             stopped: None,
+            spent: None,
             target: 0,
             len: BLOCK,
             blocks: vec![block],
@@ -182,6 +185,9 @@ mod tests {
             (Phase::Switching, Some(false), Verdict::Foreign),
             (Phase::Done, Some(false), Verdict::Over),
             (Phase::Done, Some(true), Verdict::Finished),
+            // The image was released: the bit is somebody else's.
+            (Phase::Removing, Some(true), Verdict::Over),
+            (Phase::Removing, Some(false), Verdict::Over),
         ] {
             assert_eq!(judged(phase, dirty), verdict, "{phase:?} {dirty:?}");
         }

@@ -15,6 +15,7 @@ mod bytes;
 mod device;
 mod file;
 mod heal;
+mod identity;
 mod judge;
 mod place;
 pub mod record;
@@ -25,7 +26,7 @@ pub use heal::has_edit;
 pub(crate) use heal::{Edit, edit_headers, heal, nonce, sweep};
 pub(crate) use judge::{Verdict, are_names_clean, judge};
 pub use place::JOURNAL;
-pub(crate) use place::{find, identity, place};
+pub(crate) use place::{find, find_removed, identity, place};
 
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use super::file::Journal;
-use super::record::{Identity, Record, SECTOR};
+use super::record::{Identity, Phase, Purpose, Record, SECTOR};
 use crate::error::{Error, Refusal, Result};
 use crate::storage::{Access, FileKind, Host, Storage};
 
@@ -139,6 +139,29 @@ pub(crate) fn find(
         };
         if found.0.header().targets.first().is_some_and(|target| target.is_same_file(now)) {
             return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+/// The journal about an image at `path` that is there no more, in `dir` or beside where it was: the last thing
+/// that it says is that the image was to be removed.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn find_removed(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<Journal>> {
+    // A folder that is not there holds no journal.
+    let Ok(real) = host.resolve(path) else { return Ok(None) };
+    let beside = real.with_file_name(named(&real, JOURNAL));
+    let elsewhere = dir.map(|dir| dir.join(named_apart(&real, JOURNAL)));
+    for candidate in [Some(beside), elsewhere].into_iter().flatten() {
+        let Some((journal, Some(last))) = Journal::open(host, &candidate, Access::Read)? else { continue };
+        let header = journal.header();
+        if header.purpose == Purpose::Empty
+            && last.phase == Phase::Removing
+            && header.targets.first().is_some_and(|target| target.path == real)
+        {
+            return Ok(Some(journal));
         }
     }
     Ok(None)

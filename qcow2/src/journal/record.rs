@@ -8,7 +8,7 @@
 use std::path::PathBuf;
 
 use super::bytes::{Reader, Writer};
-use crate::storage::FileId;
+pub use super::identity::{Identity, Spent, SpentKind};
 
 /// What a journal keeps whole: the blocks in which disks are written, in bytes.
 pub const BLOCK: u64 = 4096;
@@ -26,9 +26,9 @@ pub const ENVELOPE: usize = 20;
 /// The longest payload of a header, in bytes.
 pub const MAX_HEADER: usize = 2 << 20;
 /// The longest payload of a record, in bytes.
-pub const MAX_RECORD: usize = record_room(MAX_BLOCKS);
+pub const MAX_RECORD: usize = record_room(MAX_BLOCKS) + 2 * MAX_HEADER;
 
-/// The longest payload of a record of so many blocks, in bytes.
+/// The longest payload of a record of so many blocks, but for its list of spent files, in bytes.
 pub const fn record_room(blocks: usize) -> usize {
     256 + blocks * (8 + 4 * SECTORS + BLOCK as usize)
 }
@@ -59,37 +59,6 @@ pub enum Guard {
     Stamp,
 }
 
-/// A file as it was when the journal was made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Identity {
-    /// Its absolute path.
-    pub path: PathBuf,
-    /// Device and inode; a device may get another number when the system starts again.
-    pub id: FileId,
-    /// Whether it is a block device.
-    pub is_device: bool,
-    /// Its length in bytes.
-    pub len: u64,
-    /// When it was last changed, in nanoseconds since 1970.
-    pub modified_ns: i128,
-    /// The CRC-32 of its first sector.
-    pub head_crc: u32,
-}
-
-impl Identity {
-    /// Whether `now` is the same file with, as far as one can tell, the same content.
-    pub fn is_unchanged(&self, now: &Self) -> bool {
-        self.is_same_file(now)
-            && (self.len, self.modified_ns, self.head_crc) == (now.len, now.modified_ns, now.head_crc)
-    }
-
-    /// Whether `now` is the same file: by its inode, or as a device by its path or number.
-    pub fn is_same_file(&self, now: &Self) -> bool {
-        self.is_device == now.is_device
-            && (self.id.inode == now.id.inode || (self.is_device && self.path == now.path))
-    }
-}
-
 /// The work that a journal belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
@@ -105,8 +74,12 @@ pub struct Header {
     pub targets: Vec<Identity>,
     /// The layers above it, from the one above it up to top, with their data files.
     pub layers: Vec<Identity>,
+    /// The image that takes the data.
+    pub base: PathBuf,
     /// The chain's uppermost image that is merged.
     pub top: PathBuf,
+    /// The number that it had in the chain, from 1 at the bottom, when the work was first begun.
+    pub top_index: u32,
     /// The chain's active image.
     pub active: PathBuf,
     /// The size of the disk when the work is done, in bytes.
@@ -117,8 +90,6 @@ pub struct Header {
     pub total: u64,
     /// The layers that are restore points no more.
     pub restore_points_lost: Vec<PathBuf>,
-    /// The layers that are not needed when the work is done.
-    pub obsolete: Vec<PathBuf>,
 }
 
 /// How far the work is.
@@ -130,8 +101,10 @@ pub enum Phase {
     Moving,
     /// The image holds everything, and the chain above it is being changed.
     Switching,
-    /// All is done but removing the journal.
+    /// All is done but releasing the image.
     Done,
+    /// The image is released, and anybody may write to it. Files that nobody needs any more are being removed.
+    Removing,
 }
 
 /// A block of a target: what it was, and what it is to be.
@@ -160,6 +133,9 @@ pub struct Record {
     pub done: u64,
     /// Length and time of change of the target, if the work was stopped in good order.
     pub stopped: Option<(u64, i128)>,
+    /// The files to be removed when all is done, the uppermost layer first; `None` if they are to stay, or if
+    /// it is not known yet how the work leaves them.
+    pub spent: Option<Vec<Spent>>,
     /// Which target the blocks belong to.
     pub target: u8,
     /// The length of that target with these blocks, in bytes: they are cut there.
@@ -241,15 +217,15 @@ impl Header {
             out.u32(u32::try_from(list.len()).ok()?);
             list.iter().for_each(|identity| identity.encode(&mut out));
         }
+        out.path(&self.base);
         out.path(&self.top);
+        out.u32(self.top_index);
         out.path(&self.active);
         out.u64(self.new_size);
         out.u64(self.zero_until);
         out.u64(self.total);
-        for list in [&self.restore_points_lost, &self.obsolete] {
-            out.u32(u32::try_from(list.len()).ok()?);
-            list.iter().for_each(|path| out.path(path));
-        }
+        out.u32(u32::try_from(self.restore_points_lost.len()).ok()?);
+        self.restore_points_lost.iter().for_each(|path| out.path(path));
         let payload = out.into_bytes();
         (payload.len() <= MAX_HEADER).then(|| seal(HEADER_MAGIC, payload))
     }
@@ -284,38 +260,16 @@ impl Header {
             guard,
             targets,
             layers,
+            base: from.path()?,
             top: from.path()?,
+            top_index: from.u32()?,
             active: from.path()?,
             new_size: from.u64()?,
             zero_until: from.u64()?,
             total: from.u64()?,
             restore_points_lost: from.list(Reader::path)?,
-            obsolete: from.list(Reader::path)?,
         };
         from.is_empty().then_some(header)
-    }
-}
-
-impl Identity {
-    fn encode(&self, out: &mut Writer) {
-        out.path(&self.path);
-        out.u64(self.id.device);
-        out.u64(self.id.inode);
-        out.u8(self.is_device.into());
-        out.u64(self.len);
-        out.put(&self.modified_ns.to_be_bytes());
-        out.u32(self.head_crc);
-    }
-
-    fn decode(from: &mut Reader<'_>) -> Option<Self> {
-        Some(Self {
-            path: from.path()?,
-            id: FileId { device: from.u64()?, inode: from.u64()? },
-            is_device: from.flag()?,
-            len: from.u64()?,
-            modified_ns: from.i128()?,
-            head_crc: from.u32()?,
-        })
     }
 }
 
@@ -332,6 +286,10 @@ impl Record {
         let (len, modified_ns) = self.stopped.unwrap_or_default();
         out.u64(len);
         out.put(&modified_ns.to_be_bytes());
+        out.u8(self.spent.is_some().into());
+        let spent = self.spent.as_deref().unwrap_or_default();
+        out.u32(spent.len() as u32);
+        spent.iter().for_each(|file| file.encode(&mut out));
         out.u8(self.target);
         out.u64(self.len);
         out.u32(self.blocks.len() as u32);
@@ -356,11 +314,14 @@ impl Record {
             1 => Phase::Moving,
             2 => Phase::Switching,
             3 => Phase::Done,
+            4 => Phase::Removing,
             _ => return None,
         };
         let (watermark, done) = (from.u64()?, from.u64()?);
         let has_stopped = from.flag()?;
         let stopped = (from.u64()?, from.i128()?);
+        let has_spent = from.flag()?;
+        let spent = from.list(Spent::decode)?;
         let (target, len) = (from.u8()?, from.u64()?);
         let blocks = from.list(Block::decode)?;
         let ascend = blocks.windows(2).all(|two| matches!(two, [a, b] if a.number < b.number));
@@ -373,6 +334,7 @@ impl Record {
             watermark,
             done,
             stopped: has_stopped.then_some(stopped),
+            spent: has_spent.then_some(spent),
             target,
             len,
             blocks,
@@ -394,6 +356,7 @@ impl Block {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::storage::FileId;
 
     pub(crate) fn identity(name: &str) -> Identity {
         Identity {
@@ -414,14 +377,20 @@ pub(super) mod tests {
             guard: Guard::DirtyBit { lazy: true },
             targets: vec![identity("/base"), identity("/data")],
             layers: vec![identity("/a"), identity("/b")],
+            base: "/base".into(),
             top: "/b".into(),
+            top_index: 3,
             active: "/c".into(),
             new_size: 1 << 40,
             zero_until: 1 << 39,
             total: 99,
             restore_points_lost: vec!["/base".into(), "/a".into()],
-            obsolete: vec!["/a".into(), "/b".into()],
         }
+    }
+
+    pub(crate) fn spent() -> Vec<Spent> {
+        let kinds = [SpentKind::Marked, SpentKind::DataFile, SpentKind::Unmarked];
+        kinds.map(|kind| Spent { file: identity("/b"), kind }).into()
     }
 
     fn record() -> Record {
@@ -437,6 +406,7 @@ pub(super) mod tests {
             watermark: 1 << 30,
             done: 1 << 29,
             stopped: Some((1, -2)),
+            spent: Some(spent()),
             target: 1,
             len: 1 << 20,
             blocks: vec![block(0), block(7)],
@@ -454,8 +424,10 @@ pub(super) mod tests {
         assert_eq!(record_len(&bytes), Some(bytes.len()));
         assert_eq!(Record::parse(&bytes, 42), Some(record()));
         assert_eq!(Record::parse(&bytes, 43), None, "the nonce of another journal");
-        let bare = Record { stopped: None, blocks: Vec::new(), phase: Phase::Done, ..record() };
-        assert_eq!(Record::parse(&bare.encode(), 42), Some(bare));
+        for (phase, spent) in [(Phase::Done, None), (Phase::Removing, Some(Vec::new()))] {
+            let bare = Record { stopped: None, spent, blocks: Vec::new(), phase, ..record() };
+            assert_eq!(Record::parse(&bare.encode(), 42), Some(bare));
+        }
     }
 
     #[test]
@@ -500,17 +472,5 @@ pub(super) mod tests {
         let mut huge = b"qmergeJR".to_vec();
         huge.extend([0xff; 12]);
         assert_eq!((record_len(&huge), header_len(&huge)), (None, None));
-    }
-
-    #[test]
-    fn a_file_is_known_again() {
-        let was = identity("/base");
-        assert!(was.is_unchanged(&Identity { path: "/other".into(), ..was.clone() }));
-        // Another device number after a restart of the system is no other file.
-        assert!(was.is_unchanged(&Identity { id: FileId { device: 8, inode: 9 }, ..was.clone() }));
-        assert!(!was.is_unchanged(&Identity { modified_ns: 0, ..was.clone() }));
-        assert!(!was.is_same_file(&Identity { id: FileId { device: 7, inode: 8 }, ..was.clone() }));
-        let device = Identity { is_device: true, ..was.clone() };
-        assert!(device.is_same_file(&Identity { id: FileId { device: 0, inode: 3 }, ..device.clone() }));
     }
 }

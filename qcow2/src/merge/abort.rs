@@ -28,8 +28,12 @@ pub struct Pending {
     pub total: u64,
     /// The same in percent, at most 99.
     pub percent: u64,
-    /// Whether base holds everything, and the chain above it is being changed: it can only be finished.
+    /// Whether base holds everything, and the chain above it is being changed, or was: it can only be finished.
     pub is_switching: bool,
+    /// Whether layers are removed at the end.
+    pub removes: bool,
+    /// Whether all is done but that: base is as anybody else's image.
+    pub is_removing: bool,
 }
 
 /// What giving a merge up came to.
@@ -57,17 +61,20 @@ pub fn pending(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Optio
 /// The merge that a journal is about, unless all of it is done.
 pub(super) fn of(journal: &journal::Journal) -> Option<Pending> {
     let (header, state) = (journal.header(), journal.state());
-    if header.purpose != Purpose::Merge || state.phase == Phase::Done {
+    let removes = journal.spent().is_some();
+    if header.purpose != Purpose::Merge || (state.phase == Phase::Done && !removes) {
         return None;
     }
     Some(Pending {
-        base: header.targets.first()?.path.clone(),
+        base: header.base.clone(),
         top: header.top.clone(),
         active: header.active.clone(),
         done: state.done,
         total: header.total,
         percent: percent(state.done, header.total),
-        is_switching: state.phase == Phase::Switching,
+        is_switching: state.phase >= Phase::Switching,
+        removes,
+        is_removing: state.phase >= Phase::Done,
     })
 }
 
@@ -95,8 +102,8 @@ pub fn abort(
     let path = layer.path.clone();
     let Some(left) = Left::find(host, layer, dir)? else { return Ok(nothing) };
     let pending = left.pending();
-    if let Some(Pending { is_switching: true, top, active, .. }) = pending.clone() {
-        return Err(Error::refused(&path, Refusal::MergeDone { top, active }));
+    if let Some(Pending { is_switching: true, top, active, removes, .. }) = pending.clone() {
+        return Err(Error::refused(&path, Refusal::MergeDone { top, active, removes }));
     }
     let lost = if pending.is_some() { left.restore_points_lost() } else { Vec::new() };
     let result = Aborted { pending, restore_points_lost: lost, written_since: left.is_foreign() };

@@ -3,7 +3,7 @@
 //! [`Commit::prepare`] opens and locks the whole chain, refuses what is not safe, and plans; nothing is
 //! written. [`Commit::execute`] carries the plan out (see `execute.rs`).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -11,15 +11,15 @@ use super::job::{Job, Totals};
 use super::needs::Question;
 use super::options::{BaseChoice, CommitOptions, Span};
 use super::plan::{Afterwards, Plan, Resumed};
-use super::work::{self, Left, Work};
-use super::{link, record, safety};
+use super::remains::Remains;
+use super::work::{self, Left};
+use super::{before, link, record, safety};
 use crate::chain::view::View;
-use crate::chain::{Chain, OpenOptions};
+use crate::chain::{Chain, OpenOptions, index};
 use crate::error::{Error, Refusal, Result};
-use crate::format::Cluster0;
 use crate::image::{Image, bitmaps, grow, read_snapshots};
-use crate::journal;
-use crate::journal::record::{Header, Phase, Purpose};
+use crate::journal::Journal;
+use crate::journal::record::Header;
 use crate::storage::{Access, FileId, FileKind, Host};
 use crate::units::GuestOffset;
 
@@ -37,20 +37,15 @@ pub struct Commit {
     /// Files that images outside the chain use: never removed.
     pub(super) shared: Vec<FileId>,
     /// What stopped merges have left in base and in the active image, and these images under their journals.
-    pub(super) left: Leftovers,
+    pub(super) left: before::Leftovers,
     /// What a journal says of this merge.
     pub(super) header: Option<Header>,
     /// Clusters of base that nothing refers to.
     pub(super) leaks: u64,
-}
-
-/// What stopped merges have left.
-#[derive(Debug, Default)]
-pub(super) struct Leftovers {
-    pub(super) base: Option<Left>,
-    pub(super) active: Option<Left>,
-    pub(super) base_work: Option<Work>,
-    pub(super) active_work: Option<Work>,
+    /// The journal of an active image that was removed before.
+    pub(super) gone: Option<Journal>,
+    /// The journal of an active image that is removed at the end.
+    pub(super) removing: Option<Arc<Journal>>,
 }
 
 impl Commit {
@@ -67,12 +62,19 @@ impl Commit {
     ) -> Result<Self> {
         let journal_dir = options.journal_dir.clone();
         let healing = OpenOptions { lock: false, heal: true, journal_dir, ..options.open.clone() };
+        if let Some(gone) = before::removed(&*host, active, options)? {
+            return Ok(Self::over(host, options, gone));
+        }
         let scout = Chain::open(&*host, active, &healing)?;
-        let switched = switched_before(&*host, &scout, options)?;
-        if let Some(reason) =
-            switched.map_or_else(|| already_merged(&*host, &scout, options), |r| Ok(Some(r)))?
-        {
-            return Ok(Self::nothing(host, options, scout, reason));
+        // However often it is stopped, the same merge is known by the index that was asked for.
+        let asked = options.top.as_deref().and_then(index);
+        let meant = before::meant(&*host, &scout, options)?;
+        let options = meant.as_ref().unwrap_or(options);
+        if let Some((reason, remains)) = before::switched(&*host, &scout, options)? {
+            return Ok(Self::nothing(host, options, scout, reason, remains));
+        }
+        if let Some(reason) = before::merged(&*host, &scout, options)? {
+            return Ok(Self::nothing(host, options, scout, reason, Vec::new()));
         }
         let span = choose(&*host, &scout, options)?;
         let mut open = OpenOptions { lock: true, heal: false, ..options.open.clone() };
@@ -93,7 +95,7 @@ impl Commit {
                 Refusal::Other("its chain changed while it was opened".into()),
             ));
         }
-        Self::judge_and_plan(host, options, chain, span, cancel)
+        Self::judge_and_plan(host, options, chain, span, asked, cancel)
     }
 
     fn judge_and_plan(
@@ -101,16 +103,18 @@ impl Commit {
         options: &CommitOptions,
         mut chain: Chain,
         span: Span,
+        asked: Option<usize>,
         cancel: &AtomicBool,
     ) -> Result<Self> {
-        let empties = span.top == span.active && !options.keep_active && !options.delete;
-        let left = leftovers(&*host, &mut chain, span, empties, options)?;
+        let empties = span.top == span.active && !options.keep_active;
+        let left = before::leftovers(&*host, &mut chain, span, empties, options)?;
         let ours = |at: usize| {
             let left = if at == span.base { left.base.as_ref() } else { left.active.as_ref() };
             left.is_some_and(Left::is_ours)
         };
         safety::layers(&chain, span, options, &ours)?;
-        let found = safety::siblings(&*host, &chain, span, options)?;
+        let merged = left.base.as_ref().map_or_else(Vec::new, |left| left.merged(&*host));
+        let found = safety::siblings(&*host, &chain, span, merged, options)?;
         let afterwards = link::plan(&*host, &chain, span, options)?;
         safety::journal_places(&*host, &chain, span, options, &afterwards)?;
         let leaks = safety::consistent(&chain, span.base, cancel)?;
@@ -120,6 +124,7 @@ impl Commit {
         let mut header = work::describe(&*host, &chain, span, span.base)?;
         let images = chain.images();
         let mut job = job(&images, span)?;
+        header.top_index = asked.and_then(|index| u32::try_from(index).ok()).unwrap_or(header.top_index);
         (header.new_size, header.zero_until) = (job.new_size, job.question.zero_until);
         let resume = left.base.as_ref().and_then(|left| left.resume(&header));
         job.from = GuestOffset::new(resume.map_or(0, |(watermark, _)| watermark));
@@ -139,15 +144,38 @@ impl Commit {
             plan.nothing_to_do = None;
         }
         header.restore_points_lost.clone_from(&plan.restore_points_lost);
-        header.obsolete.clone_from(&plan.obsolete);
+        let remains = left.base.as_ref().and_then(|left| left.remains(&*host, &chain));
+        plan.remains = remains.map_or_else(Vec::new, |remains| remains.paths(&*host));
         safety::space(&*host, &chain, span, &plan)?;
         let (base, top) = (span.base, span.top);
         let options = options.clone();
         let header = Some(header);
-        Ok(Self { host, options, chain, base, top, plan, bitmaps, shared, left, header, leaks })
+        let (gone, removing) = (None, None);
+        Ok(Self {
+            host,
+            options,
+            chain,
+            base,
+            top,
+            plan,
+            bitmaps,
+            shared,
+            left,
+            header,
+            leaks,
+            gone,
+            removing,
+        })
     }
 
-    fn nothing(host: Arc<dyn Host>, options: &CommitOptions, chain: Chain, reason: String) -> Self {
+    /// Nothing is to be merged; `remains` are files of a merge that was stopped.
+    fn nothing(
+        host: Arc<dyn Host>,
+        options: &CommitOptions,
+        chain: Chain,
+        reason: String,
+        remains: Vec<PathBuf>,
+    ) -> Self {
         let path = |at: usize| chain.layers().get(at).map(|l| l.path.clone()).unwrap_or_default();
         let active = chain.active();
         let size = chain.layers().first().map_or(0, |l| l.image.virtual_size());
@@ -155,6 +183,7 @@ impl Commit {
             base: path(0),
             top: path(active),
             active: path(active),
+            remains,
             totals: Totals::default(),
             base_size_before: size,
             base_size_after: size,
@@ -178,10 +207,25 @@ impl Commit {
             plan,
             bitmaps: None,
             shared: Vec::new(),
-            left: Leftovers::default(),
+            left: before::Leftovers::default(),
             header: None,
             leaks: 0,
+            gone: None,
+            removing: None,
         }
+    }
+
+    /// The active image was merged, and removed: only its journal is there, and perhaps its data file.
+    fn over(host: Arc<dyn Host>, options: &CommitOptions, gone: Journal) -> Self {
+        let (chain, header) = (Chain::default(), gone.header());
+        let (base, active) = (header.base.clone(), header.active.clone());
+        let reason = before::was_merged(&active, &base.to_string_lossy());
+        let remains = Remains::of(&*host, &gone, &chain, false);
+        let remains = remains.map_or_else(Vec::new, |remains| remains.paths(&*host));
+        let mut this = Self::nothing(host, options, chain, reason, remains);
+        (this.plan.base, this.plan.top, this.plan.active) = (base, active.clone(), active);
+        this.gone = Some(gone);
+        this
     }
 
     /// What will be done.
@@ -217,35 +261,6 @@ pub(super) fn job<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
     Ok(Job { layers: images, base: span.base, question, new_size: base.max(top), from })
 }
 
-/// Finds what stopped merges have left in the images that are to be written, and has it read as it should
-/// be; nothing is written.
-fn leftovers(
-    host: &dyn Host,
-    chain: &mut Chain,
-    span: Span,
-    empties: bool,
-    options: &CommitOptions,
-) -> Result<Leftovers> {
-    let mut all = Leftovers::default();
-    let dir = options.journal_dir.as_deref();
-    let written = [(span.base, true), (span.active, empties)];
-    for (at, _) in written.into_iter().filter(|(_, is_written)| *is_written) {
-        let Some(layer) = chain.layers().get(at) else { continue };
-        let Some(left) = Left::find(host, layer, dir)? else { continue };
-        if left.is_foreign() && at == span.base && !options.restart {
-            return Err(work::written_since(&layer.path, &left));
-        }
-        let image = chain.image_mut(at).filter(|_| left.is_ours());
-        let work = image.map(|image| left.take_up(image)).transpose()?;
-        if at == span.base {
-            (all.base, all.base_work) = (Some(left), work);
-        } else {
-            (all.active, all.active_work) = (Some(left), work);
-        }
-    }
-    Ok(all)
-}
-
 /// How far the overlay at `at` looks: its own disk, or that of an internal snapshot that is larger.
 fn seen_through(images: &[&Image], at: usize) -> Result<u64> {
     let Some(image) = images.get(at) else { return Ok(0) };
@@ -254,60 +269,6 @@ fn seen_through(images: &[&Image], at: usize) -> Result<u64> {
         None => Vec::new(),
     };
     Ok(snapshots.iter().filter_map(|s| s.disk_size).fold(image.virtual_size(), u64::max))
-}
-
-/// The reason why there is nothing to do but to clean up, if a merge was stopped behind the switch of the chain, and
-/// the layer asked for as top is in the chain no more, or is an index: what it meant then, it means no more.
-fn switched_before(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<String>> {
-    let Some(top) = &options.top else { return Ok(None) };
-    let files = chain.files();
-    let is_layer = |path: &Path| host.stat(path).is_ok_and(|stat| files.contains(&stat.id));
-    if is_layer(Path::new(top)) {
-        return Ok(None);
-    }
-    let dir = options.journal_dir.as_deref();
-    for layer in chain.layers() {
-        let file = &**layer.image.file();
-        let found = journal::find(host, &layer.path, file, dir, layer.access, journal::JOURNAL)?;
-        let Some((journal, Some(last))) = found else { continue };
-        let merged = &journal.header().top;
-        if journal.header().purpose == Purpose::Merge && last.phase >= Phase::Switching && !is_layer(merged) {
-            let (merged, base) = (merged.display(), layer.path.display());
-            return Ok(Some(format!("{merged} was already merged into {base}")));
-        }
-    }
-    Ok(None)
-}
-
-/// The reason why there is nothing to do, if the layers asked for were merged before.
-fn already_merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<String>> {
-    let either = |cluster0: &Cluster0| cluster0.merged_into().or_else(|| cluster0.merging_into());
-    let reason = |path: &Path, base: String| {
-        let into = if base.is_empty() { "its base".to_owned() } else { base };
-        Some(format!("{} was already merged into {into}", path.display()))
-    };
-    let Some(top) = &options.top else {
-        let active = chain.layers().last();
-        return Ok(active.and_then(|l| reason(&l.path, either(l.image.as_qcow2()?.cluster0())?)));
-    };
-    match chain.find(host, top) {
-        // A layer that is still in its chain, and was only about to be merged, must be merged yet.
-        Ok(at) => Ok(chain
-            .layers()
-            .get(at)
-            .and_then(|l| reason(&l.path, l.image.as_qcow2()?.cluster0().merged_into()?))),
-        Err(not_found) => {
-            // A layer that was merged is not in the chain any more.
-            let path = Path::new(top);
-            // A power cut may have torn its last mark.
-            crate::journal::heal(host, path, options.journal_dir.as_deref())?;
-            let Ok(file) = host.open(path, Access::Read) else { return Err(not_found) };
-            match crate::image::Qcow2::read_cluster0(path, &*file).ok().as_ref().and_then(either) {
-                Some(base) => Ok(reason(path, base)),
-                None => Err(not_found),
-            }
-        }
-    }
 }
 
 /// Finds the layers that the options name, and judges their order.
@@ -380,6 +341,7 @@ fn make_plan(
         old_tail: if span.top == span.active { base.saturating_sub(top) } else { 0 },
         afterwards,
         obsolete: (span.base + 1..last_obsolete).map(path).collect(),
+        remains: Vec::new(),
         restore_points_lost: (span.base..span.top).map(path).collect(),
         bitmaps_lost: safety::bitmaps(chain, span)?,
         searched: found.searched,

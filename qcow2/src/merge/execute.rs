@@ -8,10 +8,12 @@
 //! 6. Layers that will not be needed are marked as being merged.
 //! 7. The overlay above top gets base as its backing file; or the active image is emptied.
 //! 8. Layers that are no longer needed are marked as merged.
-//! 9. Base's dirty bit is cleared, and its journal removed; with `delete` these layers are then removed from the
-//!    top down.
+//! 9. Base's dirty bit is cleared, and its journal removed.
+//!
+//! With `delete`, what is to be removed is noted in base's journal behind step 6. Instead of 8, and behind the first half of
+//! 9, it is removed, from the top down; then the journal goes, and at last the active image, an empty overlay by then
+//! (see `removal.rs`). So as long as anything is left, the chain can be opened, and leads to the journal.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -22,7 +24,7 @@ use super::job::{Job, Totals, Writer};
 use super::ops::{Progress, Run};
 use super::options::Span;
 use super::plan::Afterwards;
-use super::work::{Work, describe, end_left};
+use super::work::{Work, data_file, describe, end_left};
 use super::workers::on_workers;
 use super::{empty, link, record};
 use crate::chain::Layer;
@@ -34,9 +36,8 @@ use crate::image::alloc::Allocator;
 use crate::image::bitmaps;
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, Qcow2, grow};
-use crate::journal::record::Phase;
+use crate::journal::record::{Header, Phase};
 use crate::journal::{self, Journal};
-use crate::storage::{FileId, FileKind};
 use crate::units::{GuestOffset, HostOffset};
 
 /// How a commit came out.
@@ -73,10 +74,20 @@ impl Commit {
     fn carry_out(mut self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Report> {
         let start = Instant::now();
         let mut report = Report::default();
+        if let Some(journal) = self.gone.take() {
+            self.finish_removed(&journal, &mut report)?;
+            report.elapsed = start.elapsed();
+            return Ok(report);
+        }
         let (folders, dir) = (self.chain.folders(&*self.host), self.options.journal_dir.clone());
         journal::sweep(&*self.host, &folders, dir.as_deref())?;
+        if let Some(remains) = self.left.base.as_ref().and_then(|left| left.remains(&*self.host, &self.chain))
+        {
+            // Base's journal, which tells of them, is there until a new one takes its place.
+            remains.settle(&*self.host, &self.chain, &self.options, &mut report)?;
+        }
         if self.plan.nothing_to_do.is_some() {
-            self.end_left()?;
+            self.end_left(&mut report)?;
             if self.options.verify {
                 report.digest = Some(self.read_back(progress, cancel)?);
             }
@@ -93,19 +104,20 @@ impl Commit {
                     return Err(e);
                 }
             }
-            self.link()?;
+            self.link(&work)?;
             // Until base is finished, its journal tells that an index of the same command meant another chain.
-            // But a file is only removed when nothing is left to be written that a power cut may tear.
             if !self.options.delete {
-                self.retire(&mut report)?;
+                self.mark_merged(&mut report)?;
             }
-            let host = Arc::clone(&self.host);
+            // A file is only removed when nothing is left to be written that a power cut may tear.
             if let Some(image) = self.chain.image_mut(self.base) {
-                work.finish(&*host, image)?;
+                work.release(image)?;
             }
             if self.options.delete {
-                self.retire(&mut report)?;
+                self.remove_layers(&mut report)?;
             }
+            work.journal().remove(&*self.host)?;
+            self.remove_active(&mut report)?;
         }
         let base = self.layer(self.base)?;
         report.base_file_size =
@@ -158,17 +170,17 @@ impl Commit {
     }
 
     /// Ends what merges have left that were stopped when they had changed the chain.
-    fn end_left(&self) -> Result<()> {
+    fn end_left(&self, report: &mut Report) -> Result<()> {
         if self.header.is_some() {
             // The images are locked, and not marked dirty: only the journals are there still.
             let left = [&self.left.base, &self.left.active];
             return left.into_iter().flatten().try_for_each(|left| left.discard(&*self.host));
         }
-        let dir = self.options.journal_dir.as_deref();
-        self.chain.layers().iter().try_for_each(|layer| end_left(&*self.host, layer, dir).map(drop))
+        let layers = 0..self.chain.layers().len();
+        layers.into_iter().try_for_each(|at| end_left(&*self.host, &self.chain, at, &self.options, report))
     }
 
-    fn layer(&self, at: usize) -> Result<&Layer> {
+    pub(super) fn layer(&self, at: usize) -> Result<&Layer> {
         self.chain.layers().get(at).ok_or_else(|| Error::Usage("the chain has no such layer".into()))
     }
 
@@ -210,27 +222,31 @@ impl Commit {
         }
     }
 
-    fn link(&mut self) -> Result<()> {
+    fn link(&mut self, work: &Work) -> Result<()> {
         let span = self.span();
         // A power cut behind the switch must not leave old layers that nobody knows for what they are.
-        self.mark_obsolete(Mark::Merging)?;
+        let marked = self.mark_obsolete(Mark::Merging)?;
+        self.note_spent(work.journal(), &marked)?;
         let dir = self.options.journal_dir.clone();
         match self.plan.afterwards.clone() {
             Afterwards::Relink { name, .. } => {
                 link::relink(&*self.host, &self.chain, span, span.top + 1, &name, dir.as_deref())
             }
-            Afterwards::Empty { name, .. } => self.empty_active(name.as_deref(), dir.as_deref()),
-            Afterwards::Keep | Afterwards::Delete => Ok(()),
+            Afterwards::Empty { name, .. } | Afterwards::Delete { name, .. } => {
+                let top_index = work.journal().header().top_index;
+                self.empty_active(name.as_deref(), dir.as_deref(), top_index)
+            }
+            Afterwards::Keep => Ok(()),
         }
     }
 
     /// Turns the active image into an empty overlay on base, under a journal of its own.
-    fn empty_active(&mut self, name: Option<&str>, dir: Option<&Path>) -> Result<()> {
-        let span = self.span();
+    fn empty_active(&mut self, name: Option<&str>, dir: Option<&Path>, top_index: u32) -> Result<()> {
+        let (span, removes) = (self.span(), self.removes_active());
         let host = Arc::clone(&self.host);
         let (left, work) = (self.left.active.take(), self.left.active_work.take());
         let format = self.layer(span.base)?.image.format().name();
-        let header = describe(&*host, &self.chain, span, span.active)?;
+        let header = Header { top_index, ..describe(&*host, &self.chain, span, span.active)? };
         let missing = || Error::Usage("the chain has no such layer".into());
         let image = self.chain.image_mut(span.active).ok_or_else(missing)?;
         let work = match work {
@@ -253,92 +269,15 @@ impl Commit {
             bitmaps::drop_all(active, &refcounts)?;
             empty::empty(active)?;
         }
-        work.finish(&*host, image)
-    }
-
-    /// Marks or removes what is no longer needed, from the top down.
-    fn retire(&self, report: &mut Report) -> Result<()> {
-        if !self.options.delete {
-            for (path, marked) in self.mark_obsolete(Mark::Merged)? {
-                if marked { &mut report.marked } else { &mut report.unmarked }.push(path);
-            }
-            return Ok(());
+        if !removes {
+            return work.finish(&*host, image);
         }
-        let base = self.base_name()?;
-        for layer in self.chain.layers().iter().rev().filter(|l| self.plan.obsolete.contains(&l.path)) {
-            if report.kept.is_empty() {
-                self.delete(layer, &base, report)?;
-            } else {
-                // Whoever uses the layer that is kept reads through those below it.
-                report.kept.push((layer.path.clone(), "a layer above it is kept".to_owned()));
-                self.mark(layer, &base, report)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn base_name(&self) -> Result<PathBuf> {
-        let base = self.layer(self.base)?;
-        Ok(self.host.canonicalize(&base.path).unwrap_or_else(|_| base.path.clone()))
-    }
-
-    /// Marks the layers between base and the active image that are no longer needed, side by side; says
-    /// for each, the top first, whether its header had room. The active image never gets a mark: until it
-    /// is removed, a guest may go on writing to it.
-    fn mark_obsolete(&self, mark: Mark) -> Result<Vec<(PathBuf, bool)>> {
-        let base = self.base_name()?;
-        let active = self.chain.active();
-        let layers: Vec<&Layer> = self
-            .chain
-            .layers()
-            .iter()
-            .rev()
-            .filter(|l| l.index <= active && self.plan.obsolete.contains(&l.path))
-            .collect();
-        link::mark(&*self.host, &layers, &base, mark, self.options.journal_dir.as_deref())
-    }
-
-    /// Removes a layer, and its data file, if its name still leads to the file of the plan, and that is a
-    /// regular file. A symbolic link stays, and leads nowhere. A layer that is kept is marked instead, and
-    /// keeps its data file.
-    fn delete(&self, layer: &Layer, base: &Path, report: &mut Report) -> Result<()> {
-        let data_file = layer.data_file.as_ref().map(|file| (&file.path, file.id));
-        for (path, id) in [(&layer.path, layer.id)].into_iter().chain(data_file) {
-            let found = self.host.canonicalize(path).and_then(|real| Ok((self.host.stat(&real)?, real)));
-            let why = match found {
-                Ok((stat, real))
-                    if stat.id == id && stat.kind == FileKind::Regular && !self.is_shared(id) =>
-                {
-                    self.host.unlink(&real).map_err(|e| Error::io(&real, "remove", None, e))?;
-                    let dir = real.parent().unwrap_or(Path::new("/"));
-                    self.host.sync_dir(dir).map_err(|e| Error::io(dir, "sync", None, e))?;
-                    report.deleted.push(path.clone());
-                    continue;
-                }
-                Ok((stat, _)) if stat.id != id => "its name leads to another file now".to_owned(),
-                Ok(_) if self.is_shared(id) => "another image uses it".to_owned(),
-                Ok(_) => "it is not a regular file".to_owned(),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => e.to_string(),
-                Err(e) => return Err(Error::io(path, "stat", None, e)),
-            };
-            report.kept.push((path.clone(), why));
-            if id == layer.id {
-                return self.mark(layer, base, report);
-            }
-        }
-        Ok(())
-    }
-
-    fn is_shared(&self, id: FileId) -> bool {
-        self.shared.contains(&id)
-    }
-
-    fn mark(&self, layer: &Layer, base: &Path, report: &mut Report) -> Result<()> {
-        let dir = self.options.journal_dir.as_deref();
-        for (path, marked) in link::mark(&*self.host, &[layer], base, Mark::Merged, dir)? {
-            if marked { &mut report.marked } else { &mut report.unmarked }.push(path);
-        }
-        Ok(())
+        // Its journal outlives it: then the same command knows what became of it.
+        let data_file = self.layer(span.active).and_then(|layer| data_file(&*host, layer))?;
+        work.journal().set_spent(Some(data_file));
+        self.removing = Some(Arc::clone(work.journal()));
+        let image = self.chain.image_mut(span.active).ok_or_else(missing)?;
+        work.release(image)
     }
 }
 
@@ -415,68 +354,4 @@ fn clear_autoclear(image: &Qcow2) -> Result<()> {
     let switch = plan_feature_bits(&cluster, header.incompatible, header.autoclear)
         .map_err(|e| Error::Usage(format!("{}: {e}", image.path().display())))?;
     link::apply(image, &switch)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::symlink;
-
-    use super::*;
-    use crate::image::bitmaps::tests::{ok, qemu};
-    use crate::merge::CommitOptions;
-    use crate::merge::testing::{Silent, local};
-    use crate::storage::OsHost;
-
-    fn delete(active: &Path, allow_shared_base: bool) -> Report {
-        let options = CommitOptions { open: local(), delete: true, allow_shared_base, ..Default::default() };
-        let never = AtomicBool::new(false);
-        let commit = Commit::prepare(Arc::new(OsHost), active, &options, &never).unwrap();
-        commit.execute(&Silent, &never).unwrap()
-    }
-
-    fn create(dir: &Path, args: &str) {
-        let in_dir = args.split(' ').map(|arg| match arg.strip_prefix('@') {
-            Some(name) => dir.join(name).to_str().unwrap().to_owned(),
-            None => arg.to_owned(),
-        });
-        let args: Vec<String> =
-            ["create", "-q", "-f", "qcow2"].map(str::to_owned).into_iter().chain(in_dir).collect();
-        ok("qemu-img", &args.iter().map(String::as_str).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn a_layer_behind_a_symbolic_link_is_removed_itself() {
-        if !qemu() {
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let dir = dir.path();
-        std::fs::create_dir(dir.join("store")).unwrap();
-        create(dir, "@base 1M");
-        create(dir, "-b @base -F qcow2 @store/mid");
-        symlink("store/mid", dir.join("mid")).unwrap();
-        create(dir, "-b @mid -F qcow2 @top");
-        let report = delete(&dir.join("top"), false);
-        assert_eq!(report.deleted, [dir.join("top"), dir.join("mid")]);
-        assert!(!dir.join("store/mid").exists() && !dir.join("top").exists());
-    }
-
-    #[test]
-    fn a_layer_that_is_kept_is_marked_and_keeps_its_data_file() {
-        if !qemu() {
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let dir = dir.path();
-        create(dir, "@base 1M");
-        let data = dir.join("data");
-        create(dir, &format!("-o data_file={} -b @base -F qcow2 @mid 1M", data.display()));
-        create(dir, "-b @mid -F qcow2 @top");
-        create(dir, "-b @mid -F qcow2 @other");
-        let report = delete(&dir.join("top"), true);
-        assert_eq!(report.deleted, [dir.join("top")]);
-        assert_eq!(report.kept, [(dir.join("mid"), "another image uses it".to_owned())]);
-        assert_eq!(report.marked, [dir.join("mid")]);
-        assert!(data.exists());
-    }
 }

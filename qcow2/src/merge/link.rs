@@ -28,14 +28,13 @@ pub(super) fn plan(
     if options.keep_active {
         return Ok(Afterwards::Keep);
     }
-    if options.delete {
-        return Ok(Afterwards::Delete);
-    }
-    if span.base + 1 == span.active {
-        return Ok(Afterwards::Empty { name: None, atomic: true });
-    }
-    let (name, atomic) = switch(host, chain, span, span.active)?;
-    Ok(Afterwards::Empty { name: Some(name), atomic })
+    let (name, atomic) = if span.base + 1 == span.active {
+        (None, true)
+    } else {
+        let (name, atomic) = switch(host, chain, span, span.active)?;
+        (Some(name), atomic)
+    };
+    Ok(if options.delete { Afterwards::Delete { name, atomic } } else { Afterwards::Empty { name, atomic } })
 }
 
 fn layer(chain: &Chain, at: usize) -> Result<&Layer> {

@@ -1,6 +1,7 @@
 //! Merging layers into a base: needs, operations, batches, and the switch of metadata.
 
 mod abort;
+mod before;
 mod cluster;
 mod commit;
 #[cfg(test)]
@@ -21,6 +22,8 @@ mod pace;
 mod plan;
 mod put;
 mod record;
+mod remains;
+mod removal;
 mod retire;
 mod safety;
 #[cfg(test)]

@@ -29,6 +29,9 @@ pub struct Plan {
     pub afterwards: Afterwards,
     /// Layers that are no longer needed.
     pub obsolete: Vec<PathBuf>,
+    /// Files of layers that an earlier merge was to remove when it was stopped: removed now, or marked as merged if
+    /// this merge removes none.
+    pub remains: Vec<PathBuf>,
     /// Layers that stop being restore points as soon as the first byte is written.
     pub restore_points_lost: Vec<PathBuf>,
     /// Bitmaps of merged layers that will be lost: layer and name.
@@ -82,8 +85,13 @@ pub enum Afterwards {
     },
     /// The active image stays as it is.
     Keep,
-    /// The active image is removed.
-    Delete,
+    /// The active image becomes an empty overlay on base, and is removed when nothing else is left to be done.
+    Delete {
+        /// The backing name that is written into it, where it changes.
+        name: Option<String>,
+        /// As for [`Afterwards::Relink`].
+        atomic: bool,
+    },
 }
 
 impl fmt::Display for Plan {

@@ -100,7 +100,11 @@ pub fn mark_merged(host: &dyn Host, images: &[Known], base: &Path) -> Result<Ret
     Ok(retired)
 }
 
-fn mark(image: &Known, file: Arc<dyn Storage>, base: &Path) -> Result<bool> {
+/// Marks an image, whose file is held under lock, as merged into `base`; false if its header has no room for that.
+///
+/// # Errors
+/// An I/O error; an image that is damaged.
+pub(super) fn mark(image: &Known, file: Arc<dyn Storage>, base: &Path) -> Result<bool> {
     let mut magic = [0; 4];
     file.read_exact_or_zero(&mut magic, 0).map_err(|e| Error::io(&image.path, "read", Some(0), e))?;
     if !is_qcow2(&magic) {

@@ -29,7 +29,7 @@ pub(super) fn layers(
         if image.header().is_corrupt() && span.base <= at {
             return refuse(Refusal::CorruptBit);
         }
-        let emptied = at == span.active && at == span.top && !options.keep_active && !options.delete;
+        let emptied = at == span.active && at == span.top && !options.keep_active;
         if image.header().is_dirty() && (at == span.base || emptied) && !ours(at) {
             return refuse(Refusal::Dirty);
         }
@@ -86,8 +86,8 @@ pub(super) fn journal_places(
 ) -> Result<()> {
     let last = match afterwards {
         Afterwards::Relink { .. } => span.top + 1,
-        Afterwards::Empty { .. } => span.top,
-        Afterwards::Keep | Afterwards::Delete => span.top.saturating_sub(1),
+        Afterwards::Empty { .. } | Afterwards::Delete { .. } => span.top,
+        Afterwards::Keep => span.top.saturating_sub(1),
     };
     for layer in chain.layers().get(span.base..=last).unwrap_or_default() {
         let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, "stat", None, e))?;
@@ -125,11 +125,12 @@ pub(super) struct Searched {
     pub(super) shared: Vec<FileId>,
 }
 
-/// Nobody outside the chain may read through base or a merged layer.
+/// Nobody outside the chain may read through base or a merged layer, but for layers that were `merged` before.
 pub(super) fn siblings(
     host: &dyn Host,
     chain: &Chain,
     span: Span,
+    merged: Vec<FileId>,
     options: &CommitOptions,
 ) -> Result<Searched> {
     let mut dirs = chain.folders(host);
@@ -137,7 +138,8 @@ pub(super) fn siblings(
     let touched = chain.layers().get(span.base..=span.top).unwrap_or_default();
     let targets: Vec<FileId> =
         touched.iter().flat_map(|l| [Some(l.id), l.data_file.as_ref().map(|d| d.id)]).flatten().collect();
-    let found = find_users(host, &dirs, &targets, &chain.files())?;
+    let theirs = [chain.files(), merged].concat();
+    let found = find_users(host, &dirs, &targets, &theirs)?;
     if let Some(first) = found.users.first()
         && !options.allow_shared_base
     {

@@ -4,14 +4,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::abort::{self, Pending};
-use super::options::Span;
+use super::execute::Report;
+use super::options::{CommitOptions, Span};
+use super::remains::Remains;
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, Refusal, Result};
 use crate::format::features;
 use crate::image::Image;
-use crate::journal::record::{BLOCK, Guard, Header, Identity, MAX_BLOCKS, Phase, Purpose, Record};
+use crate::journal::record::{
+    BLOCK, Guard, Header, Identity, MAX_BLOCKS, Phase, Purpose, Record, Spent, SpentKind,
+};
 use crate::journal::{self, Journal, Journaled, Verdict};
-use crate::storage::{Access, Host, Storage};
+use crate::storage::{Access, FileId, Host, Storage};
 
 /// An image that is written under a journal.
 #[derive(Debug)]
@@ -61,7 +65,24 @@ impl Left {
 
     /// The merge that was stopped.
     pub(super) fn pending(&self) -> Option<Pending> {
-        abort::of(&self.journal).filter(|_| self.verdict != Verdict::Over)
+        abort::of(&self.journal).filter(|pending| pending.is_removing || self.verdict != Verdict::Over)
+    }
+
+    /// The files of layers that the work has merged, and that nobody has written to since: not all of them have room for
+    /// a mark that says so.
+    pub(super) fn merged(&self, host: &dyn Host) -> Vec<FileId> {
+        let header = self.journal.header();
+        if header.purpose != Purpose::Merge || self.journal.state().phase < Phase::Switching {
+            return Vec::new();
+        }
+        let now = |path: &Path| journal::identity(host, path, &*host.open(path, Access::Read).ok()?).ok();
+        let as_merged = |was: &Identity| now(&was.path).filter(|now| was.is_unwritten(now)).map(|now| now.id);
+        header.layers.iter().filter_map(as_merged).collect()
+    }
+
+    /// The files that the work was to remove when it was stopped, and that are no part of `chain`.
+    pub(super) fn remains(&self, host: &dyn Host, chain: &Chain) -> Option<Remains> {
+        Remains::of(host, &self.journal, chain, self.verdict == Verdict::Foreign)
     }
 
     /// The layers that are restore points no more.
@@ -209,11 +230,13 @@ impl Work {
         }
     }
 
-    /// Ends the work: the dirty bit is cleared, and the journal removed.
+    /// Releases the image: the dirty bit is cleared, and nothing more is written under the journal. That stays, and
+    /// says so if files are to be removed.
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn finish(&self, host: &dyn Host, image: &mut Image) -> Result<()> {
+    pub(super) fn release(&self, image: &mut Image) -> Result<()> {
+        let state = self.journal.state();
         match (&mut *image, self.journal.header().guard) {
             (Image::Qcow2(qcow2), Guard::DirtyBit { lazy }) => {
                 self.journal.enter(Phase::Done);
@@ -225,12 +248,21 @@ impl Work {
                 })?;
                 qcow2.barrier()?;
             }
-            _ => {
-                let state = self.journal.state();
-                self.journal.note(Phase::Done, state.watermark, state.done)?;
-            }
+            _ => self.journal.note(Phase::Done, state.watermark, state.done)?,
         }
         self.unwrap(image)?;
+        match self.journal.spent() {
+            Some(_) => self.journal.note(Phase::Removing, state.watermark, state.done),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the work: the image is released, and the journal removed.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn finish(&self, host: &dyn Host, image: &mut Image) -> Result<()> {
+        self.release(image)?;
         self.journal.remove(host)
     }
 }
@@ -268,13 +300,14 @@ pub(super) fn describe(host: &dyn Host, chain: &Chain, span: Span, at: usize) ->
         guard,
         targets: identities(host, written)?,
         layers,
+        base: real(span.base)?,
         top: real(span.top)?,
+        top_index: u32::try_from(span.top + 1).unwrap_or(u32::MAX),
         active: real(span.active)?,
         new_size: 0,
         zero_until: 0,
         total: 0,
         restore_points_lost: Vec::new(),
-        obsolete: Vec::new(),
     })
 }
 
@@ -298,15 +331,49 @@ fn identity(host: &dyn Host, layer: &Layer) -> Result<Identity> {
     journal::identity(host, &layer.path, &**layer.image.file())
 }
 
-/// Ends what a merge has left behind that changed the chain and was stopped then: nothing of `layer` itself
-/// is needed but its header.
+/// The files that nobody needs when the work is done, as they are now: `layers` with their data files, in this order.
+/// Of each it is known whether its header has the mark of the merge.
+///
+/// # Errors
+/// The system's.
+pub(super) fn spent(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec<Spent>> {
+    let mut all = Vec::new();
+    for (layer, is_marked) in layers {
+        let mut kind = if *is_marked { SpentKind::Marked } else { SpentKind::Unmarked };
+        for file in identities(host, layer)? {
+            all.push(Spent { file, kind });
+            kind = SpentKind::DataFile;
+        }
+    }
+    Ok(all)
+}
+
+/// The external data file of a layer as it is now, if it has one.
+///
+/// # Errors
+/// The system's.
+pub(super) fn data_file(host: &dyn Host, layer: &Layer) -> Result<Vec<Spent>> {
+    let files = identities(host, layer)?.into_iter().skip(1);
+    Ok(files.map(|file| Spent { file, kind: SpentKind::DataFile }).collect())
+}
+
+/// Ends what a merge has left behind that changed the chain and was stopped then: nothing of the layer at `at` itself
+/// is needed but its header. Layers that were to be removed are.
 ///
 /// # Errors
 /// [`Error::InUse`]; the system's.
-pub(super) fn end_left(host: &dyn Host, layer: &Layer, dir: Option<&Path>) -> Result<bool> {
-    let Some(left) = Left::find(host, layer, dir)? else { return Ok(false) };
+pub(super) fn end_left(
+    host: &dyn Host,
+    chain: &Chain,
+    at: usize,
+    options: &CommitOptions,
+    report: &mut Report,
+) -> Result<()> {
+    let dir = options.journal_dir.as_deref();
+    let Some(layer) = chain.layers().get(at) else { return Ok(()) };
+    let Some(left) = Left::find(host, layer, dir)? else { return Ok(()) };
     if left.journal.state().phase < Phase::Switching {
-        return Ok(false);
+        return Ok(());
     }
     let path = &layer.path;
     let io = |op| move |e| Error::io(path, op, None, e);
@@ -314,16 +381,17 @@ pub(super) fn end_left(host: &dyn Host, layer: &Layer, dir: Option<&Path>) -> Re
     file.lock(crate::storage::LockMode::Write)
         .map_err(|_| Error::InUse { path: path.clone(), holders: host.holders(layer.id) })?;
     let found = journal::find(host, path, &*file, dir, Access::ReadWrite, journal::JOURNAL)?;
-    let Some((journal, last)) = found else { return Ok(false) };
+    let Some((journal, last)) = found else { return Ok(()) };
     let data = layer.image.as_qcow2().filter(|q| q.has_data_file()).map(|q| q.data_file().clone());
     let mut image = Image::open(path, file, layer.image.format(), data)?;
     let left = Left { verdict: left.verdict, journal: Arc::new(journal), last };
     if left.is_ours() {
-        left.take_up(&mut image)?.finish(host, &mut image)?;
-    } else {
-        left.journal.remove(host)?;
+        left.take_up(&mut image)?.release(&mut image)?;
     }
-    Ok(true)
+    if let Some(remains) = left.remains(host, chain) {
+        remains.settle(host, chain, options, report)?;
+    }
+    left.discard(host)
 }
 
 /// The refusal for an image that somebody has written to since a merge into it was stopped.

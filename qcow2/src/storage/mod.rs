@@ -202,6 +202,13 @@ pub trait Host: Send + Sync + fmt::Debug {
     /// The absolute name without symbolic links.
     fn canonicalize(&self, path: &Path) -> io::Result<PathBuf>;
 
+    /// As [`Host::canonicalize`], for a name that need not lead to anything: only its folder must be there.
+    fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        Ok(self.canonicalize(folder.unwrap_or(Path::new(".")))?.join(name))
+    }
+
     /// The names in a directory, as full paths.
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>>;
 

@@ -41,6 +41,9 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// larger logical blocks; one that has refuses, and gets zeros written.
 const DEVICE_BLOCK: u64 = 4096;
 
+/// How many symbolic links are followed, as in the kernel.
+const MAX_LINKS: usize = 40;
+
 impl OsHost {
     /// Opens a file like [`Host::open`], as its own type.
     pub fn open_file(&self, path: &Path, access: Access) -> io::Result<OsFile> {
@@ -90,6 +93,20 @@ impl Host for OsHost {
 
     fn canonicalize(&self, path: &Path) -> io::Result<PathBuf> {
         fs::canonicalize(path)
+    }
+
+    fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
+        let mut real = path.to_owned();
+        for _ in 0..MAX_LINKS {
+            let name = real.file_name().ok_or(ErrorKind::InvalidInput)?;
+            let folder = real.parent().filter(|folder| !folder.as_os_str().is_empty());
+            real = fs::canonicalize(folder.unwrap_or(Path::new(".")))?.join(name);
+            match fs::read_link(&real) {
+                Ok(target) => real = real.with_file_name(target),
+                Err(_) => return Ok(real),
+            }
+        }
+        Err(ErrorKind::InvalidInput.into())
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {

@@ -472,3 +472,20 @@ fn names_in_memory_are_resolved_like_real_ones() {
     assert_eq!(all(&*kept), b"123", "an open file outlives its name");
     assert!(matches!(host.list(Path::new("/a")), Err(e) if e.kind() == ErrorKind::NotFound));
 }
+
+#[test]
+fn a_name_that_leads_nowhere_has_an_absolute_form() {
+    for place in places() {
+        let gone = place.name("gone");
+        let real = place.host.canonicalize(&place.dir).unwrap().join("gone");
+        assert_eq!(place.host.resolve(&gone).unwrap(), real);
+        assert!(place.host.resolve(&place.name("no-folder/gone")).is_err());
+    }
+    let place = Place::on_disk(&std::env::temp_dir());
+    symlink("two", place.name("one")).unwrap();
+    symlink(place.name("gone"), place.name("two")).unwrap();
+    symlink("loop", place.name("loop")).unwrap();
+    let real = place.host.canonicalize(&place.dir).unwrap().join("gone");
+    assert_eq!(place.host.resolve(&place.name("one")).unwrap(), real);
+    assert!(place.host.resolve(&place.name("loop")).is_err());
+}

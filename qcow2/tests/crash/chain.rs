@@ -156,13 +156,15 @@ pub(crate) struct Scenario {
     pub(crate) base: usize,
     pub(crate) top: usize,
     pub(crate) after: After,
+    /// Top is named by its index in the chain.
+    pub(crate) by_index: bool,
     /// The disk of base is a block device.
     pub(crate) device: bool,
 }
 
 impl Scenario {
     pub(crate) fn new(name: String, layers: Vec<Layer>, base: usize, top: usize) -> Self {
-        Self { name, layers, base, top, after: After::Default, device: false }
+        Self { name, layers, base, top, after: After::Default, by_index: false, device: false }
     }
 
     pub(crate) fn active(&self) -> usize {
@@ -171,9 +173,10 @@ impl Scenario {
 
     pub(crate) fn options(&self) -> CommitOptions {
         let named = |at: usize| self.layers[at].path.to_string_lossy().into_owned();
+        let top = if self.by_index { format!("[{}]", self.top + 1) } else { named(self.top) };
         CommitOptions {
             base: BaseChoice::Named(named(self.base)),
-            top: (self.top != self.active()).then(|| named(self.top)),
+            top: (self.by_index || self.top != self.active()).then_some(top),
             open: options(),
             delete: self.after == After::Delete,
             keep_active: self.after == After::Keep,
@@ -187,8 +190,9 @@ impl Scenario {
     /// The disk before the merge, all of it durable.
     pub(crate) fn start(&self) -> State {
         let host = MemHost::new();
+        // A folder is there when something lies in it.
+        host.add("/vm/readme", b"").unwrap();
         if self.device {
-            // A folder is there when something lies in it.
             host.add(Path::new(JOURNALS).join("readme"), b"").unwrap();
         }
         for layer in &self.layers {
@@ -217,6 +221,17 @@ impl Scenario {
             merged[seen..zeros].fill(0);
         }
         merged
+    }
+
+    /// The files that are to be gone when all is done.
+    pub(crate) fn removed(&self) -> impl Iterator<Item = &Path> {
+        let removed = if self.after == After::Delete { self.base + 1..self.top + 1 } else { 0..0 };
+        let layers = &self.layers[removed];
+        let files = layers.iter().map(|layer| (&layer.path, layer.data_file.as_ref()));
+        files
+            .flat_map(|(path, data)| [Some(path), data.map(|(path, _)| path)])
+            .flatten()
+            .map(PathBuf::as_path)
     }
 
     /// The files of the layers.

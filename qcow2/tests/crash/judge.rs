@@ -15,7 +15,7 @@ use qcow2::storage::{Access, Host, MemHost};
 use qcow2::units::GuestOffset;
 use qcow2::{Error, Refusal, Result};
 
-use crate::chain::{After, JOURNALS, Scenario, options};
+use crate::chain::{JOURNALS, Scenario, options};
 use crate::power::disk;
 
 /// Nobody is told.
@@ -115,39 +115,58 @@ impl<'a> Judge<'a> {
         self.held(state)
     }
 
-    /// The same merge succeeds, and leaves what an undisturbed one leaves.
+    /// The same merge succeeds, and leaves what an undisturbed one leaves. Where all is done and everything that tells
+    /// of it was removed, it may say that there is no such image, and an index means another layer.
     pub(crate) fn again(&self, state: &State) -> Verdict {
+        if self.scenario.by_index && self.is_over(state) {
+            return self.done(state);
+        }
         let host = disk(self.scenario, state);
         match merge(self.scenario, Arc::new(host.clone())) {
             Ok(_) => self.done(&host.now()).map_err(|what| format!("after the same merge: {what}")),
-            Err(e) if self.is_gone(state) => {
-                let base = self.shows(&state.host(), self.scenario.base)?;
-                let whole = base == self.merged;
-                if whole { Ok(()) } else { Err(format!("a layer is gone, and base is not complete: {e}")) }
-            }
+            Err(_) if self.is_over(state) => self.done(state),
             Err(e) => Err(format!("the same merge is refused: {e}")),
         }
     }
 
-    /// All is done: base shows what was merged, and everything is sound.
+    /// All is done: base shows what was merged, everything is sound, and nothing is left behind.
     pub(crate) fn done(&self, state: &State) -> Verdict {
         self.left(state)?;
         if self.shows(&state.host(), self.scenario.base)? != self.merged {
             return Err("base does not show what was merged".into());
         }
-        // Half a record in the journals' own folder belongs to nobody, and is harmless.
-        let left = |name: &&Path| self.start.inode(name).is_none() && !name.starts_with(JOURNALS);
-        match state.names().find(left) {
+        // Nobody was to touch what lies above the overlay that was re-pointed.
+        for path in (self.scenario.top + 2..self.scenario.layers.len()).map(|at| self.scenario.path(at)) {
+            if !state.has_same(path, &self.start) {
+                return Err(format!("{} was changed", path.display()));
+            }
+        }
+        match self.left_over(state) {
             Some(name) => Err(format!("{} was left behind", name.display())),
             None => Ok(()),
         }
     }
 
-    /// Whether a layer that the merge may remove was removed: it is done, and cannot be asked for again.
-    fn is_gone(&self, state: &State) -> bool {
-        let Scenario { base, top, after, .. } = *self.scenario;
-        let missing = |at: usize| state.inode(self.scenario.path(at)).is_none();
-        after == After::Delete && (base + 1..=top).any(missing)
+    /// A file that an undisturbed merge does not leave.
+    fn left_over<'s>(&'s self, state: &'s State) -> Option<&'s Path> {
+        // Half a record in the journals' own folder belongs to nobody, and is harmless.
+        let is_new = |name: &&Path| self.start.inode(name).is_none() && !name.starts_with(JOURNALS);
+        let mut removed = self.scenario.removed().filter(|name| state.inode(name).is_some());
+        state.names().find(is_new).or_else(|| removed.next())
+    }
+
+    /// Whether all that was to be removed is gone, and with it all that tells of the merge.
+    pub(crate) fn is_over(&self, state: &State) -> bool {
+        let tells = |name: &Path| name.to_string_lossy().contains("qmerge-journal");
+        self.scenario.removed().next().is_some()
+            && self.left_over(state).is_none()
+            && !state.names().any(tells)
+    }
+
+    /// Whether a layer is one that the merge may remove, and was removed.
+    fn is_gone(&self, state: &State, at: usize) -> bool {
+        let path = self.scenario.path(at);
+        self.scenario.removed().any(|removed| removed == path) && state.inode(path).is_none()
     }
 
     fn sound(&self, state: &State, host: &MemHost) -> Verdict {
@@ -176,7 +195,7 @@ impl<'a> Judge<'a> {
         let Scenario { base, top, .. } = *self.scenario;
         let all = 0..self.scenario.layers.len();
         for at in all.filter(|at| *at < base || *at >= top) {
-            if at >= top && state.inode(self.scenario.path(at)).is_none() && self.is_gone(state) {
+            if self.is_gone(state, at) {
                 continue;
             }
             let shown = self.shows(host, at)?;

@@ -144,9 +144,13 @@ fn cut_twice(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
     let mut dice = Random::new(seed);
     for _ in 0..tier.of(3, 6).min(first.len()) {
         let (state, how) = first.swap_remove(dice.below(first.len() as u64) as usize);
+        if judge.is_over(&state) {
+            // It cannot be asked for again.
+            continue;
+        }
         let second = self::disk(scenario, &state);
-        if merge(scenario, Arc::new(second.clone())).is_err() {
-            // Layers that were removed cannot be asked for again; the first power cut was judged elsewhere.
+        if let Err(e) = merge(scenario, Arc::new(second.clone())) {
+            outcome.fail(format!("seed {seed}: first: {how}; then: {e}"));
             continue;
         }
         let few = Cuts {

@@ -6,6 +6,8 @@ mod entries;
 mod files;
 #[path = "scenarios/random.rs"]
 mod random;
+#[path = "scenarios/removed.rs"]
+mod removed;
 #[path = "scenarios/shape.rs"]
 mod shape;
 #[path = "scenarios/tables.rs"]
@@ -33,6 +35,7 @@ pub(crate) fn all(tier: Tier) -> Vec<Scenario> {
     list.extend(tables::emptied());
     list.extend(tables::bitmaps());
     list.extend(files::cluster_sizes());
+    list.extend(removed::removed());
     list.extend((0..tier.of(60, 600)).map(random::chain));
     list
 }

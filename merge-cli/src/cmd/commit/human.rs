@@ -11,7 +11,10 @@ use crate::output::size;
 /// The plan.
 pub(super) fn plan(plan: &Plan, args: &CommitArgs) -> String {
     if let Some(reason) = &plan.nothing_to_do {
-        return format!("nothing to do: {reason}");
+        return match remains(plan, args) {
+            None => format!("nothing to do: {reason}"),
+            Some(remains) => format!("nothing to merge: {reason}\nleft over of that:  {remains}"),
+        };
     }
     let mut fields = Fields::default();
     // Every layer from base up to top stops being a restore point, but top itself.
@@ -34,6 +37,9 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs) -> String {
     }
     fields.add("afterwards", afterwards(plan));
     fields.add("not needed then", obsolete(plan, args));
+    if let Some(remains) = remains(plan, args) {
+        fields.add("left over", format!("of a merge that was stopped: {remains}"));
+    }
     let what = if plan.restore_points_lost.len() == 1 { "a restore point" } else { "restore points" };
     let lost = list(&plan.restore_points_lost);
     fields.add(
@@ -56,15 +62,11 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs) -> String {
 /// The result.
 pub(super) fn result(plan: &Plan, report: &Report) -> String {
     if let Some(reason) = &plan.nothing_to_do {
-        return format!("nothing to do: {reason}");
+        let layers = layers(report);
+        let what = if layers.is_empty() { "do" } else { "merge" };
+        return [vec![format!("nothing to {what}: {reason}")], layers].concat().join("\n");
     }
-    let mut lines = vec![format!(
-        "merged into {}: {} copied, {} zeroed, in {}",
-        show(&plan.base),
-        size::short(report.totals.bytes_to_copy),
-        size::short(report.totals.bytes_to_zero),
-        size::duration(report.elapsed.as_secs_f64())
-    )];
+    let mut lines = vec![merged(plan, report)];
     if let Some(digest) = report.digest {
         lines
             .push(format!("verified: every merged range reads back; digest of the disk: crc32 {digest:08x}"));
@@ -79,11 +81,35 @@ pub(super) fn result(plan: &Plan, report: &Report) -> String {
         Afterwards::Keep => {
             lines.push(format!("{} was left as it is; its data stands in base too", show(&plan.active)));
         }
-        Afterwards::Delete => {}
+        Afterwards::Delete { .. } if report.kept.iter().any(|(file, _)| *file == plan.active) => {
+            lines.push(format!("{} is now an empty overlay on {}", show(&plan.active), show(&plan.base)));
+        }
+        Afterwards::Delete { .. } => {}
     }
     if plan.old_tail > 0 {
         lines.push(format!("note: {}", old_tail(plan)));
     }
+    lines.extend(layers(report));
+    lines.join("\n")
+}
+
+/// What was merged; with `--delete`, an overlay that holds nothing was merged before.
+fn merged(plan: &Plan, report: &Report) -> String {
+    let base = show(&plan.base);
+    if report.totals.is_empty() && matches!(plan.afterwards, Afterwards::Delete { .. }) {
+        return format!("nothing was left to merge into {base}");
+    }
+    format!(
+        "merged into {base}: {} copied, {} zeroed, in {}",
+        size::short(report.totals.bytes_to_copy),
+        size::short(report.totals.bytes_to_zero),
+        size::duration(report.elapsed.as_secs_f64())
+    )
+}
+
+/// What became of the layers that nobody needs any more.
+fn layers(report: &Report) -> Vec<String> {
+    let mut lines = Vec::new();
     if !report.deleted.is_empty() {
         lines.push(format!("removed: {}", list(&report.deleted)));
     }
@@ -99,7 +125,7 @@ pub(super) fn result(plan: &Plan, report: &Report) -> String {
             list(&report.unmarked)
         ));
     }
-    lines.join("\n")
+    lines
 }
 
 fn afterwards(plan: &Plan) -> String {
@@ -112,7 +138,10 @@ fn afterwards(plan: &Plan) -> String {
             format!("{active} becomes an empty overlay on {}{}", show(&plan.base), torn(*atomic))
         }
         Afterwards::Keep => format!("{} stays as it is", show(&plan.active)),
-        Afterwards::Delete => format!("{} is removed; boot from {}", show(&plan.active), show(&plan.base)),
+        Afterwards::Delete { atomic, .. } => {
+            let active = show(&plan.active);
+            format!("{active} is removed; boot from {}{}", show(&plan.base), torn(*atomic))
+        }
     }
 }
 
@@ -125,6 +154,12 @@ fn torn(atomic: bool) -> &'static str {
 fn obsolete(plan: &Plan, args: &CommitArgs) -> String {
     let what = if args.delete { "will be removed" } else { "stay, marked as merged" };
     if plan.obsolete.is_empty() { "no file".to_owned() } else { format!("{}: {what}", list(&plan.obsolete)) }
+}
+
+/// What a merge that was stopped has left to be removed, if anything.
+fn remains(plan: &Plan, args: &CommitArgs) -> Option<String> {
+    let what = if args.delete { "will be removed" } else { "stay, marked as merged" };
+    (!plan.remains.is_empty()).then(|| format!("{}: {what}", list(&plan.remains)))
 }
 
 fn old_tail(plan: &Plan) -> String {

@@ -50,6 +50,7 @@ fn common(plan: &Plan, totals: &Totals, base_file_size: u64) -> Value {
         "base-virtual-size-after": plan.base_size_after,
         "old-tail": plan.old_tail,
         "bitmaps-lost": bitmaps.collect::<Value>(),
+        "left-over": paths(&plan.remains),
         "afterwards": afterwards(&plan.afterwards),
     });
     if let Some(reason) = &plan.nothing_to_do {
@@ -67,6 +68,6 @@ fn afterwards(afterwards: &Afterwards) -> Value {
             json!({ "action": "empty", "backing-filename": name, "atomic": atomic })
         }
         Afterwards::Keep => json!({ "action": "keep" }),
-        Afterwards::Delete => json!({ "action": "delete" }),
+        Afterwards::Delete { .. } => json!({ "action": "delete" }),
     }
 }

@@ -43,7 +43,7 @@ fn remarks(facts: &Facts) -> impl Iterator<Item = String> {
     let all = [
         facts.used.map(|_| format!("in use {}", in_use(facts))),
         header
-            .filter(|h| h.is_dirty() && facts.pending.is_none())
+            .filter(|h| h.is_dirty() && !explains_dirty(facts))
             .map(|_| "marked dirty: not closed cleanly".to_owned()),
         header.filter(|h| h.is_corrupt()).map(|_| "marked corrupt".to_owned()),
         facts.cluster0.as_ref().and_then(merged),
@@ -59,12 +59,25 @@ fn remarks(facts: &Facts) -> impl Iterator<Item = String> {
 
 /// `merge pending: 42 % of b.qcow2 into base.qcow2`, and what to do.
 fn pending(pending: &Pending) -> String {
+    if pending.is_removing {
+        return format!(
+            "merge pending: all of {} is in {}, and layers that nobody needs any more are being removed; the same commit \
+             goes on",
+            pending.top.display(),
+            pending.base.display()
+        );
+    }
     let part = if pending.is_switching { "all of".to_owned() } else { format!("{} % of", pending.percent) };
     format!(
         "merge pending: {part} {} is in {}; the same commit goes on",
         pending.top.display(),
         pending.base.display()
     )
+}
+
+/// Whether a merge that was stopped has set the dirty bit.
+fn explains_dirty(facts: &Facts) -> bool {
+    facts.pending.as_ref().is_some_and(|pending| !pending.is_removing)
 }
 
 fn merged(cluster0: &Cluster0) -> Option<String> {
@@ -189,7 +202,7 @@ fn state(facts: &Facts, cluster0: &Cluster0) -> String {
     if header.is_corrupt() {
         words.push("marked corrupt: must not be written".to_owned());
     }
-    if header.is_dirty() && facts.pending.is_none() {
+    if header.is_dirty() && !explains_dirty(facts) {
         words.push("marked dirty: not closed cleanly, its refcounts cannot be trusted".to_owned());
     }
     if let Some(problem) = &facts.problem {

@@ -48,6 +48,7 @@ pub(super) fn image(facts: &Facts) -> Value {
             "bytes-total": pending.total,
             "percent": pending.percent,
             "switching": pending.is_switching,
+            "removing": pending.is_removing,
         });
         out.insert("merge-pending".into(), fields);
     }

@@ -73,9 +73,27 @@ impl Folder {
         let inject = format!("inject=fdatasync:signal={signal}:when={call}");
         let slowly = ["-e", "inject=fadvise64:delay_enter=100000"];
         let slowly: &[&str] = if signal == "SIGKILL" { &[] } else { &slowly };
+        self.traced(&[&["-e", "trace=fdatasync,fadvise64", "-e", &inject], slowly].concat(), args)
+    }
+
+    /// Runs the built command here, and kills it when it is about to remove the file `name`. False if it ends before.
+    pub(crate) fn killed_at_removal(&self, name: &str, args: &[&str]) -> bool {
+        let kill = ["-e", "trace=?unlink,unlinkat", "-e", "inject=?unlink,unlinkat:signal=SIGKILL:when=1"];
+        self.traced(&[&kill[..], &["-P", &self.arg(name)]].concat(), args).code != 0
+    }
+
+    /// Runs the built command here, and kills it when one of its threads is about to sync a folder for the `call`-th time.
+    /// False if it ends before.
+    pub(crate) fn killed_at_folder_sync(&self, call: u32, args: &[&str]) -> bool {
+        let inject = format!("inject=fsync:signal=SIGKILL:when={call}");
+        self.traced(&["-e", "trace=fsync", "-e", &inject], args).code != 0
+    }
+
+    /// Runs the built command here under strace with these options.
+    fn traced(&self, options: &[&str], args: &[&str]) -> Run {
         let binary = merge_binary().display().to_string();
-        let strace = ["-qq", "-f", "-o", "/dev/null", "-e", "trace=fdatasync,fadvise64", "-e", &inject];
-        run(&self.images, "strace", &[&strace, slowly, &[&binary], args].concat())
+        let strace = ["-qq", "-f", "-o", "/dev/null"];
+        run(&self.images, "strace", &[&strace, options, &[&binary], args].concat())
     }
 
     /// Runs `qemu-img` here, whatever it answers.

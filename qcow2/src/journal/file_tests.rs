@@ -1,0 +1,81 @@
+//! The file of a journal: which record counts, and where records lie.
+
+use super::super::record::tests::{header, spent};
+use super::super::record::{SECTORS, sector_crcs};
+use super::*;
+use crate::storage::MemHost;
+
+fn block(number: u64) -> Block {
+    let bytes = vec![number as u8; BLOCK as usize];
+    Block { number, before: sector_crcs(&bytes), bytes: bytes.into() }
+}
+
+#[test]
+fn the_last_whole_record_counts() {
+    let host = MemHost::new();
+    let path = Path::new("/x.journal");
+    let journal = Journal::create(&host, path, header()).unwrap();
+    let (opened, none) = Journal::open(&host, path, Access::Read).unwrap().unwrap();
+    assert_eq!((opened.header(), none), (&header(), None));
+    journal.note(Phase::Moving, 100, 7).unwrap();
+    journal.append(&mut journal.turn(), 1, 50, None, vec![block(3)]).unwrap();
+    let last = Journal::open(&host, path, Access::Read).unwrap().unwrap().1.unwrap();
+    assert_eq!((last.sequence, last.watermark, last.done, last.target), (2, 100, 7, 1));
+    assert_eq!(last.blocks, [block(3)]);
+    // The last one is torn: the one before it counts.
+    let place = journal.place(2);
+    let file = host.open(path, Access::ReadWrite).unwrap();
+    file.write_all_at(&[0xa5; 512], place + 512).unwrap();
+    let (again, last) = Journal::open(&host, path, Access::ReadWrite).unwrap().unwrap();
+    assert_eq!(last.unwrap().sequence, 1);
+    // And the next one takes the torn one's place.
+    again.append(&mut again.turn(), 0, 1, Some((1, 2)), vec![]).unwrap();
+    let last = Journal::open(&host, path, Access::Read).unwrap().unwrap().1.unwrap();
+    assert_eq!((last.sequence, last.stopped, last.spent), (2, Some((1, 2)), None));
+    // What is to be removed stands in every record from then on.
+    again.set_spent(Some(spent()));
+    again.note(Phase::Switching, 1, 1).unwrap();
+    again.note(Phase::Removing, 1, 1).unwrap();
+    let (opened, last) = Journal::open(&host, path, Access::Read).unwrap().unwrap();
+    assert_eq!((opened.spent(), last.unwrap().phase), (Some(spent()), Phase::Removing));
+    journal.remove(&host).unwrap();
+    journal.remove(&host).unwrap();
+    assert!(Journal::open(&host, path, Access::Read).unwrap().is_none());
+}
+
+#[test]
+fn a_new_journal_takes_the_place_of_an_old_one() {
+    let host = MemHost::new();
+    let path = Path::new("/x.journal");
+    host.add("/x.journal.new", b"left by a crash").unwrap();
+    let old = Journal::create(&host, path, header()).unwrap();
+    old.note(Phase::Moving, 9, 9).unwrap();
+    Journal::create(&host, path, Header { nonce: 1, ..header() }).unwrap();
+    let (opened, last) = Journal::open(&host, path, Access::Read).unwrap().unwrap();
+    assert_eq!((opened.header().nonce, last), (1, None));
+    host.add("/y.journal", b"not a journal").unwrap();
+    assert!(Journal::open(&host, Path::new("/y.journal"), Access::Read).unwrap().is_none());
+}
+
+#[test]
+fn records_do_not_reach_into_each_other() {
+    let host = MemHost::new();
+    let journal = Journal::create(&host, Path::new("/x.journal"), header()).unwrap();
+    let blocks: Vec<Block> = (0..7).map(block).collect();
+    let record = Record {
+        nonce: 0,
+        sequence: 0,
+        phase: Phase::Moving,
+        watermark: 0,
+        done: 0,
+        stopped: Some((1, 1)),
+        spent: Some(spent()),
+        target: 0,
+        len: 0,
+        blocks,
+    };
+    assert_eq!(journal.max_blocks(), 7);
+    assert!(journal.place(0) + record.encode().len() as u64 <= journal.place(1));
+    assert!(header().encode().unwrap().len() as u64 <= journal.beat_place());
+    assert_eq!(block(0).before.len(), SECTORS);
+}

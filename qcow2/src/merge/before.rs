@@ -1,0 +1,182 @@
+//! What was before: merges that were stopped, or done, and what the layers asked for mean therefore.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::options::{CommitOptions, Span};
+use super::remains::Remains;
+use super::work::{self, Left, Work};
+use crate::chain::{Chain, index};
+use crate::error::Result;
+use crate::format::Cluster0;
+use crate::image::Qcow2;
+use crate::journal::record::{Phase, Purpose};
+use crate::journal::{self, Journal};
+use crate::storage::{Access, Host};
+
+/// What stopped merges have left.
+#[derive(Debug, Default)]
+pub(super) struct Leftovers {
+    pub(super) base: Option<Left>,
+    pub(super) active: Option<Left>,
+    pub(super) base_work: Option<Work>,
+    pub(super) active_work: Option<Work>,
+}
+
+/// Finds what stopped merges have left in the images that are to be written, and has it read as it should
+/// be; nothing is written.
+pub(super) fn leftovers(
+    host: &dyn Host,
+    chain: &mut Chain,
+    span: Span,
+    empties: bool,
+    options: &CommitOptions,
+) -> Result<Leftovers> {
+    let mut all = Leftovers::default();
+    let dir = options.journal_dir.as_deref();
+    let written = [(span.base, true), (span.active, empties)];
+    for (at, _) in written.into_iter().filter(|(_, is_written)| *is_written) {
+        let Some(layer) = chain.layers().get(at) else { continue };
+        let Some(left) = Left::find(host, layer, dir)? else { continue };
+        if left.is_foreign() && at == span.base && !options.restart {
+            return Err(work::written_since(&layer.path, &left));
+        }
+        let image = chain.image_mut(at).filter(|_| left.is_ours());
+        let work = image.map(|image| left.take_up(image)).transpose()?;
+        if at == span.base {
+            (all.base, all.base_work) = (Some(left), work);
+        } else {
+            (all.active, all.active_work) = (Some(left), work);
+        }
+    }
+    Ok(all)
+}
+
+/// That an image was merged, in words; `base` may be empty.
+pub(super) fn was_merged(path: &Path, base: &str) -> String {
+    let into = if base.is_empty() { "its base" } else { base };
+    format!("{} was already merged into {into}", path.display())
+}
+
+/// The journal of the active image, if that was removed by the same merge: there is no chain any more.
+///
+/// # Errors
+/// The system's.
+pub(super) fn removed(host: &dyn Host, active: &Path, options: &CommitOptions) -> Result<Option<Journal>> {
+    let is_gone = matches!(host.stat(active), Err(e) if e.kind() == io::ErrorKind::NotFound);
+    if !is_gone || !options.delete {
+        return Ok(None);
+    }
+    journal::find_removed(host, active, options.journal_dir.as_deref())
+}
+
+/// The journals of the layers of a chain, from the bottom up.
+fn journals<'a>(
+    host: &'a dyn Host,
+    chain: &'a Chain,
+    dir: Option<&'a Path>,
+) -> impl Iterator<Item = Result<(&'a Path, Journal)>> {
+    chain.layers().iter().filter_map(move |layer| {
+        let file = &**layer.image.file();
+        let found =
+            journal::find(host, &layer.path, file, dir, layer.access, journal::JOURNAL).transpose()?;
+        Some(found.map(|(journal, _)| (layer.path.as_path(), journal)))
+    })
+}
+
+/// The options of a merge whose top is the active image by an index that it has no more, and no other layer: it had that
+/// when the same merge was stopped.
+///
+/// # Errors
+/// The system's.
+pub(super) fn meant(
+    host: &dyn Host,
+    chain: &Chain,
+    options: &CommitOptions,
+) -> Result<Option<CommitOptions>> {
+    let Some(top) = &options.top else { return Ok(None) };
+    let (Some(asked), Err(_), Some(active)) = (index(top), chain.find(host, top), chain.layers().last())
+    else {
+        return Ok(None);
+    };
+    for found in journals(host, chain, options.journal_dir.as_deref()) {
+        let (_, journal) = found?;
+        let header = journal.header();
+        let is_active = || host.stat(&header.active).is_ok_and(|stat| stat.id == active.id);
+        if header.top == header.active && header.top_index as usize == asked && is_active() {
+            return Ok(Some(CommitOptions { top: None, ..options.clone() }));
+        }
+    }
+    Ok(None)
+}
+
+/// The reason why there is nothing to do but to clean up, and the files that are left to be removed, if a merge was
+/// stopped behind the switch of the chain, and the layer asked for as top is in the chain no more, or is an index: what
+/// it meant then, it means no more.
+///
+/// # Errors
+/// The system's.
+pub(super) fn switched(
+    host: &dyn Host,
+    chain: &Chain,
+    options: &CommitOptions,
+) -> Result<Option<(String, Vec<PathBuf>)>> {
+    let Some(top) = &options.top else { return Ok(None) };
+    let files = chain.files();
+    let is_layer = |path: &Path| host.stat(path).is_ok_and(|stat| files.contains(&stat.id));
+    if is_layer(Path::new(top)) {
+        return Ok(None);
+    }
+    for found in journals(host, chain, options.journal_dir.as_deref()) {
+        let (base, journal) = found?;
+        let merged = &journal.header().top;
+        let is_switched = journal.header().purpose == Purpose::Merge
+            && journal.state().phase >= Phase::Switching
+            && !is_layer(merged);
+        if is_switched && names(host, top, merged) {
+            let reason = was_merged(merged, &base.display().to_string());
+            let remains = Remains::of(host, &journal, chain, false);
+            return Ok(Some((reason, remains.map_or_else(Vec::new, |remains| remains.paths(host)))));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a user may mean the layer at `merged`, which may be there no more: by an index, by a path that leads to it, or
+/// by its name as it stood in the layer above.
+fn names(host: &dyn Host, top: &str, merged: &Path) -> bool {
+    let same_name = || merged.file_name() == Some(OsStr::new(top.rsplit(['/', ':']).next().unwrap_or(top)));
+    index(top).is_some() || host.resolve(Path::new(top)).is_ok_and(|path| path == merged) || same_name()
+}
+
+/// The reason why there is nothing to do, if the layers asked for bear the mark of a merge.
+///
+/// # Errors
+/// A layer that is not there; the system's.
+pub(super) fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<String>> {
+    let either = |cluster0: &Cluster0| cluster0.merged_into().or_else(|| cluster0.merging_into());
+    let reason = |path: &Path, base: String| Some(was_merged(path, &base));
+    let Some(top) = &options.top else {
+        let active = chain.layers().last();
+        return Ok(active.and_then(|l| reason(&l.path, either(l.image.as_qcow2()?.cluster0())?)));
+    };
+    match chain.find(host, top) {
+        // A layer that is still in its chain, and was only about to be merged, must be merged yet.
+        Ok(at) => Ok(chain
+            .layers()
+            .get(at)
+            .and_then(|l| reason(&l.path, l.image.as_qcow2()?.cluster0().merged_into()?))),
+        Err(not_found) => {
+            // A layer that was merged is not in the chain any more.
+            let path = Path::new(top);
+            // A power cut may have torn its last mark.
+            journal::heal(host, path, options.journal_dir.as_deref())?;
+            let Ok(file) = host.open(path, Access::Read) else { return Err(not_found) };
+            match Qcow2::read_cluster0(path, &*file).ok().as_ref().and_then(either) {
+                Some(base) => Ok(reason(path, base)),
+                None => Err(not_found),
+            }
+        }
+    }
+}

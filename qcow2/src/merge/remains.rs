@@ -1,0 +1,329 @@
+//! Files of merged layers that were to be removed when a merge was stopped.
+//!
+//! The merge has noted which, and how it left them, before anything else stopped to need them (see
+//! [`crate::journal::record::Record::spent`]). Only what is as it was noted is removed: the same file under the
+//! same name, with the mark of this merge, written by nobody since, held by nobody, used by no image.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::execute::Report;
+use super::options::CommitOptions;
+use super::retire::{Known, mark};
+use crate::chain::{Chain, find_users};
+use crate::error::{Error, Result};
+use crate::image::Qcow2;
+use crate::journal::record::{Phase, Spent, SpentKind};
+use crate::journal::{self, Journal};
+use crate::storage::{Access, FileId, FileKind, Host, LockError, LockMode, Storage};
+
+/// What a stopped merge has left to be removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Remains {
+    /// The image that the layers were merged into.
+    base: PathBuf,
+    /// The uppermost layer first, a data file behind its image.
+    files: Vec<Spent>,
+    /// Somebody has written to base, which the merge had not released: what was merged may be needed yet.
+    is_doubtful: bool,
+}
+
+/// What is to be done with a file.
+enum Verdict {
+    /// It is there no more.
+    Gone,
+    /// It is what was noted, and held under lock.
+    Certain(Arc<dyn Storage>),
+    /// It stays, and why.
+    Kept(String),
+}
+
+impl Remains {
+    /// What the merge of a journal has left to be removed, if it has changed the chain: none of that is in `chain`
+    /// any more. `is_doubtful` tells that somebody has written to base meanwhile.
+    pub(super) fn of(host: &dyn Host, journal: &Journal, chain: &Chain, is_doubtful: bool) -> Option<Self> {
+        let files = journal.spent().filter(|_| journal.state().phase >= Phase::Switching)?;
+        let layers = chain.files();
+        let is_in_chain =
+            |spent: &Spent| host.stat(&spent.file.path).is_ok_and(|stat| layers.contains(&stat.id));
+        let base = journal.header().base.clone();
+        (!files.iter().any(is_in_chain)).then_some(Self { base, files, is_doubtful })
+    }
+
+    /// The files that are there still.
+    pub(super) fn paths(&self, host: &dyn Host) -> Vec<PathBuf> {
+        let paths = self.files.iter().map(|spent| spent.file.path.clone());
+        paths.filter(|path| host.stat(path).is_ok()).collect()
+    }
+
+    /// Removes what is certain, if this merge is to remove layers too, or else marks it as merged; says what is
+    /// kept, and why.
+    ///
+    /// # Errors
+    /// [`Error::InUse`]; the system's.
+    pub(super) fn settle(
+        &self,
+        host: &dyn Host,
+        chain: &Chain,
+        options: &CommitOptions,
+        report: &mut Report,
+    ) -> Result<()> {
+        let shared = self.shared(host, chain, options)?;
+        let mut keeps_layers = false;
+        let mut keeps_image = false;
+        for spent in &self.files {
+            let path = &spent.file.path;
+            let is_image = spent.kind != SpentKind::DataFile;
+            if !is_image && keeps_image {
+                continue;
+            }
+            let verdict = match self.judge(host, spent, &shared, options)? {
+                // Whoever uses the layer that is kept reads through those below it.
+                Verdict::Certain(_) if is_image && keeps_layers => {
+                    Verdict::Kept("a layer above it is kept".to_owned())
+                }
+                verdict => verdict,
+            };
+            keeps_image = false;
+            match verdict {
+                Verdict::Gone => {}
+                Verdict::Kept(why) => {
+                    (keeps_layers, keeps_image) = (keeps_layers || is_image, is_image);
+                    report.kept.push((path.clone(), why));
+                }
+                Verdict::Certain(_held) if options.delete => {
+                    unlink(host, path)?;
+                    report.deleted.push(path.clone());
+                }
+                Verdict::Certain(file) if is_image => {
+                    let known = Known::now(host, path)?;
+                    let marked = mark(&known, file, &self.base)?;
+                    if marked { &mut report.marked } else { &mut report.unmarked }.push(path.clone());
+                }
+                Verdict::Certain(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Those of the files that images use which are not among them.
+    fn shared(&self, host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Vec<FileId>> {
+        let there: Vec<(&Path, FileId)> = self
+            .files
+            .iter()
+            .filter_map(|spent| Some((&*spent.file.path, host.stat(&spent.file.path).ok()?.id)))
+            .collect();
+        let targets: Vec<FileId> = there.iter().map(|(_, id)| *id).collect();
+        if targets.is_empty() {
+            return Ok(targets);
+        }
+        let mut folders = chain.folders(host);
+        folders.extend(there.iter().filter_map(|(path, _)| Some(path.parent()?.to_owned())));
+        folders.extend(options.scan.iter().cloned());
+        let mut theirs = chain.files();
+        theirs.extend(&targets);
+        let found = find_users(host, &folders, &targets, &theirs)?;
+        Ok(found.users.iter().map(|user| user.uses).collect())
+    }
+
+    fn judge(
+        &self,
+        host: &dyn Host,
+        spent: &Spent,
+        shared: &[FileId],
+        options: &CommitOptions,
+    ) -> Result<Verdict> {
+        let path = &spent.file.path;
+        let kept = |why: &str| Ok(Verdict::Kept(why.to_owned()));
+        let failed = |op| move |e| Error::io(path, op, None, e);
+        let stat = match host.stat(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Verdict::Gone),
+            stat => stat.map_err(failed("stat"))?,
+        };
+        if stat.kind != FileKind::Regular {
+            return kept("it is not a regular file");
+        }
+        if shared.contains(&stat.id) {
+            return kept("another image uses it");
+        }
+        if host.canonicalize(path).map_err(failed("find"))? != *path || stat.id.inode != spent.file.id.inode {
+            return kept("its name leads to another file now");
+        }
+        if !options.open.policy.allows(host, path) {
+            return kept("it lies outside the allowed folders");
+        }
+        if self.is_doubtful {
+            return kept("somebody has written to base since the merge was stopped");
+        }
+        let file = host.open(path, Access::ReadWrite).map_err(failed("open"))?;
+        file.lock(LockMode::Write).map_err(|e| match e {
+            LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(stat.id) },
+            LockError::Io(e) => Error::io(path, "lock", None, e),
+        })?;
+        if !spent.file.is_unwritten(&journal::identity(host, path, &*file)?) {
+            return kept("it was written to since the merge was stopped");
+        }
+        if spent.kind == SpentKind::Marked && !self.is_marked(path, &*file)? {
+            return kept("it bears no mark of the merge");
+        }
+        Ok(Verdict::Certain(file))
+    }
+
+    /// Whether an image bears the mark of a merge into base. Where there was no room for a name, it has none.
+    fn is_marked(&self, path: &Path, file: &dyn Storage) -> Result<bool> {
+        let cluster0 = Qcow2::read_cluster0(path, file)?;
+        let into = cluster0.merged_into().or_else(|| cluster0.merging_into());
+        Ok(into.is_some_and(|into| into.is_empty() || into == self.base.to_string_lossy()))
+    }
+}
+
+/// Removes a file whose path has no symbolic links; that is durable afterwards.
+///
+/// # Errors
+/// The system's.
+pub(super) fn unlink(host: &dyn Host, path: &Path) -> Result<()> {
+    host.unlink(path).map_err(|e| Error::io(path, "remove", None, e))?;
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    host.sync_dir(folder).map_err(|e| Error::io(folder, "sync", None, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::{OpenOptions, Policy};
+    use crate::image::{CreateOptions, create, create_raw};
+    use crate::journal::record::{Guard, Header, Purpose};
+    use crate::merge::mark_merged;
+    use crate::storage::MemHost;
+
+    /// A base, a layer `/vm/1` with the mark of a merge into `into`, and a file `/vm/1.data`.
+    fn merged(into: &str) -> MemHost {
+        let host = MemHost::new();
+        create(&host, Path::new("/vm/0"), &CreateOptions::new(1 << 20)).unwrap();
+        let backing = Some((b"0".to_vec(), "qcow2".to_owned()));
+        create(&host, Path::new("/vm/1"), &CreateOptions { backing, ..CreateOptions::new(1 << 20) }).unwrap();
+        create_raw(&host, Path::new("/vm/1.data"), 512).unwrap();
+        if !into.is_empty() {
+            let image = Known::now(&host, Path::new("/vm/1")).unwrap();
+            mark_merged(&host, &[image], Path::new(into)).unwrap();
+        }
+        host
+    }
+
+    fn spent(host: &MemHost, path: &str, kind: SpentKind) -> Spent {
+        let file = host.open(Path::new(path), Access::Read).unwrap();
+        Spent { file: journal::identity(host, Path::new(path), &*file).unwrap(), kind }
+    }
+
+    /// A layer and its data file, as a merge into `/vm/0` has left them.
+    fn noted(host: &MemHost) -> Vec<Spent> {
+        vec![spent(host, "/vm/1", SpentKind::Marked), spent(host, "/vm/1.data", SpentKind::DataFile)]
+    }
+
+    /// A journal of a merge into `/vm/0` that was stopped in `phase`.
+    fn stopped(host: &MemHost, phase: Phase, files: Vec<Spent>) -> Journal {
+        let header = Header {
+            nonce: 1,
+            purpose: Purpose::Merge,
+            max_blocks: 1,
+            guard: Guard::Stamp,
+            targets: vec![spent(host, "/vm/0", SpentKind::Unmarked).file],
+            layers: Vec::new(),
+            base: "/vm/0".into(),
+            top: "/vm/1".into(),
+            top_index: 2,
+            active: "/vm/2".into(),
+            new_size: 0,
+            zero_until: 0,
+            total: 0,
+            restore_points_lost: Vec::new(),
+        };
+        let journal = Journal::create(host, Path::new("/vm/journal"), header).unwrap();
+        journal.set_spent(Some(files));
+        journal.note(phase, 0, 0).unwrap();
+        journal
+    }
+
+    /// What is removed and what is kept, if `change` happens to the files in between.
+    fn settle(host: &MemHost, files: Vec<Spent>, policy: Policy, change: impl Fn(&MemHost)) -> Report {
+        let journal = stopped(host, Phase::Removing, files);
+        change(host);
+        let options = OpenOptions { policy, ..OpenOptions::default() };
+        let chain = Chain::open(host, Path::new("/vm/0"), &options).unwrap();
+        let remains = Remains::of(host, &journal, &chain, false).unwrap();
+        let options = CommitOptions { open: options, delete: true, ..CommitOptions::default() };
+        let mut report = Report::default();
+        remains.settle(host, &chain, &options, &mut report).unwrap();
+        assert!(remains.paths(host).iter().all(|path| !report.deleted.contains(path)));
+        report
+    }
+
+    fn why(report: &Report) -> &str {
+        assert!(report.deleted.is_empty(), "{report:?}");
+        &report.kept[0].1
+    }
+
+    #[test]
+    fn what_is_as_it_was_noted_is_removed() {
+        let host = merged("/vm/0");
+        let report = settle(&host, noted(&host), Policy::local_files(), |_| {});
+        assert_eq!(report.deleted, [Path::new("/vm/1"), Path::new("/vm/1.data")]);
+        assert!(report.kept.is_empty() && host.stat(Path::new("/vm/1")).is_err());
+        // The image went before; its data file is still of it.
+        let host = merged("/vm/0");
+        let report =
+            settle(&host, noted(&host), Policy::local_files(), |host| host.unlink("/vm/1".as_ref()).unwrap());
+        assert_eq!(report.deleted, [Path::new("/vm/1.data")]);
+    }
+
+    #[test]
+    fn what_is_not_certain_is_kept_with_its_data_file() {
+        let anywhere = Policy::local_files;
+        for (into, why_not) in [("", "no mark"), ("/vm/1.data", "no mark")] {
+            let host = merged(into);
+            let report = settle(&host, noted(&host), anywhere(), |_| {});
+            assert!(why(&report).contains(why_not) && report.kept.len() == 1, "{report:?}");
+        }
+        let host = merged("/vm/0");
+        let report = settle(&host, noted(&host), anywhere(), |host| {
+            let file = host.open(Path::new("/vm/1"), Access::ReadWrite).unwrap();
+            file.write_all_at(&[7], 1 << 16).unwrap();
+        });
+        assert!(why(&report).contains("written to since"), "{report:?}");
+        let host = merged("/vm/0");
+        let report = settle(&host, noted(&host), anywhere(), |host| host.add("/vm/1", b"new").unwrap());
+        assert!(why(&report).contains("another file"), "{report:?}");
+        // A journal is no reason to leave the folders that are allowed.
+        let host = merged("/vm/0");
+        host.add("/else/where", b"").unwrap();
+        let report = settle(&host, noted(&host), Policy::deny().allow_dir("/else"), |_| {});
+        assert!(why(&report).contains("outside the allowed folders"), "{report:?}");
+    }
+
+    #[test]
+    fn nothing_is_left_over_before_the_switch() {
+        let host = merged("/vm/0");
+        let options = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+        let files = noted(&host);
+        let chain = Chain::open(&host, Path::new("/vm/1"), &options).unwrap();
+        let journal = stopped(&host, Phase::Switching, files.clone());
+        assert_eq!(Remains::of(&host, &journal, &chain, false), None, "it is a layer of the chain yet");
+        let chain = Chain::open(&host, Path::new("/vm/0"), &options).unwrap();
+        let journal = stopped(&host, Phase::Moving, files);
+        assert_eq!(Remains::of(&host, &journal, &chain, false), None);
+    }
+
+    #[test]
+    fn somebody_wrote_to_base_before_it_was_released() {
+        let host = merged("/vm/0");
+        let journal = stopped(&host, Phase::Switching, noted(&host));
+        let options = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+        let chain = Chain::open(&host, Path::new("/vm/0"), &options).unwrap();
+        let remains = Remains::of(&host, &journal, &chain, true).unwrap();
+        let options = CommitOptions { open: options, delete: true, ..CommitOptions::default() };
+        let mut report = Report::default();
+        remains.settle(&host, &chain, &options, &mut report).unwrap();
+        assert!(why(&report).contains("written to base"), "{report:?}");
+    }
+}

@@ -1,0 +1,209 @@
+//! What becomes of layers that are no longer needed: they are marked, or removed from the top down.
+//!
+//! Base's journal lists the layers that are to be removed from before the switch of the chain until they are gone. An active
+//! image that was merged is removed last, behind that journal; its own journal stays until then, so that the
+//! same command knows why the image is there no more.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::commit::Commit;
+use super::execute::Report;
+use super::link;
+use super::remains::{Remains, unlink};
+use super::work::spent;
+use crate::chain::Layer;
+use crate::error::{Error, Result};
+use crate::format::Mark;
+use crate::journal::Journal;
+use crate::storage::{FileId, FileKind};
+
+impl Commit {
+    /// Whether the active image is removed.
+    pub(super) fn removes_active(&self) -> bool {
+        self.options.delete && !self.options.keep_active && self.top == self.chain.active()
+    }
+
+    /// Has base's journal list the layers that are to be removed, as they are now; `marked` tells for each whether
+    /// it has a mark.
+    pub(super) fn note_spent(&self, journal: &Journal, marked: &[(PathBuf, bool)]) -> Result<()> {
+        let had = journal.spent().is_some();
+        if !self.options.delete && !had {
+            return Ok(());
+        }
+        let is_marked = |layer: &Layer| marked.iter().any(|(path, marked)| *path == layer.path && *marked);
+        let layers: Vec<_> = self.obsolete().map(|layer| (layer, is_marked(layer))).collect();
+        let files = self.options.delete.then(|| spent(&*self.host, &layers)).transpose()?;
+        journal.set_spent(files);
+        let state = journal.state();
+        journal.note(state.phase, state.watermark, state.done)
+    }
+
+    /// The layers between base and the active image that are no longer needed, the top first.
+    fn obsolete(&self) -> impl Iterator<Item = &Layer> {
+        let active = self.chain.active();
+        let layers = self.chain.layers().iter().take(active).rev();
+        layers.filter(|layer| self.plan.obsolete.contains(&layer.path))
+    }
+
+    /// Marks what is no longer needed as merged.
+    pub(super) fn mark_merged(&self, report: &mut Report) -> Result<()> {
+        for (path, marked) in self.mark_obsolete(Mark::Merged)? {
+            if marked { &mut report.marked } else { &mut report.unmarked }.push(path);
+        }
+        Ok(())
+    }
+
+    /// Removes what is no longer needed, from the top down, but for the active image.
+    pub(super) fn remove_layers(&self, report: &mut Report) -> Result<()> {
+        let base = self.base_name()?;
+        let mut keeps = false;
+        for layer in self.obsolete() {
+            if keeps {
+                // Whoever uses the layer that is kept reads through those below it.
+                report.kept.push((layer.path.clone(), "a layer above it is kept".to_owned()));
+            } else {
+                keeps = !self.delete(layer, report)?;
+            }
+            if keeps {
+                self.mark(layer, &base, report)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the active image, an empty overlay by now, if it is to go; then its journal.
+    pub(super) fn remove_active(&self, report: &mut Report) -> Result<()> {
+        let Some(journal) = &self.removing else { return Ok(()) };
+        self.delete(self.layer(self.chain.active())?, report)?;
+        journal.remove(&*self.host)
+    }
+
+    /// Ends a merge that was stopped when it had removed the active image.
+    pub(super) fn finish_removed(&self, journal: &Journal, report: &mut Report) -> Result<()> {
+        if let Some(remains) = Remains::of(&*self.host, journal, &self.chain, false) {
+            remains.settle(&*self.host, &self.chain, &self.options, report)?;
+        }
+        journal.remove(&*self.host)
+    }
+
+    fn base_name(&self) -> Result<PathBuf> {
+        let base = self.layer(self.base)?;
+        Ok(self.host.canonicalize(&base.path).unwrap_or_else(|_| base.path.clone()))
+    }
+
+    /// Marks the layers between base and the active image that are no longer needed, side by side; says
+    /// for each, the top first, whether its header had room. The active image never gets a mark: until it
+    /// is removed, a guest may go on writing to it.
+    pub(super) fn mark_obsolete(&self, mark: Mark) -> Result<Vec<(PathBuf, bool)>> {
+        let base = self.base_name()?;
+        let layers: Vec<&Layer> = self.obsolete().collect();
+        link::mark(&*self.host, &layers, &base, mark, self.options.journal_dir.as_deref())
+    }
+
+    /// Removes a layer, and then its data file, if its name still leads to the file of the plan, and that is a
+    /// regular file; false if the layer is kept, and then its data file is too. A symbolic link stays, and leads nowhere.
+    fn delete(&self, layer: &Layer, report: &mut Report) -> Result<bool> {
+        let data_file = layer.data_file.as_ref().map(|file| (&file.path, file.id));
+        for (path, id) in [(&layer.path, layer.id)].into_iter().chain(data_file) {
+            let found = self.host.canonicalize(path).and_then(|real| Ok((self.host.stat(&real)?, real)));
+            let why = match found {
+                Ok((stat, real))
+                    if stat.id == id && stat.kind == FileKind::Regular && !self.is_shared(id) =>
+                {
+                    unlink(&*self.host, &real)?;
+                    report.deleted.push(path.clone());
+                    continue;
+                }
+                Ok((stat, _)) if stat.id != id => "its name leads to another file now".to_owned(),
+                Ok(_) if self.is_shared(id) => "another image uses it".to_owned(),
+                Ok(_) => "it is not a regular file".to_owned(),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => e.to_string(),
+                Err(e) => return Err(Error::io(path, "stat", None, e)),
+            };
+            report.kept.push((path.clone(), why));
+            if id == layer.id {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn is_shared(&self, id: FileId) -> bool {
+        self.shared.contains(&id)
+    }
+
+    fn mark(&self, layer: &Layer, base: &Path, report: &mut Report) -> Result<()> {
+        let dir = self.options.journal_dir.as_deref();
+        for (path, marked) in link::mark(&*self.host, &[layer], base, Mark::Merged, dir)? {
+            if marked { &mut report.marked } else { &mut report.unmarked }.push(path);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::image::bitmaps::tests::{ok, qemu};
+    use crate::merge::CommitOptions;
+    use crate::merge::testing::{Silent, local};
+    use crate::storage::OsHost;
+
+    fn delete(active: &Path, allow_shared_base: bool) -> Report {
+        let options = CommitOptions { open: local(), delete: true, allow_shared_base, ..Default::default() };
+        let never = AtomicBool::new(false);
+        let commit = Commit::prepare(Arc::new(OsHost), active, &options, &never).unwrap();
+        commit.execute(&Silent, &never).unwrap()
+    }
+
+    fn create(dir: &Path, args: &str) {
+        let in_dir = args.split(' ').map(|arg| match arg.strip_prefix('@') {
+            Some(name) => dir.join(name).to_str().unwrap().to_owned(),
+            None => arg.to_owned(),
+        });
+        let args: Vec<String> =
+            ["create", "-q", "-f", "qcow2"].map(str::to_owned).into_iter().chain(in_dir).collect();
+        ok("qemu-img", &args.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_layer_behind_a_symbolic_link_is_removed_itself() {
+        if !qemu() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        std::fs::create_dir(dir.join("store")).unwrap();
+        create(dir, "@base 1M");
+        create(dir, "-b @base -F qcow2 @store/mid");
+        symlink("store/mid", dir.join("mid")).unwrap();
+        create(dir, "-b @mid -F qcow2 @top");
+        let report = delete(&dir.join("top"), false);
+        assert_eq!(report.deleted, [dir.join("mid"), dir.join("top")]);
+        assert!(!dir.join("store/mid").exists() && !dir.join("top").exists());
+    }
+
+    #[test]
+    fn a_layer_that_is_kept_is_marked_and_keeps_its_data_file() {
+        if !qemu() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        create(dir, "@base 1M");
+        let data = dir.join("data");
+        create(dir, &format!("-o data_file={} -b @base -F qcow2 @mid 1M", data.display()));
+        create(dir, "-b @mid -F qcow2 @top");
+        create(dir, "-b @mid -F qcow2 @other");
+        let report = delete(&dir.join("top"), true);
+        assert_eq!(report.deleted, [dir.join("top")]);
+        assert_eq!(report.kept, [(dir.join("mid"), "another image uses it".to_owned())]);
+        assert_eq!(report.marked, [dir.join("mid")]);
+        assert!(data.exists());
+    }
+}
