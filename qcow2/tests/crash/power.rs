@@ -123,7 +123,7 @@ fn cut_and_give_up(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
 #[test]
 fn a_merge_that_a_power_cut_has_stopped_can_be_given_up() {
     let tier = tier();
-    let some = scenarios::some(tier, 5);
+    let some = scenarios::some(tier, tier.of(5, 2));
     all("power cuts, then given up", some, |scenario, seed| cut_and_give_up(scenario, seed, tier));
 }
 
@@ -171,7 +171,7 @@ fn cut_twice(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
 #[test]
 fn no_power_cut_during_recovery_loses_anything() {
     let tier = tier();
-    let some = scenarios::some(tier, 3);
+    let some = scenarios::some(tier, tier.of(3, 2));
     let total = all("power cuts during recovery", some, |scenario, seed| cut_twice(scenario, seed, tier));
     if std::env::var_os("QMERGE_CRASH_ONLY").is_none() {
         assert!(total.states >= tier.of(50_000, 100_000), "{total:?}");
