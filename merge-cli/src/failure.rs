@@ -173,7 +173,7 @@ mod tests {
         assert_eq!(report(&shared, VerbName::Commit).kind, "shared-base");
         let used = Error::InUse { path: path.into(), holders: Vec::new() };
         assert_eq!(report(&used, VerbName::Commit).exit, Exit::IN_USE);
-        let full = Error::io(path, "write", Some(0), io::ErrorKind::StorageFull.into());
+        let full = Error::io(path, qcow2::FileOp::Write, Some(0), io::ErrorKind::StorageFull.into());
         assert_eq!(report(&full, VerbName::Commit).exit, Exit::NO_SPACE);
         assert_eq!(report(&full, VerbName::Commit).kind, "no-space");
         assert_eq!(report(&Error::Usage("no".into()), VerbName::Commit).exit, Exit::USAGE);

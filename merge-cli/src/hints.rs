@@ -8,7 +8,7 @@ use qcow2::error::Holder;
 use qcow2::journal::has_edit;
 use qcow2::merge::{self, Pending};
 use qcow2::storage::OsHost;
-use qcow2::{Error, Refusal};
+use qcow2::{Error, FileOp, Refusal};
 
 use crate::call::{Call, VerbName};
 use crate::monitors;
@@ -17,7 +17,7 @@ use crate::output::human::shell_word;
 /// The hint for an error met by `call`.
 pub(crate) fn hint(error: &Error, call: &Call) -> String {
     match error {
-        Error::Io { path, op, source, .. } => io_hint(path, op, source, call),
+        Error::Io { path, op, source, .. } => io_hint(path, *op, source, call),
         Error::Format { path, .. } if is_torn(path) => format!(
             "a power cut has torn its header while it was changed; the same qmerge commit, or qmerge abort {}, makes it whole",
             word(path)
@@ -60,7 +60,7 @@ fn is_torn(path: &Path) -> bool {
         || merge::pending(&OsHost, path, None).is_ok_and(|left| left.is_some_and(is_written))
 }
 
-fn io_hint(path: &Path, op: &str, source: &io::Error, call: &Call) -> String {
+fn io_hint(path: &Path, op: FileOp, source: &io::Error, call: &Call) -> String {
     let file = word(path);
     match source.kind() {
         io::ErrorKind::NotFound => format!("see which files there are: ls -l {}", word(&folder(path))),
@@ -309,7 +309,7 @@ mod tests {
 
     #[test]
     fn a_missing_file_points_at_its_folder() {
-        let error = Error::io(Path::new("x.qcow2"), "open", None, io::ErrorKind::NotFound.into());
+        let error = Error::io(Path::new("x.qcow2"), FileOp::Open, None, io::ErrorKind::NotFound.into());
         assert!(hint(&error, &commit()).ends_with("ls -l ."));
     }
 }

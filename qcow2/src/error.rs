@@ -1,7 +1,11 @@
 //! What can go wrong, with the file, the offset, what was found and what was expected.
 
+mod op;
+
 use std::io;
 use std::path::{Path, PathBuf};
+
+pub use self::op::FileOp;
 
 use crate::format::FormatError;
 use crate::units::GuestOffset;
@@ -18,8 +22,8 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// What was tried, as a verb: "read", "write", "open".
-        op: &'static str,
+        /// What was tried.
+        op: FileOp,
         /// The host offset, where there is one.
         offset: Option<u64>,
         /// The system's answer.
@@ -336,7 +340,7 @@ impl Error {
     }
 
     /// An I/O error on `path`, at a host offset where there is one.
-    pub fn io(path: &Path, op: &'static str, offset: Option<u64>, source: io::Error) -> Self {
+    pub fn io(path: &Path, op: FileOp, offset: Option<u64>, source: io::Error) -> Self {
         Self::Io { path: path.to_owned(), op, offset, source }
     }
 

@@ -48,4 +48,4 @@ pub mod merge;
 pub mod storage;
 pub mod units;
 
-pub use error::{Error, ErrorKind, Refusal, Result};
+pub use error::{Error, ErrorKind, FileOp, Refusal, Result};

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use qcow2::chain::{OpenOptions, open_data_file};
 use qcow2::check::repair::{self, RepairMode, RepairPlan};
 use qcow2::check::{self, CheckOptions, CheckReport, Severity, Verdict};
+use qcow2::error::FileOp;
 use qcow2::image::{ImageFormat, Qcow2};
 use qcow2::storage::{Access, FileId, Host, LockError, LockMode, OsHost, Storage};
 use qcow2::{Error, ErrorKind};
@@ -112,11 +113,11 @@ fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<Outcom
 fn open_locked(image: &Path, writes: bool) -> qcow2::Result<(Arc<dyn Storage>, FileId)> {
     let (access, mode) =
         if writes { (Access::ReadWrite, LockMode::Write) } else { (Access::Read, LockMode::Read) };
-    let file = OsHost.open(image, access).map_err(|e| Error::io(image, "open", None, e))?;
-    let id = file.stat().map_err(|e| Error::io(image, "read the state of", None, e))?.id;
+    let file = OsHost.open(image, access).map_err(|e| Error::io(image, FileOp::Open, None, e))?;
+    let id = file.stat().map_err(|e| Error::io(image, FileOp::Stat, None, e))?.id;
     file.lock(mode).map_err(|e| match e {
         LockError::Held { .. } => Error::InUse { path: image.to_owned(), holders: OsHost.holders(id) },
-        LockError::Io(e) => Error::io(image, "lock", None, e),
+        LockError::Io(e) => Error::io(image, FileOp::Lock, None, e),
     })?;
     Ok((file, id))
 }

@@ -10,6 +10,7 @@ use clap::Parser;
 use qcow2::chain::view::View;
 use qcow2::chain::{Chain, OpenOptions, Policy, digest};
 use qcow2::compare::compare;
+use qcow2::error::FileOp;
 use qcow2::storage::OsHost;
 use qcow2::{Error, Result as EngineResult};
 use serde_json::json;
@@ -40,15 +41,15 @@ pub(super) fn run(args: &DemoArgs, call: &Call, console: &Console) -> Result<Exi
     }
     let stop = Stop::on_signals(call)?;
     let io = |op| move |e| Failure::engine(&Error::io(&env::temp_dir(), op, None, e), call);
-    let folder = tempfile::Builder::new().prefix("qmerge-demo-").tempdir().map_err(io("make a folder in"))?;
+    let folder = tempfile::Builder::new().prefix("qmerge-demo-").tempdir().map_err(io(FileOp::CreateDir))?;
     // Names without the folder are easier to read.
-    env::set_current_dir(folder.path()).map_err(io("enter a folder of"))?;
+    env::set_current_dir(folder.path()).map_err(io(FileOp::EnterDir))?;
     let shown = Demo { call, console, stop: &stop }.show(args, folder.path());
     if args.keep {
         let kept = folder.keep();
         console.note(&format!("the files are in {}", kept.display()));
     } else {
-        folder.close().map_err(io("remove a folder of"))?;
+        folder.close().map_err(io(FileOp::RemoveDir))?;
     }
     shown
 }

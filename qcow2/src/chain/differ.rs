@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rayon::prelude::*;
 
 use super::view::{Supplied, Supply, View};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::image::{ClusterCache, Mapping};
 use crate::storage::FileId;
 use crate::units::{GuestOffset, GuestRange};
@@ -130,7 +130,7 @@ impl<'a> Differ<'a> {
 /// The files that hold the data of a view's layers.
 fn files(view: &View<'_>) -> Result<Vec<FileId>> {
     let id = |image: &&crate::image::Image| {
-        let stat = image.data_file().stat().map_err(|e| Error::io(image.path(), "stat", None, e))?;
+        let stat = image.data_file().stat().map_err(|e| Error::io(image.path(), FileOp::Stat, None, e))?;
         Ok(stat.id)
     };
     view.layers.iter().map(id).collect()

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::name::BackingName;
 use super::policy::{Named, Opened, Policy, not_writable};
 use super::{Chain, DataFile, Layer};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{Cluster0, EXT_BACKING_FORMAT, FormatError};
 use crate::image::{Image, ImageFormat, Qcow2};
 use crate::journal;
@@ -94,10 +94,11 @@ impl Opener<'_> {
 
     fn open_active(&self, path: &Path) -> Result<Found> {
         let io = |op| move |e| Error::io(path, op, None, e);
-        let access = self.access(self.host.stat(path).map_err(io("open"))?.id);
+        let access = self.access(self.host.stat(path).map_err(io(FileOp::Open))?.id);
         self.heal(path)?;
-        let storage = self.host.open(path, access).map_err(|e| not_writable(path, access, e, io("open")))?;
-        let id = storage.stat().map_err(io("stat"))?.id;
+        let storage =
+            self.host.open(path, access).map_err(|e| not_writable(path, access, e, io(FileOp::Open)))?;
+        let id = storage.stat().map_err(io(FileOp::Stat))?.id;
         self.lock(path, id, access, &*storage)?;
         let format = match self.options.active_format {
             Some(format) => format,
@@ -123,7 +124,7 @@ impl Opener<'_> {
         };
         storage.lock(mode).map_err(|e| match e {
             LockError::Held { .. } => Error::InUse { path: path.to_owned(), holders: self.host.holders(id) },
-            LockError::Io(e) => Error::io(path, "lock", None, e),
+            LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
         })
     }
 

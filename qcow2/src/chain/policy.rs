@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::name::BackingName;
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::storage::{Access, FileId, Host, Storage};
 
 /// How many layers a chain may have when the caller does not say.
@@ -98,14 +98,14 @@ impl Policy {
         let stat = stat.map_err(missing)?;
         let not_a_file = |what| Error::refused(image, Refusal::NotAFile { role, name: text(), what });
         name.check_kind(stat.kind).map_err(not_a_file)?;
-        let file = host.canonicalize(&path).map_err(|e| Error::io(&path, "resolve", None, e))?;
+        let file = host.canonicalize(&path).map_err(|e| Error::io(&path, FileOp::Resolve, None, e))?;
         if KERNEL_FILES.iter().any(|dir| file.starts_with(dir)) {
             return Err(not_a_file(format!("a window into the kernel ({})", file.display())));
         }
         self.check_scope(host, image, file)?;
         let access = access(stat.id);
         let storage = host.open(&path, access).map_err(|e| not_writable(&path, access, e, missing))?;
-        let opened = storage.stat().map_err(|e| Error::io(&path, "stat", None, e))?;
+        let opened = storage.stat().map_err(|e| Error::io(&path, FileOp::Stat, None, e))?;
         if opened.id != stat.id {
             let reason = Refusal::Other("the name was given to another file while it was opened".to_owned());
             return Err(Error::refused(&path, reason));
@@ -122,7 +122,7 @@ impl Policy {
     fn check_scope(&self, host: &dyn Host, image: &Path, file: PathBuf) -> Result<()> {
         let Scope::Inside(dirs) = &self.scope else { return Ok(()) };
         for dir in dirs {
-            let real = host.canonicalize(dir).map_err(|e| Error::io(dir, "resolve", None, e))?;
+            let real = host.canonicalize(dir).map_err(|e| Error::io(dir, FileOp::Resolve, None, e))?;
             if file.starts_with(real) {
                 return Ok(());
             }
@@ -293,7 +293,7 @@ mod tests {
     fn a_file_that_cannot_be_written_is_told_from_one_that_is_missing() {
         let error = |access, kind: io::ErrorKind| {
             not_writable(Path::new("/x"), access, kind.into(), |e| {
-                Error::io(Path::new("/x"), "open", None, e)
+                Error::io(Path::new("/x"), FileOp::Open, None, e)
             })
         };
         let read_only = error(Access::ReadWrite, io::ErrorKind::ReadOnlyFilesystem);

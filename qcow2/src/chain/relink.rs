@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use super::name::{BackingName, Spelling, protocol};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::storage::{FileId, Host};
 
 /// The backing name to write into `overlay` so that it leads to `base`: relative if `old`, the name that
@@ -21,11 +21,11 @@ use crate::storage::{FileId, Host};
 /// [`Error::Io`] if `base` does not exist; [`Error::Refused`] if no name leads to it, because it would be
 /// too long for the format.
 pub fn new_backing_name(host: &dyn Host, old: &[u8], overlay: &Path, base: &Path) -> Result<Vec<u8>> {
-    let id = host.stat(base).map_err(|e| Error::io(base, "stat", None, e))?.id;
+    let id = host.stat(base).map_err(|e| Error::io(base, FileOp::Stat, None, e))?.id;
     let was_relative =
         BackingName::parse(old).is_ok_and(|name| name.spelling() == Spelling::Path && name.is_relative());
     let named = absolute(host, base)?;
-    let real = host.canonicalize(base).map_err(|e| Error::io(base, "resolve", None, e))?;
+    let real = host.canonicalize(base).map_err(|e| Error::io(base, FileOp::Resolve, None, e))?;
     let mut candidates = Vec::new();
     if was_relative {
         candidates.extend(relative_names(host, overlay, &named)?);
@@ -41,7 +41,7 @@ pub fn new_backing_name(host: &dyn Host, old: &[u8], overlay: &Path, base: &Path
     }
     let reason = Refusal::Other(format!("no backing name leads from it to {}", base.display()));
     // A name that could not be looked at may lead there.
-    Err(failed.map_or_else(|| Error::refused(overlay, reason), |e| Error::io(base, "stat", None, e)))
+    Err(failed.map_or_else(|| Error::refused(overlay, reason), |e| Error::io(base, FileOp::Stat, None, e)))
 }
 
 /// Relative names that may lead from `overlay` to `base`, an absolute path; the best first.
@@ -50,7 +50,7 @@ fn relative_names(host: &dyn Host, overlay: &Path, base: &Path) -> Result<Vec<Pa
         Some(dir) if !dir.as_os_str().is_empty() => absolute(host, dir)?,
         _ => absolute(host, Path::new("."))?,
     };
-    let real = |path: &Path| host.canonicalize(path).map_err(|e| Error::io(path, "resolve", None, e));
+    let real = |path: &Path| host.canonicalize(path).map_err(|e| Error::io(path, FileOp::Resolve, None, e));
     let mut names = vec![between(&normalised(&dir), &normalised(base)), between(&dir, base)];
     // Where directories are symbolic links, `..` leads to the parent of what they point to.
     if let (Some(base_dir), Some(name)) = (base.parent(), base.file_name()) {
@@ -80,7 +80,7 @@ fn absolute(host: &dyn Host, path: &Path) -> Result<PathBuf> {
     let mut start = PathBuf::new();
     if path.is_relative() {
         let here = Path::new(".");
-        start = host.canonicalize(here).map_err(|e| Error::io(here, "resolve", None, e))?;
+        start = host.canonicalize(here).map_err(|e| Error::io(here, FileOp::Resolve, None, e))?;
     }
     start.extend(path.components().filter(|c| *c != Component::CurDir));
     Ok(start)

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::Chain;
 use super::name::{possible_data_file_paths, possible_paths};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::{Cluster0, Header, V2_HEADER_LENGTH, is_qcow2};
 use crate::storage::{Access, FileId, FileKind, Host, Storage};
 
@@ -75,7 +75,7 @@ pub fn find_users(
     let mut files = BTreeSet::new();
     let mut folders = BTreeSet::new();
     for dir in dirs {
-        let failed = |e| Error::io(dir, "list", None, e);
+        let failed = |e| Error::io(dir, FileOp::List, None, e);
         if !folders.insert(host.canonicalize(dir).map_err(failed)?) {
             continue;
         }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::{Bitmap, Snapshot, decode_bitmap_directory, read_be_u64s, snapshot_table_bound};
 
 use super::finding::{Finding, Findings, Structure, What};
@@ -175,7 +175,7 @@ impl Survey<'_> {
         let end = start.saturating_add(header.refcount_table_bytes()).min(self.subject.file_len);
         let mut bytes = vec![0; end.saturating_sub(start) as usize];
         let read = self.subject.read(Structure::RefcountTable, &mut bytes, start);
-        read.map_err(|unread| Error::io(self.subject.path, "read", Some(start), unread.source))?;
+        read.map_err(|unread| Error::io(self.subject.path, FileOp::Read, Some(start), unread.source))?;
         Ok(read_be_u64s(&bytes).collect())
     }
 }

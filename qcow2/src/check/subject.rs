@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::{BitmapsExtension, Cluster0, EXT_CRYPTO, FormatError, Geometry, Header};
 use crate::storage::Storage;
 use crate::units::HostOffset;
@@ -40,9 +40,9 @@ impl<'a> Subject<'a> {
     ) -> Result<Self> {
         let io = |op, offset| move |source| Error::io(path, op, offset, source);
         let bad = |source: FormatError| Error::format(path, source);
-        let file_len = file.size().map_err(io("get the size of", None))?;
+        let file_len = file.size().map_err(io(FileOp::Size, None))?;
         let mut start = vec![0; 1 << 21];
-        let n = file.read_at(&mut start, 0).map_err(io("read", Some(0)))?;
+        let n = file.read_at(&mut start, 0).map_err(io(FileOp::Read, Some(0)))?;
         start.truncate(n);
         let mut cluster0 = Cluster0::decode(&start).map_err(bad)?;
         let encryption = cluster0.crypto();
@@ -63,10 +63,8 @@ impl<'a> Subject<'a> {
         }
         cluster0.validate().map_err(bad)?;
         let bitmaps = cluster0.bitmaps().map_err(bad)?;
-        let data_len = data_file
-            .map(|file| file.size())
-            .transpose()
-            .map_err(io("get the size of the data file of", None))?;
+        let data_len =
+            data_file.map(|file| file.size()).transpose().map_err(io(FileOp::DataFileSize, None))?;
         let header = cluster0.header;
         Ok(Self {
             path,

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::chain::view::View;
 use crate::chain::{Chain, Layer, OpenOptions, new_backing_name};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::alloc::Allocator;
 use crate::image::create::{CreateOptions, Layout, dir_of, whole_sectors};
 use crate::image::refcounts::Refcounts;
@@ -168,8 +168,8 @@ impl Flatten {
                 job.run(Some(&mut Writer { refcounts: &refcounts, allocator }), &run)
             }
         })?;
-        file.sync().map_err(|e| Error::io(output, "sync", None, e))?;
-        let stat = file.stat().map_err(|e| Error::io(output, "stat", None, e))?;
+        file.sync().map_err(|e| Error::io(output, FileOp::Sync, None, e))?;
+        let stat = file.stat().map_err(|e| Error::io(output, FileOp::Stat, None, e))?;
         temporary.give_name(output)?;
         Ok(FlattenReport { totals, file_size: stat.len, allocated: stat.allocated, elapsed: start.elapsed() })
     }
@@ -218,7 +218,7 @@ impl NewImage {
     fn write(&self, path: &Path, file: Arc<dyn Storage>, clusters: u64) -> Result<Image> {
         match self {
             Self::Raw { size } => {
-                file.set_len(*size).map_err(|e| Error::io(path, "grow", Some(*size), e))?;
+                file.set_len(*size).map_err(|e| Error::io(path, FileOp::Grow, Some(*size), e))?;
                 Ok(Image::Raw(Raw::open(path, file)?))
             }
             Self::Qcow2(options) => {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::exists;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::image::create::{dir_of, lock_new};
 use crate::storage::{Host, Storage};
 
@@ -42,10 +42,10 @@ impl<'a> Temporary<'a> {
                     return Ok(this);
                 }
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
-                Err(e) => return Err(Error::io(&path, "create", None, e)),
+                Err(e) => return Err(Error::io(&path, FileOp::Create, None, e)),
             }
         }
-        Err(Error::io(&name(output, 0), "create", None, ErrorKind::AlreadyExists.into()))
+        Err(Error::io(&name(output, 0), FileOp::Create, None, ErrorKind::AlreadyExists.into()))
     }
 
     /// The temporary name.
@@ -65,11 +65,11 @@ impl<'a> Temporary<'a> {
     pub(super) fn give_name(mut self, output: &Path) -> Result<()> {
         self.host.rename_new(&self.path, output).map_err(|e| match e.kind() {
             ErrorKind::AlreadyExists => exists(output),
-            _ => Error::io(output, "rename the new file to", None, e),
+            _ => Error::io(output, FileOp::Rename, None, e),
         })?;
         self.named = true;
         let dir = dir_of(output);
-        self.host.sync_dir(dir).map_err(|e| Error::io(dir, "sync", None, e))
+        self.host.sync_dir(dir).map_err(|e| Error::io(dir, FileOp::Sync, None, e))
     }
 }
 
@@ -91,9 +91,9 @@ pub(super) fn refuse_existing(host: &dyn Host, output: &Path) -> Result<()> {
         Ok(_) => Err(exists(output)),
         Err(e) if e.kind() == ErrorKind::NotFound => {
             let dir = dir_of(output);
-            host.stat(dir).map_err(|e| Error::io(dir, "open", None, e)).map(drop)
+            host.stat(dir).map_err(|e| Error::io(dir, FileOp::Open, None, e)).map(drop)
         }
-        Err(e) => Err(Error::io(output, "stat", None, e)),
+        Err(e) => Err(Error::io(output, FileOp::Stat, None, e)),
     }
 }
 

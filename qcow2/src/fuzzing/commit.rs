@@ -269,7 +269,7 @@ impl Before {
     fn assert_bitmaps_tell(&self, host: &MemHost) -> Result<()> {
         let layer = &self.layers[self.case.base];
         let Some(was) = self.files.get(&layer.path).filter(|_| layer.is_qcow2()) else { return Ok(()) };
-        let io = |e| crate::Error::io(&layer.path, "read", None, e);
+        let io = |e| crate::Error::io(&layer.path, crate::FileOp::Read, None, e);
         let file = host.open(&layer.path, Access::Read).map_err(io)?;
         let cluster0 = Qcow2::read_cluster0(&layer.path, &*file)?;
         let bitmaps = read_bitmaps(&layer.path, &*file, &cluster0)?;

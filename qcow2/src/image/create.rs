@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::refcounts::ClusterIndex;
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{
     Cluster0, Compression, FormatError, Geometry, Header, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES,
     RefcountWidth, features, write_be_u64s,
@@ -64,7 +64,7 @@ pub fn create(host: &dyn Host, path: &Path, options: &CreateOptions) -> Result<(
 /// As [`create`].
 pub fn create_raw(host: &dyn Host, path: &Path, size: u64) -> Result<()> {
     let size = whole_sectors(path, size)?;
-    make(host, path, |file| file.set_len(size).map_err(|e| Error::io(path, "grow", Some(size), e)))
+    make(host, path, |file| file.set_len(size).map_err(|e| Error::io(path, FileOp::Grow, Some(size), e)))
 }
 
 /// The directory that a new name lies in.
@@ -86,11 +86,13 @@ pub(crate) fn whole_sectors(path: &Path, size: u64) -> Result<u64> {
 
 /// Creates a file, fills it, and makes it durable; removes it again if that fails.
 fn make(host: &dyn Host, path: &Path, fill: impl FnOnce(&dyn Storage) -> Result<()>) -> Result<()> {
-    let file = host.create_new(path).map_err(|e| Error::io(path, "create", None, e))?;
+    let file = host.create_new(path).map_err(|e| Error::io(path, FileOp::Create, None, e))?;
     let filled = lock_new(host, path, &*file)
         .and_then(|()| fill(&*file))
-        .and_then(|()| file.sync().map_err(|e| Error::io(path, "sync", None, e)))
-        .and_then(|()| host.sync_dir(dir_of(path)).map_err(|e| Error::io(dir_of(path), "sync", None, e)));
+        .and_then(|()| file.sync().map_err(|e| Error::io(path, FileOp::Sync, None, e)))
+        .and_then(|()| {
+            host.sync_dir(dir_of(path)).map_err(|e| Error::io(dir_of(path), FileOp::Sync, None, e))
+        });
     if filled.is_err() {
         // The first error is the one to tell.
         let _ = host.unlink(path);
@@ -101,7 +103,7 @@ fn make(host: &dyn Host, path: &Path, fill: impl FnOnce(&dyn Storage) -> Result<
 /// Locks a file that this process has created, so that nobody opens it half made.
 pub(crate) fn lock_new(host: &dyn Host, path: &Path, file: &dyn Storage) -> Result<()> {
     file.lock(LockMode::Write).map_err(|e| match e {
-        LockError::Io(e) => Error::io(path, "lock", None, e),
+        LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
         LockError::Held { .. } => {
             let holders = file.stat().map(|stat| host.holders(stat.id)).unwrap_or_default();
             Error::InUse { path: path.to_owned(), holders }
@@ -185,9 +187,9 @@ impl Layout {
         let width = RefcountWidth::of(&self.geometry);
         // What is not written is a hole, and reads as zeros.
         let size = self.file_size();
-        file.set_len(size).map_err(|e| Error::io(path, "grow", Some(size), e))?;
+        file.set_len(size).map_err(|e| Error::io(path, FileOp::Grow, Some(size), e))?;
         let write = |bytes: &[u8], at: u64| {
-            file.write_all_at(bytes, at).map_err(|e| Error::io(path, "write", Some(at), e))
+            file.write_all_at(bytes, at).map_err(|e| Error::io(path, FileOp::Write, Some(at), e))
         };
         let mut block = vec![0; self.geometry.cluster_size() as usize];
         for n in 0..self.blocks {

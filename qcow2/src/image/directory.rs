@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::qcow2::read_or_zero;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::{
     Bitmap, Cluster0, Header, Snapshot, decode_bitmap_directory, decode_snapshots, snapshot_table_bound,
 };
@@ -40,7 +40,7 @@ pub fn read_bitmaps(path: &Path, file: &dyn Storage, cluster0: &Cluster0) -> Res
 
 /// At most `len` bytes from `at`, fewer where the file ends; `len` does not matter for memory beyond that.
 fn read(path: &Path, file: &dyn Storage, at: HostOffset, len: u64) -> Result<Vec<u8>> {
-    let io = |e| Error::io(path, "read", Some(at.get()), e);
+    let io = |e| Error::io(path, FileOp::Read, Some(at.get()), e);
     let len = len.min(file.size().map_err(io)?.saturating_sub(at.get()));
     let mut bytes = vec![0; usize::try_from(len).unwrap_or_default()];
     read_or_zero(file, at, &mut bytes).map_err(io)?;

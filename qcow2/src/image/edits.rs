@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use super::Qcow2;
 use super::refcounts::{ClusterIndex, Refcounts};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::{L1Entry, L2Entry, read_be_u64s, write_be_u64s};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -226,7 +226,7 @@ impl Batch {
         for run in freed {
             let (start, end) = (run.start << bits, (run.end << bits).min(len));
             if start < end {
-                let io = |e| Error::io(image.path(), "punch a hole into", Some(start), e);
+                let io = |e| Error::io(image.path(), FileOp::Punch, Some(start), e);
                 image.file().punch_hole(start, end - start).map_err(io)?;
             }
         }

@@ -22,7 +22,7 @@ pub(crate) mod refcounts;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::is_qcow2;
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange};
@@ -71,7 +71,7 @@ impl ImageFormat {
     /// The file cannot be read.
     pub fn detect(path: &Path, file: &dyn Storage) -> Result<Self> {
         let mut magic = [0; 4];
-        let n = file.read_at(&mut magic, 0).map_err(|e| Error::io(path, "read", Some(0), e))?;
+        let n = file.read_at(&mut magic, 0).map_err(|e| Error::io(path, FileOp::Read, Some(0), e))?;
         Ok(if is_qcow2(&magic[..n]) { Self::Qcow2 } else { Self::Raw })
     }
 }

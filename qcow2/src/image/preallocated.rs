@@ -2,7 +2,7 @@
 
 use super::Qcow2;
 use super::refcounts::Refcounts;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 
 impl Qcow2 {
     /// Whether many more clusters are in use than the file system holds blocks for: then clusters were
@@ -12,7 +12,7 @@ impl Qcow2 {
     /// # Errors
     /// Refcounts that cannot be read.
     pub fn is_preallocated(&self) -> Result<bool> {
-        let failed = |e| Error::io(self.path(), "read the state of", None, e);
+        let failed = |e| Error::io(self.path(), FileOp::Stat, None, e);
         let cluster_size = self.geometry().cluster_size();
         let held = self.file().stat().map_err(failed)?.allocated / cluster_size;
         let enough = (held.saturating_mul(10) / 9).max(held.saturating_add(2));

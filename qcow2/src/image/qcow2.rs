@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::{Cluster0, FormatError, Geometry, Header};
 use crate::storage::{Storage, View};
 use crate::units::HostOffset;
@@ -65,7 +65,7 @@ impl Qcow2 {
         loop {
             let n = file
                 .read_at(&mut bytes[filled..], filled as u64)
-                .map_err(|e| Error::io(path, "read", Some(filled as u64), e))?;
+                .map_err(|e| Error::io(path, FileOp::Read, Some(filled as u64), e))?;
             filled += n;
             let want = Header::decode(&bytes[..filled]).map_or(0, |h| h.geometry().cluster_size() as usize);
             if n == 0 || filled >= want {
@@ -82,7 +82,7 @@ impl Qcow2 {
     /// # Errors
     /// A length cannot be read.
     pub fn refresh_lengths(&self) -> Result<()> {
-        let io = |e| Error::io(&self.path, "read the length of", None, e);
+        let io = |e| Error::io(&self.path, FileOp::Size, None, e);
         let file_len = self.file.size().map_err(io)?;
         self.file_len.store(file_len, Ordering::Relaxed);
         self.data_len.store(
@@ -144,14 +144,14 @@ impl Qcow2 {
     /// even where nothing was written to it.
     pub(crate) fn extend_to(&self, len: u64) -> Result<()> {
         if self.file_size()? < len {
-            self.file.set_len(len).map_err(|e| Error::io(&self.path, "grow", Some(len), e))?;
+            self.file.set_len(len).map_err(|e| Error::io(&self.path, FileOp::Grow, Some(len), e))?;
         }
         Ok(())
     }
 
     /// The length of the image file now.
     pub(crate) fn file_size(&self) -> Result<u64> {
-        self.file.size().map_err(|e| Error::io(&self.path, "read the length of", None, e))
+        self.file.size().map_err(|e| Error::io(&self.path, FileOp::Size, None, e))
     }
 
     /// The length of the file that holds plain guest data, in bytes.
@@ -172,21 +172,22 @@ impl Qcow2 {
 
     /// Reads a part of a table; what lies behind the end of the file reads as zeros.
     pub(crate) fn read_table(&self, host: HostOffset, buf: &mut [u8]) -> Result<()> {
-        read_or_zero(&*self.file, host, buf).map_err(|e| Error::io(&self.path, "read", Some(host.get()), e))
+        read_or_zero(&*self.file, host, buf)
+            .map_err(|e| Error::io(&self.path, FileOp::Read, Some(host.get()), e))
     }
 
     /// Writes a part of the image file's metadata, in use or not.
     pub(crate) fn write(&self, host: HostOffset, bytes: &[u8]) -> Result<()> {
         self.file
             .write_live(bytes, host.get())
-            .map_err(|e| Error::io(&self.path, "write", Some(host.get()), e))
+            .map_err(|e| Error::io(&self.path, FileOp::Write, Some(host.get()), e))
     }
 
     /// Writes metadata to which nothing refers yet.
     pub(crate) fn write_new(&self, host: HostOffset, bytes: &[u8]) -> Result<()> {
         self.file
             .write_all_at(bytes, host.get())
-            .map_err(|e| Error::io(&self.path, "write", Some(host.get()), e))
+            .map_err(|e| Error::io(&self.path, FileOp::Write, Some(host.get()), e))
     }
 
     /// Goes on with other storages for the image's files, which hold the same image; its header is read
@@ -207,7 +208,7 @@ impl Qcow2 {
 
     /// A barrier: everything written to the image and its data file is durable when it returns.
     pub(crate) fn barrier(&self) -> Result<()> {
-        let io = |e| Error::io(&self.path, "sync", None, e);
+        let io = |e| Error::io(&self.path, FileOp::Sync, None, e);
         if let Some(data) = &self.data_file {
             data.sync().map_err(io)?;
         }

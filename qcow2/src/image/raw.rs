@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Extent, Mapping, push};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -25,7 +25,7 @@ impl Raw {
     /// # Errors
     /// The file's length cannot be read.
     pub fn open(path: &Path, file: Arc<dyn Storage>) -> Result<Self> {
-        let len = file.size().map_err(|e| Error::io(path, "read the length of", None, e))?;
+        let len = file.size().map_err(|e| Error::io(path, FileOp::Size, None, e))?;
         let size = len
             .checked_next_multiple_of(SECTOR)
             .ok_or_else(|| Error::Usage(format!("{}: the file is too long", path.display())))?;
@@ -80,6 +80,6 @@ impl Raw {
     }
 
     fn next_data(&self, from: u64) -> Result<Option<std::ops::Range<u64>>> {
-        self.file.next_data(from).map_err(|e| Error::io(&self.path, "find the data of", Some(from), e))
+        self.file.next_data(from).map_err(|e| Error::io(&self.path, FileOp::FindData, Some(from), e))
     }
 }

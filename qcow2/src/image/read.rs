@@ -2,7 +2,7 @@
 
 use super::qcow2::read_or_zero;
 use super::{CompressedPart, Extent, Image, Inflater, Mapping, Qcow2};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::FormatError;
 use crate::units::GuestOffset;
 
@@ -44,7 +44,7 @@ impl ClusterCache {
                     let n = image
                         .file()
                         .read_at(&mut self.compressed, part.host.get())
-                        .map_err(|e| Error::io(image.path(), "read", Some(part.host.get()), e))?;
+                        .map_err(|e| Error::io(image.path(), FileOp::Read, Some(part.host.get()), e))?;
                     self.compressed.get(..n).unwrap_or_default()
                 }
             };
@@ -75,7 +75,7 @@ impl Image {
     ) -> Result<()> {
         match (extent.mapping, self) {
             (Mapping::Data { host }, _) => read_or_zero(&**self.data_file(), host, buf)
-                .map_err(|e| Error::io(self.path(), "read", Some(host.get()), e)),
+                .map_err(|e| Error::io(self.path(), FileOp::Read, Some(host.get()), e)),
             (Mapping::Compressed(part), Self::Qcow2(image)) => {
                 let cluster = cache.cluster(image, layer, &part, extent.range.start)?;
                 let from = (part.skip as usize).min(cluster.len());

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::record::{
     BLOCK, Block, ENVELOPE, Header, Phase, Record, Spent, header_len, record_len, record_room,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::storage::{Access, FileKind, Host, Storage};
 
 /// How often there is a sign of life.
@@ -80,10 +80,10 @@ impl Journal {
         fresh.push(".new");
         let fresh = PathBuf::from(fresh);
         match host.unlink(&fresh) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("create")(e)),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(FileOp::Create)(e)),
             _ => {}
         }
-        let file = host.create_private(&fresh).map_err(failed("create"))?;
+        let file = host.create_private(&fresh).map_err(failed(FileOp::Create))?;
         let journal = Self::with(path, file, header, bytes.len());
         let written = journal.file.write_all_at(&bytes, 0).and_then(|()| {
             if !begun {
@@ -96,7 +96,7 @@ impl Journal {
         if let Err(e) = written.and_then(|()| host.rename(&fresh, path)) {
             // The first error is the one that counts.
             let _ = host.unlink(&fresh);
-            return Err(failed("create")(e));
+            return Err(failed(FileOp::Create)(e));
         }
         sync_folder(host, path)?;
         Ok(journal)
@@ -114,7 +114,7 @@ impl Journal {
         blocks: Vec<Block>,
         len: u64,
     ) -> Result<()> {
-        let failed = |e| Error::io(path, "create", None, e);
+        let failed = |e| Error::io(path, FileOp::Create, None, e);
         match host.unlink(path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),
             _ => {}
@@ -141,18 +141,21 @@ impl Journal {
         let stat = match host.stat(path) {
             Ok(stat) => stat,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(failed("stat")(e)),
+            Err(e) => return Err(failed(FileOp::Stat)(e)),
         };
         if stat.kind != FileKind::Regular {
             return Ok(None);
         }
-        let file = host.open(path, access).map_err(failed("open"))?;
-        let Some(bytes) = piece(&*file, 0, header_len).map_err(failed("read"))? else { return Ok(None) };
+        let file = host.open(path, access).map_err(failed(FileOp::Open))?;
+        let Some(bytes) = piece(&*file, 0, header_len).map_err(failed(FileOp::Read))? else {
+            return Ok(None);
+        };
         let Some(header) = Header::parse(&bytes) else { return Ok(None) };
         let mut journal = Self::with(path, file, header, bytes.len());
         let mut last: Option<Record> = None;
         for place in [0, 1] {
-            let bytes = piece(&*journal.file, journal.place(place), record_len).map_err(failed("read"))?;
+            let bytes =
+                piece(&*journal.file, journal.place(place), record_len).map_err(failed(FileOp::Read))?;
             let record = bytes.and_then(|bytes| Record::parse(&bytes, journal.header.nonce));
             if let Some(record) = record.filter(|r| usize::from(r.target) < journal.header.targets.len())
                 && last.as_ref().is_none_or(|last| last.sequence < record.sequence)
@@ -234,7 +237,7 @@ impl Journal {
     /// # Errors
     /// The system's.
     pub(crate) fn modified_ns(&self) -> Result<i128> {
-        let stat = self.file.stat().map_err(|e| Error::io(&self.path, "stat", None, e))?;
+        let stat = self.file.stat().map_err(|e| Error::io(&self.path, FileOp::Stat, None, e))?;
         Ok(stat.modified_ns)
     }
 
@@ -251,7 +254,8 @@ impl Journal {
     pub(crate) fn note(&self, phase: Phase, watermark: u64, done: u64) -> Result<()> {
         let mut state = self.turn();
         (state.phase, state.watermark, state.done) = (phase, watermark, done);
-        self.append(&mut state, 0, 0, None, Vec::new()).map_err(|e| Error::io(&self.path, "write", None, e))
+        self.append(&mut state, 0, 0, None, Vec::new())
+            .map_err(|e| Error::io(&self.path, FileOp::Write, None, e))
     }
 
     /// Notes that the work stops in good order, with the target's length and time of change.
@@ -261,7 +265,7 @@ impl Journal {
     pub(crate) fn stop(&self, len: u64, modified_ns: i128) -> Result<()> {
         let mut state = self.turn();
         self.append(&mut state, 0, 0, Some((len, modified_ns)), Vec::new())
-            .map_err(|e| Error::io(&self.path, "write", None, e))
+            .map_err(|e| Error::io(&self.path, FileOp::Write, None, e))
     }
 
     /// Writes a record and makes it durable.
@@ -323,7 +327,9 @@ impl Journal {
     /// The system's.
     pub(crate) fn remove(&self, host: &dyn Host) -> Result<()> {
         match host.unlink(&self.path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io(&self.path, "remove", None, e)),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(Error::io(&self.path, FileOp::Remove, None, e))
+            }
             _ => sync_folder(host, &self.path),
         }
     }
@@ -348,7 +354,7 @@ pub(super) fn sync_folder(host: &dyn Host, path: &Path) -> Result<()> {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    host.sync_dir(folder).map_err(|e| Error::io(folder, "sync", None, e))
+    host.sync_dir(folder).map_err(|e| Error::io(folder, FileOp::Sync, None, e))
 }
 
 #[cfg(test)]

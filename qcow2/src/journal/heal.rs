@@ -12,7 +12,7 @@ use super::file::{Journal, sync_folder};
 use super::judge::{SLACK_NS, compare, has_clean_names, has_header};
 use super::place::{JOURNAL, SWITCH, find, identity, place, places};
 use super::record::{BLOCK, Block, Guard, Header, MAX_BLOCKS, Purpose, Record, sector_crcs};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::is_qcow2;
 use crate::storage::{Access, Host, LockError, LockMode, Storage};
 
@@ -39,17 +39,20 @@ pub(crate) fn edit_headers(host: &dyn Host, edits: &[Edit<'_>], dir: Option<&Pat
         edits.par_iter().map(|edit| record(host, edit, dir)).collect::<Result<Vec<_>>>()?;
     let folders: BTreeSet<&Path> = records.iter().filter_map(|path| path.parent()).collect();
     let sync_names = || {
-        let sync = |folder: &&Path| host.sync_dir(folder).map_err(|e| Error::io(folder, "sync", None, e));
+        let sync =
+            |folder: &&Path| host.sync_dir(folder).map_err(|e| Error::io(folder, FileOp::Sync, None, e));
         folders.iter().try_for_each(sync)
     };
     sync_names()?;
     edits.par_iter().try_for_each(|edit| {
         edit.writes.iter().try_for_each(|(at, bytes)| {
             let written = edit.file.write_all_at(bytes, *at).and_then(|()| edit.file.sync());
-            written.map_err(|e| Error::io(edit.path, "write", Some(*at), e))
+            written.map_err(|e| Error::io(edit.path, FileOp::Write, Some(*at), e))
         })
     })?;
-    records.iter().try_for_each(|path| host.unlink(path).map_err(|e| Error::io(path, "remove", None, e)))?;
+    records
+        .iter()
+        .try_for_each(|path| host.unlink(path).map_err(|e| Error::io(path, FileOp::Remove, None, e)))?;
     sync_names()
 }
 
@@ -59,7 +62,7 @@ pub(super) fn record(host: &dyn Host, edit: &Edit<'_>, dir: Option<&Path>) -> Re
     let path = place(host, edit.path, now.is_device, dir, SWITCH)?;
     let end = edit.writes.iter().map(|(at, bytes)| at + bytes.len() as u64).max().unwrap_or(0);
     let len = now.len.max(end);
-    let blocks = edited(edit, end).map_err(|e| Error::io(edit.path, "read", Some(0), e))?;
+    let blocks = edited(edit, end).map_err(|e| Error::io(edit.path, FileOp::Read, Some(0), e))?;
     let header = Header {
         nonce: nonce(),
         purpose: Purpose::Header { atomic: edit.atomic },
@@ -123,11 +126,11 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<(
     for record in places(host, path, dir, SWITCH)? {
         if host.stat(&record).is_ok() {
             let _held = hold(host, path)?;
-            host.unlink(&record).map_err(|e| Error::io(&record, "remove", None, e))?;
+            host.unlink(&record).map_err(|e| Error::io(&record, FileOp::Remove, None, e))?;
             sync_folder(host, &record)?;
         }
     }
-    let failed = |e| Error::io(path, "read", Some(0), e);
+    let failed = |e| Error::io(path, FileOp::Read, Some(0), e);
     let whole = has_header(&*file).map_err(failed)? && has_clean_names(&*file).map_err(failed)?;
     if !whole && let Some((journal, Some(last))) = find(host, path, &*file, dir, Access::Read, JOURNAL)? {
         let first = last.blocks.first().filter(|block| block.number == 0 && is_qcow2(&block.bytes));
@@ -177,7 +180,7 @@ fn sweep_one(host: &dyn Host, record: &Path, may_be_elsewhere: bool) -> Result<(
         redo_edit(&image, &*file, &journal, &last)?;
     }
     match host.unlink(record) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(record, "remove", None, e)),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(record, FileOp::Remove, None, e)),
         _ => sync_folder(host, record),
     }
 }
@@ -198,7 +201,7 @@ pub fn has_edit(host: &dyn Host, path: &Path) -> bool {
 /// Redoes an edit that was torn. A header that is whole is left as it is: it is the old one or the new one,
 /// or somebody has written another since.
 fn redo_edit(path: &Path, file: &dyn Storage, journal: &Journal, last: &Record) -> Result<()> {
-    let sectors = compare(last, file).map_err(|e| Error::io(path, "read", Some(0), e))?;
+    let sectors = compare(last, file).map_err(|e| Error::io(path, FileOp::Read, Some(0), e))?;
     let atomic = matches!(journal.header().purpose, Purpose::Header { atomic: true });
     let between = !atomic && sectors.foreign == 0 && sectors.old > 0 && sectors.new > 0;
     if between || is_torn(path, file, journal, last)? { write_back(path, file, last) } else { Ok(()) }
@@ -207,7 +210,7 @@ fn redo_edit(path: &Path, file: &dyn Storage, journal: &Journal, last: &Record) 
 /// Whether the header of an image was torn as it was written with this record. One whose names nobody would write was torn
 /// behind its first bytes.
 fn is_torn(path: &Path, file: &dyn Storage, journal: &Journal, last: &Record) -> Result<bool> {
-    let failed = |e| Error::io(path, "read", Some(0), e);
+    let failed = |e| Error::io(path, FileOp::Read, Some(0), e);
     if !has_header(file).map_err(failed)? {
         return Ok(true);
     }
@@ -218,18 +221,18 @@ fn is_torn(path: &Path, file: &dyn Storage, journal: &Journal, last: &Record) ->
 
 fn write_back(path: &Path, file: &dyn Storage, last: &Record) -> Result<()> {
     let written = write_in_place(file, last.blocks.iter(), last.len).and_then(|()| file.sync());
-    written.map_err(|e| Error::io(path, "write", Some(0), e))
+    written.map_err(|e| Error::io(path, FileOp::Write, Some(0), e))
 }
 
 /// Opens the image for writing, and locks it.
 fn hold(host: &dyn Host, path: &Path) -> Result<std::sync::Arc<dyn Storage>> {
-    let file = host.open(path, Access::ReadWrite).map_err(|e| Error::io(path, "open", None, e))?;
+    let file = host.open(path, Access::ReadWrite).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     file.lock(LockMode::Write).map_err(|e| match e {
         LockError::Held { .. } => {
             let holders = file.stat().map(|stat| host.holders(stat.id)).unwrap_or_default();
             Error::InUse { path: path.to_owned(), holders }
         }
-        LockError::Io(e) => Error::io(path, "lock", None, e),
+        LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
     })?;
     Ok(file)
 }

@@ -4,7 +4,7 @@ use std::io;
 
 use super::file::Journal;
 use super::record::{BLOCK, Guard, Phase, Record, SECTOR};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::{Cluster0, FormatError};
 use crate::storage::Storage;
 
@@ -50,7 +50,7 @@ pub(crate) fn judge(
         (false, _, Phase::Done) => return Ok(Verdict::Finished),
         _ => {}
     }
-    let failed = |e| Error::io(journal.path(), "compare the image with", None, e);
+    let failed = |e| Error::io(journal.path(), FileOp::CompareWith, None, e);
     let stat = file.stat().map_err(failed)?;
     if let Some(then) = last.stopped {
         return Ok(match (then == (stat.len, stat.modified_ns), stat.modified_ns < then.1) {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::file::Journal;
 use super::record::{Identity, Phase, Purpose, Record, SECTOR};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::storage::{Access, FileKind, Host, Storage};
 
 /// How the names of journals end.
@@ -24,11 +24,11 @@ const LONGEST: usize = 255;
 /// The system's.
 pub(crate) fn identity(host: &dyn Host, path: &Path, file: &dyn Storage) -> Result<Identity> {
     let failed = |op| move |e| Error::io(path, op, None, e);
-    let stat = file.stat().map_err(failed("stat"))?;
+    let stat = file.stat().map_err(failed(FileOp::Stat))?;
     let mut head = [0; SECTOR];
-    file.read_exact_or_zero(&mut head, 0).map_err(failed("read"))?;
+    file.read_exact_or_zero(&mut head, 0).map_err(failed(FileOp::Read))?;
     Ok(Identity {
-        path: host.canonicalize(path).map_err(failed("find"))?,
+        path: host.canonicalize(path).map_err(failed(FileOp::Resolve))?,
         id: stat.id,
         is_device: stat.kind == FileKind::Block,
         len: stat.len,
@@ -62,7 +62,7 @@ fn named_apart(image: &Path, ending: &str) -> OsString {
 /// # Errors
 /// The system's.
 pub(super) fn places(host: &dyn Host, path: &Path, dir: Option<&Path>, ending: &str) -> Result<Vec<PathBuf>> {
-    let real = host.canonicalize(path).map_err(|e| Error::io(path, "find", None, e))?;
+    let real = host.canonicalize(path).map_err(|e| Error::io(path, FileOp::Resolve, None, e))?;
     let beside = real.with_file_name(named(&real, ending));
     Ok([Some(beside), dir.map(|dir| dir.join(named_apart(&real, ending)))].into_iter().flatten().collect())
 }
@@ -80,7 +80,7 @@ pub(crate) fn place(
     dir: Option<&Path>,
     ending: &str,
 ) -> Result<PathBuf> {
-    let real = host.canonicalize(path).map_err(|e| Error::io(path, "find", None, e))?;
+    let real = host.canonicalize(path).map_err(|e| Error::io(path, FileOp::Resolve, None, e))?;
     let refused = |why: String| Error::refused(path, Refusal::JournalPlace { why });
     let (folder, name) = match dir {
         Some(dir) => {
@@ -88,7 +88,7 @@ pub(crate) fn place(
                 ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::PermissionDenied => {
                     refused(format!("{}: {e}", dir.display()))
                 }
-                _ => Error::io(dir, "find", None, e),
+                _ => Error::io(dir, FileOp::Resolve, None, e),
             };
             (host.canonicalize(dir).map_err(no_folder)?, named_apart(&real, ending))
         }
@@ -112,7 +112,7 @@ pub(crate) fn find(
     access: Access,
     ending: &str,
 ) -> Result<Option<(Journal, Option<Record>)>> {
-    let real = host.canonicalize(path).map_err(|e| Error::io(path, "find", None, e))?;
+    let real = host.canonicalize(path).map_err(|e| Error::io(path, FileOp::Resolve, None, e))?;
     let beside = real.parent().unwrap_or(Path::new("/")).join(named(&real, ending));
     let mut candidates = vec![beside];
     if let Some(dir) = dir {
@@ -120,7 +120,7 @@ pub(crate) fn find(
         // By its real name, as in `place`: a journal must not be taken for another one than itself.
         let names = match host.canonicalize(dir).and_then(|dir| host.list(&dir)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
-            names => names.map_err(|e| Error::io(dir, "list", None, e))?,
+            names => names.map_err(|e| Error::io(dir, FileOp::List, None, e))?,
         };
         candidates
             .extend(names.into_iter().filter(|n| n.as_os_str().as_bytes().ends_with(ending.as_bytes())));

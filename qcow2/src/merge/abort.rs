@@ -7,7 +7,7 @@ use super::work::{Left, percent};
 use crate::chain::{Chain, OpenOptions};
 use crate::check::CheckOptions;
 use crate::check::repair::{self, RepairMode};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::Image;
 use crate::journal;
 use crate::journal::record::{Phase, Purpose};
@@ -53,7 +53,7 @@ pub struct Aborted {
 /// # Errors
 /// The image cannot be opened, or the journal cannot be read.
 pub fn pending(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<Pending>> {
-    let file = host.open(path, Access::Read).map_err(|e| Error::io(path, "open", None, e))?;
+    let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
     Ok(found.filter(|(_, last)| last.is_some()).and_then(|(journal, _)| of(&journal)))
 }
@@ -93,7 +93,7 @@ pub fn abort(
     cancel: &AtomicBool,
 ) -> Result<Aborted> {
     journal::heal(host, base, dir)?;
-    let id = host.stat(base).map_err(|e| Error::io(base, "open", None, e))?.id;
+    let id = host.stat(base).map_err(|e| Error::io(base, FileOp::Open, None, e))?.id;
     let access = [(id, Access::ReadWrite)].into();
     let mut chain = Chain::open(host, base, &OpenOptions { lock: true, access, ..open.clone() })?;
     let at = chain.active();

@@ -16,7 +16,7 @@ use super::work::{self, Left};
 use super::{before, link, record, safety};
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions, index};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::{Image, bitmaps, grow, read_snapshots};
 use crate::journal::Journal;
 use crate::journal::record::Header;
@@ -362,7 +362,7 @@ fn file_size_after(
     side_by_side: u64,
 ) -> Result<u64> {
     let Some(image) = images.get(span.base) else { return Ok(0) };
-    let stat = image.file().stat().map_err(|e| Error::io(image.path(), "stat", None, e))?;
+    let stat = image.file().stat().map_err(|e| Error::io(image.path(), FileOp::Stat, None, e))?;
     let needed = match image {
         // A file of odd length is filled up to a sector when its end is written.
         Image::Raw(_) => new_size,

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::{L1Entry, L2Entry, read_be_u64s};
 use crate::image::Qcow2;
 use crate::image::refcounts::{ClusterIndex, Refcounts};
@@ -73,7 +73,7 @@ pub(super) fn finish(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()>
     image.unmap();
     if image.has_data_file() {
         let data = image.data_file();
-        let io = |e| Error::io(image.path(), "empty the data file of", None, e);
+        let io = |e| Error::io(image.path(), FileOp::EmptyDataFile, None, e);
         let len = data.size().map_err(io)?;
         data.punch_hole(0, len).map_err(io)?;
     }
@@ -153,7 +153,7 @@ fn trim(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
     if dropped {
         image.barrier()?;
     }
-    let io = |e| Error::io(image.path(), "shrink", None, e);
+    let io = |e| Error::io(image.path(), FileOp::Shrink, None, e);
     if image.file().stat().map_err(io)?.kind == FileKind::Regular
         && end > 0
         && end << bits < image.file_size()?
@@ -170,7 +170,7 @@ fn trim(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
         image
             .file()
             .punch_hole(start, len)
-            .map_err(|e| Error::io(image.path(), "punch a hole into", Some(start), e))
+            .map_err(|e| Error::io(image.path(), FileOp::Punch, Some(start), e))
     })?;
     image.barrier()
 }

@@ -15,7 +15,7 @@ use super::retire::Known;
 use super::{empty, link};
 use crate::chain::{BackingName, Chain, OpenOptions, new_backing_name, open_data_file};
 use crate::check::{CheckOptions, check};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{FormatError, Switch, plan_backing_and_l1_switch};
 use crate::image::alloc::Allocator;
 use crate::image::refcounts::Refcounts;
@@ -69,7 +69,7 @@ pub fn empty_onto(
     let was_empty = stands && same_format && empty && !bitmaps;
     if !was_empty {
         // What was emptied by a call that did not come to its end has changed, and holds nothing.
-        let stat = image.file().stat().map_err(|e| Error::io(image.path(), "stat", None, e))?;
+        let stat = image.file().stat().map_err(|e| Error::io(image.path(), FileOp::Stat, None, e))?;
         overlay.judge(&stat)?;
     }
     judge(&image, options, cancel)?;

@@ -30,7 +30,7 @@ use super::{empty, link, record};
 use crate::chain::Layer;
 use crate::check::CheckOptions;
 use crate::check::repair::{self, RepairMode};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::{Mark, plan_feature_bits};
 use crate::image::alloc::Allocator;
 use crate::image::bitmaps;
@@ -98,7 +98,7 @@ impl Commit {
                 Err(e) => {
                     // A failed barrier is final: nothing may be written, or called durable, behind it.
                     let of_journal = matches!(&e, Error::Io { path, .. } if path == work.journal().path());
-                    if !of_journal && !matches!(e, Error::Io { op: "sync", .. }) {
+                    if !of_journal && !matches!(e, Error::Io { op: FileOp::Sync, .. }) {
                         work.stop();
                     }
                     return Err(e);
@@ -121,7 +121,7 @@ impl Commit {
         }
         let base = self.layer(self.base)?;
         report.base_file_size =
-            base.image.file().size().map_err(|e| Error::io(&base.path, "stat", None, e))?;
+            base.image.file().size().map_err(|e| Error::io(&base.path, FileOp::Stat, None, e))?;
         report.elapsed = start.elapsed();
         Ok(report)
     }
@@ -308,8 +308,8 @@ fn move_into_qcow2(
 
 /// Makes a raw base larger; what is new reads as zeros.
 fn grow_raw(raw: &mut crate::image::Raw, size: u64) -> Result<()> {
-    raw.file().set_len(size).map_err(|e| Error::io(raw.path(), "grow", Some(size), e))?;
-    raw.file().sync().map_err(|e| Error::io(raw.path(), "sync", None, e))
+    raw.file().set_len(size).map_err(|e| Error::io(raw.path(), FileOp::Grow, Some(size), e))?;
+    raw.file().sync().map_err(|e| Error::io(raw.path(), FileOp::Sync, None, e))
 }
 
 /// Prepares a qcow2 base: autoclear bits that are not known are cleared, as the specification asks of
@@ -325,7 +325,7 @@ pub(super) fn prepare(image: &mut Qcow2, clusters: u64, side_by_side: u64, size:
     grow::grow_l1(image, &refcounts, size)?;
     if image.has_data_file() && image.header().data_file_raw() && size > image.virtual_size() {
         // A raw data file is the disk, byte for byte.
-        let io = |e| Error::io(image.path(), "grow the data file of", Some(size), e);
+        let io = |e| Error::io(image.path(), FileOp::GrowDataFile, Some(size), e);
         let data = image.data_file();
         if data.size().map_err(io)? < size {
             data.set_len(size).map_err(io)?;

@@ -15,7 +15,7 @@ use super::options::Span;
 use super::retire::Known;
 use super::workers::on_workers;
 use crate::chain::{BackingName, Chain, OpenOptions, open_data_file};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::plan_backing_switch;
 use crate::image::{Image, ImageFormat, Qcow2};
 use crate::storage::{Access, FileId, Host, LockMode};
@@ -70,7 +70,8 @@ impl Interrupted {
         let chain = Chain::open(host, &top.path, &below)?;
         let expected = merged.iter().chain([base]);
         for (layer, known) in chain.layers().iter().rev().zip(expected.clone()) {
-            let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, "stat", None, e))?;
+            let stat =
+                layer.image.file().stat().map_err(|e| Error::io(&layer.path, FileOp::Stat, None, e))?;
             known.judge(&stat)?;
         }
         let known = expected.count();

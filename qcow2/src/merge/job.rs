@@ -14,7 +14,7 @@ use super::ops::{Ops, Run, Target};
 use super::origin::Origin;
 use super::pace::Pace;
 use crate::chain::view::View;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::image::alloc::Allocator;
 use crate::image::edits::{Batch, ClusterSource};
 use crate::image::refcounts::Refcounts;
@@ -83,7 +83,7 @@ impl<'a> Job<'a> {
     /// A qcow2 base as the cluster steps see it.
     fn qcow2(&self, image: &'a Qcow2) -> Result<Base<'a>> {
         let below = (self.base > 0).then(|| View::new(self.layers, 0, self.base - 1));
-        let stat = image.file().stat().map_err(|e| Error::io(image.path(), "stat", None, e))?;
+        let stat = image.file().stat().map_err(|e| Error::io(image.path(), FileOp::Stat, None, e))?;
         let blank_from = match stat.kind {
             FileKind::Regular => image.file_len().div_ceil(image.geometry().cluster_size()),
             _ => u64::MAX,
@@ -254,7 +254,7 @@ impl<'a> Job<'a> {
             let bytes = ops.bytes();
             std::mem::take(ops).run(self.layers, &target, run)?;
             // Also when nothing was written: what a merge that was killed has written need not be durable.
-            raw.file().sync().map_err(|e| Error::io(raw.path(), "sync", None, e))?;
+            raw.file().sync().map_err(|e| Error::io(raw.path(), FileOp::Sync, None, e))?;
             Ok(bytes)
         };
         self.for_each_window(|needs, end| {

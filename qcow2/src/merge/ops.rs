@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rayon::prelude::*;
 
 use super::origin::Origin;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::image::{ClusterCache, Image};
 use crate::journal::Journal;
 use crate::journal::record::Phase;
@@ -154,7 +154,7 @@ impl Op {
     }
 
     fn run(&self, layers: &[&Image], target: &Target<'_>, cache: &mut ClusterCache) -> Result<()> {
-        let failed = |e| Error::io(target.path, "write", Some(self.to.get()), e);
+        let failed = |e| Error::io(target.path, FileOp::Write, Some(self.to.get()), e);
         match self.origin {
             Origin::Zeros => target.file.write_zeroes(self.to.get(), self.len).map_err(failed),
             Origin::Plain { layer, host } => {
@@ -162,7 +162,7 @@ impl Op {
                 target
                     .file
                     .copy_from(&**image.data_file(), host.get(), self.to.get(), self.len)
-                    .map_err(|e| Error::io(image.path(), "copy from", Some(host.get()), e))
+                    .map_err(|e| Error::io(image.path(), FileOp::CopyFrom, Some(host.get()), e))
             }
             Origin::Compressed { layer, part, guest } => {
                 let image = layers.get(layer).and_then(|image| image.as_qcow2()).ok_or_else(not_planned)?;

@@ -12,7 +12,7 @@ use super::ops::{Ops, Progress, Run, Target};
 use super::origin::Origin;
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::alloc::Allocator;
 use crate::image::bitmaps;
 use crate::image::edits::{Batch, ClusterSource};
@@ -33,7 +33,7 @@ pub fn put(
     options: &OpenOptions,
     writes: &[(GuestOffset, Vec<u8>)],
 ) -> Result<()> {
-    let id = host.stat(path).map_err(|e| Error::io(path, "open", None, e))?.id;
+    let id = host.stat(path).map_err(|e| Error::io(path, FileOp::Open, None, e))?.id;
     let open = OpenOptions { lock: true, access: [(id, Access::ReadWrite)].into(), ..options.clone() };
     let mut chain = Chain::open(host, path, &open)?;
     let active = chain.active();
@@ -87,7 +87,7 @@ fn in_memory(
         if range.end().get() > size {
             return Err(usage(format!("{range} lies behind the end of the disk of {size} bytes")));
         }
-        file.write_all_at(bytes, at).map_err(|e| Error::io(path, "write in memory", Some(at), e))?;
+        file.write_all_at(bytes, at).map_err(|e| Error::io(path, FileOp::WriteInMemory, Some(at), e))?;
         needs.push(Need { range, origin: Origin::Plain { layer, host: HostOffset::new(at) } });
         at += range.len;
     }
@@ -101,9 +101,9 @@ fn in_memory(
 fn put_raw(raw: &Raw, writes: &[(GuestOffset, Vec<u8>)]) -> Result<()> {
     for (start, bytes) in writes {
         let at = start.get();
-        raw.file().write_all_at(bytes, at).map_err(|e| Error::io(raw.path(), "write", Some(at), e))?;
+        raw.file().write_all_at(bytes, at).map_err(|e| Error::io(raw.path(), FileOp::Write, Some(at), e))?;
     }
-    raw.file().sync().map_err(|e| Error::io(raw.path(), "sync", None, e))
+    raw.file().sync().map_err(|e| Error::io(raw.path(), FileOp::Sync, None, e))
 }
 
 fn writable(image: &Qcow2) -> Result<()> {

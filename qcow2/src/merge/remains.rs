@@ -12,7 +12,7 @@ use super::execute::Report;
 use super::options::CommitOptions;
 use super::retire::{Known, mark};
 use crate::chain::{Chain, find_users};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::image::Qcow2;
 use crate::journal::record::{Phase, Spent, SpentKind};
 use crate::journal::{self, Journal};
@@ -139,7 +139,7 @@ impl Remains {
         let failed = |op| move |e| Error::io(path, op, None, e);
         let stat = match host.stat(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Verdict::Gone),
-            stat => stat.map_err(failed("stat"))?,
+            stat => stat.map_err(failed(FileOp::Stat))?,
         };
         if stat.kind != FileKind::Regular {
             return kept("it is not a regular file");
@@ -147,7 +147,9 @@ impl Remains {
         if shared.contains(&stat.id) {
             return kept("another image uses it");
         }
-        if host.canonicalize(path).map_err(failed("find"))? != *path || stat.id.inode != spent.file.id.inode {
+        if host.canonicalize(path).map_err(failed(FileOp::Resolve))? != *path
+            || stat.id.inode != spent.file.id.inode
+        {
             return kept("its name leads to another file now");
         }
         if !options.open.policy.allows(host, path) {
@@ -156,10 +158,10 @@ impl Remains {
         if self.is_doubtful {
             return kept("somebody has written to base since the merge was stopped");
         }
-        let file = host.open(path, Access::ReadWrite).map_err(failed("open"))?;
+        let file = host.open(path, Access::ReadWrite).map_err(failed(FileOp::Open))?;
         file.lock(LockMode::Write).map_err(|e| match e {
             LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(stat.id) },
-            LockError::Io(e) => Error::io(path, "lock", None, e),
+            LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
         })?;
         if !spent.file.is_unwritten(&journal::identity(host, path, &*file)?) {
             return kept("it was written to since the merge was stopped");
@@ -183,9 +185,9 @@ impl Remains {
 /// # Errors
 /// The system's.
 pub(super) fn unlink(host: &dyn Host, path: &Path) -> Result<()> {
-    host.unlink(path).map_err(|e| Error::io(path, "remove", None, e))?;
+    host.unlink(path).map_err(|e| Error::io(path, FileOp::Remove, None, e))?;
     let folder = path.parent().unwrap_or(Path::new("/"));
-    host.sync_dir(folder).map_err(|e| Error::io(folder, "sync", None, e))
+    host.sync_dir(folder).map_err(|e| Error::io(folder, FileOp::Sync, None, e))
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use super::link;
 use super::remains::{Remains, unlink};
 use super::work::spent;
 use crate::chain::Layer;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::Mark;
 use crate::journal::Journal;
 use crate::storage::{FileId, FileKind};
@@ -119,7 +119,7 @@ impl Commit {
                 Ok(_) if self.is_shared(id) => "another image uses it".to_owned(),
                 Ok(_) => "it is not a regular file".to_owned(),
                 Err(e) if e.kind() == io::ErrorKind::NotFound => e.to_string(),
-                Err(e) => return Err(Error::io(path, "stat", None, e)),
+                Err(e) => return Err(Error::io(path, FileOp::Stat, None, e)),
             };
             report.kept.push((path.clone(), why));
             if id == layer.id {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::chain::find_users;
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{Mark, is_qcow2, plan_mark};
 use crate::image::Qcow2;
 use crate::storage::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Storage};
@@ -32,7 +32,7 @@ impl Known {
     /// # Errors
     /// A name that leads to nothing.
     pub fn now(host: &dyn Host, path: &Path) -> Result<Self> {
-        let stat = host.stat(path).map_err(|e| Error::io(path, "open", None, e))?;
+        let stat = host.stat(path).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
         let (len, modified_ns) = (Some(stat.len), Some(stat.modified_ns));
         Ok(Self { path: path.to_owned(), id: stat.id, len, modified_ns })
     }
@@ -44,14 +44,14 @@ impl Known {
             LockMode::Write => Access::ReadWrite,
         };
         let io = |op| move |e| Error::io(&self.path, op, None, e);
-        let file = host.open(&self.path, access).map_err(io("open"))?;
+        let file = host.open(&self.path, access).map_err(io(FileOp::Open))?;
         file.lock(mode).map_err(|e| match e {
             LockError::Held { .. } => {
                 Error::InUse { path: self.path.clone(), holders: host.holders(self.id) }
             }
-            LockError::Io(e) => Error::io(&self.path, "lock", None, e),
+            LockError::Io(e) => Error::io(&self.path, FileOp::Lock, None, e),
         })?;
-        self.judge(&file.stat().map_err(io("stat"))?)?;
+        self.judge(&file.stat().map_err(io(FileOp::Stat))?)?;
         Ok(file)
     }
 
@@ -106,22 +106,22 @@ pub fn mark_merged(host: &dyn Host, images: &[Known], base: &Path) -> Result<Ret
 /// An I/O error; an image that is damaged.
 pub(super) fn mark(image: &Known, file: Arc<dyn Storage>, base: &Path) -> Result<bool> {
     let mut magic = [0; 4];
-    file.read_exact_or_zero(&mut magic, 0).map_err(|e| Error::io(&image.path, "read", Some(0), e))?;
+    file.read_exact_or_zero(&mut magic, 0).map_err(|e| Error::io(&image.path, FileOp::Read, Some(0), e))?;
     if !is_qcow2(&magic) {
         return Ok(false);
     }
     let header = Qcow2::read_cluster0(&image.path, &*file)?.header;
     let mut cluster = vec![0; header.geometry().cluster_size() as usize];
     let io = |op, at| move |e| Error::io(&image.path, op, Some(at), e);
-    file.read_exact_or_zero(&mut cluster, 0).map_err(io("read", 0))?;
+    file.read_exact_or_zero(&mut cluster, 0).map_err(io(FileOp::Read, 0))?;
     let Ok(switch) = plan_mark(&cluster, &base.to_string_lossy(), Mark::Merged) else { return Ok(false) };
     // An image that nobody needs is not worth a write that a power cut may tear.
     if !switch.atomic {
         return Ok(false);
     }
     for write in &switch.writes {
-        file.write_all_at(&write.bytes, write.offset).map_err(io("write", write.offset))?;
-        file.sync().map_err(|e| Error::io(&image.path, "sync", None, e))?;
+        file.write_all_at(&write.bytes, write.offset).map_err(io(FileOp::Write, write.offset))?;
+        file.sync().map_err(|e| Error::io(&image.path, FileOp::Sync, None, e))?;
     }
     Ok(true)
 }
@@ -138,8 +138,8 @@ pub fn remove(host: &dyn Host, images: &[Known], chain: &[FileId], scan: &[PathB
     for image in images {
         let io = |op| move |e| Error::io(&image.path, op, None, e);
         let file = image.open(host, LockMode::Write)?;
-        let real = host.canonicalize(&image.path).map_err(io("resolve"))?;
-        let stat = host.stat(&real).map_err(io("stat"))?;
+        let real = host.canonicalize(&image.path).map_err(io(FileOp::Resolve))?;
+        let stat = host.stat(&real).map_err(io(FileOp::Stat))?;
         image.judge(&stat)?;
         if stat.kind != FileKind::Regular {
             let what = "it is not a regular file".to_owned();
@@ -150,8 +150,8 @@ pub fn remove(host: &dyn Host, images: &[Known], chain: &[FileId], scan: &[PathB
             return Err(Error::refused(&image.path, Refusal::SharedBase { users }));
         }
         let folder = real.parent().unwrap_or(Path::new("/"));
-        host.unlink(&real).map_err(|e| Error::io(&real, "remove", None, e))?;
-        host.sync_dir(folder).map_err(|e| Error::io(folder, "sync", None, e))?;
+        host.unlink(&real).map_err(|e| Error::io(&real, FileOp::Remove, None, e))?;
+        host.sync_dir(folder).map_err(|e| Error::io(folder, FileOp::Sync, None, e))?;
         drop(file);
         retired.deleted.push(image.path.clone());
     }
@@ -186,7 +186,8 @@ fn users_of(
     chain: &[FileId],
     scan: &[PathBuf],
 ) -> Result<Vec<PathBuf>> {
-    let real = host.canonicalize(&image.path).map_err(|e| Error::io(&image.path, "resolve", None, e))?;
+    let real =
+        host.canonicalize(&image.path).map_err(|e| Error::io(&image.path, FileOp::Resolve, None, e))?;
     let parents = [real.as_path(), &image.path].map(Path::parent).into_iter().flatten();
     let mut folders: Vec<_> = parents.filter(|p| !p.as_os_str().is_empty()).map(Path::to_owned).collect();
     folders.extend(scan.iter().cloned());

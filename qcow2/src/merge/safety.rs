@@ -8,7 +8,7 @@ use super::options::{CommitOptions, Span};
 use super::plan::{Afterwards, Plan};
 use crate::chain::{Chain, Layer, find_users};
 use crate::check::{CheckOptions, Severity, check};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::{Image, bitmap_names};
 use crate::journal;
 use crate::storage::{FileId, FileKind, Host};
@@ -90,7 +90,7 @@ pub(super) fn journal_places(
         Afterwards::Keep => span.top.saturating_sub(1),
     };
     for layer in chain.layers().get(span.base..=last).unwrap_or_default() {
-        let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, "stat", None, e))?;
+        let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, FileOp::Stat, None, e))?;
         let is_device = stat.kind == FileKind::Block;
         journal::place(host, &layer.path, is_device, options.journal_dir.as_deref(), journal::JOURNAL)?;
     }
@@ -109,7 +109,7 @@ pub(super) fn consistent(chain: &Chain, at: usize, cancel: &AtomicBool) -> Resul
     // Where the device fails, nothing is known about the image, and nothing may be repaired.
     let unread = report.findings.iter().find(|f| f.severity == Severity::Error);
     if let Some(unread) = unread {
-        return Err(Error::io(path, "check", None, io::Error::other(unread.to_string())));
+        return Err(Error::io(path, FileOp::Check, None, io::Error::other(unread.to_string())));
     }
     let first = report.first_corruption().map(ToString::to_string).unwrap_or_default();
     let corruptions = report.corruptions + report.check_errors;
@@ -167,7 +167,7 @@ fn moves_by_sharing(host: &dyn Host, chain: &Chain, span: Span) -> bool {
 /// Room for what the merge writes.
 pub(super) fn space(host: &dyn Host, chain: &Chain, span: Span, plan: &Plan) -> Result<()> {
     let Some(layer) = chain.layers().get(span.base) else { return Ok(()) };
-    let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, "stat", None, e))?;
+    let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, FileOp::Stat, None, e))?;
     let no_space = |needed, available| Err(Error::NoSpace { path: layer.path.clone(), needed, available });
     if stat.kind == FileKind::Block {
         let needed = plan.base_file_size_after;

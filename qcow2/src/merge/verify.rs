@@ -11,7 +11,7 @@ use super::safety;
 use crate::chain::differ::Differ;
 use crate::chain::digest;
 use crate::chain::view::{Supplied, Supply, View};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::image::{Image, Mapping};
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange};
@@ -85,7 +85,7 @@ impl Job<'_> {
 /// Opens an image again on the same files, with nothing of it in the system's cache.
 fn reopen(image: &Image) -> Result<Image> {
     let drop_cache = |file: &dyn Storage| {
-        file.drop_cache().map_err(|e| Error::io(image.path(), "drop the cache of", None, e))
+        file.drop_cache().map_err(|e| Error::io(image.path(), FileOp::DropCache, None, e))
     };
     drop_cache(&**image.file())?;
     let data_file = image.as_qcow2().filter(|q| q.has_data_file()).map(|q| q.data_file().clone());

@@ -8,7 +8,7 @@ use super::execute::Report;
 use super::options::{CommitOptions, Span};
 use super::remains::Remains;
 use crate::chain::{Chain, Layer};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::features;
 use crate::image::Image;
 use crate::journal::record::{
@@ -203,7 +203,7 @@ impl Work {
     /// # Errors
     /// The system's.
     pub(super) fn replay(&self, image: &Image) -> Result<()> {
-        let io = |e| Error::io(image.path(), "sync", None, e);
+        let io = |e| Error::io(image.path(), FileOp::Sync, None, e);
         for file in [self.data.as_ref(), Some(&self.file)].into_iter().flatten() {
             file.sync().map_err(io)?;
         }
@@ -377,7 +377,7 @@ pub(super) fn end_left(
     }
     let path = &layer.path;
     let io = |op| move |e| Error::io(path, op, None, e);
-    let file = host.open(path, Access::ReadWrite).map_err(io("open"))?;
+    let file = host.open(path, Access::ReadWrite).map_err(io(FileOp::Open))?;
     file.lock(crate::storage::LockMode::Write)
         .map_err(|_| Error::InUse { path: path.clone(), holders: host.holders(layer.id) })?;
     let found = journal::find(host, path, &*file, dir, Access::ReadWrite, journal::JOURNAL)?;

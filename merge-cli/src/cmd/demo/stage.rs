@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use qcow2::chain::{OpenOptions, Policy};
 use qcow2::convert::{Flatten, FlattenOptions};
+use qcow2::error::FileOp;
 use qcow2::image::{ImageFormat, Qcow2};
 use qcow2::merge::Progress;
 use qcow2::storage::{Access, Host, OsHost};
@@ -28,7 +29,7 @@ type Piece = (u64, u64);
 
 /// Refuses a disk whose files would not fit into the folder.
 pub(super) fn room(folder: &Path, size: u64) -> Result<()> {
-    let free = OsHost.free_space(folder).map_err(|e| Error::io(folder, "ask for the space in", None, e))?;
+    let free = OsHost.free_space(folder).map_err(|e| Error::io(folder, FileOp::FreeSpace, None, e))?;
     // Half of the disk in base, some in each overlay, and all of it in the copy.
     let needed = size.saturating_add(size / 2);
     match free {
@@ -56,13 +57,13 @@ pub(super) fn copy(active: &str, output: &str, cancel: &AtomicBool) -> Result<()
 fn write(name: &str, size: u64, seed: u64, pieces: &[Piece]) -> Result<()> {
     let path = Path::new(name);
     let failed = |op, offset| move |e| Error::io(path, op, offset, e);
-    let file = File::create_new(path).map_err(failed("create", None))?;
-    file.set_len(size).map_err(failed("grow", Some(size)))?;
+    let file = File::create_new(path).map_err(failed(FileOp::Create, None))?;
+    file.set_len(size).map_err(failed(FileOp::Grow, Some(size)))?;
     let mut noise = Noise(seed);
     for &(from, to) in pieces {
         let place = |hundredths: u64| size / CLUSTER * hundredths / 100 * CLUSTER;
         for at in (place(from)..place(to).max(place(from) + CLUSTER)).step_by(CLUSTER as usize) {
-            file.write_all_at(&noise.cluster(), at).map_err(failed("write", Some(at)))?;
+            file.write_all_at(&noise.cluster(), at).map_err(failed(FileOp::Write, Some(at)))?;
         }
     }
     Ok(())
@@ -81,16 +82,16 @@ fn overlay(
     let raw = format!("{name}.tmp");
     write(&raw, size, seed, pieces)?;
     flatten(&raw, name, ImageFormat::Qcow2, cancel)?;
-    fs::remove_file(&raw).map_err(|e| Error::io(Path::new(&raw), "remove", None, e))?;
+    fs::remove_file(&raw).map_err(|e| Error::io(Path::new(&raw), FileOp::Remove, None, e))?;
 
     let path = Path::new(name);
     let io = |op| move |e: io::Error| Error::io(path, op, Some(0), e);
-    let file = OsHost.open(path, Access::ReadWrite).map_err(io("open"))?;
+    let file = OsHost.open(path, Access::ReadWrite).map_err(io(FileOp::Open))?;
     let mut cluster0 = Qcow2::read_cluster0(path, &*file)?;
     let bytes = cluster0.set_backing(backing.as_bytes(), format).and_then(|()| cluster0.encode());
     let bytes = bytes.map_err(|e| Error::refused(path, Refusal::Other(e.to_string())))?;
-    file.write_all_at(&bytes, 0).map_err(io("write"))?;
-    file.sync().map_err(io("sync"))
+    file.write_all_at(&bytes, 0).map_err(io(FileOp::Write))?;
+    file.sync().map_err(io(FileOp::Sync))
 }
 
 fn flatten(active: &str, output: &str, to: ImageFormat, cancel: &AtomicBool) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use qcow2::chain::BackingName;
-use qcow2::error::Holder;
+use qcow2::error::{FileOp, Holder};
 use qcow2::format::{Bitmap, Cluster0, Snapshot};
 use qcow2::image::{ImageFormat, Qcow2, read_bitmaps, read_snapshots};
 use qcow2::merge::{self, Pending};
@@ -51,13 +51,13 @@ impl Facts {
         format: Option<ImageFormat>,
         journal_dir: Option<&Path>,
     ) -> Result<Self> {
-        let file = host.open(path, Access::Read).map_err(|e| Error::io(path, "open", None, e))?;
-        let stat = file.stat().map_err(|e| Error::io(path, "read the state of", None, e))?;
+        let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
+        let stat = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
         let format = match format {
             Some(format) => format,
             None => ImageFormat::detect(path, &*file)?,
         };
-        let used = file.used_by_others().map_err(|e| Error::io(path, "read the locks of", None, e))?;
+        let used = file.used_by_others().map_err(|e| Error::io(path, FileOp::ReadLocks, None, e))?;
         // A process that has the file open without a lock (a copy, a checksum) does not count as a user.
         let holders = if used.is_some() { host.holders(stat.id) } else { Vec::new() };
         let mut facts = Self {

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::storage::Storage;
 
 use super::super::subject::Subject;
@@ -28,7 +28,7 @@ impl<'a> Disk<'a> {
     pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.is_dirty.store(true, Relaxed);
         let written = self.file.write_live(bytes, offset);
-        written.map_err(|e| Error::io(self.subject.path, "write", Some(offset), e))
+        written.map_err(|e| Error::io(self.subject.path, FileOp::Write, Some(offset), e))
     }
 
     /// Makes durable what was written.
@@ -37,7 +37,7 @@ impl<'a> Disk<'a> {
     /// The system's.
     pub(super) fn barrier(&self) -> Result<()> {
         if self.is_dirty.swap(false, Relaxed) {
-            self.file.sync().map_err(|e| Error::io(self.subject.path, "sync", None, e))?;
+            self.file.sync().map_err(|e| Error::io(self.subject.path, FileOp::Sync, None, e))?;
         }
         Ok(())
     }

@@ -31,7 +31,7 @@ mod survey;
 
 use std::path::Path;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::features;
 use crate::storage::{Host, Storage};
 
@@ -70,7 +70,7 @@ pub fn plan(
     mode: RepairMode,
     options: &CheckOptions<'_>,
 ) -> Result<RepairPlan> {
-    let scratch = Scratch::over(file).map_err(|e| Error::io(path, "get the size of", None, e))?;
+    let scratch = Scratch::over(file).map_err(|e| Error::io(path, FileOp::Size, None, e))?;
     repair(path, &scratch, data_file, mode, options)
 }
 
@@ -136,7 +136,7 @@ pub fn repair_with_backup(
 ) -> Result<RepairPlan> {
     let recorded = backup::record(path, file, host, to, options)?;
     let plan = repair(path, &recorded, data_file, mode, options)?;
-    recorded.end().map_err(|e| Error::io(to, "write", None, e))?;
+    recorded.end().map_err(|e| Error::io(to, FileOp::Write, None, e))?;
     Ok(plan)
 }
 

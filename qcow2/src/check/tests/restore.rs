@@ -9,7 +9,7 @@ use super::super::repair::{
     RepairMode, RestoreOptions, RestorePlan, plan_restore, repair_with_backup, restore,
 };
 use super::{damaged_images, repaired};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::storage::sim::{Fault, FaultKind, SimHost, State};
 use crate::storage::{Access, Host, MemHost};
 
@@ -23,7 +23,7 @@ pub(super) fn put_back(host: &dyn Host, image: &str) -> Result<RestorePlan> {
 
 fn put_back_with(host: &dyn Host, image: &str, options: &RestoreOptions<'_>) -> Result<RestorePlan> {
     let image = Path::new(image);
-    let file = host.open(image, Access::ReadWrite).map_err(|e| Error::io(image, "open", None, e))?;
+    let file = host.open(image, Access::ReadWrite).map_err(|e| Error::io(image, FileOp::Open, None, e))?;
     restore(image, &*file, host, Path::new(BACKUP), options)
 }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use qcow2::chain::BackingName;
+use qcow2::error::FileOp;
 use qcow2::format::{Cluster0, EXT_BITMAPS};
 use qcow2::image::{ImageFormat, Qcow2};
 use qcow2::merge::Known;
@@ -56,7 +57,7 @@ pub(super) fn format(layer: &StateLayer) -> ImageFormat {
 
 /// The header of a qcow2 image, read without a lock; `None` for another image.
 pub(super) fn header(path: &Path) -> Result<Option<Cluster0>> {
-    let file = OsHost.open(path, Access::Read).map_err(|e| Error::io(path, "open", None, e))?;
+    let file = OsHost.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     if ImageFormat::detect(path, &*file)? != ImageFormat::Qcow2 {
         return Ok(None);
     }
@@ -103,9 +104,9 @@ pub(super) fn free<'a>(layers: impl Iterator<Item = &'a StateLayer>) -> Result<(
     for layer in layers {
         let path = Path::new(&layer.file);
         let Ok(file) = OsHost.open(path, Access::Read) else { continue };
-        let used = file.used_by_others().map_err(|e| Error::io(path, "look at the locks of", None, e))?;
+        let used = file.used_by_others().map_err(|e| Error::io(path, FileOp::ReadLocks, None, e))?;
         if used.is_some() {
-            let id = file.stat().map_err(|e| Error::io(path, "stat", None, e))?.id;
+            let id = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.id;
             return Err(Error::InUse { path: path.to_owned(), holders: OsHost.holders(id) });
         }
     }

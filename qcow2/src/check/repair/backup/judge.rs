@@ -7,7 +7,7 @@ use super::super::super::CheckOptions;
 use super::SECTOR;
 use super::saved::{Saved, Sector, halves};
 use super::sectors::Sectors;
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::Cluster0;
 use crate::journal::are_names_clean;
 use crate::storage::Storage;
@@ -116,12 +116,12 @@ impl Judge<'_> {
         }
         let mut bytes = vec![0; len as usize];
         let read = self.file.read_exact_or_zero(&mut bytes, offset);
-        read.map_err(|e| Error::io(self.path, "read", Some(offset), e)).map(|()| bytes)
+        read.map_err(|e| Error::io(self.path, FileOp::Read, Some(offset), e)).map(|()| bytes)
     }
 
     /// The image's length, which a repair and a restore change within bounds.
     fn length(&self) -> Result<u64> {
-        let len = self.file.size().map_err(|e| Error::io(self.path, "get the size of", None, e))?;
+        let len = self.file.size().map_err(|e| Error::io(self.path, FileOp::Size, None, e))?;
         let old = self.saved.image.len;
         let most = if self.saved.image.is_device { u64::MAX } else { old.max(self.saved.changes_end) };
         match (old..=most).contains(&len) {

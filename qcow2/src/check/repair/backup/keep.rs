@@ -12,7 +12,7 @@ use super::super::super::layout::{Scope, lay_out};
 use super::super::super::subject::Subject;
 use super::super::super::tables::{TableRef, Visitor, walk_l1};
 use super::record::{Kind, PIECE, Writer};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::RefcountTableEntry;
 use crate::journal;
 use crate::storage::{Host, Storage};
@@ -32,14 +32,14 @@ pub(super) fn keep(
 ) -> Result<Writer> {
     let subject = Subject::open(path, file, None, options.cancel)?;
     let image = journal::identity(host, path, file)?;
-    let out = host.create_new(to).map_err(|e| Error::io(to, "create", None, e))?;
+    let out = host.create_new(to).map_err(|e| Error::io(to, FileOp::Create, None, e))?;
     let mut keeper = Keeper { subject: &subject, to, out: Writer::new(to, out), records: 0 };
     let durable = keeper.all(&image).and_then(|()| {
         let folder = match to.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        host.sync_dir(folder).map_err(|e| Error::io(folder, "sync", None, e))
+        host.sync_dir(folder).map_err(|e| Error::io(folder, FileOp::Sync, None, e))
     });
     match durable {
         Ok(()) => Ok(keeper.out),
@@ -103,7 +103,7 @@ impl Keeper<'_> {
 }
 
 fn failed(to: &Path) -> impl Fn(io::Error) -> Error {
-    |e| Error::io(to, "write", None, e)
+    |e| Error::io(to, FileOp::Write, None, e)
 }
 
 impl Visitor for Keeper<'_> {

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::storage::Storage;
 
 /// What a backup begins with.
@@ -100,7 +100,7 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// The system's, and a file that is no backup.
     pub(super) fn of(path: &'a Path, file: &'a dyn Storage) -> Result<Self> {
-        let len = file.size().map_err(|e| Error::io(path, "get the size of", None, e))?;
+        let len = file.size().map_err(|e| Error::io(path, FileOp::Size, None, e))?;
         let this = Self { path, file, len };
         let mut magic = [0; MAGIC.len()];
         this.read(&mut magic, 0)?;
@@ -111,7 +111,7 @@ impl<'a> Reader<'a> {
     }
 
     fn read(&self, buf: &mut [u8], at: u64) -> Result<()> {
-        self.file.read_exact_or_zero(buf, at).map_err(|e| Error::io(self.path, "read", Some(at), e))
+        self.file.read_exact_or_zero(buf, at).map_err(|e| Error::io(self.path, FileOp::Read, Some(at), e))
     }
 
     /// The record that begins at an offset; `None` where there is no whole one.

@@ -9,7 +9,7 @@ use super::SECTOR;
 use super::judge::{Differences, judge, marked};
 use super::record::{Kind, Reader, Writer};
 use super::saved::{Saved, halves};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::journal;
 use crate::storage::{Access, Host, Storage};
 
@@ -80,7 +80,7 @@ pub fn restore(
     let mut marks = Writer::behind(from, Arc::clone(&backup), saved.end);
     let mut mark = |kind| {
         let written = marks.put(kind, 0, 0, &[]).and_then(|()| marks.sync());
-        written.map_err(|e| Error::io(from, "write", Some(saved.end.end), e))
+        written.map_err(|e| Error::io(from, FileOp::Write, Some(saved.end.end), e))
     };
     if !plan.is_empty() {
         if !plan.continues {
@@ -95,7 +95,7 @@ pub fn restore(
 }
 
 fn open(host: &dyn Host, from: &Path, access: Access) -> Result<Arc<dyn Storage>> {
-    host.open(from, access).map_err(|e| Error::io(from, "open", None, e))
+    host.open(from, access).map_err(|e| Error::io(from, FileOp::Open, None, e))
 }
 
 /// Makes sure that the backup is about the image, and that nobody else has written to it.
@@ -141,7 +141,7 @@ impl Work<'_> {
         self.barrier()?;
         if plan.len > plan.len_after {
             let cut = self.file.set_len(plan.len_after);
-            cut.map_err(|e| Error::io(self.path, "shorten", Some(plan.len_after), e))?;
+            cut.map_err(|e| Error::io(self.path, FileOp::Shrink, Some(plan.len_after), e))?;
             self.barrier()?;
         }
         if marked.is_some() {
@@ -157,7 +157,7 @@ impl Work<'_> {
         let bytes = bytes.get(..room as usize).unwrap_or_default();
         let mut now = vec![0; bytes.len()];
         let read = self.file.read_exact_or_zero(&mut now, offset);
-        read.map_err(|e| Error::io(self.path, "read", Some(offset), e))?;
+        read.map_err(|e| Error::io(self.path, FileOp::Read, Some(offset), e))?;
         let size = SECTOR as usize;
         let mut at = 0;
         let is_same: Vec<bool> = now.chunks(size).zip(bytes.chunks(size)).map(|(a, b)| a == b).collect();
@@ -166,7 +166,7 @@ impl Work<'_> {
             if run.first() == Some(&false) {
                 let place = offset + at as u64;
                 let written = self.file.write_live(part, place);
-                written.map_err(|e| Error::io(self.path, "write", Some(place), e))?;
+                written.map_err(|e| Error::io(self.path, FileOp::Write, Some(place), e))?;
             }
             at += part.len();
         }
@@ -174,6 +174,6 @@ impl Work<'_> {
     }
 
     fn barrier(&self) -> Result<()> {
-        self.file.sync().map_err(|e| Error::io(self.path, "sync", None, e))
+        self.file.sync().map_err(|e| Error::io(self.path, FileOp::Sync, None, e))
     }
 }
