@@ -54,23 +54,63 @@ pub fn plan_backing_switch(cluster0: &[u8], name: &str, format: &str) -> Result<
     old.choose(&[old.with_backing_format(format)], name.as_bytes())
 }
 
-/// Plans to change the backing file as [`plan_backing_switch`] does, and in the same write to take the
-/// L1 table at `l1_offset`, which has as many entries as the present one. Our marks of merged images are
-/// removed: they speak of what the old table led to.
+/// What an image becomes that is emptied by one write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EmptyDisk<'a> {
+    /// The name of the new backing file.
+    pub name: &'a str,
+    /// The format of the new backing file.
+    pub format: &'a str,
+    /// An L1 table that leads to nothing.
+    pub l1_offset: HostOffset,
+    /// How many entries it has.
+    pub l1_entries: u32,
+    /// The size of the disk, in bytes.
+    pub size: u64,
+    /// The path of the base that the image is marked as merged into, if it is marked.
+    pub merged_into: Option<&'a str>,
+}
+
+/// Plans to change the backing file as [`plan_backing_switch`] does, and in the same write to take another L1 table
+/// and another size. Marks of merged images that are there are removed: they speak of what the old table led to. The new
+/// one is empty, or left out, where there is no room for it.
 ///
 /// # Errors
 /// As [`plan_backing_switch`].
-pub fn plan_backing_and_l1_switch(
+pub fn plan_empty_switch(cluster0: &[u8], disk: &EmptyDisk<'_>) -> Result<Switch, RewriteError> {
+    check_backing(disk.name.as_bytes(), disk.format)?;
+    let old = Old::read(cluster0)?;
+    let new = NewDisk { l1_offset: disk.l1_offset, l1_entries: disk.l1_entries, size: disk.size };
+    let old = Old { disk: Some(new), ..old };
+    let mut bare = old.with_backing_format(disk.format);
+    bare.retain(|e| !matches!(e.magic, EXT_MERGED_INTO | EXT_MERGING_INTO));
+    old.choose(&marked(bare, disk.merged_into), disk.name.as_bytes())
+}
+
+/// Plans to mark an image as merged into `base`, as [`plan_mark`] does, and in the same write to change the backing file
+/// as [`plan_backing_switch`] does. The mark is empty, or left out, where there is no room for it.
+///
+/// # Errors
+/// As [`plan_backing_switch`].
+pub fn plan_merged_switch(
     cluster0: &[u8],
+    base: &str,
     name: &str,
     format: &str,
-    l1_offset: HostOffset,
 ) -> Result<Switch, RewriteError> {
     check_backing(name.as_bytes(), format)?;
-    let old = Old { l1_offset: Some(l1_offset), ..Old::read(cluster0)? };
-    let mut list = old.with_backing_format(format);
-    list.retain(|e| !matches!(e.magic, EXT_MERGED_INTO | EXT_MERGING_INTO));
-    old.choose(&[list], name.as_bytes())
+    let old = Old::read(cluster0)?;
+    let mut bare = old.with_backing_format(format);
+    bare.retain(|e| !matches!(e.magic, EXT_MERGED_INTO | EXT_MERGING_INTO));
+    old.choose(&marked(bare, Some(base)), name.as_bytes())
+}
+
+/// A list of extensions with the mark of a merge into `base`, with an empty one, and without one.
+fn marked(list: Vec<Extension>, base: Option<&str>) -> Vec<Vec<Extension>> {
+    let with = |data: &str| [list.clone(), vec![Extension::new(EXT_MERGED_INTO, data)]].concat();
+    let mut lists: Vec<_> = base.map_or_else(Vec::new, |base| vec![with(base), with("")]);
+    lists.push(list);
+    lists
 }
 
 /// Plans to mark the image as merged into `base` (see [`Cluster0::merged_into`]), or as being merged
@@ -176,8 +216,15 @@ struct Old {
     list: Range<usize>,
     /// The backing name.
     name: Range<usize>,
-    /// The L1 table of the image after the edit, where it is another one.
-    l1_offset: Option<HostOffset>,
+    /// The disk after the edit, where it is another one.
+    disk: Option<NewDisk>,
+}
+
+/// Another L1 table, and another size in bytes. All fields lie in the header's first sector.
+struct NewDisk {
+    l1_offset: HostOffset,
+    l1_entries: u32,
+    size: u64,
 }
 
 impl Old {
@@ -193,7 +240,7 @@ impl Old {
         };
         let name_at = header.backing_offset as usize;
         let name_len = cluster0.backing_name.as_ref().map_or(0, Vec::len);
-        Ok(Self { list: 0..list_end, name: name_at..name_at + name_len, bytes, cluster0, l1_offset: None })
+        Ok(Self { list: 0..list_end, name: name_at..name_at + name_len, bytes, cluster0, disk: None })
     }
 
     fn name(&self) -> &[u8] {
@@ -267,8 +314,10 @@ impl Old {
             let known = u64_at(&new, at::AUTOCLEAR) & features::KNOWN_AUTOCLEAR;
             put(&mut new, at::AUTOCLEAR, &known.to_be_bytes());
         }
-        if let Some(l1_offset) = self.l1_offset {
-            put(&mut new, at::L1_OFFSET, &l1_offset.get().to_be_bytes());
+        if let Some(disk) = &self.disk {
+            put(&mut new, at::SIZE, &disk.size.to_be_bytes());
+            put(&mut new, at::L1_ENTRIES, &disk.l1_entries.to_be_bytes());
+            put(&mut new, at::L1_OFFSET, &disk.l1_offset.get().to_be_bytes());
         }
         put(&mut new, header.header_length as usize, list);
         put(&mut new, name_at, name);

@@ -215,8 +215,8 @@ fn backing_switches_in_any_layout_survive_any_crash() {
 }
 
 #[test]
-fn backing_and_l1_switch_together_in_any_layout() {
-    let (mut atomic, mut spanning) = (0, 0);
+fn backing_table_size_and_mark_switch_together_in_any_layout() {
+    let (mut atomic, mut spanning, mut marks) = (0, 0, 0);
     for seed in 0..4000 {
         let mut random = Random(seed);
         let Some(mut old) = any_cluster0(&mut random) else { continue };
@@ -227,26 +227,44 @@ fn backing_and_l1_switch_together_in_any_layout() {
         }
         let len = 1 + random.below(60);
         let name = if random.chance(30) { "base".to_owned() } else { random.text(len) };
-        let l1_offset = HostOffset::new(Header::decode(&old).unwrap().geometry().cluster_size() * 77);
-        let new = expected(&old, |new| {
-            new.backing_name = Some(name.clone().into_bytes());
-            new.header.backing_len = name.len() as u32;
-            new.header.l1_offset = l1_offset;
-            new.remove_extension(EXT_MERGING_INTO);
-            new.remove_extension(EXT_MERGED_INTO);
-            replace(new, Extension::new(EXT_BACKING_FORMAT, "raw"), |list, e| list.insert(0, e));
-        });
-        match plan_backing_and_l1_switch(&old, &name, "raw", l1_offset) {
+        let header = Header::decode(&old).unwrap();
+        let l1_offset = HostOffset::new(header.geometry().cluster_size() * 77);
+        let size = header.size + (1 << 20);
+        let l1_entries = header.l1_entries + header.geometry().l1_entries_for(size) as u32;
+        let path = random.text(200);
+        let merged_into = random.chance(50).then_some(path.as_str());
+        let with_mark = |mark: Option<&str>| {
+            expected(&old, |new| {
+                new.backing_name = Some(name.clone().into_bytes());
+                new.header.backing_len = name.len() as u32;
+                (new.header.l1_offset, new.header.l1_entries, new.header.size) =
+                    (l1_offset, l1_entries, size);
+                new.remove_extension(EXT_MERGING_INTO);
+                new.remove_extension(EXT_MERGED_INTO);
+                replace(new, Extension::new(EXT_BACKING_FORMAT, "raw"), |list, e| list.insert(0, e));
+                new.extensions.extend(mark.map(|mark| Extension::new(EXT_MERGED_INTO, mark)));
+            })
+        };
+        let disk = EmptyDisk { name: &name, format: "raw", l1_offset, l1_entries, size, merged_into };
+        match plan_empty_switch(&old, &disk) {
             Ok(switch) => {
-                let after = run(&old, &switch, &[meaning(&old), new]);
+                let mut end = old.clone();
+                switch.writes.iter().for_each(|w| w.apply_to(&mut end));
+                let found = Cluster0::parse(&end).unwrap().merged_into();
+                assert!(found.is_none() || merged_into.is_some(), "seed {seed}");
+                assert!(
+                    found.as_ref().is_none_or(|found| found.is_empty() || Some(&**found) == merged_into),
+                    "seed {seed}"
+                );
+                marks += u32::from(found.is_some());
+                run(&old, &switch, &[meaning(&old), with_mark(found.as_deref())]);
                 *if switch.atomic { &mut atomic } else { &mut spanning } += 1;
-                assert_eq!(Cluster0::parse(&after).unwrap().merging_into(), None, "seed {seed}");
             }
-            Err(RewriteError::NoRoom { .. }) => assert!(new.encode().is_err(), "seed {seed}"),
+            Err(RewriteError::NoRoom { .. }) => assert!(with_mark(None).encode().is_err(), "seed {seed}"),
             Err(other) => panic!("seed {seed}: {other}"),
         }
     }
-    assert!(atomic > 2000 && spanning > 10, "{atomic} {spanning}");
+    assert!(atomic > 2000 && spanning > 10 && marks > 1000, "{atomic} {spanning} {marks}");
 }
 
 #[test]

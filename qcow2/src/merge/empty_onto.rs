@@ -1,22 +1,24 @@
-//! Turning the active image of before into an empty overlay directly on the base, after a merge that
-//! somebody else has done while the virtual machine ran. The base is in use, and only looked at.
+//! Turning images into empty overlays directly on the base, after a merge that somebody else has done while the virtual
+//! machine ran: the active image of before, and the layers below it, which a recorded chain still puts over base. The
+//! base is in use, and only looked at.
 //!
 //! The merge of a stopped machine first re-points the overlay and then empties it: what is left of its
 //! clusters hides equal bytes of the base, so every state in between shows the same disk. Here the base
 //! may have been written to since, and an overlay that is half emptied, or re-pointed and still full, would
-//! show a mixture of old and new. So there is no state in between: backing name, backing format and an
-//! empty L1 table take effect in one write inside the header's first sector. Before it the image is
+//! show a mixture of old and new. So there is no state in between: backing name, backing format, an
+//! empty L1 table and the size of the disk take effect in one write inside the header's first sector. Before it the image is
 //! what it was, behind it it is the base; what the old table led to is given back when that is durable.
 
-use std::path::Path;
+use std::cmp::Ordering;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use super::retire::Known;
+use super::retire::{Known, unused};
 use super::{empty, link};
 use crate::chain::{BackingName, Chain, OpenOptions, new_backing_name, open_data_file};
 use crate::check::{CheckOptions, check};
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::format::{FormatError, Switch, plan_backing_and_l1_switch};
+use crate::format::{EmptyDisk, FormatError, Switch, plan_empty_switch};
 use crate::image::alloc::Allocator;
 use crate::image::refcounts::Refcounts;
 use crate::image::{ImageFormat, Qcow2, bitmap_names, bitmaps, grow};
@@ -32,6 +34,12 @@ pub struct EmptyOptions {
     pub drop_bitmaps: bool,
     /// Empty an image whose internal snapshots will change.
     pub allow_snapshot_change: bool,
+    /// The size in bytes that the disk of the image must have at least: that of the active image, or more than it in
+    /// a recorded chain would be cut off. A disk never shrinks.
+    pub size: u64,
+    /// Mark the image as merged into base, where its header has room: nobody needs it any more. Without it, a mark that
+    /// is there is removed.
+    pub mark: bool,
 }
 
 /// What became of an image that was emptied.
@@ -41,6 +49,8 @@ pub struct Emptied {
     pub name: String,
     /// Whether it was an empty overlay on base before.
     pub was_empty: bool,
+    /// Bytes on disk that were given back, its external data file's among them.
+    pub freed: u64,
 }
 
 /// Makes `overlay` an empty overlay directly on `base`, an image of `format`. The overlay is locked for
@@ -49,9 +59,9 @@ pub struct Emptied {
 ///
 /// # Errors
 /// [`Error::InUse`]; [`Refusal::NotAsKnown`]; [`Error::Refused`] for an overlay that is raw, has no
-/// backing file, is larger than base, dirty, corrupt or inconsistent, or has snapshots or bitmaps that the
-/// options do not give up; for a base of another format, or one that is based on the overlay. Then nothing was
-/// changed. An I/O error: the overlay is what it was, or shows base.
+/// backing file, is larger than base (unless it is to be marked as a layer that nobody needs), dirty, corrupt or inconsistent, cannot become as large as the options ask, or
+/// has snapshots or bitmaps that the options do not give up; for a base of another format, or one that is based on the
+/// overlay. Then nothing was changed. An I/O error: the overlay is what it was, or shows base.
 pub fn empty_onto(
     host: &dyn Host,
     overlay: &Known,
@@ -63,31 +73,103 @@ pub fn empty_onto(
     let mut image = open(host, overlay, &options.open)?;
     let base_id = look_at_base(host, &image, overlay.id, base, format, options)?;
     let (name, stands) = backing_name(host, &image, base, base_id)?;
+    let merged_into = host.canonicalize(base).unwrap_or_else(|_| base.to_owned());
+    let wanted = Wanted {
+        name: &name,
+        format,
+        size: options.size.max(image.virtual_size()),
+        merged_into: options.mark.then(|| merged_into.to_string_lossy().into_owned()),
+    };
     let empty = image.next_table(GuestOffset::ZERO)?.is_none();
-    let same_format = image.cluster0().backing_format().as_deref() == Some(format.name());
-    let bitmaps = image.cluster0().bitmaps().map_err(|e| Error::format(image.path(), e))?.is_some();
-    let was_empty = stands && same_format && empty && !bitmaps;
+    let cluster0 = image.cluster0();
+    let same_format = cluster0.backing_format().as_deref() == Some(format.name());
+    let bitmaps = cluster0.bitmaps().map_err(|e| Error::format(image.path(), e))?.is_some();
+    let same_size = wanted.size == image.virtual_size();
+    let same_mark = cluster0.merged_into().is_some() == options.mark && cluster0.merging_into().is_none();
+    let was_empty = stands && same_format && same_size && empty && !bitmaps;
     if !was_empty {
         // What was emptied by a call that did not come to its end has changed, and holds nothing.
         let stat = image.file().stat().map_err(|e| Error::io(image.path(), FileOp::Stat, None, e))?;
         overlay.judge(&stat)?;
     }
-    judge(&image, options, cancel)?;
-    plan(&image, &name, format, image.header().l1_offset)?;
+    judge(&image, options, &wanted, cancel)?;
+    let entries = l1_entries(&image, wanted.size)?;
+    plan(&image, &wanted, image.header().l1_offset, entries)?;
+    let held = held(&image)?;
     let mut refcounts = Refcounts::load(&image)?;
     // A bitmap that outlives what it speaks of would lie to the next backup.
     bitmaps::drop_all(&mut image, &refcounts)?;
-    if empty {
-        let switch = plan(&image, &name, format, image.header().l1_offset)?;
-        link::apply(&image, &switch)?;
-        image.reload_header()?;
-    } else {
-        switch(&mut image, &mut refcounts, &name, format)?;
+    if !empty || entries > image.header().l1_entries {
+        switch(&mut image, &mut refcounts, &wanted, entries)?;
         give_back_left(&mut image, &refcounts)?;
         move_down(&mut image, &refcounts)?;
+    } else if !was_empty || !same_mark {
+        let switch = plan(&image, &wanted, image.header().l1_offset, image.header().l1_entries)?;
+        link::apply(&image, &switch)?;
+        image.reload_header()?;
     }
     empty::finish(&mut image, &mut refcounts)?;
-    Ok(Emptied { name, was_empty })
+    let freed = held.saturating_sub(self::held(&image)?);
+    Ok(Emptied { name, was_empty, freed })
+}
+
+/// Makes several images empty overlays directly on `base`, each as [`empty_onto`] does: the merged layers of a chain, the
+/// uppermost first. One that cannot be emptied does not keep the others from it. An image that another one uses, in the
+/// same folders or in `scan`, keeps its data, and so does all below it: who uses it reads through them. `chain` are
+/// images that may use them, because what they see does not depend on them any more.
+///
+/// Until the last one is emptied, a recorded chain shows old data: the guest has written to base since.
+///
+/// # Errors
+/// The search for users fails. What became of each image is told one by one.
+pub fn empty_all_onto(
+    host: &dyn Host,
+    layers: &[Known],
+    base: &Path,
+    format: ImageFormat,
+    options: &EmptyOptions,
+    (chain, scan): (&[FileId], &[PathBuf]),
+    cancel: &AtomicBool,
+) -> Result<Vec<(PathBuf, Result<Emptied>)>> {
+    let (free, users) = unused(host, layers, chain, scan)?;
+    let mut all = Vec::new();
+    for (at, layer) in layers.iter().enumerate() {
+        let result = match at.cmp(&free) {
+            Ordering::Less => empty_onto(host, layer, base, format, options, cancel),
+            Ordering::Equal => Err(Error::refused(&layer.path, Refusal::SharedBase { users: users.clone() })),
+            Ordering::Greater => {
+                let what = "an image that is kept reads through it".to_owned();
+                Err(Error::refused(&layer.path, Refusal::Other(what)))
+            }
+        };
+        all.push((layer.path.clone(), result));
+    }
+    Ok(all)
+}
+
+/// What the image is to become.
+struct Wanted<'a> {
+    name: &'a str,
+    format: ImageFormat,
+    size: u64,
+    merged_into: Option<String>,
+}
+
+/// Bytes that the image holds on disk, with its data file.
+fn held(image: &Qcow2) -> Result<u64> {
+    let io = |e| Error::io(image.path(), FileOp::Stat, None, e);
+    let mut bytes = image.file().stat().map_err(io)?.allocated;
+    if image.has_data_file() {
+        bytes += image.data_file().stat().map_err(io)?.allocated;
+    }
+    Ok(bytes)
+}
+
+/// How many entries the L1 table needs for a disk of `size` bytes; never fewer than it has.
+fn l1_entries(image: &Qcow2, size: u64) -> Result<u32> {
+    grow::l1_growth(image, size)?;
+    let needed = u32::try_from(image.geometry().l1_entries_for(size)).unwrap_or(u32::MAX);
+    Ok(needed.max(image.header().l1_entries))
 }
 
 fn open(host: &dyn Host, overlay: &Known, options: &OpenOptions) -> Result<Qcow2> {
@@ -105,8 +187,17 @@ fn open(host: &dyn Host, overlay: &Known, options: &OpenOptions) -> Result<Qcow2
     Qcow2::open(&overlay.path, file, data_file.map(|(_, file)| file))
 }
 
+/// Why an image of version 2 with internal snapshots keeps its size.
+pub(super) const NO_GROWTH: &str =
+    "it must grow, and in version 2 its internal snapshots do not say how large their disk was";
+
+/// Whether the disk of an image may become so large, in bytes.
+pub(super) fn may_grow(image: &Qcow2, size: u64) -> bool {
+    size <= image.virtual_size() || image.header().version >= 3 || image.header().snapshots == 0
+}
+
 /// The rules for the overlay.
-fn judge(image: &Qcow2, options: &EmptyOptions, cancel: &AtomicBool) -> Result<()> {
+fn judge(image: &Qcow2, options: &EmptyOptions, wanted: &Wanted<'_>, cancel: &AtomicBool) -> Result<()> {
     let header = image.header();
     let refuse = |reason| Err(Error::refused(image.path(), reason));
     if header.is_corrupt() {
@@ -120,6 +211,9 @@ fn judge(image: &Qcow2, options: &EmptyOptions, cancel: &AtomicBool) -> Result<(
     }
     if header.snapshots > 0 && image.has_data_file() {
         return refuse(Refusal::Other("its internal snapshots share its data file".into()));
+    }
+    if !may_grow(image, wanted.size) {
+        return refuse(Refusal::Other(NO_GROWTH.into()));
     }
     let names: Vec<String> = bitmap_names(image)?.into_iter().map(|bitmap| bitmap.name).collect();
     if !names.is_empty() && !options.drop_bitmaps {
@@ -164,7 +258,8 @@ fn look_at_base(
         return Err(Error::refused(overlay.path(), Refusal::FormatMismatch { name, declared, found }));
     }
     let (size, needed) = (layer.image.virtual_size(), overlay.virtual_size());
-    if size < needed {
+    // A layer below the active image may be larger than all that was merged.
+    if size < needed && !options.mark {
         let what = format!("its disk of {needed} bytes cannot have been merged into one of {size} bytes");
         return Err(Error::refused(overlay.path(), Refusal::Other(what)));
     }
@@ -184,32 +279,38 @@ fn backing_name(host: &dyn Host, image: &Qcow2, base: &Path, base_id: FileId) ->
 
 /// Points the header at base and at an empty L1 table, in one write. The image does not know its new
 /// header yet: what the old one leads to is to be given back.
-fn switch(image: &mut Qcow2, refcounts: &mut Refcounts, name: &str, format: ImageFormat) -> Result<()> {
-    let clusters = image.geometry().clusters_for(image.header().l1_bytes());
+fn switch(image: &mut Qcow2, refcounts: &mut Refcounts, wanted: &Wanted<'_>, entries: u32) -> Result<()> {
+    let clusters = image.geometry().clusters_for(u64::from(entries) * 8);
     if let Some(table) = grow::make_room(image, refcounts, clusters, clusters)? {
         table.publish(image, refcounts)?;
     }
-    let table = new_table(image, refcounts)?;
-    let switch = plan(image, name, format, table)?;
+    let table = new_table(image, refcounts, clusters)?;
+    let switch = plan(image, wanted, table, entries)?;
     link::apply(image, &switch)
 }
 
 /// An edit that takes effect in one sector.
-fn plan(image: &Qcow2, name: &str, format: ImageFormat, l1_offset: HostOffset) -> Result<Switch> {
+fn plan(image: &Qcow2, wanted: &Wanted<'_>, l1_offset: HostOffset, l1_entries: u32) -> Result<Switch> {
     let cluster = link::read_cluster(image)?;
-    let switch = plan_backing_and_l1_switch(&cluster, name, format.name(), l1_offset)
-        .map_err(|e| link::rewrite_error(image.path(), name, e))?;
+    let disk = EmptyDisk {
+        name: wanted.name,
+        format: wanted.format.name(),
+        l1_offset,
+        l1_entries,
+        size: wanted.size,
+        merged_into: wanted.merged_into.as_deref(),
+    };
+    let switch =
+        plan_empty_switch(&cluster, &disk).map_err(|e| link::rewrite_error(image.path(), wanted.name, e))?;
     if !switch.atomic {
-        return Err(Error::refused(image.path(), Refusal::HeaderRoom { name: name.to_owned() }));
+        return Err(Error::refused(image.path(), Refusal::HeaderRoom { name: wanted.name.to_owned() }));
     }
     Ok(switch)
 }
 
-/// Writes an empty L1 table as large as the present one into the first free room; it is durable, and
-/// counted, and nothing refers to it.
-fn new_table(image: &Qcow2, refcounts: &Refcounts) -> Result<HostOffset> {
+/// Writes an empty L1 table into the first free room; it is durable, and counted, and nothing refers to it.
+fn new_table(image: &Qcow2, refcounts: &Refcounts, clusters: u64) -> Result<HostOffset> {
     let geometry = image.geometry();
-    let clusters = geometry.clusters_for(image.header().l1_bytes());
     let run = Allocator::find_run(image, refcounts, clusters)?.ok_or_else(|| {
         let expected = format!("{clusters} free clusters side by side");
         Error::format(image.path(), FormatError::malformed("refcount table", 48, "no room", expected))
@@ -224,15 +325,15 @@ fn new_table(image: &Qcow2, refcounts: &Refcounts) -> Result<HostOffset> {
 /// Gives back what the old L1 table led to, and the table.
 fn give_back_left(image: &mut Qcow2, refcounts: &Refcounts) -> Result<()> {
     empty::give_back(image, refcounts, empty::Table::Left)?;
-    let old = image.header().l1_offset;
+    let (old, bytes) = (image.header().l1_offset, image.header().l1_bytes());
     image.reload_header()?;
-    free_table(image, refcounts, old)
+    free_table(image, refcounts, old, bytes)
 }
 
-fn free_table(image: &Qcow2, refcounts: &Refcounts, at: HostOffset) -> Result<()> {
+fn free_table(image: &Qcow2, refcounts: &Refcounts, at: HostOffset, bytes: u64) -> Result<()> {
     let geometry = image.geometry();
     let first = at.get() >> geometry.cluster_bits();
-    let clusters: Vec<_> = (first..first + geometry.clusters_for(image.header().l1_bytes())).collect();
+    let clusters: Vec<_> = (first..first + geometry.clusters_for(bytes)).collect();
     refcounts.lower(image, &clusters)?;
     image.barrier()
 }
@@ -240,17 +341,17 @@ fn free_table(image: &Qcow2, refcounts: &Refcounts, at: HostOffset) -> Result<()
 /// Moves the L1 table towards the start of the file, so that the file can be cut behind it. The new
 /// table had to lie where there was room beside all the old data.
 fn move_down(image: &mut Qcow2, refcounts: &Refcounts) -> Result<()> {
-    let present = image.header().l1_offset;
-    let clusters = image.geometry().clusters_for(image.header().l1_bytes());
+    let (present, bytes) = (image.header().l1_offset, image.header().l1_bytes());
+    let clusters = image.geometry().clusters_for(bytes);
     let lower = Allocator::find_run(image, refcounts, clusters)?
         .is_some_and(|run| run.start << image.geometry().cluster_bits() < present.get());
     if !lower {
         return Ok(());
     }
-    let table = new_table(image, refcounts)?;
+    let table = new_table(image, refcounts, clusters)?;
     image.switch_header(40..48, |header| header.l1_offset = table)?;
     image.barrier()?;
-    free_table(image, refcounts, present)
+    free_table(image, refcounts, present, bytes)
 }
 
 #[cfg(test)]

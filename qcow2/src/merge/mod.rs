@@ -34,7 +34,7 @@ mod workers;
 
 pub use abort::{Aborted, Pending, abort, pending};
 pub use commit::Commit;
-pub use empty_onto::{Emptied, EmptyOptions, empty_onto};
+pub use empty_onto::{Emptied, EmptyOptions, empty_all_onto, empty_onto};
 pub use execute::Report;
 pub use interrupted::{BackingIs, Interrupted};
 pub use job::Totals;

@@ -101,7 +101,8 @@ fn treat(
             if base.is_some_and(|base| base.format == "raw") { ImageFormat::Raw } else { ImageFormat::Qcow2 };
         let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
         // What is lost has been accepted before the merge began.
-        let options = EmptyOptions { open, drop_bitmaps: true, allow_snapshot_change: true };
+        let options =
+            EmptyOptions { open, drop_bitmaps: true, allow_snapshot_change: true, ..EmptyOptions::default() };
         // It is short work, and half of it would have to be done again.
         empty_onto(&OsHost, &known, &base_path, format, &options, &AtomicBool::new(false))?;
         tidied.emptied = Some(known.path);

@@ -120,7 +120,12 @@ impl Case<'_> {
                 if !self.dry_run {
                     // What is lost was accepted before the merge began.
                     let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
-                    let options = EmptyOptions { open, drop_bitmaps: true, allow_snapshot_change: true };
+                    let options = EmptyOptions {
+                        open,
+                        drop_bitmaps: true,
+                        allow_snapshot_change: true,
+                        ..EmptyOptions::default()
+                    };
                     let (path, format) = (Path::new(&base.file), look::format(base));
                     empty_onto(&OsHost, &same.known, path, format, &options, self.stop.flag())?;
                 }
