@@ -238,6 +238,18 @@ pub enum Refusal {
         /// What is in the way.
         why: String,
     },
+    /// Where a file about the image is to be made there is one already, of somebody who may not write the image.
+    #[error(
+        "{} is in the way of the journal; it belongs to the user {user}, who may not write the image, so what it says is \
+         not believed, and it was not touched",
+        file.display()
+    )]
+    Stranger {
+        /// The file.
+        file: PathBuf,
+        /// The number of the user to whom it belongs.
+        user: u32,
+    },
     /// A merge into the image is pending, and somebody has written to the image since it was stopped.
     #[error(
         "a merge into it was stopped at {percent} %, and somebody has opened it for writing since: what the \

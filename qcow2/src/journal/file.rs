@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use super::record::{
     BLOCK, Block, ENVELOPE, Header, Phase, Record, Spent, header_len, record_len, record_room,
 };
-use crate::error::{Error, FileOp, Result};
-use crate::storage::{Access, FileKind, Host, Storage};
+use crate::error::{Error, FileOp, Refusal, Result};
+use crate::storage::{Access, FileKind, Host, Owner, Place, Storage};
 
 /// How often there is a sign of life.
 const BEAT_EVERY: Duration = Duration::from_millis(200);
@@ -21,6 +21,7 @@ const BEAT_EVERY: Duration = Duration::from_millis(200);
 /// An open journal.
 #[derive(Debug)]
 pub(crate) struct Journal {
+    place: Place,
     path: PathBuf,
     file: Arc<dyn Storage>,
     header: Header,
@@ -53,12 +54,13 @@ impl State {
 }
 
 impl Journal {
-    /// Makes a journal at `path`, taking the place of one that is there. It is durable afterwards.
+    /// Makes a journal at `place`, instead of one that is there. It is durable afterwards.
     ///
     /// # Errors
-    /// The system's; paths that are too long for a header.
-    pub(crate) fn create(host: &dyn Host, path: &Path, header: Header) -> Result<Self> {
-        Self::make(host, path, header, false)
+    /// The system's; paths that are too long for a header; [`Refusal::Stranger`] if somebody who is not believed has put
+    /// a file where the journal is made before it has its name.
+    pub(crate) fn create(host: &dyn Host, place: &Place, header: Header) -> Result<Self> {
+        Self::make(host, place, header, false)
     }
 
     /// As [`Journal::create`], for an image whose dirty bit an earlier work has set: the new journal says
@@ -66,25 +68,23 @@ impl Journal {
     ///
     /// # Errors
     /// As [`Journal::create`].
-    pub(crate) fn take_over(host: &dyn Host, path: &Path, header: Header) -> Result<Self> {
-        Self::make(host, path, header, true)
+    pub(crate) fn take_over(host: &dyn Host, place: &Place, header: Header) -> Result<Self> {
+        Self::make(host, place, header, true)
     }
 
-    fn make(host: &dyn Host, path: &Path, header: Header, begun: bool) -> Result<Self> {
+    fn make(host: &dyn Host, place: &Place, header: Header, begun: bool) -> Result<Self> {
+        let path = &place.path();
         let failed = |op| move |e| Error::io(path, op, None, e);
         let bytes = header.encode().ok_or_else(|| {
             Error::Usage(format!("{}: the names of the layers are too long for a journal", path.display()))
         })?;
         // Complete before it has its name, so that whoever finds the name finds a journal.
-        let mut fresh = path.as_os_str().to_owned();
+        let mut fresh = place.name().to_owned();
         fresh.push(".new");
-        let fresh = PathBuf::from(fresh);
-        match host.unlink(&fresh) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(FileOp::Create)(e)),
-            _ => {}
-        }
-        let file = host.create_private(&fresh).map_err(failed(FileOp::Create))?;
-        let journal = Self::with(path, file, header, bytes.len());
+        let fresh = place.beside(fresh);
+        clear(host, &fresh)?;
+        let file = fresh.create(host).map_err(failed(FileOp::Create))?;
+        let journal = Self::with(place, file, header, bytes.len());
         let written = journal.file.write_all_at(&bytes, 0).and_then(|()| {
             if !begun {
                 return journal.file.sync();
@@ -93,52 +93,54 @@ impl Journal {
             state.phase = Phase::Moving;
             journal.append(&mut state, 0, 0, None, Vec::new())
         });
-        if let Err(e) = written.and_then(|()| host.rename(&fresh, path)) {
+        if let Err(e) = written.and_then(|()| fresh.rename(host, place.name())) {
             // The first error is the one that counts.
-            let _ = host.unlink(&fresh);
+            let _ = fresh.unlink(host);
             return Err(failed(FileOp::Create)(e));
         }
-        sync_folder(host, path)?;
+        sync_folder(host, place)?;
         Ok(journal)
     }
 
-    /// Makes a journal at `path` that holds one record, with these blocks of a target that has `len` bytes
+    /// Makes a journal at `place` that holds one record, with these blocks of a target that has `len` bytes
     /// with them. Its content is durable afterwards, its name is not.
     ///
     /// # Errors
     /// As [`Journal::create`].
     pub(super) fn create_with(
         host: &dyn Host,
-        path: &Path,
+        place: &Place,
         header: Header,
         blocks: Vec<Block>,
         len: u64,
-    ) -> Result<()> {
+    ) -> Result<Self> {
+        let path = &place.path();
         let failed = |e| Error::io(path, FileOp::Create, None, e);
-        match host.unlink(path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),
-            _ => {}
-        }
+        clear(host, place)?;
         let bytes = header.encode().ok_or_else(|| failed(io::ErrorKind::InvalidFilename.into()))?;
-        let file = host.create_private(path).map_err(failed)?;
+        let file = place.create(host).map_err(failed)?;
         file.write_all_at(&bytes, 0).map_err(failed)?;
-        let journal = Self::with(path, file, header, bytes.len());
+        let journal = Self::with(place, file, header, bytes.len());
         let mut state = journal.turn();
         state.phase = Phase::Moving;
-        journal.append(&mut state, 0, len, None, blocks).map_err(failed)
+        journal.append(&mut state, 0, len, None, blocks).map_err(failed)?;
+        drop(state);
+        Ok(journal)
     }
 
-    /// Opens the journal at `path`, with its last record if there is one; `None` if there is no journal.
+    /// Opens the journal at `place`, with its last record if there is one; `None` if there is no journal. Whether it is to be
+    /// believed is another matter: see [`Journal::owner`].
     ///
     /// # Errors
     /// The system's.
     pub(crate) fn open(
         host: &dyn Host,
-        path: &Path,
+        place: &Place,
         access: Access,
     ) -> Result<Option<(Self, Option<Record>)>> {
+        let path = &place.path();
         let failed = |op| move |e| Error::io(path, op, None, e);
-        let stat = match host.stat(path) {
+        let stat = match place.stat(host) {
             Ok(stat) => stat,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(failed(FileOp::Stat)(e)),
@@ -146,16 +148,20 @@ impl Journal {
         if stat.kind != FileKind::Regular {
             return Ok(None);
         }
-        let file = host.open(path, access).map_err(failed(FileOp::Open))?;
+        let file = place.open(host, access).map_err(failed(FileOp::Open))?;
+        let stat = file.stat().map_err(failed(FileOp::Stat))?;
+        if stat.kind != FileKind::Regular {
+            return Ok(None);
+        }
         let Some(bytes) = piece(&*file, 0, header_len).map_err(failed(FileOp::Read))? else {
             return Ok(None);
         };
         let Some(header) = Header::parse(&bytes) else { return Ok(None) };
-        let mut journal = Self::with(path, file, header, bytes.len());
+        let mut journal = Self::with(place, file, header, bytes.len());
         let mut last: Option<Record> = None;
         for place in [0, 1] {
             let bytes =
-                piece(&*journal.file, journal.place(place), record_len).map_err(failed(FileOp::Read))?;
+                piece(&*journal.file, journal.record_at(place), record_len).map_err(failed(FileOp::Read))?;
             let record = bytes.and_then(|bytes| Record::parse(&bytes, journal.header.nonce));
             if let Some(record) = record.filter(|r| usize::from(r.target) < journal.header.targets.len())
                 && last.as_ref().is_none_or(|last| last.sequence < record.sequence)
@@ -170,10 +176,11 @@ impl Journal {
         Ok(Some((journal, last)))
     }
 
-    fn with(path: &Path, file: Arc<dyn Storage>, header: Header, header_len: usize) -> Self {
+    fn with(place: &Place, file: Arc<dyn Storage>, header: Header, header_len: usize) -> Self {
         let state = State { phase: Phase::Arming, watermark: 0, done: 0, sequence: 0 };
         Self {
-            path: path.to_owned(),
+            path: place.path(),
+            place: place.clone(),
             file,
             header,
             header_len: header_len as u64,
@@ -191,7 +198,7 @@ impl Journal {
     }
 
     /// Where records with this number, even or odd, lie.
-    fn place(&self, sequence: u64) -> u64 {
+    fn record_at(&self, sequence: u64) -> u64 {
         // Spent files are some of those that the header names.
         let room = record_room(self.max_blocks()) + ENVELOPE + 2 * self.header_len as usize;
         self.beat_place() + BLOCK + sequence % 2 * (room as u64).next_multiple_of(BLOCK)
@@ -294,7 +301,7 @@ impl Journal {
         }
         let written = self
             .file
-            .write_all_at(&record.encode(), self.place(record.sequence))
+            .write_all_at(&record.encode(), self.record_at(record.sequence))
             .and_then(|()| self.file.sync());
         written.inspect_err(|_| self.failed.store(true, Relaxed))?;
         state.sequence = record.sequence;
@@ -321,17 +328,33 @@ impl Journal {
         }
     }
 
-    /// Removes the file; that is durable afterwards.
+    /// To whom the file belongs.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn owner(&self) -> Result<Owner> {
+        let stat = self.file.stat().map_err(|e| Error::io(&self.path, FileOp::Stat, None, e))?;
+        Ok(stat.owner)
+    }
+
+    /// Removes the file, if its name is not another file's by now; that is durable afterwards.
     ///
     /// # Errors
     /// The system's.
     pub(crate) fn remove(&self, host: &dyn Host) -> Result<()> {
-        match host.unlink(&self.path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(Error::io(&self.path, FileOp::Remove, None, e))
-            }
-            _ => sync_folder(host, &self.path),
-        }
+        self.remove_name(host)?;
+        sync_folder(host, &self.place)
+    }
+
+    /// As [`Journal::remove`], but not durable yet.
+    pub(super) fn remove_name(&self, host: &dyn Host) -> Result<()> {
+        let removed = self.place.unlink_file(host, &*self.file);
+        removed.map(drop).map_err(|e| Error::io(&self.path, FileOp::Remove, None, e))
+    }
+
+    /// Where it lies.
+    pub(super) fn place(&self) -> &Place {
+        &self.place
     }
 }
 
@@ -348,15 +371,29 @@ fn piece(file: &dyn Storage, at: u64, len: impl Fn(&[u8]) -> Option<usize>) -> i
     Ok(Some(bytes))
 }
 
-/// Makes the names in the folder of `path` durable.
-pub(super) fn sync_folder(host: &dyn Host, path: &Path) -> Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
+/// Makes the names in the folder of a place durable.
+pub(super) fn sync_folder(host: &dyn Host, place: &Place) -> Result<()> {
+    let folder = place.folder();
+    host.sync_folder(folder).map_err(|e| Error::io(folder.path(), FileOp::Sync, None, e))
+}
+
+/// Removes what an earlier work has left at a place where a file is to be made.
+///
+/// # Errors
+/// [`Refusal::Stranger`] for a file that is not ours to remove; the system's.
+fn clear(host: &dyn Host, place: &Place) -> Result<()> {
+    let path = place.path();
+    let owner = match place.stat(host) {
+        Ok(stat) => stat.owner,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::io(&path, FileOp::Stat, None, e)),
     };
-    host.sync_dir(folder).map_err(|e| Error::io(folder, FileOp::Sync, None, e))
+    if ![0, host.user()].contains(&owner.user) {
+        return Err(Error::refused(&path, Refusal::Stranger { file: path.clone(), user: owner.user }));
+    }
+    place.unlink(host).map_err(|e| Error::io(&path, FileOp::Remove, None, e))
 }
 
 #[cfg(test)]
 #[path = "file_tests.rs"]
-mod tests;
+pub(crate) mod tests;

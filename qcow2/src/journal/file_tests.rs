@@ -5,6 +5,11 @@ use super::super::record::{SECTORS, sector_crcs};
 use super::*;
 use crate::storage::MemHost;
 
+/// A place in a namespace, whether or not there is a file.
+pub(crate) fn at(host: &dyn Host, path: &str) -> Place {
+    Place::of_new(host, Path::new(path)).unwrap()
+}
+
 fn block(number: u64) -> Block {
     let bytes = vec![number as u8; BLOCK as usize];
     Block { number, before: sector_crcs(&bytes), bytes: bytes.into() }
@@ -13,7 +18,7 @@ fn block(number: u64) -> Block {
 #[test]
 fn the_last_whole_record_counts() {
     let host = MemHost::new();
-    let path = Path::new("/x.journal");
+    let path = &at(&host, "/x.journal");
     let journal = Journal::create(&host, path, header()).unwrap();
     let (opened, none) = Journal::open(&host, path, Access::Read).unwrap().unwrap();
     assert_eq!((opened.header(), none), (&header(), None));
@@ -23,8 +28,8 @@ fn the_last_whole_record_counts() {
     assert_eq!((last.sequence, last.watermark, last.done, last.target), (2, 100, 7, 1));
     assert_eq!(last.blocks, [block(3)]);
     // The last one is torn: the one before it counts.
-    let place = journal.place(2);
-    let file = host.open(path, Access::ReadWrite).unwrap();
+    let place = journal.record_at(2);
+    let file = path.open(&host, Access::ReadWrite).unwrap();
     file.write_all_at(&[0xa5; 512], place + 512).unwrap();
     let (again, last) = Journal::open(&host, path, Access::ReadWrite).unwrap().unwrap();
     assert_eq!(last.unwrap().sequence, 1);
@@ -46,7 +51,7 @@ fn the_last_whole_record_counts() {
 #[test]
 fn a_new_journal_takes_the_place_of_an_old_one() {
     let host = MemHost::new();
-    let path = Path::new("/x.journal");
+    let path = &at(&host, "/x.journal");
     host.add("/x.journal.new", b"left by a crash").unwrap();
     let old = Journal::create(&host, path, header()).unwrap();
     old.note(Phase::Moving, 9, 9).unwrap();
@@ -54,13 +59,13 @@ fn a_new_journal_takes_the_place_of_an_old_one() {
     let (opened, last) = Journal::open(&host, path, Access::Read).unwrap().unwrap();
     assert_eq!((opened.header().nonce, last), (1, None));
     host.add("/y.journal", b"not a journal").unwrap();
-    assert!(Journal::open(&host, Path::new("/y.journal"), Access::Read).unwrap().is_none());
+    assert!(Journal::open(&host, &at(&host, "/y.journal"), Access::Read).unwrap().is_none());
 }
 
 #[test]
 fn records_do_not_reach_into_each_other() {
     let host = MemHost::new();
-    let journal = Journal::create(&host, Path::new("/x.journal"), header()).unwrap();
+    let journal = Journal::create(&host, &at(&host, "/x.journal"), header()).unwrap();
     let blocks: Vec<Block> = (0..7).map(block).collect();
     let record = Record {
         nonce: 0,
@@ -75,7 +80,7 @@ fn records_do_not_reach_into_each_other() {
         blocks,
     };
     assert_eq!(journal.max_blocks(), 7);
-    assert!(journal.place(0) + record.encode().len() as u64 <= journal.place(1));
+    assert!(journal.record_at(0) + record.encode().len() as u64 <= journal.record_at(1));
     assert!(header().encode().unwrap().len() as u64 <= journal.beat_place());
     assert_eq!(block(0).before.len(), SECTORS);
 }

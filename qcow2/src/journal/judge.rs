@@ -85,6 +85,8 @@ pub(super) struct Sectors {
     pub(super) new: usize,
     /// Neither.
     pub(super) foreign: usize,
+    /// Those of them that the record does not change.
+    pub(super) beside: usize,
 }
 
 pub(super) fn compare(record: &Record, file: &dyn Storage) -> io::Result<Sectors> {
@@ -101,7 +103,10 @@ pub(super) fn compare(record: &Record, file: &dyn Storage) -> io::Result<Sectors
                 (true, true, _) => {}
                 (true, false, _) => sectors.new += 1,
                 (false, false, true) => sectors.old += 1,
-                _ => sectors.foreign += 1,
+                (false, is_unchanged, _) => {
+                    sectors.foreign += 1;
+                    sectors.beside += usize::from(is_unchanged);
+                }
             }
         }
     }
@@ -147,6 +152,7 @@ fn cluster0(file: &dyn Storage) -> io::Result<Option<std::result::Result<Cluster
 mod tests {
     use std::path::Path;
 
+    use super::super::file::tests::at;
     use super::super::record::tests::header;
     use super::super::record::{Block, Header, sector_crcs};
     use super::*;
@@ -172,7 +178,7 @@ mod tests {
     #[test]
     fn the_dirty_bit_decides() {
         let host = MemHost::new();
-        let journal = Journal::create(&host, Path::new("/j"), header()).unwrap();
+        let journal = Journal::create(&host, &at(&host, "/j"), header()).unwrap();
         host.add("/i", b"").unwrap();
         let file = host.open(Path::new("/i"), crate::storage::Access::ReadWrite).unwrap();
         let judged = |phase, dirty| judge(&journal, Some(&last(phase)), &*file, dirty).unwrap();
@@ -198,7 +204,7 @@ mod tests {
     fn without_a_dirty_bit_sectors_and_times_decide() {
         let host = MemHost::new();
         let bare = Header { guard: Guard::Stamp, ..header() };
-        let journal = Journal::create(&host, Path::new("/j"), bare).unwrap();
+        let journal = Journal::create(&host, &at(&host, "/j"), bare).unwrap();
         host.add("/i", &[0; BLOCK as usize]).unwrap();
         let file = host.open(Path::new("/i"), crate::storage::Access::ReadWrite).unwrap();
         let mut record = last(Phase::Moving);

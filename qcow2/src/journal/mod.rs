@@ -26,7 +26,8 @@ pub use heal::has_edit;
 pub(crate) use heal::{Edit, edit_headers, heal, nonce, sweep};
 pub(crate) use judge::{Verdict, are_names_clean, judge};
 pub use place::JOURNAL;
-pub(crate) use place::{find, find_removed, identity, place};
+pub(crate) use place::SWITCH;
+pub(crate) use place::{find, find_removed, identity, place, refuse_strangers};
 
 #[cfg(test)]
 mod tests;

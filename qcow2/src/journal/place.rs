@@ -1,15 +1,16 @@
 //! Where journals lie, and whose they are.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::io::ErrorKind;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
 use super::file::Journal;
 use super::record::{Identity, Phase, Purpose, Record, SECTOR};
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::storage::{Access, FileKind, Host, Storage};
+use crate::storage::{Access, FileKind, Folder, Host, Owner, Place, Storage};
 
 /// How the names of journals end.
 pub const JOURNAL: &str = ".qmerge-journal";
@@ -57,32 +58,50 @@ fn named_apart(image: &Path, ending: &str) -> OsString {
     named(image, &format!("-{crc:08x}{ending}"))
 }
 
-/// Where files about the image at `path` lie, beside it and in `dir`, by their names.
+/// Where files about the image at `image` lie, beside it and in `dir`.
 ///
 /// # Errors
 /// The system's.
-pub(super) fn places(host: &dyn Host, path: &Path, dir: Option<&Path>, ending: &str) -> Result<Vec<PathBuf>> {
-    let real = host.canonicalize(path).map_err(|e| Error::io(path, FileOp::Resolve, None, e))?;
-    let beside = real.with_file_name(named(&real, ending));
-    Ok([Some(beside), dir.map(|dir| dir.join(named_apart(&real, ending)))].into_iter().flatten().collect())
+pub(super) fn places(host: &dyn Host, image: &Place, dir: Option<&Path>, ending: &str) -> Result<Vec<Place>> {
+    let real = image.path();
+    let mut all = vec![image.beside(named(&real, ending))];
+    if let Some(folder) = dir.map(|dir| folder_of_journals(host, dir)).transpose()?.flatten() {
+        all.push(Place::within(Arc::new(folder), named_apart(&real, ending)));
+    }
+    Ok(all)
 }
 
-/// Where a new journal about the image at `path` goes: into `dir` if given, else beside the image, with
+/// The folder of journals that a caller names; `None` if there is none.
+fn folder_of_journals(host: &dyn Host, dir: &Path) -> Result<Option<Folder>> {
+    // By its real name, as in `place`: a journal must not be taken for another one than itself.
+    match host.canonicalize(dir).and_then(|dir| host.folder(&dir)) {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        folder => folder.map(Some).map_err(|e| Error::io(dir, FileOp::Resolve, None, e)),
+    }
+}
+
+/// Whether `place` is where a record beside an image of this name lies.
+pub(super) fn is_beside(place: &Place, image: &OsStr, ending: &str) -> bool {
+    named(Path::new(image), ending) == place.name()
+}
+
+/// Where a new journal about the image in `file`, to which `path` led, goes: into `dir` if given, else beside the image, with
 /// symbolic links followed.
 ///
 /// # Errors
 /// [`Refusal::JournalPlace`] if the image is a block device or its folder cannot be written, and `dir` was
-/// not given, or cannot be written either.
+/// not given, or cannot be written either; [`Refusal::Stranger`] if somebody else has put a file there.
 pub(crate) fn place(
     host: &dyn Host,
     path: &Path,
-    is_device: bool,
+    file: &dyn Storage,
     dir: Option<&Path>,
     ending: &str,
-) -> Result<PathBuf> {
-    let real = host.canonicalize(path).map_err(|e| Error::io(path, FileOp::Resolve, None, e))?;
+) -> Result<Place> {
+    let stat = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
     let refused = |why: String| Error::refused(path, Refusal::JournalPlace { why });
-    let (folder, name) = match dir {
+    let image = Place::of_file(host, path, file)?;
+    let place = match dir {
         Some(dir) => {
             let no_folder = |e: std::io::Error| match e.kind() {
                 ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::PermissionDenied => {
@@ -90,17 +109,53 @@ pub(crate) fn place(
                 }
                 _ => Error::io(dir, FileOp::Resolve, None, e),
             };
-            (host.canonicalize(dir).map_err(no_folder)?, named_apart(&real, ending))
+            let folder = host.canonicalize(dir).and_then(|dir| host.folder(&dir)).map_err(no_folder)?;
+            Place::within(Arc::new(folder), named_apart(&image.path(), ending))
         }
-        None if is_device => return Err(refused("it is a block device".to_owned())),
-        None => (real.parent().unwrap_or(Path::new("/")).to_owned(), named(&real, ending)),
+        None if stat.kind == FileKind::Block => return Err(refused("it is a block device".to_owned())),
+        None => image.beside(named(&image.path(), ending)),
     };
-    host.may_create_in(&folder)
-        .map_err(|e| refused(format!("{} cannot be written: {e}", folder.display())))?;
-    Ok(folder.join(name))
+    let folder = place.folder();
+    host.may_create_in(folder)
+        .map_err(|e| refused(format!("{} cannot be written: {e}", folder.path().display())))?;
+    refuse_stranger(host, path, &place, stat.owner)?;
+    Ok(place)
 }
 
-/// The journal about the image in `file`, and its last record, if there is one: in `dir`, or beside it.
+/// Refuses a place for a file about an image of this owner, if somebody who may not write the image has put a file there.
+///
+/// # Errors
+/// [`Refusal::Stranger`]; the system's.
+fn refuse_stranger(host: &dyn Host, path: &Path, place: &Place, image: Owner) -> Result<()> {
+    match place.stat(host) {
+        Ok(stat) if !stat.owner.may_speak_for(&image, host.user()) => {
+            let reason = Refusal::Stranger { file: place.path(), user: stat.owner.user };
+            Err(Error::refused(path, reason))
+        }
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io(&place.path(), FileOp::Stat, None, e)),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses an image about which somebody who may not write it has put a journal where ours would lie: whoever wants to
+/// give up a merge is not told that there is none.
+///
+/// # Errors
+/// [`Refusal::Stranger`]; the system's.
+pub(crate) fn refuse_strangers(
+    host: &dyn Host,
+    path: &Path,
+    file: &dyn Storage,
+    dir: Option<&Path>,
+    ending: &str,
+) -> Result<()> {
+    let owner = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.owner;
+    let image = Place::of_file(host, path, file)?;
+    places(host, &image, dir, ending)?.iter().try_for_each(|place| refuse_stranger(host, path, place, owner))
+}
+
+/// The journal about the image in `file`, and its last record, if there is one that is believed: in `dir`, or beside it.
+/// One of somebody who may not write the image does not count.
 ///
 /// # Errors
 /// The system's.
@@ -112,27 +167,31 @@ pub(crate) fn find(
     access: Access,
     ending: &str,
 ) -> Result<Option<(Journal, Option<Record>)>> {
-    let real = host.canonicalize(path).map_err(|e| Error::io(path, FileOp::Resolve, None, e))?;
-    let beside = real.parent().unwrap_or(Path::new("/")).join(named(&real, ending));
-    let mut candidates = vec![beside];
-    if let Some(dir) = dir {
+    let image = Place::of_file(host, path, file)?;
+    let mut candidates = vec![image.beside(named(&image.path(), ending))];
+    if let Some(folder) = dir.map(|dir| folder_of_journals(host, dir)).transpose()?.flatten() {
         // A device may have another name today: what the journals say counts.
-        // By its real name, as in `place`: a journal must not be taken for another one than itself.
-        let names = match host.canonicalize(dir).and_then(|dir| host.list(&dir)) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
-            names => names.map_err(|e| Error::io(dir, FileOp::List, None, e))?,
-        };
-        candidates
-            .extend(names.into_iter().filter(|n| n.as_os_str().as_bytes().ends_with(ending.as_bytes())));
+        let folder = Arc::new(folder);
+        let names = host.list_in(&folder).map_err(|e| Error::io(folder.path(), FileOp::List, None, e))?;
+        let ours = names.into_iter().filter(|name| name.as_bytes().ends_with(ending.as_bytes()));
+        candidates.extend(ours.map(|name| Place::within(Arc::clone(&folder), name)));
     }
     let mut now = None;
     for candidate in candidates {
         // Most images have none: then nothing more is asked.
-        match host.stat(&candidate) {
+        let stat = match candidate.stat(host) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            _ => {}
+            stat => stat.map_err(|e| Error::io(&candidate.path(), FileOp::Stat, None, e))?,
+        };
+        let owner = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.owner;
+        // Not even opened: what it is not believed, it need not be able to be read.
+        if !stat.owner.may_speak_for(&owner, host.user()) {
+            continue;
         }
         let Some(found) = Journal::open(host, &candidate, access)? else { continue };
+        if !found.0.owner()?.may_speak_for(&owner, host.user()) {
+            continue;
+        }
         let now = match &now {
             Some(now) => now,
             None => now.insert(identity(host, path, file)?),
@@ -145,21 +204,21 @@ pub(crate) fn find(
 }
 
 /// The journal about an image at `path` that is there no more, in `dir` or beside where it was: the last thing
-/// that it says is that the image was to be removed.
+/// that it says is that the image was to be removed. It counts if its owner may remove files there.
 ///
 /// # Errors
 /// The system's.
 pub(crate) fn find_removed(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<Journal>> {
     // A folder that is not there holds no journal.
-    let Ok(real) = host.resolve(path) else { return Ok(None) };
-    let beside = real.with_file_name(named(&real, JOURNAL));
-    let elsewhere = dir.map(|dir| dir.join(named_apart(&real, JOURNAL)));
-    for candidate in [Some(beside), elsewhere].into_iter().flatten() {
+    let Ok(image) = Place::of_new(host, path) else { return Ok(None) };
+    for candidate in places(host, &image, dir, JOURNAL)? {
         let Some((journal, Some(last))) = Journal::open(host, &candidate, Access::Read)? else { continue };
         let header = journal.header();
+        let folder = Owner { mode: 0o700, ..image.folder().owner() };
         if header.purpose == Purpose::Empty
             && last.phase == Phase::Removing
-            && header.targets.first().is_some_and(|target| target.path == real)
+            && header.targets.first().is_some_and(|target| target.path == image.path())
+            && journal.owner()?.may_speak_for(&folder, host.user())
         {
             return Ok(Some(journal));
         }
@@ -187,8 +246,11 @@ mod tests {
         host.add("/a/x", b"").unwrap();
         host.add("/b/x", b"").unwrap();
         host.add("/j/keep", b"").unwrap();
-        let of = |path: &str| place(&host, Path::new(path), true, Some(Path::new("/j")), JOURNAL).unwrap();
+        let of = |path: &str| {
+            let file = host.open(Path::new(path), Access::Read).unwrap();
+            place(&host, Path::new(path), &*file, Some(Path::new("/j")), JOURNAL).unwrap().path()
+        };
         assert_ne!(of("/a/x"), of("/b/x"));
-        assert!(place(&host, Path::new("/a/x"), true, None, JOURNAL).is_err());
+        assert!(of("/a/x").starts_with("/j"));
     }
 }

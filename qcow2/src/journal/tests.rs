@@ -5,21 +5,22 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use super::file::tests::at;
 use super::record::tests::header;
 use super::record::{BLOCK, Phase};
 use super::{Edit, Journal, Journaled, edit_headers, heal};
-use crate::error::{ErrorKind, Holder};
+use crate::error::{Error, ErrorKind, Holder, Refusal};
 use crate::merge::testing::Dice;
 use crate::storage::{
-    Access, FileId, FileStat, Host, LockError, LockMode, MemFile, MemHost, OsHost, Storage,
+    Access, FileId, FileStat, Host, LockError, LockMode, MemFile, MemHost, OsHost, Owner, Storage,
 };
 
 fn journal(host: &dyn Host) -> Arc<Journal> {
-    Arc::new(Journal::create(host, Path::new("/journal"), header()).unwrap())
+    Arc::new(Journal::create(host, &at(host, "/journal"), header()).unwrap())
 }
 
 fn last(host: &dyn Host) -> super::record::Record {
-    Journal::open(host, Path::new("/journal"), Access::Read).unwrap().unwrap().1.unwrap()
+    Journal::open(host, &at(host, "/journal"), Access::Read).unwrap().unwrap().1.unwrap()
 }
 
 #[test]
@@ -266,7 +267,7 @@ fn torn(atomic: bool, tear: impl Fn(&mut Vec<u8>)) -> (MemHost, Vec<u8>, Vec<u8>
     let writes = vec![(24, vec![0, 0, 0, 0, 0, 0x20]), (600, vec![7; 300])];
     let edit = Edit { path: Path::new("/i"), file: &*file, writes, atomic };
     // The record as it is when the power goes.
-    let path = super::heal::record(&host, &edit, None).unwrap();
+    let path = super::heal::record(&host, &edit, None).unwrap().path().to_owned();
     let record = host.content(&path).unwrap();
     edit_headers(&host, &[edit], None).unwrap();
     assert!(host.content(&path).is_err(), "the record is gone when all is done");
@@ -317,7 +318,7 @@ fn records_that_a_power_cut_has_left_are_swept() {
     }
     let whole = host.open(Path::new("/whole"), Access::ReadWrite).unwrap();
     let edit =
-        Edit { path: Path::new("/whole"), file: &*whole, writes: vec![(600, vec![7; 9])], atomic: true };
+        Edit { path: Path::new("/whole"), file: &*whole, writes: vec![(24, vec![0; 6])], atomic: true };
     super::heal::record(&host, &edit, None).unwrap();
     whole.write_all_at(&[0xa5; 512], 0).unwrap();
     drop(whole);
@@ -336,25 +337,82 @@ fn records_that_a_power_cut_has_left_are_swept() {
     assert_eq!(left, [PathBuf::from("/.held.qmerge-switch")]);
 }
 
+/// A file, torn as it is while a record of an edit of it lies in another folder; and that record.
+fn torn_elsewhere(content: &[u8]) -> (MemHost, Vec<u8>, PathBuf) {
+    let host = MemHost::new();
+    host.add("/etc/conf", content).unwrap();
+    let file = host.open(Path::new("/etc/conf"), Access::ReadWrite).unwrap();
+    let writes = vec![(24, b"theirs".to_vec())];
+    let edit = Edit { path: Path::new("/etc/conf"), file: &*file, writes, atomic: true };
+    let made = super::heal::record(&host, &edit, None).unwrap().path().to_owned();
+    file.write_all_at(&[0xa5; 512], 0).unwrap();
+    host.add("/vm/image", b"").unwrap();
+    let planted = PathBuf::from("/vm/.conf.qmerge-switch");
+    host.add(&planted, &host.content(&made).unwrap()).unwrap();
+    host.unlink(&made).unwrap();
+    let torn = host.content("/etc/conf").unwrap();
+    (host, torn, planted)
+}
+
+/// The bytes of an empty image.
+fn image() -> Vec<u8> {
+    let host = MemHost::new();
+    crate::image::create(&host, Path::new("/i"), &crate::image::CreateOptions::new(1 << 20)).unwrap();
+    host.content("/i").unwrap()
+}
+
 /// Somebody who may write in the folder of a chain, and knows a file elsewhere, makes a record about that.
 #[test]
 fn a_record_about_a_file_elsewhere_is_not_carried_out() {
-    let host = MemHost::new();
-    host.add("/etc/conf", &[b'#'; 4096]).unwrap();
-    let file = host.open(Path::new("/etc/conf"), Access::ReadWrite).unwrap();
-    let writes = vec![(0, b"theirs".to_vec())];
-    let edit = Edit { path: Path::new("/etc/conf"), file: &*file, writes, atomic: true };
-    let made = super::heal::record(&host, &edit, None).unwrap();
-    drop(file);
-    host.add("/vm/image", b"").unwrap();
-    let planted = Path::new("/vm/.conf.qmerge-switch");
-    host.add(planted, &host.content(made).unwrap()).unwrap();
+    let (host, torn, planted) = torn_elsewhere(&image());
     super::sweep(&host, &[PathBuf::from("/vm")], None).unwrap();
-    assert_eq!(host.content("/etc/conf").unwrap(), [b'#'; 4096]);
+    assert!(host.content("/etc/conf").unwrap() == torn);
     // In a folder that the caller names for journals, it is believed.
     super::sweep(&host, &[], Some(Path::new("/vm"))).unwrap();
-    assert_eq!(host.content("/etc/conf").unwrap()[..6], *b"theirs");
+    assert_eq!(host.content("/etc/conf").unwrap()[24..30], *b"theirs");
     assert!(host.content(planted).is_err());
+}
+
+#[test]
+fn a_record_makes_nothing_whole_that_is_no_image() {
+    let (host, torn, _) = torn_elsewhere(&[b'#'; 4096]);
+    super::sweep(&host, &[], Some(Path::new("/vm"))).unwrap();
+    assert!(host.content("/etc/conf").unwrap() == torn);
+    // Nor what differs where the record changes nothing.
+    let (host, _, _) = torn_elsewhere(&image());
+    let file = host.open(Path::new("/etc/conf"), Access::ReadWrite).unwrap();
+    file.write_all_at(b"else", 1024).unwrap();
+    let other = host.content("/etc/conf").unwrap();
+    super::sweep(&host, &[], Some(Path::new("/vm"))).unwrap();
+    assert!(host.content("/etc/conf").unwrap() == other);
+}
+
+/// Whoever may write in the folder of an image, and not the image, puts a record or a journal there.
+#[test]
+fn what_a_stranger_says_is_left_alone() {
+    let eve = |mode| Owner { user: 7, group: 7, mode };
+    let (host, torn, planted) = torn_elsewhere(&image());
+    host.give(&planted, eve(0o600)).unwrap();
+    super::sweep(&host, &[], Some(Path::new("/vm"))).unwrap();
+    let path = Path::new("/etc/conf");
+    let beside = Path::new("/etc/.conf.qmerge-switch");
+    host.add(beside, &host.content(&planted).unwrap()).unwrap();
+    host.give(beside, eve(0o644)).unwrap();
+    super::sweep(&host, &[PathBuf::from("/etc")], None).unwrap();
+    heal(&host, path, Some(Path::new("/vm"))).unwrap();
+    assert!(host.content(path).unwrap() == torn);
+    assert!(host.content(beside).is_ok() && host.content(&planted).is_ok(), "nor is it removed");
+    // It is in the way, and is named.
+    let file = host.open(path, Access::ReadWrite).unwrap();
+    let refused = super::place(&host, path, &*file, None, super::SWITCH).unwrap_err();
+    assert!(
+        matches!(&refused, Error::Refused { reason: Refusal::Stranger { file, user: 7 }, .. } if file == beside),
+        "{refused}"
+    );
+    // It is believed when it is somebody's who may write the image.
+    host.give(path, eve(0o600)).unwrap();
+    heal(&host, path, None).unwrap();
+    assert_eq!(host.content(path).unwrap()[24..30], *b"theirs");
 }
 
 #[test]
@@ -374,7 +432,7 @@ fn a_journal_is_for_nobody_else_to_read() {
     use std::os::unix::fs::PermissionsExt;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("j");
-    let journal = Journal::create(&OsHost, &path, header()).unwrap();
+    let journal = Journal::create(&OsHost, &at(&OsHost, path.to_str().unwrap()), header()).unwrap();
     journal.note(Phase::Moving, 1, 1).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
 }

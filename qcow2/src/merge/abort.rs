@@ -100,7 +100,10 @@ pub fn abort(
     let nothing = Aborted { pending: None, restore_points_lost: Vec::new(), written_since: false };
     let Some(layer) = chain.layers().get(at) else { return Ok(nothing) };
     let path = layer.path.clone();
-    let Some(left) = Left::find(host, layer, dir)? else { return Ok(nothing) };
+    let Some(left) = Left::find(host, layer, dir)? else {
+        journal::refuse_strangers(host, &path, &**layer.image.file(), dir, journal::JOURNAL)?;
+        return Ok(nothing);
+    };
     let pending = left.pending();
     if let Some(Pending { is_switching: true, top, active, removes, .. }) = pending.clone() {
         return Err(Error::refused(&path, Refusal::MergeDone { top, active, removes }));

@@ -197,7 +197,7 @@ mod tests {
     use crate::image::{CreateOptions, create, create_raw};
     use crate::journal::record::{Guard, Header, Purpose};
     use crate::merge::mark_merged;
-    use crate::storage::MemHost;
+    use crate::storage::{MemHost, Place};
 
     /// A base, a layer `/vm/1` with the mark of a merge into `into`, and a file `/vm/1.data`.
     fn merged(into: &str) -> MemHost {
@@ -241,7 +241,8 @@ mod tests {
             total: 0,
             restore_points_lost: Vec::new(),
         };
-        let journal = Journal::create(host, Path::new("/vm/journal"), header).unwrap();
+        let journal =
+            Journal::create(host, &Place::of_new(host, Path::new("/vm/journal")).unwrap(), header).unwrap();
         journal.set_spent(Some(files));
         journal.note(phase, 0, 0).unwrap();
         journal

@@ -90,9 +90,10 @@ pub(super) fn journal_places(
         Afterwards::Keep => span.top.saturating_sub(1),
     };
     for layer in chain.layers().get(span.base..=last).unwrap_or_default() {
-        let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, FileOp::Stat, None, e))?;
-        let is_device = stat.kind == FileKind::Block;
-        journal::place(host, &layer.path, is_device, options.journal_dir.as_deref(), journal::JOURNAL)?;
+        let (file, dir) = (&**layer.image.file(), options.journal_dir.as_deref());
+        for ending in [journal::JOURNAL, journal::SWITCH] {
+            journal::place(host, &layer.path, file, dir, ending)?;
+        }
     }
     Ok(())
 }

@@ -42,6 +42,13 @@ impl Left {
         let file = &**layer.image.file();
         let found = journal::find(host, &layer.path, file, dir, layer.access, journal::JOURNAL)?;
         let Some((journal, last)) = found else { return Ok(None) };
+        // What it holds is written to the data file, too.
+        if let (Some(data), Some(image)) = (&layer.data_file, layer.image.as_qcow2()) {
+            let stat = image.data_file().stat().map_err(|e| Error::io(&data.path, FileOp::Stat, None, e))?;
+            if !journal.owner()?.may_speak_for(&stat.owner, host.user()) {
+                return Ok(None);
+            }
+        }
         let dirty = layer.image.as_qcow2().is_some_and(|image| image.header().is_dirty());
         let verdict = journal::judge(&journal, last.as_ref(), file, Some(dirty))?;
         Ok(Some(Self { journal: Arc::new(journal), verdict, last }))
@@ -164,16 +171,15 @@ impl Work {
         dir: Option<&Path>,
         left: Option<&Left>,
     ) -> Result<Self> {
-        let is_device = header.targets.first().is_some_and(|target| target.is_device);
-        let path = journal::place(host, image.path(), is_device, dir, journal::JOURNAL)?;
+        let place = journal::place(host, image.path(), &**image.file(), dir, journal::JOURNAL)?;
         let inherited = left.and_then(Left::lazy);
         if let (Guard::DirtyBit { lazy }, Some(inherited)) = (&mut header.guard, inherited) {
             *lazy = inherited;
         }
-        let old = left.map(|left| left.journal.path()).filter(|old| **old != *path);
+        let old = left.map(|left| left.journal.path()).filter(|old| **old != *place.path());
         // Without a record of its own, a journal does not explain a dirty bit that is set already.
         let make = if inherited.is_some() { Journal::take_over } else { Journal::create };
-        let journal = Arc::new(make(host, &path, header)?);
+        let journal = Arc::new(make(host, &place, header)?);
         if let (Some(_), Some(left)) = (old, left) {
             left.journal.remove(host)?;
         }

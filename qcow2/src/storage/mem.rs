@@ -12,7 +12,7 @@ use crate::error::Holder;
 
 use super::copy::{copy_plain, out_of_range};
 use super::os::not_a_file;
-use super::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Storage};
+use super::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner, Storage};
 
 /// A namespace of files in memory. Clones share it.
 ///
@@ -36,6 +36,7 @@ pub struct MemFile {
 struct Inode {
     id: u64,
     content: RwLock<Content>,
+    owner: RwLock<Owner>,
     locks: Mutex<BTreeMap<u64, LockMode>>,
 }
 
@@ -48,6 +49,9 @@ pub(super) struct Content {
     /// How often it was changed, which stands for the time of its last change.
     pub(super) changes: u64,
 }
+
+/// To whom a file belongs unless it is given to somebody: to root, who is the user of this namespace.
+const PRIVATE: Owner = Owner { user: 0, group: 0, mode: 0o600 };
 
 const PAGE: u64 = 4096;
 pub(super) type Page = [u8; PAGE as usize];
@@ -76,6 +80,15 @@ impl MemHost {
         Ok(bytes)
     }
 
+    /// Gives a file to somebody.
+    ///
+    /// # Errors
+    /// There is no such file.
+    pub fn give(&self, path: impl AsRef<Path>, owner: Owner) -> io::Result<()> {
+        *self.inode(path.as_ref())?.owner.write().unwrap_or_else(PoisonError::into_inner) = owner;
+        Ok(())
+    }
+
     /// All files: name, inode, content.
     pub(super) fn contents(&self) -> Vec<(PathBuf, u64, Content)> {
         let files = self.read();
@@ -84,7 +97,8 @@ impl MemHost {
 
     /// Puts a file there that has this inode and content.
     pub(super) fn restore(&self, path: &Path, id: u64, content: Content) {
-        let inode = Inode { id, content: RwLock::new(content), locks: Mutex::default() };
+        let (content, owner) = (RwLock::new(content), RwLock::new(PRIVATE));
+        let inode = Inode { id, content, owner, locks: Mutex::default() };
         self.write().insert(absolute(path), Arc::new(inode));
     }
 
@@ -137,6 +151,7 @@ impl Host for MemHost {
                 len: 0,
                 allocated: 0,
                 modified_ns: 0,
+                owner: PRIVATE,
             }),
             Err(e) => Err(e),
         }
@@ -210,6 +225,7 @@ impl MemFile {
         let inode = Inode {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             content: RwLock::default(),
+            owner: RwLock::new(PRIVATE),
             locks: Mutex::default(),
         };
         Self::of(Arc::new(inode), Access::ReadWrite)
@@ -259,6 +275,7 @@ impl Inode {
             len: content.len,
             allocated: (content.pages.len() as u64).saturating_mul(PAGE),
             modified_ns: i128::from(content.changes),
+            owner: *self.owner.read().unwrap_or_else(PoisonError::into_inner),
         }
     }
 }

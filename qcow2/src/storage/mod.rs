@@ -5,14 +5,18 @@
 //! code runs on [`OsHost`]; tests and fuzzers run the same code on [`MemHost`].
 
 mod copy;
+mod folder;
 mod holders;
 mod lock;
 mod mem;
 mod os;
+mod os_folder;
+mod owner;
 #[doc(hidden)]
 pub mod sim;
 mod view;
 
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -22,8 +26,10 @@ use std::sync::Arc;
 
 use crate::error::Holder;
 
+pub use folder::{Folder, Place};
 pub use mem::{MemFile, MemHost};
 pub use os::{OsFile, OsHost};
+pub use owner::Owner;
 pub use view::View;
 
 /// One opened file, block device or memory buffer, shared by threads. All operations are positional.
@@ -142,6 +148,8 @@ pub struct FileStat {
     pub allocated: u64,
     /// When it was last changed, in nanoseconds since 1970.
     pub modified_ns: i128,
+    /// To whom it belongs.
+    pub owner: Owner,
 }
 
 /// How a file is opened.
@@ -185,15 +193,65 @@ pub trait Host: Send + Sync + fmt::Debug {
     /// Creates a new file for reading and writing; an error if the name exists.
     fn create_new(&self, path: &Path) -> io::Result<Arc<dyn Storage>>;
 
-    /// As [`Host::create_new`], for nobody but the caller to read.
-    fn create_private(&self, path: &Path) -> io::Result<Arc<dyn Storage>> {
-        self.create_new(path)
+    /// Opens a folder by a path in which nothing is a symbolic link (a link is an error), to look names up in it whatever
+    /// becomes of the path.
+    ///
+    /// The methods that end in `_in`, and [`Host::sync_folder`], take one name in it, and follow no link. They are written
+    /// down here for hosts in which a name always leads to the same file.
+    fn folder(&self, path: &Path) -> io::Result<Folder> {
+        Ok(Folder::named(self.canonicalize(path)?))
     }
 
-    /// Whether files can be created in a directory, as far as that can be told without doing so; the error
+    /// Opens a file in a folder as [`Host::open`] does; a symbolic link is refused with [`io::ErrorKind::InvalidInput`].
+    fn open_in(&self, folder: &Folder, name: &OsStr, access: Access) -> io::Result<Arc<dyn Storage>> {
+        self.open(&folder.path().join(name), access)
+    }
+
+    /// Creates a new file that nobody but its owner may read or write; an error if the name exists.
+    fn create_in(&self, folder: &Folder, name: &OsStr) -> io::Result<Arc<dyn Storage>> {
+        self.create_new(&folder.path().join(name))
+    }
+
+    /// What has a name.
+    fn stat_in(&self, folder: &Folder, name: &OsStr) -> io::Result<FileStat> {
+        self.stat(&folder.path().join(name))
+    }
+
+    /// As [`Host::rename`].
+    fn rename_in(&self, folder: &Folder, from: &OsStr, to: &OsStr) -> io::Result<()> {
+        self.rename(&folder.path().join(from), &folder.path().join(to))
+    }
+
+    /// As [`Host::rename_new`].
+    fn rename_new_in(&self, folder: &Folder, from: &OsStr, to: &OsStr) -> io::Result<()> {
+        self.rename_new(&folder.path().join(from), &folder.path().join(to))
+    }
+
+    /// As [`Host::unlink`].
+    fn unlink_in(&self, folder: &Folder, name: &OsStr) -> io::Result<()> {
+        self.unlink(&folder.path().join(name))
+    }
+
+    /// The names in a folder.
+    fn list_in(&self, folder: &Folder) -> io::Result<Vec<OsString>> {
+        let paths = self.list(folder.path())?;
+        Ok(paths.iter().filter_map(|path| path.file_name()).map(OsStr::to_owned).collect())
+    }
+
+    /// As [`Host::sync_dir`].
+    fn sync_folder(&self, folder: &Folder) -> io::Result<()> {
+        self.sync_dir(folder.path())
+    }
+
+    /// Whether files can be created in a folder, as far as that can be told without doing so; the error
     /// says why not.
-    fn may_create_in(&self, _dir: &Path) -> io::Result<()> {
+    fn may_create_in(&self, _folder: &Folder) -> io::Result<()> {
         Ok(())
+    }
+
+    /// The user with whose rights files are opened.
+    fn user(&self) -> u32 {
+        0
     }
 
     /// What a name leads to; symbolic links are followed.

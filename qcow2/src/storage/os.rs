@@ -1,5 +1,6 @@
 //! Files and block devices of the operating system.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
@@ -15,7 +16,10 @@ use crate::error::Holder;
 
 use super::copy::{copy_in_kernel, copy_plain, least_kernel_copy, out_of_range};
 use super::view::View;
-use super::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Storage, holders, lock};
+use super::{
+    Access, FileId, FileKind, FileStat, Folder, Host, LockError, LockMode, Owner, Storage, holders, lock,
+    os_folder,
+};
 
 /// The real file system.
 #[derive(Clone, Copy, Debug, Default)]
@@ -74,20 +78,65 @@ impl Host for OsHost {
         Ok(Arc::new(self.create_file(path)?))
     }
 
-    fn create_private(&self, path: &Path) -> io::Result<Arc<dyn Storage>> {
-        let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create_new(true).mode(0o600).open(path)?;
-        Ok(Arc::new(OsFile::new(file)?))
+    fn folder(&self, path: &Path) -> io::Result<Folder> {
+        os_folder::open_folder(path)
     }
 
-    fn may_create_in(&self, dir: &Path) -> io::Result<()> {
+    fn open_in(&self, folder: &Folder, name: &OsStr, access: Access) -> io::Result<Arc<dyn Storage>> {
+        refuse_other(&os_folder::metadata(folder, name)?)?;
+        Ok(Arc::new(OsFile::new(os_folder::open(folder, name, access)?)?))
+    }
+
+    fn create_in(&self, folder: &Folder, name: &OsStr) -> io::Result<Arc<dyn Storage>> {
+        Ok(Arc::new(OsFile::new(os_folder::create(folder, name)?)?))
+    }
+
+    fn stat_in(&self, folder: &Folder, name: &OsStr) -> io::Result<FileStat> {
+        let meta = os_folder::metadata(folder, name)?;
+        let len = match kind_of(&meta) {
+            FileKind::Block => {
+                device_len(&meta, || OsFile::new(os_folder::open(folder, name, Access::Read)?))?
+            }
+            _ => meta.len(),
+        };
+        Ok(stat_of(&meta, len))
+    }
+
+    fn rename_in(&self, folder: &Folder, from: &OsStr, to: &OsStr) -> io::Result<()> {
+        os_folder::rename(folder, from, to)
+    }
+
+    fn rename_new_in(&self, folder: &Folder, from: &OsStr, to: &OsStr) -> io::Result<()> {
+        os_folder::rename_new(folder, from, to)
+    }
+
+    fn unlink_in(&self, folder: &Folder, name: &OsStr) -> io::Result<()> {
+        os_folder::unlink(folder, name)
+    }
+
+    fn list_in(&self, folder: &Folder) -> io::Result<Vec<OsString>> {
+        os_folder::list(folder)
+    }
+
+    fn sync_folder(&self, folder: &Folder) -> io::Result<()> {
+        os_folder::sync(folder)
+    }
+
+    fn may_create_in(&self, folder: &Folder) -> io::Result<()> {
         let wanted = RightsTo::WRITE_OK | RightsTo::EXEC_OK;
-        Ok(rustix::fs::accessat(CWD, dir, wanted, AtFlags::EACCESS)?)
+        Ok(rustix::fs::accessat(folder.handle()?, ".", wanted, AtFlags::EACCESS)?)
+    }
+
+    fn user(&self) -> u32 {
+        rustix::process::geteuid().as_raw()
     }
 
     fn stat(&self, path: &Path) -> io::Result<FileStat> {
         let meta = fs::metadata(path)?;
-        let len = if kind_of(&meta) == FileKind::Block { device_len(path, &meta)? } else { meta.len() };
+        let len = match kind_of(&meta) {
+            FileKind::Block => device_len(&meta, || self.open_file(path, Access::Read))?,
+            _ => meta.len(),
+        };
         Ok(stat_of(&meta, len))
     }
 
@@ -413,6 +462,8 @@ fn kind_of(meta: &Metadata) -> FileKind {
     let kind = meta.file_type();
     if kind.is_file() {
         FileKind::Regular
+    } else if kind.is_symlink() {
+        FileKind::Other("a symbolic link")
     } else if kind.is_block_device() {
         FileKind::Block
     } else if kind.is_dir() {
@@ -448,17 +499,18 @@ fn stat_of(meta: &Metadata, len: u64) -> FileStat {
         len,
         allocated: meta.blocks().saturating_mul(512),
         modified_ns: i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec()),
+        owner: Owner { user: meta.uid(), group: meta.gid(), mode: meta.mode() & 0o7777 },
     }
 }
 
-/// The capacity of a block device by its name. The kernel's own table comes first: it needs no right
+/// The capacity of a block device. The kernel's own table comes first: it needs no right
 /// to read the device.
-fn device_len(path: &Path, meta: &Metadata) -> io::Result<u64> {
+fn device_len(meta: &Metadata, open: impl FnOnce() -> io::Result<OsFile>) -> io::Result<u64> {
     let (major, minor) = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
     let sectors = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size"));
     match sectors.ok().and_then(|text| text.trim().parse::<u64>().ok()) {
         Some(sectors) => Ok(sectors.saturating_mul(512)),
-        None => OsHost.open_file(path, Access::Read)?.size(),
+        None => open()?.size(),
     }
 }
 

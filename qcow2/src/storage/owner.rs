@@ -1,0 +1,74 @@
+//! Who may write a file, and whose word counts about it.
+
+/// To whom a file belongs, and who else may write it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// The user.
+    pub user: u32,
+    /// The group.
+    pub group: u32,
+    /// The permission bits (`chmod`), without the kind of the file.
+    pub mode: u32,
+}
+
+/// The user who may write everything.
+const ROOT: u32 = 0;
+/// The permission of the group, and of everybody, to write.
+const BY_GROUP: u32 = 0o020;
+const BY_ALL: u32 = 0o002;
+
+impl Owner {
+    /// Whether a file of this owner may say what is to be written to a file of `target`, or that it is to be
+    /// removed: whoever could have written this file could have written that one, too. `caller` is the user
+    /// who runs the program.
+    ///
+    /// A right that only a group gives is not looked up for this file's owner: who is in it may change.
+    pub fn may_speak_for(&self, target: &Self, caller: u32) -> bool {
+        let all_may = target.mode & BY_ALL != 0;
+        let group_may = target.mode & BY_GROUP != 0 && target.group == self.group;
+        (all_may || [ROOT, caller, target.user].contains(&self.user))
+            && (all_may || self.mode & BY_ALL == 0)
+            && (all_may || group_may || self.mode & BY_GROUP == 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner(user: u32, group: u32, mode: u32) -> Owner {
+        Owner { user, group, mode }
+    }
+
+    #[test]
+    fn only_who_may_write_a_file_is_believed_about_it() {
+        let (alice, eve) = (1, 2);
+        let disk = owner(alice, 10, 0o600);
+        for (user, caller, believed) in [
+            (alice, ROOT, true),
+            (ROOT, alice, true),
+            (ROOT, ROOT, true),
+            (eve, eve, true),
+            (eve, alice, false),
+            (eve, ROOT, false),
+        ] {
+            let note = owner(user, 10, 0o600);
+            assert_eq!(note.may_speak_for(&disk, caller), believed, "user {user}, caller {caller}");
+        }
+        // Everybody may write the disk.
+        assert!(owner(eve, 10, 0o666).may_speak_for(&owner(ROOT, 0, 0o666), ROOT));
+        // Being in the group is not enough.
+        assert!(!owner(eve, 10, 0o600).may_speak_for(&owner(ROOT, 10, 0o660), ROOT));
+    }
+
+    #[test]
+    fn what_others_may_have_written_is_as_theirs() {
+        let disk = owner(1, 10, 0o600);
+        for (mode, believed) in [(0o644, true), (0o620, false), (0o602, false), (0o666, false)] {
+            assert_eq!(owner(1, 10, mode).may_speak_for(&disk, 1), believed, "{mode:o}");
+        }
+        // A file system that gives all files the same mode.
+        assert!(owner(1, 10, 0o660).may_speak_for(&owner(1, 10, 0o660), 1));
+        assert!(!owner(1, 11, 0o660).may_speak_for(&owner(1, 10, 0o660), 1));
+    }
+}
