@@ -1,9 +1,11 @@
 //! The command as the user typed it: errors answer in its words.
 
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use crate::exit::Exit;
-use crate::output::human::shell_word;
+use crate::hint::{Command, file_word};
 
 /// Which verb runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,41 +86,52 @@ pub(crate) struct Call {
     /// The (first) image that the user named.
     pub(crate) image: PathBuf,
     /// All words after `qmerge`.
-    pub(crate) words: Vec<String>,
+    pub(crate) words: Vec<OsString>,
 }
 
 impl Call {
     /// The same command, to be typed again.
-    pub(crate) fn again(&self) -> String {
-        self.again_with(&[])
+    pub(crate) fn again(&self) -> Command {
+        Command::qmerge(&self.words)
     }
 
-    /// The same command with more words at its end.
-    pub(crate) fn again_with(&self, more: &[&str]) -> String {
-        let words = self.words.iter().map(String::as_str).chain(more.iter().copied());
-        words.fold("qmerge".to_owned(), |line, word| line + " " + &shell_word(word))
+    /// The same command with more words, which are options.
+    pub(crate) fn again_with<W: AsRef<OsStr>>(&self, more: &[W]) -> Command {
+        self.again().options(more)
     }
 
     /// The same command with another value of `option`, which may be given once.
-    pub(crate) fn again_with_value(&self, option: &str, value: &str) -> String {
-        Self { words: without(&self.words, option), ..self.clone() }.again_with(&[option, value])
+    pub(crate) fn again_with_value(&self, option: &str, value: impl AsRef<OsStr>) -> Command {
+        Command::qmerge(without(&self.words, option)).option(option, value)
+    }
+
+    /// The same command with another file for an option that has a short and a long name.
+    pub(crate) fn again_with_file(&self, short: &str, long: &str, file: &Path) -> Command {
+        let words = without(&without(&self.words, long), short);
+        Command::qmerge(words).option(short, file_word(file))
     }
 
     /// The command that prints the verb's help.
-    pub(crate) fn help(&self) -> String {
-        format!("qmerge {} --help", self.verb.as_str())
+    pub(crate) fn help(&self) -> Command {
+        Command::qmerge(self.verb.as_str().split(' ')).word("--help")
     }
 }
 
-/// A command line without an option and its value.
-pub(crate) fn without(words: &[String], option: &str) -> Vec<String> {
+/// A command line without an option and its value; a short option may have its value in the same word.
+pub(crate) fn without<W: AsRef<OsStr>>(words: &[W], option: &str) -> Vec<OsString> {
     let mut left = Vec::new();
-    let mut rest = words.iter();
+    let mut rest = words.iter().map(AsRef::as_ref);
     while let Some(word) = rest.next() {
+        if word == "--" {
+            left.push(word.to_owned());
+            left.extend(rest.map(OsStr::to_owned));
+            break;
+        }
+        let joined = word.as_bytes().strip_prefix(option.as_bytes());
         if word == option {
             rest.next();
-        } else if word.strip_prefix(option).is_none_or(|value| !value.starts_with('=')) {
-            left.push(word.clone());
+        } else if joined.is_none_or(|value| option.starts_with("--") && !value.starts_with(b"=")) {
+            left.push(word.to_owned());
         }
     }
     left
@@ -131,9 +144,20 @@ mod tests {
     #[test]
     fn an_option_that_was_given_is_not_given_twice() {
         for words in ["commit a --journal-dir x -q", "commit a --journal-dir=x -q", "commit a -q"] {
-            let words = words.split(' ').map(str::to_owned).collect();
+            let words = words.split(' ').map(Into::into).collect();
             let call = Call { verb: VerbName::Commit, image: "a".into(), words };
-            assert_eq!(call.again_with_value("--journal-dir", "DIR"), "qmerge commit a -q --journal-dir DIR");
+            let again = call.again_with_value("--journal-dir", "DIR").to_string();
+            assert_eq!(again, "qmerge commit a -q --journal-dir DIR");
+        }
+    }
+
+    #[test]
+    fn another_output_replaces_the_first_however_it_was_given() {
+        for words in ["flatten a -o x --to raw", "flatten a -ox --to raw", "flatten a --output=x --to raw"] {
+            let words = words.split(' ').map(Into::into).collect();
+            let call = Call { verb: VerbName::Flatten, image: "a".into(), words };
+            let again = call.again_with_file("-o", "--output", Path::new("-y")).to_string();
+            assert_eq!(again, "qmerge flatten a --to raw -o ./-y");
         }
     }
 }

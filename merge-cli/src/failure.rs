@@ -7,7 +7,7 @@ use qcow2::{Error, ErrorKind, Refusal};
 
 use crate::call::Call;
 use crate::exit::Exit;
-use crate::hints;
+use crate::hint::{self, Hint, HintKind, Hints};
 
 /// Why a command ends early.
 #[derive(Debug)]
@@ -25,16 +25,19 @@ pub(crate) struct Report {
     pub(crate) kind: &'static str,
     /// What failed, and where.
     pub(crate) message: String,
-    /// The next thing to type.
-    pub(crate) hint: String,
+    /// What to do next, the best first.
+    pub(crate) hint: Hints,
     /// What the process answers.
     pub(crate) exit: Exit,
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "qmerge: {}", self.message)?;
-        write!(f, "hint: {}", self.hint)
+        write!(f, "qmerge: {}", self.message)?;
+        for line in self.hint.lines() {
+            write!(f, "\nhint: {line}")?;
+        }
+        Ok(())
     }
 }
 
@@ -50,7 +53,7 @@ impl Failure {
         Report {
             kind: kind(error),
             message: error.to_string(),
-            hint: hints::hint(error, call),
+            hint: hint::hints(error, call),
             exit: exit(error.kind(), call),
         }
         .into()
@@ -61,7 +64,7 @@ impl Failure {
         Report {
             kind: "interrupted",
             message: format!("stopped {when}; every disk shows the same bytes as before"),
-            hint: format!("nothing is lost; to go on: {}", call.again()),
+            hint: Hint::command(HintKind::GoOn, "nothing is lost; to go on", call.again()).into(),
             exit,
         }
         .into()
@@ -75,8 +78,7 @@ impl Failure {
         Report {
             kind: "io",
             message: format!("cannot write to standard output: {error}"),
-            hint: "make room where the output goes (df -h), or send it elsewhere: qmerge ... > FILE"
-                .to_owned(),
+            hint: Hint::advice("make room where the output goes (df -h), or send it elsewhere").into(),
             exit: Exit::FAILED,
         }
         .into()
@@ -154,7 +156,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     fn report(error: &Error, verb: VerbName) -> Report {
-        let words = ["commit", "c.qcow2"].map(str::to_owned).to_vec();
+        let words = ["commit", "c.qcow2"].map(Into::into).to_vec();
         match Failure::engine(error, &Call { verb, image: PathBuf::from("c.qcow2"), words }) {
             Failure::Reported(report) => report,
             Failure::PipeClosed => panic!("not an engine error"),

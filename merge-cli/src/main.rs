@@ -10,7 +10,7 @@ mod cli;
 mod cmd;
 mod exit;
 mod failure;
-mod hints;
+mod hint;
 mod monitors;
 mod output;
 mod signals;
@@ -34,8 +34,8 @@ fn main() -> ExitCode {
         Err(error) => return usage::answer(&error, &args).into(),
     };
     let console = Console::new(cli.output.json, cli.output.quiet);
-    let words: Vec<String> = args.iter().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
-    match cmd::run(&cli.verb, &words, &console) {
+    let words = args.get(1..).unwrap_or_default();
+    match cmd::run(&cli.verb, words, &console) {
         Ok(exit) => exit,
         Err(Failure::PipeClosed) => Exit::DONE,
         Err(Failure::Reported(report)) => {

@@ -11,6 +11,7 @@ use signal_hook::iterator::Signals;
 use crate::call::Call;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
+use crate::hint::{Hint, HintKind};
 
 /// Signals so close together are one: `timeout` sends two, one to its child and one to its whole group.
 const TOGETHER: Duration = Duration::from_millis(500);
@@ -30,7 +31,7 @@ impl Stop {
             Report {
                 kind: "io",
                 message: format!("cannot watch for signals: {e}"),
-                hint: format!("nothing was changed; again: {}", call.again()),
+                hint: Hint::command(HintKind::Again, "nothing was changed; again", call.again()).into(),
                 exit: call.verb.failure_exit().unwrap_or(Exit::FAILED),
             }
             .into()

@@ -9,6 +9,7 @@ use crate::call::VerbName;
 use crate::cli::Cli;
 use crate::exit::Exit;
 use crate::failure::Report;
+use crate::hint::{Command, Hint, HintKind};
 use crate::output::Console;
 
 /// Prints help, the version, or what is wrong with `args`, and gives the exit code.
@@ -27,23 +28,29 @@ pub(crate) fn answer(error: &clap::Error, args: &[OsString]) -> Exit {
     let report = Report {
         kind: "usage",
         message: message(error, live),
-        hint: match verb {
-            _ if live => format!("qmerge live{} --help", live_verb(args)),
-            Some(verb) => format!("qmerge {} --help", verb.as_str()),
-            None => "qmerge --help".to_owned(),
-        },
+        hint: Hint::command(HintKind::Help, "", help(verb, live, args)).into(),
         exit: verb.map_or(Exit::USAGE, VerbName::usage_exit),
     };
     Console::new(args.iter().any(|word| word == "--json"), false).failure(&report);
     report.exit
 }
 
-/// The verb of `qmerge live` that was meant, after a space.
-fn live_verb(args: &[OsString]) -> String {
+/// The call for help that fits best.
+fn help(verb: Option<VerbName>, live: bool, args: &[OsString]) -> Command {
+    let words = match verb {
+        _ if live => ["live".to_owned()].into_iter().chain(live_verb(args)).collect(),
+        Some(verb) => vec![verb.as_str().to_owned()],
+        None => Vec::new(),
+    };
+    Command::qmerge(words).word("--help")
+}
+
+/// The verb of `qmerge live` that was meant.
+fn live_verb(args: &[OsString]) -> Option<String> {
     let cli = Cli::command();
     let known =
         |word: &OsString| cli.find_subcommand("live")?.find_subcommand(word).map(|c| c.get_name().to_owned());
-    args.iter().skip(1).find_map(known).map_or(String::new(), |verb| format!(" {verb}"))
+    args.iter().skip(1).find_map(known)
 }
 
 /// What the parser found, without its own prefix and its own pointer to the help.

@@ -1,11 +1,13 @@
 //! What can go wrong, with the file, the offset, what was found and what was expected.
 
 mod op;
+mod shown;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 pub use self::op::FileOp;
+pub use self::shown::{is_harmful, shown};
 
 use crate::format::FormatError;
 use crate::units::GuestOffset;
@@ -18,7 +20,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 pub enum Error {
     /// The operating system refused an operation on a file.
-    #[error("{}: cannot {op}{}: {source}", path.display(), at(*offset))]
+    #[error("{}: cannot {op}{}: {source}", shown(path), at(*offset))]
     Io {
         /// The file.
         path: PathBuf,
@@ -30,7 +32,7 @@ pub enum Error {
         source: io::Error,
     },
     /// Bytes of an image break a rule of the format, or use a feature that is not supported.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", shown(path))]
     Format {
         /// The image.
         path: PathBuf,
@@ -38,7 +40,7 @@ pub enum Error {
         source: FormatError,
     },
     /// Guest data cannot be produced: a mapping or a compressed cluster is damaged.
-    #[error("{}: guest offset {guest}: {source}", path.display())]
+    #[error("{}: guest offset {guest}: {source}", shown(path))]
     Mapping {
         /// The layer that holds the damage.
         path: PathBuf,
@@ -48,7 +50,12 @@ pub enum Error {
         source: FormatError,
     },
     /// A file named by an image does not exist or cannot be opened.
-    #[error("{}: its {role} '{name}' ({}) cannot be opened: {source}", image.display(), resolved.display())]
+    #[error(
+        "{}: its {role} '{}' ({}) cannot be opened: {source}",
+        shown(image),
+        shown(name),
+        shown(resolved)
+    )]
     MissingLayer {
         /// The image that names it.
         image: PathBuf,
@@ -62,7 +69,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A safety rule forbids the operation; nothing was changed.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {reason}", shown(path))]
     Refused {
         /// The image concerned.
         path: PathBuf,
@@ -70,7 +77,7 @@ pub enum Error {
         reason: Refusal,
     },
     /// Another process holds the image.
-    #[error("{}: the image is in use{}", path.display(), held_by(holders))]
+    #[error("{}: the image is in use{}", shown(path), held_by(holders))]
     InUse {
         /// The image.
         path: PathBuf,
@@ -78,7 +85,7 @@ pub enum Error {
         holders: Vec<Holder>,
     },
     /// Not enough room for the result.
-    #[error("{}: not enough space: {needed} bytes are needed, {available} are free", path.display())]
+    #[error("{}: not enough space: {needed} bytes are needed, {available} are free", shown(path))]
     NoSpace {
         /// The file that would grow.
         path: PathBuf,
@@ -94,7 +101,7 @@ pub enum Error {
     #[error("{0}")]
     Usage(String),
     /// What was written does not read back as it should.
-    #[error("{}: verification failed at guest offset {guest}: {what}", path.display())]
+    #[error("{}: verification failed at guest offset {guest}: {what}", shown(path))]
     Verify {
         /// The image that was written.
         path: PathBuf,
@@ -127,13 +134,16 @@ pub enum Refusal {
         users: Vec<PathBuf>,
     },
     /// An image names a backing file without its format; formats are never guessed.
-    #[error("its backing file '{name}' has no format, and formats are never guessed")]
+    #[error("its backing file '{}' has no format, and formats are never guessed", shown(name))]
     MissingFormat {
         /// The backing name as written.
         name: String,
     },
     /// The backing format that an image states is contradicted by the file.
-    #[error("its backing file '{name}' is declared as {declared}, but the file's first bytes say {found}")]
+    #[error(
+        "its backing file '{}' is declared as {declared}, but the file's first bytes say {found}",
+        shown(name)
+    )]
     FormatMismatch {
         /// The backing name as written.
         name: String,
@@ -143,7 +153,7 @@ pub enum Refusal {
         found: String,
     },
     /// A backing name that is not a local file: a network protocol or an unknown driver.
-    #[error("its {role} '{name}' is not a local file ({why})")]
+    #[error("its {role} '{}' is not a local file ({why})", shown(name))]
     NotLocal {
         /// "backing file" or "data file".
         role: &'static str,
@@ -153,7 +163,7 @@ pub enum Refusal {
         why: String,
     },
     /// The caller's policy lets no image name other files.
-    #[error("it names {role} '{name}', and the policy does not allow images to name files")]
+    #[error("it names {role} '{}', and the policy does not allow images to name files", shown(name))]
     NamesDenied {
         /// "backing file" or "data file".
         role: &'static str,
@@ -161,7 +171,7 @@ pub enum Refusal {
         name: String,
     },
     /// An image names a fifo, a socket, a character device, a directory or a file of the kernel.
-    #[error("its {role} '{name}' is {what}, not a regular file or a block device")]
+    #[error("its {role} '{}' is {what}, not a regular file or a block device", shown(name))]
     NotAFile {
         /// "backing file" or "data file".
         role: &'static str,
@@ -171,13 +181,13 @@ pub enum Refusal {
         what: String,
     },
     /// A file outside the folders that the caller allowed.
-    #[error("{} lies outside the allowed folders", file.display())]
+    #[error("{} lies outside the allowed folders", shown(file))]
     OutsideAllowed {
         /// The file.
         file: PathBuf,
     },
     /// The chain comes back to a file that it already holds.
-    #[error("the backing chain is a loop: it comes back to {}", file.display())]
+    #[error("the backing chain is a loop: it comes back to {}", shown(file))]
     Loop {
         /// The file seen twice.
         file: PathBuf,
@@ -195,7 +205,7 @@ pub enum Refusal {
         count: usize,
     },
     /// Persistent bitmaps of merged layers would be lost.
-    #[error("its persistent bitmap(s) {} would be lost", names.join(", "))]
+    #[error("its persistent bitmap(s) {} would be lost", names.iter().map(shown).collect::<Vec<_>>().join(", "))]
     Bitmaps {
         /// Their names.
         names: Vec<String>,
@@ -215,7 +225,7 @@ pub enum Refusal {
         first: String,
     },
     /// The new backing name does not fit into cluster 0.
-    #[error("its header has no room for the backing name '{name}'")]
+    #[error("its header has no room for the backing name '{}'", shown(name))]
     HeaderRoom {
         /// The name.
         name: String,
@@ -225,6 +235,8 @@ pub enum Refusal {
     NotWritable {
         /// The system's answer.
         why: String,
+        /// What kind of answer it is.
+        kind: io::ErrorKind,
     },
     /// A file is not the one that the caller knows, or was changed since.
     #[error("it is not as it was recorded: {what}")]
@@ -260,7 +272,7 @@ pub enum Refusal {
         percent: u64,
     },
     /// A pending merge cannot be given up: the chain has been changed already.
-    #[error("the merge of {} into it has begun to change the chain, and can only be finished", top.display())]
+    #[error("the merge of {} into it has begun to change the chain, and can only be finished", shown(top))]
     MergeDone {
         /// The uppermost layer that was merged.
         top: PathBuf,
@@ -278,7 +290,7 @@ pub enum Refusal {
         what: String,
     },
     /// A backup of metadata is about another file.
-    #[error("the backup is about another file: {}", in_one_line(image))]
+    #[error("the backup is about another file: {}", shown(image))]
     OtherImage {
         /// The file that it is about, by its name at that time.
         image: PathBuf,
@@ -375,15 +387,10 @@ fn held_by(holders: &[Holder]) -> String {
     if holders.is_empty() {
         return String::new();
     }
-    let names: Vec<_> = holders.iter().map(|h| format!("{} (process {})", h.name, h.pid)).collect();
+    let names: Vec<_> = holders.iter().map(|h| format!("{} (process {})", shown(&h.name), h.pid)).collect();
     format!(" by {}", names.join(", "))
 }
 
-/// A name that somebody else chose.
-fn in_one_line(path: &Path) -> String {
-    path.to_string_lossy().replace(char::is_control, "\u{fffd}")
-}
-
 fn list(paths: &[PathBuf]) -> String {
-    paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
+    paths.iter().map(shown).collect::<Vec<_>>().join(", ")
 }

@@ -19,7 +19,7 @@ use crate::call::Call;
 use crate::cli::{CheckArgs, RepairWhat};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hints::word;
+use crate::hint::{Hint, word};
 use crate::output::Console;
 use crate::output::human::plural;
 use crate::output::json::path;
@@ -126,7 +126,7 @@ fn nothing_to_check(image: &Path) -> Failure {
     Report {
         kind: "unsupported",
         message: format!("{}: a raw image has no structure that could be checked", image.display()),
-        hint: format!("if it is qcow2: qmerge check -f qcow2 {}", word(image)),
+        hint: Hint::advice("only qcow2 images can be checked").into(),
         exit: Exit::CHECK_UNSUPPORTED,
     }
     .into()

@@ -3,6 +3,7 @@
 mod stage;
 
 use std::env;
+use std::ffi::OsString;
 use std::path::Path;
 use std::time::Instant;
 
@@ -20,6 +21,7 @@ use crate::call::Call;
 use crate::cli::{Cli, DemoArgs, Verb};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
+use crate::hint::{Command, Hint, HintKind};
 use crate::output::Console;
 use crate::output::progress::Meter;
 use crate::output::size;
@@ -34,7 +36,7 @@ pub(super) fn run(args: &DemoArgs, call: &Call, console: &Console) -> Result<Exi
         return Err(Report {
             kind: "usage",
             message: format!("a disk of {} is too small to show anything", size::short(args.size)),
-            hint: "qmerge demo --size 64M".to_owned(),
+            hint: Hint::command(HintKind::Demo, "", Command::qmerge(["demo", "--size", "64M"])).into(),
             exit: Exit::USAGE,
         }
         .into());
@@ -122,10 +124,10 @@ impl Demo<'_> {
 
     /// Shows a command, and runs it as if it had been typed.
     fn run(&self, words: &[&str]) -> Result<(), Failure> {
-        let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+        let words: Vec<OsString> = words.iter().map(Into::into).collect();
         let call = Call { words: words.clone(), ..self.call.clone() };
         self.console.result(&format!("\n$ {}", call.again()))?;
-        let typed = std::iter::once("qmerge".to_owned()).chain(words);
+        let typed = std::iter::once(OsString::from("qmerge")).chain(words);
         let verb =
             Cli::try_parse_from(typed).map_err(|e| self.engine_failure(&Error::Usage(e.to_string())))?.verb;
         match &verb {
@@ -178,7 +180,12 @@ impl Demo<'_> {
         Report {
             kind: "verify-failed",
             message: format!("{image} does not show the bytes that the chain showed before"),
-            hint: "please report this, with the files that this leaves: qmerge demo --keep".to_owned(),
+            hint: Hint::command(
+                HintKind::Demo,
+                "please report this, with the files that this leaves",
+                Command::qmerge(["demo", "--keep"]),
+            )
+            .into(),
             exit: Exit::FAILED,
         }
         .into()

@@ -12,6 +12,7 @@ mod map;
 mod open;
 mod walk;
 
+use std::ffi::OsString;
 use std::path::Path;
 
 use crate::call::{Call, VerbName};
@@ -21,7 +22,7 @@ use crate::failure::Failure;
 use crate::output::Console;
 
 /// Runs the verb; `words` is the command line after `qmerge`.
-pub(crate) fn run(verb: &Verb, words: &[String], console: &Console) -> Result<Exit, Failure> {
+pub(crate) fn run(verb: &Verb, words: &[OsString], console: &Console) -> Result<Exit, Failure> {
     let call = |verb, image: &Path| Call { verb, image: image.to_owned(), words: words.to_vec() };
     match verb {
         Verb::Abort(args) => abort::run(args, &call(VerbName::Abort, &args.base), console),

@@ -73,18 +73,14 @@ pub(crate) fn plural(count: u64, one: &str, many: &str) -> String {
     if count == 1 { format!("1 {one}") } else { format!("{count} {many}") }
 }
 
-/// Words that somebody else chose, as they may be shown on a terminal: without control characters.
+/// Words that somebody else chose, as they may be shown on a terminal.
 pub(crate) fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    qcow2::error::shown(text)
 }
 
 /// A word for the shell, quoted if it needs to be.
 pub(crate) fn shell_word(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%^".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        return word.to_owned();
-    }
-    format!("'{}'", word.replace('\'', r"'\''"))
+    crate::hint::quoted(word.as_ref())
 }
 
 #[cfg(test)]
@@ -108,14 +104,5 @@ mod tests {
         table.row(vec!["[2]".into(), "1 GiB".into(), "a".into()]);
         table.row(vec!["[1]".into(), "512 MiB".into(), "base".into()]);
         assert_eq!(table.render(), "INDEX     SIZE  FILE\n[2]      1 GiB  a\n[1]    512 MiB  base");
-    }
-
-    #[test]
-    fn shell_words_survive_a_shell() {
-        assert_eq!(shell_word("a-b_c.qcow2"), "a-b_c.qcow2");
-        assert_eq!(shell_word("my disk"), "'my disk'");
-        assert_eq!(shell_word("[1]"), "'[1]'");
-        assert_eq!(shell_word("it's"), r"'it'\''s'");
-        assert_eq!(shell_word(""), "''");
     }
 }

@@ -21,7 +21,8 @@ pub(crate) fn error(report: &Report) -> Value {
     json!({
         "kind": report.kind,
         "message": report.message,
-        "hint": report.hint,
+        "hint": report.hint.to_string(),
+        "hints": report.hint.json(),
         "exit-code": report.exit.code(),
     })
 }

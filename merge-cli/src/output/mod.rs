@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use qcow2::error::{is_harmful, shown};
 use serde_json::Value;
 
 use crate::failure::{Failure, Report};
@@ -104,12 +105,11 @@ fn write_stderr(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{}", harmless(text.trim_end_matches('\n')));
 }
 
-/// A text for a terminal: names that images hold stand in it, and their authors may have put control
-/// characters into them. Ends of lines stay.
+/// A text for a terminal: names that images hold stand in it, and their authors may have put into them what a terminal
+/// obeys. Ends of lines stay: whoever puts a name into a text escapes those of the name.
 pub(crate) fn harmless(text: &str) -> Cow<'_, str> {
-    let is_harmful = |c: char| c.is_control() && c != '\n';
-    if !text.contains(is_harmful) {
+    if !text.contains(|c| c != '\n' && is_harmful(c)) {
         return text.into();
     }
-    text.replace(is_harmful, "\u{fffd}").into()
+    text.split('\n').map(shown).collect::<Vec<_>>().join("\n").into()
 }

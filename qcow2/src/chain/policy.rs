@@ -164,7 +164,7 @@ pub(super) fn not_writable(
 ) -> Error {
     use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
     if access == Access::ReadWrite && matches!(source.kind(), PermissionDenied | ReadOnlyFilesystem) {
-        return Error::refused(path, Refusal::NotWritable { why: source.to_string() });
+        return Error::refused(path, Refusal::NotWritable { why: source.to_string(), kind: source.kind() });
     }
     otherwise(source)
 }

@@ -12,7 +12,7 @@ use crate::call::{Call, VerbName};
 use crate::cli::{CheckArgs, ImageFormat};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hints::word;
+use crate::hint::word;
 use crate::output::human::plural;
 use crate::output::json::path;
 use crate::output::{Console, size};

@@ -15,9 +15,8 @@ use crate::cli::CommitArgs;
 use crate::cmd::live::recover::{find, tell};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hints::word;
+use crate::hint::{Command, Hint, HintKind};
 use crate::monitors;
-use crate::output::human::shell_word;
 
 /// Refuses where a live merge of the image has not come to its end: which image is the right one is to be
 /// settled first. Where somebody holds it, the merge may well be under way.
@@ -37,7 +36,7 @@ pub(super) fn refuse_interrupted(args: &CommitArgs, call: &Call) -> Result<(), F
             tell::what(state),
             file.path().display()
         ),
-        hint: format!("qmerge live recover {}", word(active)),
+        hint: Hint::command(HintKind::Recover, "", Command::qmerge(["live", "recover"]).file(active)).into(),
         exit: Exit::REFUSED,
     }
     .into())
@@ -53,15 +52,15 @@ pub(super) fn in_use(path: &Path, holders: &[Holder], args: &CommitArgs, call: &
     };
     match failure {
         Failure::Reported(report) => {
-            let shut_down = format!("or shut the virtual machine down, then again: {}", call.again());
-            Report { hint: format!("merge it as it runs: {command}; {shut_down}"), ..report }.into()
+            let live = Hint::command(HintKind::LiveMerge, "merge it as it runs", command);
+            Report { hint: report.hint.first(live), ..report }.into()
         }
         failure => failure,
     }
 }
 
 /// The same merge as a live one. The monitor is only asked for its disks.
-fn same(address: &Address, args: &CommitArgs) -> Option<String> {
+fn same(address: &Address, args: &CommitArgs) -> Option<Command> {
     let options = Options { allow_tcp: true, greeting_timeout: Duration::from_secs(1), ..Options::default() };
     let monitor = Connection::connect(address, &options).ok()?;
     let folder = monitor.peer().and_then(|pid| fs::read_link(format!("/proc/{pid}/cwd")).ok());
@@ -71,24 +70,18 @@ fn same(address: &Address, args: &CommitArgs) -> Option<String> {
     let graph = Graph::ask(&monitor).ok()?.with_files(&rename);
     let named = id(&args.active)?;
     let (disk, layer) = graph.disks().iter().find_map(|disk| Some((disk, find(disk, named)?)))?;
-    let mut line = format!("qmerge live commit {}", shell_word(disk.name()));
-    let mut add = |option: &str, value: &str| {
-        line += &format!(" {option}");
-        if !value.is_empty() {
-            line += &format!(" {}", shell_word(value));
-        }
-    };
+    let mut line = Command::qmerge(["live", "commit", disk.name()]);
     if let Some(base) = &args.base {
-        add("--base", &place(disk, base)?);
+        line = line.option("--base", place(disk, base)?);
     } else if args.shallow {
-        add("--shallow", "");
+        line = line.word("--shallow");
     }
-    match &args.top {
-        Some(top) => add("--top", &place(disk, top)?),
-        None if layer.index < disk.active().index => add("--top", &format!("[{}]", layer.index)),
-        None if args.keep_active => add("--keep-overlay", ""),
-        None => add("--pivot", ""),
-    }
+    line = match &args.top {
+        Some(top) => line.option("--top", place(disk, top)?),
+        None if layer.index < disk.active().index => line.option("--top", format!("[{}]", layer.index)),
+        None if args.keep_active => line.word("--keep-overlay"),
+        None => line.word("--pivot"),
+    };
     for (given, option) in [
         (args.delete, "--delete"),
         (args.drop_bitmaps, "--drop-bitmaps"),
@@ -96,14 +89,13 @@ fn same(address: &Address, args: &CommitArgs) -> Option<String> {
         (args.dry_run, "--dry-run"),
     ] {
         if given {
-            add(option, "");
+            line = line.word(option);
         }
     }
     for dir in &args.scan {
-        add("--scan", &dir.to_string_lossy());
+        line = line.option("--scan", dir);
     }
-    add("--qmp", &address.to_string());
-    Some(line)
+    Some(line.option("--qmp", address.to_string()))
 }
 
 /// The index of a layer that the user named for the stopped chain.

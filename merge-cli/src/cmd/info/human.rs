@@ -8,7 +8,7 @@ use qcow2::storage::LockMode;
 use super::Layer;
 use super::facts::Facts;
 use crate::cmd::live::recover::tell::what;
-use crate::hints::word;
+use crate::hint::word;
 use crate::output::human::{Fields, Table, plural};
 use crate::output::size;
 

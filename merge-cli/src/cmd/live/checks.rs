@@ -7,7 +7,7 @@ use super::plan::{Plan, show};
 use super::trouble::Session;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hints::word;
+use crate::hint::word;
 use crate::output::human::{printable, shell_word};
 use crate::output::size;
 
@@ -84,7 +84,7 @@ pub(super) fn room(session: &Session<'_>, plan: &Plan) -> Result<Option<String>,
             folder.display()
         );
         let hint = format!("make room there (df -h {}), then again: {}", word(folder), session.again());
-        return Err(Report { kind: "no-space", message, hint, exit: Exit::NO_SPACE }.into());
+        return Err(Report { kind: "no-space", message, hint: hint.into(), exit: Exit::NO_SPACE }.into());
     }
     let warning = (plan.growth() > *free).then(|| {
         format!(
@@ -98,5 +98,5 @@ pub(super) fn room(session: &Session<'_>, plan: &Plan) -> Result<Option<String>,
 }
 
 fn refuse<T>(kind: &'static str, message: String, hint: String) -> Result<T, Failure> {
-    Err(Report { kind, message, hint, exit: Exit::REFUSED }.into())
+    Err(Report { kind, message, hint: hint.into(), exit: Exit::REFUSED }.into())
 }

@@ -70,7 +70,7 @@ fn not_without_active(session: &Session<'_>, disk: &Disk, top: &Layer, args: &Li
             top.index,
             printable(&top.file)
         ),
-        hint: format!("{}{without}", session.again_with("--active --pivot")),
+        hint: format!("{}{without}", session.again_with("--active --pivot")).into(),
         exit: Exit::USAGE,
     }
     .into()
@@ -87,7 +87,8 @@ fn only_for_active(session: &Session<'_>, disk: &Disk, top: &Layer, option: &str
         hint: format!(
             "leave {option} out, or leave --top out; the chain: {}",
             session.other(&format!("chain {}", word(disk)))
-        ),
+        )
+        .into(),
         exit: Exit::USAGE,
     }
     .into()

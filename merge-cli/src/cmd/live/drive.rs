@@ -248,7 +248,7 @@ impl Drive<'_> {
             "see the chain as it is: {}",
             self.session.other(&format!("chain {}", shell_word(&state.disk)))
         );
-        Err(Report { kind: "job-vanished", message, hint, exit: Exit::FAILED }.into())
+        Err(Report { kind: "job-vanished", message, hint: hint.into(), exit: Exit::FAILED }.into())
     }
 
     fn ended_by_another(&self, disk: &Disk) -> Failure {
@@ -258,7 +258,8 @@ impl Drive<'_> {
             hint: format!(
                 "see the chain as it is: {}",
                 self.session.other(&format!("chain {}", shell_word(disk.name())))
-            ),
+            )
+            .into(),
             exit: Exit::FAILED,
         }
         .into()
@@ -281,7 +282,7 @@ impl Drive<'_> {
         if !self.owns {
             let message = format!("stopped waiting{when}; the job goes on, at {share:.0} %");
             let hint = format!("to wait again: {}", self.session.again());
-            return Report { kind, message, hint, exit }.into();
+            return Report { kind, message, hint: hint.into(), exit }.into();
         }
         let lost = after::restore_points_lost(merge.state());
         if let Err(error) = merge.cancel() {
@@ -308,7 +309,7 @@ impl Drive<'_> {
                 self.session.again()
             ),
         };
-        Report { kind, message, hint, exit }.into()
+        Report { kind, message, hint: hint.into(), exit }.into()
     }
 
     /// Leaves the monitor to others for a moment.

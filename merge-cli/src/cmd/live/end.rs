@@ -69,7 +69,7 @@ fn fits(session: &Session<'_>, state: &State, end: End) -> Result<(), Failure> {
     Err(Report {
         kind: "usage",
         message: format!("the job {} of {} {is}", printable(&state.job), printable(&state.disk)),
-        hint: session.other(&format!("{other} {}", shell_word(&state.disk))),
+        hint: session.other(&format!("{other} {}", shell_word(&state.disk))).into(),
         exit: Exit::USAGE,
     }
     .into())

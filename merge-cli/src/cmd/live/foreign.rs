@@ -32,7 +32,7 @@ pub(super) fn end(
                 "the job {id} of {name}, which another client started, is {:?}, not {wanted}",
                 state.status
             ),
-            hint: format!("see how far it is: {}", session.other("jobs")),
+            hint: format!("see how far it is: {}", session.other("jobs")).into(),
             exit: Exit::FAILED,
         }
         .into());

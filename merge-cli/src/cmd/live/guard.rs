@@ -32,7 +32,7 @@ fn refuse(session: &Session<'_>, owner: Option<Owner>) -> Result<(), Failure> {
         session.address
     );
     let hint = instead(owner, session.verb);
-    Err(Report { kind: "managed", message, hint, exit: Exit::REFUSED }.into())
+    Err(Report { kind: "managed", message, hint: hint.into(), exit: Exit::REFUSED }.into())
 }
 
 /// What to type there, with placeholders in capitals.

@@ -22,6 +22,8 @@ mod stall;
 mod states;
 mod trouble;
 
+use std::ffi::OsString;
+
 use qmp_client::{Address, Connection, Disk, Graph, Options};
 
 use self::files::Files;
@@ -34,7 +36,7 @@ use crate::failure::Failure;
 use crate::output::Console;
 
 /// Connects and does it. A monitor that belongs to somebody else is only looked at.
-pub(super) fn run(args: &LiveArgs, words: &[String], console: &Console) -> Result<Exit, Failure> {
+pub(super) fn run(args: &LiveArgs, words: &[OsString], console: &Console) -> Result<Exit, Failure> {
     if let LiveVerb::Recover(recover) = &args.verb {
         return recover::run(recover, args.qmp.as_ref(), words, console);
     }

@@ -80,7 +80,7 @@ fn shared(session: &Session<'_>, disk: &Disk, used: &Path, users: Vec<PathBuf>) 
         hint: format!(
             "take the data up instead, which changes no layer below: {own}; or, if nobody needs those images any \
              more: {anyway}"
-        ),
+        ).into(),
         exit: Exit::REFUSED,
     }
     .into()
@@ -90,7 +90,7 @@ fn unsearched(session: &Session<'_>, error: &Error) -> Failure {
     Report {
         kind: "io",
         message: error.to_string(),
-        hint: format!("name folders that exist with --scan, then again: {}", session.again()),
+        hint: format!("name folders that exist with --scan, then again: {}", session.again()).into(),
         exit: Exit::FAILED,
     }
     .into()

@@ -8,7 +8,7 @@ use super::trouble::Session;
 use super::{find, guard, look};
 use crate::cli::Overlay;
 use crate::failure::Failure;
-use crate::hints::folder_word;
+use crate::hint::folder_word;
 use crate::output::Console;
 use crate::output::human::{printable, shell_word};
 

@@ -73,7 +73,8 @@ fn no_folder(session: &Session<'_>, message: String) -> Failure {
         hint: format!(
             "name another folder that lasts: {}",
             session.again_with_values(&[("--state-dir", "DIR")])
-        ),
+        )
+        .into(),
         exit: Exit::REFUSED,
     }
     .into()
@@ -102,7 +103,7 @@ pub(super) fn left_over(session: &Session<'_>, file: &StateFile, console: &Conso
             file.path().display(),
             printable(&state.valid_top)
         ),
-        hint: session.other(&format!("recover {}", shell_word(&state.disk))),
+        hint: session.other(&format!("recover {}", shell_word(&state.disk))).into(),
         exit: Exit::REFUSED,
     }
     .into())

@@ -1,5 +1,6 @@
 //! What can go wrong on the way to QEMU and back, and what to type next.
 
+use std::ffi::OsString;
 use std::io;
 
 use qmp_client::{Address, Disk, Error, Owner, Range};
@@ -9,7 +10,7 @@ use crate::call::without;
 use crate::cli::LiveVerb;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hints::folder_word;
+use crate::hint::{Command, folder_word};
 use crate::output::human::{printable, shell_word};
 
 /// One call of `qmerge live`.
@@ -19,7 +20,7 @@ pub(super) struct Session<'a> {
     /// What to do.
     pub(super) verb: &'a LiveVerb,
     /// All words after `qmerge`.
-    pub(super) words: &'a [String],
+    pub(super) words: &'a [OsString],
 }
 
 impl Session<'_> {
@@ -31,7 +32,7 @@ impl Session<'_> {
     /// The failure that an error is.
     pub(super) fn failure_with(&self, error: &Error, hint: String) -> Failure {
         let (kind, exit) = class(error);
-        Report { kind, message: error.to_string(), hint, exit }.into()
+        Report { kind, message: error.to_string(), hint: hint.into(), exit }.into()
     }
 
     /// The failure of a name or a range that the chain does not have.
@@ -147,7 +148,7 @@ impl Session<'_> {
 
     /// The same command, to be typed again.
     pub(super) fn again(&self) -> String {
-        self.words.iter().fold("qmerge".to_owned(), |line, word| line + " " + &shell_word(word))
+        Command::qmerge(self.words).to_string()
     }
 
     /// The same command with more words at its end, which the shell must not change.
@@ -176,7 +177,7 @@ pub(super) fn no_address(verb: &LiveVerb) -> Failure {
         hint: format!(
             "qmerge live {} --qmp PATH, the path of its option -qmp unix:PATH,server=on,wait=off (ss -xlp lists sockets)",
             verb.as_str()
-        ),
+        ).into(),
         exit: Exit::USAGE,
     }
     .into()
@@ -187,7 +188,7 @@ pub(super) fn no_job(session: &Session<'_>, disk: &Disk) -> Failure {
     Report {
         kind: "no-job",
         message: format!("no job works on the disk {}", printable(disk.name())),
-        hint: format!("qmerge live jobs {} lists all jobs", option(session.address)),
+        hint: format!("qmerge live jobs {} lists all jobs", option(session.address)).into(),
         exit: Exit::FAILED,
     }
     .into()
@@ -198,7 +199,7 @@ pub(super) fn no_signals(session: &Session<'_>, error: &io::Error) -> Failure {
     Report {
         kind: "io",
         message: format!("cannot watch for signals: {error}"),
-        hint: format!("nothing was changed; again: {}", session.again()),
+        hint: format!("nothing was changed; again: {}", session.again()).into(),
         exit: Exit::FAILED,
     }
     .into()
@@ -234,7 +235,7 @@ mod tests {
     fn a_hint_gives_no_option_twice() {
         let address = "/vm/qmp.sock".parse().unwrap();
         let hint = |line: &str, why: &str| {
-            let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+            let words: Vec<OsString> = line.split(' ').map(Into::into).collect();
             let session = Session { address: &address, verb: &LiveVerb::List, words: &words };
             session.hint(&Error::Refused { why: why.into() })
         };
@@ -244,7 +245,7 @@ mod tests {
                 "name the socket of its NBD server: qmerge live commit vda --qmp q --nbd-socket PATH"
             );
         }
-        let words = ["live", "--backing-file", "x", "commit", "--state-dir=y"].map(str::to_owned);
+        let words = ["live", "--backing-file", "x", "commit", "--state-dir=y"].map(OsString::from);
         let session = Session { address: &address, verb: &LiveVerb::List, words: &words };
         assert_eq!(
             session.again_with_values(&[("--backing-file", "NAME"), ("--state-dir", "DIR")]),

@@ -13,7 +13,7 @@ use super::Case;
 use super::below::Merged;
 use super::look::{self, Same, Seen};
 use super::tell::Finding;
-use crate::hints::word;
+use crate::hint::word;
 
 impl Case<'_> {
     /// A commit of all layers above base, the active one too.

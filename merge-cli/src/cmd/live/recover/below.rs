@@ -11,7 +11,7 @@ use qmp_client::{Kind, Phase, StateLayer};
 use super::Case;
 use super::look::{self, Same, Seen};
 use super::tell::Finding;
-use crate::hints::word;
+use crate::hint::word;
 use crate::output::human::shell_word;
 
 /// The layers of a merge that are still to be dealt with, and what they are.

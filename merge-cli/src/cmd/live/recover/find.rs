@@ -8,7 +8,7 @@ use qmp_client::{Address, Error, State, StateFile, find_states};
 use crate::cli::RecoverArgs;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hints::word;
+use crate::hint::word;
 
 /// What the first argument names.
 enum What<'a> {
@@ -111,5 +111,5 @@ fn damaged(error: &Error) -> Failure {
         }
         _ => "qmerge live recover --help".to_owned(),
     };
-    Report { kind: "state", message: error.to_string(), hint, exit: Exit::DAMAGED }.into()
+    Report { kind: "state", message: error.to_string(), hint: hint.into(), exit: Exit::DAMAGED }.into()
 }

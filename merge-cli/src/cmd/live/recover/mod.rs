@@ -11,6 +11,7 @@ mod look;
 mod qemu;
 pub(in crate::cmd) mod tell;
 
+use std::ffi::OsString;
 use std::path::Path;
 
 use qcow2::Error;
@@ -39,7 +40,7 @@ struct Case<'a> {
 pub(super) fn run(
     args: &RecoverArgs,
     qmp: Option<&Address>,
-    words: &[String],
+    words: &[OsString],
     console: &Console,
 ) -> Result<Exit, Failure> {
     let image = args.what.clone().unwrap_or_else(|| ".".to_owned()).into();
@@ -106,7 +107,8 @@ impl Case<'_> {
             finding.trouble = Some(Report {
                 kind: "state",
                 message: error.to_string(),
-                hint: format!("all else is done; remove it: rm {}", crate::hints::word(self.file.path())),
+                hint: format!("all else is done; remove it: rm {}", crate::hint::word(self.file.path()))
+                    .into(),
                 exit: Exit::FAILED,
             });
             return;
@@ -119,20 +121,20 @@ impl Case<'_> {
         let mut finding = Finding::new(self, "unclear");
         finding.valid_top = None;
         let message = format!("{}: {why}; nothing was changed", self.file.path().display());
-        finding.trouble = Some(Report { kind: "unclear", message, hint, exit: Exit::REFUSED });
+        finding.trouble = Some(Report { kind: "unclear", message, hint: hint.into(), exit: Exit::REFUSED });
         finding
     }
 
     /// A file of the chain is not the one that the state speaks of.
     fn moved(&self, what: &str) -> Finding {
-        let state = crate::hints::word(self.file.path());
+        let state = crate::hint::word(self.file.path());
         let active = self.state.active().map(|layer| Path::new(&layer.file)).unwrap_or(Path::new(""));
         self.unclear(
             format!("{what}, so this state may speak of other images than those that lie here"),
             format!(
                 "if the images were moved, put them back where they were; if the chain is right as it stands (qmerge info \
                  --chain {}), remove the state: rm {state}",
-                crate::hints::word(active)
+                crate::hint::word(active)
             ),
         )
     }

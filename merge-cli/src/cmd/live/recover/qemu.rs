@@ -50,7 +50,7 @@ impl Case<'_> {
         finding.trouble = Some(Report {
             kind: "monitor-in-use",
             message: format!("{address}: QEMU runs, and another client holds its monitor"),
-            hint: format!("end that client, then again: {}", self.call.again()),
+            hint: format!("end that client, then again: {}", self.call.again()).into(),
             exit: Exit::IN_USE,
         });
         finding

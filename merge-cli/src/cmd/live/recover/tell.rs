@@ -71,7 +71,7 @@ impl Finding {
             "error": self.trouble.as_ref().map(|trouble| json!({
                 "kind": trouble.kind,
                 "message": trouble.message,
-                "hint": trouble.hint,
+                "hint": trouble.hint.to_string(),
                 "exit-code": trouble.exit.code(),
             })),
         })

@@ -1,0 +1,353 @@
+//! The hints for errors of the engine.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::Path;
+
+use qcow2::error::shown;
+use qcow2::journal::has_edit;
+use qcow2::merge::{self, Pending};
+use qcow2::storage::OsHost;
+use qcow2::{Error, FileOp, Refusal};
+
+use super::files::{self, Backing};
+use super::io::{io_hints, no_space};
+use super::{Command, Hint, HintKind, Hints, free_name, in_use};
+use crate::call::{Call, VerbName};
+
+/// The hints for an error met by `call`.
+pub(crate) fn hints(error: &Error, call: &Call) -> Hints {
+    match error {
+        Error::Io { path, op, source, .. } => io_hints(path, *op, source, call),
+        Error::Format { path, .. } if is_torn(path) => torn(path, call),
+        Error::Format { path, source } | Error::Mapping { path, source, .. } => {
+            if source.is_unsupported() { unsupported(path, call) } else { malformed(path, call) }
+        }
+        Error::MissingLayer { image, role, resolved, source, .. } => {
+            if source.kind() == io::ErrorKind::NotFound {
+                missing(image, role, resolved, call)
+            } else {
+                io_hints(resolved, FileOp::Open, source, call)
+            }
+        }
+        Error::Refused { path, reason } => refusal(path, reason, call),
+        Error::InUse { path, holders } => in_use::hints(path, holders, call),
+        Error::NoSpace { path, .. } => no_space(path, call),
+        Error::Cancelled => Hint::command(HintKind::GoOn, "nothing is lost; to go on", call.again()).into(),
+        Error::Usage(_) if call.verb == VerbName::Demo => help(call),
+        Error::Usage(_) => info_chain("its layers", call),
+        Error::Verify { path, .. } => Hints::from(Hint::advice(
+            "nothing was switched or deleted, the overlays still hold everything; look for disk errors (dmesg)",
+        ))
+        .or(check("then see how base is", path)),
+        _ => help(call),
+    }
+}
+
+fn help(call: &Call) -> Hints {
+    Hint::command(HintKind::Help, "", call.help()).into()
+}
+
+fn info_chain(why: &str, call: &Call) -> Hints {
+    if matches!(call.verb, VerbName::Info | VerbName::Map) {
+        // It would answer with the same error.
+        return info(why, &call.image).into();
+    }
+    Hint::command(HintKind::InfoChain, why, Command::qmerge(["info", "--chain"]).file(&call.image)).into()
+}
+
+fn info(why: &str, image: &Path) -> Hint {
+    Hint::command(HintKind::Info, why, Command::qmerge(["info"]).file(image))
+}
+
+fn check(why: &str, image: &Path) -> Hint {
+    Hint::command(HintKind::Check, why, Command::qmerge(["check"]).file(image))
+}
+
+/// The chain of the named image as a new file, in words that say why.
+fn flatten(why: &str, call: &Call) -> Option<Hint> {
+    let command = Command::qmerge(["flatten"]).file(&call.image).word("-o").file(free_name(&call.image)?);
+    Some(Hint::command(HintKind::Flatten, why, command))
+}
+
+fn allowed<W: AsRef<OsStr>>(kind: HintKind, why: &str, call: &Call, options: &[W]) -> Hint {
+    Hint::command(kind, why, call.again_with(options))
+}
+
+/// Whether a record lies beside an image from which its header can be made whole.
+fn is_torn(path: &Path) -> bool {
+    let is_written = |pending: Pending| !pending.is_removing;
+    has_edit(&OsHost, path)
+        || merge::pending(&OsHost, path, None).is_ok_and(|left| left.is_some_and(is_written))
+}
+
+fn torn(path: &Path, call: &Call) -> Hints {
+    let why = "a power cut has torn its header while it was changed; the same qmerge commit makes it whole";
+    let abort = Hint::command(HintKind::Abort, "to give the merge up", Command::qmerge(["abort"]).file(path));
+    match call.verb {
+        VerbName::Commit => Hints::from(abort).first(Hint::command(HintKind::Again, why, call.again())),
+        _ => Hints::from(abort).first(Hint::advice(why)),
+    }
+}
+
+fn unsupported(path: &Path, call: &Call) -> Hints {
+    let qemu = Hint::advice(format!("QEMU itself may still read {}", shown(path)));
+    match call.verb {
+        VerbName::Info => qemu.into(),
+        _ => Hints::from(info("what it is", path)).or(qemu),
+    }
+}
+
+/// A damaged image. What is damaged above cluster 0 can be repaired in part, and read as QEMU does.
+fn malformed(path: &Path, call: &Call) -> Hints {
+    let restore = Hint::advice(format!("restore {} from a backup", shown(path)));
+    match call.verb {
+        VerbName::Check | VerbName::Restore => restore.into(),
+        VerbName::Info => Hints::from(check("the extent of the damage", path)).or(restore),
+        _ => Hints::from(restore).or(check("the extent of the damage", path)),
+    }
+}
+
+/// A file that an image names is not there.
+fn missing(image: &Path, role: &str, resolved: &Path, call: &Call) -> Hints {
+    let put = |what| Hint::advice(format!("put {} back where the image names it{what}", shown(resolved)));
+    if role == "data file" {
+        return put("; it holds the guest's data").into();
+    }
+    let again = Hint::command(HintKind::Again, "when it is there again", call.again());
+    let Some(backing) = Backing::of(image) else { return put("").into() };
+    match backing.moved(image) {
+        Some(found) => {
+            let command = Command::of("qemu-img")
+                .options(["rebase", "-u", "-f", "qcow2", "-F", &found.format, "-b"])
+                .word(&found.name)
+                .file(image);
+            let why = format!("or, if {} is the same file, name its new place", shown(&found.path));
+            Hints::from(put("")).or(Hint::command(HintKind::NewName, why, command))
+        }
+        None => Hints::from(put("; or search for it, it may have been moved")).or(again),
+    }
+}
+
+fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
+    match reason {
+        Refusal::SharedBase { .. } => {
+            Hints::default().or(flatten("make a file of its own", call)).or(allowed(
+                HintKind::AllowSharedBase,
+                "or, if nobody needs those images any more",
+                call,
+                &["--allow-shared-base"],
+            ))
+        }
+        Refusal::MissingFormat { .. } => missing_format(path, call),
+        Refusal::FormatMismatch { .. } => mismatch(path, call),
+        Refusal::NotLocal { role, .. } | Refusal::NotAFile { role, .. } => {
+            Hint::advice(format!("copy what it names to a local file, and name that as its {role}")).into()
+        }
+        Refusal::OutsideAllowed { file } => {
+            let folder = files::folder(file);
+            allowed(
+                HintKind::AllowDir,
+                "if you trust it",
+                call,
+                &["--allow-dir".as_ref(), folder.as_os_str()],
+            )
+            .into()
+        }
+        Refusal::Loop { .. } => info("the name that is wrong", path).into(),
+        Refusal::Snapshots { .. } => {
+            Hints::from(Hint::advice("delete them with qemu-img snapshot -d, if nobody needs them"))
+                .or(info("their names", path))
+                .or(allowed(
+                    HintKind::AllowSnapshotChange,
+                    "or accept it",
+                    call,
+                    &["--allow-snapshot-change"],
+                ))
+        }
+        Refusal::Bitmaps { .. } => {
+            allowed(HintKind::DropBitmaps, "if no backup needs them", call, &["--drop-bitmaps"]).into()
+        }
+        Refusal::Dirty | Refusal::CorruptBit | Refusal::Inconsistent { .. } => Hint::command(
+            HintKind::Repair,
+            "repair it first",
+            Command::qmerge(["check", "--repair", "all"]).file(path),
+        )
+        .into(),
+        Refusal::HeaderRoom { .. } => {
+            Hints::from(Hint::advice("give base a shorter name")).or(flatten("or make a new file", call))
+        }
+        Refusal::NotWritable { kind, .. } => io_hints(path, FileOp::Open, &io::Error::from(*kind), call),
+        Refusal::JournalPlace { .. } => journal_place(call),
+        Refusal::WrittenSince { .. } => Hints::from(allowed(
+            HintKind::Restart,
+            &format!(
+                "if {} was only opened, or what was written there may be merged over, begin again",
+                shown(path)
+            ),
+            call,
+            &["--restart"],
+        ))
+        .or(Hint::command(
+            HintKind::Abort,
+            "or give the merge up",
+            Command::qmerge(["abort"]).file(path),
+        )),
+        Refusal::MergeDone { top, active, removes } => {
+            let command = Command::qmerge(["commit"]).file(active).word("--base").file(path);
+            let command = if top == active { command } else { command.word("--top").file(top) };
+            let command = if *removes { command.word("--delete") } else { command };
+            Hint::command(HintKind::Finish, "finish it", command).into()
+        }
+        Refusal::BackupDamaged { .. } => Hints::from(Hint::advice(format!(
+            "the image was not touched; take a whole copy of {}",
+            shown(path)
+        )))
+        .or(check("how the image is", &call.image)),
+        Refusal::OtherImage { .. } => Hints::from(Hint::advice("name that image")).or(allowed(
+            HintKind::AllowCopy,
+            &format!("or, if {} is a copy of it, made since the repair", shown(path)),
+            call,
+            &["--allow-copy"],
+        )),
+        Refusal::WrittenSinceRepair { .. } => check(
+            "what was written since would be lost, so the backup is of no use any more; see how the image is",
+            path,
+        )
+        .into(),
+        Refusal::TooDeep { limit } => too_deep(*limit, call),
+        Refusal::Other(_) if call.verb == VerbName::Flatten && path != call.image => other_output(path, call),
+        _ => info_chain("its layers", call),
+    }
+}
+
+/// A backing name without a format: what the file's first bytes say can only be offered.
+fn missing_format(image: &Path, call: &Call) -> Hints {
+    let found = Backing::of(image).and_then(|backing| Some((backing.detected()?, backing)));
+    let Some((format, backing)) = found else {
+        return Hint::advice("say what it is, with --backing-format").into();
+    };
+    let why = match format.name() {
+        "raw" => "if it is a plain disk, which any bytes may be".to_owned(),
+        name => format!("if it is {name}, as its first bytes say (a guest could have written them)"),
+    };
+    let mut value = files::name_as_os(&backing.written);
+    value.push("=");
+    value.push(format.name());
+    let option = ["--backing-format".into(), value];
+    allowed(HintKind::BackingFormat, &why, call, &option).into()
+}
+
+/// A stated format that the file contradicts.
+fn mismatch(image: &Path, call: &Call) -> Hints {
+    let Some(backing) = Backing::of(image) else { return info_chain("its layers", call) };
+    let file = shown(&backing.path);
+    if std::fs::metadata(&backing.path).is_ok_and(|meta| meta.is_file() && meta.len() == 0) {
+        return Hints::from(Hint::advice(format!(
+            "{file} is empty, as a copy that failed leaves it: put it back from a backup"
+        )))
+        .or(Hint::command(HintKind::Again, "then", call.again()));
+    }
+    let Some(found) = backing.detected().filter(|found| found.name() != "raw") else {
+        return Hint::advice(format!(
+            "{file} has lost its header or is another file: put the right one there, from a backup"
+        ))
+        .into();
+    };
+    let command = Command::of("qemu-img")
+        .options(["rebase", "-u", "-f", "qcow2", "-F", found.name(), "-b"])
+        .word(files::name_as_os(&backing.written))
+        .file(image);
+    let why =
+        format!("find out who wrote those bytes (a guest can); only if {file} really is {}", found.name());
+    Hint::command(HintKind::NewName, why, command).into()
+}
+
+fn journal_place(call: &Call) -> Hints {
+    // A place that survives a restart of the system, and that root may write.
+    let place = Path::new("/var/lib/qmerge");
+    let why =
+        "name a folder on a disk that survives a power cut, and the same one again if the merge is stopped";
+    if !place.is_dir() {
+        return Hint::advice(format!("{why}, with --journal-dir")).into();
+    }
+    let command = call.again_with_value("--journal-dir", place.as_os_str());
+    Hint::command(HintKind::JournalDir, why, command).into()
+}
+
+fn too_deep(limit: usize, call: &Call) -> Hints {
+    match files::layer_down(&call.image, limit / 2).filter(|_| call.verb == VerbName::Commit) {
+        Some(layer) => {
+            let command = Command::qmerge(["commit"]).file(layer);
+            Hint::command(HintKind::MergeLower, "merge the lower part first", command).into()
+        }
+        None => info("merge the lower part first, from a layer that lies deeper; the one below", &call.image)
+            .into(),
+    }
+}
+
+pub(super) fn other_output(taken: &Path, call: &Call) -> Hints {
+    let words = "choose another name for the new file";
+    match free_name(taken) {
+        Some(name) => {
+            let command = call.again_with_file("-o", "--output", &name);
+            Hint::command(HintKind::OtherOutput, words, command).into()
+        }
+        None => Hint::advice(words).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    fn commit() -> Call {
+        let words = ["commit", "my disk.qcow2", "--shallow"].map(Into::into).to_vec();
+        Call { verb: VerbName::Commit, image: PathBuf::from("my disk.qcow2"), words }
+    }
+
+    fn refused(reason: Refusal) -> String {
+        hints(&Error::refused(Path::new("b.qcow2"), reason), &commit()).to_string()
+    }
+
+    #[test]
+    fn refusals_name_the_option_that_allows_them() {
+        for (reason, option) in [
+            (Refusal::SharedBase { users: vec!["d.qcow2".into()] }, "--allow-shared-base"),
+            (Refusal::Snapshots { count: 1 }, "--allow-snapshot-change"),
+            (Refusal::Bitmaps { names: vec!["b0".into()] }, "--drop-bitmaps"),
+            (Refusal::OutsideAllowed { file: "/srv/x.raw".into() }, "--allow-dir /srv"),
+        ] {
+            let text = refused(reason);
+            assert!(text.contains(&format!("qmerge commit 'my disk.qcow2' --shallow {option}")), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_lost_name_advises_no_new_one() {
+        let missing = |role, code| Error::MissingLayer {
+            image: "c.qcow2".into(),
+            role,
+            name: "b.qcow2".into(),
+            resolved: "b.qcow2".into(),
+            source: io::Error::from_raw_os_error(code),
+        };
+        for (role, errno) in [
+            ("backing file", rustix::io::Errno::MFILE),
+            ("backing file", rustix::io::Errno::ACCESS),
+            ("backing file", rustix::io::Errno::NOSPC),
+            ("backing file", rustix::io::Errno::IO),
+            ("data file", rustix::io::Errno::NOENT),
+        ] {
+            let text = hints(&missing(role, errno.raw_os_error()), &commit()).to_string();
+            assert!(!text.is_empty() && !text.contains("rebase"), "{role} {errno}: {text}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_points_at_its_folder() {
+        let error = Error::io(Path::new("x.qcow2"), FileOp::Open, None, io::ErrorKind::NotFound.into());
+        assert!(hints(&error, &commit()).to_string().ends_with("ls -l ."));
+    }
+}

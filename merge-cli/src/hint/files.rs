@@ -1,0 +1,115 @@
+//! What the files say from which hints are made: names that are free, where a backing file is, what it is.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use qcow2::chain::BackingName;
+use qcow2::image::{ImageFormat, Qcow2};
+use qcow2::storage::{Access, Host, OsHost};
+use rustix::fs::{IFlags, ioctl_getflags};
+
+/// The folder that a file lies in, as one can type it.
+pub(crate) fn folder(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => ".".into(),
+        Some(parent) => parent.to_owned(),
+        None => path.to_owned(),
+    }
+}
+
+/// A name beside `image` that no file has: `vm-2.qcow2` for `vm.qcow2`; none for a device, beside which no image
+/// should lie.
+pub(crate) fn free_name(image: &Path) -> Option<PathBuf> {
+    if fs::metadata(image).is_ok_and(|meta| !meta.is_file()) {
+        return None;
+    }
+    let stem = image.file_stem()?;
+    let extension = image.extension();
+    (2..100).find_map(|n| {
+        let mut name = stem.to_owned();
+        name.push(format!("-{n}"));
+        if let Some(extension) = extension {
+            name.push(".");
+            name.push(extension);
+        }
+        let path = image.with_file_name(name);
+        fs::symlink_metadata(&path).is_err().then_some(path)
+    })
+}
+
+/// Whether a file is marked so that even root cannot change it.
+pub(super) fn is_immutable(path: &Path) -> bool {
+    let flags = File::open(path).ok().and_then(|file| ioctl_getflags(&file).ok());
+    flags.is_some_and(|flags| flags.intersects(IFlags::IMMUTABLE | IFlags::APPEND))
+}
+
+/// A name as it stands in an image, as a word.
+pub(super) fn name_as_os(written: &[u8]) -> OsString {
+    OsStr::from_bytes(written).to_owned()
+}
+
+/// The backing file that an image names.
+#[derive(Debug)]
+pub(super) struct Backing {
+    /// Its name as it stands in the image.
+    pub(super) written: Vec<u8>,
+    /// The name as resolved.
+    pub(super) path: PathBuf,
+    /// Its format, if the image states it.
+    pub(super) declared: Option<String>,
+}
+
+/// A file that may be a backing file that was moved.
+#[derive(Debug)]
+pub(super) struct Moved {
+    /// The file.
+    pub(super) path: PathBuf,
+    /// Its name for the header of the overlay.
+    pub(super) name: OsString,
+    /// Its format.
+    pub(super) format: String,
+}
+
+impl Backing {
+    /// What the header of `image` says; nothing if it cannot be read.
+    pub(super) fn of(image: &Path) -> Option<Self> {
+        let file = OsHost.open(image, Access::Read).ok()?;
+        let cluster0 = Qcow2::read_cluster0(image, &*file).ok()?;
+        let written = cluster0.backing_name.clone()?;
+        let path = BackingName::parse(&written).ok()?.resolve(image);
+        Some(Self { written, path, declared: cluster0.backing_format() })
+    }
+
+    /// The format that the file's first bytes tell.
+    pub(super) fn detected(&self) -> Option<ImageFormat> {
+        let file = OsHost.open(&self.path, Access::Read).ok()?;
+        ImageFormat::detect(&self.path, &*file).ok()
+    }
+
+    /// The file of the same name beside the overlay, if there is one and it has the stated format.
+    pub(super) fn moved(&self, image: &Path) -> Option<Moved> {
+        let name = self.path.file_name()?;
+        let path = image.with_file_name(name);
+        let meta = fs::metadata(&path).ok()?;
+        if !meta.is_file() || fs::canonicalize(&path).ok()? == fs::canonicalize(image).ok()? {
+            return None;
+        }
+        let there = Self { path, written: name.as_bytes().to_owned(), declared: self.declared.clone() };
+        let format = there.detected()?.name().to_owned();
+        // A colon would be taken for a protocol, a dash for an option.
+        let plain = !name.as_bytes().contains(&b':') && !name.as_bytes().starts_with(b"-");
+        let name = if plain { name.to_owned() } else { Path::new(".").join(name).into() };
+        self.declared.as_ref().is_none_or(|declared| *declared == format).then_some(Moved {
+            path: there.path,
+            name,
+            format,
+        })
+    }
+}
+
+/// The layer that lies `steps` below `image`, going by the names in the headers.
+pub(super) fn layer_down(image: &Path, steps: usize) -> Option<PathBuf> {
+    (0..steps).try_fold(image.to_owned(), |image, _| Some(Backing::of(&image)?.path))
+}

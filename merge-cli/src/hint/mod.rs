@@ -1,0 +1,123 @@
+//! What to do next: values, of which a command line is a part. They are made from typed errors; no text is read.
+//!
+//! Each is one line, and a command stands at its end, so that it can be typed as it stands. A command that would
+//! fail as things are is not given; what must be put right first stands before it.
+
+mod command;
+mod engine;
+mod files;
+mod in_use;
+mod io;
+mod kind;
+
+use std::fmt;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+pub(crate) use self::command::{Command, file_word, quoted};
+pub(crate) use self::engine::hints;
+pub(crate) use self::files::free_name;
+pub(crate) use self::kind::HintKind;
+
+/// One thing to do next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Hint {
+    kind: HintKind,
+    /// Why, or what must be put right first.
+    words: String,
+    command: Option<Command>,
+}
+
+/// All that can be done next, the best first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Hints(Vec<Hint>);
+
+impl Hint {
+    /// What to do, in words alone.
+    pub(crate) fn advice(words: impl Into<String>) -> Self {
+        Self { kind: HintKind::Advice, words: words.into(), command: None }
+    }
+
+    /// A command, and why it or what before it.
+    pub(crate) fn command(kind: HintKind, words: impl Into<String>, command: Command) -> Self {
+        Self { kind, words: words.into(), command: Some(command) }
+    }
+}
+
+impl Hints {
+    /// With one more way.
+    pub(crate) fn or(mut self, hint: impl Into<Option<Hint>>) -> Self {
+        self.0.extend(hint.into());
+        self
+    }
+
+    /// Before all others, and instead of any of its kind.
+    pub(crate) fn first(mut self, hint: Hint) -> Self {
+        self.0.retain(|other| other.kind != hint.kind);
+        self.0.insert(0, hint);
+        self
+    }
+
+    /// A line for each.
+    pub(crate) fn lines(&self) -> impl Iterator<Item = String> {
+        self.0.iter().map(Hint::to_string)
+    }
+
+    /// For programs: the kind, the words, and the command by its words.
+    pub(crate) fn json(&self) -> Value {
+        let hints = self.0.iter().map(|hint| {
+            let words = |command: &Command| -> Value {
+                command.words().iter().map(|word| Value::from(word.to_string_lossy())).collect()
+            };
+            json!({
+                "kind": hint.kind.name(),
+                "text": hint.to_string(),
+                "command": hint.command.as_ref().map(words),
+            })
+        });
+        hints.collect()
+    }
+}
+
+impl From<Hint> for Hints {
+    fn from(hint: Hint) -> Self {
+        Self(vec![hint])
+    }
+}
+
+impl From<String> for Hints {
+    fn from(words: String) -> Self {
+        Hint::advice(words).into()
+    }
+}
+
+impl fmt::Display for Hint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.command {
+            None => f.write_str(&self.words),
+            Some(command) if self.words.is_empty() => write!(f, "{command}"),
+            Some(command) => write!(f, "{}: {command}", self.words),
+        }
+    }
+}
+
+impl fmt::Display for Hints {
+    /// A line for each.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, hint) in self.0.iter().enumerate() {
+            write!(f, "{}{hint}", if n > 0 { "\n" } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+/// A path as one types it in a shell.
+pub(crate) fn word(path: &Path) -> String {
+    quoted(&file_word(path))
+}
+
+/// The folder of a file, as one types it in a shell.
+pub(crate) fn folder_word(file: &Path) -> String {
+    word(&files::folder(file))
+}
