@@ -10,7 +10,7 @@ pub use self::op::FileOp;
 pub use self::shown::{is_harmful, shown};
 
 use crate::format::FormatError;
-use crate::units::GuestOffset;
+use crate::units::{GuestOffset, GuestRange};
 
 /// The result of every fallible operation of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -28,6 +28,20 @@ pub enum Error {
         op: FileOp,
         /// The host offset, where there is one.
         offset: Option<u64>,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// Guest data cannot be read from where it lies.
+    #[error("{}: cannot read{}{} at offset {offset:#x}: {source}", path.display(), of_data_file(*in_data_file), guest_at(*guest))]
+    Unreadable {
+        /// The layer that holds the data.
+        path: PathBuf,
+        /// Whether it lies in the layer's external data file.
+        in_data_file: bool,
+        /// Where the guest would see it, where that is known.
+        guest: Option<GuestRange>,
+        /// The host offset: the first page that cannot be read.
+        offset: u64,
         /// The system's answer.
         source: io::Error,
     },
@@ -339,7 +353,7 @@ impl Error {
     /// The class of the error.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Io { source, .. } => match source.kind() {
+            Self::Io { source, .. } | Self::Unreadable { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
                 _ => ErrorKind::Io,
             },
@@ -377,6 +391,14 @@ impl Error {
     pub fn refused(path: &Path, reason: Refusal) -> Self {
         Self::Refused { path: path.to_owned(), reason }
     }
+}
+
+fn of_data_file(is_there: bool) -> &'static str {
+    if is_there { " its data file" } else { "" }
+}
+
+fn guest_at(guest: Option<GuestRange>) -> String {
+    guest.map(|range| format!(" guest range {range}")).unwrap_or_default()
 }
 
 fn at(offset: Option<u64>) -> String {

@@ -9,6 +9,7 @@ use crate::units::HostOffset;
 use super::compare::compare;
 use super::counts::{Counts, Kind, Reference, Width};
 use super::finding::{Finding, Findings, Structure, What};
+use super::gaps::{Counted, Gaps};
 use super::layout::{Layout, Scope, for_each_word, lay_out};
 use super::naming::name_guests;
 use super::scan::{Scanner, Totals};
@@ -41,9 +42,11 @@ pub(super) fn take(
 ) -> Result<Option<Census>> {
     let findings = Findings::new(limit);
     let totals = Totals::default();
-    let layout = lay_out(subject, Scope::Everything, &findings)?;
+    let (layout, gaps) = lay_out(subject, Scope::Everything, &findings)?;
+    gaps.report(&findings);
     let mut clusters_in_use = 0;
-    let fits = count(subject, &layout, width, window_words, Some((&findings, &totals)), &mut |counts| {
+    let fits = count(subject, &layout, width, window_words, Some((&findings, &totals)), &mut |counted| {
+        let counts = counted.noted(&findings);
         clusters_in_use = clusters_in_use.max(compare(subject, &layout, counts, &findings)?);
         Ok(())
     })?;
@@ -55,7 +58,8 @@ pub(super) fn take(
 }
 
 /// Counts all references, a window of host clusters after the other, and calls `visit` with each window
-/// that anything refers to or that has refcounts. What is damaged goes to `first`. False if the slots
+/// that anything refers to or that has refcounts. What is damaged goes to `first`, as the first pass sees it, which
+/// goes through all tables. What a pass could not read is part of what `visit` gets. False if the slots
 /// are too narrow; the windows that were visited until then are right.
 pub(super) fn count(
     subject: &Subject<'_>,
@@ -63,7 +67,7 @@ pub(super) fn count(
     width: Width,
     window_words: u64,
     first: Option<(&Findings, &Totals)>,
-    visit: &mut dyn FnMut(&Counts) -> Result<()>,
+    visit: &mut dyn FnMut(Counted<'_>) -> Result<()>,
 ) -> Result<bool> {
     let slots = (subject.file_clusters() + 1).min(window_words.saturating_mul(width.lanes()));
     let mut counts = Counts::new(slots, width).ok_or_else(|| {
@@ -74,17 +78,17 @@ pub(super) fn count(
     let mut window = 0;
     let mut is_first = true;
     loop {
-        let next = {
+        let (next, gaps) = {
             let scanner = Scanner { subject, counts: &counts, first: first.filter(|_| is_first) };
             let mut pass =
                 Pass { scanner: &scanner, memory: &mut memory, is_first, window, piece: 0, next: u64::MAX };
-            pass.run(layout)?;
-            pass.next
+            let gaps = pass.run(layout)?;
+            (pass.next, gaps)
         };
         if counts.is_saturated() {
             return Ok(false);
         }
-        visit(&counts)?;
+        visit(Counted::new(subject.path, &counts, gaps))?;
         is_first = false;
         window = next.min(next_block(subject, layout, window, slots));
         if window == u64::MAX {
@@ -125,7 +129,8 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    fn run(&mut self, layout: &Layout) -> Result<()> {
+    fn run(&mut self, layout: &Layout) -> Result<Gaps> {
+        let gaps = Gaps::default();
         let subject = self.scanner.subject;
         for segment in &layout.metadata {
             self.count(segment.range.clone(), Reference { times: segment.times, ..METADATA });
@@ -134,10 +139,11 @@ impl Pass<'_> {
             self.refcount_blocks(layout);
         }
         for segment in &layout.bitmap_tables {
-            self.bitmap_table(segment.range.clone(), segment.times)?;
+            self.bitmap_table(segment.range.clone(), segment.times, &gaps)?;
         }
         let findings = self.scanner.first.map(|(findings, _)| findings);
-        walk_l1(subject, &layout.l1, findings, self)
+        gaps.join(walk_l1(subject, &layout.l1, findings, self)?);
+        Ok(gaps)
     }
 
     fn count(&mut self, clusters: Range<u64>, reference: Reference) {
@@ -180,10 +186,9 @@ impl Pass<'_> {
         }
     }
 
-    fn bitmap_table(&mut self, bytes: Range<u64>, times: u64) -> Result<()> {
+    fn bitmap_table(&mut self, bytes: Range<u64>, times: u64, gaps: &Gaps) -> Result<()> {
         let subject = self.scanner.subject;
-        let findings = self.scanner.first.map(|(findings, _)| findings);
-        for_each_word(subject, Structure::BitmapTable, bytes, findings, |place, raw| {
+        for_each_word(subject, Structure::BitmapTable, bytes, gaps, |place, raw| {
             match BitmapTableEntry::decode(raw, &subject.geometry, place) {
                 Ok(BitmapTableEntry::AllZero | BitmapTableEntry::AllOne) => {}
                 Ok(BitmapTableEntry::Data(host)) => {
@@ -200,19 +205,18 @@ impl Visitor for Pass<'_> {
         self.count(table, reference);
     }
 
-    fn batch(&mut self, tables: &[TableRef]) -> Result<()> {
+    fn batch(&mut self, tables: &[TableRef], gaps: &Gaps) -> Result<()> {
         let subject = self.scanner.subject;
         let first_piece = self.piece;
         let due = &self.memory.due;
         let first_pass = self.is_first;
-        let findings = self.scanner.first.map(|(findings, _)| findings);
         let nexts = for_each_piece(subject, tables, |n, piece, buf| {
             let known = due.get(first_piece + n).copied();
             if let Some(due) = known.filter(|&due| !first_pass && due > self.window) {
                 return due;
             }
             let mut next = u64::MAX;
-            read_piece(subject, piece, buf, findings, |table, bytes| {
+            read_piece(subject, piece, buf, gaps, |table, bytes| {
                 next = next.min(self.scanner.scan(table, bytes));
             });
             next

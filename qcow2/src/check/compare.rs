@@ -11,9 +11,9 @@ use crate::units::HostOffset;
 
 use super::counts::{Counts, Slot};
 use super::finding::{Finding, Findings, Severity, Structure, What};
+use super::gaps::Gaps;
 use super::layout::Layout;
 use super::subject::Subject;
-use super::tables::report_unread;
 
 /// Compares the window of `counts`, block by block on all threads; returns the end of the last cluster
 /// in use in the window (as a cluster number), or zero.
@@ -64,7 +64,10 @@ impl Comparison<'_> {
             Ok(Some(host)) if !self.subject.is_past_end(host.get(), geometry.cluster_size()) => {
                 buf.resize(geometry.cluster_size() as usize, 0);
                 let read = self.subject.read(Structure::RefcountBlock, buf, host.get());
-                read.map_err(|unread| report_unread(Some(self.findings), unread)).is_ok()
+                let gaps = Gaps::default();
+                let is_known = read.map_err(|unread| gaps.note(unread)).is_ok();
+                gaps.report(self.findings);
+                is_known
             }
             // Reported where the entries are counted.
             _ => false,

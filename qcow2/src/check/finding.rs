@@ -1,9 +1,13 @@
 //! What a check finds, typed, so that a repair can act on it.
 
+use std::collections::HashSet;
 use std::fmt;
-use std::sync::Mutex;
+use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
+use crate::error::{Error, FileOp};
 use crate::format::FormatError;
 use crate::units::{GuestOffset, HostOffset};
 
@@ -123,6 +127,21 @@ pub struct Finding {
     pub guest: Option<GuestOffset>,
 }
 
+/// Something that could not be read.
+#[derive(Debug)]
+pub(super) struct Unread {
+    pub(super) structure: Structure,
+    pub(super) offset: u64,
+    pub(super) source: io::Error,
+}
+
+impl Unread {
+    /// The error, for those who cannot do without.
+    pub(super) fn error(self, path: &Path) -> Error {
+        Error::io(path, FileOp::Read, Some(self.offset), self.source)
+    }
+}
+
 impl Finding {
     /// A finding of severity corruption that concerns one place.
     pub(super) fn corruption(what: What, host: u64, guest: Option<GuestOffset>) -> Self {
@@ -204,6 +223,9 @@ pub(super) struct Findings {
     damaged: AtomicBool,
     past_end: AtomicBool,
     cut_from: AtomicU64,
+    /// Where something could not be read: the same place fails in every pass.
+    unread: Mutex<HashSet<(Structure, u64)>>,
+    first_unread: Mutex<Option<Unread>>,
 }
 
 impl Findings {
@@ -217,6 +239,8 @@ impl Findings {
             damaged: AtomicBool::new(false),
             past_end: AtomicBool::new(false),
             cut_from: AtomicU64::new(u64::MAX),
+            unread: Mutex::default(),
+            first_unread: Mutex::default(),
         }
     }
 
@@ -246,6 +270,27 @@ impl Findings {
     pub(super) fn add_blind(&self, finding: Finding) {
         self.incomplete.store(true, Relaxed);
         self.add(finding);
+    }
+
+    /// Adds what could not be read, once for each place.
+    pub(super) fn add_unread(&self, unread: Unread) {
+        let mut known = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
+        if !known.insert((unread.structure, unread.offset)) {
+            return;
+        }
+        self.add_blind(Finding {
+            severity: Severity::Error,
+            what: What::Unreadable { structure: unread.structure, error: unread.source.to_string() },
+            host: HostOffset::new(unread.offset),
+            clusters: 1,
+            guest: None,
+        });
+        self.first_unread.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(unread);
+    }
+
+    /// The first read that failed.
+    pub(super) fn take_unread(&self) -> Option<Unread> {
+        self.first_unread.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// How many there are of a severity, kept or not.

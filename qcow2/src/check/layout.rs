@@ -5,10 +5,11 @@ use std::ops::Range;
 use crate::error::{Error, FileOp, Result};
 use crate::format::{Bitmap, Snapshot, decode_bitmap_directory, read_be_u64s, snapshot_table_bound};
 
-use super::finding::{Finding, Findings, Structure, What};
-use super::subject::{Subject, Unread};
+use super::finding::{Finding, Findings, Structure, Unread, What};
+use super::gaps::Gaps;
+use super::subject::Subject;
 use super::sweep::{Segment, sweep};
-use super::tables::{L1Tables, report_unread};
+use super::tables::L1Tables;
 
 /// Bytes of a table that are read at once.
 const CHUNK: u64 = 1 << 20;
@@ -35,13 +36,13 @@ pub(super) enum Scope {
     WithoutRefcounts,
 }
 
-/// Finds the metadata of an image, and reports what of it is damaged.
+/// Finds the metadata of an image, and reports what of it is damaged; what could not be read is returned.
 ///
 /// # Errors
 /// Cancellation, and a header or memory that does not allow to go on.
-pub(super) fn lay_out(subject: &Subject<'_>, scope: Scope, findings: &Findings) -> Result<Layout> {
+pub(super) fn lay_out(subject: &Subject<'_>, scope: Scope, findings: &Findings) -> Result<(Layout, Gaps)> {
     let header = &subject.header;
-    let mut survey = Survey { subject, findings, metadata: Vec::new() };
+    let mut survey = Survey { subject, findings, gaps: Gaps::default(), metadata: Vec::new() };
     survey.claim(Structure::Header, 0, subject.geometry.cluster_size());
     let active = header.l1_offset.get()..header.l1_offset.get().saturating_add(header.l1_bytes());
     survey.claim(Structure::ActiveL1, active.start, header.l1_bytes());
@@ -56,18 +57,20 @@ pub(super) fn lay_out(subject: &Subject<'_>, scope: Scope, findings: &Findings) 
     let bitmap_tables = survey.bitmaps()?;
     let refcount_table = survey.refcount_table()?;
     let metadata = sweep(&survey.metadata);
-    Ok(Layout {
+    let layout = Layout {
         scope,
         metadata,
         l1: L1Tables { active, snapshots: sweep(&snapshots) },
         bitmap_tables: sweep(&bitmap_tables),
         refcount_table,
-    })
+    };
+    Ok((layout, survey.gaps))
 }
 
 struct Survey<'a> {
     subject: &'a Subject<'a>,
     findings: &'a Findings,
+    gaps: Gaps,
     metadata: Vec<Range<u64>>,
 }
 
@@ -97,7 +100,7 @@ impl Survey<'_> {
             let bytes = match window.from(self.subject, at, snapshot_table_bound(1)) {
                 Ok(bytes) => bytes,
                 Err(unread) => {
-                    report_unread(Some(self.findings), unread);
+                    self.gaps.note(unread);
                     break;
                 }
             };
@@ -148,7 +151,7 @@ impl Survey<'_> {
         }
         let mut bytes = vec![0; len as usize];
         if let Err(unread) = self.subject.read(Structure::BitmapDirectory, &mut bytes, start) {
-            report_unread(Some(self.findings), unread);
+            self.gaps.note(unread);
             return Ok(Vec::new());
         }
         let bitmaps = decode_bitmap_directory(&bytes, &extension).unwrap_or_else(|error| {
@@ -181,7 +184,7 @@ impl Survey<'_> {
 }
 
 /// Reads a table of 64-bit entries piece by piece; gives each entry's place and value. Entries that
-/// cannot be read are taken as zero.
+/// cannot be read are taken as zero, and go to `gaps`.
 ///
 /// # Errors
 /// Cancellation.
@@ -189,7 +192,7 @@ pub(super) fn for_each_word(
     subject: &Subject<'_>,
     structure: Structure,
     bytes: Range<u64>,
-    findings: Option<&Findings>,
+    gaps: &Gaps,
     mut visit: impl FnMut(u64, u64),
 ) -> Result<()> {
     let mut buf = Vec::new();
@@ -200,7 +203,7 @@ pub(super) fn for_each_word(
         let len = CHUNK.min(bytes.end - at);
         buf.resize(len as usize, 0);
         if let Err(unread) = subject.read(structure, &mut buf, at) {
-            report_unread(findings, unread);
+            gaps.note(unread);
             buf.fill(0);
         }
         for (n, raw) in read_be_u64s(&buf).enumerate() {

@@ -18,6 +18,7 @@ mod census;
 mod compare;
 mod counts;
 mod finding;
+mod gaps;
 mod layout;
 mod naming;
 pub mod repair;
@@ -33,7 +34,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 pub use finding::{Finding, Severity, Structure, What};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Refusal, Result};
 use crate::format::FormatError;
 use crate::storage::Storage;
 
@@ -136,10 +137,43 @@ pub fn check(
     check_subject(&subject, WINDOW_WORDS)
 }
 
+/// As [`check`], for an image that is to be written: its refcounts decide what is free, so it must be consistent. Leaks
+/// are allowed.
+///
+/// # Errors
+/// Those of a check; the first read that failed, since where the device fails nothing is known about the image;
+/// [`Refusal::Inconsistent`].
+pub fn check_consistent(
+    path: &Path,
+    file: &dyn Storage,
+    data_file: Option<&dyn Storage>,
+    options: &CheckOptions<'_>,
+) -> Result<CheckReport> {
+    let report = check_whole(&Subject::open(path, file, data_file, options.cancel)?)?;
+    if report.is_consistent() {
+        return Ok(report);
+    }
+    let first = report.first_corruption().map(ToString::to_string).unwrap_or_default();
+    Err(Error::refused(path, Refusal::Inconsistent { corruptions: report.corruptions, first }))
+}
+
+/// Checks an image all of whose tables can be read.
+fn check_whole(subject: &Subject<'_>) -> Result<CheckReport> {
+    let census = census_of(subject, WINDOW_WORDS)?;
+    match census.findings.take_unread() {
+        None => Ok(report(subject, census)),
+        Some(unread) => Err(unread.error(subject.path)),
+    }
+}
+
 fn check_subject(subject: &Subject<'_>, window_words: u64) -> Result<CheckReport> {
+    census_of(subject, window_words).map(|census| report(subject, census))
+}
+
+fn census_of(subject: &Subject<'_>, window_words: u64) -> Result<Census> {
     for width in [Width::Narrow, Width::Wide] {
         if let Some(census) = census::take(subject, width, window_words, KEPT_FINDINGS)? {
-            return Ok(report(subject, census));
+            return Ok(census);
         }
     }
     Err(too_many_references(subject))

@@ -9,6 +9,7 @@ use crate::units::GuestOffset;
 
 use super::counts::Reference;
 use super::finding::{Finding, Findings, What};
+use super::gaps::Gaps;
 use super::layout::Layout;
 use super::subject::Subject;
 use super::sweep::{Segment, sweep};
@@ -24,7 +25,8 @@ pub(super) fn name_guests(subject: &Subject<'_>, layout: &Layout, findings: &Fin
     }
     let segments = sweep(&ranges);
     let guests: Vec<AtomicU64> = segments.iter().map(|_| AtomicU64::new(u64::MAX)).collect();
-    walk_l1(subject, &layout.l1, None, &mut Naming { subject, segments: &segments, guests: &guests })?;
+    let mut naming = Naming { subject, segments: &segments, guests: &guests };
+    walk_l1(subject, &layout.l1, None, &mut naming)?.report(findings);
     findings.update(|finding| {
         if let Some(range) = unnamed(subject, finding) {
             let from = segments.partition_point(|segment| segment.range.end <= range.start);
@@ -92,7 +94,7 @@ impl Naming<'_> {
 impl Visitor for Naming<'_> {
     fn reference(&mut self, _: Range<u64>, _: Reference) {}
 
-    fn batch(&mut self, tables: &[TableRef]) -> Result<()> {
+    fn batch(&mut self, tables: &[TableRef], gaps: &Gaps) -> Result<()> {
         let this = &*self;
         for_each_piece(self.subject, tables, |_, piece, buf| {
             for table in piece.iter().filter(|table| table.active > 0) {
@@ -100,7 +102,7 @@ impl Visitor for Naming<'_> {
                 this.name(this.subject.clusters(host, 1), table.guest(this.subject, 0));
             }
             if piece.iter().any(|table| table.active > 0) {
-                read_piece(this.subject, piece, buf, None, |table, bytes| this.table(table, bytes));
+                read_piece(this.subject, piece, buf, gaps, |table, bytes| this.table(table, bytes));
             }
         })?;
         Ok(())

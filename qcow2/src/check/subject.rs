@@ -5,11 +5,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::error::{Error, FileOp, Result};
-use crate::format::{BitmapsExtension, Cluster0, EXT_CRYPTO, FormatError, Geometry, Header};
-use crate::storage::Storage;
+use crate::format::{BitmapsExtension, EXT_CRYPTO, FormatError, Geometry, Header};
+use crate::image::Qcow2;
+use crate::storage::{Storage, first_unreadable};
 use crate::units::HostOffset;
 
-use super::finding::Structure;
+use super::finding::{Structure, Unread};
 
 /// The image under check.
 #[derive(Debug)]
@@ -41,10 +42,7 @@ impl<'a> Subject<'a> {
         let io = |op, offset| move |source| Error::io(path, op, offset, source);
         let bad = |source: FormatError| Error::format(path, source);
         let file_len = file.size().map_err(io(FileOp::Size, None))?;
-        let mut start = vec![0; 1 << 21];
-        let n = file.read_at(&mut start, 0).map_err(io(FileOp::Read, Some(0)))?;
-        start.truncate(n);
-        let mut cluster0 = Cluster0::decode(&start).map_err(bad)?;
+        let mut cluster0 = Qcow2::read_cluster0(path, file)?;
         let encryption = cluster0.crypto();
         let encrypted = matches!(cluster0.header.crypt_method, 1 | 2);
         if cluster0.header.crypt_method == 2 && encryption.is_none() {
@@ -104,7 +102,10 @@ impl<'a> Subject<'a> {
         buf: &mut [u8],
         offset: u64,
     ) -> std::result::Result<(), Unread> {
-        self.file.read_exact_or_zero(buf, offset).map_err(|source| Unread { structure, offset, source })
+        self.file.read_exact_or_zero(buf, offset).map_err(|source| {
+            let offset = first_unreadable(self.file, offset, buf.len() as u64);
+            Unread { structure, offset, source }
+        })
     }
 
     /// Stops the check if the caller wants it to.
@@ -114,12 +115,4 @@ impl<'a> Subject<'a> {
             _ => Ok(()),
         }
     }
-}
-
-/// Something that could not be read: a finding, not the end of the check.
-#[derive(Debug)]
-pub(super) struct Unread {
-    pub(super) structure: Structure,
-    pub(super) offset: u64,
-    pub(super) source: std::io::Error,
 }

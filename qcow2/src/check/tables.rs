@@ -10,11 +10,12 @@ use rayon::prelude::*;
 
 use crate::error::Result;
 use crate::format::{L1Entry, read_be_u64s};
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::GuestOffset;
 
 use super::counts::{Kind, Reference};
-use super::finding::{Finding, Findings, Severity, Structure, What};
-use super::subject::{Subject, Unread};
+use super::finding::{Finding, Findings, Structure, What};
+use super::gaps::Gaps;
+use super::subject::Subject;
 use super::sweep::Segment;
 
 /// L1 entries that are sorted together: 8 MiB of memory at most.
@@ -61,17 +62,18 @@ pub(super) trait Visitor: Sync {
     /// An L1 entry that refers to a table: from host offset `at`, `times` tables long.
     fn reference(&mut self, table: Range<u64>, reference: Reference);
 
-    /// A batch of distinct tables inside the file, in the order of their offsets.
-    fn batch(&mut self, tables: &[TableRef]) -> Result<()>;
+    /// A batch of distinct tables inside the file, in the order of their offsets. What cannot be read goes to `gaps`.
+    fn batch(&mut self, tables: &[TableRef], gaps: &Gaps) -> Result<()>;
 }
 
-/// Walks all L1 tables. Damage goes to `findings`, if there is one.
+/// Walks all L1 tables. Damage goes to `findings`, if there is one; what could not be read is returned.
 pub(super) fn walk_l1(
     subject: &Subject<'_>,
     tables: &L1Tables,
     findings: Option<&Findings>,
     visitor: &mut dyn Visitor,
-) -> Result<()> {
+) -> Result<Gaps> {
+    let gaps = Gaps::default();
     let mut batch = Vec::with_capacity(BATCH);
     let active = Segment { range: tables.active.clone(), times: 1 };
     for (segment, is_active) in
@@ -87,7 +89,8 @@ pub(super) fn walk_l1(
             let len = L1_CHUNK.min(segment.range.end - at);
             buf.resize(len as usize, 0);
             if let Err(unread) = subject.read(structure, &mut buf, at) {
-                report_unread(findings, unread);
+                // The entries are taken as zero; whoever gets the gaps knows that they are not.
+                gaps.note(unread);
                 buf.fill(0);
             }
             for (raw, place) in read_be_u64s(&buf).zip((at..).step_by(8)) {
@@ -104,7 +107,7 @@ pub(super) fn walk_l1(
                 };
                 if let Some(host) = examine(subject, raw, place, table, findings, visitor) {
                     if batch.len() == BATCH {
-                        flush(&mut batch, visitor)?;
+                        flush(&mut batch, &gaps, visitor)?;
                     }
                     batch.push(TableRef { host, ..table });
                 }
@@ -112,7 +115,8 @@ pub(super) fn walk_l1(
             at += len;
         }
     }
-    flush(&mut batch, visitor)
+    flush(&mut batch, &gaps, visitor)?;
+    Ok(gaps)
 }
 
 /// Reports what is wrong with an L1 entry and counts its reference; returns where the table lies if
@@ -154,7 +158,7 @@ fn examine(
     (host & (size - 1) == 0).then_some(host)
 }
 
-fn flush(batch: &mut Vec<TableRef>, visitor: &mut dyn Visitor) -> Result<()> {
+fn flush(batch: &mut Vec<TableRef>, gaps: &Gaps, visitor: &mut dyn Visitor) -> Result<()> {
     batch.sort_unstable_by_key(|table| (table.host, table.l1_index));
     batch.dedup_by(|next, kept| {
         let same = next.host == kept.host;
@@ -164,7 +168,7 @@ fn flush(batch: &mut Vec<TableRef>, visitor: &mut dyn Visitor) -> Result<()> {
         }
         same
     });
-    let result = if batch.is_empty() { Ok(()) } else { visitor.batch(batch) };
+    let result = if batch.is_empty() { Ok(()) } else { visitor.batch(batch, gaps) };
     batch.clear();
     result
 }
@@ -192,12 +196,12 @@ pub(super) fn for_each_piece<T: Send>(
 }
 
 /// Reads the tables of a piece, neighbours at once, and calls `visit` with each that is not known to
-/// be all zeros.
+/// be all zeros. Where neighbours cannot be read, each is tried by itself; what cannot be read goes to `gaps`.
 pub(super) fn read_piece(
     subject: &Subject<'_>,
     piece: &[TableRef],
     buf: &mut Vec<u8>,
-    findings: Option<&Findings>,
+    gaps: &Gaps,
     mut visit: impl FnMut(&TableRef, &[u8]),
 ) {
     let size = subject.geometry.cluster_size();
@@ -208,8 +212,14 @@ pub(super) fn read_piece(
             continue;
         }
         buf.resize(len as usize, 0);
-        if let Err(unread) = subject.read(Structure::L2Table, buf, first.host) {
-            report_unread(findings, unread);
+        if subject.read(Structure::L2Table, buf, first.host).is_err() {
+            buf.truncate(size as usize);
+            for table in run {
+                match subject.read(Structure::L2Table, buf, table.host) {
+                    Ok(()) => visit(table, buf),
+                    Err(unread) => gaps.note(unread),
+                }
+            }
             continue;
         }
         for (table, bytes) in run.iter().zip(buf.chunks_exact(size as usize)) {
@@ -223,18 +233,5 @@ fn is_hole(subject: &Subject<'_>, offset: u64, len: u64) -> bool {
         Ok(Some(data)) => data.start >= offset.saturating_add(len),
         Ok(None) => true,
         Err(_) => false,
-    }
-}
-
-/// What could not be read may hold references.
-pub(super) fn report_unread(findings: Option<&Findings>, unread: Unread) {
-    if let Some(findings) = findings {
-        findings.add_blind(Finding {
-            severity: Severity::Error,
-            what: What::Unreadable { structure: unread.structure, error: unread.source.to_string() },
-            host: HostOffset::new(unread.offset),
-            clusters: 1,
-            guest: None,
-        });
     }
 }

@@ -69,7 +69,11 @@ impl<'a> Temporary<'a> {
         })?;
         self.named = true;
         let dir = dir_of(output);
-        self.host.sync_dir(dir).map_err(|e| Error::io(dir, FileOp::Sync, None, e))
+        self.host.sync_dir(dir).map_err(|e| {
+            // Without a durable name it is no result, and would be in the way of the same call.
+            let _ = self.host.unlink(output);
+            Error::io(dir, FileOp::Sync, None, e)
+        })
     }
 }
 

@@ -42,8 +42,6 @@ pub enum FileOp {
     EmptyDataFile,
     /// Looking for its holes.
     FindData,
-    /// Copying from it inside the kernel.
-    CopyFrom,
     /// Comparing an image with what a journal says.
     CompareWith,
     /// Dropping what the kernel keeps of it in memory.
@@ -67,7 +65,7 @@ pub enum FileOp {
 }
 
 impl fmt::Display for FileOp {
-    /// A verb, which the name of the file follows: "read", "copy from".
+    /// A verb, which the name of the file follows: "read", "look at the locks of".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Open => "open",
@@ -88,7 +86,6 @@ impl fmt::Display for FileOp {
             Self::Punch => "punch a hole into",
             Self::EmptyDataFile => "empty the data file of",
             Self::FindData => "find the data of",
-            Self::CopyFrom => "copy from",
             Self::CompareWith => "compare the image with",
             Self::DropCache => "drop the cache of",
             Self::Check => "check",

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, FileOp, Result};
 use crate::format::{Cluster0, FormatError, Geometry, Header};
-use crate::storage::{Storage, View};
+use crate::storage::{Storage, View, first_unreadable};
 use crate::units::HostOffset;
 
 /// An opened qcow2 image: its header and its files. Tables are read when they are needed.
@@ -60,12 +60,14 @@ impl Qcow2 {
     /// # Errors
     /// A file that cannot be read, or that is not qcow2.
     pub fn read_cluster0(path: &Path, file: &dyn Storage) -> Result<Cluster0> {
-        let mut bytes = vec![0; 4096];
+        // The smallest cluster first: what lies behind cluster 0 may be on a bad sector, and is none of our business.
+        let mut bytes = vec![0; 512];
         let mut filled = 0;
         loop {
-            let n = file
-                .read_at(&mut bytes[filled..], filled as u64)
-                .map_err(|e| Error::io(path, FileOp::Read, Some(filled as u64), e))?;
+            let n = file.read_at(&mut bytes[filled..], filled as u64).map_err(|e| {
+                let bad = first_unreadable(file, filled as u64, (bytes.len() - filled) as u64);
+                Error::io(path, FileOp::Read, Some(bad), e)
+            })?;
             filled += n;
             let want = Header::decode(&bytes[..filled]).map_or(0, |h| h.geometry().cluster_size() as usize);
             if n == 0 || filled >= want {
@@ -172,8 +174,10 @@ impl Qcow2 {
 
     /// Reads a part of a table; what lies behind the end of the file reads as zeros.
     pub(crate) fn read_table(&self, host: HostOffset, buf: &mut [u8]) -> Result<()> {
-        read_or_zero(&*self.file, host, buf)
-            .map_err(|e| Error::io(&self.path, FileOp::Read, Some(host.get()), e))
+        read_or_zero(&*self.file, host, buf).map_err(|e| {
+            let bad = first_unreadable(&*self.file, host.get(), buf.len() as u64);
+            Error::io(&self.path, FileOp::Read, Some(bad), e)
+        })
     }
 
     /// Writes a part of the image file's metadata, in use or not.

@@ -2,9 +2,10 @@
 
 use super::qcow2::read_or_zero;
 use super::{CompressedPart, Extent, Image, Inflater, Mapping, Qcow2};
-use crate::error::{Error, FileOp, Result};
+use crate::error::{Error, Result};
 use crate::format::FormatError;
-use crate::units::GuestOffset;
+use crate::storage::{Storage, first_unreadable};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// One inflated cluster, kept because its parts are often asked for one after the other. Each worker
 /// has its own; it must not outlive the image, nor be used for two images.
@@ -41,10 +42,17 @@ impl ClusterCache {
                 Some(data) => data,
                 None => {
                     self.compressed.resize(part.len as usize, 0);
-                    let n = image
-                        .file()
-                        .read_at(&mut self.compressed, part.host.get())
-                        .map_err(|e| Error::io(image.path(), FileOp::Read, Some(part.host.get()), e))?;
+                    let read = image.file().read_at(&mut self.compressed, part.host.get());
+                    let n = read.map_err(|source| Error::Unreadable {
+                        path: image.path().to_owned(),
+                        in_data_file: false,
+                        guest: Some(GuestRange {
+                            start: guest,
+                            len: image.geometry().cluster_size() - part.skip,
+                        }),
+                        offset: first_unreadable(&**image.file(), part.host.get(), part.len),
+                        source,
+                    })?;
                     self.compressed.get(..n).unwrap_or_default()
                 }
             };
@@ -74,8 +82,14 @@ impl Image {
         layer: usize,
     ) -> Result<()> {
         match (extent.mapping, self) {
-            (Mapping::Data { host }, _) => read_or_zero(&**self.data_file(), host, buf)
-                .map_err(|e| Error::io(self.path(), FileOp::Read, Some(host.get()), e)),
+            (Mapping::Data { host }, _) => {
+                let file: &dyn Storage = &**self.data_file();
+                read_or_zero(file, host, buf).map_err(|source| {
+                    let offset = first_unreadable(file, host.get(), buf.len() as u64);
+                    let guest = extent.range.start + (offset - host.get());
+                    self.unreadable(offset, Some(guest), extent.range.end(), source)
+                })
+            }
             (Mapping::Compressed(part), Self::Qcow2(image)) => {
                 let cluster = cache.cluster(image, layer, &part, extent.range.start)?;
                 let from = (part.skip as usize).min(cluster.len());
@@ -89,5 +103,59 @@ impl Image {
                 Ok(())
             }
         }
+    }
+}
+
+/// How much is said to be unreadable where a read has failed, in bytes.
+const PAGE: u64 = 4096;
+
+impl Image {
+    /// The error for plain data at a host offset that cannot be read. `guest` is where the guest sees it, up to `end`.
+    fn unreadable(
+        &self,
+        offset: u64,
+        guest: Option<GuestOffset>,
+        end: GuestOffset,
+        source: std::io::Error,
+    ) -> Error {
+        let guest = guest.map(|start| {
+            let len = PAGE - offset % PAGE;
+            GuestRange::between(start, (start + len).min(end))
+        });
+        let in_data_file = self.as_qcow2().is_some_and(Qcow2::has_data_file);
+        Error::Unreadable { path: self.path().to_owned(), in_data_file, guest, offset, source }
+    }
+
+    /// The error for plain data at a host offset that cannot be read, when it is not known where the guest sees it: that
+    /// is looked for in the whole map.
+    pub(crate) fn unreadable_at(&self, offset: u64, source: std::io::Error) -> Error {
+        let guest = self.guest_of(HostOffset::new(offset));
+        let (start, end) =
+            (guest.map(|range| range.start), guest.map_or(GuestOffset::ZERO, |range| range.end()));
+        self.unreadable(offset, start, end, source)
+    }
+
+    /// Where the guest sees plain data that lies at a host offset, to the end of its extent; `None` if the map does not
+    /// tell, or cannot be read itself.
+    fn guest_of(&self, host: HostOffset) -> Option<GuestRange> {
+        /// How much of the disk is looked at in one go, in bytes.
+        const WINDOW: u64 = 1 << 30;
+        let mut at = GuestOffset::ZERO;
+        let mut extents = Vec::new();
+        while let Ok(Some(next)) = self.next_allocated(at) {
+            extents.clear();
+            let window = GuestRange { start: next, len: WINDOW - next.get() % WINDOW };
+            self.map(window, &mut extents).ok()?;
+            for extent in &extents {
+                if let Mapping::Data { host: first } = extent.mapping
+                    && let Some(into) =
+                        host.get().checked_sub(first.get()).filter(|&into| into < extent.range.len)
+                {
+                    return Some(GuestRange::between(extent.range.start + into, extent.range.end()));
+                }
+            }
+            at = window.end();
+        }
+        None
     }
 }

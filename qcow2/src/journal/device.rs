@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::file::Journal;
 use super::record::{BLOCK, Block, sector_crcs};
-use crate::storage::{FileStat, LockError, LockMode, Storage, View};
+use crate::storage::{CopyError, FileStat, LockError, LockMode, Storage, View};
 
 /// A file that is written under a journal. See the module.
 #[derive(Debug)]
@@ -305,20 +305,28 @@ impl Storage for Journaled {
         self.file.punch_hole(start, end - start)
     }
 
-    fn copy_from(&self, src: &dyn Storage, src_offset: u64, dst_offset: u64, len: u64) -> io::Result<()> {
-        end_of(src_offset, len)?;
-        let range = dst_offset..end_of(dst_offset, len)?;
+    fn copy_from(
+        &self,
+        src: &dyn Storage,
+        src_offset: u64,
+        dst_offset: u64,
+        len: u64,
+    ) -> Result<(), CopyError> {
+        end_of(src_offset, len).map_err(|source| CopyError::Read { offset: src_offset, source })?;
+        let range = dst_offset..end_of(dst_offset, len).map_err(CopyError::write(dst_offset))?;
         let (head, tail) = whole_blocks(&range);
         let parts = if head < tail { [range.start..head, tail..range.end] } else { [range, 0..0] };
         // What is kept is read before it is locked: the source may be this file itself.
         for part in parts.into_iter().filter(|part| !part.is_empty()) {
             let mut bytes = vec![0; (part.end - part.start) as usize];
-            src.read_exact_or_zero(&mut bytes, src_offset + (part.start - dst_offset))?;
-            self.write_all_at(&bytes, part.start)?;
+            let from = src_offset + (part.start - dst_offset);
+            let read = src.read_exact_or_zero(&mut bytes, from);
+            read.map_err(CopyError::read(src, from, bytes.len() as u64))?;
+            self.write_all_at(&bytes, part.start).map_err(CopyError::write(part.start))?;
         }
         if head < tail {
             self.journal.beat();
-            self.forget(head..tail)?;
+            self.forget(head..tail).map_err(CopyError::write(head))?;
             self.file.copy_from(src, src_offset + (head - dst_offset), head, tail - head)?;
         }
         Ok(())

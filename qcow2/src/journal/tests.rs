@@ -12,7 +12,7 @@ use super::{Edit, Journal, Journaled, edit_headers, heal};
 use crate::error::{Error, ErrorKind, Holder, Refusal};
 use crate::merge::testing::Dice;
 use crate::storage::{
-    Access, FileId, FileStat, Host, LockError, LockMode, MemFile, MemHost, OsHost, Owner, Storage,
+    Access, CopyError, FileId, FileStat, Host, LockError, LockMode, MemFile, MemHost, OsHost, Owner, Storage,
 };
 
 fn journal(host: &dyn Host) -> Arc<Journal> {
@@ -127,7 +127,13 @@ impl Storage for Noted {
         self.note(format!("p {offset}+{len}"));
         self.1.punch_hole(offset, len)
     }
-    fn copy_from(&self, src: &dyn Storage, src_offset: u64, dst_offset: u64, len: u64) -> io::Result<()> {
+    fn copy_from(
+        &self,
+        src: &dyn Storage,
+        src_offset: u64,
+        dst_offset: u64,
+        len: u64,
+    ) -> Result<(), CopyError> {
         self.note(format!("c {dst_offset}+{len}"));
         self.1.copy_from(src, src_offset, dst_offset, len)
     }

@@ -16,7 +16,7 @@ use std::sync::atomic::AtomicBool;
 use super::retire::{Known, unused};
 use super::{empty, link};
 use crate::chain::{BackingName, Chain, OpenOptions, new_backing_name, open_data_file};
-use crate::check::{CheckOptions, check};
+use crate::check::{CheckOptions, check_consistent};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{EmptyDisk, FormatError, Switch, plan_empty_switch};
 use crate::image::alloc::Allocator;
@@ -220,15 +220,8 @@ fn judge(image: &Qcow2, options: &EmptyOptions, wanted: &Wanted<'_>, cancel: &At
         return refuse(Refusal::Bitmaps { names });
     }
     let data_file = image.has_data_file().then(|| &**image.data_file());
-    let report = check(image.path(), &**image.file(), data_file, &CheckOptions { cancel: Some(cancel) })?;
-    if !report.is_consistent() {
-        let first = report.first_corruption().map(ToString::to_string).unwrap_or_default();
-        return refuse(Refusal::Inconsistent {
-            corruptions: report.corruptions + report.check_errors,
-            first,
-        });
-    }
-    Ok(())
+    let options = CheckOptions { cancel: Some(cancel) };
+    check_consistent(image.path(), &**image.file(), data_file, &options).map(drop)
 }
 
 /// Looks at the base without a lock; only headers are read, of it and of what lies below it.

@@ -3,6 +3,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::chain::view::View;
+use crate::check::check;
 use crate::image::bitmaps::tests::{ok, qemu};
 use crate::image::{ClusterCache, CreateOptions, create};
 use crate::merge::crash_tests::{assert_sound, cuts, see};

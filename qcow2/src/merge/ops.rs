@@ -10,7 +10,7 @@ use crate::error::{Error, FileOp, Result};
 use crate::image::{ClusterCache, Image};
 use crate::journal::Journal;
 use crate::journal::record::Phase;
-use crate::storage::Storage;
+use crate::storage::{CopyError, Storage};
 use crate::units::{GuestOffset, HostOffset};
 
 /// The most bytes that one worker moves in one piece: all of them stay busy, and the device soon has something to do.
@@ -159,10 +159,13 @@ impl Op {
             Origin::Zeros => target.file.write_zeroes(self.to.get(), self.len).map_err(failed),
             Origin::Plain { layer, host } => {
                 let image = layers.get(layer).ok_or_else(not_planned)?;
-                target
-                    .file
-                    .copy_from(&**image.data_file(), host.get(), self.to.get(), self.len)
-                    .map_err(|e| Error::io(image.path(), FileOp::CopyFrom, Some(host.get()), e))
+                let copied = target.file.copy_from(&**image.data_file(), host.get(), self.to.get(), self.len);
+                copied.map_err(|e| match e {
+                    CopyError::Read { offset, source } => image.unreadable_at(offset, source),
+                    CopyError::Write { offset, source } => {
+                        Error::io(target.path, FileOp::Write, Some(offset), source)
+                    }
+                })
             }
             Origin::Compressed { layer, part, guest } => {
                 let image = layers.get(layer).and_then(|image| image.as_qcow2()).ok_or_else(not_planned)?;

@@ -1,13 +1,12 @@
 //! The rules that a commit must pass before anything is written.
 
-use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use super::options::{CommitOptions, Span};
 use super::plan::{Afterwards, Plan};
 use crate::chain::{Chain, Layer, find_users};
-use crate::check::{CheckOptions, Severity, check};
+use crate::check::{CheckOptions, check_consistent};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::{Image, bitmap_names};
 use crate::journal;
@@ -103,18 +102,8 @@ pub(super) fn journal_places(
 pub(super) fn consistent(chain: &Chain, at: usize, cancel: &AtomicBool) -> Result<u64> {
     let Some(Layer { image: Image::Qcow2(image), path, .. }) = chain.layers().get(at) else { return Ok(0) };
     let data_file = image.has_data_file().then(|| &**image.data_file());
-    let report = check(path, &**image.file(), data_file, &CheckOptions { cancel: Some(cancel) })?;
-    if report.is_consistent() {
-        return Ok(report.leaks);
-    }
-    // Where the device fails, nothing is known about the image, and nothing may be repaired.
-    let unread = report.findings.iter().find(|f| f.severity == Severity::Error);
-    if let Some(unread) = unread {
-        return Err(Error::io(path, FileOp::Check, None, io::Error::other(unread.to_string())));
-    }
-    let first = report.first_corruption().map(ToString::to_string).unwrap_or_default();
-    let corruptions = report.corruptions + report.check_errors;
-    Err(Error::refused(path, Refusal::Inconsistent { corruptions, first }))
+    let options = CheckOptions { cancel: Some(cancel) };
+    check_consistent(path, &**image.file(), data_file, &options).map(|report| report.leaks)
 }
 
 /// What was searched for images that share layers.

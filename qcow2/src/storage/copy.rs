@@ -9,6 +9,57 @@ use rustix::io::Errno;
 
 use super::Storage;
 
+/// Why a copy failed, and on which side.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyError {
+    /// The source cannot be read.
+    #[error("reading at offset {offset:#x}: {source}")]
+    Read {
+        /// The first sector of the source that cannot be read, as an offset in bytes.
+        offset: u64,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The target cannot be written.
+    #[error("writing at offset {offset:#x}: {source}")]
+    Write {
+        /// Where in the target.
+        offset: u64,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+impl CopyError {
+    /// The target cannot be written at an offset.
+    pub fn write(offset: u64) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Write { offset, source }
+    }
+
+    /// The source cannot be read somewhere in a range, where the first bad sector is looked for.
+    pub fn read(src: &dyn Storage, offset: u64, len: u64) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Read { offset: first_unreadable(src, offset, len), source }
+    }
+}
+
+/// The first offset of a range that cannot be read, to the page: where reading the range has failed. If each page can be
+/// read by now, the start of the range.
+pub fn first_unreadable(file: &dyn Storage, offset: u64, len: u64) -> u64 {
+    const PAGE: u64 = 4096;
+    let end = offset.saturating_add(len);
+    let mut page = [0; PAGE as usize];
+    let mut at = offset;
+    while at < end {
+        let next = (at / PAGE + 1).saturating_mul(PAGE).min(end);
+        let part = page.get_mut(..(next - at) as usize).unwrap_or_default();
+        if file.read_at(part, at).is_err() {
+            return at;
+        }
+        at = next;
+    }
+    offset
+}
+
 /// The most that one `copy_file_range` call is asked to move, in bytes: large enough to share many
 /// blocks at once, small enough for every 32-bit length inside a file system.
 const KERNEL_CHUNK: u64 = 1 << 30;
@@ -40,7 +91,7 @@ pub(super) fn copy_in_kernel(
     dst_offset: u64,
     len: u64,
     unsupported: &AtomicBool,
-) -> io::Result<u64> {
+) -> u64 {
     let mut done = 0;
     while done < len && !unsupported.load(Ordering::Relaxed) {
         let (Some(mut from), Some(mut to)) = (src_offset.checked_add(done), dst_offset.checked_add(done))
@@ -53,12 +104,12 @@ pub(super) fn copy_in_kernel(
             Ok(n) => done += n as u64,
             Err(Errno::INTR) => {}
             Err(Errno::NOSYS | Errno::OPNOTSUPP | Errno::BADF) => unsupported.store(true, Ordering::Relaxed),
-            // These depend on the pair of files or on the range, and cost next to nothing to meet again.
-            Err(Errno::XDEV | Errno::INVAL | Errno::TXTBSY | Errno::PERM) => break,
-            Err(e) => return Err(e.into()),
+            // Some depend on the pair of files or on the range, and cost next to nothing to meet again. Of the others
+            // the plain copy finds out which side has failed.
+            Err(_) => break,
         }
     }
-    Ok(done)
+    done
 }
 
 /// Copies through a buffer of this thread. Bytes behind the end of `src` are copied as zeros.
@@ -68,7 +119,7 @@ pub(super) fn copy_plain(
     dst: &dyn Storage,
     dst_offset: u64,
     len: u64,
-) -> io::Result<()> {
+) -> Result<(), CopyError> {
     thread_local! {
         static REUSED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
     }
@@ -90,18 +141,17 @@ fn copy_through(
     dst: &dyn Storage,
     dst_offset: u64,
     len: u64,
-) -> io::Result<()> {
+) -> Result<(), CopyError> {
     let mut done = 0;
     while done < len {
         let size = usize::try_from(len - done).unwrap_or(BUFFER).min(buf.len());
         let Some(piece) = buf.get_mut(..size) else { break };
-        let from = src_offset.checked_add(done).ok_or_else(out_of_range)?;
-        let to = dst_offset.checked_add(done).ok_or_else(out_of_range)?;
-        let n = src.read_at(piece, from)?;
+        let (from, to) = (src_offset.saturating_add(done), dst_offset.saturating_add(done));
+        let n = src.read_at(piece, from).map_err(CopyError::read(src, from, size as u64))?;
         if n == 0 {
-            return dst.write_zeroes(to, len - done);
+            return dst.write_zeroes(to, len - done).map_err(CopyError::write(to));
         }
-        dst.write_all_at(piece.get(..n).unwrap_or_default(), to)?;
+        dst.write_all_at(piece.get(..n).unwrap_or_default(), to).map_err(CopyError::write(to))?;
         done += n as u64;
     }
     Ok(())

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Access, FileKind, Host, LockMode, MemFile, OsHost};
+use super::{Access, CopyError, FileKind, Host, LockMode, MemFile, OsHost};
 
 /// A block device made of a file; taken down when dropped.
 struct Loop(PathBuf);
@@ -137,7 +137,10 @@ fn a_failed_sync_is_final() {
         file.write_all_at(&[1], 0),
         file.write_zeroes(0, 4096),
         file.punch_hole(0, 4096),
-        file.copy_from(&MemFile::new(), 0, 0, 10),
+        match file.copy_from(&MemFile::new(), 0, 0, 10) {
+            Err(CopyError::Write { source, .. }) => Err(source),
+            other => panic!("{other:?}"),
+        },
         file.set_len(1),
         file.drop_cache(),
     ];

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 use crate::error::Holder;
 
-use super::copy::{copy_plain, out_of_range};
+use super::copy::{CopyError, copy_plain, out_of_range};
 use super::os::not_a_file;
 use super::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner, Storage};
 
@@ -388,14 +388,23 @@ impl Storage for MemFile {
         self.change(|content| content.zero(offset, end))
     }
 
-    fn copy_from(&self, src: &dyn Storage, src_offset: u64, dst_offset: u64, len: u64) -> io::Result<()> {
-        let end = checked_end(src_offset, len)?;
-        checked_end(dst_offset, len)?;
+    fn copy_from(
+        &self,
+        src: &dyn Storage,
+        src_offset: u64,
+        dst_offset: u64,
+        len: u64,
+    ) -> Result<(), CopyError> {
+        let end =
+            checked_end(src_offset, len).map_err(|e| CopyError::Read { offset: src_offset, source: e })?;
+        checked_end(dst_offset, len).map_err(CopyError::write(dst_offset))?;
         let mut at = src_offset;
         while at < end {
-            let data = src.next_data(at)?.filter(|d| d.start < end).unwrap_or(end..end);
+            let data = src.next_data(at).map_err(|e| CopyError::Read { offset: at, source: e })?;
+            let data = data.filter(|d| d.start < end).unwrap_or(end..end);
             let stop = data.end.min(end);
-            self.write_zeroes(dst_offset + (at - src_offset), data.start - at)?;
+            let to = dst_offset + (at - src_offset);
+            self.write_zeroes(to, data.start - at).map_err(CopyError::write(to))?;
             copy_plain(src, data.start, self, dst_offset + (data.start - src_offset), stop - data.start)?;
             at = stop;
         }

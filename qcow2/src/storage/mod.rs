@@ -26,6 +26,7 @@ use std::sync::Arc;
 
 use crate::error::Holder;
 
+pub use copy::{CopyError, first_unreadable};
 pub use folder::{Folder, Place};
 pub use mem::{MemFile, MemHost};
 pub use os::{OsFile, OsHost};
@@ -60,8 +61,14 @@ pub trait Storage: Send + Sync + fmt::Debug {
 
     /// Copies `len` bytes of `src` at `src_offset` to `dst_offset` of this file, inside the kernel
     /// where it can (sharing blocks where the file system can). Bytes behind the end of `src` are
-    /// copied as zeros. The ranges do not overlap when `src` is this same file.
-    fn copy_from(&self, src: &dyn Storage, src_offset: u64, dst_offset: u64, len: u64) -> io::Result<()>;
+    /// copied as zeros. The ranges do not overlap when `src` is this same file. The error says which side failed.
+    fn copy_from(
+        &self,
+        src: &dyn Storage,
+        src_offset: u64,
+        dst_offset: u64,
+        len: u64,
+    ) -> Result<(), CopyError>;
 
     /// Sets the length of a regular file; an error for a block device if it is too small, nothing if
     /// it is large enough.

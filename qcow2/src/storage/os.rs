@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use crate::error::Holder;
 
-use super::copy::{copy_in_kernel, copy_plain, least_kernel_copy, out_of_range};
+use super::copy::{CopyError, copy_in_kernel, copy_plain, least_kernel_copy, out_of_range};
 use super::view::View;
 use super::{
     Access, FileId, FileKind, FileStat, Folder, Host, LockError, LockMode, Owner, Storage, holders, lock,
@@ -354,13 +354,19 @@ impl Storage for OsFile {
         Ok(())
     }
 
-    fn copy_from(&self, src: &dyn Storage, src_offset: u64, dst_offset: u64, len: u64) -> io::Result<()> {
-        self.usable()?;
-        checked_end(src_offset, len)?;
-        checked_end(dst_offset, len)?;
+    fn copy_from(
+        &self,
+        src: &dyn Storage,
+        src_offset: u64,
+        dst_offset: u64,
+        len: u64,
+    ) -> Result<(), CopyError> {
+        let is_writable = self.usable().and_then(|()| checked_end(dst_offset, len));
+        is_writable.map_err(CopyError::write(dst_offset))?;
+        checked_end(src_offset, len).map_err(|e| CopyError::Read { offset: src_offset, source: e })?;
         let done = match src.as_file() {
             Some(file) if self.kind == FileKind::Regular && len >= self.least_kernel_copy => {
-                copy_in_kernel(file, src_offset, &self.file, dst_offset, len, &self.no_kernel_copy)?
+                copy_in_kernel(file, src_offset, &self.file, dst_offset, len, &self.no_kernel_copy)
             }
             _ => 0,
         };

@@ -4,15 +4,18 @@
 //! That is why a view is made only of a file that is held under lock (see
 //! [`Storage::view`](super::Storage::view)), which keeps QEMU and this engine from shortening it, and
 //! why the engine itself never shortens a file that it has a view of. What another program does to the
-//! file behind the locks cannot be prevented, here as little as in QEMU; a view only makes it end in a
-//! signal where a read would have returned an error. Positional reads are used wherever a view is not
-//! measurably better.
+//! file behind the locks cannot be prevented, here as little as in QEMU.
+//!
+//! A page on a bad sector is a SIGBUS as well. So the kernel is asked to read the pages in before they are touched
+//! (`MADV_POPULATE_READ`), and says so if it cannot: then there is no view of them, and reading them by position tells
+//! the error. The same holds for kernels before 5.14, which cannot be asked. Positional reads are used wherever a view is
+//! not measurably better.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
 
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap};
 
 /// A regular file's bytes in memory, from its start to the end that it had when the view was made.
 #[derive(Debug)]
@@ -31,10 +34,14 @@ impl View {
         Ok(Self { map })
     }
 
-    /// The bytes of a range, or `None` if it does not lie in the file.
+    /// The bytes of a range; `None` if it does not lie in the file, or if the system cannot read all of its pages.
     pub fn bytes(&self, offset: u64, len: usize) -> Option<&[u8]> {
         let start = usize::try_from(offset).ok()?;
-        self.map.get(start..start.checked_add(len)?)
+        let bytes = self.map.get(start..start.checked_add(len)?)?;
+        if len > 0 {
+            self.map.advise_range(Advice::PopulateRead, start, len).ok()?;
+        }
+        Some(bytes)
     }
 
     /// The length of the view in bytes.

@@ -68,9 +68,8 @@ fn change(
     let mut total = 0;
     let mut buf = Vec::new();
     for_each_block(subject, counts, |block, clusters| {
-        let Some(host) = survey.block(block).filter(|_| survey.read_block(block, &mut buf)) else {
-            return Ok(());
-        };
+        let Some(host) = survey.block(block) else { return Ok(()) };
+        survey.read_block(block, &mut buf)?;
         let mut dirty: Option<Range<usize>> = None;
         let lanes = counts.lanes();
         // The refcounts of what lies behind the end of the file too: it would be lost when the file grows.

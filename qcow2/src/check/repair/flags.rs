@@ -10,6 +10,8 @@ use crate::error::Result;
 use crate::format::{L1Entry, L2Entry, RefcountWidth, read_be_u64s};
 
 use super::super::counts::{Counts, Reference};
+use super::super::finding::Structure;
+use super::super::gaps::Gaps;
 use super::super::subject::Subject;
 use super::super::tables::{TableRef, Visitor, for_each_piece, read_piece, walk_l1};
 use super::disk::Disk;
@@ -30,7 +32,7 @@ pub(super) enum Which {
 /// Flags that are missing are set only if all references are known.
 ///
 /// # Errors
-/// Those of a check, and of writing.
+/// Those of a check, a table that cannot be read, and those of writing.
 pub(super) fn correct(survey: &Survey<'_>, disk: &Disk<'_>, which: Which) -> Result<u64> {
     let mut changed = 0;
     // Clusters of a data file have no refcounts; their entries are looked at once.
@@ -64,7 +66,7 @@ impl Wanted {
         let mut wanted = Self { window, set: vec![0; words], clear: vec![0; words], any: false };
         let mut buf = Vec::new();
         for_each_block(subject, counts, |block, clusters| {
-            if !survey.read_block(block, &mut buf) {
+            if !survey.read_block(block, &mut buf)? {
                 return Ok(());
             }
             let start = clusters.start;
@@ -105,7 +107,7 @@ impl Wanted {
 fn fix(survey: &Survey<'_>, disk: &Disk<'_>, wanted: &Wanted, data_file: bool) -> Result<u64> {
     let mut fixer = Fixer { survey, disk, wanted, data_file, changed: AtomicU64::new(0) };
     fixer.l1()?;
-    walk_l1(survey.subject, &survey.layout.l1, None, &mut fixer)?;
+    walk_l1(survey.subject, &survey.layout.l1, None, &mut fixer)?.none(survey.subject.path)?;
     Ok(fixer.changed.load(Relaxed))
 }
 
@@ -132,9 +134,8 @@ impl Fixer<'_> {
             return Ok(());
         }
         let mut bytes = vec![0; len as usize];
-        if subject.file.read_exact_or_zero(&mut bytes, table.start).is_err() {
-            return Ok(());
-        }
+        let read = subject.read(Structure::ActiveL1, &mut bytes, table.start);
+        read.map_err(|unread| unread.error(subject.path))?;
         let mut changes = Vec::new();
         for (raw, at) in read_be_u64s(&bytes).zip((0..).step_by(8)) {
             let place = table.start + at as u64;
@@ -202,11 +203,11 @@ impl Fixer<'_> {
 impl Visitor for Fixer<'_> {
     fn reference(&mut self, _: Range<u64>, _: Reference) {}
 
-    fn batch(&mut self, tables: &[TableRef]) -> Result<()> {
+    fn batch(&mut self, tables: &[TableRef], gaps: &Gaps) -> Result<()> {
         let this = &*self;
         let results = for_each_piece(this.survey.subject, tables, |_, piece, buf| {
             let mut result = Ok(());
-            read_piece(this.survey.subject, piece, buf, None, |table, bytes| {
+            read_piece(this.survey.subject, piece, buf, gaps, |table, bytes| {
                 if result.is_ok() {
                     result = this.table(table, bytes);
                 }

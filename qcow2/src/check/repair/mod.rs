@@ -3,7 +3,7 @@
 //! Refcounts and COPIED flags follow from the references, so they can be corrected, and the refcount
 //! structures can be made anew. What an entry meant that points nowhere, cannot be known: that is left as
 //! it is, and reported. As long as there is such an entry, no cluster is given back either: what it meant
-//! may be among those that look unused.
+//! may be among those that look unused. An image of which anything cannot be read is not repaired at all.
 //!
 //! Memory is bounded as that of a check; the price is that the tables are read several times.
 //!
@@ -42,9 +42,8 @@ use self::survey::Survey;
 pub use self::backup::{RestoreOptions, RestorePlan, plan_restore, restore};
 pub use self::plan::RepairPlan;
 
-use super::census::WINDOW_WORDS;
 use super::subject::Subject;
-use super::{CheckOptions, Verdict, check_subject};
+use super::{CheckOptions, Verdict, check_whole};
 
 /// Where the header holds the three words of feature bits.
 const FEATURES: u64 = 72;
@@ -79,7 +78,8 @@ pub fn plan(
 /// [`check`](super::check).
 ///
 /// # Errors
-/// Those of a check, and of writing. Cancellation and errors leave an image that is no worse than before,
+/// Those of a check, and of writing. If anything cannot be read, nothing is written: what an unread table refers to
+/// would look unused. Cancellation and errors leave an image that is no worse than before,
 /// and that can be repaired again.
 pub fn repair(
     path: &Path,
@@ -90,7 +90,7 @@ pub fn repair(
 ) -> Result<RepairPlan> {
     let open = || Subject::open(path, file, data_file, options.cancel);
     let subject = open()?;
-    let before = check_subject(&subject, WINDOW_WORDS)?;
+    let before = check_whole(&subject)?;
     let mut plan = RepairPlan::nothing(mode, before);
     if plan.before.verdict() == Verdict::Clean && !plan.before.dirty && !plan.before.marked_corrupt {
         return Ok(plan);
@@ -113,7 +113,7 @@ pub fn repair(
     if mode == RepairMode::All || plan.lowered > 0 {
         plan.flags = flags::correct(&survey, &disk, which)?;
     }
-    plan.after = check_subject(&subject, WINDOW_WORDS)?;
+    plan.after = check_whole(&subject)?;
     if mode == RepairMode::All && plan.after.verdict() == Verdict::Clean {
         clear_marks(&survey, &disk, &mut plan)?;
     }

@@ -110,7 +110,7 @@ fn for_each_refcounts(
     let mut old = Vec::new();
     let mut refcounts = Vec::new();
     for_each_block(survey.subject, counts, |block, clusters| {
-        let is_known = survey.damaged && survey.read_block(block, &mut old);
+        let is_known = survey.damaged && survey.read_block(block, &mut old)?;
         refcounts.clear();
         let mut any = false;
         for cluster in clusters.clone() {

@@ -6,7 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{PoisonError, RwLock};
 
-use crate::storage::{FileStat, LockError, LockMode, Storage};
+use crate::storage::{CopyError, FileStat, LockError, LockMode, Storage};
 
 const PAGE: u64 = 4096;
 
@@ -94,8 +94,8 @@ impl Storage for Scratch<'_> {
         Ok(())
     }
 
-    fn copy_from(&self, _: &dyn Storage, _: u64, _: u64, _: u64) -> io::Result<()> {
-        unsupported()
+    fn copy_from(&self, _: &dyn Storage, _: u64, at: u64, _: u64) -> Result<(), CopyError> {
+        unsupported().map_err(CopyError::write(at))
     }
 
     fn set_len(&self, _len: u64) -> io::Result<()> {

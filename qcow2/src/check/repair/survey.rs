@@ -9,7 +9,7 @@ use crate::units::HostOffset;
 
 use super::super::census::{self, WINDOW_WORDS};
 use super::super::counts::{Counts, Slot, Width};
-use super::super::finding::Findings;
+use super::super::finding::{Findings, Structure};
 use super::super::layout::{Layout, Scope, lay_out};
 use super::super::scan::Totals;
 use super::super::subject::Subject;
@@ -29,7 +29,7 @@ pub(super) struct Survey<'a> {
     table_usable: bool,
     /// Why the refcount structures cannot be used as they are.
     pub(super) broken: Option<&'static str>,
-    /// Whether all references were followed, those of damaged refcount structures aside.
+    /// Whether all references are known, those of damaged refcount structures aside: no table is damaged.
     pub(super) complete: bool,
     /// Whether an entry is damaged: what it meant may be among the clusters that look unused.
     pub(super) damaged: bool,
@@ -43,12 +43,16 @@ impl<'a> Survey<'a> {
     /// Looks at an image.
     ///
     /// # Errors
-    /// Those of a check.
+    /// Those of a check, and anything that cannot be read.
     pub(super) fn of(subject: &'a Subject<'a>) -> Result<Self> {
         let ignored = Findings::new(0);
         let findings = Findings::new(0);
-        let layout = lay_out(subject, Scope::Everything, &ignored)?;
-        let rest = lay_out(subject, Scope::WithoutRefcounts, &findings)?;
+        let whole = |scope, findings: &Findings| {
+            let (layout, gaps) = lay_out(subject, scope, findings)?;
+            gaps.none(subject.path).map(|()| layout)
+        };
+        let layout = whole(Scope::Everything, &ignored)?;
+        let rest = whole(Scope::WithoutRefcounts, &findings)?;
         let mut overlaps: Vec<Range<u64>> = Vec::new();
         let mut uncounted = false;
         for_each_window(subject, &layout, None, &mut |counts| {
@@ -96,30 +100,28 @@ impl<'a> Survey<'a> {
         let header = &subject.header;
         let (table, len) = (header.refcount_table_offset.get(), header.refcount_table_bytes());
         survey.table_usable = !subject.is_past_end(table, len) && survey.may_write(table, len);
-        survey.broken = survey.judge(uncounted);
+        survey.broken = survey.judge(uncounted)?;
         Ok(survey)
     }
 
     /// Why the refcount structures cannot be used, if so. `uncounted`: something lies in a cluster that
     /// no block counts.
-    fn judge(&self, uncounted: bool) -> Option<&'static str> {
+    fn judge(&self, uncounted: bool) -> Result<Option<&'static str>> {
         if !self.table_usable {
-            return Some(
+            return Ok(Some(
                 "the refcount table lies behind the end of the file, or where something else lies too",
-            );
+            ));
         }
         let entries = self.layout.refcount_table.iter().enumerate();
         let used = entries.filter(|(_, raw)| **raw != 0).map(|(block, _)| block as u64);
         let mut buf = Vec::new();
         for block in used {
             if self.block(block).is_none() {
-                return Some("the refcount table names a block that cannot be one");
+                return Ok(Some("the refcount table names a block that cannot be one"));
             }
-            if !self.read_block(block, &mut buf) {
-                return Some("a refcount block cannot be read");
-            }
+            self.read_block(block, &mut buf)?;
         }
-        uncounted.then_some("a refcount block is missing")
+        Ok(uncounted.then_some("a refcount block is missing"))
     }
 
     /// Whether bytes lie in clusters that hold one thing only, as far as that is known.
@@ -145,10 +147,14 @@ impl<'a> Survey<'a> {
     }
 
     /// Reads a sound refcount block; false if it is none.
-    pub(super) fn read_block(&self, block: u64, buf: &mut Vec<u8>) -> bool {
-        let Some(host) = self.block(block) else { return false };
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub(super) fn read_block(&self, block: u64, buf: &mut Vec<u8>) -> Result<bool> {
+        let Some(host) = self.block(block) else { return Ok(false) };
         buf.resize(self.subject.geometry.cluster_size() as usize, 0);
-        self.subject.file.read_exact_or_zero(buf, host.get()).is_ok()
+        let read = self.subject.read(Structure::RefcountBlock, buf, host.get());
+        read.map(|()| true).map_err(|unread| unread.error(self.subject.path))
     }
 }
 
@@ -161,7 +167,8 @@ fn raw_entry(layout: &Layout, block: u64) -> u64 {
 /// and ends where a refcount block does. It may happen that windows are visited twice.
 ///
 /// # Errors
-/// Those of `visit`, and those of a check.
+/// Those of `visit`, those of a check, and the first table that cannot be read: nothing is done by a count that lacks
+/// references.
 pub(super) fn for_each_window(
     subject: &Subject<'_>,
     layout: &Layout,
@@ -172,7 +179,7 @@ pub(super) fn for_each_window(
         // Never zero: a block holds at least 64 refcounts, a power of two.
         let words_per_block = (subject.geometry.refcounts_per_block() / width.lanes()).max(1);
         let words = (WINDOW_WORDS / words_per_block).max(1) * words_per_block;
-        if census::count(subject, layout, width, words, first, visit)? {
+        if census::count(subject, layout, width, words, first, &mut |counted| visit(counted.whole()?))? {
             return Ok(());
         }
     }

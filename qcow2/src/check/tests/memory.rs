@@ -13,7 +13,7 @@ use super::super::{CheckOptions, CheckReport, Structure, Verdict, What, check};
 use super::repair::{assert_same_guest, guest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Cluster0, Geometry, Header};
-use crate::storage::{Access, FileStat, Host, LockError, LockMode, MemHost, Storage};
+use crate::storage::{Access, CopyError, FileStat, Host, LockError, LockMode, MemHost, Storage};
 use crate::units::HostOffset;
 
 const COPIED: u64 = 1 << 63;
@@ -277,7 +277,13 @@ impl Storage for Faulty<'_> {
         self.file.punch_hole(offset, len)
     }
 
-    fn copy_from(&self, src: &dyn Storage, src_offset: u64, dst_offset: u64, len: u64) -> io::Result<()> {
+    fn copy_from(
+        &self,
+        src: &dyn Storage,
+        src_offset: u64,
+        dst_offset: u64,
+        len: u64,
+    ) -> std::result::Result<(), CopyError> {
         self.file.copy_from(src, src_offset, dst_offset, len)
     }
 

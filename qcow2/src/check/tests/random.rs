@@ -52,7 +52,8 @@ fn ours(path: &Path) -> Result<CheckReport> {
 pub(super) fn metadata_words(path: &Path) -> Vec<u64> {
     let file = OsHost.open(path, Access::Read).unwrap();
     let subject = Subject::open(path, &*file, None, None).unwrap();
-    let layout = lay_out(&subject, Scope::Everything, &Findings::new(0)).unwrap();
+    let (layout, gaps) = lay_out(&subject, Scope::Everything, &Findings::new(0)).unwrap();
+    gaps.none(path).unwrap();
     let size = subject.geometry.cluster_size();
     let entry = |at| word(path, at) & 0x00ff_ffff_ffff_fe00;
     let mut clusters: Vec<u64> =

@@ -11,7 +11,9 @@ use super::faults::{Action, Fault, FaultKind, Faults};
 use super::record::{Op, fragments};
 use super::state::State;
 use crate::error::Holder;
-use crate::storage::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, MemHost, Storage};
+use crate::storage::{
+    Access, CopyError, FileId, FileKind, FileStat, Host, LockError, LockMode, MemHost, Storage,
+};
 
 /// What a hole that was made holds afterwards: blocks that were given back may hold anything, so nobody may
 /// count on zeros.
@@ -278,10 +280,17 @@ impl Storage for SimFile {
         self.put(&mut journal, &vec![HOLE; length(len)?], offset, None)
     }
 
-    fn copy_from(&self, src: &dyn Storage, src_offset: u64, dst_offset: u64, len: u64) -> io::Result<()> {
-        let mut bytes = vec![0; length(len)?];
-        src.read_exact_or_zero(&mut bytes, src_offset)?;
-        self.write_all_at(&bytes, dst_offset)
+    fn copy_from(
+        &self,
+        src: &dyn Storage,
+        src_offset: u64,
+        dst_offset: u64,
+        len: u64,
+    ) -> Result<(), CopyError> {
+        let mut bytes = vec![0; length(len).map_err(CopyError::write(dst_offset))?];
+        let read = src.read_exact_or_zero(&mut bytes, src_offset);
+        read.map_err(|source| CopyError::Read { offset: src_offset, source })?;
+        self.write_all_at(&bytes, dst_offset).map_err(CopyError::write(dst_offset))
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

@@ -8,6 +8,7 @@ use std::path::Path;
 use super::super::super::CheckOptions;
 use super::super::super::counts::Reference;
 use super::super::super::finding::Findings;
+use super::super::super::gaps::Gaps;
 use super::super::super::layout::{Scope, lay_out};
 use super::super::super::subject::Subject;
 use super::super::super::tables::{TableRef, Visitor, walk_l1};
@@ -67,7 +68,8 @@ impl Keeper<'_> {
         let path = image.path.as_os_str().as_bytes();
         let is_device = u64::from(image.is_device);
         self.out.put(Kind::Image, subject.file_len, is_device, &[&id, path]).map_err(&failed)?;
-        let layout = lay_out(subject, Scope::Everything, &Findings::new(0))?;
+        let (layout, gaps) = lay_out(subject, Scope::Everything, &Findings::new(0))?;
+        gaps.none(subject.path)?;
         let bits = geometry.cluster_bits();
         for segment in &layout.metadata {
             self.bytes(segment.range.start << bits..segment.range.end << bits)?;
@@ -78,7 +80,7 @@ impl Keeper<'_> {
                 self.bytes(block.get()..block.get().saturating_add(geometry.cluster_size()))?;
             }
         }
-        walk_l1(subject, &layout.l1, None, self)?;
+        walk_l1(subject, &layout.l1, None, self)?.none(subject.path)?;
         self.out.put(Kind::Full, self.records, 0, &[]).map_err(&failed)?;
         self.out.sync().map_err(&failed)
     }
@@ -91,11 +93,9 @@ impl Keeper<'_> {
             self.subject.may_go_on()?;
             let mut content = vec![0; PIECE.min(end - at) as usize];
             let read = self.subject.file.read_exact_or_zero(&mut content, at);
-            // What cannot be read cannot be kept, and is not what will be written.
-            if read.is_ok() {
-                self.out.put(Kind::Kept, at, 0, &[&content]).map_err(failed(self.to))?;
-                self.records += 1;
-            }
+            read.map_err(|e| Error::io(self.subject.path, FileOp::Read, Some(at), e))?;
+            self.out.put(Kind::Kept, at, 0, &[&content]).map_err(failed(self.to))?;
+            self.records += 1;
             at += content.len() as u64;
         }
         Ok(())
@@ -109,7 +109,7 @@ fn failed(to: &Path) -> impl Fn(io::Error) -> Error {
 impl Visitor for Keeper<'_> {
     fn reference(&mut self, _: Range<u64>, _: Reference) {}
 
-    fn batch(&mut self, tables: &[TableRef]) -> Result<()> {
+    fn batch(&mut self, tables: &[TableRef], _: &Gaps) -> Result<()> {
         let size = self.subject.geometry.cluster_size();
         for run in tables.chunk_by(|a, b| a.host + size == b.host) {
             if let (Some(first), Some(last)) = (run.first(), run.last()) {

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::SECTOR;
 use super::record::{Kind, PIECE, Writer};
-use crate::storage::{FileStat, LockError, LockMode, Storage};
+use crate::storage::{CopyError, FileStat, LockError, LockMode, Storage};
 
 /// A file, and the backup of what is written to it. Writes wait in memory, at most [`PIECE`] bytes of them, until
 /// a barrier, or until somebody reads what they are about.
@@ -148,8 +148,8 @@ impl Storage for Recorded<'_> {
         Ok(())
     }
 
-    fn copy_from(&self, _: &dyn Storage, _: u64, _: u64, _: u64) -> io::Result<()> {
-        unsupported()
+    fn copy_from(&self, _: &dyn Storage, _: u64, at: u64, _: u64) -> Result<(), CopyError> {
+        unsupported().map_err(CopyError::write(at))
     }
 
     fn set_len(&self, _len: u64) -> io::Result<()> {
