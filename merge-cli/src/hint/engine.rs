@@ -19,6 +19,7 @@ use crate::call::{Call, VerbName};
 pub(crate) fn hints(error: &Error, call: &Call) -> Hints {
     match error {
         Error::Io { path, op, source, .. } => io_hints(path, *op, source, call),
+        Error::Unreadable { path, source, .. } => io_hints(path, FileOp::Read, source, call),
         Error::Format { path, .. } if is_torn(path) => torn(path, call),
         Error::Format { path, source } | Error::Mapping { path, source, .. } => {
             if source.is_unsupported() { unsupported(path, call) } else { malformed(path, call) }
