@@ -54,7 +54,10 @@ impl Failure {
             kind: kind(error),
             message: error.to_string(),
             hint: hint::hints(error, call),
-            exit: exit(error.kind(), call),
+            exit: match error {
+                Error::Foreign { .. } => Exit::UNSUPPORTED,
+                _ => exit(error.kind(), call),
+            },
         }
         .into()
     }
@@ -106,6 +109,7 @@ fn exit(kind: ErrorKind, call: &Call) -> Exit {
 fn kind(error: &Error) -> &'static str {
     match error {
         Error::Refused { reason, .. } => refusal_kind(reason),
+        Error::Foreign { .. } => "foreign-format",
         Error::MissingLayer { .. } => "missing-layer",
         Error::Verify { .. } => "verify-failed",
         _ => match error.kind() {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 pub use self::op::FileOp;
 pub use self::shown::{is_harmful, shown};
 
-use crate::format::FormatError;
+use crate::format::{Container, FormatError};
 use crate::units::{GuestOffset, GuestRange};
 
 /// The result of every fallible operation of this crate.
@@ -52,6 +52,14 @@ pub enum Error {
         path: PathBuf,
         /// Field, offset, what was found and what was expected.
         source: FormatError,
+    },
+    /// A file is of a format that is known and not read, and its bytes are needed.
+    #[error("{}: it is {}, which is not read here", shown(path), container.description())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        container: Container,
     },
     /// Guest data cannot be produced: a mapping or a compressed cluster is damaged.
     #[error("{}: guest offset {guest}: {source}", shown(path))]
@@ -155,16 +163,17 @@ pub enum Refusal {
     },
     /// The backing format that an image states is contradicted by the file.
     #[error(
-        "its backing file '{}' is declared as {declared}, but the file's first bytes say {found}",
-        shown(name)
+        "its backing file '{}' is declared as {declared}, but the file's own bytes {}",
+        shown(name),
+        found.map_or_else(|| format!("do not begin as {declared} does"), |found| format!("say {found}"))
     )]
     FormatMismatch {
         /// The backing name as written.
         name: String,
         /// The declared format.
-        declared: String,
-        /// What the magic says.
-        found: String,
+        declared: &'static str,
+        /// What the magic says; `None` if there is none.
+        found: Option<&'static str>,
     },
     /// A backing name that is not a local file: a network protocol or an unknown driver.
     #[error("its {role} '{}' is not a local file ({why})", shown(name))]
@@ -368,6 +377,7 @@ impl Error {
                 Refusal::Dirty | Refusal::CorruptBit | Refusal::Inconsistent { .. } => ErrorKind::Damaged,
                 _ => ErrorKind::Refused,
             },
+            Self::Foreign { .. } => ErrorKind::Unsupported,
             Self::MissingLayer { .. } => ErrorKind::Io,
             Self::InUse { .. } => ErrorKind::InUse,
             Self::NoSpace { .. } => ErrorKind::NoSpace,

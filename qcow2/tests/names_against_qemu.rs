@@ -351,7 +351,7 @@ fn what_qemu_opens_and_we_refuse() {
         (base.clone(), "", "has no format"),
         (format!(r#"json:{{"file.filename":"{base}"}}"#), "", "has no format"),
         // The guest's first sector, or an image's header, taken for the other.
-        (base.clone(), "raw", "first bytes say qcow2"),
+        (base.clone(), "raw", "own bytes say qcow2"),
         // Not a disk.
         ("/dev/zero".to_owned(), "raw", "not a regular file"),
         // Cut at the zero byte by one program, not by another.

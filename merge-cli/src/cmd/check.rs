@@ -83,7 +83,7 @@ fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<Outcom
     let (file, id) = open_locked(image, args.repair.is_some() && !args.dry_run)?;
     let format = match options.active_format {
         Some(format) => format,
-        None => ImageFormat::detect(image, &*file)?,
+        None => ImageFormat::detect_readable(image, &*file)?,
     };
     if format == ImageFormat::Raw {
         return Ok(None);

@@ -7,9 +7,9 @@ mod json;
 use std::path::Path;
 
 use qcow2::ErrorKind;
-use qcow2::chain::Chain;
 use qcow2::chain::view::Supply;
-use qcow2::image::Mapping;
+use qcow2::chain::{self, Chain};
+use qcow2::image::{Image, Mapping};
 use qcow2::storage::OsHost;
 
 use self::facts::Facts;
@@ -72,8 +72,12 @@ fn read_layers(chain: &Chain, dir: Option<&Path>, call: &Call) -> Result<Vec<Lay
     layers.collect::<Result<_, _>>().map_err(|e| Failure::engine(&e, call))
 }
 
+/// What the guest sees through a layer of a format that is not read here is what no layer above it holds; that is not
+/// counted.
 fn count_visible(chain: &Chain, layers: &mut [Layer], call: &Call) -> Result<(), Failure> {
-    walk::walk(chain, call, |part| {
+    let is_foreign = |layer: &chain::Layer| matches!(layer.image, Image::Foreign(_));
+    let from = usize::from(chain.layers().first().is_some_and(is_foreign));
+    walk::walk_above(chain, from, call, |part| {
         let (layer, zeros) = match part.supply {
             Supply::Layer { layer, mapping } => (layer, matches!(mapping, Mapping::Zero { .. })),
             Supply::PastEnd { layer } => (layer, true),

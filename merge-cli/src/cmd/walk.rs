@@ -14,10 +14,20 @@ use crate::failure::Failure;
 pub(super) fn walk(
     chain: &Chain,
     call: &Call,
+    f: impl FnMut(&Supplied) -> io::Result<()>,
+) -> Result<(), Failure> {
+    walk_above(chain, 0, call, f)
+}
+
+/// As [`walk`], through the layers from the position `first` on alone.
+pub(super) fn walk_above(
+    chain: &Chain,
+    first: usize,
+    call: &Call,
     mut f: impl FnMut(&Supplied) -> io::Result<()>,
 ) -> Result<(), Failure> {
     let images = chain.images();
-    let view = View::new(&images, 0, chain.active());
+    let view = View::new(&images, first, chain.active());
     let window = view.window();
     let mut found = Vec::new();
     let mut open: Option<Supplied> = None;

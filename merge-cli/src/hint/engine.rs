@@ -1,10 +1,13 @@
 //! The hints for errors of the engine.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use qcow2::error::shown;
+use qcow2::format::Container;
+use qcow2::image::ImageFormat;
 use qcow2::journal::has_edit;
 use qcow2::merge::{self, Pending};
 use qcow2::storage::OsHost;
@@ -24,6 +27,7 @@ pub(crate) fn hints(error: &Error, call: &Call) -> Hints {
         Error::Format { path, source } | Error::Mapping { path, source, .. } => {
             if source.is_unsupported() { unsupported(path, call) } else { malformed(path, call) }
         }
+        Error::Foreign { path, container } => foreign(path, *container, call),
         Error::MissingLayer { image, role, resolved, source, .. } => {
             if source.kind() == io::ErrorKind::NotFound {
                 missing(image, role, resolved, call)
@@ -107,6 +111,30 @@ fn malformed(path: &Path, call: &Call) -> Hints {
         VerbName::Info => Hints::from(check("the extent of the damage", path)).or(restore),
         _ => Hints::from(restore).or(check("the extent of the damage", path)),
     }
+}
+
+/// A file of a format that is not read here.
+fn foreign(path: &Path, container: Container, call: &Call) -> Hints {
+    let elsewhere = match (container.packer(), ImageFormat::from_name(container.name())) {
+        (Some(packer), _) => format!("unpack it with {packer} first"),
+        (None, Some(_)) => "convert it with qemu-img, which reads it".to_owned(),
+        (None, None) => "unpack it first".to_owned(),
+    };
+    let hints = Hints::from(Hint::advice(elsewhere));
+    let stated = |word: &OsString| word == "-f" || word.as_bytes().starts_with(b"--format");
+    if path == call.image && !call.words.iter().any(stated) {
+        let why = "or, if these bytes are the disk itself";
+        return hints.or(allowed(HintKind::Format, why, call, &["-f", "raw"]));
+    }
+    match call.verb {
+        VerbName::Commit => hints.or(info_above(call)),
+        _ => hints,
+    }
+}
+
+fn info_above(call: &Call) -> Hint {
+    let why = "layers above it can be merged into one another, with --base; which there are";
+    Hint::command(HintKind::InfoChain, why, Command::qmerge(["info", "--chain"]).file(&call.image))
 }
 
 /// A file that an image names is not there.
@@ -249,7 +277,8 @@ fn mismatch(image: &Path, call: &Call) -> Hints {
         )))
         .or(Hint::command(HintKind::Again, "then", call.again()));
     }
-    let Some(found) = backing.detected().filter(|found| found.name() != "raw") else {
+    let is_named = |found: &ImageFormat| ImageFormat::from_name(found.name()).is_some();
+    let Some(found) = backing.detected().filter(|found| *found != ImageFormat::Raw && is_named(found)) else {
         return Hint::advice(format!(
             "{file} has lost its header or is another file: put the right one there, from a backup"
         ))
@@ -261,7 +290,21 @@ fn mismatch(image: &Path, call: &Call) -> Hints {
         .file(image);
     let why =
         format!("find out who wrote those bytes (a guest can); only if {file} really is {}", found.name());
-    Hint::command(HintKind::NewName, why, command).into()
+    let rename = Hint::command(HintKind::NewName, why, command);
+    // A word that was given already has not helped: the image itself must say it.
+    let given = call.words.iter().any(|word| word.as_bytes().starts_with(b"--backing-format"));
+    if backing.declared.as_deref() != Some("raw") || given {
+        return rename.into();
+    }
+    let mut value = files::name_as_os(&backing.written);
+    value.push("=raw");
+    let why = "if it is a raw disk, and a guest wrote those bytes";
+    Hints::from(rename).first(allowed(
+        HintKind::BackingFormat,
+        why,
+        call,
+        &["--backing-format".into(), value],
+    ))
 }
 
 fn journal_place(call: &Call) -> Hints {

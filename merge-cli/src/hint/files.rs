@@ -97,7 +97,8 @@ impl Backing {
             return None;
         }
         let there = Self { path, written: name.as_bytes().to_owned(), declared: self.declared.clone() };
-        let format = there.detected()?.name().to_owned();
+        let format = there.detected().filter(|found| ImageFormat::from_name(found.name()).is_some())?;
+        let format = format.name().to_owned();
         // A colon would be taken for a protocol, a dash for an option.
         let plain = !name.as_bytes().contains(&b':') && !name.as_bytes().starts_with(b"-");
         let name = if plain { name.to_owned() } else { Path::new(".").join(name).into() };

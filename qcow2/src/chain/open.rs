@@ -11,7 +11,7 @@ use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{Cluster0, EXT_BACKING_FORMAT, FormatError};
 use crate::image::{Image, ImageFormat, Qcow2};
 use crate::journal;
-use crate::storage::{Access, FileId, Host, LockError, LockMode, Storage};
+use crate::storage::{Access, FileId, FileKind, Host, LockError, LockMode, Storage};
 
 /// How a chain is opened. The default names no formats, opens everything for reading, takes no locks,
 /// and lets no image name other files.
@@ -102,7 +102,7 @@ impl Opener<'_> {
         self.lock(path, id, access, &*storage)?;
         let format = match self.options.active_format {
             Some(format) => format,
-            None => ImageFormat::detect(path, &*storage)?,
+            None => ImageFormat::detect_readable(path, &*storage)?,
         };
         Ok(Found { path: path.to_owned(), written_name: None, id, format, storage })
     }
@@ -188,7 +188,8 @@ impl Opener<'_> {
         }
         self.heal(&path)?;
         self.lock(&path, id, self.access(id), &*storage)?;
-        let format = self.backing_format(&named, cluster0, &path, id, &*storage)?;
+        let kind = storage.stat().map_err(|e| Error::io(&path, FileOp::Stat, None, e))?.kind;
+        let format = self.backing_format(&named, cluster0, &path, (id, kind), &*storage)?;
         Ok(Found { path, written_name: Some(written), id, format, storage })
     }
 
@@ -201,12 +202,13 @@ impl Opener<'_> {
     /// What the overlay says must agree with the file's magic: a raw disk whose guest wrote a qcow2
     /// header into it must not be taken for an image, nor an image's metadata for a raw disk's content.
     /// A caller who says "raw" beside an overlay that says so knows that the disk's content looks like an image.
+    /// A format that is not read here is no guess either: its layer is held, and never read or written.
     fn backing_format(
         &self,
         named: &Named<'_>,
         cluster0: &Cluster0,
         path: &Path,
-        id: FileId,
+        (id, kind): (FileId, FileKind),
         storage: &dyn Storage,
     ) -> Result<ImageFormat> {
         let Named { image, written, name, .. } = *named;
@@ -214,14 +216,19 @@ impl Opener<'_> {
         let given = self.given_format(written, path, id);
         let Some(declared) = cluster0.backing_format().or_else(|| name.format().map(str::to_owned)) else {
             let missing = || Error::refused(image, Refusal::MissingFormat { name: text() });
-            let given = given.ok_or_else(missing)?;
-            // One word against the file's own: writing guest data over an image's header cannot be undone.
-            return match ImageFormat::detect(path, storage)? {
-                found if found == given => Ok(given),
-                found => Err(mismatch(image, text(), given.name().to_owned(), found)),
+            return match (given, ImageFormat::detect(path, storage)?) {
+                (None, found @ ImageFormat::Foreign(_)) => Ok(found),
+                (None, _) => Err(missing()),
+                (Some(given), found) if found == given => Ok(given),
+                // Reading harms nobody.
+                (Some(ImageFormat::Raw), ImageFormat::Foreign(_)) if self.access(id) == Access::Read => {
+                    Ok(ImageFormat::Raw)
+                }
+                // One word against the file's own: writing guest data over an image's header cannot be undone.
+                (Some(given), found) => Err(mismatch(image, text(), given, found)),
             };
         };
-        let Some(format) = ImageFormat::from_name(&declared) else {
+        let Some(format) = declared_format(&declared, kind) else {
             let offset = cluster0.extension(EXT_BACKING_FORMAT).map_or(0, |e| e.offset);
             let error = FormatError::unsupported("backing format", offset, declared, "raw or qcow2");
             return Err(Error::format(image, error));
@@ -235,10 +242,8 @@ impl Opener<'_> {
             )));
         }
         let found = ImageFormat::detect(path, storage)?;
-        if found != format && given.is_none() {
-            return Err(mismatch(image, text(), declared, found));
-        }
-        Ok(format)
+        let is_right = given.is_some() || format.agrees_with(found);
+        if is_right { Ok(format) } else { Err(mismatch(image, text(), format, found)) }
     }
 
     fn given_format(&self, written: &[u8], path: &Path, id: FileId) -> Option<ImageFormat> {
@@ -260,12 +265,21 @@ impl Opener<'_> {
     }
 }
 
-fn mismatch(image: &Path, name: String, declared: String, found: ImageFormat) -> Error {
+/// The format that an overlay states. The drivers that open a file or a device are formats for QEMU too: the bytes as
+/// they are.
+fn declared_format(name: &str, kind: FileKind) -> Option<ImageFormat> {
+    match (name, kind) {
+        ("file", FileKind::Regular) | ("host_device", FileKind::Block) => Some(ImageFormat::Raw),
+        _ => ImageFormat::from_name(name),
+    }
+}
+
+fn mismatch(image: &Path, name: String, declared: ImageFormat, found: ImageFormat) -> Error {
     let found = match found {
-        ImageFormat::Qcow2 => "qcow2",
-        ImageFormat::Raw => "something else",
+        ImageFormat::Raw => None,
+        found => Some(found.name()),
     };
-    Error::refused(image, Refusal::FormatMismatch { name, declared, found: found.to_owned() })
+    Error::refused(image, Refusal::FormatMismatch { name, declared: declared.name(), found })
 }
 
 fn not_local(image: &Path, role: &'static str, written: &[u8], why: String) -> Error {

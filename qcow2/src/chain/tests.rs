@@ -183,7 +183,7 @@ fn a_raw_base_into_which_the_guest_wrote_a_qcow2_header_is_not_an_image() {
     let host = host(&[("/base.raw", evil), ("/top", overlay("base.raw", "raw"))]);
     assert!(matches!(
         refusal(open(&host, "/top")),
-        Refusal::FormatMismatch { declared, found, .. } if declared == "raw" && found == "qcow2"
+        Refusal::FormatMismatch { declared, found, .. } if declared == "raw" && found == Some("qcow2")
     ));
     let options = OpenOptions { backing_formats: [("/base.raw".into(), ImageFormat::Raw)].into(), ..local() };
     let chain = Chain::open(&host, Path::new("/top"), &options).unwrap();
@@ -196,7 +196,7 @@ fn a_base_declared_qcow2_must_be_one() {
     let host = host(&[("/base", vec![0; 4096]), ("/top", overlay("base", "qcow2"))]);
     assert!(matches!(
         refusal(open(&host, "/top")),
-        Refusal::FormatMismatch { declared, found, .. } if declared == "qcow2" && found == "something else"
+        Refusal::FormatMismatch { declared, found, .. } if declared == "qcow2" && found.is_none()
     ));
 }
 

@@ -162,6 +162,7 @@ impl Flatten {
         let run = Run { progress, total: planned.bytes_to_write, done, cancel, journal: None };
         let totals = with_job(&self.chain, self.below, &image, |job| match &image {
             Image::Raw(_) => job.run(None, &run),
+            Image::Foreign(foreign) => Err(foreign.refuse()),
             Image::Qcow2(image) => {
                 let refcounts = Refcounts::load(image)?;
                 let allocator = Allocator::new(&refcounts);

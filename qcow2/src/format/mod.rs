@@ -7,6 +7,7 @@
 mod bitmap;
 mod build;
 mod cluster0;
+mod container;
 mod error;
 mod extensions;
 pub mod features;
@@ -28,6 +29,7 @@ pub use bitmap::{
 };
 pub use build::RewriteError;
 pub use cluster0::Cluster0;
+pub use container::{CONTAINER_HEAD, CONTAINER_TAIL, Container};
 pub use error::FormatError;
 pub use extensions::{
     BitmapsExtension, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_END, EXT_FEATURE_NAMES,

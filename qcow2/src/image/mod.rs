@@ -10,6 +10,7 @@ pub(crate) mod create;
 mod directory;
 pub(crate) mod edits;
 mod extent;
+mod foreign;
 pub(crate) mod grow;
 mod inflate;
 mod map;
@@ -23,7 +24,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, FileOp, Result};
-use crate::format::is_qcow2;
+use crate::format::{CONTAINER_HEAD, CONTAINER_TAIL, Container, is_qcow2};
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange};
 
@@ -32,6 +33,7 @@ pub use self::create::{CreateOptions, create, create_raw};
 pub use self::directory::{read_bitmaps, read_snapshots};
 pub(crate) use self::extent::push;
 pub use self::extent::{CompressedPart, Extent, Mapping};
+pub use self::foreign::Foreign;
 pub use self::inflate::Inflater;
 pub use self::qcow2::Qcow2;
 pub use self::raw::Raw;
@@ -44,6 +46,8 @@ pub enum ImageFormat {
     Raw,
     /// qcow2, version 2 or 3.
     Qcow2,
+    /// Another format: its bytes are never read as a disk, and never written.
+    Foreign(Container),
 }
 
 impl ImageFormat {
@@ -52,6 +56,7 @@ impl ImageFormat {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Foreign(container) => container.name(),
         }
     }
 
@@ -60,19 +65,58 @@ impl ImageFormat {
         match name {
             "raw" => Some(Self::Raw),
             "qcow2" => Some(Self::Qcow2),
-            _ => None,
+            _ => Container::from_name(name).map(Self::Foreign),
         }
     }
 
-    /// What the first bytes of a file say: qcow2 if its magic stands there, else raw. Only for files
+    /// What a file's own bytes say: qcow2 or another format if its magic stands there, else raw. Only for files
     /// that the user names; what an image names is never guessed.
     ///
     /// # Errors
     /// The file cannot be read.
     pub fn detect(path: &Path, file: &dyn Storage) -> Result<Self> {
-        let mut magic = [0; 4];
-        let n = file.read_at(&mut magic, 0).map_err(|e| Error::io(path, FileOp::Read, Some(0), e))?;
-        Ok(if is_qcow2(&magic[..n]) { Self::Qcow2 } else { Self::Raw })
+        let read = |len: usize, offset| {
+            let mut bytes = vec![0; len];
+            let n = file
+                .read_at(&mut bytes, offset)
+                .map_err(|e| Error::io(path, FileOp::Read, Some(offset), e))?;
+            bytes.truncate(n);
+            Ok::<_, Error>(bytes)
+        };
+        let head = read(CONTAINER_HEAD, 0)?;
+        let size = file.size().map_err(|e| Error::io(path, FileOp::Size, None, e))?;
+        let tail = match size.checked_sub(CONTAINER_TAIL as u64) {
+            Some(at) => read(CONTAINER_TAIL, at)?,
+            None => Vec::new(),
+        };
+        Ok(match Container::of(&head, &tail) {
+            Some(Container::Qcow) => Self::Foreign(Container::Qcow),
+            _ if is_qcow2(&head) => Self::Qcow2,
+            Some(container) => Self::Foreign(container),
+            None => Self::Raw,
+        })
+    }
+
+    /// Whether what a file looks like (`found`) is no objection to this format, which somebody has stated for it: a
+    /// raw disk may begin with many things, and a format that is not read here need not begin with a magic.
+    pub fn agrees_with(self, found: Self) -> bool {
+        match (self, found) {
+            (Self::Raw, Self::Foreign(container)) => container.may_be_raw(),
+            (Self::Foreign(Container::Vpc), Self::Foreign(Container::VpcFixed)) => true,
+            (Self::Foreign(_), Self::Raw) => true,
+            _ => self == found,
+        }
+    }
+
+    /// As [`ImageFormat::detect`], for a file that is to be read.
+    ///
+    /// # Errors
+    /// [`Error::Foreign`] for a format that is not read here; the file cannot be read.
+    pub fn detect_readable(path: &Path, file: &dyn Storage) -> Result<Self> {
+        match Self::detect(path, file)? {
+            Self::Foreign(container) => Err(Error::Foreign { path: path.to_owned(), container }),
+            format => Ok(format),
+        }
     }
 }
 
@@ -85,6 +129,8 @@ pub enum Image {
     Raw(Raw),
     /// A qcow2 image.
     Qcow2(Qcow2),
+    /// An image of another format, at the bottom of a chain whose upper layers alone are of interest.
+    Foreign(Foreign),
 }
 
 impl Image {
@@ -93,7 +139,7 @@ impl Image {
     ///
     /// # Errors
     /// A file that cannot be read, a header that breaks the format's rules or asks for a feature that
-    /// is not supported.
+    /// is not supported. A file of another format is not looked at.
     pub fn open(
         path: &Path,
         file: Arc<dyn Storage>,
@@ -103,14 +149,16 @@ impl Image {
         Ok(match format {
             ImageFormat::Raw => Self::Raw(Raw::open(path, file)?),
             ImageFormat::Qcow2 => Self::Qcow2(Qcow2::open(path, file, data_file)?),
+            ImageFormat::Foreign(container) => Self::Foreign(Foreign::new(path, file, container)),
         })
     }
 
-    /// The size of the disk that the guest sees, in bytes.
+    /// The size of the disk that the guest sees, in bytes; [`Foreign::SIZE`] where it is not known.
     pub fn virtual_size(&self) -> u64 {
         match self {
             Self::Raw(raw) => raw.virtual_size(),
             Self::Qcow2(qcow2) => qcow2.virtual_size(),
+            Self::Foreign(_) => Foreign::SIZE,
         }
     }
 
@@ -119,6 +167,7 @@ impl Image {
         match self {
             Self::Raw(_) => ImageFormat::Raw,
             Self::Qcow2(_) => ImageFormat::Qcow2,
+            Self::Foreign(foreign) => ImageFormat::Foreign(foreign.container()),
         }
     }
 
@@ -127,6 +176,7 @@ impl Image {
         match self {
             Self::Raw(raw) => raw.path(),
             Self::Qcow2(qcow2) => qcow2.path(),
+            Self::Foreign(foreign) => foreign.path(),
         }
     }
 
@@ -135,6 +185,7 @@ impl Image {
         match self {
             Self::Raw(raw) => raw.file(),
             Self::Qcow2(qcow2) => qcow2.file(),
+            Self::Foreign(foreign) => foreign.file(),
         }
     }
 
@@ -143,13 +194,14 @@ impl Image {
         match self {
             Self::Raw(raw) => raw.file(),
             Self::Qcow2(qcow2) => qcow2.data_file(),
+            Self::Foreign(foreign) => foreign.file(),
         }
     }
 
     /// The qcow2 image, if it is one.
     pub fn as_qcow2(&self) -> Option<&Qcow2> {
         match self {
-            Self::Raw(_) => None,
+            Self::Raw(_) | Self::Foreign(_) => None,
             Self::Qcow2(qcow2) => Some(qcow2),
         }
     }
@@ -163,6 +215,7 @@ impl Image {
         match self {
             Self::Raw(raw) => raw.map(range, out),
             Self::Qcow2(qcow2) => qcow2.map(range, out),
+            Self::Foreign(foreign) => Err(foreign.refuse()),
         }
     }
 
@@ -175,6 +228,7 @@ impl Image {
         match self {
             Self::Raw(raw) => raw.next_allocated(from),
             Self::Qcow2(qcow2) => qcow2.next_allocated(from),
+            Self::Foreign(foreign) => Err(foreign.refuse()),
         }
     }
 
@@ -187,6 +241,7 @@ impl Image {
         match self {
             Self::Raw(raw) => raw.next_allocated(from),
             Self::Qcow2(qcow2) => qcow2.next_table(from),
+            Self::Foreign(foreign) => Err(foreign.refuse()),
         }
     }
 }

@@ -178,7 +178,8 @@ impl Commit {
     ) -> Self {
         let path = |at: usize| chain.layers().get(at).map(|l| l.path.clone()).unwrap_or_default();
         let active = chain.active();
-        let size = chain.layers().first().map_or(0, |l| l.image.virtual_size());
+        let readable = chain.layers().first().filter(|l| !matches!(l.image, Image::Foreign(_)));
+        let size = readable.map_or(0, |l| l.image.virtual_size());
         let plan = Plan {
             base: path(0),
             top: path(active),
@@ -299,6 +300,9 @@ fn choose(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Spa
             path(top)
         )));
     }
+    if let Some(Image::Foreign(foreign)) = chain.layers().get(base).map(|layer| &layer.image) {
+        return Err(foreign.refuse());
+    }
     Ok(Span { base, top, active })
 }
 
@@ -366,6 +370,7 @@ fn file_size_after(
     let needed = match image {
         // A file of odd length is filled up to a sector when its end is written.
         Image::Raw(_) => new_size,
+        Image::Foreign(foreign) => return Err(foreign.refuse()),
         Image::Qcow2(_) if totals.clusters_to_allocate == 0 && new_size <= image.virtual_size() => 0,
         Image::Qcow2(qcow2) => {
             let l1 = grow::l1_growth(qcow2, new_size)?.unwrap_or(0);

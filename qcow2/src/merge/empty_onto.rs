@@ -245,10 +245,11 @@ fn look_at_base(
     }
     let layer = chain.layers().last().ok_or_else(|| Error::Usage("the chain has no such layer".into()))?;
     let found = ImageFormat::detect(base, &**layer.image.file())?;
-    if found != format {
+    if !format.agrees_with(found) {
         let name = base.display().to_string();
-        let (declared, found) = (format.name().to_owned(), found.name().to_owned());
-        return Err(Error::refused(overlay.path(), Refusal::FormatMismatch { name, declared, found }));
+        let found = (found != ImageFormat::Raw).then(|| found.name());
+        let reason = Refusal::FormatMismatch { name, declared: format.name(), found };
+        return Err(Error::refused(overlay.path(), reason));
     }
     let (size, needed) = (layer.image.virtual_size(), overlay.virtual_size());
     // A layer below the active image may be larger than all that was merged.

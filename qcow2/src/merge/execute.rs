@@ -47,7 +47,7 @@ pub struct Report {
     pub totals: Totals,
     /// How long it took.
     pub elapsed: Duration,
-    /// The digest (CRC-32) of the guest's view, if everything was verified.
+    /// The digest (CRC-32) of the guest's view, if everything was verified and every layer can be read.
     pub digest: Option<u32>,
     /// The length of the base's file, in bytes.
     pub base_file_size: u64,
@@ -89,7 +89,7 @@ impl Commit {
         if self.plan.nothing_to_do.is_some() {
             self.end_left(&mut report)?;
             if self.options.verify {
-                report.digest = Some(self.read_back(progress, cancel)?);
+                report.digest = self.read_back(progress, cancel)?;
             }
         } else {
             let work = self.begin(cancel)?;
@@ -164,7 +164,7 @@ impl Commit {
     ) -> Result<()> {
         report.totals = self.move_data(work.journal(), progress, cancel)?;
         if self.options.verify {
-            report.digest = Some(self.read_back(progress, cancel)?);
+            report.digest = self.read_back(progress, cancel)?;
         }
         work.journal().note(Phase::Switching, u64::MAX, work.journal().header().total)
     }
@@ -218,6 +218,7 @@ impl Commit {
                 }
                 Ok(totals)
             }
+            Some(Image::Foreign(foreign)) => Err(foreign.refuse()),
             None => Ok(Totals::default()),
         }
     }

@@ -143,6 +143,7 @@ impl<'a> Job<'a> {
     pub(crate) fn plan(&self, cancel: &AtomicBool) -> Result<Totals> {
         let image = match self.image()? {
             Image::Raw(raw) => return self.plan_raw(raw, cancel),
+            Image::Foreign(foreign) => return Err(foreign.refuse()),
             Image::Qcow2(image) => image,
         };
         let mut bytes_to_write = 0;
@@ -175,6 +176,7 @@ impl<'a> Job<'a> {
     pub(crate) fn run(&self, writer: Option<&mut Writer<'_>>, run: &Run<'_>) -> Result<Totals> {
         let image = match self.image()? {
             Image::Raw(raw) => return self.run_raw(raw, run),
+            Image::Foreign(foreign) => return Err(foreign.refuse()),
             Image::Qcow2(image) => image,
         };
         let Some(writer) = writer else { return Ok(Totals::default()) };

@@ -139,6 +139,7 @@ impl World {
         let need = Need { range, origin };
         match images[at] {
             Image::Raw(raw) => raw.file().write_all_at(bytes, range.start.get()).unwrap(),
+            Image::Foreign(_) => panic!("the test has no such layers"),
             Image::Qcow2(image) => {
                 let mut refcounts = Refcounts::load(image).unwrap();
                 let most = range.len / image.geometry().cluster_size() * 2 + 8;

@@ -41,6 +41,7 @@ pub fn put(
     let (memory, needs) = in_memory(path, size, writes, active + 1)?;
     let (clusters, bitmaps) = match chain.images().last() {
         Some(Image::Raw(raw)) => return put_raw(raw, writes),
+        Some(Image::Foreign(foreign)) => return Err(foreign.refuse()),
         Some(Image::Qcow2(image)) => {
             writable(image)?;
             let mut counter = Counter::default();

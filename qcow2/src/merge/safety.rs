@@ -169,7 +169,7 @@ pub(super) fn space(host: &dyn Host, chain: &Chain, span: Span, plan: &Plan) -> 
     }
     // Clusters inside the file may be holes; behind its end they are for certain.
     let metadata = match &layer.image {
-        Image::Raw(_) => 0,
+        Image::Raw(_) | Image::Foreign(_) => 0,
         Image::Qcow2(image) => (plan.totals.clusters_to_allocate * image.geometry().cluster_size())
             .max(plan.base_file_size_after.saturating_sub(stat.len)),
     };

@@ -18,16 +18,17 @@ use crate::units::{GuestOffset, GuestRange};
 
 impl Commit {
     /// Reads back what the merge has written, checks base, and returns the digest of what the guest will
-    /// see when base has taken the place of the merged layers. Everything is durable, nothing is switched.
+    /// see when base has taken the place of the merged layers, unless a layer below base is not read here.
+    /// Everything is durable, nothing is switched.
     ///
     /// # Errors
     /// As [`Job::verify`]; [`Error::Refused`] for an inconsistent base.
-    pub(super) fn read_back(&self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<u32> {
+    pub(super) fn read_back(&self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Option<u32>> {
         let span = self.span();
         let images = self.chain.images();
         let size = images.get(span.active).map_or(0, |image| image.virtual_size());
         if self.plan.nothing_to_do.is_some() {
-            return digest(View::new(&images, 0, span.active), size, cancel);
+            return whole_digest(&images, size, cancel);
         }
         let mut job = job(&images, span)?;
         job.question.base_size = self.plan.base_size_before;
@@ -39,7 +40,7 @@ impl Commit {
         let mut then: Vec<&Image> = images.get(..span.base).unwrap_or_default().to_vec();
         then.push(&base);
         then.extend(above);
-        digest(View::new(&then, 0, span.base + above.len()), size, cancel)
+        whole_digest(&then, size, cancel)
     }
 }
 
@@ -57,7 +58,8 @@ impl Job<'_> {
         let fresh = reopen(old)?;
         let mut images: Vec<&Image> = self.layers.get(..self.base).unwrap_or_default().to_vec();
         images.push(&fresh);
-        let base = View::new(&images, 0, self.base);
+        // What lies in a format that is not read here is not what the merge has moved.
+        let base = View::new(&images, usize::from(has_foreign_bottom(&images)), self.base);
         let differ = Differ::new(self.question.view, base)?;
         let compared = AtomicU64::new(0);
         let count = |bytes: u64| {
@@ -80,6 +82,18 @@ impl Job<'_> {
         }
         Ok(compared.into_inner())
     }
+}
+
+/// The digest of what the guest sees through all of `images`, if all of them can be read.
+fn whole_digest(images: &[&Image], size: u64, cancel: &AtomicBool) -> Result<Option<u32>> {
+    let Some(top) = images.len().checked_sub(1).filter(|_| !has_foreign_bottom(images)) else {
+        return Ok(None);
+    };
+    digest(View::new(images, 0, top), size, cancel).map(Some)
+}
+
+fn has_foreign_bottom(images: &[&Image]) -> bool {
+    matches!(images.first(), Some(Image::Foreign(_)))
 }
 
 /// Opens an image again on the same files, with nothing of it in the system's cache.

@@ -277,6 +277,7 @@ fn replace(image: &mut Image, file: Arc<dyn Storage>, data: Option<Arc<dyn Stora
     match image {
         Image::Raw(raw) => raw.replace_file(file),
         Image::Qcow2(qcow2) => qcow2.replace_files(file, data),
+        Image::Foreign(foreign) => Err(foreign.refuse()),
     }
 }
 

@@ -16,7 +16,7 @@ use qmp_client::{State, StateFile};
 pub(super) struct Facts {
     /// The image, as the user or the overlay names it.
     pub(super) path: PathBuf,
-    /// Raw or qcow2.
+    /// Its format.
     pub(super) format: ImageFormat,
     /// The file.
     pub(super) stat: FileStat,
@@ -55,7 +55,7 @@ impl Facts {
         let stat = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
         let format = match format {
             Some(format) => format,
-            None => ImageFormat::detect(path, &*file)?,
+            None => ImageFormat::detect_readable(path, &*file)?,
         };
         let used = file.used_by_others().map_err(|e| Error::io(path, FileOp::ReadLocks, None, e))?;
         // A process that has the file open without a lock (a copy, a checksum) does not count as a user.
@@ -86,12 +86,13 @@ impl Facts {
         Ok(facts)
     }
 
-    /// The size of the disk that the guest sees, in bytes.
-    pub(super) fn virtual_size(&self) -> u64 {
-        match &self.cluster0 {
-            Some(cluster0) => cluster0.header.size,
+    /// The size of the disk that the guest sees, in bytes; `None` for a format that is not read here.
+    pub(super) fn virtual_size(&self) -> Option<u64> {
+        match (&self.cluster0, self.format) {
+            (Some(cluster0), _) => Some(cluster0.header.size),
+            (None, ImageFormat::Foreign(_)) => None,
             // QEMU rounds a raw file up to whole sectors.
-            None => self.stat.len.next_multiple_of(512),
+            (None, _) => Some(self.stat.len.next_multiple_of(512)),
         }
     }
 

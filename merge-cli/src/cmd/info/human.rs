@@ -21,7 +21,7 @@ pub(super) fn chain(layers: &[Layer]) -> String {
         table.row(vec![
             format!("[{}]", layer.index),
             facts.format.name().to_owned(),
-            size::short(facts.virtual_size()),
+            facts.virtual_size().map_or("not known".into(), size::short),
             size::short(facts.stat.allocated),
             size::short(layer.visible_data),
             facts.path.display().to_string(),
@@ -105,7 +105,7 @@ pub(super) fn image(facts: &Facts) -> String {
     fields.add("image", facts.path.display().to_string());
     let version = facts.cluster0.as_ref().map(|c| format!(", version {}", c.header.version));
     fields.add("format", format!("{}{}", facts.format.name(), version.unwrap_or_default()));
-    fields.add("virtual size", size::exact(facts.virtual_size()));
+    fields.add("virtual size", facts.virtual_size().map_or("not known".into(), size::exact));
     fields.add("on disk", size::exact(facts.stat.allocated));
     if let Some(cluster0) = &facts.cluster0 {
         fields.add("cluster size", size::short(cluster0.header.geometry().cluster_size()));

@@ -90,7 +90,7 @@ fn has_data_file(layer: &StateLayer) -> Result<bool> {
 fn header_of(layer: &StateLayer) -> Result<Option<Cluster0>> {
     match format(layer) {
         ImageFormat::Qcow2 => header(Path::new(&layer.file)),
-        ImageFormat::Raw => Ok(None),
+        ImageFormat::Raw | ImageFormat::Foreign(_) => Ok(None),
     }
 }
 
