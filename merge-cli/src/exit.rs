@@ -72,6 +72,6 @@ Exit codes:
   7  a feature that is not supported
   8  no space
   9  an image is dirty, corrupt or inconsistent
-  130, 143  stopped by Ctrl-C or by SIGTERM
+  129, 130, 143  stopped by SIGHUP, by Ctrl-C or by SIGTERM
 check:    0 clean, 1 could not check, 2 corruption, 3 leaks only, 7 another format, 63 nothing to check (raw)
 compare:  0 same, 1 different, 2 failed, 7 another format";

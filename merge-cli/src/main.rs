@@ -19,8 +19,10 @@ mod usage;
 use std::env;
 use std::ffi::OsString;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::cli::Cli;
 use crate::exit::Exit;
@@ -28,6 +30,7 @@ use crate::failure::Failure;
 use crate::output::Console;
 
 fn main() -> ExitCode {
+    prepare_process();
     let args: Vec<OsString> = env::args_os().collect();
     let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
@@ -44,4 +47,14 @@ fn main() -> ExitCode {
         }
     }
     .into()
+}
+
+/// Makes the system's answers errors that can be told: a chain may have more layers than a shell lets a process open files,
+/// and a file that grows over the limit of the shell ends a process by a signal. Where that fails, all is as before.
+fn prepare_process() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    }
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
 }

@@ -1,5 +1,6 @@
 //! `qmerge abort`: gives up a merge that was stopped.
 
+use qcow2::error::shown;
 use qcow2::merge::{self, Aborted};
 use qcow2::storage::OsHost;
 use serde_json::json;
@@ -34,11 +35,11 @@ pub(super) fn run(args: &AbortArgs, call: &Call, console: &Console) -> Result<Ex
 }
 
 fn human(done: &Aborted, args: &AbortArgs) -> String {
-    let base = args.base.display();
+    let base = shown(&args.base);
     let Some(pending) = &done.pending else { return format!("no merge into {base} is pending") };
     let mut lines = vec![format!(
         "gave up the merge of {} into {base} at {} %: {} had been written",
-        pending.top.display(),
+        shown(&pending.top),
         pending.percent,
         size::short(pending.done)
     )];
@@ -48,7 +49,7 @@ fn human(done: &Aborted, args: &AbortArgs) -> String {
         lines.push(format!("{base} is consistent, and the overlays hold all that they held"));
     }
     if !done.restore_points_lost.is_empty() {
-        let lost: Vec<_> = done.restore_points_lost.iter().map(|file| file.display().to_string()).collect();
+        let lost: Vec<_> = done.restore_points_lost.iter().map(shown).collect();
         lines.push(format!("restore points no more, as the merge had begun to write: {}", lost.join(", ")));
     }
     lines.join("\n")

@@ -2,6 +2,7 @@
 
 mod restore;
 
+use qcow2::error::shown;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -125,7 +126,7 @@ fn open_locked(image: &Path, writes: bool) -> qcow2::Result<(Arc<dyn Storage>, F
 fn nothing_to_check(image: &Path) -> Failure {
     Report {
         kind: "unsupported",
-        message: format!("{}: a raw image has no structure that could be checked", image.display()),
+        message: format!("{}: a raw image has no structure that could be checked", shown(image)),
         hint: Hint::advice("only qcow2 images can be checked").into(),
         exit: Exit::CHECK_UNSUPPORTED,
     }

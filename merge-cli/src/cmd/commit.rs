@@ -6,7 +6,7 @@ mod live;
 
 use std::sync::Arc;
 
-use qcow2::merge::{self, BaseChoice, Commit, CommitOptions, Plan};
+use qcow2::merge::{self, BaseChoice, Commit, CommitOptions, Pending, Plan};
 use qcow2::storage::OsHost;
 use qcow2::{Error, ErrorKind};
 
@@ -82,12 +82,21 @@ fn unchanged(error: &Error, stop: &Stop, call: &Call) -> Failure {
     }
 }
 
-/// What is kept of a merge that was stopped, in words that follow a comma.
+/// How far a merge that was stopped is, of the whole merge and as `info` tells it: what is durable counts, and what was
+/// done before it went on.
 fn kept(plan: &Plan, args: &CommitArgs) -> String {
     // Where it cannot be read, nothing is said.
     match merge::pending(&OsHost, &plan.base, args.journal_dir.as_deref()) {
-        Ok(Some(pending)) if pending.done > 0 => format!(", {} are done for good", size::short(pending.done)),
-        _ => String::new(),
+        Ok(Some(Pending { is_removing: true, .. })) => {
+            "behind the merge, while layers were removed".to_owned()
+        }
+        Ok(Some(Pending { is_switching: true, .. })) => {
+            "when all was merged, before the chain was changed".to_owned()
+        }
+        Ok(Some(Pending { done, total, percent, .. })) if done > 0 => {
+            format!("at {percent} %, {} of {} are done for good", size::short(done), size::short(total))
+        }
+        _ => "before anything was done for good".to_owned(),
     }
 }
 
@@ -96,13 +105,12 @@ fn kept(plan: &Plan, args: &CommitArgs) -> String {
 fn halfway(error: &Error, stop: &Stop, meter: &Meter<'_>, call: &Call, kept: &str) -> Failure {
     meter.clear();
     if let (ErrorKind::Cancelled, Some(exit)) = (error.kind(), stop.exit()) {
-        return Failure::interrupted(&format!("at {:.0} %{kept}", meter.percent()), exit, call);
+        return Failure::interrupted(kept, exit, call);
     }
     match Failure::engine(error, call) {
         Failure::Reported(report) => {
             let exit = if error.kind() == ErrorKind::Io { Exit::HALFWAY } else { report.exit };
-            let message =
-                format!("{}\nstopped at {:.0} %{kept}; nothing is lost", report.message, meter.percent());
+            let message = format!("{}\nstopped {kept}; nothing is lost", report.message);
             Report { exit, message, ..report }.into()
         }
         failure => failure,

@@ -4,6 +4,7 @@ use qcow2::ErrorKind;
 use qcow2::chain::OpenOptions;
 use qcow2::chain::view::View;
 use qcow2::compare::{self, Comparison};
+use qcow2::error::shown;
 use qcow2::image::ImageFormat;
 use serde_json::{Value, json};
 
@@ -49,7 +50,7 @@ pub(super) fn run(args: &CompareArgs, call: &Call, console: &Console) -> Result<
 }
 
 fn human(args: &CompareArgs, found: &Comparison) -> String {
-    let (a, b) = (args.first.display(), args.second.display());
+    let (a, b) = (shown(&args.first), shown(&args.second));
     let sizes = if found.size_a == found.size_b {
         String::new()
     } else {

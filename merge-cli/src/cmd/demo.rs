@@ -11,7 +11,7 @@ use clap::Parser;
 use qcow2::chain::view::View;
 use qcow2::chain::{Chain, OpenOptions, Policy, digest};
 use qcow2::compare::compare;
-use qcow2::error::FileOp;
+use qcow2::error::{FileOp, shown};
 use qcow2::storage::OsHost;
 use qcow2::{Error, Result as EngineResult};
 use serde_json::json;
@@ -46,14 +46,14 @@ pub(super) fn run(args: &DemoArgs, call: &Call, console: &Console) -> Result<Exi
     let folder = tempfile::Builder::new().prefix("qmerge-demo-").tempdir().map_err(io(FileOp::CreateDir))?;
     // Names without the folder are easier to read.
     env::set_current_dir(folder.path()).map_err(io(FileOp::EnterDir))?;
-    let shown = Demo { call, console, stop: &stop }.show(args, folder.path());
+    let result = Demo { call, console, stop: &stop }.show(args, folder.path());
     if args.keep {
         let kept = folder.keep();
-        console.note(&format!("the files are in {}", kept.display()));
+        console.note(&format!("the files are in {}", shown(&kept)));
     } else {
         folder.close().map_err(io(FileOp::RemoveDir))?;
     }
-    shown
+    result
 }
 
 struct Demo<'a> {
@@ -69,7 +69,7 @@ impl Demo<'_> {
         self.engine(stage::room(folder, size))?;
         self.say(&format!(
             "A chain in {}: a disk of {}, and three snapshots of it.",
-            folder.display(),
+            shown(folder),
             size::short(size)
         ))?;
         self.engine(stage::build(size, self.stop.flag()))?;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use qcow2::ErrorKind;
 use qcow2::convert::{Flatten, FlattenOptions, FlattenPlan, FlattenReport};
+use qcow2::error::shown;
 use qcow2::merge::Totals;
 use qcow2::storage::OsHost;
 use serde_json::{Value, json};
@@ -14,7 +15,7 @@ use crate::cli::FlattenArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Console;
-use crate::output::json::path;
+use crate::output::json::{path, paths};
 use crate::output::progress::Meter;
 use crate::output::size;
 use crate::signals::Stop;
@@ -39,10 +40,18 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
     let flatten = Flatten::prepare(Arc::new(OsHost), &args.active, &options, stop.flag()).map_err(&failed)?;
     let plan = flatten.plan().clone();
     console.event("plan", common(&plan, &plan.totals, plan.file_size_after))?;
+    let cut_short = flatten.cut_short();
+    for file in &cut_short {
+        console.warn(&format!(
+            "warning: {} is cut short: what its tables place behind the end of the file is written as zeros, as QEMU reads it",
+            shown(file)
+        ));
+    }
     let report = flatten.execute(&meter, stop.flag()).map_err(&failed)?;
     drop(meter);
     let mut fields = common(&plan, &report.totals, report.file_size);
     fields["actual-size"] = report.allocated.into();
+    fields["cut-short"] = paths(&cut_short);
     fields["seconds"] = report.elapsed.as_secs_f64().into();
     console.event("result", fields)?;
     console.result(&human(&plan, &report))?;
@@ -51,12 +60,12 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
 
 fn human(plan: &FlattenPlan, report: &FlattenReport) -> String {
     let below = match (&plan.base, &plan.backing_name) {
-        (Some(_), Some(name)) => format!("; its backing file is {name}"),
+        (Some(_), Some(name)) => format!("; its backing file is {}", shown(name)),
         _ => String::new(),
     };
     format!(
         "wrote {} ({}, {}{below}): {} copied in {}",
-        plan.output.display(),
+        shown(&plan.output),
         plan.to.name(),
         size::short(plan.virtual_size),
         size::short(report.totals.bytes_to_copy),

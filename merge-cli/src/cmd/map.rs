@@ -5,7 +5,9 @@ use std::ops::Range;
 
 use qcow2::chain::Chain;
 use qcow2::chain::view::{Supplied, Supply};
+use qcow2::error::{Error, shown};
 use qcow2::image::Mapping;
+use qcow2::storage::{Host, LockMode, OsHost};
 
 use super::open;
 use super::walk::walk;
@@ -19,6 +21,7 @@ use crate::output::harmless;
 /// Prints the map, range by range as it is found: its length does not matter for memory.
 pub(super) fn run(args: &MapArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
     let chain = open::chain(&args.image, &open::options(&args.open), call)?;
+    warn_if_written(&chain, console);
     if console.is_json() {
         let mut printer = Json::new(&chain, console.stream()).map_err(|e| Failure::engine(&e, call))?;
         walk(&chain, call, |part| printer.part(part))?;
@@ -32,6 +35,17 @@ pub(super) fn run(args: &MapArgs, call: &Call, console: &Console) -> Result<Exit
         out.flush().map_err(Failure::stdout)?;
     }
     Ok(Exit::DONE)
+}
+
+/// Tells that the map may be out of date before it is read: it is made beside a program that writes.
+fn warn_if_written(chain: &Chain, console: &Console) {
+    for layer in chain.layers() {
+        // Where locks cannot be read, nobody can say.
+        if let Ok(Some(LockMode::Write)) = layer.image.file().used_by_others() {
+            let error = Error::InUse { path: layer.path.clone(), holders: OsHost.holders(layer.id) };
+            console.warn(&format!("warning: {error}, for writing: this map may be out of date already"));
+        }
+    }
 }
 
 /// The entries of `qemu-img map --output=json`.
@@ -199,7 +213,7 @@ fn line(out: &mut impl Write, chain: &Chain, part: &Supplied) -> io::Result<()> 
     };
     let at = at.map(|host| host.to_string()).unwrap_or_default();
     let layer = layer.and_then(|layer| chain.layers().get(layer));
-    let layer = layer.map(|l| format!("[{}] {}", l.index, l.path.display())).unwrap_or_default();
+    let layer = layer.map(|l| format!("[{}] {}", l.index, shown(&l.path))).unwrap_or_default();
     print_line(out, &part.range.start.to_string(), &format!("{:#x}", part.range.len), what, &at, &layer)
 }
 

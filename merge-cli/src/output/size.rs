@@ -25,6 +25,19 @@ pub(crate) fn short(bytes: u64) -> String {
     format!("{text} {name}")
 }
 
+/// Two sizes of one thing, before and after: in bytes where short ones would not show by how much they differ.
+pub(crate) fn change(before: u64, after: u64) -> String {
+    let unit = |text: &str| text.rsplit(' ').next().unwrap_or_default().to_owned();
+    let (short_before, short_after) = (short(before), short(after));
+    let is_clear = unit(&short_before) == unit(&short_after) && short_before != short_after
+        || before / 2 < before.abs_diff(after);
+    if is_clear {
+        format!("from {short_before} to {}", exact(after))
+    } else {
+        format!("from {before} to {after} bytes")
+    }
+}
+
 /// A size with its exact bytes: `1.5 GiB (1610612736 bytes)`.
 pub(crate) fn exact(bytes: u64) -> String {
     if bytes < 1000 { short(bytes) } else { format!("{} ({bytes} bytes)", short(bytes)) }
@@ -96,6 +109,19 @@ mod tests {
         }
         assert_eq!(exact(1_610_612_736), "1.5 GiB (1610612736 bytes)");
         assert_eq!(exact(512), "512 bytes");
+    }
+
+    #[test]
+    fn a_change_of_size_shows_what_changes() {
+        for (before, after, expected) in [
+            (1 << 30, 4 << 30, "from 1 GiB to 4 GiB (4294967296 bytes)"),
+            (1 << 20, 4 << 30, "from 1 MiB to 4 GiB (4294967296 bytes)"),
+            (1000 * (1 << 20) - 100, 1000 << 20, "from 1048575900 to 1048576000 bytes"),
+            ((1 << 30) - 512, 1 << 30, "from 1073741312 to 1073741824 bytes"),
+            (0, 512, "from 0 bytes to 512 bytes"),
+        ] {
+            assert_eq!(change(before, after), expected);
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Finding a layer by what a user calls it.
 
+use crate::error::shown;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -35,15 +36,15 @@ impl Chain {
         for layer in self.layers.iter().rev() {
             let active = if layer.index == self.layers.len() { " (active)" } else { "" };
             // Writing to a string cannot fail.
-            let _ = write!(text, "\n  [{}] {}{active}", layer.index, layer.path.display());
+            let _ = write!(text, "\n  [{}] {}{active}", layer.index, shown(&layer.path));
         }
         Error::Usage(text)
     }
 }
 
-/// The number in `[3]` or `vda[3]`.
+/// The number in `[3]` or `vda[3]`; nothing else stands behind the first bracket, as in libvirt.
 pub(crate) fn index(spec: &str) -> Option<usize> {
-    let (_, digits) = spec.strip_suffix(']')?.rsplit_once('[')?;
+    let (_, digits) = spec.strip_suffix(']')?.split_once('[')?;
     if digits.bytes().all(|b| b.is_ascii_digit()) { digits.parse().ok() } else { None }
 }
 
@@ -55,7 +56,19 @@ mod tests {
     fn indexes_stand_in_brackets() {
         assert_eq!(index("[1]"), Some(1));
         assert_eq!(index("vda[12]"), Some(12));
-        for no in ["1", "[]", "[+1]", "[1]x", "[-1]", "[1", "vda", "[99999999999999999999999]"] {
+        for no in [
+            "1",
+            "[]",
+            "[+1]",
+            "[1]x",
+            "[-1]",
+            "[1",
+            "vda",
+            "[99999999999999999999999]",
+            "vda[1][1]",
+            "[1][2]",
+            "[[1]",
+        ] {
             assert_eq!(index(no), None, "{no}");
         }
     }

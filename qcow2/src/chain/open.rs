@@ -1,5 +1,6 @@
 //! Opening a chain: from the active image down, name by name.
 
+use crate::error::shown;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -35,6 +36,8 @@ pub struct OpenOptions {
     pub heal: bool,
     /// Where such records lie, if not beside the images.
     pub journal_dir: Option<PathBuf>,
+    /// Whether images that are cut short are read as QEMU does ([`Qcow2::read_as_qemu`]).
+    pub as_qemu: bool,
 }
 
 impl Chain {
@@ -143,7 +146,10 @@ impl Opener<'_> {
             }
             below = cluster0.backing_name.clone().map(|name| (name, cluster0));
         }
-        let image = Image::open(&path, storage, format, data_storage)?;
+        let mut image = Image::open(&path, storage, format, data_storage)?;
+        if let (Image::Qcow2(qcow2), true) = (&mut image, self.options.as_qemu) {
+            qcow2.read_as_qemu();
+        }
         let access = self.access(id);
         self.layers.push(Layer { index: 0, path: path.clone(), written_name, id, access, data_file, image });
         below.map(|(name, cluster0)| self.open_backing(&path, name, &cluster0)).transpose()
@@ -166,7 +172,7 @@ impl Opener<'_> {
         let Opened { path, id, storage } = self.options.policy.open(self.host, &named, |_| access)?;
         if id == image_id || self.holds(id) {
             let reason =
-                Refusal::Other(format!("its data file {} is also another file of the chain", path.display()));
+                Refusal::Other(format!("its data file {} is also another file of the chain", shown(&path)));
             return Err(Error::refused(image, reason));
         }
         self.lock(&path, id, access, &*storage)?;
@@ -236,7 +242,7 @@ impl Opener<'_> {
         if let Some(given) = given.filter(|&given| given != format) {
             return Err(Error::Usage(format!(
                 "{}: the format {} was given for its backing file '{}', but the image says {declared}",
-                image.display(),
+                shown(image),
                 given.name(),
                 text(),
             )));

@@ -3,6 +3,7 @@
 //! An image's bytes are untrusted: whoever wrote them chose the names. So the library opens nothing
 //! that an image names unless the caller says so, and then only regular files and block devices.
 
+use crate::error::shown;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -100,7 +101,7 @@ impl Policy {
         name.check_kind(stat.kind).map_err(not_a_file)?;
         let file = host.canonicalize(&path).map_err(|e| Error::io(&path, FileOp::Resolve, None, e))?;
         if KERNEL_FILES.iter().any(|dir| file.starts_with(dir)) {
-            return Err(not_a_file(format!("a window into the kernel ({})", file.display())));
+            return Err(not_a_file(format!("a window into the kernel ({})", shown(&file))));
         }
         self.check_scope(host, image, file)?;
         let access = access(stat.id);
@@ -184,7 +185,7 @@ fn refuse_ambiguous(host: &dyn Host, named: &Named<'_>, found: Option<FileId>) -
                  lies beside the image ({}): run the command in the directory where the VM is started",
                 named.role,
                 String::from_utf8_lossy(named.written),
-                beside.display(),
+                shown(&beside),
             ));
             Err(Error::refused(named.image, reason))
         }

@@ -17,7 +17,7 @@ use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::alloc::Allocator;
 use crate::image::create::{CreateOptions, Layout, dir_of, whole_sectors};
 use crate::image::refcounts::Refcounts;
-use crate::image::{Image, ImageFormat, Raw};
+use crate::image::{Image, ImageFormat, Qcow2, Raw};
 use crate::merge::{Job, Progress, Question, Run, Totals, Writer};
 use crate::storage::{Host, MemFile, Storage};
 use target::Temporary;
@@ -102,7 +102,8 @@ impl Flatten {
     ) -> Result<Self> {
         let output = &options.output;
         target::refuse_existing(&*host, output)?;
-        let open = OpenOptions { lock: true, access: Default::default(), ..options.open.clone() };
+        let open =
+            OpenOptions { lock: true, access: Default::default(), as_qemu: true, ..options.open.clone() };
         let chain = Chain::open(&*host, active, &open)?;
         let below = match &options.base {
             Some(name) => below(&*host, &chain, name, options.to)?,
@@ -139,6 +140,17 @@ impl Flatten {
     /// What will be done.
     pub fn plan(&self) -> &FlattenPlan {
         &self.plan
+    }
+
+    /// The layers of which something that their tables place behind the end of the file is read as zeros, as QEMU reads
+    /// it: files that were cut short.
+    pub fn cut_short(&self) -> Vec<PathBuf> {
+        let cut = self
+            .chain
+            .layers()
+            .iter()
+            .filter(|layer| layer.image.as_qcow2().is_some_and(Qcow2::has_read_behind_end));
+        cut.map(|layer| layer.path.clone()).collect()
     }
 
     /// The chain, open and locked for reading.

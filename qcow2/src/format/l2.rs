@@ -179,6 +179,11 @@ impl L2Entry {
         Self::Standard { host, copied }
     }
 
+    /// Whether an entry has the COPIED flag and nothing else. It is not valid, and QEMU reads it as unallocated.
+    pub fn is_bare_flag(first: u64) -> bool {
+        first == COPIED
+    }
+
     /// The host offset and the COPIED flag of an entry that holds nothing but these and an aligned
     /// offset other than zero: a standard cluster, valid in every version. A quick test for
     /// whoever reads many entries; those of a contiguous run differ by the cluster size.

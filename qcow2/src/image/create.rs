@@ -1,5 +1,6 @@
 //! New images, laid out as `qemu-img create` does: header, refcount table, refcount blocks, L1 table.
 
+use crate::error::shown;
 use std::path::Path;
 
 use super::refcounts::ClusterIndex;
@@ -79,7 +80,7 @@ pub(crate) fn dir_of(path: &Path) -> &Path {
 pub(crate) fn whole_sectors(path: &Path, size: u64) -> Result<u64> {
     let most = i64::MAX as u64 - (SECTOR - 1);
     if size > most {
-        return Err(Error::Usage(format!("{}: a disk of {size} bytes is too large", path.display())));
+        return Err(Error::Usage(format!("{}: a disk of {size} bytes is too large", shown(path))));
     }
     Ok(size.next_multiple_of(SECTOR))
 }
@@ -155,9 +156,7 @@ impl Layout {
         }
         let mut cluster0 = Cluster0::new(header);
         if let Some((name, format)) = &options.backing {
-            cluster0
-                .set_backing(name, format)
-                .map_err(|e| Error::Usage(format!("{}: {e}", path.display())))?;
+            cluster0.set_backing(name, format).map_err(|e| Error::Usage(format!("{}: {e}", shown(path))))?;
         }
         let cluster0 = cluster0.encode().map_err(|_| {
             let name = options.backing.as_ref().map(|(name, _)| String::from_utf8_lossy(name).into_owned());
@@ -210,7 +209,7 @@ impl Layout {
 }
 
 fn geometry(path: &Path, options: &CreateOptions) -> Result<Geometry> {
-    let usage = |what: String| Err(Error::Usage(format!("{}: {what}", path.display())));
+    let usage = |what: String| Err(Error::Usage(format!("{}: {what}", shown(path))));
     let CreateOptions { version, cluster_bits, refcount_order, extended_l2, compression, .. } = *options;
     let plain = refcount_order == 4 && !extended_l2 && compression == Compression::Zlib;
     match version {

@@ -110,13 +110,18 @@ impl Qcow2 {
             self.read_table(table, &mut buf)?;
             for (n, raw) in read_be_u64s(&buf).enumerate() {
                 let host = table + n as u64 * 8;
-                let entry = L1Entry::decode(raw, &geometry, host.get()).map_err(|e| Error::Mapping {
+                let mut entry = L1Entry::decode(raw, &geometry, host.get()).map_err(|e| Error::Mapping {
                     path: self.path().to_owned(),
                     guest: at,
                     source: e,
                 })?;
                 if let L1Entry::Table { host: table, .. } = entry {
-                    self.check_table("L2 table offset in L1 entry", host.get(), table)?;
+                    if self.is_read_as_qemu() && !self.is_inside_file(table)? {
+                        self.note_behind_end();
+                        entry = L1Entry::Unallocated;
+                    } else {
+                        self.check_table("L2 table offset in L1 entry", host.get(), table)?;
+                    }
                 }
                 let next = GuestOffset::new((first + n as u64 + 1).saturating_mul(coverage));
                 f(GuestRange::between(at, next.min(range.end())), entry)?;
@@ -198,8 +203,16 @@ impl Qcow2 {
 
     fn decode_entry(&self, first: u64, second: u64, host: HostOffset, guest: GuestOffset) -> Result<L2Entry> {
         let version = self.header().version;
-        L2Entry::decode(first, second, self.geometry(), version, self.has_data_file(), host.get())
-            .map_err(|e| self.mapping_error(guest, e))
+        L2Entry::decode(first, second, self.geometry(), version, self.has_data_file(), host.get()).or_else(
+            |e| match L2Entry::is_bare_flag(first)
+                && second == 0
+                && self.is_read_as_qemu()
+                && !self.has_data_file()
+            {
+                true => Ok(L2Entry::Unallocated),
+                false => Err(self.mapping_error(guest, e)),
+            },
+        )
     }
 
     /// Appends what an entry says about `range`, which starts inside its cluster.
@@ -218,10 +231,10 @@ impl Qcow2 {
             }
             L2Entry::Standard { host, .. } => {
                 self.check_data(host, range, at)?;
-                push(out, range.start, range.len, Mapping::Data { host: host + skip });
+                self.push_data(host + skip, range, out);
             }
             L2Entry::Compressed { host, len } => {
-                if host.get() >= self.file_len() {
+                if !self.is_inside_file(host)? {
                     return Err(self.beyond_end(
                         "compressed cluster offset in L2 entry",
                         host,
@@ -234,6 +247,19 @@ impl Qcow2 {
             L2Entry::Mixed { host, subclusters, .. } => self.push_mixed(host, subclusters, range, at, out)?,
         }
         Ok(())
+    }
+
+    /// Appends data; what lies behind the end of the file reads as zeros, where that is allowed at all.
+    fn push_data(&self, host: HostOffset, range: GuestRange, out: &mut Vec<Extent>) {
+        let held = match self.is_read_as_qemu() && !self.has_data_file() {
+            true => self.file_len().saturating_sub(host.get()).min(range.len),
+            false => range.len,
+        };
+        if held < range.len {
+            self.note_behind_end();
+        }
+        push(out, range.start, held, Mapping::Data { host });
+        push(out, range.start + held, range.len - held, Mapping::Zero { host: None });
     }
 
     fn push_mixed(
@@ -257,7 +283,10 @@ impl Qcow2 {
             let Some(part) = part.intersect(&range) else { continue };
             let here = host.map(|h| h + (part.start - base));
             let mapping = match (subclusters.get(n), here) {
-                (SubclusterState::Allocated, Some(host)) => Mapping::Data { host },
+                (SubclusterState::Allocated, Some(host)) => {
+                    self.push_data(host, part, out);
+                    continue;
+                }
                 (SubclusterState::Zero, host) => Mapping::Zero { host },
                 _ => Mapping::Unallocated,
             };
@@ -282,7 +311,7 @@ impl Qcow2 {
         }
         let last = host + (GuestOffset::new(range.end().get() - 1).align_down(cluster) - first);
         // A data file may be shorter than the disk: what is not there reads as zeros.
-        if !self.has_data_file() && last.get() >= self.data_len() {
+        if !self.has_data_file() && !self.is_inside_file(last)? && !self.is_read_as_qemu() {
             return Err(self.beyond_end("host offset in L2 entry", last, range.start, at));
         }
         Ok(())

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, FileOp, Result};
-use crate::format::{Cluster0, FormatError, Geometry, Header};
+use crate::format::{Cluster0, FormatError, Geometry, Header, read_be_u64s};
 use crate::storage::{Storage, View, first_unreadable};
 use crate::units::HostOffset;
 
@@ -21,6 +21,9 @@ pub struct Qcow2 {
     /// Lengths of the image file and the file that holds the data; writers move them.
     file_len: AtomicU64,
     data_len: AtomicU64,
+    /// Whether the image is read as QEMU does where it is cut short, and whether that made a difference.
+    as_qemu: bool,
+    behind_end: AtomicBool,
     /// The file as memory, once it was asked for; only a locked file gives one.
     view: OnceLock<Option<View>>,
 }
@@ -49,6 +52,8 @@ impl Qcow2 {
             geometry,
             file_len: AtomicU64::new(0),
             data_len: AtomicU64::new(0),
+            as_qemu: false,
+            behind_end: AtomicBool::new(false),
             view: OnceLock::new(),
         };
         image.refresh_lengths()?;
@@ -242,9 +247,75 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Whether an offset lies inside the image file. A program that writes to the image makes the file longer before a
+    /// table refers there, so the length is asked for again before an offset counts as outside.
+    ///
+    /// # Errors
+    /// The length cannot be read.
+    pub(super) fn is_inside_file(&self, host: HostOffset) -> Result<bool> {
+        if host.get() < self.file_len() {
+            return Ok(true);
+        }
+        let len = self.file_size()?;
+        self.file_len.fetch_max(len, Ordering::Relaxed);
+        if self.data_file.is_none() {
+            self.data_len.fetch_max(len, Ordering::Relaxed);
+        }
+        Ok(host.get() < len)
+    }
+
+    /// Reads the image as QEMU does where it is cut short: what a table places behind the end of the file reads as
+    /// zeros, a table there as an empty one; and an entry of an L2 table with no more than the COPIED flag is none.
+    pub fn read_as_qemu(&mut self) {
+        self.as_qemu = true;
+    }
+
+    /// Whether the image is read as QEMU does where it is cut short.
+    pub(super) fn is_read_as_qemu(&self) -> bool {
+        self.as_qemu
+    }
+
+    /// Notes that something was read as zeros because it lies behind the end of the file.
+    pub(super) fn note_behind_end(&self) {
+        self.behind_end.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether anything was read as zeros because it lies behind the end of the file; only with
+    /// [`read_as_qemu`](Self::read_as_qemu).
+    pub fn has_read_behind_end(&self) -> bool {
+        self.behind_end.load(Ordering::Relaxed)
+    }
+
+    /// Refuses an L1 table with more entries than the file has room for L2 tables: then tables are shared, and a small
+    /// file would make a map of any length.
+    ///
+    /// # Errors
+    /// [`Error::Format`]; a table that cannot be read.
+    pub fn check_number_of_tables(&self) -> Result<()> {
+        let room = self.file_len().div_ceil(self.geometry.cluster_size());
+        let (entries, start) = (u64::from(self.header().l1_entries), self.header().l1_offset);
+        if entries <= room {
+            return Ok(());
+        }
+        let (mut tables, mut buf) = (0, Vec::new());
+        let piece = 1 << 16;
+        for first in (0..entries).step_by(piece) {
+            buf.resize((entries - first).min(piece as u64) as usize * 8, 0);
+            self.read_table(start + first * 8, &mut buf)?;
+            tables += read_be_u64s(&buf).filter(|&raw| raw != 0).count() as u64;
+        }
+        // A program that writes to the image may have made the file longer meanwhile.
+        if tables <= room || tables <= self.file_size()?.div_ceil(self.geometry.cluster_size()) {
+            return Ok(());
+        }
+        let expected = format!("at most {room}, for which the file of {} bytes has room", self.file_len());
+        let found = format!("{tables} L2 tables");
+        Err(Error::format(&self.path, FormatError::malformed("L1 table", start.get(), found, expected)))
+    }
+
     /// Checks that a table lies inside the file, at least with its first byte.
     pub(crate) fn check_table(&self, what: &str, at: u64, host: HostOffset) -> Result<()> {
-        if host.get() < self.file_len() {
+        if self.is_inside_file(host)? {
             return Ok(());
         }
         let expected = format!("an offset inside the file of {} bytes", self.file_len());

@@ -1,5 +1,6 @@
 //! Raw images: the guest's bytes as they are.
 
+use crate::error::shown;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -28,7 +29,7 @@ impl Raw {
         let len = file.size().map_err(|e| Error::io(path, FileOp::Size, None, e))?;
         let size = len
             .checked_next_multiple_of(SECTOR)
-            .ok_or_else(|| Error::Usage(format!("{}: the file is too long", path.display())))?;
+            .ok_or_else(|| Error::Usage(format!("{}: the file is too long", shown(path))))?;
         Ok(Self { path: path.to_owned(), file, size })
     }
 

@@ -1,5 +1,6 @@
 //! What was before: merges that were stopped, or done, and what the layers asked for mean therefore.
 
+use crate::error::shown;
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -56,7 +57,7 @@ pub(super) fn leftovers(
 /// That an image was merged, in words; `base` may be empty.
 pub(super) fn was_merged(path: &Path, base: &str) -> String {
     let into = if base.is_empty() { "its base" } else { base };
-    format!("{} was already merged into {into}", path.display())
+    format!("{} was already merged into {into}", shown(path))
 }
 
 /// The journal of the active image, if that was removed by the same merge: there is no chain any more.
@@ -135,7 +136,7 @@ pub(super) fn switched(
             && journal.state().phase >= Phase::Switching
             && !is_layer(merged);
         if is_switched && names(host, top, merged) {
-            let reason = was_merged(merged, &base.display().to_string());
+            let reason = was_merged(merged, &shown(base));
             let remains = Remains::of(host, &journal, chain, false);
             return Ok(Some((reason, remains.map_or_else(Vec::new, |remains| remains.paths(host)))));
         }

@@ -3,6 +3,7 @@
 //! [`Commit::prepare`] opens and locks the whole chain, refuses what is not safe, and plans; nothing is
 //! written. [`Commit::execute`] carries the plan out (see `execute.rs`).
 
+use crate::error::shown;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -279,7 +280,7 @@ fn choose(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Spa
         Some(name) => chain.find(host, name)?,
         None => active,
     };
-    let path = |at: usize| chain.layers().get(at).map(|l| l.path.display().to_string()).unwrap_or_default();
+    let path = |at: usize| chain.layers().get(at).map(|l| shown(&l.path)).unwrap_or_default();
     if top == 0 {
         return Err(Error::Usage(format!(
             "{} has no backing file: there is nothing to merge it into",

@@ -9,6 +9,7 @@
 //! empty L1 table and the size of the disk take effect in one write inside the header's first sector. Before it the image is
 //! what it was, behind it it is the base; what the old table led to is given back when that is durable.
 
+use crate::error::shown;
 use std::cmp::Ordering;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -246,7 +247,7 @@ fn look_at_base(
     let layer = chain.layers().last().ok_or_else(|| Error::Usage("the chain has no such layer".into()))?;
     let found = ImageFormat::detect(base, &**layer.image.file())?;
     if !format.agrees_with(found) {
-        let name = base.display().to_string();
+        let name = shown(base);
         let found = (found != ImageFormat::Raw).then(|| found.name());
         let reason = Refusal::FormatMismatch { name, declared: format.name(), found };
         return Err(Error::refused(overlay.path(), reason));

@@ -14,6 +14,7 @@
 //! 9, it is removed, from the top down; then the journal goes, and at last the active image, an empty overlay by then
 //! (see `removal.rs`). So as long as anything is left, the chain can be opened, and leads to the journal.
 
+use crate::error::shown;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -353,6 +354,6 @@ fn clear_autoclear(image: &Qcow2) -> Result<()> {
     image.read_table(HostOffset::ZERO, &mut cluster)?;
     let header = image.header();
     let switch = plan_feature_bits(&cluster, header.incompatible, header.autoclear)
-        .map_err(|e| Error::Usage(format!("{}: {e}", image.path().display())))?;
+        .map_err(|e| Error::Usage(format!("{}: {e}", shown(image.path()))))?;
     link::apply(image, &switch)
 }

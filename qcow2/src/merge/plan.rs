@@ -1,5 +1,6 @@
 //! What a commit will do, as a value: printed by `--dry-run`, carried out otherwise.
 
+use crate::error::shown;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -99,7 +100,7 @@ impl fmt::Display for Plan {
         if let Some(why) = &self.nothing_to_do {
             return write!(f, "nothing to do: {why}");
         }
-        writeln!(f, "merge {} into {}", self.top.display(), self.base.display())?;
+        writeln!(f, "merge {} into {}", shown(&self.top), shown(&self.base))?;
         writeln!(f, "  copy {} bytes, zero {} bytes", self.totals.bytes_to_copy, self.totals.bytes_to_zero)?;
         writeln!(f, "  allocate {} clusters", self.totals.clusters_to_allocate)?;
         write!(f, "  base grows to at most {} bytes", self.base_file_size_after)

@@ -1,5 +1,6 @@
 //! Writing a few byte ranges into an image, as a guest would: a merge of them from memory.
 
+use crate::error::shown;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -79,7 +80,7 @@ fn in_memory(
     writes: &[(GuestOffset, Vec<u8>)],
     layer: usize,
 ) -> Result<(Image, Vec<Need>)> {
-    let usage = |what: String| Error::Usage(format!("{}: {what}", path.display()));
+    let usage = |what: String| Error::Usage(format!("{}: {what}", shown(path)));
     let file = MemFile::new();
     let mut needs = Vec::new();
     let mut at = 0;

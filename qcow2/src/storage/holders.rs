@@ -50,5 +50,15 @@ fn describe(pid: u32, process: &Path) -> Holder {
     line.truncate(COMMAND_LINE);
     let line = line.strip_suffix(b"\0").unwrap_or(&line);
     let command_line = if line.is_empty() { Vec::new() } else { line.split(|&b| b == 0).map(text).collect() };
-    Holder { pid, name: text(name.trim_ascii_end()), command_line }
+    let name = whole_name(name.trim_ascii_end(), process, line);
+    Holder { pid, name: text(&name), command_line }
+}
+
+/// The name of a process, of which the kernel keeps 15 bytes: its program's name, where that begins alike.
+fn whole_name(kept: &[u8], process: &Path, line: &[u8]) -> Vec<u8> {
+    let exe = fs::read_link(process.join("exe")).map(|exe| exe.into_os_string().into_encoded_bytes());
+    let called = line.split(|&byte| byte == 0).next().unwrap_or_default();
+    let base = |path: &[u8]| path.rsplit(|&byte| byte == b'/').next().unwrap_or_default().to_vec();
+    let mut names = [base(called), base(&exe.unwrap_or_default())].into_iter();
+    names.find(|name| kept.len() >= 15 && name.starts_with(kept)).unwrap_or_else(|| kept.to_vec())
 }

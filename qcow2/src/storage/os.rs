@@ -159,7 +159,14 @@ impl Host for OsHost {
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
-        let mut names = fs::read_dir(dir)?.map(|e| e.map(|e| e.path())).collect::<io::Result<Vec<_>>>()?;
+        let entries = loop {
+            match fs::read_dir(dir) {
+                // Some file systems let a signal end the call.
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                entries => break entries?,
+            }
+        };
+        let mut names = entries.map(|e| e.map(|e| e.path())).collect::<io::Result<Vec<_>>>()?;
         names.sort();
         Ok(names)
     }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use qcow2::error::shown;
 use qcow2::merge::{Afterwards, Plan, Report};
 
 use crate::cli::CommitArgs;
@@ -32,8 +33,8 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs) -> String {
     }
     fields.add("base's file", format!("at most {} afterwards", size::exact(plan.base_file_size_after)));
     if plan.base_size_after > plan.base_size_before {
-        let (before, after) = (size::short(plan.base_size_before), size::exact(plan.base_size_after));
-        fields.add("base's disk", format!("grows from {before} to {after}"));
+        let change = size::change(plan.base_size_before, plan.base_size_after);
+        fields.add("base's disk", format!("grows {change}"));
     }
     fields.add("afterwards", afterwards(plan));
     fields.add("not needed then", obsolete(plan, args));
@@ -175,5 +176,5 @@ fn list(files: &[PathBuf]) -> String {
 }
 
 fn show(file: &Path) -> String {
-    file.display().to_string()
+    shown(file)
 }

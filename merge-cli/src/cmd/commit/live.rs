@@ -1,6 +1,7 @@
 //! Where the merge of a stopped machine meets one that runs: the same merge, as its QEMU does it; and the
 //! traces of one that was interrupted.
 
+use qcow2::error::shown;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -32,9 +33,9 @@ pub(super) fn refuse_interrupted(args: &CommitArgs, call: &Call) -> Result<(), F
         kind: "recover-first",
         message: format!(
             "{}: {} was interrupted, as {} says; nothing was changed",
-            active.display(),
+            shown(active),
             tell::what(state),
-            file.path().display()
+            shown(file.path())
         ),
         hint: Hint::command(HintKind::Recover, "", Command::qmerge(["live", "recover"]).file(active)).into(),
         exit: Exit::REFUSED,
@@ -104,7 +105,7 @@ fn place(disk: &Disk, name: &str) -> Option<String> {
         return Some(format!("[{}]", layer.index));
     }
     // Indexes are counted alike: from the bottom.
-    let index = name.strip_suffix(']').and_then(|rest| rest.rsplit_once('['))?.1;
+    let index = name.strip_suffix(']').and_then(|rest| rest.split_once('['))?.1;
     index.parse::<usize>().ok().map(|index| format!("[{index}]"))
 }
 

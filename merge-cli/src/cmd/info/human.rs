@@ -1,6 +1,7 @@
 //! Images as text.
 
 use qcow2::ErrorKind;
+use qcow2::error::shown;
 use qcow2::format::{Bitmap, Cluster0, FeatureKind, Snapshot, features};
 use qcow2::merge::Pending;
 use qcow2::storage::LockMode;
@@ -24,7 +25,7 @@ pub(super) fn chain(layers: &[Layer]) -> String {
             facts.virtual_size().map_or("not known".into(), size::short),
             size::short(facts.stat.allocated),
             size::short(layer.visible_data),
-            facts.path.display().to_string(),
+            shown(&facts.path),
         ]);
         notes.extend(remarks(facts).map(|remark| format!("[{}] {remark}", layer.index)));
     }
@@ -63,15 +64,15 @@ fn pending(pending: &Pending) -> String {
         return format!(
             "merge pending: all of {} is in {}, and layers that nobody needs any more are being removed; the same commit \
              goes on",
-            pending.top.display(),
-            pending.base.display()
+            shown(&pending.top),
+            shown(&pending.base)
         );
     }
     let part = if pending.is_switching { "all of".to_owned() } else { format!("{} % of", pending.percent) };
     format!(
         "merge pending: {part} {} is in {}; the same commit goes on",
-        pending.top.display(),
-        pending.base.display()
+        shown(&pending.top),
+        shown(&pending.base)
     )
 }
 
@@ -95,14 +96,14 @@ fn live_merge(facts: &Facts) -> Option<String> {
     let recover = format!("qmerge live recover {}", word(&facts.path));
     Some(match state {
         Some(state) => format!("{} has not ended; how it stands: {recover}", what(state)),
-        None => format!("{} cannot be read: {recover}", file.display()),
+        None => format!("{} cannot be read: {recover}", shown(file)),
     })
 }
 
 /// Lines for one image.
 pub(super) fn image(facts: &Facts) -> String {
     let mut fields = Fields::default();
-    fields.add("image", facts.path.display().to_string());
+    fields.add("image", shown(&facts.path));
     let version = facts.cluster0.as_ref().map(|c| format!(", version {}", c.header.version));
     fields.add("format", format!("{}{}", facts.format.name(), version.unwrap_or_default()));
     fields.add("virtual size", facts.virtual_size().map_or("not known".into(), size::exact));
@@ -137,7 +138,7 @@ fn backing(facts: &Facts, cluster0: &Cluster0) -> String {
     let format = cluster0.backing_format().map_or("no format stated".to_owned(), |f| format!("format {f}"));
     match resolved {
         Ok(path) if path.as_os_str() == name.as_str() => format!("{name} ({format})"),
-        Ok(path) => format!("{name} ({format})\nthat is {}", path.display()),
+        Ok(path) => format!("{name} ({format})\nthat is {}", shown(&path)),
         Err(why) => format!("{name} ({format})\nnot a local file: {why}"),
     }
 }

@@ -8,7 +8,7 @@ use qmp_client::{Address, Error, State, StateFile, find_states};
 use crate::cli::RecoverArgs;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::word;
+use crate::hint::{Command, Hint, HintKind, word};
 
 /// What the first argument names.
 enum What<'a> {
@@ -95,10 +95,22 @@ fn is_meant(what: &What<'_>, file: &StateFile, state: &State) -> bool {
     }
 }
 
-/// A state file that says nothing, or that is not to be trusted.
+/// A state file that says nothing, or that is not to be trusted; or a folder that cannot be listed, which says nothing
+/// about any image.
 fn damaged(error: &Error) -> Failure {
+    if let Error::State { path, .. } = error
+        && path.is_dir()
+    {
+        let command = Command::of("ls").word("-ld").file(path);
+        let hint = Hint::command(
+            HintKind::Advice,
+            "look for the system's reason (dmesg), and who may read it",
+            command,
+        );
+        return Report { kind: "io", message: error.to_string(), hint: hint.into(), exit: Exit::FAILED }
+            .into();
+    }
     let hint = match error {
-        Error::State { path, .. } if path.is_dir() => format!("see who may read it: ls -ld {}", word(path)),
         Error::State { path, .. } => {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let image = name.strip_prefix('.').and_then(|n| n.strip_suffix(".qmerge-live"));

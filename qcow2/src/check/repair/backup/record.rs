@@ -1,5 +1,6 @@
 //! The records of a backup: bytes to values and back, one behind the other in a file.
 
+use crate::error::shown;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -258,7 +259,7 @@ impl Writer {
     }
 
     fn named(&self, e: io::Error) -> io::Error {
-        io::Error::new(e.kind(), format!("the backup {}: {e}", self.path.display()))
+        io::Error::new(e.kind(), format!("the backup {}: {e}", shown(&self.path)))
     }
 }
 
