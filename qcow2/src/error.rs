@@ -285,6 +285,15 @@ pub enum Refusal {
         /// The number of the user to whom it belongs.
         user: u32,
     },
+    /// An image names a data file that its owner may not write.
+    #[error(
+        "it names {} as its data file, which its owner may not write: whoever wrote the image may have named any file",
+        file.display()
+    )]
+    DataFileOwner {
+        /// The data file.
+        file: PathBuf,
+    },
     /// A merge into the image is pending, and somebody has written to the image since it was stopped.
     #[error(
         "a merge into it was stopped at {percent} %, and somebody has opened it for writing since: what the \
@@ -311,6 +320,17 @@ pub enum Refusal {
         offset: u64,
         /// What is wrong.
         what: String,
+    },
+    /// A backup of metadata may have been written by somebody who may not write the image.
+    #[error(
+        "the backup {} belongs to the user {user}, or may be written by others, who may not write the image",
+        file.display()
+    )]
+    BackupOwner {
+        /// The backup.
+        file: PathBuf,
+        /// The number of the user to whom it belongs.
+        user: u32,
     },
     /// A backup of metadata is about another file.
     #[error("the backup is about another file: {}", shown(image))]

@@ -119,6 +119,10 @@ pub(crate) struct FlattenArgs {
     #[arg(long, value_name = "LAYER")]
     pub(crate) base: Option<String>,
 
+    /// Write zeros that lie among the data, too; without it, aligned runs of 4 KiB and more are left out
+    #[arg(long)]
+    pub(crate) keep_zeros: bool,
+
     #[command(flatten)]
     pub(crate) open: ChainArgs,
 }

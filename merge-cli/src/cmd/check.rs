@@ -11,7 +11,7 @@ use qcow2::check::repair::{self, RepairMode, RepairPlan};
 use qcow2::check::{self, CheckOptions, CheckReport, Severity, Verdict};
 use qcow2::error::FileOp;
 use qcow2::image::{ImageFormat, Qcow2};
-use qcow2::storage::{Access, FileId, Host, LockError, LockMode, OsHost, Storage};
+use qcow2::storage::{Access, Host, LockError, LockMode, OsHost, Storage};
 use qcow2::{Error, ErrorKind};
 use serde_json::{Map, Value, json};
 
@@ -81,7 +81,7 @@ fn failure(error: &Error, args: &CheckArgs, call: &Call) -> Failure {
 /// Checks under a reader's lock, repairs under a writer's; `None` for raw images.
 fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<Outcome>> {
     let image = &args.image;
-    let (file, id) = open_locked(image, args.repair.is_some() && !args.dry_run)?;
+    let file = open_locked(image, args.repair.is_some() && !args.dry_run)?;
     let format = match options.active_format {
         Some(format) => format,
         None => ImageFormat::detect_readable(image, &*file)?,
@@ -90,7 +90,7 @@ fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<Outcom
         return Ok(None);
     }
     let cluster0 = Qcow2::read_cluster0(image, &*file)?;
-    let data = open_data_file(&OsHost, image, id, &cluster0, options)?;
+    let data = open_data_file(&OsHost, image, &*file, &cluster0, options)?;
     let data = data.as_ref().map(|(_, storage)| &**storage as &dyn Storage);
     let how = CheckOptions::default();
     let Some(what) = args.repair else {
@@ -111,7 +111,7 @@ fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<Outcom
 }
 
 /// Opens an image under a lock, for reading or for writing.
-fn open_locked(image: &Path, writes: bool) -> qcow2::Result<(Arc<dyn Storage>, FileId)> {
+fn open_locked(image: &Path, writes: bool) -> qcow2::Result<Arc<dyn Storage>> {
     let (access, mode) =
         if writes { (Access::ReadWrite, LockMode::Write) } else { (Access::Read, LockMode::Read) };
     let file = OsHost.open(image, access).map_err(|e| Error::io(image, FileOp::Open, None, e))?;
@@ -120,7 +120,7 @@ fn open_locked(image: &Path, writes: bool) -> qcow2::Result<(Arc<dyn Storage>, F
         LockError::Held { .. } => Error::InUse { path: image.to_owned(), holders: OsHost.holders(id) },
         LockError::Io(e) => Error::io(image, FileOp::Lock, None, e),
     })?;
-    Ok((file, id))
+    Ok(file)
 }
 
 fn nothing_to_check(image: &Path) -> Failure {

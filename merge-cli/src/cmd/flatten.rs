@@ -27,6 +27,7 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
         output: args.output.clone(),
         to: args.to.into(),
         base: args.base.clone(),
+        keep_zeros: args.keep_zeros,
     };
     let stop = Stop::on_signals(call)?;
     let meter = Meter::new(console, "writing");

@@ -208,6 +208,23 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
         }
         Refusal::NotWritable { kind, .. } => io_hints(path, FileOp::Open, &io::Error::from(*kind), call),
         Refusal::JournalPlace { .. } => journal_place(call),
+        Refusal::Stranger { file, .. } => Hints::from(Hint::advice(format!(
+            "ask its owner, or if no merge of theirs needs it, remove {}",
+            shown(file)
+        )))
+        .or(Hint::command(HintKind::Again, "then", call.again()))
+        .or(Hint::advice("or keep the journal in a folder of your own, with --journal-dir")),
+        Refusal::DataFileOwner { file } => {
+            let folders = [files::folder(path), files::folder(file)];
+            let [image, data] = folders.each_ref().map(|folder| folder.as_os_str());
+            let options = ["--allow-dir".as_ref(), image, "--allow-dir".as_ref(), data];
+            allowed(HintKind::AllowDir, "if it is the data of that image", call, &options).into()
+        }
+        Refusal::BackupOwner { file, .. } => Hint::advice(format!(
+            "if you trust whoever made it, restore from a copy of your own of {}, which nobody else may write",
+            shown(file)
+        ))
+        .into(),
         Refusal::WrittenSince { .. } => Hints::from(allowed(
             HintKind::Restart,
             &format!(

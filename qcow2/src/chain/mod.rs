@@ -3,6 +3,7 @@
 //! Invariants: no file is opened that the user did not name, unless the [`Policy`] allows it; no format
 //! is guessed for a file that an image names; a [`Chain`] holds every file at most once.
 
+mod data_file;
 pub(crate) mod differ;
 mod digest;
 mod find;
@@ -20,6 +21,7 @@ use std::path::PathBuf;
 use crate::image::Image;
 use crate::storage::{Access, FileId};
 
+pub use data_file::{DataFile, DataFileKept};
 pub use digest::digest;
 pub(crate) use find::index;
 pub use name::{BackingName, Spelling};
@@ -52,17 +54,6 @@ pub struct Layer {
     pub data_file: Option<DataFile>,
     /// The opened image.
     pub image: Image,
-}
-
-/// The external data file of a layer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DataFile {
-    /// Its path, as resolved.
-    pub path: PathBuf,
-    /// Its name as written in the image.
-    pub written_name: Vec<u8>,
-    /// Its identity.
-    pub id: FileId,
 }
 
 impl Chain {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::name::BackingName;
 use super::policy::{Named, Opened, Policy, not_writable};
-use super::{Chain, DataFile, Layer};
+use super::{Chain, DataFile, Layer, data_file};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{Cluster0, EXT_BACKING_FORMAT, FormatError};
 use crate::image::{Image, ImageFormat, Qcow2};
@@ -60,18 +60,18 @@ impl Chain {
 }
 
 /// Opens the external data file of a single image, if it has one, as the policy and the locks of
-/// `options` say; `id` is the image's own identity, which decides about the access.
+/// `options` say; `file` is the image's own, which decides about the access, and whether the data file is its own.
 ///
 /// # Errors
 /// As [`Chain::open`].
 pub fn open_data_file(
     host: &dyn Host,
     image: &Path,
-    id: FileId,
+    file: &dyn Storage,
     cluster0: &Cluster0,
     options: &OpenOptions,
 ) -> Result<Option<(DataFile, Arc<dyn Storage>)>> {
-    Opener { host, options, layers: Vec::new() }.open_data_file(image, id, cluster0)
+    Opener { host, options, layers: Vec::new() }.open_data_file(image, file, cluster0)
 }
 
 /// A file that is about to become a layer.
@@ -140,15 +140,18 @@ impl Opener<'_> {
         if format == ImageFormat::Qcow2 {
             let cluster0 = Qcow2::read_cluster0(&path, &*storage)?;
             cluster0.validate().map_err(|e| Error::format(&path, e))?;
-            if let Some((found, opened)) = self.open_data_file(&path, id, &cluster0)? {
+            if let Some((found, opened)) = self.open_data_file(&path, &*storage, &cluster0)? {
                 data_file = Some(found);
                 data_storage = Some(opened);
             }
             below = cluster0.backing_name.clone().map(|name| (name, cluster0));
         }
         let mut image = Image::open(&path, storage, format, data_storage)?;
-        if let (Image::Qcow2(qcow2), true) = (&mut image, self.options.as_qemu) {
-            qcow2.read_as_qemu();
+        if let Image::Qcow2(qcow2) = &mut image {
+            qcow2.own_data_file(data_file.as_ref().is_some_and(|data| data.kept.is_none()));
+            if self.options.as_qemu {
+                qcow2.read_as_qemu();
+            }
         }
         let access = self.access(id);
         self.layers.push(Layer { index: 0, path: path.clone(), written_name, id, access, data_file, image });
@@ -158,7 +161,7 @@ impl Opener<'_> {
     fn open_data_file(
         &self,
         image: &Path,
-        image_id: FileId,
+        file: &dyn Storage,
         cluster0: &Cluster0,
     ) -> Result<Option<(DataFile, Arc<dyn Storage>)>> {
         let Some(written) = cluster0.data_file_name().filter(|_| cluster0.header.has_data_file()) else {
@@ -168,6 +171,7 @@ impl Opener<'_> {
         let name =
             BackingName::parse_data_file(written).map_err(|why| not_local(image, role, written, why))?;
         let named = Named { image, role, written, name: &name };
+        let image_id = file.stat().map_err(|e| Error::io(image, FileOp::Stat, None, e))?.id;
         let access = self.access(image_id);
         let Opened { path, id, storage } = self.options.policy.open(self.host, &named, |_| access)?;
         if id == image_id || self.holds(id) {
@@ -176,7 +180,11 @@ impl Opener<'_> {
             return Err(Error::refused(image, reason));
         }
         self.lock(&path, id, access, &*storage)?;
-        Ok(Some((DataFile { path, written_name: written.to_vec(), id }, storage)))
+        let may_write = data_file::may_write(self.host, file, &*storage)
+            .map_err(|e| Error::io(&path, FileOp::Stat, None, e))?
+            || self.options.policy.vouches(self.host, &path);
+        let kept = data_file::kept(self.host, (image, file), (&path, &*storage), may_write)?;
+        Ok(Some((DataFile { path, written_name: written.to_vec(), id, kept, may_write }, storage)))
     }
 
     fn open_backing(&self, image: &Path, written: Vec<u8>, cluster0: &Cluster0) -> Result<Found> {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::name::BackingName;
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::storage::{Access, FileId, Host, Storage};
+use crate::storage::{Access, FileId, Host, Place, Storage};
 
 /// How many layers a chain may have when the caller does not say.
 pub const DEFAULT_MAX_DEPTH: usize = 256;
@@ -103,9 +103,11 @@ impl Policy {
         if KERNEL_FILES.iter().any(|dir| file.starts_with(dir)) {
             return Err(not_a_file(format!("a window into the kernel ({})", shown(&file))));
         }
-        self.check_scope(host, image, file)?;
+        self.check_scope(host, image, file.clone())?;
         let access = access(stat.id);
-        let storage = host.open(&path, access).map_err(|e| not_writable(&path, access, e, missing))?;
+        // By the name that was compared, and through no link that is laid meanwhile.
+        let opened = Place::at(host, &file).and_then(|place| place.open(host, access));
+        let storage = opened.map_err(|e| not_writable(&path, access, e, missing))?;
         let opened = storage.stat().map_err(|e| Error::io(&path, FileOp::Stat, None, e))?;
         if opened.id != stat.id {
             let reason = Refusal::Other("the name was given to another file while it was opened".to_owned());
@@ -118,6 +120,12 @@ impl Policy {
     pub(crate) fn allows(&self, host: &dyn Host, file: &Path) -> bool {
         let is_denied = self.scope == Scope::Nothing || KERNEL_FILES.iter().any(|dir| file.starts_with(dir));
         !is_denied && self.check_scope(host, file, file.to_owned()).is_ok()
+    }
+
+    /// Whether the caller has allowed the folder of a file by name.
+    pub(super) fn vouches(&self, host: &dyn Host, file: &Path) -> bool {
+        matches!(self.scope, Scope::Inside(_))
+            && host.canonicalize(file).is_ok_and(|file| self.check_scope(host, &file, file.clone()).is_ok())
     }
 
     fn check_scope(&self, host: &dyn Host, image: &Path, file: PathBuf) -> Result<()> {

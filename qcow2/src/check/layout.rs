@@ -162,7 +162,7 @@ impl Survey<'_> {
     }
 
     fn bitmap_table(&mut self, bitmap: &Bitmap) -> Option<Range<u64>> {
-        if let Err(error) = bitmap.validate(&self.subject.geometry, self.subject.header.size) {
+        if let Err(error) = bitmap.validate(&self.subject.geometry, self.subject.header.virtual_size()) {
             self.findings.add_blind(Finding::corruption(What::Malformed(error), bitmap.offset, None));
             return None;
         }

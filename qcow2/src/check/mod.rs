@@ -194,7 +194,7 @@ fn report(subject: &Subject<'_>, census: Census) -> CheckReport {
         check_errors: findings.count(Severity::Error),
         image_end_offset: clusters_in_use.saturating_mul(cluster_size),
         // QEMU counts sectors: what lies behind the last whole one does not exist for it.
-        total_clusters: (header.size & !511).div_ceil(cluster_size),
+        total_clusters: header.virtual_size().div_ceil(cluster_size),
         allocated_clusters: totals.allocated.load(Relaxed),
         fragmented_clusters: totals.fragmented.load(Relaxed),
         compressed_clusters: totals.compressed.load(Relaxed),

@@ -18,7 +18,7 @@ use crate::image::alloc::Allocator;
 use crate::image::create::{CreateOptions, Layout, dir_of, whole_sectors};
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, ImageFormat, Qcow2, Raw};
-use crate::merge::{Job, Progress, Question, Run, Totals, Writer};
+use crate::merge::{Job, Progress, Question, Run, Totals, Writer, Zeros};
 use crate::storage::{Host, MemFile, Storage};
 use target::Temporary;
 
@@ -33,6 +33,8 @@ pub struct FlattenOptions {
     pub to: ImageFormat,
     /// Only the layers above this one, by path or index; the new file gets it as its backing file.
     pub base: Option<String>,
+    /// Write zeros that lie among the data, instead of leaving them out where 4 KiB or more are together.
+    pub keep_zeros: bool,
 }
 
 /// What a flatten will do.
@@ -77,6 +79,7 @@ pub struct Flatten {
     /// How many layers stay below the new file.
     below: usize,
     new: NewImage,
+    keep_zeros: bool,
     plan: FlattenPlan,
 }
 
@@ -126,7 +129,9 @@ impl Flatten {
         };
         let empty = new.write(output, Arc::new(MemFile::new()), 0)?;
         plan.virtual_size = empty.virtual_size();
-        plan.totals = with_job(&chain, below, &empty, |job| job.plan(cancel))?;
+        // Reading all data is for whoever writes the file: what is planned is the most that it takes.
+        let zeros = if options.keep_zeros { Zeros::Mapped } else { Zeros::Holes };
+        plan.totals = with_job(&chain, below, &empty, zeros, |job| job.plan(cancel))?;
         plan.file_size_after = new.file_size(output, &plan.totals)?;
         if let Ok(Some(available)) = host.free_space(dir_of(output))
             && available < plan.file_size_after
@@ -134,7 +139,7 @@ impl Flatten {
             let needed = plan.file_size_after;
             return Err(Error::NoSpace { path: output.clone(), needed, available });
         }
-        Ok(Self { host, chain, below, new, plan })
+        Ok(Self { host, chain, below, new, keep_zeros: options.keep_zeros, plan })
     }
 
     /// What will be done.
@@ -172,7 +177,8 @@ impl Flatten {
         let image = self.new.write(temporary.path(), Arc::clone(file), planned.clusters_to_allocate)?;
         let done = AtomicU64::new(0);
         let run = Run { progress, total: planned.bytes_to_write, done, cancel, journal: None };
-        let totals = with_job(&self.chain, self.below, &image, |job| match &image {
+        let zeros = if self.keep_zeros { Zeros::Mapped } else { Zeros::Read };
+        let totals = with_job(&self.chain, self.below, &image, zeros, |job| match &image {
             Image::Raw(_) => job.run(None, &run),
             Image::Foreign(foreign) => Err(foreign.refuse()),
             Image::Qcow2(image) => {
@@ -183,8 +189,17 @@ impl Flatten {
         })?;
         file.sync().map_err(|e| Error::io(output, FileOp::Sync, None, e))?;
         let stat = file.stat().map_err(|e| Error::io(output, FileOp::Stat, None, e))?;
-        temporary.give_name(output)?;
+        temporary.give_name(output, &self.inputs())?;
         Ok(FlattenReport { totals, file_size: stat.len, allocated: stat.allocated, elapsed: start.elapsed() })
+    }
+}
+
+impl Flatten {
+    /// The files whose content goes into the new one, the active image first.
+    fn inputs(&self) -> Vec<&dyn Storage> {
+        let layers = self.chain.layers().iter().skip(self.below).rev();
+        let files = layers.flat_map(|layer| [layer.image.file(), layer.image.data_file()]);
+        files.map(|file| &**file).collect()
     }
 }
 
@@ -255,7 +270,13 @@ impl NewImage {
 }
 
 /// Calls `f` with the merge of the layers above the first `below` into `new`, which lies on those.
-fn with_job<T>(chain: &Chain, below: usize, new: &Image, f: impl FnOnce(&Job<'_>) -> Result<T>) -> Result<T> {
+fn with_job<T>(
+    chain: &Chain,
+    below: usize,
+    new: &Image,
+    zeros: Zeros,
+    f: impl FnOnce(&Job<'_>) -> Result<T>,
+) -> Result<T> {
     let mut layers = chain.images();
     layers.insert(below.min(layers.len()), new);
     let view = View::new(&layers, below + 1, layers.len() - 1);
@@ -264,7 +285,7 @@ fn with_job<T>(chain: &Chain, below: usize, new: &Image, f: impl FnOnce(&Job<'_>
         below.checked_sub(1).and_then(|at| layers.get(at)).map_or(0, |image| image.virtual_size());
     let question = Question { view, base: new, below_size, base_size: size, zero_until: size };
     let (new_size, from) = (new.virtual_size(), crate::units::GuestOffset::ZERO);
-    f(&Job { layers: &layers, base: below, question, new_size, from })
+    f(&Job { layers: &layers, base: below, question, new_size, from, zeros })
 }
 
 /// The refusal of an output that exists.

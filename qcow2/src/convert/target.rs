@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::exists;
 use crate::error::{Error, FileOp, Result};
 use crate::image::create::{dir_of, lock_new};
-use crate::storage::{Host, Storage};
+use crate::storage::{Host, Place, Storage};
 
 /// The most bytes of the output's name that the temporary name repeats: the whole stays below the 255
 /// that file systems allow.
@@ -18,10 +18,12 @@ const MAX_NAME: usize = 200;
 /// How many temporary names are tried: others may be left over from processes that were killed.
 const ATTEMPTS: u32 = 1000;
 
-/// A new file beside the output; it is removed when dropped, unless it was given the output's name.
+/// A new file beside the output; it is removed when dropped, unless it was given the output's name. Nobody but its owner
+/// may read it until then.
 #[derive(Debug)]
 pub(super) struct Temporary<'a> {
     host: &'a dyn Host,
+    place: Place,
     path: PathBuf,
     file: Arc<dyn Storage>,
     named: bool,
@@ -33,11 +35,13 @@ impl<'a> Temporary<'a> {
     /// # Errors
     /// An I/O error.
     pub(super) fn create(host: &'a dyn Host, output: &Path) -> Result<Self> {
+        let folder = Place::named(host, output).map_err(|e| Error::io(output, FileOp::Create, None, e))?;
         for attempt in 0..ATTEMPTS {
-            let path = name(output, attempt);
-            match host.create_new(&path) {
+            let place = folder.beside(name(output, attempt));
+            let path = output.with_file_name(place.name());
+            match place.create(host) {
                 Ok(file) => {
-                    let this = Self { host, path, file, named: false };
+                    let this = Self { host, place, path, file, named: false };
                     lock_new(host, &this.path, &*this.file)?;
                     return Ok(this);
                 }
@@ -45,7 +49,8 @@ impl<'a> Temporary<'a> {
                 Err(e) => return Err(Error::io(&path, FileOp::Create, None, e)),
             }
         }
-        Err(Error::io(&name(output, 0), FileOp::Create, None, ErrorKind::AlreadyExists.into()))
+        let path = output.with_file_name(name(output, 0));
+        Err(Error::io(&path, FileOp::Create, None, ErrorKind::AlreadyExists.into()))
     }
 
     /// The temporary name.
@@ -58,21 +63,23 @@ impl<'a> Temporary<'a> {
         &self.file
     }
 
-    /// Gives the file, which is durable, its own name, and makes the name durable.
+    /// Gives the file, which is durable, the rights of the first of `inputs`, as far as the others allow that; then its
+    /// own name in the folder in which it was made, durably.
     ///
     /// # Errors
     /// An I/O error; [`Error::Refused`] if there is a file of that name by now.
-    pub(super) fn give_name(mut self, output: &Path) -> Result<()> {
-        self.host.rename_new(&self.path, output).map_err(|e| match e.kind() {
+    pub(super) fn give_name(mut self, output: &Path, inputs: &[&dyn Storage]) -> Result<()> {
+        self.file.take_rights(inputs);
+        let name = output.file_name().unwrap_or_default();
+        self.place.rename_new(self.host, name).map_err(|e| match e.kind() {
             ErrorKind::AlreadyExists => exists(output),
             _ => Error::io(output, FileOp::Rename, None, e),
         })?;
         self.named = true;
-        let dir = dir_of(output);
-        self.host.sync_dir(dir).map_err(|e| {
+        self.place.sync(self.host).map_err(|e| {
             // Without a durable name it is no result, and would be in the way of the same call.
-            let _ = self.host.unlink(output);
-            Error::io(dir, FileOp::Sync, None, e)
+            let _ = self.place.beside(name).unlink_file(self.host, &*self.file);
+            Error::io(dir_of(output), FileOp::Sync, None, e)
         })
     }
 }
@@ -81,7 +88,7 @@ impl Drop for Temporary<'_> {
     fn drop(&mut self) {
         if !self.named {
             // Whoever drops it early has an error to tell already.
-            let _ = self.host.unlink(&self.path);
+            let _ = self.place.unlink_file(self.host, &*self.file);
         }
     }
 }
@@ -102,10 +109,10 @@ pub(super) fn refuse_existing(host: &dyn Host, output: &Path) -> Result<()> {
 }
 
 /// The temporary name that is tried at the given attempt: hidden, and recognisable.
-fn name(output: &Path, attempt: u32) -> PathBuf {
+fn name(output: &Path, attempt: u32) -> OsString {
     let own = output.file_name().unwrap_or_default().as_bytes();
     let mut name = vec![b'.'];
     name.extend(own.iter().take(MAX_NAME));
     name.extend(format!(".qmerge-{}-{attempt}", std::process::id()).bytes());
-    output.with_file_name(OsString::from_vec(name))
+    OsString::from_vec(name)
 }

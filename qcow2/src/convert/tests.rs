@@ -32,7 +32,7 @@ fn tool(dir: &Path, tool: &str, args: &[&str]) -> String {
 
 fn options(output: &Path, to: ImageFormat, base: Option<&str>) -> FlattenOptions {
     let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
-    FlattenOptions { open, output: output.to_owned(), to, base: base.map(str::to_owned) }
+    FlattenOptions { open, output: output.to_owned(), to, base: base.map(str::to_owned), keep_zeros: false }
 }
 
 fn flatten(active: &Path, options: &FlattenOptions) -> Result<(FlattenPlan, FlattenReport)> {

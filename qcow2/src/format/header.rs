@@ -101,6 +101,11 @@ pub fn is_qcow2(bytes: &[u8]) -> bool {
 }
 
 impl Header {
+    /// The size of the disk that the guest sees, in bytes: QEMU shows whole sectors of 512, and none for what is left.
+    pub fn virtual_size(&self) -> u64 {
+        self.size & !511
+    }
+
     /// A header of version 2 or 3 for a disk of `size` bytes, without tables or features other than
     /// the extended L2 entries that `geometry` asks for.
     pub fn new(version: u32, geometry: Geometry, size: u64) -> Self {

@@ -16,6 +16,8 @@ pub struct Qcow2 {
     path: PathBuf,
     file: Arc<dyn Storage>,
     data_file: Option<Arc<dyn Storage>>,
+    /// Whether the data file may be emptied with the image.
+    owns_data_file: bool,
     cluster0: Cluster0,
     geometry: Geometry,
     /// Lengths of the image file and the file that holds the data; writers move them.
@@ -48,6 +50,7 @@ impl Qcow2 {
             path: path.to_owned(),
             file,
             data_file,
+            owns_data_file: false,
             cluster0,
             geometry,
             file_len: AtomicU64::new(0),
@@ -84,6 +87,17 @@ impl Qcow2 {
         Cluster0::decode(&bytes).map_err(|e| Error::format(path, e))
     }
 
+    /// Says whether the external data file may be emptied when the image is. Without that it stays: only the image names
+    /// it, and whoever wrote that may have named any file.
+    pub(crate) fn own_data_file(&mut self, owns: bool) {
+        self.owns_data_file = owns;
+    }
+
+    /// Whether there is an external data file that may be emptied when the image is.
+    pub(crate) fn owns_data_file(&self) -> bool {
+        self.owns_data_file && self.data_file.is_some()
+    }
+
     /// Reads the lengths of the image's files again, after they grew or shrank.
     ///
     /// # Errors
@@ -117,9 +131,9 @@ impl Qcow2 {
         &self.geometry
     }
 
-    /// The size of the guest's disk in bytes.
+    /// The size of the guest's disk in bytes: what the header says in whole sectors, rounded down as QEMU does.
     pub fn virtual_size(&self) -> u64 {
-        self.cluster0.header.size
+        self.cluster0.header.virtual_size()
     }
 
     /// The image's path, as it was opened.

@@ -12,7 +12,7 @@ use super::file::{Journal, sync_folder};
 use super::judge::{SLACK_NS, compare, has_clean_names, has_header};
 use super::place::{JOURNAL, SWITCH, find, identity, is_beside, place, places};
 use super::record::{BLOCK, Block, Guard, Header, MAX_BLOCKS, Purpose, Record, SECTOR, sector_crcs};
-use crate::error::{Error, FileOp, Refusal, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::format::is_qcow2;
 use crate::storage::{Access, Host, LockError, LockMode, Place, Storage};
 
@@ -272,26 +272,24 @@ fn write_back(path: &Path, file: &dyn Storage, last: &Record) -> Result<()> {
 
 /// Opens the image at `place` for writing, and locks it, if it is still the one in `opened`.
 fn hold(host: &dyn Host, path: &Path, place: &Place, opened: &dyn Storage) -> Result<Arc<dyn Storage>> {
-    let file = hold_at(host, path, place)?;
-    let id = |file: &dyn Storage| {
-        file.stat().map(|stat| stat.id).map_err(|e| Error::io(path, FileOp::Stat, None, e))
-    };
-    if id(&*file)? == id(opened)? {
-        return Ok(file);
-    }
-    let what = "its name leads to another file now".to_owned();
-    Err(Error::refused(path, Refusal::NotAsKnown { what }))
+    let file = place.reopen(host, opened)?;
+    lock(host, path, &*file)?;
+    Ok(file)
 }
 
 /// Opens the image at `place` for writing, and locks it.
 fn hold_at(host: &dyn Host, path: &Path, place: &Place) -> Result<Arc<dyn Storage>> {
     let file = place.open(host, Access::ReadWrite).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
+    lock(host, path, &*file)?;
+    Ok(file)
+}
+
+fn lock(host: &dyn Host, path: &Path, file: &dyn Storage) -> Result<()> {
     file.lock(LockMode::Write).map_err(|e| match e {
         LockError::Held { .. } => {
             let holders = file.stat().map(|stat| host.holders(stat.id)).unwrap_or_default();
             Error::InUse { path: path.to_owned(), holders }
         }
         LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
-    })?;
-    Ok(file)
+    })
 }

@@ -11,9 +11,10 @@ use std::sync::atomic::AtomicBool;
 use super::job::{Job, Totals};
 use super::needs::Question;
 use super::options::{BaseChoice, CommitOptions, Span};
-use super::plan::{Afterwards, Plan, Resumed};
+use super::plan::{Afterwards, DataFileFate, Plan, PlannedDataFile, Resumed};
 use super::remains::Remains;
 use super::work::{self, Left};
+use super::zeros::Zeros;
 use super::{before, link, record, safety};
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions, index};
@@ -194,6 +195,7 @@ impl Commit {
             afterwards: Afterwards::Keep,
             obsolete: Vec::new(),
             restore_points_lost: Vec::new(),
+            data_files: Vec::new(),
             bitmaps_lost: Vec::new(),
             searched: Vec::new(),
             unreadable: Vec::new(),
@@ -260,7 +262,7 @@ pub(super) fn job<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
         zero_until: base.min(seen_above).max(top),
     };
     let from = GuestOffset::ZERO;
-    Ok(Job { layers: images, base: span.base, question, new_size: base.max(top), from })
+    Ok(Job { layers: images, base: span.base, question, new_size: base.max(top), from, zeros: Zeros::Mapped })
 }
 
 /// How far the overlay at `at` looks: its own disk, or that of an internal snapshot that is larger.
@@ -348,6 +350,7 @@ fn make_plan(
         obsolete: (span.base + 1..last_obsolete).map(path).collect(),
         remains: Vec::new(),
         restore_points_lost: (span.base..span.top).map(path).collect(),
+        data_files: data_files(chain, span, options),
         bitmaps_lost: safety::bitmaps(chain, span)?,
         searched: found.searched,
         unreadable: found.unreadable,
@@ -356,6 +359,24 @@ fn make_plan(
         }),
         resumed: None,
     })
+}
+
+/// What becomes of the external data files of base and of the merged layers.
+fn data_files(chain: &Chain, span: Span, options: &CommitOptions) -> Vec<PlannedDataFile> {
+    // A kept active image keeps its own data file, and reads through the layers below it.
+    let last = if options.keep_active && span.top == span.active { span.base } else { span.top };
+    let layers = chain.layers().iter().enumerate().take(last + 1).skip(span.base);
+    let planned = layers.filter_map(|(at, layer)| {
+        let data = layer.data_file.as_ref()?;
+        let fate = match data.kept {
+            _ if at == span.base => DataFileFate::Written,
+            Some(why) => DataFileFate::Kept(why),
+            None if options.delete => DataFileFate::Removed,
+            None => DataFileFate::Emptied,
+        };
+        Some(PlannedDataFile { file: data.path.clone(), image: layer.path.clone(), fate })
+    });
+    planned.collect()
 }
 
 /// The length that base's file, or the block device that holds it, must have afterwards, at most.

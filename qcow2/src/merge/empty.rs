@@ -71,7 +71,7 @@ pub(super) fn give_back(image: &Qcow2, refcounts: &Refcounts, whose: Table) -> R
 /// An I/O error.
 pub(super) fn finish(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
     image.unmap();
-    if image.has_data_file() {
+    if image.owns_data_file() {
         let data = image.data_file();
         let io = |e| Error::io(image.path(), FileOp::EmptyDataFile, None, e);
         let len = data.size().map_err(io)?;

@@ -184,8 +184,11 @@ fn open(host: &dyn Host, overlay: &Known, options: &OpenOptions) -> Result<Qcow2
     cluster0.validate().map_err(|e| Error::format(&overlay.path, e))?;
     let options =
         OpenOptions { lock: true, access: [(overlay.id, Access::ReadWrite)].into(), ..options.clone() };
-    let data_file = open_data_file(host, &overlay.path, overlay.id, &cluster0, &options)?;
-    Qcow2::open(&overlay.path, file, data_file.map(|(_, file)| file))
+    let data_file = open_data_file(host, &overlay.path, &*file, &cluster0, &options)?;
+    let owns = data_file.as_ref().is_some_and(|(data, _)| data.kept.is_none());
+    let mut image = Qcow2::open(&overlay.path, file, data_file.map(|(_, file)| file))?;
+    image.own_data_file(owns);
+    Ok(image)
 }
 
 /// Why an image of version 2 with internal snapshots keeps its size.

@@ -165,7 +165,7 @@ fn open_overlay(host: &dyn Host, known: &Known, options: &OpenOptions) -> Result
     let cluster0 = Qcow2::read_cluster0(&known.path, &*file)?;
     let access = [(known.id, Access::ReadWrite)].into();
     let options = OpenOptions { lock: true, access, ..options.clone() };
-    let data_file = open_data_file(host, &known.path, known.id, &cluster0, &options)?;
+    let data_file = open_data_file(host, &known.path, &*file, &cluster0, &options)?;
     let image = Qcow2::open(&known.path, file, data_file.map(|(_, file)| file))?;
     let name = image.cluster0().backing_name.as_deref();
     let names = name.and_then(|name| leads_to(host, name, &known.path));

@@ -13,6 +13,7 @@ use super::needs::{Need, Question};
 use super::ops::{Ops, Run, Target};
 use super::origin::Origin;
 use super::pace::Pace;
+use super::zeros::{AHEAD, Zeros, split};
 use crate::chain::view::View;
 use crate::error::{Error, FileOp, Result};
 use crate::image::alloc::Allocator;
@@ -66,6 +67,8 @@ pub(crate) struct Job<'a> {
     pub(crate) new_size: u64,
     /// Where to begin: what lies below was merged before, and is durable.
     pub(crate) from: GuestOffset,
+    /// Which zeros of the layers are not copied.
+    pub(crate) zeros: Zeros,
 }
 
 /// The parts of a qcow2 base that a merge changes.
@@ -103,8 +106,13 @@ impl<'a> Job<'a> {
             let needs: Vec<_> =
                 some.into_par_iter().map(|window| Ok((self.question.needs(window)?, window.end()))).collect();
             for needs in needs {
-                let (needs, end): (Vec<Need>, _) = needs?;
-                f(&needs, end)?;
+                let (mut needs, end): (Vec<Need>, _) = needs?;
+                while let Some(first) = needs.first().filter(|_| self.zeros == Zeros::Read) {
+                    let border = first.range.start.align_down(AHEAD) + AHEAD;
+                    let some = split(&mut needs, border);
+                    f(&self.zeros.found_in(some, self.layers), border.min(end))?;
+                }
+                f(&self.zeros.found_in(needs, self.layers), end)?;
             }
         }
     }

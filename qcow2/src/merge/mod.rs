@@ -31,6 +31,7 @@ pub(crate) mod testing;
 mod verify;
 mod work;
 mod workers;
+mod zeros;
 
 pub use abort::{Aborted, Pending, abort, pending};
 pub use commit::Commit;
@@ -43,6 +44,7 @@ pub(crate) use needs::Question;
 pub use ops::Progress;
 pub(crate) use ops::Run;
 pub use options::{BaseChoice, CommitOptions};
-pub use plan::{Afterwards, Plan, Resumed};
+pub use plan::{Afterwards, DataFileFate, Plan, PlannedDataFile, Resumed};
 pub use put::put;
 pub use retire::{Known, Retired, mark_merged, remove, unused};
+pub(crate) use zeros::Zeros;

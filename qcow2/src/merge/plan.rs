@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use super::job::Totals;
+use crate::chain::DataFileKept;
 
 /// The plan of a commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub struct Plan {
     pub remains: Vec<PathBuf>,
     /// Layers that stop being restore points as soon as the first byte is written.
     pub restore_points_lost: Vec<PathBuf>,
+    /// External data files of base and of the merged layers, and what becomes of them.
+    pub data_files: Vec<PlannedDataFile>,
     /// Bitmaps of merged layers that will be lost: layer and name.
     pub bitmaps_lost: Vec<(PathBuf, String)>,
     /// Directories that were searched for images that share layers.
@@ -45,6 +48,31 @@ pub struct Plan {
     pub nothing_to_do: Option<String>,
     /// Set when an earlier run of the same merge was stopped, and this one goes on where it was.
     pub resumed: Option<Resumed>,
+}
+
+/// An external data file of a layer that the merge writes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlannedDataFile {
+    /// The file.
+    pub file: PathBuf,
+    /// The image that names it; nothing else may know of it.
+    pub image: PathBuf,
+    /// What becomes of it.
+    pub fate: DataFileFate,
+}
+
+/// What becomes of an external data file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DataFileFate {
+    /// The merged data is written to it.
+    Written,
+    /// It is emptied with its image.
+    Emptied,
+    /// It is removed with its image.
+    Removed,
+    /// It stays as it is, though nobody needs it for this chain any more.
+    Kept(DataFileKept),
 }
 
 /// Where a merge goes on that was stopped.

@@ -16,13 +16,15 @@ use crate::error::{Error, FileOp, Result};
 use crate::image::Qcow2;
 use crate::journal::record::{Phase, Spent, SpentKind};
 use crate::journal::{self, Journal};
-use crate::storage::{Access, FileId, FileKind, Host, LockError, LockMode, Storage};
+use crate::storage::{Access, FileId, FileKind, Host, LockError, LockMode, Owner, Place, Storage};
 
 /// What a stopped merge has left to be removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Remains {
     /// The image that the layers were merged into.
     base: PathBuf,
+    /// To whom the journal belongs that says so.
+    owner: Owner,
     /// The uppermost layer first, a data file behind its image.
     files: Vec<Spent>,
     /// Somebody has written to base, which the merge had not released: what was merged may be needed yet.
@@ -33,8 +35,8 @@ pub(super) struct Remains {
 enum Verdict {
     /// It is there no more.
     Gone,
-    /// It is what was noted, and held under lock.
-    Certain(Arc<dyn Storage>),
+    /// It is what was noted, lies there, and is held under lock.
+    Certain(Place, Arc<dyn Storage>),
     /// It stays, and why.
     Kept(String),
 }
@@ -48,7 +50,8 @@ impl Remains {
         let is_in_chain =
             |spent: &Spent| host.stat(&spent.file.path).is_ok_and(|stat| layers.contains(&stat.id));
         let base = journal.header().base.clone();
-        (!files.iter().any(is_in_chain)).then_some(Self { base, files, is_doubtful })
+        let owner = journal.owner().ok()?;
+        (!files.iter().any(is_in_chain)).then_some(Self { base, owner, files, is_doubtful })
     }
 
     /// The files that are there still.
@@ -80,7 +83,7 @@ impl Remains {
             }
             let verdict = match self.judge(host, spent, &shared, options)? {
                 // Whoever uses the layer that is kept reads through those below it.
-                Verdict::Certain(_) if is_image && keeps_layers => {
+                Verdict::Certain(..) if is_image && keeps_layers => {
                     Verdict::Kept("a layer above it is kept".to_owned())
                 }
                 verdict => verdict,
@@ -92,16 +95,17 @@ impl Remains {
                     (keeps_layers, keeps_image) = (keeps_layers || is_image, is_image);
                     report.kept.push((path.clone(), why));
                 }
-                Verdict::Certain(_held) if options.delete => {
-                    unlink(host, path)?;
+                Verdict::Certain(place, held) if options.delete => {
+                    let removed = place.unlink_file(host, &*held).and_then(|_| place.sync(host));
+                    removed.map_err(|e| Error::io(path, FileOp::Remove, None, e))?;
                     report.deleted.push(path.clone());
                 }
-                Verdict::Certain(file) if is_image => {
+                Verdict::Certain(_, file) if is_image => {
                     let known = Known::now(host, path)?;
                     let marked = mark(&known, file, &self.base)?;
                     if marked { &mut report.marked } else { &mut report.unmarked }.push(path.clone());
                 }
-                Verdict::Certain(_) => {}
+                Verdict::Certain(..) => {}
             }
         }
         Ok(())
@@ -137,7 +141,21 @@ impl Remains {
         let path = &spent.file.path;
         let kept = |why: &str| Ok(Verdict::Kept(why.to_owned()));
         let failed = |op| move |e| Error::io(path, op, None, e);
-        let stat = match host.stat(path) {
+        let moved = || kept("its name leads to another file now");
+        // It was noted by a path without links.
+        let place = match Place::at(host, path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Verdict::Gone),
+            Err(e) if host.canonicalize(path).is_ok() => {
+                // A link on the way, or a folder that may not be looked into.
+                return if e.kind() == io::ErrorKind::PermissionDenied {
+                    Err(failed(FileOp::Open)(e))
+                } else {
+                    moved()
+                };
+            }
+            place => place.map_err(failed(FileOp::Resolve))?,
+        };
+        let stat = match place.stat(host) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Verdict::Gone),
             stat => stat.map_err(failed(FileOp::Stat))?,
         };
@@ -147,10 +165,11 @@ impl Remains {
         if shared.contains(&stat.id) {
             return kept("another image uses it");
         }
-        if host.canonicalize(path).map_err(failed(FileOp::Resolve))? != *path
-            || stat.id.inode != spent.file.id.inode
-        {
-            return kept("its name leads to another file now");
+        if stat.id.inode != spent.file.id.inode {
+            return moved();
+        }
+        if !self.owner.may_speak_for(&stat.owner, host.user()) {
+            return kept("the owner of the journal that lists it may not write it");
         }
         if !options.open.policy.allows(host, path) {
             return kept("it lies outside the allowed folders");
@@ -158,7 +177,10 @@ impl Remains {
         if self.is_doubtful {
             return kept("somebody has written to base since the merge was stopped");
         }
-        let file = host.open(path, Access::ReadWrite).map_err(failed(FileOp::Open))?;
+        let file = place.open(host, Access::ReadWrite).map_err(failed(FileOp::Open))?;
+        if file.stat().map_err(failed(FileOp::Stat))?.id != stat.id {
+            return moved();
+        }
         file.lock(LockMode::Write).map_err(|e| match e {
             LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(stat.id) },
             LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
@@ -169,7 +191,7 @@ impl Remains {
         if spent.kind == SpentKind::Marked && !self.is_marked(path, &*file)? {
             return kept("it bears no mark of the merge");
         }
-        Ok(Verdict::Certain(file))
+        Ok(Verdict::Certain(place, file))
     }
 
     /// Whether an image bears the mark of a merge into base. Where there was no room for a name, it has none.
@@ -180,14 +202,13 @@ impl Remains {
     }
 }
 
-/// Removes a file whose path has no symbolic links; that is durable afterwards.
+/// Removes what lies at a place; that is durable afterwards.
 ///
 /// # Errors
 /// The system's.
-pub(super) fn unlink(host: &dyn Host, path: &Path) -> Result<()> {
-    host.unlink(path).map_err(|e| Error::io(path, FileOp::Remove, None, e))?;
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    host.sync_dir(folder).map_err(|e| Error::io(folder, FileOp::Sync, None, e))
+pub(super) fn unlink(host: &dyn Host, place: &Place) -> Result<()> {
+    place.unlink(host).map_err(|e| Error::io(&place.path(), FileOp::Remove, None, e))?;
+    place.sync(host).map_err(|e| Error::io(place.folder().path(), FileOp::Sync, None, e))
 }
 
 #[cfg(test)]
@@ -197,7 +218,7 @@ mod tests {
     use crate::image::{CreateOptions, create, create_raw};
     use crate::journal::record::{Guard, Header, Purpose};
     use crate::merge::mark_merged;
-    use crate::storage::{MemHost, Place};
+    use crate::storage::MemHost;
 
     /// A base, a layer `/vm/1` with the mark of a merge into `into`, and a file `/vm/1.data`.
     fn merged(into: &str) -> MemHost {

@@ -16,7 +16,7 @@ use crate::chain::Layer;
 use crate::error::{Error, FileOp, Result};
 use crate::format::Mark;
 use crate::journal::Journal;
-use crate::storage::{FileId, FileKind};
+use crate::storage::{FileId, FileKind, Place};
 
 impl Commit {
     /// Whether the active image is removed.
@@ -104,14 +104,16 @@ impl Commit {
     /// Removes a layer, and then its data file, if its name still leads to the file of the plan, and that is a
     /// regular file; false if the layer is kept, and then its data file is too. A symbolic link stays, and leads nowhere.
     fn delete(&self, layer: &Layer, report: &mut Report) -> Result<bool> {
-        let data_file = layer.data_file.as_ref().map(|file| (&file.path, file.id));
-        for (path, id) in [(&layer.path, layer.id)].into_iter().chain(data_file) {
-            let found = self.host.canonicalize(path).and_then(|real| Ok((self.host.stat(&real)?, real)));
+        let host = &*self.host;
+        let data_file = layer.data_file.as_ref().map(|file| (&file.path, file.id, file.kept));
+        for (path, id, kept) in [(&layer.path, layer.id, None)].into_iter().chain(data_file) {
+            let found = Place::of(host, path).and_then(|place| Ok((place.stat(host)?, place)));
             let why = match found {
-                Ok((stat, real))
+                _ if kept.is_some() => kept.map(|why| why.to_string()).unwrap_or_default(),
+                Ok((stat, place))
                     if stat.id == id && stat.kind == FileKind::Regular && !self.is_shared(id) =>
                 {
-                    unlink(&*self.host, &real)?;
+                    unlink(host, &place)?;
                     report.deleted.push(path.clone());
                     continue;
                 }

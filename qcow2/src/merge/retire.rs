@@ -7,11 +7,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::remains::unlink;
 use crate::chain::find_users;
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{Mark, is_qcow2, plan_mark};
 use crate::image::Qcow2;
-use crate::storage::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Storage};
+use crate::storage::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Place, Storage};
 
 /// An image that the caller has seen before, and what must still be true of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,8 +139,8 @@ pub fn remove(host: &dyn Host, images: &[Known], chain: &[FileId], scan: &[PathB
     for image in images {
         let io = |op| move |e| Error::io(&image.path, op, None, e);
         let file = image.open(host, LockMode::Write)?;
-        let real = host.canonicalize(&image.path).map_err(io(FileOp::Resolve))?;
-        let stat = host.stat(&real).map_err(io(FileOp::Stat))?;
+        let place = Place::of_file(host, &image.path, &*file)?;
+        let stat = place.stat(host).map_err(io(FileOp::Stat))?;
         image.judge(&stat)?;
         if stat.kind != FileKind::Regular {
             let what = "it is not a regular file".to_owned();
@@ -149,9 +150,7 @@ pub fn remove(host: &dyn Host, images: &[Known], chain: &[FileId], scan: &[PathB
         if !users.is_empty() {
             return Err(Error::refused(&image.path, Refusal::SharedBase { users }));
         }
-        let folder = real.parent().unwrap_or(Path::new("/"));
-        host.unlink(&real).map_err(|e| Error::io(&real, FileOp::Remove, None, e))?;
-        host.sync_dir(folder).map_err(|e| Error::io(folder, FileOp::Sync, None, e))?;
+        unlink(host, &place)?;
         drop(file);
         retired.deleted.push(image.path.clone());
     }

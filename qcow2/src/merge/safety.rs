@@ -25,6 +25,9 @@ pub(super) fn layers(
         let merged = span.base < at && at <= span.top;
         let Some(image) = layer.image.as_qcow2() else { continue };
         let refuse = |reason| Err(Error::refused(&layer.path, reason));
+        if let Some(data) = layer.data_file.as_ref().filter(|data| at == span.base && !data.may_write) {
+            return refuse(Refusal::DataFileOwner { file: data.path.clone() });
+        }
         if image.header().is_corrupt() && span.base <= at {
             return refuse(Refusal::CorruptBit);
         }

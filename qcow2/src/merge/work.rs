@@ -15,7 +15,7 @@ use crate::journal::record::{
     BLOCK, Guard, Header, Identity, MAX_BLOCKS, Phase, Purpose, Record, Spent, SpentKind,
 };
 use crate::journal::{self, Journal, Journaled, Verdict};
-use crate::storage::{Access, FileId, Host, Storage};
+use crate::storage::{Access, FileId, Host, Place, Storage};
 
 /// An image that is written under a journal.
 #[derive(Debug)]
@@ -338,7 +338,12 @@ fn identity(host: &dyn Host, layer: &Layer) -> Result<Identity> {
     journal::identity(host, &layer.path, &**layer.image.file())
 }
 
-/// The files that nobody needs when the work is done, as they are now: `layers` with their data files, in this order.
+/// Whether a layer has a data file that goes with it.
+fn owns_data_file(layer: &Layer) -> bool {
+    layer.data_file.as_ref().is_some_and(|data| data.kept.is_none())
+}
+
+/// The files that nobody needs when the work is done, as they are now: `layers` with their own data files, in this order.
 /// Of each it is known whether its header has the mark of the merge.
 ///
 /// # Errors
@@ -347,7 +352,7 @@ pub(super) fn spent(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec<Sp
     let mut all = Vec::new();
     for (layer, is_marked) in layers {
         let mut kind = if *is_marked { SpentKind::Marked } else { SpentKind::Unmarked };
-        for file in identities(host, layer)? {
+        for file in identities(host, layer)?.into_iter().take(if owns_data_file(layer) { 2 } else { 1 }) {
             all.push(Spent { file, kind });
             kind = SpentKind::DataFile;
         }
@@ -355,12 +360,12 @@ pub(super) fn spent(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec<Sp
     Ok(all)
 }
 
-/// The external data file of a layer as it is now, if it has one.
+/// The external data file of a layer as it is now, if it has one of its own.
 ///
 /// # Errors
 /// The system's.
 pub(super) fn data_file(host: &dyn Host, layer: &Layer) -> Result<Vec<Spent>> {
-    let files = identities(host, layer)?.into_iter().skip(1);
+    let files = identities(host, layer)?.into_iter().skip(1).filter(|_| owns_data_file(layer));
     Ok(files.map(|file| Spent { file, kind: SpentKind::DataFile }).collect())
 }
 
@@ -383,8 +388,7 @@ pub(super) fn end_left(
         return Ok(());
     }
     let path = &layer.path;
-    let io = |op| move |e| Error::io(path, op, None, e);
-    let file = host.open(path, Access::ReadWrite).map_err(io(FileOp::Open))?;
+    let file = Place::of_file(host, path, &**layer.image.file())?.reopen(host, &**layer.image.file())?;
     file.lock(crate::storage::LockMode::Write)
         .map_err(|_| Error::InUse { path: path.clone(), holders: host.holders(layer.id) })?;
     let found = journal::find(host, path, &*file, dir, Access::ReadWrite, journal::JOURNAL)?;

@@ -69,6 +69,17 @@ impl Place {
         Self::at(host, &host.resolve(path)?)
     }
 
+    /// The place that `path` itself names: the links of its folder are followed, but none that has its last name.
+    ///
+    /// # Errors
+    /// As [`Place::of`].
+    pub fn named(host: &dyn Host, path: &Path) -> io::Result<Self> {
+        let name = path.file_name().ok_or(ErrorKind::InvalidInput)?.to_owned();
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let folder = host.folder(&host.canonicalize(folder.unwrap_or(Path::new(".")))?)?;
+        Ok(Self { folder: Arc::new(folder), name })
+    }
+
     /// The place at a path in which nothing is a symbolic link.
     ///
     /// # Errors
@@ -87,11 +98,7 @@ impl Place {
         let place = Self::of(host, path).map_err(|e| Error::io(path, FileOp::Resolve, None, e))?;
         let found = place.stat(host).map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
         let opened = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
-        if found.id != opened.id {
-            let what = "its name leads to another file now".to_owned();
-            return Err(Error::refused(path, Refusal::NotAsKnown { what }));
-        }
-        Ok(place)
+        if found.id != opened.id { Err(moved(path)) } else { Ok(place) }
     }
 
     /// The folder.
@@ -133,6 +140,23 @@ impl Place {
     /// The system's.
     pub fn open(&self, host: &dyn Host, access: Access) -> io::Result<Arc<dyn Storage>> {
         host.open_in(&self.folder, &self.name, access)
+    }
+
+    /// Opens what has the name as [`Place::open`] does, if it is the file that is open already, to be written.
+    ///
+    /// # Errors
+    /// [`Refusal::NotAsKnown`] if the name is another file's by now; the system's.
+    pub fn reopen(&self, host: &dyn Host, file: &dyn Storage) -> Result<Arc<dyn Storage>> {
+        let path = self.path();
+        let id = |file: &dyn Storage| {
+            file.stat().map(|stat| stat.id).map_err(|e| Error::io(&path, FileOp::Stat, None, e))
+        };
+        let again =
+            self.open(host, Access::ReadWrite).map_err(|e| Error::io(&path, FileOp::Open, None, e))?;
+        if id(&*again)? != id(file)? {
+            return Err(moved(&path));
+        }
+        Ok(again)
     }
 
     /// Creates a new file that nobody but its owner may read.
@@ -187,4 +211,10 @@ impl Place {
     pub fn sync(&self, host: &dyn Host) -> io::Result<()> {
         host.sync_folder(&self.folder)
     }
+}
+
+/// The error for a name that leads to another file than the one that was opened.
+fn moved(path: &Path) -> Error {
+    let what = "its name leads to another file now".to_owned();
+    Error::refused(path, Refusal::NotAsKnown { what })
 }

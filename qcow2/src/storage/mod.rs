@@ -12,6 +12,7 @@ mod mem;
 mod os;
 mod os_folder;
 mod owner;
+mod rights;
 #[doc(hidden)]
 pub mod sim;
 mod view;
@@ -94,6 +95,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// How others use the file at this moment, as far as their locks tell; takes no lock, and so
     /// promises nothing about the next moment.
     fn used_by_others(&self) -> io::Result<Option<LockMode>>;
+
+    /// Gives a new file, which only its owner may read and write, the owner, group, permissions, access list and security label
+    /// of the first of `inputs`, as far as the system permits, and as nobody may read it then who may not read all of
+    /// them. Nothing where there are no rights.
+    fn take_rights(&self, _inputs: &[&dyn Storage]) {}
 
     /// Asks the system to forget cached pages, so that the next read comes from the device.
     fn drop_cache(&self) -> io::Result<()>;

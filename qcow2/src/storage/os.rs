@@ -18,7 +18,7 @@ use super::copy::{CopyError, copy_in_kernel, copy_plain, least_kernel_copy, out_
 use super::view::View;
 use super::{
     Access, FileId, FileKind, FileStat, Folder, Host, LockError, LockMode, Owner, Storage, holders, lock,
-    os_folder,
+    os_folder, rights,
 };
 
 /// The real file system.
@@ -441,6 +441,14 @@ impl Storage for OsFile {
         // Pages that are not written yet would stay.
         self.sync()?;
         Ok(rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed)?)
+    }
+
+    fn take_rights(&self, inputs: &[&dyn Storage]) {
+        // One that is no file of the system has no rights to compare with: then the new file stays private.
+        let files: Option<Vec<&File>> = inputs.iter().map(|input| input.as_file()).collect();
+        if let Some(files) = files {
+            rights::take(&self.file, &files);
+        }
     }
 
     fn start_writing(&self, offset: u64, len: u64) {

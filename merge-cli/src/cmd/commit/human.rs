@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use qcow2::error::shown;
-use qcow2::merge::{Afterwards, Plan, Report};
+use qcow2::merge::{Afterwards, DataFileFate, Plan, Report};
 
 use crate::cli::CommitArgs;
 use crate::output::human::{Fields, plural};
@@ -47,6 +47,16 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs) -> String {
         "restore points",
         format!("{lost} will be {what} no more, as soon as the first byte is written"),
     );
+    for data in &plan.data_files {
+        let what = match data.fate {
+            DataFileFate::Written => "it takes the data".to_owned(),
+            DataFileFate::Emptied => "it is emptied".to_owned(),
+            DataFileFate::Removed => "it is removed".to_owned(),
+            DataFileFate::Kept(why) => format!("it stays as it is: {why}"),
+            _ => continue,
+        };
+        fields.add("data file", format!("{} of {}: {what}", show(&data.file), show(&data.image)));
+    }
     for (file, name) in &plan.bitmaps_lost {
         fields.add("lost", format!("the persistent bitmap {name} of {}", show(file)));
     }

@@ -1,6 +1,6 @@
 //! Plan and result of a commit as JSON.
 
-use qcow2::merge::{Afterwards, Plan, Report, Totals};
+use qcow2::merge::{Afterwards, DataFileFate, Plan, Report, Totals};
 use serde_json::{Value, json};
 
 use crate::output::json::{path, paths};
@@ -12,6 +12,17 @@ pub(super) fn plan(plan: &Plan) -> Value {
     fields["searched"] = paths(&plan.searched);
     fields["unreadable"] = paths(&plan.unreadable);
     fields["obsolete"] = paths(&plan.obsolete);
+    let data_files = plan.data_files.iter().map(|data| {
+        let (action, reason) = match data.fate {
+            DataFileFate::Written => ("write", None),
+            DataFileFate::Emptied => ("empty", None),
+            DataFileFate::Removed => ("remove", None),
+            DataFileFate::Kept(why) => ("keep", Some(why.to_string())),
+            _ => ("unknown", None),
+        };
+        json!({ "file": path(&data.file), "image": path(&data.image), "action": action, "reason": reason })
+    });
+    fields["data-files"] = data_files.collect();
     fields["resumed"] = match plan.resumed {
         Some(resumed) => json!({ "bytes-done": resumed.done, "percent": resumed.percent }),
         None => Value::Null,

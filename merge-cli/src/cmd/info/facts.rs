@@ -89,7 +89,7 @@ impl Facts {
     /// The size of the disk that the guest sees, in bytes; `None` for a format that is not read here.
     pub(super) fn virtual_size(&self) -> Option<u64> {
         match (&self.cluster0, self.format) {
-            (Some(cluster0), _) => Some(cluster0.header.size),
+            (Some(cluster0), _) => Some(cluster0.header.virtual_size()),
             (None, ImageFormat::Foreign(_)) => None,
             // QEMU rounds a raw file up to whole sectors.
             (None, _) => Some(self.stat.len.next_multiple_of(512)),

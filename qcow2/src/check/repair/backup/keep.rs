@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::super::super::CheckOptions;
 use super::super::super::counts::Reference;
@@ -16,7 +17,7 @@ use super::record::{Kind, PIECE, Writer};
 use crate::error::{Error, FileOp, Result};
 use crate::format::RefcountTableEntry;
 use crate::journal;
-use crate::storage::{Host, Storage};
+use crate::storage::{Host, Place, Storage};
 
 /// Copies the metadata of the image in `file` to the new file `to`: the header's cluster, refcount table
 /// and blocks, L1 and L2 tables, those of snapshots too, the snapshot table, and the directory and tables of
@@ -33,20 +34,19 @@ pub(super) fn keep(
 ) -> Result<Writer> {
     let subject = Subject::open(path, file, None, options.cancel)?;
     let image = journal::identity(host, path, file)?;
-    let out = host.create_new(to).map_err(|e| Error::io(to, FileOp::Create, None, e))?;
-    let mut keeper = Keeper { subject: &subject, to, out: Writer::new(to, out), records: 0 };
+    let place = Place::named(host, to).map_err(|e| Error::io(to, FileOp::Create, None, e))?;
+    let out = place.create(host).map_err(|e| Error::io(to, FileOp::Create, None, e))?;
+    let mut keeper = Keeper { subject: &subject, to, out: Writer::new(to, Arc::clone(&out)), records: 0 };
     let durable = keeper.all(&image).and_then(|()| {
-        let folder = match to.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        host.sync_dir(folder).map_err(|e| Error::io(folder, FileOp::Sync, None, e))
+        // Who may read the image may read what it was.
+        out.take_rights(&[file]);
+        place.sync(host).map_err(|e| Error::io(place.folder().path(), FileOp::Sync, None, e))
     });
     match durable {
         Ok(()) => Ok(keeper.out),
         Err(error) => {
             // The first error is the one that counts.
-            let _ = host.unlink(to);
+            let _ = place.unlink_file(host, &*out);
             Err(error)
         }
     }

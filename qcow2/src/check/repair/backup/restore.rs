@@ -11,7 +11,7 @@ use super::record::{Kind, Reader, Writer};
 use super::saved::{Saved, halves};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::journal;
-use crate::storage::{Access, Host, Storage};
+use crate::storage::{Access, Host, Place, Storage};
 
 /// How to put an image back.
 #[derive(Clone, Copy, Debug, Default)]
@@ -58,7 +58,7 @@ pub fn plan_restore(
     from: &Path,
     options: &RestoreOptions<'_>,
 ) -> Result<RestorePlan> {
-    let backup = open(host, from, Access::Read)?;
+    let backup = open(host, from, Access::Read, path, file)?;
     prepare(path, file, host, &Saved::read(Reader::of(from, &*backup)?)?, options)
 }
 
@@ -74,7 +74,7 @@ pub fn restore(
     from: &Path,
     options: &RestoreOptions<'_>,
 ) -> Result<RestorePlan> {
-    let backup = open(host, from, Access::ReadWrite)?;
+    let backup = open(host, from, Access::ReadWrite, path, file)?;
     let saved = Saved::read(Reader::of(from, &*backup)?)?;
     let plan = prepare(path, file, host, &saved, options)?;
     let mut marks = Writer::behind(from, Arc::clone(&backup), saved.end);
@@ -94,8 +94,26 @@ pub fn restore(
     Ok(plan)
 }
 
-fn open(host: &dyn Host, from: &Path, access: Access) -> Result<Arc<dyn Storage>> {
-    host.open(from, access).map_err(|e| Error::io(from, FileOp::Open, None, e))
+/// Opens a backup, which must be somebody's who may write the image.
+fn open(
+    host: &dyn Host,
+    from: &Path,
+    access: Access,
+    image: &Path,
+    file: &dyn Storage,
+) -> Result<Arc<dyn Storage>> {
+    let backup = Place::of(host, from)
+        .and_then(|place| place.open(host, access))
+        .map_err(|e| Error::io(from, FileOp::Open, None, e))?;
+    let owner = |path: &Path, file: &dyn Storage| {
+        file.stat().map(|stat| stat.owner).map_err(|e| Error::io(path, FileOp::Stat, None, e))
+    };
+    let theirs = owner(from, &*backup)?;
+    if !theirs.may_speak_for(&owner(image, file)?, host.user()) {
+        let reason = Refusal::BackupOwner { file: from.to_owned(), user: theirs.user };
+        return Err(Error::refused(image, reason));
+    }
+    Ok(backup)
 }
 
 /// Makes sure that the backup is about the image, and that nobody else has written to it.
