@@ -135,6 +135,13 @@ pub(crate) struct ImageArgs {
     /// Without it, backing and data files may be regular files or block devices anywhere.
     #[arg(long, value_name = "DIR", help_heading = "Opening")]
     pub(crate) allow_dir: Vec<PathBuf>,
+
+    /// Write images on a file system without locks
+    ///
+    /// Some network and FUSE file systems have none. Nothing keeps a virtual machine from using the images meanwhile
+    /// then: be certain that none does. Locks that there are count as always.
+    #[arg(long, help_heading = "Opening", hide_short_help = true)]
+    pub(crate) no_lock: bool,
 }
 
 /// How a chain is opened.

@@ -128,6 +128,7 @@ fn kind(error: &Error) -> &'static str {
 fn refusal_kind(reason: &Refusal) -> &'static str {
     match reason {
         Refusal::SharedBase { .. } => "shared-base",
+        Refusal::PossiblyShared { .. } => "possibly-shared",
         Refusal::MissingFormat { .. } => "missing-format",
         Refusal::FormatMismatch { .. } => "format-mismatch",
         Refusal::NotLocal { .. } => "not-local",
@@ -142,6 +143,7 @@ fn refusal_kind(reason: &Refusal) -> &'static str {
         Refusal::Inconsistent { .. } => "inconsistent",
         Refusal::HeaderRoom { .. } => "header-room",
         Refusal::NotWritable { .. } => "not-writable",
+        Refusal::NoLocks => "no-locks",
         Refusal::NotAsKnown { .. } => "changed",
         Refusal::JournalPlace { .. } => "journal-place",
         Refusal::Stranger { .. } => "stranger",

@@ -155,6 +155,15 @@ pub enum Refusal {
         /// The images that use it.
         users: Vec<PathBuf>,
     },
+    /// Images whose backing names lead nowhere may have used base or a merged layer before something was moved.
+    #[error(
+        "the backing name of {} leads nowhere now, and ends in its name: before a move, it may have been used there",
+        list(users)
+    )]
+    PossiblyShared {
+        /// The images.
+        users: Vec<PathBuf>,
+    },
     /// An image names a backing file without its format; formats are never guessed.
     #[error("its backing file '{}' has no format, and formats are never guessed", shown(name))]
     MissingFormat {
@@ -261,6 +270,9 @@ pub enum Refusal {
         /// What kind of answer it is.
         kind: io::ErrorKind,
     },
+    /// Its file system has no locks, so that nobody can tell whether somebody else uses the file.
+    #[error("its file system has no locks, so it cannot be told whether another process uses it")]
+    NoLocks,
     /// A file is not the one that the caller knows, or was changed since.
     #[error("it is not as it was recorded: {what}")]
     NotAsKnown {

@@ -6,7 +6,7 @@ use qcow2::error::shown;
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2::chain::{OpenOptions, open_data_file};
+use qcow2::chain::{OpenOptions, may_be_unlocked, open_data_file};
 use qcow2::check::repair::{self, RepairMode, RepairPlan};
 use qcow2::check::{self, CheckOptions, CheckReport, Severity, Verdict};
 use qcow2::error::FileOp;
@@ -81,7 +81,7 @@ fn failure(error: &Error, args: &CheckArgs, call: &Call) -> Failure {
 /// Checks under a reader's lock, repairs under a writer's; `None` for raw images.
 fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<Outcome>> {
     let image = &args.image;
-    let file = open_locked(image, args.repair.is_some() && !args.dry_run)?;
+    let file = open_locked(image, args.repair.is_some() && !args.dry_run, args.open.no_lock)?;
     let format = match options.active_format {
         Some(format) => format,
         None => ImageFormat::detect_readable(image, &*file)?,
@@ -111,7 +111,7 @@ fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<Outcom
 }
 
 /// Opens an image under a lock, for reading or for writing.
-fn open_locked(image: &Path, writes: bool) -> qcow2::Result<Arc<dyn Storage>> {
+fn open_locked(image: &Path, writes: bool, no_locks: bool) -> qcow2::Result<Arc<dyn Storage>> {
     let (access, mode) =
         if writes { (Access::ReadWrite, LockMode::Write) } else { (Access::Read, LockMode::Read) };
     let file = OsHost.open(image, access).map_err(|e| Error::io(image, FileOp::Open, None, e))?;
@@ -120,6 +120,7 @@ fn open_locked(image: &Path, writes: bool) -> qcow2::Result<Arc<dyn Storage>> {
         LockError::Held { .. } => Error::InUse { path: image.to_owned(), holders: OsHost.holders(id) },
         LockError::Io(e) => Error::io(image, FileOp::Lock, None, e),
     })?;
+    may_be_unlocked(&OsHost, image, id, &*file, access, no_locks)?;
     Ok(file)
 }
 

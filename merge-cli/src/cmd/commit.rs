@@ -32,6 +32,7 @@ pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &St
         return Err(live::in_use(path, holders, args, call));
     }
     let commit = prepared.map_err(|e| unchanged(&e, stop, call))?;
+    open::warn_unlocked(&commit.chain().unlocked(), console);
     let plan = commit.plan().clone();
     console.event("plan", json::plan(&plan))?;
     if args.dry_run {

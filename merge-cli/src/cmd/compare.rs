@@ -26,6 +26,7 @@ pub(super) fn run(args: &CompareArgs, call: &Call, console: &Console) -> Result<
     let second_options = OpenOptions { active_format: second_format, ..first_options.clone() };
     let first = open::chain(&args.first, &first_options, call)?;
     let second = open::chain(&args.second, &second_options, call)?;
+    open::warn_unlocked(&[first.unlocked(), second.unlocked()].concat(), console);
     let (a, b) = (first.images(), second.images());
     let stop = Stop::on_signals(call)?;
     let meter = Meter::without_events(console, "comparing");

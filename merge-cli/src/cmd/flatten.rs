@@ -39,6 +39,7 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
         }
     };
     let flatten = Flatten::prepare(Arc::new(OsHost), &args.active, &options, stop.flag()).map_err(&failed)?;
+    open::warn_unlocked(&flatten.chain().unlocked(), console);
     let plan = flatten.plan().clone();
     console.event("plan", common(&plan, &plan.totals, plan.file_size_after))?;
     let cut_short = flatten.cut_short();

@@ -9,6 +9,7 @@ use qcow2::storage::OsHost;
 use crate::call::Call;
 use crate::cli::{ChainArgs, ImageArgs};
 use crate::failure::Failure;
+use crate::output::Console;
 
 /// How an image is opened for `args`: names inside images lead to local files anywhere, or only to the
 /// folders that the user allows.
@@ -17,13 +18,24 @@ pub(super) fn image_options(args: &ImageArgs) -> OpenOptions {
         [] => Policy::local_files(),
         dirs => dirs.iter().fold(Policy::deny(), |policy, dir| policy.allow_dir(dir)),
     };
-    OpenOptions { policy, active_format: args.format.map(ImageFormat::from), ..OpenOptions::default() }
+    let active_format = args.format.map(ImageFormat::from);
+    OpenOptions { policy, active_format, no_locks: args.no_lock, ..OpenOptions::default() }
 }
 
 /// How a chain is opened for `args`.
 pub(super) fn options(args: &ChainArgs) -> OpenOptions {
     let formats = args.backing_format.iter().map(|given| (PathBuf::from(&given.layer), given.format.into()));
     OpenOptions { backing_formats: formats.collect(), ..image_options(&args.image) }
+}
+
+/// Says which layers are not locked, as their file systems have no locks.
+pub(super) fn warn_unlocked(layers: &[PathBuf], console: &Console) {
+    for layer in layers {
+        console.warn(&format!(
+            "warning: {}: its file system has no locks: nothing keeps another process from writing it meanwhile",
+            layer.display()
+        ));
+    }
 }
 
 /// Opens a chain for reading, without locks: what only looks works beside a running QEMU.

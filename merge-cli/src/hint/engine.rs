@@ -137,6 +137,18 @@ fn info_above(call: &Call) -> Hint {
     Hint::command(HintKind::InfoChain, why, Command::qmerge(["info", "--chain"]).file(&call.image))
 }
 
+/// A plain backing name for the named image, whose `json:` name repeats what lies below: that stays true in its header.
+fn plain_name(call: &Call) -> Option<Hint> {
+    let backing = Backing::of(&call.image).filter(|backing| backing.written.starts_with(b"json:"))?;
+    let format = backing.detected().filter(|found| matches!(found, ImageFormat::Qcow2))?;
+    let command = Command::of("qemu-img")
+        .options(["rebase", "-u", "-f", "qcow2", "-F", format.name(), "-b"])
+        .word(std::fs::canonicalize(&backing.path).ok()?)
+        .file(&call.image);
+    let why = "its json: name says what lies below its backing file, too, and is wrong once that changes; a plain one";
+    Some(Hint::command(HintKind::NewName, why, command))
+}
+
 /// A file that an image names is not there.
 fn missing(image: &Path, role: &str, resolved: &Path, call: &Call) -> Hints {
     let put = |what| Hint::advice(format!("put {} back where the image names it{what}", shown(resolved)));
@@ -160,14 +172,15 @@ fn missing(image: &Path, role: &str, resolved: &Path, call: &Call) -> Hints {
 
 fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
     match reason {
-        Refusal::SharedBase { .. } => {
-            Hints::default().or(flatten("make a file of its own", call)).or(allowed(
+        Refusal::SharedBase { .. } | Refusal::PossiblyShared { .. } => Hints::default()
+            .or(flatten("make a file of its own", call))
+            .or(allowed(
                 HintKind::AllowSharedBase,
                 "or, if nobody needs those images any more",
                 call,
                 &["--allow-shared-base"],
             ))
-        }
+            .or(plain_name(call)),
         Refusal::MissingFormat { .. } => missing_format(path, call),
         Refusal::FormatMismatch { .. } => mismatch(path, call),
         Refusal::NotLocal { role, .. } | Refusal::NotAFile { role, .. } => {
@@ -207,6 +220,10 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
             Hints::from(Hint::advice("give base a shorter name")).or(flatten("or make a new file", call))
         }
         Refusal::NotWritable { kind, .. } => io_hints(path, FileOp::Open, &io::Error::from(*kind), call),
+        Refusal::NoLocks => {
+            let why = "if it is certain that no virtual machine uses these images";
+            allowed(HintKind::NoLock, why, call, &["--no-lock"]).into()
+        }
         Refusal::JournalPlace { .. } => journal_place(call),
         Refusal::Stranger { file, .. } => Hints::from(Hint::advice(format!(
             "ask its owner, or if no merge of theirs needs it, remove {}",

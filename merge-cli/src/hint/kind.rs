@@ -37,6 +37,8 @@ pub(crate) enum HintKind {
     Format,
     /// The same command, with a folder for the journal.
     JournalDir,
+    /// The same command, on a file system without locks.
+    NoLock,
     /// The merge begun anew over what others wrote.
     Restart,
     /// A restore to a copy of the image.
@@ -70,7 +72,7 @@ pub(crate) enum HintKind {
 impl HintKind {
     /// All of them.
     #[allow(dead_code, reason = "the tests read it")]
-    pub(crate) const ALL: [Self; 31] = [
+    pub(crate) const ALL: [Self; 32] = [
         Self::Advice,
         Self::Again,
         Self::AgainAsRoot,
@@ -88,6 +90,7 @@ impl HintKind {
         Self::BackingFormat,
         Self::Format,
         Self::JournalDir,
+        Self::NoLock,
         Self::Restart,
         Self::AllowCopy,
         Self::Abort,
@@ -124,6 +127,7 @@ impl HintKind {
             Self::BackingFormat => "backing-format",
             Self::Format => "format",
             Self::JournalDir => "journal-dir",
+            Self::NoLock => "no-lock",
             Self::Restart => "restart",
             Self::AllowCopy => "allow-copy",
             Self::Abort => "abort",

@@ -45,10 +45,14 @@ fn an_overlay_of_a_merged_layer_is_found() {
 }
 
 #[test]
-fn an_overlay_of_the_active_image_is_found() {
+fn an_overlay_of_the_active_image_goes_on_to_see_the_same() {
     if qemu_present() {
         let folder = family("child", |folder| folder.overlay("d.qcow2", "c.qcow2", "qcow2", None, ""));
-        folder.refused(&["commit", "c.qcow2"], &[6]).says("d.qcow2");
+        // It reads through the active image, which becomes an empty overlay on base: it sees the same as before.
+        let before = folder.view("qcow2", "d.qcow2");
+        folder.refused(&["commit", "c.qcow2", "--delete"], &[6]).says("d.qcow2");
+        folder.qmerge(&["commit", "c.qcow2"]).ok();
+        folder.view("qcow2", "d.qcow2").assert_same(&before, "the overlay above");
     }
 }
 
@@ -231,4 +235,57 @@ fn a_fifo_beside_the_chain_does_not_hang_the_search() {
         crate::support::run(folder.path(), "mkfifo", &["pipe.qcow2"]).ok();
     });
     folder.qmerge(&["commit", "c.qcow2"]).ok();
+}
+
+/// Each machine's disk in a folder of its own, and a base for all: `base/b`, `vm1/disk`, `vm2/disk`.
+fn machines(name: &str) -> Folder {
+    let folder = Folder::new(name);
+    for dir in ["base", "vm1", "vm2"] {
+        fs::create_dir(folder.join(dir)).unwrap();
+    }
+    folder.create("base/b", M, "");
+    for disk in ["vm1/disk", "vm2/disk"] {
+        folder.overlay(disk, "../base/b", "qcow2", Some(M), "");
+    }
+    folder.io("qcow2", "vm1/disk", &["write -P 3 0 64k"]);
+    folder
+}
+
+#[test]
+fn disks_in_the_folders_beside_are_found_where_base_lies_in_another() {
+    if qemu_present() {
+        machines("machines").refused(&["commit", "vm1/disk"], &[6]).says("vm2/disk");
+    }
+}
+
+#[test]
+fn a_scan_goes_down_into_folders() {
+    if !qemu_present() {
+        return;
+    }
+    let folder = machines("deep-scan");
+    fs::create_dir_all(folder.join("far/a/b")).unwrap();
+    fs::rename(folder.join("vm2/disk"), folder.join("far/a/b/disk")).unwrap();
+    let run = folder.qmerge(&["commit", "vm1/disk", "-n"]).ok();
+    assert!(run.text().contains("searched") && run.text().contains("--scan DIR"), "{run}");
+    // Its name leads nowhere from there, and says by its end whose disk it was.
+    folder.refused(&["commit", "vm1/disk", "--scan", "far"], &[6]).says("disk");
+    let new = folder.arg("base/b");
+    folder.img(&["rebase", "-u", "-F", "qcow2", "-b", &new, "far/a/b/disk"]);
+    folder.refused(&["commit", "vm1/disk", "--scan", "far"], &[6]).says("far/a/b/disk");
+}
+
+#[test]
+fn signs_of_other_users_are_told() {
+    if !qemu_present() {
+        return;
+    }
+    let folder = family("signs", |folder| {
+        fs::create_dir(folder.join("backup")).unwrap();
+        fs::hard_link(folder.join("base.qcow2"), folder.join("backup/base.qcow2")).unwrap();
+    });
+    let run = folder.qmerge(&["commit", "c.qcow2", "-n"]).ok();
+    assert!(run.text().contains("1 other name, by a hard link"), "{run}");
+    let run = folder.qmerge(&["commit", "c.qcow2", "-n", "--scan", "backup"]).ok();
+    assert!(run.text().contains("backup/base.qcow2"), "{run}");
 }

@@ -13,7 +13,9 @@ mod open;
 mod policy;
 mod read;
 mod relink;
+mod search;
 mod siblings;
+mod signs;
 pub mod view;
 
 use std::path::PathBuf;
@@ -25,10 +27,13 @@ pub use data_file::{DataFile, DataFileKept};
 pub use digest::digest;
 pub(crate) use find::index;
 pub use name::{BackingName, Spelling};
-pub use open::{OpenOptions, open_data_file};
+pub use open::{OpenOptions, may_be_unlocked, open_data_file};
 pub use policy::{DEFAULT_MAX_DEPTH, Policy};
 pub use relink::new_backing_name;
-pub use siblings::{Sibling, Siblings, find_users};
+pub use search::Search;
+pub use siblings::{BACKING_FILE, Sibling, Siblings, find_users, find_users_in};
+pub use signs::Lookalike;
+pub(crate) use signs::{find_lookalikes, other_names};
 
 /// An opened chain, the bottom first, the active image last. The default is an empty one, for an image that is
 /// there no more; all others have one layer or more.
@@ -70,6 +75,13 @@ impl Chain {
     /// The image of a layer, to be changed.
     pub(crate) fn image_mut(&mut self, at: usize) -> Option<&mut Image> {
         self.layers.get_mut(at).map(|layer| &mut layer.image)
+    }
+
+    /// The layers whose file systems have no locks, though locks were asked for.
+    pub fn unlocked(&self) -> Vec<PathBuf> {
+        let is_unlocked =
+            |layer: &&Layer| !layer.image.file().has_locks() || !layer.image.data_file().has_locks();
+        self.layers.iter().filter(is_unlocked).map(|layer| layer.path.clone()).collect()
     }
 
     /// The position of the active image: that of the last layer.

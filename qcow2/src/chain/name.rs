@@ -7,6 +7,7 @@
 //! working directory of the process. A *data file name* is always a literal path, and a relative one
 //! starts at the working directory. QEMU 10.0.2 was asked for each of these; the tests ask again.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -26,9 +27,26 @@ const HARMLESS_OPTIONS: &[&str] = &[
     "detect-zeroes",
     "discard",
     "locking",
+    "aio-max-batch",
+    "cache-clean-interval",
+    "cache-size",
+    "drop-cache",
+    "force-share",
+    "l2-cache-entry-size",
+    "l2-cache-size",
+    "lazy-refcounts",
     "node-name",
+    "pass-discard-other",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "pr-manager",
     "read-only",
+    "refcount-cache-size",
 ];
+
+/// Drivers that lie over another node and show its bytes as they are, with the options that are theirs.
+const FILTERS: &[(&str, &[&str])] =
+    &[("throttle", &["throttle-group"]), ("copy-on-read", &["bottom"]), ("compress", &[])];
 
 /// How a name is spelt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +69,17 @@ pub struct BackingName {
     from_working_dir: bool,
     driver: FileDriver,
     format: Option<String>,
+    backing: Option<Stated>,
+    data_file: Option<Box<BackingName>>,
+}
+
+/// What a name says of the backing file of the image that it leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Stated {
+    /// It has none.
+    Nothing,
+    /// This one.
+    File(Box<BackingName>),
 }
 
 /// The QEMU driver that would open the file.
@@ -103,24 +132,27 @@ impl BackingName {
             return Err("the name is empty".to_owned());
         }
         let path = PathBuf::from(OsStr::from_bytes(name));
-        Ok(Self { spelling, path, from_working_dir, driver, format: None })
+        Ok(Self { spelling, path, from_working_dir, driver, format: None, backing: None, data_file: None })
     }
 
     fn from_json(text: &[u8]) -> Result<Self, String> {
         let text = std::str::from_utf8(text).map_err(|_| "json that is not UTF-8".to_owned())?;
-        let mut options = json::flatten(text)?;
-        let mut take = |key: &str| match options.remove(key) {
-            None => Ok(None),
-            Some(OptionValue::Text(text)) => Ok(Some(text)),
-            Some(OptionValue::Other(found)) => Err(format!("json option '{key}' is {found}, not a string")),
-        };
-        let top = take("driver")?;
+        Self::from_options(json::flatten(text)?)
+    }
+
+    /// Reads the options of a node as QEMU writes them: a format over a file, or a file alone, with filters between
+    /// that change nothing of what is read.
+    fn from_options(mut options: BTreeMap<String, OptionValue>) -> Result<Self, String> {
+        let format_at = below_filters(&mut options, String::new())?;
+        let top = take(&mut options, &format!("{format_at}driver"))?;
         // A file driver without a format driver on top shows the file's bytes as they are.
         let bare = matches!(top.as_deref(), Some("file" | "host_device"));
-        let (driver, filename, format) = if bare {
-            (top, take("filename")?, Some("raw".to_owned()))
+        let (file_at, driver, format) = if bare {
+            (format_at.clone(), top, Some("raw".to_owned()))
         } else {
-            (take("file.driver")?, take("file.filename")?, top)
+            let file_at = below_filters(&mut options, format!("{format_at}file."))?;
+            let driver = take(&mut options, &format!("{file_at}driver"))?;
+            (file_at, driver, top)
         };
         let driver = match driver.as_deref() {
             None => FileDriver::Any,
@@ -128,7 +160,15 @@ impl BackingName {
             Some("host_device") => FileDriver::HostDevice,
             Some(other) => return Err(format!("driver '{other}'")),
         };
-        let understood = |key: &str| HARMLESS_OPTIONS.contains(&key.strip_prefix("file.").unwrap_or(key));
+        let filename = take(&mut options, &format!("{file_at}filename"))?;
+        let backing = match (options.remove(&format!("{format_at}backing")), bare) {
+            (Some(OptionValue::Other(null)), false) if null == "null" => Some(Stated::Nothing),
+            (Some(_), _) => return Err("json option 'backing' is the name of a node".to_owned()),
+            (None, true) => None,
+            (None, false) => child(&mut options, &format!("{format_at}backing."))?.map(Stated::File),
+        };
+        let data_file = if bare { None } else { child(&mut options, &format!("{format_at}data-file."))? };
+        let understood = |key: &str| HARMLESS_OPTIONS.contains(&key.trim_start_matches("file."));
         if let Some(key) = options.keys().find(|key| !understood(key)) {
             return Err(format!("json option '{key}' is not supported"));
         }
@@ -137,7 +177,18 @@ impl BackingName {
             return Err("the file name holds a zero byte".to_owned());
         }
         let name = Self::path(Spelling::Json, filename.as_bytes(), true, driver)?;
-        Ok(Self { format, ..name })
+        Ok(Self { format, backing, data_file, ..name })
+    }
+
+    /// What the name says of the backing file of the image that it leads to. The image says it itself, too: the
+    /// two must be the same.
+    pub(super) fn backing(&self) -> Option<&Stated> {
+        self.backing.as_ref()
+    }
+
+    /// What the name says of the data file of the image that it leads to, as for its backing file.
+    pub(super) fn data_file(&self) -> Option<&Self> {
+        self.data_file.as_deref()
     }
 
     /// How the name is spelt.
@@ -185,6 +236,42 @@ impl BackingName {
         };
         Err(what)
     }
+}
+
+/// A string among options.
+fn take(options: &mut BTreeMap<String, OptionValue>, key: &str) -> Result<Option<String>, String> {
+    match options.remove(key) {
+        None => Ok(None),
+        Some(OptionValue::Text(text)) => Ok(Some(text)),
+        Some(OptionValue::Other(found)) => Err(format!("json option '{key}' is {found}, not a string")),
+    }
+}
+
+/// Where the node begins that lies below the filters at `at`, whose options are taken away.
+fn below_filters(options: &mut BTreeMap<String, OptionValue>, mut at: String) -> Result<String, String> {
+    loop {
+        let key = format!("{at}driver");
+        let Some(OptionValue::Text(driver)) = options.get(&key) else { return Ok(at) };
+        let Some((_, own)) = FILTERS.iter().find(|(filter, _)| filter == driver) else { return Ok(at) };
+        options.remove(&key);
+        for option in *own {
+            take(options, &format!("{at}{option}"))?;
+        }
+        at += "file.";
+    }
+}
+
+/// The node whose options begin with `prefix`, if there are any; they are taken away.
+fn child(
+    options: &mut BTreeMap<String, OptionValue>,
+    prefix: &str,
+) -> Result<Option<Box<BackingName>>, String> {
+    let mut own = BTreeMap::new();
+    options.retain(|key, value| match key.strip_prefix(prefix) {
+        Some(key) => own.insert(key.to_owned(), value.clone()).is_some(),
+        None => true,
+    });
+    if own.is_empty() { Ok(None) } else { BackingName::from_options(own).map(|name| Some(Box::new(name))) }
 }
 
 /// Every path that a backing name may lead to, also of names that [`BackingName::parse`] refuses: for a
@@ -339,12 +426,51 @@ mod tests {
     }
 
     #[test]
+    fn filters_are_looked_through() {
+        for (name, format) in [
+            (
+                r#"{"driver":"throttle","throttle-group":"g","file":{"driver":"qcow2","file":{"driver":"file","filename":"/b"}}}"#,
+                "qcow2",
+            ),
+            (
+                r#"{"driver":"qcow2","file":{"driver":"throttle","throttle-group":"g","file":{"driver":"file","filename":"/b"}}}"#,
+                "qcow2",
+            ),
+            (
+                r#"{"driver":"copy-on-read","file.driver":"compress","file.file.driver":"raw","file.file.file.filename":"/b"}"#,
+                "raw",
+            ),
+            (
+                r#"{"driver":"copy-on-read","bottom":"n","file":{"driver":"host_device","filename":"/b"}}"#,
+                "raw",
+            ),
+        ] {
+            let parsed = BackingName::parse(format!("json:{name}").as_bytes()).unwrap();
+            assert_eq!(parsed.resolve(Path::new("d/top")), Path::new("/b"), "{name}");
+            assert_eq!(parsed.format(), Some(format), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_lies_below_is_stated_as_qemu_does() {
+        let name = r#"json:{"backing":{"backing":null,"driver":"qcow2","file":{"driver":"file","filename":"/a"}},"driver":"qcow2","file":{"driver":"file","filename":"/b"},"data-file":{"driver":"file","filename":"/d"}}"#;
+        let parsed = BackingName::parse(name.as_bytes()).unwrap();
+        let Some(Stated::File(below)) = parsed.backing() else { panic!("{parsed:?}") };
+        assert_eq!((below.path.as_path(), below.backing()), (Path::new("/a"), Some(&Stated::Nothing)));
+        assert_eq!(parsed.data_file().map(|name| name.path.as_path()), Some(Path::new("/d")));
+    }
+
+    #[test]
     fn json_that_means_anything_else_is_refused_by_name() {
         for (name, expected) in [
             (r#"json:{"driver":"qcow2","file":{"driver":"nbd","host":"h"}}"#, "driver 'nbd'"),
             (r#"json:{"driver":"qcow2","file.driver":"https","file.url":"u"}"#, "driver 'https'"),
             (r#"json:{"driver":"raw","offset":512,"file":{"filename":"/b"}}"#, "'offset'"),
-            (r#"json:{"driver":"qcow2","backing":null,"file":{"filename":"/b"}}"#, "'backing'"),
+            (r#"json:{"driver":"qcow2","backing":"node","file":{"filename":"/b"}}"#, "'backing'"),
+            (r#"json:{"driver":"qcow2","backing":{"driver":"nbd"},"file":{"filename":"/b"}}"#, "driver"),
+            (r#"json:{"driver":"quorum","file":{"filename":"/b"},"vote-threshold":1}"#, "'vote-threshold'"),
+            (r#"json:{"driver":"blkdebug","image":{"driver":"file","filename":"/b"}}"#, "'image.driver'"),
+            (r#"json:{"driver":"throttle","offset":1,"file":{"driver":"file","filename":"/b"}}"#, "'offset'"),
             (r#"json:{"driver":"raw","file":{"driver":"qcow2","file":{"filename":"/b"}}}"#, "driver 'qcow2'"),
             (r#"json:{"driver":"qcow2","file":"node"}"#, "'file'"),
             (r#"json:{"driver":"qcow2"}"#, "without a file name"),

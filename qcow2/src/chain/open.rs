@@ -1,14 +1,13 @@
 //! Opening a chain: from the active image down, name by name.
 
-use crate::error::shown;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::name::BackingName;
+use super::name::{BackingName, Stated};
 use super::policy::{Named, Opened, Policy, not_writable};
 use super::{Chain, DataFile, Layer, data_file};
-use crate::error::{Error, FileOp, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result, shown};
 use crate::format::{Cluster0, EXT_BACKING_FORMAT, FormatError};
 use crate::image::{Image, ImageFormat, Qcow2};
 use crate::journal;
@@ -31,6 +30,9 @@ pub struct OpenOptions {
     /// Whether every file is locked as QEMU does, before anything is read from it: for writing what is
     /// opened for writing, for reading the rest.
     pub lock: bool,
+    /// Whether what is opened for writing may lie on a file system without locks: then only the caller knows that
+    /// nobody else uses it. What is opened for reading may.
+    pub no_locks: bool,
     /// Whether headers that a power cut has torn are made whole first, from the records that the writer left
     /// beside them; this writes, under lock. Then no other lock of this process may be on them.
     pub heal: bool,
@@ -74,6 +76,29 @@ pub fn open_data_file(
     Opener { host, options, layers: Vec::new() }.open_data_file(image, file, cluster0)
 }
 
+/// Lets a file pass that is locked, or that lies on a file system without locks: to be read, or if the caller `allowed`
+/// that and no process is seen that has it open. To be called when a lock was asked for.
+///
+/// # Errors
+/// [`Refusal::NoLocks`]; [`Error::InUse`].
+pub fn may_be_unlocked(
+    host: &dyn Host,
+    path: &Path,
+    id: FileId,
+    file: &dyn Storage,
+    access: Access,
+    allowed: bool,
+) -> Result<()> {
+    if file.has_locks() || access == Access::Read {
+        return Ok(());
+    }
+    if !allowed {
+        return Err(Error::refused(path, Refusal::NoLocks));
+    }
+    let holders = host.holders(id);
+    if holders.is_empty() { Ok(()) } else { Err(Error::InUse { path: path.to_owned(), holders }) }
+}
+
 /// A file that is about to become a layer.
 struct Found {
     path: PathBuf,
@@ -81,6 +106,10 @@ struct Found {
     id: FileId,
     format: ImageFormat,
     storage: Arc<dyn Storage>,
+    /// The name by which the overlay calls it.
+    name: Option<BackingName>,
+    /// What names of layers above say of its backing file.
+    stated: Vec<Stated>,
 }
 
 struct Opener<'a> {
@@ -107,7 +136,15 @@ impl Opener<'_> {
             Some(format) => format,
             None => ImageFormat::detect_readable(path, &*storage)?,
         };
-        Ok(Found { path: path.to_owned(), written_name: None, id, format, storage })
+        Ok(Found {
+            path: path.to_owned(),
+            written_name: None,
+            id,
+            format,
+            storage,
+            name: None,
+            stated: Vec::new(),
+        })
     }
 
     fn heal(&self, path: &Path) -> Result<()> {
@@ -128,12 +165,13 @@ impl Opener<'_> {
         storage.lock(mode).map_err(|e| match e {
             LockError::Held { .. } => Error::InUse { path: path.to_owned(), holders: self.host.holders(id) },
             LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
-        })
+        })?;
+        may_be_unlocked(self.host, path, id, storage, access, self.options.no_locks)
     }
 
     /// Adds a layer and returns the one below it.
     fn add(&mut self, file: Found) -> Result<Option<Found>> {
-        let Found { path, written_name, id, format, storage } = file;
+        let Found { path, written_name, id, format, storage, name: called, stated } = file;
         let mut data_file = None;
         let mut data_storage = None;
         let mut below = None;
@@ -144,6 +182,7 @@ impl Opener<'_> {
                 data_file = Some(found);
                 data_storage = Some(opened);
             }
+            self.judge_data_file(&path, called.as_ref(), data_file.as_ref())?;
             below = cluster0.backing_name.clone().map(|name| (name, cluster0));
         }
         let mut image = Image::open(&path, storage, format, data_storage)?;
@@ -155,7 +194,10 @@ impl Opener<'_> {
         }
         let access = self.access(id);
         self.layers.push(Layer { index: 0, path: path.clone(), written_name, id, access, data_file, image });
-        below.map(|(name, cluster0)| self.open_backing(&path, name, &cluster0)).transpose()
+        let mut found =
+            below.map(|(name, cluster0)| self.open_backing(&path, name, &cluster0)).transpose()?;
+        self.judge_stated(&path, stated, found.as_mut())?;
+        Ok(found)
     }
 
     fn open_data_file(
@@ -204,7 +246,57 @@ impl Opener<'_> {
         self.lock(&path, id, self.access(id), &*storage)?;
         let kind = storage.stat().map_err(|e| Error::io(&path, FileOp::Stat, None, e))?.kind;
         let format = self.backing_format(&named, cluster0, &path, (id, kind), &*storage)?;
-        Ok(Found { path, written_name: Some(written), id, format, storage })
+        let stated = name.backing().cloned().into_iter().collect();
+        let name = Some(name);
+        Ok(Found { path, written_name: Some(written), id, format, storage, name, stated })
+    }
+
+    /// What a name says of the backing file of the image at `path` must be what that image says. What it says of the
+    /// layers further below is left to these.
+    fn judge_stated(&self, path: &Path, stated: Vec<Stated>, found: Option<&mut Found>) -> Result<()> {
+        let refuse = |what: String| Err(Error::refused(path, Refusal::Other(what)));
+        let Some(found) = found else {
+            return match stated.iter().find(|stated| **stated != Stated::Nothing) {
+                Some(_) => {
+                    refuse("the name in the overlay above gives it a backing file, but it has none".into())
+                }
+                None => Ok(()),
+            };
+        };
+        for stated in stated {
+            let Stated::File(name) = stated else {
+                let what = "the name in the overlay above says that it has no backing file, but it has one";
+                return refuse(what.into());
+            };
+            let resolved = name.resolve(path);
+            let is_same = self.host.stat(&resolved).is_ok_and(|stat| stat.id == found.id)
+                && name.format().is_none_or(|format| format == found.format.name());
+            if !is_same {
+                return refuse(format!(
+                    "the name in the overlay above says that its backing file is {}, but it names {}",
+                    shown(&resolved),
+                    shown(&found.path)
+                ));
+            }
+            found.stated.extend(name.backing().cloned());
+        }
+        Ok(())
+    }
+
+    /// As [`Opener::judge_stated`], for the data file.
+    fn judge_data_file(
+        &self,
+        path: &Path,
+        called: Option<&BackingName>,
+        found: Option<&DataFile>,
+    ) -> Result<()> {
+        let Some(name) = called.and_then(BackingName::data_file) else { return Ok(()) };
+        let id = self.host.stat(&name.resolve(path)).ok().map(|stat| stat.id);
+        if id.is_some() && id == found.map(|file| file.id) {
+            return Ok(());
+        }
+        let what = "the name in the overlay above gives it another data file than it names".to_owned();
+        Err(Error::refused(path, Refusal::Other(what)))
     }
 
     /// Whether a layer, or a layer's data file, is this file.

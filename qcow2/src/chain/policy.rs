@@ -12,11 +12,12 @@ use super::name::BackingName;
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::storage::{Access, FileId, Host, Place, Storage};
 
-/// How many layers a chain may have when the caller does not say.
-pub const DEFAULT_MAX_DEPTH: usize = 256;
+/// How many layers a chain may have when the caller does not say: as many as there are. A chain cannot come back to one
+/// of its files, so each layer takes a file of its own.
+pub const DEFAULT_MAX_DEPTH: usize = usize::MAX;
 
 /// Where files call themselves regular and are not: reading some waits, or changes the system.
-const KERNEL_FILES: &[&str] = &["/proc", "/sys"];
+pub(super) const KERNEL_FILES: &[&str] = &["/proc", "/sys"];
 
 /// Which files may be opened because an image names them. The default allows none.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +60,7 @@ impl Policy {
         self
     }
 
-    /// Sets the most layers that a chain may have; 256 unless set.
+    /// Sets the most layers that a chain may have; there is no limit unless set.
     pub fn with_max_depth(mut self, layers: usize) -> Self {
         self.max_depth = layers;
         self

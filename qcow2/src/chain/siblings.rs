@@ -8,13 +8,17 @@ use rayon::prelude::*;
 
 use super::Chain;
 use super::name::{possible_data_file_paths, possible_paths};
-use crate::error::{Error, FileOp, Result};
+use super::search::Search;
+use crate::error::Result;
 use crate::format::{Cluster0, Header, V2_HEADER_LENGTH, is_qcow2};
 use crate::storage::{Access, FileId, FileKind, Host, Storage};
 
 /// How much is read of every file at first, in bytes: enough for the header, the extensions and the
 /// names of nearly every image.
 const HEAD: usize = 4096;
+
+/// The role of a file that an image reads through where it holds nothing itself.
+pub const BACKING_FILE: &str = "backing file";
 
 /// An image that uses a file that it must share with the chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +38,10 @@ pub struct Siblings {
     pub users: Vec<Sibling>,
     /// Files and folders that could not be read, so that nobody knows what they use.
     pub unreadable: Vec<(PathBuf, io::Error)>,
+    /// Folders that were left out, as there was too much below the ones to be searched.
+    pub left_out: Vec<PathBuf>,
+    /// All names that were looked at.
+    pub files: Vec<PathBuf>,
 }
 
 impl Chain {
@@ -71,29 +79,33 @@ pub fn find_users(
     targets: &[FileId],
     chain: &[FileId],
 ) -> Result<Siblings> {
+    find_users_in(host, &Search::of_folders(dirs), targets, chain)
+}
+
+/// As [`find_users`], where `search` says.
+///
+/// # Errors
+/// As [`find_users`].
+pub fn find_users_in(
+    host: &dyn Host,
+    search: &Search,
+    targets: &[FileId],
+    chain: &[FileId],
+) -> Result<Siblings> {
+    let walked = search.walk(host)?;
+    let files = walked.files;
     let mut found = Siblings::default();
-    let mut files = BTreeSet::new();
-    let mut folders = BTreeSet::new();
-    for dir in dirs {
-        let failed = |e| Error::io(dir, FileOp::List, None, e);
-        if !folders.insert(host.canonicalize(dir).map_err(failed)?) {
-            continue;
-        }
-        match host.list(dir) {
-            Ok(names) => files.extend(names),
-            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => found.unreadable.push((dir.clone(), e)),
-            Err(e) => return Err(failed(e)),
-        }
-    }
-    let files: Vec<PathBuf> = files.into_iter().collect();
+    (found.unreadable, found.left_out) = (walked.unreadable, walked.left_out);
     let results: Vec<_> = files.par_iter().map(|path| (path, uses(host, path, targets, chain))).collect();
     for (path, result) in results {
         match result {
             Ok(Some((uses, role))) => found.users.push(Sibling { path: path.clone(), uses, role }),
             Ok(None) => {}
+            Err(_) if walked.near.contains(path) => {}
             Err(e) => found.unreadable.push((path.clone(), e)),
         }
     }
+    found.files = files;
     Ok(found)
 }
 
@@ -128,7 +140,7 @@ fn uses(
         .data_file_name()
         .filter(|_| cluster0.header.has_data_file())
         .map(|name| possible_data_file_paths(name, path));
-    for (paths, role) in [(backing, "backing file"), (data, "data file")] {
+    for (paths, role) in [(backing, BACKING_FILE), (data, "data file")] {
         for named in paths.into_iter().flatten() {
             if let Ok(named) = host.stat(&named)
                 && targets.contains(&named.id)
@@ -141,7 +153,7 @@ fn uses(
 }
 
 /// Cluster 0 of a qcow2 image as far as it holds names; `None` if it is no such image, or damaged.
-fn read_names(file: &dyn Storage) -> io::Result<Option<Cluster0>> {
+pub(super) fn read_names(file: &dyn Storage) -> io::Result<Option<Cluster0>> {
     let mut bytes = vec![0; HEAD];
     let n = file.read_at(&mut bytes, 0)?;
     bytes.truncate(n);

@@ -4,10 +4,11 @@ use std::path::Path;
 
 use super::*;
 use crate::error::{Error, ErrorKind, Refusal, Result};
-use crate::format::{Cluster0, Geometry, Header};
+use crate::format::{Cluster0, Container, Geometry, Header};
 use crate::image::ImageFormat;
+use crate::storage::Access;
 use crate::storage::{Host, LockMode, MemHost};
-use crate::units::HostOffset;
+use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// An empty image of 1 MiB that names a backing file, and its format unless that is empty.
 pub(super) fn overlay(name: &str, format: &str) -> Vec<u8> {
@@ -214,12 +215,123 @@ fn the_overlays_word_on_the_format_goes_before_the_one_in_json_and_is_not_overru
 
 #[test]
 fn other_formats_are_refused_by_name() {
-    for format in ["vmdk", "vdi", "vhdx", "vpc", "qed", "qcow", "luks", "QCOW2"] {
+    for format in ["QCOW2", "rbd", "host_device", "gzip"] {
         let host = host(&[("/base", vec![0; 4096]), ("/top", overlay("base", format))]);
         let error = open(&host, "/top").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().contains(format), "{error}");
     }
+}
+
+/// The start of a file of another format.
+fn foreign(magic: &[u8]) -> Vec<u8> {
+    [magic, &[0; 4096]].concat()
+}
+
+#[test]
+fn a_layer_of_another_format_is_held_and_never_read() {
+    for format in ["vmdk", "vdi", "vhdx", "vpc", "qed", "qcow", "luks", ""] {
+        let files = [
+            ("/base", foreign(b"KDMV")),
+            ("/a", overlay("base", if format.is_empty() { "" } else { "vmdk" })),
+            ("/b", overlay("a", "qcow2")),
+        ];
+        let chain = open(&host(&files), "/b").unwrap();
+        let images = chain.images();
+        assert_eq!((images.len(), images[0].format()), (3, ImageFormat::Foreign(Container::Vmdk)));
+        let view = view::View::new(&images, 0, 2);
+        let range = GuestRange { start: GuestOffset::ZERO, len: 1 << 16 };
+        let error = view.resolve(range, &mut Vec::new()).unwrap_err();
+        assert!(matches!(error, Error::Foreign { container: Container::Vmdk, .. }), "{error}");
+        assert!(view::View::new(&images, 1, 2).resolve(range, &mut Vec::new()).is_ok());
+    }
+}
+
+#[test]
+fn raw_is_believed_as_far_as_it_may_be() {
+    let open = |magic: &[u8], declared: &str, given: bool, access| {
+        let files = [("/base", foreign(magic)), ("/top", overlay("base", declared))];
+        let host = host(&files);
+        let mut options = local();
+        if given {
+            options.backing_formats.insert("base".into(), ImageFormat::Raw);
+        }
+        options.access.insert(host.stat(Path::new("/base")).unwrap().id, access);
+        Chain::open(&host, Path::new("/top"), &options).map(|chain| chain.images()[0].format())
+    };
+    let (read, write) = (Access::Read, Access::ReadWrite);
+    // A guest's own disk, or one that a container lies in: what the overlay says is true.
+    for magic in [&b"LUKS\xba\xbe\0\x02"[..], b"\x1f\x8b\x08", b"PK\x03\x04"] {
+        assert_eq!(open(magic, "raw", false, write).unwrap(), ImageFormat::Raw);
+    }
+    // A mistake, or a guest that wrote another format's magic: a second word is needed.
+    for magic in [&b"KDMV"[..], b"vhdxfile", b"QED\0", b"conectix", b"QFI\xfb\0\0\0\x01"] {
+        let refused = open(magic, "raw", false, read).unwrap_err();
+        assert!(matches!(refused, Error::Refused { reason: Refusal::FormatMismatch { .. }, .. }));
+        assert_eq!(open(magic, "raw", true, write).unwrap(), ImageFormat::Raw);
+        // The user's word alone is enough to read, and not to write.
+        assert_eq!(open(magic, "", true, read).unwrap(), ImageFormat::Raw);
+        let refused = open(magic, "", true, write).unwrap_err();
+        assert!(matches!(refused, Error::Refused { reason: Refusal::FormatMismatch { .. }, .. }));
+    }
+    let refused = open(b"LUKS\xba\xbe\0\x01", "", true, write).unwrap_err();
+    assert!(matches!(refused, Error::Refused { reason: Refusal::FormatMismatch { .. }, .. }));
+    assert_eq!(open(b"any", "file", false, write).unwrap(), ImageFormat::Raw);
+}
+
+#[test]
+fn a_named_file_of_another_format_is_not_raw() {
+    let host = host(&[("/x", foreign(b"KDMV"))]);
+    assert!(matches!(open(&host, "/x"), Err(Error::Foreign { .. })));
+    let raw = OpenOptions { active_format: Some(ImageFormat::Raw), ..local() };
+    assert!(Chain::open(&host, Path::new("/x"), &raw).is_ok());
+}
+
+#[test]
+fn what_a_name_states_of_the_layers_below_must_be_so() {
+    let node = |file: &str, backing: &str| {
+        format!(r#"{{"driver":"qcow2","file":{{"driver":"file","filename":"{file}"}}{backing}}}"#)
+    };
+    let on = |node: String| format!(r#","backing":{node}"#);
+    let chain = |stated: &str| {
+        let name = format!("json:{}", node("/b", stated));
+        let host = host(&[
+            ("/base", overlay("", "")),
+            ("/other", overlay("", "")),
+            ("/a", overlay("base", "qcow2")),
+            ("/b", overlay("a", "qcow2")),
+            ("/c", overlay(&name, "qcow2")),
+        ]);
+        open(&host, "/c").map(|chain| chain.layers().len())
+    };
+    let nothing = r#","backing":null"#;
+    for right in [
+        on(node("/a", "")),
+        on(node("/a", &on(node("/base", "")))),
+        on(node("/a", &on(node("/base", nothing)))),
+    ] {
+        assert_eq!(chain(&right).unwrap(), 4, "{right}");
+    }
+    let raw = r#","backing":{"driver":"raw","file":{"filename":"/a"}}"#;
+    for wrong in [
+        on(node("/base", "")),
+        on(node("/gone", "")),
+        on(node("/a", &on(node("/other", "")))),
+        on(node("/a", &on(node("/base", &on(node("/other", "")))))),
+        on(node("/a", nothing)),
+        nothing.to_owned(),
+        raw.to_owned(),
+    ] {
+        assert_eq!(chain(&wrong).unwrap_err().kind(), ErrorKind::Refused, "{wrong}");
+    }
+}
+
+#[test]
+fn a_chain_may_have_any_number_of_layers() {
+    let names: Vec<String> = (0..1000).map(|n| format!("/{n}")).collect();
+    let below = |n: usize| if n == 0 { overlay("", "") } else { overlay(&names[n - 1], "qcow2") };
+    let files: Vec<_> = names.iter().enumerate().map(|(n, name)| (name.as_str(), below(n))).collect();
+    assert_eq!(open(&host(&files), "/999").unwrap().layers().len(), 1000);
 }
 
 #[test]

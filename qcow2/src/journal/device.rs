@@ -380,6 +380,10 @@ impl Storage for Journaled {
         self.file.lock(mode)
     }
 
+    fn has_locks(&self) -> bool {
+        self.file.has_locks()
+    }
+
     fn used_by_others(&self) -> io::Result<Option<LockMode>> {
         self.file.used_by_others()
     }

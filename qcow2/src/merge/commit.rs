@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 use super::job::{Job, Totals};
 use super::needs::Question;
 use super::options::{BaseChoice, CommitOptions, Span};
-use super::plan::{Afterwards, DataFileFate, Plan, PlannedDataFile, Resumed};
+use super::plan::{Afterwards, DataFileFate, Plan, PlannedDataFile, Resumed, Signs};
 use super::remains::Remains;
 use super::work::{self, Left};
 use super::zeros::Zeros;
@@ -198,6 +198,7 @@ impl Commit {
             data_files: Vec::new(),
             bitmaps_lost: Vec::new(),
             searched: Vec::new(),
+            signs: Signs::default(),
             unreadable: Vec::new(),
             nothing_to_do: Some(reason),
             resumed: None,
@@ -353,6 +354,7 @@ fn make_plan(
         data_files: data_files(chain, span, options),
         bitmaps_lost: safety::bitmaps(chain, span)?,
         searched: found.searched,
+        signs: found.signs,
         unreadable: found.unreadable,
         nothing_to_do: nothing.then(|| {
             format!("{} is an empty overlay on {}", path(span.active).display(), path(span.base).display())

@@ -42,6 +42,8 @@ pub struct Plan {
     pub bitmaps_lost: Vec<(PathBuf, String)>,
     /// Directories that were searched for images that share layers.
     pub searched: Vec<PathBuf>,
+    /// What tells that somebody may use base whom the search did not find.
+    pub signs: Signs,
     /// Files there that could not be read, so that it is not known what they use.
     pub unreadable: Vec<PathBuf>,
     /// Set when there is nothing to do, with the reason.
@@ -73,6 +75,27 @@ pub enum DataFileFate {
     Removed,
     /// It stays as it is, though nobody needs it for this chain any more.
     Kept(DataFileKept),
+}
+
+/// What tells that somebody may use base whom a search for images did not find.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Signs {
+    /// How many names were looked at.
+    pub looked_at: usize,
+    /// Folders in whose sub-folders was looked, too, as far as that was possible.
+    pub nearby: Vec<PathBuf>,
+    /// Folders that were left out, as there was too much below those to be searched.
+    pub left_out: Vec<PathBuf>,
+    /// How many names base's file has.
+    pub links: u64,
+    /// Those that were found, without base's own.
+    pub other_names: Vec<PathBuf>,
+    /// Nobody has the permission to write base, as is usual for a template.
+    pub is_read_only: bool,
+    /// Base lies in another folder than the active image.
+    pub is_elsewhere: bool,
+    /// Images whose backing name leads nowhere, and ends in the name of base or of a merged layer.
+    pub possible_users: Vec<PathBuf>,
 }
 
 /// Where a merge goes on that was stopped.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::execute::Report;
 use super::options::CommitOptions;
 use super::retire::{Known, mark};
-use crate::chain::{Chain, find_users};
+use crate::chain::{Chain, Search, find_users_in};
 use crate::error::{Error, FileOp, Result};
 use crate::image::Qcow2;
 use crate::journal::record::{Phase, Spent, SpentKind};
@@ -124,10 +124,10 @@ impl Remains {
         }
         let mut folders = chain.folders(host);
         folders.extend(there.iter().filter_map(|(path, _)| Some(path.parent()?.to_owned())));
-        folders.extend(options.scan.iter().cloned());
+        let search = Search { folders, deep: options.scan.clone(), ..Search::default() };
         let mut theirs = chain.files();
         theirs.extend(&targets);
-        let found = find_users(host, &folders, &targets, &theirs)?;
+        let found = find_users_in(host, &search, &targets, &theirs)?;
         Ok(found.users.iter().map(|user| user.uses).collect())
     }
 

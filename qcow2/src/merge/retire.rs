@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::remains::unlink;
-use crate::chain::find_users;
+use crate::chain::{Search, find_users_in};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{Mark, is_qcow2, plan_mark};
 use crate::image::Qcow2;
@@ -188,10 +188,10 @@ fn users_of(
     let real =
         host.canonicalize(&image.path).map_err(|e| Error::io(&image.path, FileOp::Resolve, None, e))?;
     let parents = [real.as_path(), &image.path].map(Path::parent).into_iter().flatten();
-    let mut folders: Vec<_> = parents.filter(|p| !p.as_os_str().is_empty()).map(Path::to_owned).collect();
-    folders.extend(scan.iter().cloned());
+    let folders = parents.filter(|p| !p.as_os_str().is_empty()).map(Path::to_owned).collect();
+    let search = Search { folders, deep: scan.to_vec(), ..Search::default() };
     let theirs: Vec<_> = chain.iter().copied().chain(images.iter().map(|image| image.id)).collect();
-    let users = find_users(host, &folders, &[image.id], &theirs)?.users;
+    let users = find_users_in(host, &search, &[image.id], &theirs)?.users;
     Ok(users.into_iter().map(|user| user.path).collect())
 }
 

@@ -1,11 +1,13 @@
 //! The rules that a commit must pass before anything is written.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use super::options::{CommitOptions, Span};
-use super::plan::{Afterwards, Plan};
-use crate::chain::{Chain, Layer, find_users};
+use super::plan::{Afterwards, Plan, Signs};
+use crate::chain::{
+    BACKING_FILE, Chain, Layer, Lookalike, Search, Sibling, find_lookalikes, find_users_in, other_names,
+};
 use crate::check::{CheckOptions, check_consistent};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::{Image, bitmap_names};
@@ -114,11 +116,13 @@ pub(super) fn consistent(chain: &Chain, at: usize, cancel: &AtomicBool) -> Resul
 pub(super) struct Searched {
     pub(super) searched: Vec<PathBuf>,
     pub(super) unreadable: Vec<PathBuf>,
+    pub(super) signs: Signs,
     /// Files of base and of merged layers that images outside the chain use.
     pub(super) shared: Vec<FileId>,
 }
 
-/// Nobody outside the chain may read through base or a merged layer, but for layers that were `merged` before.
+/// Nobody outside the chain may read through base or a merged layer, but for layers that were `merged` before, and for
+/// images that go on to see the same.
 pub(super) fn siblings(
     host: &dyn Host,
     chain: &Chain,
@@ -126,26 +130,81 @@ pub(super) fn siblings(
     merged: Vec<FileId>,
     options: &CommitOptions,
 ) -> Result<Searched> {
-    let mut dirs = chain.folders(host);
-    dirs.extend(options.scan.iter().cloned());
+    let folders = chain.folders(host);
+    let nearby = neighbours(host, chain, span);
+    let search = Search { folders: folders.clone(), deep: options.scan.clone(), nearby: nearby.clone() };
     let touched = chain.layers().get(span.base..=span.top).unwrap_or_default();
     let targets: Vec<FileId> =
         touched.iter().flat_map(|l| [Some(l.id), l.data_file.as_ref().map(|d| d.id)]).flatten().collect();
     let theirs = [chain.files(), merged].concat();
-    let found = find_users(host, &dirs, &targets, &theirs)?;
-    if let Some(first) = found.users.first()
+    let found = find_users_in(host, &search, &targets, &theirs)?;
+    let is_harmed = |user: &&Sibling| !keeps_its_view(chain, span, options, user);
+    let harmed: Vec<&Sibling> = found.users.iter().filter(is_harmed).collect();
+    if let Some(first) = harmed.first()
         && !options.allow_shared_base
     {
         let used = touched
             .iter()
             .find(|l| l.id == first.uses || l.data_file.as_ref().is_some_and(|d| d.id == first.uses));
         let path = used.map_or(first.path.as_path(), |layer| layer.path.as_path());
-        let users = found.users.iter().filter(|u| u.uses == first.uses).map(|u| u.path.clone()).collect();
+        let users = harmed.iter().filter(|u| u.uses == first.uses).map(|u| u.path.clone()).collect();
         return Err(Error::refused(path, Refusal::SharedBase { users }));
     }
+    let possible = find_lookalikes(host, &found.files, touched);
+    if let Some(first) = possible.iter().find(|image| image.fits)
+        && !options.allow_shared_base
+    {
+        let layer = touched.iter().find(|layer| layer.id == first.may_use);
+        let path = layer.map_or(first.path.as_path(), |layer| layer.path.as_path());
+        let is_same = |image: &&Lookalike| image.fits && image.may_use == first.may_use;
+        let users = possible.iter().filter(is_same).map(|image| image.path.clone()).collect();
+        return Err(Error::refused(path, Refusal::PossiblyShared { users }));
+    }
     let shared = found.users.iter().map(|user| user.uses).collect();
+    let base = touched.first();
+    let owner = base.and_then(|base| Some(host.stat(&base.path).ok()?.owner));
+    let signs = Signs {
+        looked_at: found.files.len(),
+        nearby,
+        left_out: found.left_out,
+        links: base.and_then(|base| host.links(&base.path).ok()).unwrap_or(1),
+        other_names: base.map_or_else(Vec::new, |base| other_names(host, &found.files, base)),
+        is_read_only: owner.is_some_and(|owner| owner.mode & WRITABLE == 0),
+        is_elsewhere: is_elsewhere(host, chain, span),
+        possible_users: possible.into_iter().map(|image| image.path).collect(),
+    };
     let unreadable = found.unreadable.into_iter().map(|(path, _)| path).collect();
-    Ok(Searched { searched: dirs, unreadable, shared })
+    let searched = [folders, options.scan.clone()].concat();
+    Ok(Searched { searched, unreadable, shared, signs })
+}
+
+/// The permission to write, of whomever.
+const WRITABLE: u32 = 0o222;
+
+/// Whether what an image sees does not change: it reads through the active image, which becomes an empty overlay on base
+/// as large as before, or stays as it is.
+fn keeps_its_view(chain: &Chain, span: Span, options: &CommitOptions, user: &Sibling) -> bool {
+    let reads_through = |layer: &Layer| layer.id == user.uses && user.role == BACKING_FILE;
+    span.top == span.active && !options.delete && chain.layers().get(span.active).is_some_and(reads_through)
+}
+
+/// The real folder of a layer.
+fn folder_of(host: &dyn Host, chain: &Chain, at: usize) -> Option<PathBuf> {
+    let real = host.canonicalize(&chain.layers().get(at)?.path).ok()?;
+    real.parent().map(Path::to_owned)
+}
+
+/// Whether base and the active image lie in different folders, as templates and the disks made from them do.
+fn is_elsewhere(host: &dyn Host, chain: &Chain, span: Span) -> bool {
+    folder_of(host, chain, span.base) != folder_of(host, chain, span.active)
+}
+
+/// The folder in whose sub-folders other users of base are likely: where each machine has a folder of its own, and base
+/// lies in another.
+fn neighbours(host: &dyn Host, chain: &Chain, span: Span) -> Vec<PathBuf> {
+    let own = folder_of(host, chain, span.active).filter(|_| is_elsewhere(host, chain, span));
+    let above = own.as_deref().and_then(Path::parent).filter(|above| above.parent().is_some());
+    above.map(Path::to_owned).into_iter().collect()
 }
 
 /// Whether the file system can give base the blocks of the merged layers instead of a copy.

@@ -98,6 +98,13 @@ pub(super) fn foreign_mode(file: &File) -> io::Result<Option<LockMode>> {
     Ok(None)
 }
 
+/// Whether the system's answer means that the file system has no such locks: NFS without its lock service, some FUSE
+/// file systems, kernels without locks of open file descriptions. QEMU goes on without locks there.
+pub(super) fn has_none(error: &io::Error) -> bool {
+    const NONE: [Errno; 4] = [Errno::ENOLCK, Errno::EOPNOTSUPP, Errno::ENOSYS, Errno::EINVAL];
+    error.raw_os_error().is_some_and(|code| NONE.contains(&Errno::from_raw(code)))
+}
+
 fn set(file: &File, byte: u64, kind: i32) -> Result<(), Errno> {
     let range = one_byte(byte, kind)?;
     loop {

@@ -89,8 +89,14 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Takes QEMU-compatible byte locks and tests for those of others; see [`LockMode`]. The locks
     /// last as long as the file is open. Never waits. A second call changes the mode (to a stronger
     /// one); after a failure what was held before is still held. A second open of the same file by this
-    /// process conflicts like that of any other.
+    /// process conflicts like that of any other. Where the file system has no locks, nothing is locked;
+    /// [`Storage::has_locks`] tells that afterwards.
     fn lock(&self, mode: LockMode) -> Result<(), LockError>;
+
+    /// Whether the file system has locks, as far as a lock was asked for.
+    fn has_locks(&self) -> bool {
+        true
+    }
 
     /// How others use the file at this moment, as far as their locks tell; takes no lock, and so
     /// promises nothing about the next moment.
@@ -137,6 +143,17 @@ pub enum FileKind {
     Block,
     /// Anything else: directory, fifo, socket, character device; with a word for it.
     Other(&'static str),
+}
+
+/// What has a name in a directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NameKind {
+    /// A directory.
+    Folder,
+    /// A symbolic link, wherever it leads.
+    Link,
+    /// A file of any kind.
+    File,
 }
 
 /// The identity of a file: two names lead to the same file exactly if these are equal.
@@ -282,6 +299,16 @@ pub trait Host: Send + Sync + fmt::Debug {
 
     /// The names in a directory, as full paths.
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>>;
+
+    /// What has a name in a directory; symbolic links are not followed.
+    fn name_kind(&self, _path: &Path) -> io::Result<NameKind> {
+        Ok(NameKind::File)
+    }
+
+    /// How many names a file has.
+    fn links(&self, _path: &Path) -> io::Result<u64> {
+        Ok(1)
+    }
 
     /// Gives a file a new name in one step, replacing what had it.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;

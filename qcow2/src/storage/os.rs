@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::fs::{Access as RightsTo, Advice, AtFlags, CWD, FallocateFlags, OFlags, RenameFlags, SeekFrom};
@@ -17,8 +17,8 @@ use crate::error::Holder;
 use super::copy::{CopyError, copy_in_kernel, copy_plain, least_kernel_copy, out_of_range};
 use super::view::View;
 use super::{
-    Access, FileId, FileKind, FileStat, Folder, Host, LockError, LockMode, Owner, Storage, holders, lock,
-    os_folder, rights,
+    Access, FileId, FileKind, FileStat, Folder, Host, LockError, LockMode, NameKind, Owner, Storage, holders,
+    lock, os_folder, rights,
 };
 
 /// The real file system.
@@ -31,6 +31,8 @@ pub struct OsFile {
     file: File,
     kind: FileKind,
     locked: Mutex<Option<LockMode>>,
+    /// The file system has turned out to have no locks.
+    no_locks: AtomicBool,
     no_kernel_copy: AtomicBool,
     least_kernel_copy: u64,
     /// One sync at a time: the system reports a failure to one caller only.
@@ -171,6 +173,19 @@ impl Host for OsHost {
         Ok(names)
     }
 
+    fn name_kind(&self, path: &Path) -> io::Result<NameKind> {
+        let kind = fs::symlink_metadata(path)?.file_type();
+        Ok(match () {
+            () if kind.is_dir() => NameKind::Folder,
+            () if kind.is_symlink() => NameKind::Link,
+            () => NameKind::File,
+        })
+    }
+
+    fn links(&self, path: &Path) -> io::Result<u64> {
+        Ok(fs::metadata(path)?.nlink())
+    }
+
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         fs::rename(from, to)
     }
@@ -204,7 +219,8 @@ impl Host for OsHost {
 
     fn free_space(&self, path: &Path) -> io::Result<Option<u64>> {
         let stat = rustix::fs::statvfs(path)?;
-        Ok(stat.f_bavail.checked_mul(stat.f_frsize))
+        // A file system that reports no size at all does not know what is free.
+        Ok(stat.f_bavail.checked_mul(stat.f_frsize).filter(|_| stat.f_blocks > 0))
     }
 
     fn shares_blocks(&self, path: &Path) -> bool {
@@ -228,6 +244,7 @@ impl OsFile {
             file,
             kind,
             locked: Mutex::new(None),
+            no_locks: AtomicBool::new(false),
             no_kernel_copy: AtomicBool::new(false),
             syncing: Mutex::new(()),
             failed_sync: OnceLock::new(),
@@ -427,14 +444,27 @@ impl Storage for OsFile {
     fn lock(&self, mode: LockMode) -> Result<(), LockError> {
         let mut locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
         if *locked < Some(mode) {
-            lock::acquire(&self.file, *locked, mode)?;
-            *locked = Some(mode);
+            match lock::acquire(&self.file, *locked, mode) {
+                Ok(()) => *locked = Some(mode),
+                Err(LockError::Io(e)) if lock::has_none(&e) => self.no_locks.store(true, Ordering::Relaxed),
+                Err(e) => return Err(e),
+            }
         }
         Ok(())
     }
 
+    fn has_locks(&self) -> bool {
+        !self.no_locks.load(Ordering::Relaxed)
+    }
+
     fn used_by_others(&self) -> io::Result<Option<LockMode>> {
-        lock::foreign_mode(&self.file)
+        lock::foreign_mode(&self.file).or_else(|e| {
+            if !lock::has_none(&e) {
+                return Err(e);
+            }
+            self.no_locks.store(true, Ordering::Relaxed);
+            Ok(None)
+        })
     }
 
     fn drop_cache(&self) -> io::Result<()> {

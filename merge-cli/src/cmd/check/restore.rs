@@ -38,7 +38,7 @@ pub(super) fn run(args: &CheckArgs, from: &Path, call: &Call, console: &Console)
 fn carry_out(args: &CheckArgs, from: &Path, call: &Call) -> Result<RestorePlan, Failure> {
     let failed = |e| Failure::engine(&e, call);
     let image = &args.image;
-    let file = open_locked(image, !args.dry_run).map_err(failed)?;
+    let file = open_locked(image, !args.dry_run, args.open.no_lock).map_err(failed)?;
     let options = RestoreOptions { allow_copy: args.allow_copy, ..RestoreOptions::default() };
     let plan = || plan_restore(image, &*file, &OsHost, from, &options);
     if args.dry_run {

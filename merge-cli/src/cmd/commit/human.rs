@@ -63,11 +63,50 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs) -> String {
     if plan.old_tail > 0 {
         fields.add("old tail", old_tail(plan));
     }
-    if !plan.unreadable.is_empty() {
-        let files = list(&plan.unreadable);
+    others(plan, &mut fields);
+    fields.render()
+}
+
+/// Where other users of base were looked for, and what nobody knows of them.
+fn others(plan: &Plan, fields: &mut Fields) {
+    let signs = &plan.signs;
+    if !plan.searched.is_empty() {
+        let files = plural(signs.looked_at as u64, "file", "files");
+        let mut text =
+            format!("{}: {files}, for images that use base or a merged layer", list(&plan.searched));
+        for folder in &signs.nearby {
+            text += &format!("\nand the folders in {}, as far as they can be read", show(folder));
+        }
+        fields.add("searched", text);
+    }
+    if signs.is_elsewhere {
+        let what =
+            "whether images elsewhere use base, which lies in another folder: --scan DIR searches there";
+        fields.add("not known", what);
+    }
+    let unknown = [&plan.unreadable[..], &signs.left_out[..]].concat();
+    if !unknown.is_empty() {
+        let files = list(&unknown);
         fields.add("not known", format!("whether these use base, as they could not be read: {files}"));
     }
-    fields.render()
+    if !signs.possible_users.is_empty() {
+        let what = "perhaps used base or a merged layer before a move; their backing names lead nowhere";
+        fields.add("take care", format!("{}: {what}", list(&signs.possible_users)));
+    }
+    if signs.links > 1 {
+        let known = match signs.other_names.as_slice() {
+            [] => String::new(),
+            names => format!(" ({})", list(names)),
+        };
+        let others = plural(signs.links - 1, "other name", "other names");
+        fields.add(
+            "take care",
+            format!("base has {others}, by a hard link{known}: what is read there changes too"),
+        );
+    }
+    if signs.is_read_only {
+        fields.add("take care", "nobody has the permission to write base: is it a template for others?");
+    }
 }
 
 /// The result.

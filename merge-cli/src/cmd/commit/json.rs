@@ -1,6 +1,6 @@
 //! Plan and result of a commit as JSON.
 
-use qcow2::merge::{Afterwards, DataFileFate, Plan, Report, Totals};
+use qcow2::merge::{Afterwards, DataFileFate, Plan, Report, Signs, Totals};
 use serde_json::{Value, json};
 
 use crate::output::json::{path, paths};
@@ -11,6 +11,7 @@ pub(super) fn plan(plan: &Plan) -> Value {
     fields["restore-points-lost"] = paths(&plan.restore_points_lost);
     fields["searched"] = paths(&plan.searched);
     fields["unreadable"] = paths(&plan.unreadable);
+    fields["signs"] = signs(&plan.signs);
     fields["obsolete"] = paths(&plan.obsolete);
     let data_files = plan.data_files.iter().map(|data| {
         let (action, reason) = match data.fate {
@@ -68,6 +69,19 @@ fn common(plan: &Plan, totals: &Totals, base_file_size: u64) -> Value {
         fields["nothing-to-do"] = reason.as_str().into();
     }
     fields
+}
+
+fn signs(signs: &Signs) -> Value {
+    json!({
+        "looked-at": signs.looked_at,
+        "searched-nearby": paths(&signs.nearby),
+        "not-searched": paths(&signs.left_out),
+        "base-links": signs.links,
+        "base-other-names": paths(&signs.other_names),
+        "base-read-only": signs.is_read_only,
+        "base-elsewhere": signs.is_elsewhere,
+        "possible-users": paths(&signs.possible_users),
+    })
 }
 
 fn afterwards(afterwards: &Afterwards) -> Value {

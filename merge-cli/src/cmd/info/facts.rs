@@ -28,6 +28,8 @@ pub(super) struct Facts {
     pub(super) bitmaps: Vec<Bitmap>,
     /// How others use the file, as their locks tell.
     pub(super) used: Option<LockMode>,
+    /// Whether the file system has locks, so that `used` tells something.
+    pub(super) has_locks: bool,
     /// The processes that have it open, as far as they are visible.
     pub(super) holders: Vec<Holder>,
     /// The merge into it that was stopped, or is under way.
@@ -59,7 +61,7 @@ impl Facts {
         };
         let used = file.used_by_others().map_err(|e| Error::io(path, FileOp::ReadLocks, None, e))?;
         // A process that has the file open without a lock (a copy, a checksum) does not count as a user.
-        let holders = if used.is_some() { host.holders(stat.id) } else { Vec::new() };
+        let holders = if used.is_some() || !file.has_locks() { host.holders(stat.id) } else { Vec::new() };
         let mut facts = Self {
             path: path.to_owned(),
             format,
@@ -68,6 +70,7 @@ impl Facts {
             snapshots: Vec::new(),
             bitmaps: Vec::new(),
             used,
+            has_locks: file.has_locks(),
             holders,
             pending: merge::pending(host, path, journal_dir)?,
             live_merge: live_merge(path),

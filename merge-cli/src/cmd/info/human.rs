@@ -216,6 +216,11 @@ fn state(facts: &Facts, cluster0: &Cluster0) -> String {
 
 fn in_use(facts: &Facts) -> String {
     let how = match facts.used {
+        None if !facts.has_locks && facts.holders.is_empty() => {
+            return "not known: its file system has no locks, and no process is seen that has it open"
+                .to_owned();
+        }
+        None if !facts.has_locks => "perhaps (its file system has no locks)",
         None => return "no".to_owned(),
         Some(LockMode::Write) => "for writing",
         Some(LockMode::Read) => "for reading",

@@ -33,7 +33,8 @@ pub(super) fn image(facts: &Facts) -> Value {
         qcow2_fields(facts, cluster0, &mut out);
     }
     out.insert("dirty-flag".into(), facts.cluster0.as_ref().is_some_and(|c| c.header.is_dirty()).into());
-    out.insert("in-use".into(), facts.used.is_some().into());
+    let is_known = facts.has_locks || facts.used.is_some();
+    out.insert("in-use".into(), is_known.then_some(facts.used.is_some()).into());
     if let Some(mode) = facts.used {
         out.insert("in-use-for".into(), if mode == LockMode::Write { "writing" } else { "reading" }.into());
         let holders = facts.holders.iter().map(|h| json!({ "pid": h.pid, "name": h.name }));

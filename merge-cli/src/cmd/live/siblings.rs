@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use qcow2::chain::find_users;
+use qcow2::chain::{Search, find_users_in};
 use qcow2::storage::{FileId, OsHost};
 use qcow2::{Error, Refusal};
 use qmp_client::{Disk, Layer};
@@ -42,16 +42,17 @@ pub(super) fn search(
     let chain: Vec<(PathBuf, FileId)> = disk.layers().iter().filter_map(here).collect();
     let targets: Vec<(PathBuf, FileId)> = touched.iter().filter_map(|layer| here(layer)).collect();
     let ids = |files: &[(PathBuf, FileId)]| files.iter().map(|(_, id)| *id).collect::<Vec<_>>();
-    let mut folders: Vec<PathBuf> = folders(&chain).into_iter().collect();
-    folders.extend(scan.iter().cloned());
+    let folders: Vec<PathBuf> = folders(&chain).into_iter().collect();
+    let search = Search { folders: folders.clone(), deep: scan.to_vec(), ..Search::default() };
+    let folders = [folders, scan.to_vec()].concat();
     let found =
-        find_users(&OsHost, &folders, &ids(&targets), &ids(&chain)).map_err(|e| unsearched(session, &e))?;
+        find_users_in(&OsHost, &search, &ids(&targets), &ids(&chain)).map_err(|e| unsearched(session, &e))?;
     let broken: Vec<PathBuf> = found.users.iter().map(|user| user.path.clone()).collect();
     if let (Some(first), false) = (found.users.first(), allowed) {
         let used = targets.iter().find(|(_, id)| *id == first.uses).map(|(path, _)| path.clone());
         return Err(shared(session, disk, used.as_deref().unwrap_or(&first.path), broken));
     }
-    let unreadable = found.unreadable.into_iter().map(|(path, _)| path).collect();
+    let unreadable = found.unreadable.into_iter().map(|(path, _)| path).chain(found.left_out).collect();
     Ok(Searched { folders, unreadable, broken })
 }
 

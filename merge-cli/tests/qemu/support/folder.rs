@@ -90,7 +90,7 @@ impl Folder {
     }
 
     /// Runs the built command here under strace with these options.
-    fn traced(&self, options: &[&str], args: &[&str]) -> Run {
+    pub(crate) fn traced(&self, options: &[&str], args: &[&str]) -> Run {
         let binary = merge_binary().display().to_string();
         let strace = ["-qq", "-f", "-o", "/dev/null"];
         run(&self.images, "strace", &[&strace, options, &[&binary], args].concat())

@@ -1,0 +1,154 @@
+//! Images that are not for this engine, at every place where raw could be assumed; and file systems without locks.
+
+use std::fs;
+
+use crate::support::{Folder, needs_tools, qemu_present};
+
+const M: u64 = 1 << 20;
+
+/// The formats that `qemu-img` makes, and how it is asked for them.
+const FORMATS: &[(&str, &[&str])] = &[
+    ("vmdk", &[]),
+    ("vmdk", &["-o", "subformat=twoGbMaxExtentFlat"]),
+    ("vdi", &[]),
+    ("vpc", &[]),
+    ("vpc", &["-o", "subformat=fixed,force_size=on"]),
+    ("vhdx", &[]),
+    ("qed", &[]),
+    ("qcow", &[]),
+    ("parallels", &[]),
+    ("luks", &["--object", "secret,id=s,data=x", "-o", "key-secret=s,iter-time=10"]),
+];
+
+/// Calls `f` with a folder that holds `x.img` of each format that this QEMU makes.
+fn for_each_format(test: &str, f: impl Fn(&Folder, &str)) {
+    let mut made = 0;
+    for (format, options) in FORMATS {
+        let folder = Folder::new(test);
+        let create = [&["create", "-q", "-f", format], *options, &["x.img", "4M"]].concat();
+        if folder.try_img(&create).code == 0 {
+            f(&folder, format);
+            made += 1;
+        }
+    }
+    assert!(made >= 5, "{made}");
+}
+
+#[test]
+fn a_named_file_of_another_format_is_refused_by_name() {
+    if !qemu_present() {
+        return;
+    }
+    for_each_format("foreign", |folder, format| {
+        for verb in [
+            &["flatten", "x.img", "-o", "new.qcow2"][..],
+            &["info", "x.img"],
+            &["map", "x.img"],
+            &["check", "x.img"],
+            &["compare", "x.img", "x.img"],
+            &["commit", "x.img"],
+        ] {
+            let run = folder.refused(verb, &[7]);
+            assert!(
+                run.text().contains(if format == "vpc" { "vhd" } else { format }) || format == "luks",
+                "{run}"
+            );
+            run.says("-f raw");
+        }
+        folder.qmerge(&["flatten", "-f", "raw", "x.img", "-o", "new.raw", "--to", "raw"]).ok();
+    });
+}
+
+#[test]
+fn a_base_of_another_format_is_never_written() {
+    if !qemu_present() {
+        return;
+    }
+    for_each_format("foreign-base", |folder, format| {
+        folder.img(&["create", "-q", "-f", "qcow2", "-u", "-b", "x.img", "-F", format, "top.qcow2", "4M"]);
+        folder.refused(&["commit", "top.qcow2"], &[7]);
+        crate::traps::forget_backing_format(folder, "top.qcow2");
+        // A fixed VHD, and the parts of a flat VMDK, have no magic in front.
+        folder.refused(&["commit", "top.qcow2"], &[6, 7]);
+        folder.refused(&["commit", "top.qcow2", "--backing-format", "x.img=raw"], &[6, 7]);
+    });
+}
+
+#[test]
+fn layers_above_another_format_are_merged_into_one_another() {
+    if !qemu_present() {
+        return;
+    }
+    let folder = Folder::new("foreign-bottom");
+    folder.img(&["create", "-q", "-f", "vmdk", "x.vmdk", "4M"]);
+    folder.io("vmdk", "x.vmdk", &["write -P 9 0 4M"]);
+    folder.overlay("a.qcow2", "x.vmdk", "vmdk", None, "");
+    folder.overlay("b.qcow2", "a.qcow2", "qcow2", Some(8 * M), "");
+    folder.overlay("c.qcow2", "b.qcow2", "qcow2", None, "");
+    folder.io("qcow2", "b.qcow2", &["write -P 1 0 128k", "write -z 1M 64k", "write -P 2 6M 64k"]);
+    folder.io("qcow2", "c.qcow2", &["write -P 3 64k 64k"]);
+    let gold = folder.view("qcow2", "c.qcow2");
+    folder.qmerge(&["info", "--chain", "c.qcow2"]).ok().says("vmdk");
+    folder.qmerge(&["flatten", "c.qcow2", "-o", "n.qcow2", "--base", "x.vmdk"]).ok();
+    folder.view("qcow2", "n.qcow2").assert_same(&gold, "the layers above as one");
+    fs::remove_file(folder.join("n.qcow2")).unwrap();
+    folder.merge("c.qcow2", &["--base", "a.qcow2", "--top", "b.qcow2", "--verify"]);
+    folder.merge("c.qcow2", &["--base", "a.qcow2"]);
+    folder.refused(&["commit", "c.qcow2"], &[7]);
+    // A cluster that is filled from below would need its bytes.
+    folder.overlay("d.qcow2", "a.qcow2", "qcow2", None, "cluster_size=4k");
+    folder.io("qcow2", "d.qcow2", &["write -P 4 3M 4k"]);
+    folder.refused(&["commit", "d.qcow2", "--base", "a.qcow2", "--allow-shared-base"], &[7]);
+}
+
+#[test]
+fn without_locks_readers_go_on_and_writers_want_a_word() {
+    if !qemu_present() || !needs_tools(&["strace"]) {
+        return;
+    }
+    let folder = Folder::new("no-locks");
+    folder.create("base.qcow2", M, "");
+    folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
+    folder.io("qcow2", "top.qcow2", &["write -P 3 0 64k"]);
+    let gold = folder.view("qcow2", "top.qcow2");
+    for errno in ["ENOLCK", "EOPNOTSUPP", "ENOSYS", "EINVAL"] {
+        let inject = format!("inject=fcntl:error={errno}");
+        let qmerge = |args: &[&str]| folder.traced(&["-e", "trace=fcntl", "-e", &inject], args);
+        qmerge(&["info", "top.qcow2"]).ok().says("has no locks");
+        qmerge(&["map", "top.qcow2"]).ok();
+        qmerge(&["check", "top.qcow2"]).ok();
+        qmerge(&["compare", "top.qcow2", "top.qcow2"]).ok().says("has no locks");
+        qmerge(&["flatten", "top.qcow2", "-o", "n.qcow2"]).ok().says("has no locks");
+        fs::remove_file(folder.join("n.qcow2")).unwrap();
+        let before = folder.files();
+        let refused = qmerge(&["commit", "top.qcow2"]).expect(6).says("--no-lock");
+        folder.assert_unchanged(&before, &refused);
+    }
+    let inject = ["-e", "trace=fcntl", "-e", "inject=fcntl:error=ENOLCK"];
+    folder.traced(&inject, &["commit", "top.qcow2", "--no-lock"]).ok().says("has no locks");
+    folder.view("qcow2", "top.qcow2").assert_same(&gold, "merged without locks");
+    folder.all_clean();
+}
+
+#[test]
+fn chains_of_many_layers_are_merged() {
+    if !qemu_present() {
+        return;
+    }
+    let folder = Folder::new("many-layers");
+    folder.create("000", M, "cluster_size=4k");
+    folder.overlay("001", "000", "qcow2", None, "cluster_size=4k");
+    folder.io("qcow2", "001", &["write -P 3 4k 4k"]);
+    let first = fs::read(folder.join("001")).unwrap();
+    for n in 2..400 {
+        let (name, below) = (format!("{n:03}"), format!("{:03}", n - 1));
+        let at = first.windows(3).position(|bytes| bytes == b"000").unwrap();
+        let mut bytes = first.clone();
+        bytes[at..at + 3].copy_from_slice(below.as_bytes());
+        fs::write(folder.join(&name), bytes).unwrap();
+    }
+    folder.qmerge(&["info", "--chain", "399"]).ok().says("[400]");
+    folder.qmerge(&["commit", "399"]).ok();
+    folder.io("qcow2", "000", &["read -P 3 4k 4k"]);
+    folder.io("qcow2", "399", &["read -P 3 4k 4k"]);
+}
