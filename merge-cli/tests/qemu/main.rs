@@ -26,6 +26,7 @@ mod journal;
 mod kills;
 mod locks;
 mod malformed;
+mod neighbours;
 mod repair;
 mod restore;
 mod resume;

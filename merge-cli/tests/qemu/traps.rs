@@ -826,3 +826,44 @@ fn a_merge_into_an_empty_disk_and_of_an_empty_disk() {
         merged.assert_all(512 * K, 513 * K, 5, "the data");
     });
 }
+
+#[test]
+fn a_disk_has_whole_sectors_as_qemu_shows_them() {
+    if !qemu_present() {
+        return;
+    }
+    const MIB: u64 = 1 << 20;
+    for written in [MIB + 100, 3 * MIB / 2 - 1, MIB] {
+        let folder = Folder::new("whole-sectors");
+        folder.raw("base", MIB, MIB, 1);
+        folder.overlay("o.qcow2", "base", "raw", Some(2 * MIB), "");
+        folder.io("qcow2", "o.qcow2", &["write -P 7 960k 64k"]);
+        folder.patch("o.qcow2").set_u64(24, written);
+        let theirs = |format: &str, name: &str| {
+            folder.img(&["info", "-f", format, "--output=json", name]).json()["virtual-size"]
+                .as_u64()
+                .unwrap()
+        };
+        let size = theirs("qcow2", "o.qcow2");
+        assert_eq!(size, written & !511, "QEMU rounds a header down");
+        let ours = folder.qmerge(&["info", "--json", "o.qcow2"]).ok().json();
+        assert_eq!(ours["virtual-size"], size);
+        let map = folder.qmerge(&["map", "--json", "o.qcow2"]).ok().json();
+        let end = map.as_array().unwrap().last().unwrap();
+        assert_eq!(end["start"].as_u64().unwrap() + end["length"].as_u64().unwrap(), size);
+        for to in ["raw", "qcow2"] {
+            folder.qmerge(&["flatten", "o.qcow2", "-o", to, "--to", to]).ok();
+            assert_eq!(theirs(to, to), size);
+            folder.img(&["compare", "-q", "-f", "qcow2", "-F", to, "o.qcow2", to]);
+            folder.qmerge(&["compare", "o.qcow2", to]).ok();
+        }
+        folder.qmerge(&["commit", "o.qcow2"]).ok();
+        assert_eq!(theirs("raw", "base"), size);
+        folder.img(&["compare", "-q", "-f", "raw", "-F", "raw", "base", "raw"]);
+        // A raw file is rounded up.
+        std::fs::File::create(folder.join("odd")).unwrap().set_len(written).unwrap();
+        let ours = folder.qmerge(&["info", "--json", "-f", "raw", "odd"]).ok().json();
+        assert_eq!(ours["virtual-size"], theirs("raw", "odd"));
+        assert_eq!(theirs("raw", "odd"), written.next_multiple_of(512));
+    }
+}

@@ -159,14 +159,14 @@ impl Remains {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Verdict::Gone),
             stat => stat.map_err(failed(FileOp::Stat))?,
         };
-        if stat.kind != FileKind::Regular {
-            return kept("it is not a regular file");
-        }
         if shared.contains(&stat.id) {
             return kept("another image uses it");
         }
         if stat.id.inode != spent.file.id.inode {
             return moved();
+        }
+        if stat.kind != FileKind::Regular {
+            return kept("it is not a regular file");
         }
         if !self.owner.may_speak_for(&stat.owner, host.user()) {
             return kept("the owner of the journal that lists it may not write it");

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::{State, failed, now_ns, pointer};
@@ -12,6 +12,8 @@ use crate::address::Address;
 use crate::error::Result;
 
 const SUFFIX: &str = ".qmerge-live";
+/// The permission of the group, or of everybody, to write.
+const BY_OTHERS: u32 = 0o022;
 /// A state takes some hundred bytes for each layer; nothing longer is one.
 const LONGEST: u64 = 16 << 20;
 
@@ -58,24 +60,37 @@ impl StateFile {
     /// Reads the state; `None` if there is no such file.
     ///
     /// # Errors
-    /// [`crate::Error::State`] if it cannot be read, holds no state, or belongs to neither root, the caller nor the
-    /// owner of its folder: what it says may then be somebody's trap.
+    /// [`crate::Error::State`] if it cannot be read, holds no state, or was perhaps written by anybody but root and the
+    /// caller: it names files to be written and removed, and what it says may then be somebody's trap.
     pub fn load(&self) -> Result<Option<State>> {
         let fail = |why: &dyn ToString| failed(&self.path, why.to_string());
-        let meta = match fs::symlink_metadata(&self.path) {
-            Ok(meta) => meta,
+        // Merely opening a device can have effects; a link that is laid behind this look is not followed.
+        match fs::symlink_metadata(&self.path) {
+            Ok(meta) if meta.is_file() => {}
+            Ok(_) => return Err(fail(&"it is no plain file")),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(fail(&error)),
-        };
-        if !meta.is_file() {
+        }
+        let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+        let file = File::options()
+            .read(true)
+            .custom_flags(flags.bits().cast_signed())
+            .open(&self.path)
+            .map_err(|e| fail(&e))?;
+        let opened = file.metadata().map_err(|e| fail(&e))?;
+        if !opened.is_file() {
             return Err(fail(&"it is no plain file"));
         }
-        let file = File::open(&self.path).map_err(|e| fail(&e))?;
-        let opened = file.metadata().map_err(|e| fail(&e))?;
-        let folder = fs::metadata(self.folder()).map_err(|e| fail(&e))?;
-        let trusted = [0, rustix::process::geteuid().as_raw(), folder.uid()];
-        if (opened.dev(), opened.ino()) != (meta.dev(), meta.ino()) || !trusted.contains(&opened.uid()) {
-            return Err(fail(&format!("it belongs to the user {}, who is not trusted here", opened.uid())));
+        if ![0, rustix::process::geteuid().as_raw()].contains(&opened.uid()) {
+            let whose = opened.uid();
+            return Err(fail(&format!(
+                "it belongs to the user {whose}, who is not trusted here: run the command as that user, or remove it"
+            )));
+        }
+        if opened.mode() & BY_OTHERS != 0 {
+            return Err(fail(
+                &"others may write it, so it is not trusted: take that right away, or remove it",
+            ));
         }
         let mut text = Vec::new();
         file.take(LONGEST).read_to_end(&mut text).map_err(|e| fail(&e))?;

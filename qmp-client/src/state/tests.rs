@@ -144,11 +144,15 @@ fn a_state_that_a_stranger_left_is_not_believed() {
     }
     let file = StateFile::in_folder(folder.path(), Path::new("/vm/a.img"));
     file.save(&mut state("/vm")).unwrap();
+    fs::set_permissions(file.path(), fs::Permissions::from_mode(0o620)).unwrap();
+    assert!(why(file.load()).contains("others may write it"));
+    fs::set_permissions(file.path(), fs::Permissions::from_mode(0o600)).unwrap();
+    assert!(file.load().unwrap().is_some());
     std::os::unix::fs::chown(file.path(), Some(65534), None).unwrap();
     assert!(why(file.load()).contains("user 65534"));
-    // Who owns the folder could do anything to its images anyway.
+    // It names files elsewhere, too: to own the folder is not enough.
     std::os::unix::fs::chown(folder.path(), Some(65534), None).unwrap();
-    assert!(file.load().unwrap().is_some());
+    assert!(why(file.load()).contains("user 65534"));
 }
 
 #[test]

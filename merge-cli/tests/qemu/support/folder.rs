@@ -79,7 +79,8 @@ impl Folder {
     /// Runs the built command here, and kills it when it is about to remove the file `name`. False if it ends before.
     pub(crate) fn killed_at_removal(&self, name: &str, args: &[&str]) -> bool {
         let kill = ["-e", "trace=?unlink,unlinkat", "-e", "inject=?unlink,unlinkat:signal=SIGKILL:when=1"];
-        self.traced(&[&kill[..], &["-P", &self.arg(name)]].concat(), args).code != 0
+        // By the bare name, as it is removed from its folder, which is open.
+        self.traced(&[&kill[..], &["-P", name]].concat(), args).code != 0
     }
 
     /// Runs the built command here, and kills it when one of its threads is about to sync a folder for the `call`-th time.
