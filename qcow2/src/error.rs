@@ -306,6 +306,28 @@ pub enum Refusal {
         /// The data file.
         file: PathBuf,
     },
+    /// The file is a journal that another version of this program has written.
+    #[error(
+        "it is the journal of a merge that another version of qmerge has begun (format {version}, this one \
+         knows format {expected}): that version can go on with the merge, or give it up"
+    )]
+    JournalVersion {
+        /// The version of its format.
+        version: u32,
+        /// The version that is known.
+        expected: u32,
+    },
+    /// What a power cut has torn in an image might be made whole from a journal, but that the journal is about this
+    /// image is not certain.
+    #[error(
+        "its header is torn, and {} was written for another file of its name: whether it fits this one is \
+         not certain, so that nothing was changed",
+        journal.display()
+    )]
+    JournalOfAnother {
+        /// The journal.
+        journal: PathBuf,
+    },
     /// A merge into the image is pending, and somebody has written to the image since it was stopped.
     #[error(
         "a merge into it was stopped at {percent} %, and somebody has opened it for writing since: what the \

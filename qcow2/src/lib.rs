@@ -5,6 +5,7 @@
 //!
 //! - [`mod@format`]: bytes to values and back. No I/O.
 //! - [`storage`]: where bytes lie: files, block devices, memory; locks.
+//! - [`mod@stamp`]: a file as it was when somebody looked, known again.
 //! - [`journal`]: what is written in place, kept aside until it is durable.
 //! - [`image`]: one opened image, its map and its bytes.
 //! - [`chain`]: layers opened by name under a policy, and the map through them.
@@ -45,6 +46,7 @@ pub mod fuzzing;
 pub mod image;
 pub mod journal;
 pub mod merge;
+pub mod stamp;
 pub mod storage;
 pub mod units;
 

@@ -9,8 +9,9 @@ use super::chain::options;
 use super::crash::{Merge, on_one_thread};
 use super::model::Input;
 use super::mutate::{Random, VALUES, mutate};
-use crate::journal::record::{BLOCK, Guard, Header, Identity, Phase, Purpose, Record};
+use crate::journal::record::{BLOCK, Guard, Header, Phase, Purpose, Record};
 use crate::merge::{CommitOptions, abort, pending};
+use crate::stamp::{Stamp, Times};
 use crate::storage::MemHost;
 use crate::storage::sim::{Fault, FaultKind, State};
 
@@ -19,7 +20,7 @@ const HEAD: usize = 32;
 /// How the names of journals and of records of single edits end.
 const ENDINGS: [&str; 2] = [".qmerge-journal", ".qmerge-switch"];
 /// What a record begins with.
-const RECORD: &[u8; 8] = b"qmergeJR";
+const RECORD: &[u8; 8] = b"qmgJR002";
 
 /// The files of a disk by name.
 type Files = BTreeMap<PathBuf, Vec<u8>>;
@@ -124,21 +125,32 @@ fn change_header(bytes: &mut [u8], input: &mut Input<'_>) {
         6 => header.zero_until = value(input, header.zero_until),
         7 => header.total = value(input, header.total),
         8 => header.layers.clear(),
-        9 => header.layers.iter_mut().for_each(|layer| change_identity(layer, input)),
-        _ => header.targets.iter_mut().for_each(|target| change_identity(target, input)),
+        9 => header.layers.iter_mut().for_each(|layer| change_stamp(layer, input)),
+        _ => header.targets.iter_mut().for_each(|target| change_stamp(target, input)),
     }
     put(bytes, 0, header.encode());
 }
 
-fn change_identity(identity: &mut Identity, input: &mut Input<'_>) {
-    match input.below(6) {
-        0 => identity.path = "/vm/other".into(),
-        1 => identity.is_device = !identity.is_device,
-        2 => identity.len = value(input, identity.len),
-        3 => identity.modified_ns = value(input, 0).into(),
-        4 => identity.head_crc ^= 1,
-        _ => identity.id.inode = value(input, identity.id.inode),
+fn change_stamp(stamp: &mut Stamp, input: &mut Input<'_>) {
+    match input.below(9) {
+        0 => stamp.path = "/vm/other".into(),
+        1 => stamp.is_device = !stamp.is_device,
+        2 => stamp.times = times(stamp.times, input),
+        3 => stamp.file_system = stamp.file_system.is_none().then(|| value(input, 0)),
+        4 => stamp.born_ns = stamp.born_ns.is_none().then(|| value(input, 0).into()),
+        5 => stamp.head_crc ^= 1,
+        6 => stamp.id.device = value(input, stamp.id.device),
+        _ => stamp.id.inode = value(input, stamp.id.inode),
     }
+}
+
+fn times(mut times: Times, input: &mut Input<'_>) -> Times {
+    match input.below(3) {
+        0 => times.len = value(input, times.len),
+        1 => times.modified_ns = value(input, times.modified_ns as u64).into(),
+        _ => times.changed_ns = value(input, times.changed_ns as u64).into(),
+    }
+    times
 }
 
 /// Changes what the records say, with right checksums.
@@ -157,7 +169,11 @@ fn change_records(bytes: &mut [u8], input: &mut Input<'_>) {
             }
             2 => record.watermark = value(input, record.watermark),
             3 => record.done = value(input, record.done),
-            4 => record.stopped = record.stopped.is_none().then(|| (value(input, 0), value(input, 0).into())),
+            4 => match input.below(3) {
+                0 => record.stopped = !record.stopped,
+                1 => record.boot = record.boot.is_none().then(|| value(input, 0)),
+                _ => record.known.iter_mut().for_each(|known| *known = times(*known, input)),
+            },
             5 => record.target = input.byte(),
             6 | 7 => record.len = value(input, record.len),
             8 => record.blocks.iter_mut().for_each(|block| block.before[0] ^= 1),
@@ -234,6 +250,7 @@ impl Tampered<'_> {
                 let is_it = |path: &&Path| {
                     self.state.inode(path) == Some(target.id.inode)
                         || (target.is_device && target.path == **path)
+                        || target.path.file_name() == path.file_name()
                 };
                 believed.extend(self.state.names().filter(is_it).map(Path::to_owned));
             }

@@ -29,6 +29,10 @@ impl Writer {
         self.put(&value.to_be_bytes());
     }
 
+    pub(super) fn i128(&mut self, value: i128) {
+        self.put(&value.to_be_bytes());
+    }
+
     /// A path with its length before it. No path of this system comes near 4 GiB.
     pub(super) fn path(&mut self, path: &Path) {
         let bytes = path.as_os_str().as_bytes();

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::file::Journal;
-use super::record::{BLOCK, Block, sector_crcs};
+use super::record::{BLOCK, Block, SECTOR, sector_crcs};
 use crate::storage::{CopyError, FileStat, LockError, LockMode, Storage, View};
 
 /// A file that is written under a journal. See the module.
@@ -36,12 +36,24 @@ pub(crate) struct Journaled {
 /// What is in memory.
 #[derive(Debug, Default)]
 struct Kept {
-    blocks: BTreeMap<u64, Block>,
+    blocks: BTreeMap<u64, Changed>,
     /// Behind the last byte of the blocks: the file may be shorter until they are written.
     end: u64,
     /// Why nothing can be written any more.
     failed: Option<(io::ErrorKind, String)>,
 }
+
+/// A block in memory, and which of its sectors are to be written: the others are left alone, so that nothing can tear
+/// them. (The dirty bit is such a sector's.)
+#[derive(Clone, Debug)]
+struct Changed {
+    block: Block,
+    /// A bit for each sector, the first one lowest.
+    sectors: u8,
+}
+
+/// All sectors of a block.
+const WHOLE: u8 = u8::MAX;
 
 impl Journaled {
     /// Puts `file`, which is target `target` of the journal, under it.
@@ -62,7 +74,8 @@ impl Journaled {
         this.count.store(blocks.len(), Relaxed);
         let mut kept = this.lock();
         kept.end = if blocks.is_empty() { 0 } else { len };
-        kept.blocks = blocks.into_iter().map(|block| (block.number, block)).collect();
+        let whole = |block: Block| (block.number, Changed { block, sectors: WHOLE });
+        kept.blocks = blocks.into_iter().map(whole).collect();
         drop(kept);
         this
     }
@@ -95,11 +108,21 @@ impl Journaled {
         if kept.blocks.is_empty() {
             return self.file.sync();
         }
-        let len = self.file.size()?.max(kept.end);
+        let size = self.file.size()?;
+        let len = size.max(kept.end);
         let mut turn = self.journal.turn();
-        let blocks: Vec<Block> = kept.blocks.values().cloned().collect();
-        self.journal.append(&mut turn, self.target, len, None, blocks)?;
-        let written = write_in_place(&*self.file, kept.blocks.values(), len).and_then(|()| self.file.sync());
+        let blocks: Vec<Block> = kept.blocks.values().map(|changed| changed.block.clone()).collect();
+        self.journal.append(&mut turn, self.target, len, false, blocks)?;
+        // The barrier of the journal may have taken long.
+        self.journal.beat_now();
+        let changed = kept.blocks.values().map(|changed| (&changed.block, changed.sectors));
+        let written = write_in_place(&*self.file, changed, len)
+            .and_then(|()| match size < len && self.file.size()? < len {
+                // The last sectors are zeros, which nothing was written for.
+                true => self.file.set_len(len),
+                false => Ok(()),
+            })
+            .and_then(|()| self.file.sync());
         if let Err(e) = written {
             kept.failed = Some((e.kind(), e.to_string()));
             self.journal.fail();
@@ -129,12 +152,15 @@ impl Journaled {
                     let mut bytes = vec![0; BLOCK as usize];
                     self.file.read_exact_or_zero(&mut bytes, number * BLOCK)?;
                     let before = sector_crcs(&bytes);
-                    free.insert(Block { number, before, bytes: bytes.into() })
+                    let block = Block { number, before, bytes: bytes.into() };
+                    free.insert(Changed { block, sectors: 0 })
                 }
             };
             let inside = (at % BLOCK) as usize..(at % BLOCK + (end - at)) as usize;
-            if let Some(bytes) = block.bytes.get_mut(inside) {
+            if let Some(bytes) = block.block.bytes.get_mut(inside.clone()) {
+                let old = bytes.to_vec();
                 change(bytes, at)?;
+                block.sectors |= changed_sectors(&old, bytes, inside.start);
             }
             kept.end = kept.end.max(end);
             self.settle(kept)?;
@@ -190,10 +216,27 @@ impl Kept {
     }
 }
 
-/// Writes blocks where they belong, neighbours in one piece, and nothing behind `len`.
-pub(super) fn write_in_place<'a>(
+/// The sectors of a block in which bytes differ that lie at `from` in it.
+fn changed_sectors(old: &[u8], new: &[u8], from: usize) -> u8 {
+    let mut sectors = 0;
+    let mut at = from;
+    let (mut old, mut new) = (old, new);
+    while !new.is_empty() {
+        let len = (SECTOR - at % SECTOR).min(new.len());
+        let ((a, old_rest), (b, new_rest)) = (old.split_at(len), new.split_at(len));
+        if a != b {
+            sectors |= 1 << (at / SECTOR);
+        }
+        (old, new) = (old_rest, new_rest);
+        at += len;
+    }
+    sectors
+}
+
+/// Writes sectors of blocks where they belong, neighbours in one piece, and nothing behind `len`.
+fn write_in_place<'a>(
     file: &dyn Storage,
-    blocks: impl Iterator<Item = &'a Block>,
+    blocks: impl Iterator<Item = (&'a Block, u8)>,
     len: u64,
 ) -> io::Result<()> {
     let mut run: (u64, Vec<u8>) = (0, Vec::new());
@@ -204,13 +247,16 @@ pub(super) fn write_in_place<'a>(
             _ => Ok(()),
         }
     };
-    for block in blocks {
-        let at = block.number * BLOCK;
-        if run.0 + run.1.len() as u64 != at || run.1.is_empty() {
-            write(&run)?;
-            run = (at, Vec::new());
+    for (block, sectors) in blocks {
+        let chosen = block.bytes.chunks(SECTOR).zip(0..).filter(|(_, n)| sectors >> n & 1 == 1);
+        for (bytes, n) in chosen {
+            let at = block.number * BLOCK + n * SECTOR as u64;
+            if run.0 + run.1.len() as u64 != at || run.1.is_empty() {
+                write(&run)?;
+                run = (at, Vec::new());
+            }
+            run.1.extend_from_slice(bytes);
         }
-        run.1.extend_from_slice(&block.bytes);
     }
     write(&run)
 }
@@ -247,7 +293,8 @@ impl Storage for Journaled {
             }
         }
         let end = offset + n as u64;
-        for block in kept.blocks.range(offset / BLOCK..end.div_ceil(BLOCK)).map(|(_, block)| block) {
+        for block in kept.blocks.range(offset / BLOCK..end.div_ceil(BLOCK)).map(|(_, changed)| &changed.block)
+        {
             let start = block.number * BLOCK;
             let (from, to) = (offset.max(start), end.min(start + BLOCK));
             let target = buf.get_mut((from - offset) as usize..(to - offset) as usize);
@@ -340,7 +387,7 @@ impl Storage for Journaled {
                 let behind = kept.blocks.split_off(&len.div_ceil(BLOCK));
                 drop(behind);
                 if let Some(last) = kept.blocks.get_mut(&(len / BLOCK)) {
-                    last.bytes.get_mut((len % BLOCK) as usize..).unwrap_or_default().fill(0);
+                    last.block.bytes.get_mut((len % BLOCK) as usize..).unwrap_or_default().fill(0);
                 }
                 kept.end = len;
             }
@@ -374,6 +421,10 @@ impl Storage for Journaled {
         let mut stat = self.file.stat()?;
         stat.len = self.size()?;
         Ok(stat)
+    }
+
+    fn file_system(&self) -> Option<u64> {
+        self.file.file_system()
     }
 
     fn lock(&self, mode: LockMode) -> Result<(), LockError> {

@@ -9,11 +9,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::place::NEW;
 use super::record::{
-    BLOCK, Block, ENVELOPE, Header, Phase, Record, Spent, header_len, record_len, record_room,
+    BLOCK, Block, ENVELOPE, Header, Phase, Record, Spent, VERSION, header_len, other_version, record_len,
+    record_room,
 };
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::storage::{Access, FileKind, Host, Owner, Place, Storage};
+use crate::stamp::Times;
+use crate::storage::{Access, FileKind, Host, LockError, LockMode, Owner, Place, Storage};
 
 /// How often there is a sign of life.
 const BEAT_EVERY: Duration = Duration::from_millis(200);
@@ -30,11 +33,22 @@ pub(crate) struct Journal {
     state: Mutex<State>,
     /// What every record says of the files to be removed.
     spent: Mutex<Option<Vec<Spent>>>,
+    /// The files that are written under it, and how they were when somebody last looked.
+    watched: Mutex<Watched>,
+    /// This run of the system.
+    boot: Option<u64>,
     opened: Instant,
     /// When the last sign of life was, in milliseconds since `opened`.
     beaten: AtomicU64,
     /// A write or a barrier has failed, here or of what the last record holds: nothing is written any more.
     failed: AtomicBool,
+}
+
+/// The targets of a journal as files, and how they were behind the last barrier.
+#[derive(Debug, Default)]
+struct Watched {
+    files: Vec<Arc<dyn Storage>>,
+    known: Vec<Times>,
 }
 
 /// How far the work is.
@@ -80,18 +94,19 @@ impl Journal {
         })?;
         // Complete before it has its name, so that whoever finds the name finds a journal.
         let mut fresh = place.name().to_owned();
-        fresh.push(".new");
+        fresh.push(NEW);
         let fresh = place.beside(fresh);
         clear(host, &fresh)?;
         let file = fresh.create(host).map_err(failed(FileOp::Create))?;
-        let journal = Self::with(place, file, header, bytes.len());
+        let journal = Self::with(host, place, file, header, bytes.len());
+        journal.hold(host)?;
         let written = journal.file.write_all_at(&bytes, 0).and_then(|()| {
             if !begun {
                 return journal.file.sync();
             }
             let mut state = journal.turn();
             state.phase = Phase::Moving;
-            journal.append(&mut state, 0, 0, None, Vec::new())
+            journal.append(&mut state, 0, 0, false, Vec::new())
         });
         if let Err(e) = written.and_then(|()| fresh.rename(host, place.name())) {
             // The first error is the one that counts.
@@ -120,10 +135,10 @@ impl Journal {
         let bytes = header.encode().ok_or_else(|| failed(io::ErrorKind::InvalidFilename.into()))?;
         let file = place.create(host).map_err(failed)?;
         file.write_all_at(&bytes, 0).map_err(failed)?;
-        let journal = Self::with(place, file, header, bytes.len());
+        let journal = Self::with(host, place, file, header, bytes.len());
         let mut state = journal.turn();
         state.phase = Phase::Moving;
-        journal.append(&mut state, 0, len, None, blocks).map_err(failed)?;
+        journal.append(&mut state, 0, len, false, blocks).map_err(failed)?;
         drop(state);
         Ok(journal)
     }
@@ -132,7 +147,7 @@ impl Journal {
     /// believed is another matter: see [`Journal::owner`].
     ///
     /// # Errors
-    /// The system's.
+    /// The system's; [`Refusal::JournalVersion`].
     pub(crate) fn open(
         host: &dyn Host,
         place: &Place,
@@ -153,11 +168,16 @@ impl Journal {
         if stat.kind != FileKind::Regular {
             return Ok(None);
         }
+        let mut magic = [0; 8];
+        file.read_exact_or_zero(&mut magic, 0).map_err(failed(FileOp::Read))?;
+        if let Some(version) = other_version(&magic) {
+            return Err(Error::refused(path, Refusal::JournalVersion { version, expected: VERSION }));
+        }
         let Some(bytes) = piece(&*file, 0, header_len).map_err(failed(FileOp::Read))? else {
             return Ok(None);
         };
         let Some(header) = Header::parse(&bytes) else { return Ok(None) };
-        let mut journal = Self::with(place, file, header, bytes.len());
+        let mut journal = Self::with(host, place, file, header, bytes.len());
         let mut last: Option<Record> = None;
         for place in [0, 1] {
             let bytes =
@@ -172,11 +192,18 @@ impl Journal {
         if let Some(last) = &last {
             journal.state = Mutex::new(State::of(last));
             journal.spent = Mutex::new(last.spent.clone());
+            journal.watched = Mutex::new(Watched { files: Vec::new(), known: last.known.clone() });
         }
         Ok(Some((journal, last)))
     }
 
-    fn with(place: &Place, file: Arc<dyn Storage>, header: Header, header_len: usize) -> Self {
+    fn with(
+        host: &dyn Host,
+        place: &Place,
+        file: Arc<dyn Storage>,
+        header: Header,
+        header_len: usize,
+    ) -> Self {
         let state = State { phase: Phase::Arming, watermark: 0, done: 0, sequence: 0 };
         Self {
             path: place.path(),
@@ -186,10 +213,54 @@ impl Journal {
             header_len: header_len as u64,
             state: Mutex::new(state),
             spent: Mutex::default(),
+            watched: Mutex::default(),
+            boot: host.boot().map(|boot| boot.id),
             opened: Instant::now(),
             beaten: AtomicU64::new(0),
             failed: AtomicBool::new(false),
         }
+    }
+
+    /// Holds the journal as long as it is open, so that no other process takes it over or removes it. Where the file
+    /// system has no locks, the image's own must do.
+    ///
+    /// # Errors
+    /// [`Error::InUse`] if somebody else holds it.
+    pub(crate) fn hold(&self, host: &dyn Host) -> Result<()> {
+        match self.file.lock(LockMode::Write) {
+            Err(LockError::Held { .. }) => Err(self.in_use(host)),
+            Ok(()) | Err(LockError::Io(_)) => Ok(()),
+        }
+    }
+
+    /// Whether another process works under this journal.
+    pub(crate) fn is_held(&self) -> bool {
+        self.file.used_by_others().is_ok_and(|mode| mode.is_some())
+    }
+
+    /// The error for a journal under which another process works.
+    pub(crate) fn in_use(&self, host: &dyn Host) -> Error {
+        let holders = self.file.stat().map(|stat| host.holders(stat.id)).unwrap_or_default();
+        Error::InUse { path: self.path.clone(), holders }
+    }
+
+    /// These are the targets: each record says how they are behind the last barrier.
+    pub(crate) fn watch(&self, files: Vec<Arc<dyn Storage>>) {
+        self.watched().files = files;
+    }
+
+    fn watched(&self) -> MutexGuard<'_, Watched> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks at the targets.
+    fn look(&self) -> io::Result<()> {
+        let mut watched = self.watched();
+        if !watched.files.is_empty() {
+            let stats = watched.files.iter().map(|file| Ok(Times::of(&file.stat()?)));
+            watched.known = stats.collect::<io::Result<_>>()?;
+        }
+        Ok(())
     }
 
     /// Where the sign of life is written, in bytes.
@@ -261,18 +332,18 @@ impl Journal {
     pub(crate) fn note(&self, phase: Phase, watermark: u64, done: u64) -> Result<()> {
         let mut state = self.turn();
         (state.phase, state.watermark, state.done) = (phase, watermark, done);
-        self.append(&mut state, 0, 0, None, Vec::new())
-            .map_err(|e| Error::io(&self.path, FileOp::Write, None, e))
+        let noted = self.look().and_then(|()| self.append(&mut state, 0, 0, false, Vec::new()));
+        noted.map_err(|e| Error::io(&self.path, FileOp::Write, None, e))
     }
 
-    /// Notes that the work stops in good order, with the target's length and time of change.
+    /// Notes that the work stops in good order, with the targets as they are now.
     ///
     /// # Errors
     /// The system's.
-    pub(crate) fn stop(&self, len: u64, modified_ns: i128) -> Result<()> {
+    pub(crate) fn stop(&self) -> Result<()> {
         let mut state = self.turn();
-        self.append(&mut state, 0, 0, Some((len, modified_ns)), Vec::new())
-            .map_err(|e| Error::io(&self.path, FileOp::Write, None, e))
+        let noted = self.look().and_then(|()| self.append(&mut state, 0, 0, true, Vec::new()));
+        noted.map_err(|e| Error::io(&self.path, FileOp::Write, None, e))
     }
 
     /// Writes a record and makes it durable.
@@ -281,7 +352,7 @@ impl Journal {
         state: &mut State,
         target: u8,
         len: u64,
-        stopped: Option<(u64, i128)>,
+        stopped: bool,
         blocks: Vec<Block>,
     ) -> io::Result<()> {
         let record = Record {
@@ -291,6 +362,8 @@ impl Journal {
             watermark: state.watermark,
             done: state.done,
             stopped,
+            known: self.watched().known.clone(),
+            boot: self.boot,
             spent: self.spent(),
             target,
             len,
@@ -323,9 +396,19 @@ impl Journal {
             && !self.failed.load(Relaxed)
             && self.beaten.compare_exchange(last, now, Relaxed, Relaxed).is_ok()
         {
-            // Only a hint: without it, the work begins again where a sign would have let it go on.
-            let _ = self.file.write_all_at(&now.to_be_bytes(), self.beat_place());
+            self.sign(now);
         }
+    }
+
+    /// A sign of life whether or not it is due: behind a barrier, which may have taken long.
+    pub(super) fn beat_now(&self) {
+        self.beaten.store(u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX), Relaxed);
+        self.sign(self.beaten.load(Relaxed));
+    }
+
+    fn sign(&self, now: u64) {
+        // Only a hint: without it, the work is refused where a sign would have let it go on.
+        let _ = self.file.write_all_at(&now.to_be_bytes(), self.beat_place());
     }
 
     /// To whom the file belongs.

@@ -23,7 +23,7 @@ fn the_last_whole_record_counts() {
     let (opened, none) = Journal::open(&host, path, Access::Read).unwrap().unwrap();
     assert_eq!((opened.header(), none), (&header(), None));
     journal.note(Phase::Moving, 100, 7).unwrap();
-    journal.append(&mut journal.turn(), 1, 50, None, vec![block(3)]).unwrap();
+    journal.append(&mut journal.turn(), 1, 50, false, vec![block(3)]).unwrap();
     let last = Journal::open(&host, path, Access::Read).unwrap().unwrap().1.unwrap();
     assert_eq!((last.sequence, last.watermark, last.done, last.target), (2, 100, 7, 1));
     assert_eq!(last.blocks, [block(3)]);
@@ -34,9 +34,9 @@ fn the_last_whole_record_counts() {
     let (again, last) = Journal::open(&host, path, Access::ReadWrite).unwrap().unwrap();
     assert_eq!(last.unwrap().sequence, 1);
     // And the next one takes the torn one's place.
-    again.append(&mut again.turn(), 0, 1, Some((1, 2)), vec![]).unwrap();
+    again.append(&mut again.turn(), 0, 1, true, vec![]).unwrap();
     let last = Journal::open(&host, path, Access::Read).unwrap().unwrap().1.unwrap();
-    assert_eq!((last.sequence, last.stopped, last.spent), (2, Some((1, 2)), None));
+    assert_eq!((last.sequence, last.stopped, last.spent), (2, true, None));
     // What is to be removed stands in every record from then on.
     again.set_spent(Some(spent()));
     again.note(Phase::Switching, 1, 1).unwrap();
@@ -73,7 +73,9 @@ fn records_do_not_reach_into_each_other() {
         phase: Phase::Moving,
         watermark: 0,
         done: 0,
-        stopped: Some((1, 1)),
+        stopped: true,
+        known: vec![Times::default(); 2],
+        boot: Some(1),
         spent: Some(spent()),
         target: 0,
         len: 0,

@@ -9,11 +9,12 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::file::{Journal, sync_folder};
-use super::judge::{SLACK_NS, compare, has_clean_names, has_header};
-use super::place::{JOURNAL, SWITCH, find, identity, is_beside, place, places};
-use super::record::{BLOCK, Block, Guard, Header, MAX_BLOCKS, Purpose, Record, SECTOR, sector_crcs};
-use crate::error::{Error, FileOp, Result};
+use super::judge::{compare, has_clean_names, has_header, seen};
+use super::place::{Found, JOURNAL, SWITCH, find, is_beside, place, places};
+use super::record::{BLOCK, Block, Guard, Header, MAX_BLOCKS, Phase, Purpose, Record, SECTOR, sector_crcs};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::is_qcow2;
+use crate::stamp::{Seen, Stamp};
 use crate::storage::{Access, Host, LockError, LockMode, Place, Storage};
 
 /// An edit of the header of an image, whose file is held under lock.
@@ -54,15 +55,16 @@ pub(crate) fn edit_headers(host: &dyn Host, edits: &[Edit<'_>], dir: Option<&Pat
 /// Writes the record of an edit; its name is not durable yet.
 pub(super) fn record(host: &dyn Host, edit: &Edit<'_>, dir: Option<&Path>) -> Result<Journal> {
     let place = place(host, edit.path, edit.file, dir, SWITCH)?;
-    let now = identity(host, edit.path, edit.file)?;
+    let now = Stamp::of(host, edit.path, edit.file)?;
     let end = edit.writes.iter().map(|(at, bytes)| at + bytes.len() as u64).max().unwrap_or(0);
-    let len = now.len.max(end);
+    let len = now.times.len.max(end);
     let blocks = edited(edit, end).map_err(|e| Error::io(edit.path, FileOp::Read, Some(0), e))?;
     let header = Header {
         nonce: nonce(),
         purpose: Purpose::Header { atomic: edit.atomic },
         max_blocks: blocks.len().clamp(1, MAX_BLOCKS) as u32,
         guard: Guard::Stamp,
+        boot: host.boot().map(|boot| boot.id),
         targets: vec![now],
         layers: Vec::new(),
         base: PathBuf::new(),
@@ -106,36 +108,72 @@ pub(crate) fn nonce() -> u64 {
 /// edits that are done, or were not begun, are removed.
 ///
 /// # Errors
-/// [`Error::InUse`] if there is something to do, and somebody holds the image; the system's.
+/// [`Error::InUse`] if there is something to do, and somebody holds the image; [`Refusal::JournalOfAnother`];
+/// [`Refusal::JournalVersion`]; the system's.
 pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<()> {
     let Ok(file) = host.open(path, Access::Read) else { return Ok(()) };
     let image = Place::of_file(host, path, &*file)?;
     let hold = || hold(host, path, &image, &*file);
-    if let Some((journal, last)) = find(host, path, &*file, dir, Access::Read, SWITCH)? {
+    if let Some(found) = find(host, path, &*file, dir, Access::Read, SWITCH)? {
         let file = hold()?;
-        if let Some(last) = last.filter(|_| matches!(journal.header().purpose, Purpose::Header { .. })) {
-            redo_edit(path, &*file, &journal, &last)?;
-            journal.remove(host)?;
-        }
+        end_edit(host, path, &*file, &found)?;
     }
     // A record that is not whole: the edit was not begun.
     let owner = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.owner;
     for record in places(host, &image, dir, SWITCH)? {
-        if record.stat(host).is_ok_and(|stat| stat.owner.may_speak_for(&owner, host.user())) {
+        if record.stat(host).is_ok_and(|stat| stat.owner.may_speak_for(&owner, host.user()))
+            && Journal::open(host, &record, Access::Read)?.is_none()
+        {
             let _held = hold()?;
             remove(host, &record)?;
         }
     }
+    let Some(found) = find(host, path, &*file, dir, Access::Read, JOURNAL)? else { return Ok(()) };
+    let Found { journal, last: Some(last), .. } = &found else { return Ok(()) };
+    // Somebody works under it, and the image is as that somebody has it.
+    if last.target != 0 || journal.is_held() {
+        return Ok(());
+    }
     let failed = |e| Error::io(path, FileOp::Read, Some(0), e);
     let whole = has_header(&*file).map_err(failed)? && has_clean_names(&*file).map_err(failed)?;
-    if !whole && let Some((journal, Some(last))) = find(host, path, &*file, dir, Access::Read, JOURNAL)? {
-        let first = last.blocks.first().filter(|block| block.number == 0 && is_qcow2(&block.bytes));
-        if last.target == 0 && first.is_some() && is_torn(path, &*file, &journal, &last)? {
-            let file = hold()?;
-            write_back(path, &*file, &last)?;
-        }
+    let has_header = last.blocks.first().is_some_and(|block| block.number == 0 && is_qcow2(&block.bytes));
+    let torn = match whole {
+        false => has_header && is_torn(host, path, &*file, &found, last)?,
+        // The sector with the dirty bit is as it is to be, and another one of the same record may not be.
+        true => has_header && is_torn_beside_the_dirty_bit(host, path, &*file, &found, last)?,
+    };
+    if torn {
+        let file = hold()?;
+        write_back(path, &*file, last)?;
     }
     Ok(())
+}
+
+/// Redoes the edit of a record if it was torn, and removes the record, if it is about the image at `path`, which is held
+/// under lock. A record that was made for another file of that name is only believed if all that it did not change is
+/// as it found it.
+fn end_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &Found) -> Result<()> {
+    let Found { journal, last, .. } = found;
+    if let (Some(last), Purpose::Header { .. }) = (last, journal.header().purpose) {
+        let failed = |e| Error::io(path, FileOp::Read, Some(0), e);
+        if !found.is_same_file() {
+            let sectors = compare(last, file).map_err(failed)?;
+            let is_torn = !has_header(file).map_err(failed)?;
+            match (sectors.foreign, is_torn) {
+                (0, _) => {}
+                (_, true) if sectors.beside == 0 => {}
+                (_, true) => {
+                    let journal = journal.path().to_owned();
+                    return Err(Error::refused(path, Refusal::JournalOfAnother { journal }));
+                }
+                (_, false) => return Ok(()),
+            }
+        }
+        redo_edit(host, path, file, found, last)?;
+    } else if !found.is_same_file() {
+        return Ok(());
+    }
+    journal.remove(host)
 }
 
 /// Ends edits of headers that a power cut has left in `folders`, of images that nobody holds. What lies there is only
@@ -152,7 +190,14 @@ pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>) ->
         let folder = Arc::new(folder);
         for name in host.list_in(&folder).unwrap_or_default() {
             if name.as_bytes().ends_with(SWITCH.as_bytes()) {
-                sweep_one(host, &Place::within(Arc::clone(&folder), name), may_be_elsewhere)?;
+                match sweep_one(host, &Place::within(Arc::clone(&folder), name), may_be_elsewhere) {
+                    // It is nobody's of this chain, and stays where it is.
+                    Err(Error::Refused {
+                        reason: Refusal::JournalVersion { .. } | Refusal::JournalOfAnother { .. },
+                        ..
+                    }) => {}
+                    swept => swept?,
+                }
             }
         }
     }
@@ -178,14 +223,12 @@ fn sweep_one(host: &dyn Host, record: &Place, may_be_elsewhere: bool) -> Result<
         if !journal.owner()?.may_speak_for(&disk, host.user()) {
             return Ok(());
         }
-        if let Some(last) = last
-            && matches!(journal.header().purpose, Purpose::Header { .. })
-            && identity(host, &path, &*file)
-                .is_ok_and(|now| journal.header().targets.iter().any(|target| target.is_same_file(&now)))
-        {
-            redo_edit(&path, &*file, &journal, &last)?;
+        let found = Found { journal, last, now: Stamp::of(host, &path, &*file)? };
+        // In a folder for all, a record about another file of that name is that one's.
+        if may_be_elsewhere && !found.is_same_file() {
+            return Ok(());
         }
-        return journal.remove(host);
+        return end_edit(host, &path, &*file, &found);
     }
     remove(host, record)
 }
@@ -229,28 +272,51 @@ pub fn has_edit(host: &dyn Host, path: &Path) -> bool {
 
 /// Redoes an edit that was torn. A header that is whole is left as it is: it is the old one or the new one,
 /// or somebody has written another since.
-fn redo_edit(path: &Path, file: &dyn Storage, journal: &Journal, last: &Record) -> Result<()> {
+fn redo_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &Found, last: &Record) -> Result<()> {
     let sectors = compare(last, file).map_err(|e| Error::io(path, FileOp::Read, Some(0), e))?;
     // The edit tears what it writes, and nothing else; and it is of an image.
     let is_image = last.blocks.iter().all(|block| block.number > 0 || is_qcow2(&block.bytes));
     if sectors.beside > 0 || !is_image {
         return Ok(());
     }
-    let atomic = matches!(journal.header().purpose, Purpose::Header { atomic: true });
+    let atomic = matches!(found.journal.header().purpose, Purpose::Header { atomic: true });
     let between = !atomic && sectors.foreign == 0 && sectors.old > 0 && sectors.new > 0;
-    if between || is_torn(path, file, journal, last)? { write_back(path, file, last) } else { Ok(()) }
+    if between || is_torn(host, path, file, found, last)? { write_back(path, file, last) } else { Ok(()) }
 }
 
 /// Whether the header of an image was torn as it was written with this record. One whose names nobody would write was torn
 /// behind its first bytes.
-fn is_torn(path: &Path, file: &dyn Storage, journal: &Journal, last: &Record) -> Result<bool> {
+fn is_torn(host: &dyn Host, path: &Path, file: &dyn Storage, found: &Found, last: &Record) -> Result<bool> {
     let failed = |e| Error::io(path, FileOp::Read, Some(0), e);
+    let sectors = compare(last, file).map_err(failed)?;
     if !has_header(file).map_err(failed)? {
-        return Ok(true);
+        return Ok(found.is_same_file() || sectors.beside == 0);
     }
-    let at_once = file.stat().map_err(failed)?.modified_ns <= journal.modified_ns()?.saturating_add(SLACK_NS);
-    let is_foreign = compare(last, file).map_err(failed)?.foreign > 0;
-    Ok(is_foreign && at_once && !has_clean_names(file).map_err(failed)?)
+    let is_newer = seen(&found.journal, Some(last), 0, &found.now, host.boot())? == Seen::Newer;
+    Ok(sectors.foreign > 0 && !is_newer && !has_clean_names(file).map_err(failed)?)
+}
+
+/// Whether sectors are torn that were written with the one that holds the dirty bit. That one is as it is to be, so that
+/// the bit alone would say that all is done, or that nothing was begun.
+fn is_torn_beside_the_dirty_bit(
+    host: &dyn Host,
+    path: &Path,
+    file: &dyn Storage,
+    found: &Found,
+    last: &Record,
+) -> Result<bool> {
+    let header = found.journal.header();
+    if !matches!(header.guard, Guard::DirtyBit { .. }) || !matches!(last.phase, Phase::Arming | Phase::Done) {
+        return Ok(false);
+    }
+    let failed = |e| Error::io(path, FileOp::Read, Some(0), e);
+    let sectors = compare(last, file).map_err(failed)?;
+    let mut head = [0; SECTOR];
+    file.read_exact_or_zero(&mut head, 0).map_err(failed)?;
+    let is_written = last.blocks.first().is_some_and(|block| block.bytes.starts_with(&head));
+    // Later, somebody has used the image: then it is as that somebody has left it.
+    let seen = seen(&found.journal, Some(last), 0, &found.now, host.boot())?;
+    Ok(sectors.foreign > 0 && is_written && matches!(seen, Seen::Untouched | Seen::Moved | Seen::Unsure))
 }
 
 /// Writes the sectors of a record that are not in the file, and no others: a power cut may tear what is written.

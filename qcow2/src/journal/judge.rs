@@ -1,4 +1,7 @@
 //! What a journal that was found means for the image as it is now.
+//!
+//! [`crate::stamp`] says what has become of the files since. Here that is put together with what only the journal
+//! knows: the phase, the dirty bit, and the sectors of the last record.
 
 use std::io;
 
@@ -6,10 +9,8 @@ use super::file::Journal;
 use super::record::{BLOCK, Guard, Phase, Record, SECTOR};
 use crate::error::{Error, FileOp, Result};
 use crate::format::{Cluster0, FormatError};
-use crate::storage::Storage;
-
-/// How much later than the journal's last sign of life an image may have been written by the same process.
-pub(super) const SLACK_NS: i128 = 1_000_000_000;
+use crate::stamp::{Seen, Stamp, Work};
+use crate::storage::{Boot, Host, Storage};
 
 /// What a journal means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,60 +21,142 @@ pub(crate) enum Verdict {
     Finished,
     /// The work was stopped, and nobody has written to the image since.
     Pending,
-    /// The work was stopped; whether somebody has written to the image since is not known, but nothing that
-    /// the record holds has been changed by others.
+    /// The work was stopped; whether the image is as it was left is not certain, and must be proved.
     Unsure,
+    /// The image is older than what the journal knew: it was put back from a copy. The work begins anew.
+    PutBack,
+    /// The image is another file than the journal knew, a copy of it or its successor. The work begins anew.
+    Copied,
     /// Somebody has written to the image since.
     Foreign,
 }
 
-/// Judges the journal of the image in `file`, whose dirty bit is `dirty` (`None`: its header is broken, or it
-/// has no such bit).
+/// A verdict, and what follows from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Judgement {
+    pub(crate) verdict: Verdict,
+    /// Whether the blocks of the last record may be written again.
+    pub(crate) replays: bool,
+    /// Whether somebody may have written to the image since, as far as its times tell.
+    pub(crate) may_be_newer: bool,
+    /// Whether one of the files is older than the journal knew it.
+    pub(crate) is_older: bool,
+}
+
+/// The files of an image as they are now: the image itself, and its external data file if it has one.
+pub(crate) struct Now<'a> {
+    pub(crate) stamps: Vec<Stamp>,
+    pub(crate) files: Vec<&'a dyn Storage>,
+    /// The image's dirty bit; `None` if its header is broken. An image that has no such bit is not dirty.
+    pub(crate) dirty: Option<bool>,
+}
+
+/// Judges the journal of an image.
 ///
 /// # Errors
 /// The system's.
 pub(crate) fn judge(
+    host: &dyn Host,
     journal: &Journal,
     last: Option<&Record>,
-    file: &dyn Storage,
-    dirty: Option<bool>,
-) -> Result<Verdict> {
-    let Some(last) = last else { return Ok(Verdict::Over) };
-    let is_stamped = journal.header().guard == Guard::Stamp;
-    match (is_stamped, dirty, last.phase) {
-        (_, _, Phase::Removing)
-        | (true, _, Phase::Done)
-        | (false, Some(false), Phase::Arming | Phase::Done) => {
-            return Ok(Verdict::Over);
+    now: &Now<'_>,
+) -> Result<Judgement> {
+    let (header, boot) = (journal.header(), host.boot());
+    let seen = seen_of_all(journal, last, &now.stamps, boot)?;
+    let is_older = seen == Seen::Older;
+    let known = |at: usize| last.and_then(|last| last.known.get(at));
+    let is_not_newer = |(at, stamp): (usize, &Stamp)| {
+        !stamp.is_device && known(at).is_some_and(|known| stamp.times.modified_ns <= known.modified_ns)
+    };
+    let may_be_newer = !now.stamps.iter().enumerate().all(is_not_newer);
+    let as_judged = |verdict, replays| Judgement { verdict, replays, may_be_newer, is_older };
+    let is_newer = seen == Seen::Newer;
+    let Some(last) = last else {
+        return Ok(as_judged(if is_newer { Verdict::Foreign } else { Verdict::Over }, false));
+    };
+    let sectors = match now.files.get(usize::from(last.target)) {
+        Some(file) => {
+            compare(last, *file).map_err(|e| Error::io(journal.path(), FileOp::CompareWith, None, e))?
         }
-        (false, Some(false), _) => return Ok(Verdict::Foreign),
-        (false, _, Phase::Done) => return Ok(Verdict::Finished),
-        _ => {}
-    }
-    let failed = |e| Error::io(journal.path(), FileOp::CompareWith, None, e);
-    let stat = file.stat().map_err(failed)?;
-    if let Some(then) = last.stopped {
-        return Ok(match (then == (stat.len, stat.modified_ns), stat.modified_ns < then.1) {
-            _ if !is_stamped => Verdict::Pending,
-            (true, _) => Verdict::Pending,
-            // A power cut has taken what was not durable, the time of change among it.
-            (false, true) => Verdict::Unsure,
-            (false, false) => Verdict::Foreign,
-        });
-    }
-    if stat.modified_ns <= journal.modified_ns()?.saturating_add(SLACK_NS) {
-        return Ok(Verdict::Pending);
-    }
-    Ok(match foreign(last, file).map_err(failed)? {
-        true => Verdict::Foreign,
-        false if is_stamped => Verdict::Unsure,
-        false => Verdict::Pending,
-    })
+        None => Sectors::default(),
+    };
+    let is_stamped = header.guard == Guard::Stamp;
+    let verdict = match (is_stamped, now.dirty, last.phase) {
+        (_, _, Phase::Removing) | (true, _, Phase::Done) | (false, Some(false), Phase::Done) => Verdict::Over,
+        (false, Some(false), Phase::Arming) if is_newer => Verdict::Foreign,
+        (false, Some(false), Phase::Arming) => Verdict::Over,
+        (false, Some(false), _) => match seen {
+            Seen::Older => Verdict::PutBack,
+            Seen::Copied | Seen::Other => Verdict::Copied,
+            _ => Verdict::Foreign,
+        },
+        (false, _, Phase::Done) if !matches!(seen, Seen::Older) => Verdict::Finished,
+        _ => match seen {
+            // Whoever opens the image with QEMU clears its dirty bit.
+            Seen::Newer if is_stamped => Verdict::Foreign,
+            Seen::Older => Verdict::PutBack,
+            Seen::Copied | Seen::Other => Verdict::Copied,
+            // No power cut, so nothing is torn: somebody else has written there.
+            Seen::Untouched | Seen::Moved if is_stamped && sectors.foreign > 0 && is_same(last, boot) => {
+                Verdict::Foreign
+            }
+            Seen::Untouched | Seen::Moved => Verdict::Pending,
+            // What the record did not change is not as the record found it.
+            Seen::Unsure | Seen::Newer if sectors.beside > 0 && may_be_newer => Verdict::Foreign,
+            Seen::Unsure | Seen::Newer if sectors.beside > 0 => Verdict::PutBack,
+            Seen::Unsure | Seen::Newer => Verdict::Unsure,
+        },
+    };
+    let replays = match verdict {
+        Verdict::Pending => true,
+        Verdict::Unsure | Verdict::Copied => sectors.foreign > 0 && sectors.beside == 0,
+        _ => false,
+    };
+    Ok(as_judged(verdict, replays))
 }
 
-/// Whether `file` holds a sector that is neither as before the record nor as it is to be.
-fn foreign(record: &Record, file: &dyn Storage) -> io::Result<bool> {
-    Ok(compare(record, file)?.foreign > 0)
+/// Whether the system has not started again since a record was written.
+fn is_same(last: &Record, boot: Option<Boot>) -> bool {
+    last.boot.zip(boot).is_some_and(|(then, now)| then == now.id)
+}
+
+/// What has become of one of the targets of a journal, which is as `now` says.
+///
+/// # Errors
+/// The system's.
+pub(super) fn seen(
+    journal: &Journal,
+    last: Option<&Record>,
+    at: usize,
+    now: &Stamp,
+    boot: Option<Boot>,
+) -> Result<Seen> {
+    let Some(then) = journal.header().targets.get(at) else { return Ok(Seen::Other) };
+    let alive_ns = match last {
+        Some(last) if last.stopped => None,
+        _ => Some(journal.modified_ns()?),
+    };
+    let known = last.and_then(|last| last.known.get(at)).copied().unwrap_or(then.times);
+    let run = last.map_or(journal.header().boot, |last| last.boot);
+    Ok(then.judge(&Work { known, alive_ns, boot: run, now: boot }, now))
+}
+
+/// What has become of the targets of a journal: of all, what is most against going on.
+fn seen_of_all(journal: &Journal, last: Option<&Record>, now: &[Stamp], boot: Option<Boot>) -> Result<Seen> {
+    if journal.header().targets.len() != now.len() {
+        return Ok(Seen::Other);
+    }
+    let all = now.iter().enumerate().map(|(at, now)| seen(journal, last, at, now, boot));
+    let weight = |seen: &Seen| match seen {
+        Seen::Untouched => 0,
+        Seen::Moved => 1,
+        Seen::Unsure => 2,
+        Seen::Other => 3,
+        Seen::Copied => 4,
+        Seen::Older => 5,
+        Seen::Newer => 6,
+    };
+    Ok(all.collect::<Result<Vec<_>>>()?.into_iter().max_by_key(weight).unwrap_or(Seen::Other))
 }
 
 /// The sectors of a record's blocks as they are in the file.
@@ -83,9 +166,9 @@ pub(super) struct Sectors {
     pub(super) old: usize,
     /// Changed by the record, and as they are to be.
     pub(super) new: usize,
-    /// Neither.
+    /// Neither as before nor as they are to be.
     pub(super) foreign: usize,
-    /// Those of them that the record does not change.
+    /// Those of them that the record does not change. The others a power cut may have torn.
     pub(super) beside: usize,
 }
 
@@ -98,14 +181,15 @@ pub(super) fn compare(record: &Record, file: &dyn Storage) -> io::Result<Sectors
         for (((now, new), before), n) in now.chunks(SECTOR).zip(new).zip(&block.before).zip(0..) {
             // Behind the end of the file nothing is written.
             let behind = block.number * BLOCK + n * SECTOR as u64 >= record.len;
-            match (now == new, crc32fast::hash(new) == *before, crc32fast::hash(now) == *before) {
+            let changes = crc32fast::hash(new) != *before;
+            match (now == new, changes, crc32fast::hash(now) == *before) {
                 _ if behind => {}
-                (true, true, _) => {}
-                (true, false, _) => sectors.new += 1,
-                (false, false, true) => sectors.old += 1,
-                (false, is_unchanged, _) => {
+                (true, false, _) => {}
+                (true, true, _) => sectors.new += 1,
+                (false, true, true) => sectors.old += 1,
+                _ => {
                     sectors.foreign += 1;
-                    sectors.beside += usize::from(is_unchanged);
+                    sectors.beside += usize::from(!changes);
                 }
             }
         }
@@ -149,75 +233,5 @@ fn cluster0(file: &dyn Storage) -> io::Result<Option<std::result::Result<Cluster
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::super::file::tests::at;
-    use super::super::record::tests::header;
-    use super::super::record::{Block, Header, sector_crcs};
-    use super::*;
-    use crate::storage::{Host, MemHost};
-
-    fn last(phase: Phase) -> Record {
-        let bytes = vec![1; BLOCK as usize];
-        let block = Block { number: 0, before: sector_crcs(&[0; BLOCK as usize]), bytes: bytes.into() };
-        Record {
-            nonce: 42,
-            sequence: 1,
-            phase,
-            watermark: 0,
-            done: 0,
-            stopped: None,
-            spent: None,
-            target: 0,
-            len: BLOCK,
-            blocks: vec![block],
-        }
-    }
-
-    #[test]
-    fn the_dirty_bit_decides() {
-        let host = MemHost::new();
-        let journal = Journal::create(&host, &at(&host, "/j"), header()).unwrap();
-        host.add("/i", b"").unwrap();
-        let file = host.open(Path::new("/i"), crate::storage::Access::ReadWrite).unwrap();
-        let judged = |phase, dirty| judge(&journal, Some(&last(phase)), &*file, dirty).unwrap();
-        for (phase, dirty, verdict) in [
-            (Phase::Arming, Some(false), Verdict::Over),
-            (Phase::Arming, Some(true), Verdict::Pending),
-            (Phase::Moving, Some(true), Verdict::Pending),
-            (Phase::Moving, None, Verdict::Pending),
-            (Phase::Moving, Some(false), Verdict::Foreign),
-            (Phase::Switching, Some(false), Verdict::Foreign),
-            (Phase::Done, Some(false), Verdict::Over),
-            (Phase::Done, Some(true), Verdict::Finished),
-            // The image was released: the bit is somebody else's.
-            (Phase::Removing, Some(true), Verdict::Over),
-            (Phase::Removing, Some(false), Verdict::Over),
-        ] {
-            assert_eq!(judged(phase, dirty), verdict, "{phase:?} {dirty:?}");
-        }
-        assert_eq!(judge(&journal, None, &*file, Some(true)).unwrap(), Verdict::Over);
-    }
-
-    #[test]
-    fn without_a_dirty_bit_sectors_and_times_decide() {
-        let host = MemHost::new();
-        let bare = Header { guard: Guard::Stamp, ..header() };
-        let journal = Journal::create(&host, &at(&host, "/j"), bare).unwrap();
-        host.add("/i", &[0; BLOCK as usize]).unwrap();
-        let file = host.open(Path::new("/i"), crate::storage::Access::ReadWrite).unwrap();
-        let mut record = last(Phase::Moving);
-        let judged = |record: &Record| judge(&journal, Some(record), &*file, None).unwrap();
-        assert_eq!(judged(&record), Verdict::Pending);
-        let stat = file.stat().unwrap();
-        record.stopped = Some((stat.len, stat.modified_ns));
-        assert_eq!(judged(&record), Verdict::Pending);
-        file.write_all_at(&[1; 512], 512).unwrap();
-        assert_eq!(judged(&record), Verdict::Foreign, "written after a stop in good order");
-        assert!(!foreign(&record, &*file).unwrap(), "one sector is new, the rest is old");
-        file.write_all_at(&[2], 600).unwrap();
-        assert!(foreign(&record, &*file).unwrap());
-        assert_eq!(judged(&last(Phase::Done)), Verdict::Over);
-    }
-}
+#[path = "judge_tests.rs"]
+mod tests;

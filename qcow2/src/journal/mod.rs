@@ -6,28 +6,29 @@
 //! barrier, every block that was written over something in use, or beside somebody else's bytes. Going on
 //! with the work begins by writing these blocks again.
 //!
-//! Whether that is allowed must be certain: somebody may have written to the image in between. For version 3 the
-//! dirty bit tells, which is set together with clearing `lazy refcounts`: QEMU clears it when it opens
-//! the image for writing, and without lazy refcounts does not set it again. For the rest the times of change
-//! and checksums of the old sectors tell.
+//! Whether that is allowed must be certain: somebody may have written to the image in between, or put it back from a
+//! copy. For version 3 the dirty bit tells the first, which is set together with clearing `lazy refcounts`: QEMU
+//! clears it when it opens the image for writing, and without lazy refcounts does not set it again. For the rest the
+//! journal holds stamps of the files (see [`mod@crate::stamp`]), as they were behind each barrier, and its own time of
+//! modification is kept fresh: a work that was killed has written to its files shortly after it at the latest.
 
 mod bytes;
 mod device;
 mod file;
 mod heal;
-mod identity;
 mod judge;
 mod place;
 pub mod record;
+mod spent;
 
 pub(crate) use device::Journaled;
 pub(crate) use file::Journal;
 pub use heal::has_edit;
 pub(crate) use heal::{Edit, edit_headers, heal, nonce, sweep};
-pub(crate) use judge::{Verdict, are_names_clean, judge};
+pub(crate) use judge::{Judgement, Now, Verdict, are_names_clean, judge};
 pub use place::JOURNAL;
 pub(crate) use place::SWITCH;
-pub(crate) use place::{find, find_removed, identity, place, refuse_strangers};
+pub(crate) use place::{Found, find, find_removed, place, refuse_strangers};
 
 #[cfg(test)]
 mod tests;

@@ -8,44 +8,32 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::file::Journal;
-use super::record::{Identity, Phase, Purpose, Record, SECTOR};
+use super::record::{Phase, Purpose, Record};
 use crate::error::{Error, FileOp, Refusal, Result};
+use crate::stamp::{SameFile, Stamp};
 use crate::storage::{Access, FileKind, Folder, Host, Owner, Place, Storage};
 
 /// How the names of journals end.
 pub const JOURNAL: &str = ".qmerge-journal";
 /// How the names of the records of single edits of a header end.
 pub(crate) const SWITCH: &str = ".qmerge-switch";
+/// What is behind the name of a journal that is not whole yet.
+pub(super) const NEW: &str = ".new";
 /// The longest name that file systems have, in bytes.
 const LONGEST: usize = 255;
-
-/// Looks at what the image at `path` is now.
-///
-/// # Errors
-/// The system's.
-pub(crate) fn identity(host: &dyn Host, path: &Path, file: &dyn Storage) -> Result<Identity> {
-    let failed = |op| move |e| Error::io(path, op, None, e);
-    let stat = file.stat().map_err(failed(FileOp::Stat))?;
-    let mut head = [0; SECTOR];
-    file.read_exact_or_zero(&mut head, 0).map_err(failed(FileOp::Read))?;
-    Ok(Identity {
-        path: host.canonicalize(path).map_err(failed(FileOp::Resolve))?,
-        id: stat.id,
-        is_device: stat.kind == FileKind::Block,
-        len: stat.len,
-        modified_ns: stat.modified_ns,
-        head_crc: crc32fast::hash(&head),
-    })
-}
 
 /// The name of a file about the image, `.NAME` and an ending, shortened where it would be too long.
 fn named(image: &Path, ending: &str) -> OsString {
     let name = image.file_name().unwrap_or_default().as_bytes();
     let mut all = vec![b'.'];
-    if 1 + name.len() + ending.len() <= LONGEST {
+    // A journal is made under its name and NEW.
+    if 1 + name.len() + ending.len() + NEW.len() <= LONGEST {
         all.extend_from_slice(name);
     } else {
-        all.extend(name.get(..128).unwrap_or_default());
+        // Some file systems only take names that are text: no character is cut.
+        let is_inside = |at: &usize| name.get(*at).is_some_and(|byte| byte & 0xc0 == 0x80);
+        let cut = (LONGEST / 2 - 3..=LONGEST / 2).rev().find(|at| !is_inside(at)).unwrap_or(LONGEST / 2);
+        all.extend(name.get(..cut).unwrap_or_default());
         all.extend(format!("-{:08x}", crc32fast::hash(name)).bytes());
     }
     all.extend(ending.bytes());
@@ -119,7 +107,42 @@ pub(crate) fn place(
     host.may_create_in(folder)
         .map_err(|e| refused(format!("{} cannot be written: {e}", folder.path().display())))?;
     refuse_stranger(host, path, &place, stat.owner)?;
-    Ok(place)
+    if dir.is_none() || place.stat(host).is_err() {
+        return Ok(place);
+    }
+    // Two images may have had the same name, as on file systems that were mounted there in turn.
+    let taken = Journal::open(host, &place, Access::Read)?;
+    let now = Stamp::of(host, path, file)?;
+    match taken.as_ref().and_then(|(journal, _)| journal.header().targets.first()) {
+        Some(target) if !has_followed(target, &now) && !target.is_same_file(&now) => {
+            let apart =
+                format!("-{:016x}-{:016x}{ending}", now.file_system.unwrap_or(now.id.device), now.id.inode);
+            Ok(place.beside(named_apart(&image.path(), &apart)))
+        }
+        _ => Ok(place),
+    }
+}
+
+/// Whether `now` has the place of another file: the same name in the same file system.
+fn has_followed(then: &Stamp, now: &Stamp) -> bool {
+    let file_system = then.file_system.zip(now.file_system).map(|(then, now)| then == now);
+    then.path == now.path && file_system.unwrap_or(then.id.device == now.id.device)
+}
+
+/// A journal that was found, and the image as it is now.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) journal: Journal,
+    pub(crate) last: Option<Record>,
+    /// The image.
+    pub(crate) now: Stamp,
+}
+
+impl Found {
+    /// Whether the journal is about this very file, and not about one that had its name.
+    pub(crate) fn is_same_file(&self) -> bool {
+        self.journal.header().targets.first().is_some_and(|target| target.is_same_file(&self.now))
+    }
 }
 
 /// Refuses a place for a file about an image of this owner, if somebody who may not write the image has put a file there.
@@ -154,11 +177,12 @@ pub(crate) fn refuse_strangers(
     places(host, &image, dir, ending)?.iter().try_for_each(|place| refuse_stranger(host, path, place, owner))
 }
 
-/// The journal about the image in `file`, and its last record, if there is one that is believed: in `dir`, or beside it.
-/// One of somebody who may not write the image does not count.
+/// The journal about the image in `file`, if there is one that is believed, in `dir` or beside it: one about this very
+/// file, or else one that belongs to its name. That was made for a file that has given way to this one, or for one
+/// whose folder was copied. One of somebody who may not write the image does not count.
 ///
 /// # Errors
-/// The system's.
+/// The system's; [`Refusal::JournalVersion`].
 pub(crate) fn find(
     host: &dyn Host,
     path: &Path,
@@ -166,18 +190,19 @@ pub(crate) fn find(
     dir: Option<&Path>,
     access: Access,
     ending: &str,
-) -> Result<Option<(Journal, Option<Record>)>> {
+) -> Result<Option<Found>> {
     let image = Place::of_file(host, path, file)?;
-    let mut candidates = vec![image.beside(named(&image.path(), ending))];
+    let mut candidates = vec![(image.beside(named(&image.path(), ending)), true)];
     if let Some(folder) = dir.map(|dir| folder_of_journals(host, dir)).transpose()?.flatten() {
         // A device may have another name today: what the journals say counts.
         let folder = Arc::new(folder);
         let names = host.list_in(&folder).map_err(|e| Error::io(folder.path(), FileOp::List, None, e))?;
         let ours = names.into_iter().filter(|name| name.as_bytes().ends_with(ending.as_bytes()));
-        candidates.extend(ours.map(|name| Place::within(Arc::clone(&folder), name)));
+        candidates.extend(ours.map(|name| (Place::within(Arc::clone(&folder), name), false)));
     }
     let mut now = None;
-    for candidate in candidates {
+    let mut by_name = None;
+    for (candidate, is_beside) in candidates {
         // Most images have none: then nothing more is asked.
         let stat = match candidate.stat(host) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
@@ -188,19 +213,32 @@ pub(crate) fn find(
         if !stat.owner.may_speak_for(&owner, host.user()) {
             continue;
         }
-        let Some(found) = Journal::open(host, &candidate, access)? else { continue };
-        if !found.0.owner()?.may_speak_for(&owner, host.user()) {
+        let opened = match Journal::open(host, &candidate, access) {
+            // Whose it is cannot be told.
+            Err(Error::Refused { reason: Refusal::JournalVersion { .. }, .. }) if !is_beside => continue,
+            opened => opened?,
+        };
+        let Some((journal, last)) = opened else { continue };
+        if !journal.owner()?.may_speak_for(&owner, host.user()) {
             continue;
         }
-        let now = match &now {
+        let stamp = match &now {
             Some(now) => now,
-            None => now.insert(identity(host, path, file)?),
+            None => now.insert(Stamp::of(host, path, file)?),
         };
-        if found.0.header().targets.first().is_some_and(|target| target.is_same_file(now)) {
-            return Ok(Some(found));
+        let Some(target) = journal.header().targets.first() else { continue };
+        let same = target.same_file(stamp);
+        let is_named = target.path.file_name() == stamp.path.file_name() && !stamp.is_device;
+        let follows = if is_beside { is_named } else { has_followed(target, stamp) };
+        let found = Found { now: stamp.clone(), journal, last };
+        match same {
+            SameFile::Yes => return Ok(Some(found)),
+            SameFile::Unsure if is_beside => return Ok(Some(found)),
+            _ if follows && by_name.is_none() => by_name = Some(found),
+            _ => {}
         }
     }
-    Ok(None)
+    Ok(by_name)
 }
 
 /// The journal about an image at `path` that is there no more, in `dir` or beside where it was: the last thing

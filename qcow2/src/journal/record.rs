@@ -8,7 +8,8 @@
 use std::path::PathBuf;
 
 use super::bytes::{Reader, Writer};
-pub use super::identity::{Identity, Spent, SpentKind};
+pub use super::spent::{Spent, SpentKind};
+use crate::stamp::{Stamp, Times};
 
 /// What a journal keeps whole: the blocks in which disks are written, in bytes.
 pub const BLOCK: u64 = 4096;
@@ -16,11 +17,19 @@ pub const BLOCK: u64 = 4096;
 pub const SECTOR: usize = 512;
 /// The sectors of a block.
 pub const SECTORS: usize = BLOCK as usize / SECTOR;
+/// The most files that a work writes under one journal: an image, and its data file.
+const MAX_TARGETS: usize = 2;
 /// The most blocks of one record that any journal asks for.
 pub const MAX_BLOCKS: usize = 2048;
 
-const HEADER_MAGIC: &[u8; 8] = b"qmergeJH";
-const RECORD_MAGIC: &[u8; 8] = b"qmergeJR";
+/// The version of the format, which its magics hold.
+pub const VERSION: u32 = 2;
+const HEADER_MAGIC: &[u8; 8] = b"qmgJH002";
+const RECORD_MAGIC: &[u8; 8] = b"qmgJR002";
+/// What the header of any version but the first begins with; three digits follow.
+const HEADER_OF_ANY: &[u8; 5] = b"qmgJH";
+/// The header of version 1.
+const HEADER_OF_1: &[u8; 8] = b"qmergeJH";
 /// Magic, length and CRC.
 pub const ENVELOPE: usize = 20;
 /// The longest payload of a header, in bytes.
@@ -70,10 +79,12 @@ pub struct Header {
     pub max_blocks: u32,
     /// How foreign writes are noticed.
     pub guard: Guard,
+    /// The run of the system in which the journal was made, by its number, where that is known.
+    pub boot: Option<u64>,
     /// The image that is written, as it was before; then its external data file, if it has one.
-    pub targets: Vec<Identity>,
+    pub targets: Vec<Stamp>,
     /// The layers above it, from the one above it up to top, with their data files.
-    pub layers: Vec<Identity>,
+    pub layers: Vec<Stamp>,
     /// The image that takes the data.
     pub base: PathBuf,
     /// The chain's uppermost image that is merged.
@@ -131,8 +142,12 @@ pub struct Record {
     pub watermark: u64,
     /// The bytes that were written for that.
     pub done: u64,
-    /// Length and time of change of the target, if the work was stopped in good order.
-    pub stopped: Option<(u64, i128)>,
+    /// Whether the work was stopped in good order, with the targets as in `known`.
+    pub stopped: bool,
+    /// Length and times of each target when the work last looked, behind a barrier; nothing if it has not yet.
+    pub known: Vec<Times>,
+    /// The run of the system in which the work wrote this, by its number, where that is known.
+    pub boot: Option<u64>,
     /// The files to be removed when all is done, the uppermost layer first; `None` if they are to stay, or if
     /// it is not known yet how the work leaves them.
     pub spent: Option<Vec<Spent>>,
@@ -186,6 +201,16 @@ fn open<'a>(bytes: &'a [u8], magic: &[u8; 8], most: usize) -> Option<Reader<'a>>
     (stored == crc(magic, payload)).then(|| Reader::new(payload))
 }
 
+/// The version of the journal that starts with `bytes`, if it is another one than this program writes.
+pub fn other_version(bytes: &[u8]) -> Option<u32> {
+    let version = match bytes.get(..8)?.split_at_checked(HEADER_OF_ANY.len())? {
+        (start, digits) if start == HEADER_OF_ANY => std::str::from_utf8(digits).ok()?.parse().ok()?,
+        _ if bytes.starts_with(HEADER_OF_1) => 1,
+        _ => return None,
+    };
+    (version != VERSION).then_some(version)
+}
+
 /// How many bytes the header that starts with `bytes` has, if they can be the start of one.
 pub fn header_len(bytes: &[u8]) -> Option<usize> {
     announced(bytes, HEADER_MAGIC, MAX_HEADER).map(|len| len + ENVELOPE)
@@ -213,6 +238,8 @@ impl Header {
             Guard::DirtyBit { lazy: true } => 2,
         });
         out.u32(self.max_blocks);
+        out.u8(self.boot.is_some().into());
+        out.u64(self.boot.unwrap_or_default());
         for list in [&self.targets, &self.layers] {
             out.u32(u32::try_from(list.len()).ok()?);
             list.iter().for_each(|identity| identity.encode(&mut out));
@@ -248,9 +275,10 @@ impl Header {
             _ => return None,
         };
         let max_blocks = from.u32().filter(|&most| (1..=MAX_BLOCKS as u32).contains(&most))?;
-        let targets = from.list(Identity::decode)?;
-        let layers = from.list(Identity::decode)?;
-        if targets.is_empty() || targets.len() > 2 {
+        let (has_boot, boot) = (from.flag()?, from.u64()?);
+        let targets = from.list(Stamp::decode)?;
+        let layers = from.list(Stamp::decode)?;
+        if targets.is_empty() || targets.len() > MAX_TARGETS {
             return None;
         }
         let header = Self {
@@ -258,6 +286,7 @@ impl Header {
             purpose,
             max_blocks,
             guard,
+            boot: has_boot.then_some(boot),
             targets,
             layers,
             base: from.path()?,
@@ -282,10 +311,11 @@ impl Record {
         out.u8(self.phase as u8);
         out.u64(self.watermark);
         out.u64(self.done);
-        out.u8(self.stopped.is_some().into());
-        let (len, modified_ns) = self.stopped.unwrap_or_default();
-        out.u64(len);
-        out.put(&modified_ns.to_be_bytes());
+        out.u8(self.stopped.into());
+        out.u32(self.known.len() as u32);
+        self.known.iter().for_each(|times| times.encode(&mut out));
+        out.u8(self.boot.is_some().into());
+        out.u64(self.boot.unwrap_or_default());
         out.u8(self.spent.is_some().into());
         let spent = self.spent.as_deref().unwrap_or_default();
         out.u32(spent.len() as u32);
@@ -318,8 +348,9 @@ impl Record {
             _ => return None,
         };
         let (watermark, done) = (from.u64()?, from.u64()?);
-        let has_stopped = from.flag()?;
-        let stopped = (from.u64()?, from.i128()?);
+        let stopped = from.flag()?;
+        let known = from.list(Times::decode)?;
+        let (has_boot, boot) = (from.flag()?, from.u64()?);
         let has_spent = from.flag()?;
         let spent = from.list(Spent::decode)?;
         let (target, len) = (from.u8()?, from.u64()?);
@@ -327,18 +358,21 @@ impl Record {
         let ascend = blocks.windows(2).all(|two| matches!(two, [a, b] if a.number < b.number));
         let fit = blocks.last().is_none_or(|last| last.number < i64::MAX as u64 / BLOCK)
             && [sequence, done, len].iter().all(|&number| i64::try_from(number).is_ok());
-        (from.is_empty() && ascend && fit && blocks.len() <= MAX_BLOCKS).then_some(Self {
-            nonce,
-            sequence,
-            phase,
-            watermark,
-            done,
-            stopped: has_stopped.then_some(stopped),
-            spent: has_spent.then_some(spent),
-            target,
-            len,
-            blocks,
-        })
+        (from.is_empty() && ascend && fit && known.len() <= MAX_TARGETS && blocks.len() <= MAX_BLOCKS)
+            .then_some(Self {
+                nonce,
+                sequence,
+                phase,
+                watermark,
+                done,
+                stopped,
+                known,
+                boot: has_boot.then_some(boot),
+                spent: has_spent.then_some(spent),
+                target,
+                len,
+                blocks,
+            })
     }
 }
 
@@ -358,13 +392,14 @@ pub(super) mod tests {
     use super::*;
     use crate::storage::FileId;
 
-    pub(crate) fn identity(name: &str) -> Identity {
-        Identity {
+    pub(crate) fn stamp(name: &str) -> Stamp {
+        Stamp {
             path: name.into(),
             id: FileId { device: 7, inode: 9 },
             is_device: false,
-            len: 12345,
-            modified_ns: -5,
+            file_system: Some(3),
+            born_ns: Some(-9),
+            times: Times { len: 12345, modified_ns: -5, changed_ns: -4 },
             head_crc: 77,
         }
     }
@@ -375,8 +410,9 @@ pub(super) mod tests {
             purpose: Purpose::Merge,
             max_blocks: 7,
             guard: Guard::DirtyBit { lazy: true },
-            targets: vec![identity("/base"), identity("/data")],
-            layers: vec![identity("/a"), identity("/b")],
+            boot: Some(6),
+            targets: vec![stamp("/base"), stamp("/data")],
+            layers: vec![stamp("/a"), stamp("/b")],
             base: "/base".into(),
             top: "/b".into(),
             top_index: 3,
@@ -390,7 +426,7 @@ pub(super) mod tests {
 
     pub(crate) fn spent() -> Vec<Spent> {
         let kinds = [SpentKind::Marked, SpentKind::DataFile, SpentKind::Unmarked];
-        kinds.map(|kind| Spent { file: identity("/b"), kind }).into()
+        kinds.map(|kind| Spent { file: stamp("/b"), kind }).into()
     }
 
     fn record() -> Record {
@@ -405,7 +441,9 @@ pub(super) mod tests {
             phase: Phase::Moving,
             watermark: 1 << 30,
             done: 1 << 29,
-            stopped: Some((1, -2)),
+            stopped: true,
+            known: vec![Times { len: 1, modified_ns: -2, changed_ns: 3 }; 2],
+            boot: Some(6),
             spent: Some(spent()),
             target: 1,
             len: 1 << 20,
@@ -425,7 +463,7 @@ pub(super) mod tests {
         assert_eq!(Record::parse(&bytes, 42), Some(record()));
         assert_eq!(Record::parse(&bytes, 43), None, "the nonce of another journal");
         for (phase, spent) in [(Phase::Done, None), (Phase::Removing, Some(Vec::new()))] {
-            let bare = Record { stopped: None, spent, blocks: Vec::new(), phase, ..record() };
+            let bare = Record { stopped: false, spent, blocks: Vec::new(), phase, ..record() };
             assert_eq!(Record::parse(&bare.encode(), 42), Some(bare));
         }
     }
@@ -469,7 +507,7 @@ pub(super) mod tests {
         (0..5).for_each(|_| long.u64(0));
         long.u32(u32::MAX);
         assert_eq!(Record::parse(&seal(RECORD_MAGIC, long.into_bytes()), 0), None);
-        let mut huge = b"qmergeJR".to_vec();
+        let mut huge = RECORD_MAGIC.to_vec();
         huge.extend([0xff; 12]);
         assert_eq!((record_len(&huge), header_len(&huge)), (None, None));
     }

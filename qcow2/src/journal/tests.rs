@@ -216,8 +216,15 @@ fn the_journal_is_durable_before_anything_is_written_in_place() {
     file.punch_hole(16_000, 1000).unwrap();
     assert_eq!(log.lock().unwrap().split_off(0), ["base w 20480+8192", "base z 12288+4096"]);
     file.sync().unwrap();
-    let expected =
-        ["journal w", "journal s", "base w 0+8192", "base w 16384+4096", "base w 28672+4096", "base s"];
+    let expected = [
+        "journal w",
+        "journal s",
+        "base w 0+512",
+        "base w 4096+512",
+        "base w 19968+512",
+        "base w 28672+1536",
+        "base s",
+    ];
     assert_eq!(log.lock().unwrap().split_off(0), expected);
     // A barrier with nothing in memory writes no record.
     file.sync().unwrap();

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use super::safety;
 use super::work::{Left, percent};
 use crate::chain::{Chain, OpenOptions};
 use crate::check::CheckOptions;
@@ -45,6 +46,9 @@ pub struct Aborted {
     pub restore_points_lost: Vec<PathBuf>,
     /// Whether somebody has written to base since the merge was stopped, so that only its journal was removed.
     pub written_since: bool,
+    /// Whether base is not the file that the merge wrote to, or an older state of it, so that only the journal was
+    /// removed, or base was made consistent without it.
+    pub put_back: bool,
 }
 
 /// The merge into the image at `path` that is pending, by the journal beside it or in `dir`. Takes no lock, and
@@ -55,7 +59,7 @@ pub struct Aborted {
 pub fn pending(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<Pending>> {
     let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
-    Ok(found.filter(|(_, last)| last.is_some()).and_then(|(journal, _)| of(&journal)))
+    Ok(found.filter(|found| found.last.is_some()).and_then(|found| of(&found.journal)))
 }
 
 /// The merge that a journal is about, unless all of it is done.
@@ -97,7 +101,8 @@ pub fn abort(
     let access = [(id, Access::ReadWrite)].into();
     let mut chain = Chain::open(host, base, &OpenOptions { lock: true, access, ..open.clone() })?;
     let at = chain.active();
-    let nothing = Aborted { pending: None, restore_points_lost: Vec::new(), written_since: false };
+    let nothing =
+        Aborted { pending: None, restore_points_lost: Vec::new(), written_since: false, put_back: false };
     let Some(layer) = chain.layers().get(at) else { return Ok(nothing) };
     let path = layer.path.clone();
     let Some(left) = Left::find(host, layer, dir)? else {
@@ -109,13 +114,19 @@ pub fn abort(
         return Err(Error::refused(&path, Refusal::MergeDone { top, active, removes }));
     }
     let lost = if pending.is_some() { left.restore_points_lost() } else { Vec::new() };
-    let result = Aborted { pending, restore_points_lost: lost, written_since: left.is_foreign() };
+    let put_back = left.begins_anew().is_some();
+    let result = Aborted { pending, restore_points_lost: lost, written_since: left.is_foreign(), put_back };
     let Some(image) = chain.image_mut(at).filter(|_| left.is_ours()) else {
         left.discard(host)?;
         return Ok(result);
     };
-    let work = left.take_up(image)?;
-    work.replay(image)?;
+    let work = left.take_up(host, image)?;
+    if left.is_doubtful() {
+        // In memory it is as it would be written: a base that the journal does not fit stays as it is.
+        safety::consistent(&chain, at, cancel)?;
+    }
+    let Some(image) = chain.image_mut(at) else { return Ok(result) };
+    work.replay(image, None)?;
     if let Image::Qcow2(qcow2) = &*image {
         let data = qcow2.has_data_file().then(|| &**qcow2.data_file());
         let options = CheckOptions { cancel: Some(cancel) };

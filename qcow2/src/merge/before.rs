@@ -44,7 +44,7 @@ pub(super) fn leftovers(
             return Err(work::written_since(&layer.path, &left));
         }
         let image = chain.image_mut(at).filter(|_| left.is_ours());
-        let work = image.map(|image| left.take_up(image)).transpose()?;
+        let work = image.map(|image| left.take_up(host, image)).transpose()?;
         if at == span.base {
             (all.base, all.base_work) = (Some(left), work);
         } else {
@@ -82,7 +82,7 @@ fn journals<'a>(
         let file = &**layer.image.file();
         let found =
             journal::find(host, &layer.path, file, dir, layer.access, journal::JOURNAL).transpose()?;
-        Some(found.map(|(journal, _)| (layer.path.as_path(), journal)))
+        Some(found.map(|found| (layer.path.as_path(), found.journal)))
     })
 }
 

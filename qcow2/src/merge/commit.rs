@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 use super::job::{Job, Totals};
 use super::needs::Question;
 use super::options::{BaseChoice, CommitOptions, Span};
-use super::plan::{Afterwards, DataFileFate, Plan, PlannedDataFile, Resumed, Signs};
+use super::plan::{Afterwards, BeginsAnew, DataFileFate, Plan, PlannedDataFile, Resumed, Signs};
 use super::remains::Remains;
 use super::work::{self, Left};
 use super::zeros::Zeros;
@@ -42,6 +42,8 @@ pub struct Commit {
     pub(super) left: before::Leftovers,
     /// What a journal says of this merge.
     pub(super) header: Option<Header>,
+    /// Where the merge begins: what lies below was merged before.
+    pub(super) from: GuestOffset,
     /// Clusters of base that nothing refers to.
     pub(super) leaks: u64,
     /// The journal of an active image that was removed before.
@@ -128,8 +130,9 @@ impl Commit {
         let mut job = job(&images, span)?;
         header.top_index = asked.and_then(|index| u32::try_from(index).ok()).unwrap_or(header.top_index);
         (header.new_size, header.zero_until) = (job.new_size, job.question.zero_until);
-        let resume = left.base.as_ref().and_then(|left| left.resume(&header));
-        job.from = GuestOffset::new(resume.map_or(0, |(watermark, _)| watermark));
+        let (resume, begins_anew) = resume(&left, &header, &job, options, cancel)?;
+        let from = GuestOffset::new(resume.map_or(0, |(watermark, _)| watermark));
+        job.from = from;
         let mut totals = job.plan(cancel)?;
         let resumed = resume.map(|(_, done)| Resumed::new(done, totals.bytes_to_write));
         header.total = totals.bytes_to_write;
@@ -140,7 +143,7 @@ impl Commit {
         totals.clusters_to_allocate += bitmaps.as_ref().map_or(0, bitmaps::Plan::clusters);
         let shared = found.shared.clone();
         let mut plan = make_plan(&chain, span, options, totals, side_by_side, afterwards, found)?;
-        plan.resumed = resumed;
+        (plan.resumed, plan.begins_anew) = (resumed, begins_anew);
         if left.base.as_ref().is_some_and(Left::is_ours) || left.active.as_ref().is_some_and(Left::is_ours) {
             // The images are marked dirty, and must not stay so.
             plan.nothing_to_do = None;
@@ -164,6 +167,7 @@ impl Commit {
             shared,
             left,
             header,
+            from,
             leaks,
             gone,
             removing,
@@ -202,6 +206,7 @@ impl Commit {
             unreadable: Vec::new(),
             nothing_to_do: Some(reason),
             resumed: None,
+            begins_anew: None,
         };
         Self {
             host,
@@ -214,6 +219,7 @@ impl Commit {
             shared: Vec::new(),
             left: before::Leftovers::default(),
             header: None,
+            from: GuestOffset::ZERO,
             leaks: 0,
             gone: None,
             removing: None,
@@ -245,6 +251,37 @@ impl Commit {
 
     pub(super) fn span(&self) -> Span {
         Span { base: self.base, top: self.top, active: self.chain.active() }
+    }
+}
+
+/// Where the merge of a journal goes on: below which guest offset all is done, and the bytes that were written for that;
+/// or why it does not. What is not certain is proved by reading it back, or it does not count.
+fn resume(
+    left: &before::Leftovers,
+    header: &Header,
+    job: &Job<'_>,
+    options: &CommitOptions,
+    cancel: &AtomicBool,
+) -> Result<(Option<(u64, u64)>, Option<BeginsAnew>)> {
+    let Some(left) = &left.base else { return Ok((None, None)) };
+    let begins_anew = left.begins_anew();
+    let Some((watermark, done)) = left.resume(header).filter(|_| !options.restart) else {
+        return Ok((None, begins_anew));
+    };
+    if !left.needs_proof() {
+        return Ok((Some((watermark, done)), None));
+    }
+    // What lies behind the end of base's disk cannot be read yet.
+    let base = job.image()?;
+    let grain = base.as_qcow2().map_or(1, |image| image.geometry().cluster_size());
+    let end = watermark.min(base.virtual_size());
+    let end = end - end % grain;
+    if job.holds(GuestOffset::new(end), cancel)? {
+        return Ok(((end > 0).then_some((end, done)), None));
+    }
+    match left.may_be_newer() {
+        true => Err(work::written_since(base.path(), left)),
+        false => Ok((None, Some(BeginsAnew::NotProved))),
     }
 }
 
@@ -360,6 +397,7 @@ fn make_plan(
             format!("{} is an empty overlay on {}", path(span.active).display(), path(span.base).display())
         }),
         resumed: None,
+        begins_anew: None,
     })
 }
 

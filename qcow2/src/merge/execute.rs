@@ -134,12 +134,15 @@ impl Commit {
         let (resumed, leaks) = (self.plan.resumed.is_some(), self.leaks);
         let header = self.header.take().ok_or_else(|| Error::Usage("there is nothing to merge".into()))?;
         let dir = self.options.journal_dir.clone();
-        let base = self.base;
+        let (base, from) = (self.base, self.from);
         let image =
             self.chain.image_mut(base).ok_or_else(|| Error::Usage("the chain has no such layer".into()))?;
         let work = match work {
             Some(work) => {
-                work.replay(image)?;
+                match resumed {
+                    true => work.replay(image, Some(from))?,
+                    false => work.replay(image, None)?,
+                }
                 if resumed {
                     work
                 } else {
@@ -195,7 +198,7 @@ impl Commit {
         let size = self.plan.base_size_after;
         let clusters = self.plan.totals.clusters_to_allocate;
         let before = self.plan.resumed.map_or(0, |resumed| resumed.done);
-        let from = GuestOffset::new(self.plan.resumed.map_or(0, |_| journal.state().watermark));
+        let from = self.from;
         let total = self.plan.totals.bytes_to_write.saturating_add(before);
         let run = Run { progress, total, done: AtomicU64::new(before), cancel, journal: Some(journal) };
         let grows = size > self.plan.base_size_before;
@@ -253,7 +256,7 @@ impl Commit {
         let image = self.chain.image_mut(span.active).ok_or_else(missing)?;
         let work = match work {
             Some(work) => {
-                work.replay(image)?;
+                work.replay(image, Some(GuestOffset::ZERO))?;
                 work
             }
             None => Work::begin(&*host, image, header, dir, left.as_ref())?,

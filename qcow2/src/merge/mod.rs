@@ -44,7 +44,7 @@ pub(crate) use needs::Question;
 pub use ops::Progress;
 pub(crate) use ops::Run;
 pub use options::{BaseChoice, CommitOptions};
-pub use plan::{Afterwards, DataFileFate, Plan, PlannedDataFile, Resumed, Signs};
+pub use plan::{Afterwards, BeginsAnew, DataFileFate, Plan, PlannedDataFile, Resumed, Signs};
 pub use put::put;
 pub use retire::{Known, Retired, mark_merged, remove, unused};
 pub(crate) use zeros::Zeros;

@@ -50,6 +50,30 @@ pub struct Plan {
     pub nothing_to_do: Option<String>,
     /// Set when an earlier run of the same merge was stopped, and this one goes on where it was.
     pub resumed: Option<Resumed>,
+    /// Set when an earlier run was stopped, and nothing counts of what it has done: base is not as it left it.
+    pub begins_anew: Option<BeginsAnew>,
+}
+
+/// Why a merge that was stopped does not go on where it was. The layers above base still hold everything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BeginsAnew {
+    /// Base is older than the merge left it: it was put back from a copy.
+    PutBack,
+    /// Base is another file than the one that the merge wrote to: its folder was copied, or it was replaced.
+    Copied,
+    /// Base was read back, and does not hold what the merge noted as done.
+    NotProved,
+}
+
+impl fmt::Display for BeginsAnew {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PutBack => "base was put back from a copy since the merge was stopped",
+            Self::Copied => "base is another file than the one that the stopped merge wrote to",
+            Self::NotProved => "base does not hold what the stopped merge noted as done",
+        })
+    }
 }
 
 /// An external data file of a layer that the merge writes.

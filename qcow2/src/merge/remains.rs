@@ -14,8 +14,10 @@ use super::retire::{Known, mark};
 use crate::chain::{Chain, Search, find_users_in};
 use crate::error::{Error, FileOp, Result};
 use crate::image::Qcow2;
+use crate::journal::Journal;
+use crate::journal::Journal;
 use crate::journal::record::{Phase, Spent, SpentKind};
-use crate::journal::{self, Journal};
+use crate::stamp::Stamp;
 use crate::storage::{Access, FileId, FileKind, Host, LockError, LockMode, Owner, Place, Storage};
 
 /// What a stopped merge has left to be removed.
@@ -185,7 +187,7 @@ impl Remains {
             LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(stat.id) },
             LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
         })?;
-        if !spent.file.is_unwritten(&journal::identity(host, path, &*file)?) {
+        if !spent.file.is_unwritten(&Stamp::of(host, path, &*file)?) {
             return kept("it was written to since the merge was stopped");
         }
         if spent.kind == SpentKind::Marked && !self.is_marked(path, &*file)? {
@@ -236,7 +238,7 @@ mod tests {
 
     fn spent(host: &MemHost, path: &str, kind: SpentKind) -> Spent {
         let file = host.open(Path::new(path), Access::Read).unwrap();
-        Spent { file: journal::identity(host, Path::new(path), &*file).unwrap(), kind }
+        Spent { file: Stamp::of(host, Path::new(path), &*file).unwrap(), kind }
     }
 
     /// A layer and its data file, as a merge into `/vm/0` has left them.
@@ -251,6 +253,7 @@ mod tests {
             purpose: Purpose::Merge,
             max_blocks: 1,
             guard: Guard::Stamp,
+            boot: None,
             targets: vec![spent(host, "/vm/0", SpentKind::Unmarked).file],
             layers: Vec::new(),
             base: "/vm/0".into(),

@@ -96,6 +96,31 @@ fn has_foreign_bottom(images: &[&Image]) -> bool {
     matches!(images.first(), Some(Image::Foreign(_)))
 }
 
+impl Job<'_> {
+    /// Whether base holds, below the guest offset `end`, what the layers above it show there. `end` lies inside base's
+    /// disk.
+    ///
+    /// # Errors
+    /// Whatever reading reports; [`Error::Cancelled`].
+    pub(super) fn holds(&self, end: GuestOffset, cancel: &AtomicBool) -> Result<bool> {
+        let base = View::new(self.layers, 0, self.base);
+        let differ = Differ::new(self.question.view, base)?;
+        let below = GuestRange::between(GuestOffset::ZERO, end);
+        for window in self.question.windows(GuestOffset::ZERO) {
+            let Some(window) = window?.intersect(&below) else { break };
+            let needs = self.question.needs(window)?;
+            let needs: Vec<Supplied> =
+                needs.into_iter().filter_map(|need| need.clip(&below)).map(supplied).collect();
+            let mut found: Vec<Supplied> = Vec::new();
+            base.resolve(window, &mut found)?;
+            if differ.first_difference(&needs, &found, cancel, &|_| {})?.is_some() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
 /// Opens an image again on the same files, with nothing of it in the system's cache.
 fn reopen(image: &Image) -> Result<Image> {
     let drop_cache = |file: &dyn Storage| {

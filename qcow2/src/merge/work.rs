@@ -6,16 +6,17 @@ use std::sync::Arc;
 use super::abort::{self, Pending};
 use super::execute::Report;
 use super::options::{CommitOptions, Span};
+use super::plan::BeginsAnew;
 use super::remains::Remains;
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::features;
 use crate::image::Image;
-use crate::journal::record::{
-    BLOCK, Guard, Header, Identity, MAX_BLOCKS, Phase, Purpose, Record, Spent, SpentKind,
-};
-use crate::journal::{self, Journal, Journaled, Verdict};
+use crate::journal::record::{BLOCK, Guard, Header, MAX_BLOCKS, Phase, Purpose, Record, Spent, SpentKind};
+use crate::journal::{self, Found, Journal, Journaled, Judgement, Now, Verdict};
+use crate::stamp::Stamp;
 use crate::storage::{Access, FileId, Host, Place, Storage};
+use crate::units::GuestOffset;
 
 /// An image that is written under a journal.
 #[derive(Debug)]
@@ -29,7 +30,9 @@ pub(super) struct Work {
 #[derive(Debug)]
 pub(super) struct Left {
     journal: Arc<Journal>,
-    verdict: Verdict,
+    judgement: Judgement,
+    /// Whether the image is marked dirty.
+    is_dirty: bool,
     last: Option<Record>,
 }
 
@@ -41,7 +44,7 @@ impl Left {
     pub(super) fn find(host: &dyn Host, layer: &Layer, dir: Option<&Path>) -> Result<Option<Self>> {
         let file = &**layer.image.file();
         let found = journal::find(host, &layer.path, file, dir, layer.access, journal::JOURNAL)?;
-        let Some((journal, last)) = found else { return Ok(None) };
+        let Some(Found { journal, last, .. }) = found else { return Ok(None) };
         // What it holds is written to the data file, too.
         if let (Some(data), Some(image)) = (&layer.data_file, layer.image.as_qcow2()) {
             let stat = image.data_file().stat().map_err(|e| Error::io(&data.path, FileOp::Stat, None, e))?;
@@ -49,20 +52,56 @@ impl Left {
                 return Ok(None);
             }
         }
-        let dirty = layer.image.as_qcow2().is_some_and(|image| image.header().is_dirty());
-        let verdict = journal::judge(&journal, last.as_ref(), file, Some(dirty))?;
-        Ok(Some(Self { journal: Arc::new(journal), verdict, last }))
+        if journal.is_held() {
+            return Err(journal.in_use(host));
+        }
+        let is_dirty = layer.image.as_qcow2().is_some_and(|image| image.header().is_dirty());
+        let data =
+            layer.image.as_qcow2().filter(|image| image.has_data_file()).map(|image| &**image.data_file());
+        let files = [Some(file), data].into_iter().flatten().collect();
+        let now = Now { stamps: stamps(host, layer)?, files, dirty: Some(is_dirty) };
+        let judgement = journal::judge(host, &journal, last.as_ref(), &now)?;
+        Ok(Some(Self { journal: Arc::new(journal), judgement, is_dirty, last }))
     }
 
-    /// Whether the image is as the stopped work has left it, dirty bit and all.
+    /// Whether the stopped work explains the image, dirty bit and all.
     pub(super) fn is_ours(&self) -> bool {
-        matches!(self.verdict, Verdict::Pending | Verdict::Unsure | Verdict::Finished)
+        match self.judgement.verdict {
+            Verdict::Pending | Verdict::Unsure | Verdict::Finished => true,
+            Verdict::PutBack | Verdict::Copied => self.is_dirty,
+            Verdict::Over | Verdict::Foreign => false,
+        }
+    }
+
+    /// Whether the image may be another one than the stopped work has left.
+    pub(super) fn is_doubtful(&self) -> bool {
+        !matches!(self.judgement.verdict, Verdict::Pending | Verdict::Finished)
+    }
+
+    /// Why nothing counts as done of what the stopped work did, if so.
+    pub(super) fn begins_anew(&self) -> Option<BeginsAnew> {
+        match self.judgement.verdict {
+            Verdict::PutBack => Some(BeginsAnew::PutBack),
+            Verdict::Copied => Some(BeginsAnew::Copied),
+            _ => None,
+        }
+    }
+
+    /// Whether what is done must be proved before it counts: without a dirty bit nothing tells for certain that nobody
+    /// has written to the image.
+    pub(super) fn needs_proof(&self) -> bool {
+        self.judgement.verdict == Verdict::Unsure || self.journal.header().guard == Guard::Stamp
+    }
+
+    /// Whether somebody may have written to the image since, as far as its times tell.
+    pub(super) fn may_be_newer(&self) -> bool {
+        self.judgement.may_be_newer
     }
 
     /// Whether somebody has written to the image since.
     pub(super) fn is_foreign(&self) -> bool {
         // Whoever writes to an image that was being emptied writes to a disk that shows all it should.
-        self.verdict == Verdict::Foreign && self.journal.header().purpose == Purpose::Merge
+        self.judgement.verdict == Verdict::Foreign && self.journal.header().purpose == Purpose::Merge
     }
 
     /// How far the work was, in percent.
@@ -72,7 +111,8 @@ impl Left {
 
     /// The merge that was stopped.
     pub(super) fn pending(&self) -> Option<Pending> {
-        abort::of(&self.journal).filter(|pending| pending.is_removing || self.verdict != Verdict::Over)
+        abort::of(&self.journal)
+            .filter(|pending| pending.is_removing || self.judgement.verdict != Verdict::Over)
     }
 
     /// The files of layers that the work has merged, and that nobody has written to since: not all of them have room for
@@ -82,14 +122,16 @@ impl Left {
         if header.purpose != Purpose::Merge || self.journal.state().phase < Phase::Switching {
             return Vec::new();
         }
-        let now = |path: &Path| journal::identity(host, path, &*host.open(path, Access::Read).ok()?).ok();
-        let as_merged = |was: &Identity| now(&was.path).filter(|now| was.is_unwritten(now)).map(|now| now.id);
+        let now = |path: &Path| Stamp::of(host, path, &*host.open(path, Access::Read).ok()?).ok();
+        let as_merged = |was: &Stamp| now(&was.path).filter(|now| was.is_unwritten(now)).map(|now| now.id);
         header.layers.iter().filter_map(as_merged).collect()
     }
 
     /// The files that the work was to remove when it was stopped, and that are no part of `chain`.
     pub(super) fn remains(&self, host: &dyn Host, chain: &Chain) -> Option<Remains> {
-        Remains::of(host, &self.journal, chain, self.verdict == Verdict::Foreign)
+        // What was merged into a base that was put back is nowhere else.
+        let is_doubtful = self.judgement.verdict == Verdict::Foreign || self.judgement.is_older;
+        Remains::of(host, &self.journal, chain, is_doubtful)
     }
 
     /// The layers that are restore points no more.
@@ -114,24 +156,25 @@ impl Left {
             && then.layers.len() == wanted.layers.len()
             && then.layers.iter().zip(&wanted.layers).all(|(then, now)| then.is_unchanged(now))
             && (then.new_size, then.zero_until) == (wanted.new_size, wanted.zero_until);
-        let may = same && self.verdict == Verdict::Pending;
+        let may = same && matches!(self.judgement.verdict, Verdict::Pending | Verdict::Unsure);
         (may && state.watermark > 0).then_some((state.watermark, state.done))
     }
 
-    /// Puts the image under its journal again; what a power cut may have torn is read as it should be, and
-    /// written by the next barrier.
+    /// Puts the image under its journal again, which nobody else uses meanwhile; what a power cut may have torn is
+    /// read as it should be, and written by the next barrier.
     ///
     /// # Errors
-    /// A header that cannot be read even so.
-    pub(super) fn take_up(&self, image: &mut Image) -> Result<Work> {
-        let last = self.last.as_ref().filter(|_| self.verdict != Verdict::Finished);
+    /// [`Error::InUse`]; a header that cannot be read even so.
+    pub(super) fn take_up(&self, host: &dyn Host, image: &mut Image) -> Result<Work> {
+        self.journal.hold(host)?;
+        let last = self.last.as_ref().filter(|_| self.judgement.replays);
         Work::wrap(image, &self.journal, last)
     }
 
     /// Whether refcounts were lazy before the work.
     fn lazy(&self) -> Option<bool> {
         match self.journal.header().guard {
-            Guard::DirtyBit { lazy } if self.is_ours() => Some(lazy),
+            Guard::DirtyBit { lazy } if self.is_ours() && self.is_dirty => Some(lazy),
             _ => None,
         }
     }
@@ -153,6 +196,8 @@ impl Work {
         };
         let file = under(image.file(), 0);
         let data = image.as_qcow2().filter(|q| q.has_data_file()).map(|q| under(q.data_file(), 1));
+        let targets = [Some(&file), data.as_ref()].into_iter().flatten().map(|file| Arc::clone(file.inner()));
+        journal.watch(targets.collect());
         let work = Self { journal: Arc::clone(journal), file, data };
         let data = work.data.clone().map(|data| data as Arc<dyn Storage>);
         replace(image, work.file.clone(), data)?;
@@ -177,6 +222,12 @@ impl Work {
             *lazy = inherited;
         }
         let old = left.map(|left| left.journal.path()).filter(|old| **old != *place.path());
+        if left.is_none_or(|left| *left.journal.path() != place.path())
+            && let Some((theirs, _)) = Journal::open(host, &place, Access::Read)?
+            && theirs.is_held()
+        {
+            return Err(theirs.in_use(host));
+        }
         // Without a record of its own, a journal does not explain a dirty bit that is set already.
         let make = if inherited.is_some() { Journal::take_over } else { Journal::create };
         let journal = Arc::new(make(host, &place, header)?);
@@ -204,17 +255,22 @@ impl Work {
         &self.journal
     }
 
-    /// Writes what a power cut may have torn, and notes that the work goes on.
+    /// Writes what a power cut may have torn, and notes that the work goes on from the guest offset `from`, or begins
+    /// anew.
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn replay(&self, image: &Image) -> Result<()> {
+    pub(super) fn replay(&self, image: &Image, from: Option<GuestOffset>) -> Result<()> {
         let io = |e| Error::io(image.path(), FileOp::Sync, None, e);
         for file in [self.data.as_ref(), Some(&self.file)].into_iter().flatten() {
             file.sync().map_err(io)?;
         }
         let state = self.journal.state();
-        self.journal.note(state.phase.max(Phase::Moving), state.watermark, state.done)
+        match from {
+            Some(from) => self.journal.note(state.phase.max(Phase::Moving), from.get(), state.done),
+            // Now the image is as the journal knows it, whatever it holds: nothing must count as done.
+            None => self.journal.note(Phase::Moving, 0, 0),
+        }
     }
 
     /// Gives the image its own files back; nothing more is written under the journal.
@@ -228,12 +284,9 @@ impl Work {
 
     /// Notes that the work stops in good order. Nothing depends on that.
     pub(super) fn stop(&self) {
-        let file = self.file.inner();
         // In the middle of an error, what cannot be noted is not noted. Nothing is synced: that may be what
         // has failed.
-        if let Ok(stat) = file.stat() {
-            let _ = self.journal.stop(stat.len, stat.modified_ns);
-        }
+        let _ = self.journal.stop();
     }
 
     /// Releases the image: the dirty bit is cleared, and nothing more is written under the journal. That stays, and
@@ -297,15 +350,16 @@ pub(super) fn describe(host: &dyn Host, chain: &Chain, span: Span, at: usize) ->
     };
     let mut layers = Vec::new();
     for layer in chain.layers().get(at + 1..=span.top).unwrap_or_default() {
-        layers.extend(identities(host, layer)?);
+        layers.extend(stamps(host, layer)?);
     }
-    let real = |at: usize| Ok(identity(host, layer(at)?)?.path);
+    let real = |at: usize| Ok(stamp(host, layer(at)?)?.path);
     Ok(Header {
         nonce: journal::nonce(),
         max_blocks: max_blocks(chain, span),
         purpose: if at == span.base { Purpose::Merge } else { Purpose::Empty },
         guard,
-        targets: identities(host, written)?,
+        boot: host.boot().map(|boot| boot.id),
+        targets: stamps(host, written)?,
         layers,
         base: real(span.base)?,
         top: real(span.top)?,
@@ -326,16 +380,16 @@ fn max_blocks(chain: &Chain, span: Span) -> u32 {
 }
 
 /// The image file of a layer, and its data file if it has one.
-fn identities(host: &dyn Host, layer: &Layer) -> Result<Vec<Identity>> {
-    let mut all = vec![identity(host, layer)?];
+fn stamps(host: &dyn Host, layer: &Layer) -> Result<Vec<Stamp>> {
+    let mut all = vec![stamp(host, layer)?];
     if let (Some(data), Some(image)) = (&layer.data_file, layer.image.as_qcow2()) {
-        all.push(journal::identity(host, &data.path, &**image.data_file())?);
+        all.push(Stamp::of(host, &data.path, &**image.data_file())?);
     }
     Ok(all)
 }
 
-fn identity(host: &dyn Host, layer: &Layer) -> Result<Identity> {
-    journal::identity(host, &layer.path, &**layer.image.file())
+fn stamp(host: &dyn Host, layer: &Layer) -> Result<Stamp> {
+    Stamp::of(host, &layer.path, &**layer.image.file())
 }
 
 /// Whether a layer has a data file that goes with it.
@@ -352,7 +406,7 @@ pub(super) fn spent(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec<Sp
     let mut all = Vec::new();
     for (layer, is_marked) in layers {
         let mut kind = if *is_marked { SpentKind::Marked } else { SpentKind::Unmarked };
-        for file in identities(host, layer)?.into_iter().take(if owns_data_file(layer) { 2 } else { 1 }) {
+        for file in stamps(host, layer)?.into_iter().take(if owns_data_file(layer) { 2 } else { 1 }) {
             all.push(Spent { file, kind });
             kind = SpentKind::DataFile;
         }
@@ -365,7 +419,7 @@ pub(super) fn spent(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec<Sp
 /// # Errors
 /// The system's.
 pub(super) fn data_file(host: &dyn Host, layer: &Layer) -> Result<Vec<Spent>> {
-    let files = identities(host, layer)?.into_iter().skip(1).filter(|_| owns_data_file(layer));
+    let files = stamps(host, layer)?.into_iter().skip(1).filter(|_| owns_data_file(layer));
     Ok(files.map(|file| Spent { file, kind: SpentKind::DataFile }).collect())
 }
 
@@ -392,12 +446,12 @@ pub(super) fn end_left(
     file.lock(crate::storage::LockMode::Write)
         .map_err(|_| Error::InUse { path: path.clone(), holders: host.holders(layer.id) })?;
     let found = journal::find(host, path, &*file, dir, Access::ReadWrite, journal::JOURNAL)?;
-    let Some((journal, last)) = found else { return Ok(()) };
+    let Some(Found { journal, last, .. }) = found else { return Ok(()) };
     let data = layer.image.as_qcow2().filter(|q| q.has_data_file()).map(|q| q.data_file().clone());
     let mut image = Image::open(path, file, layer.image.format(), data)?;
-    let left = Left { verdict: left.verdict, journal: Arc::new(journal), last };
+    let left = Left { journal: Arc::new(journal), last, ..left };
     if left.is_ours() {
-        left.take_up(&mut image)?.release(&mut image)?;
+        left.take_up(host, &mut image)?.release(&mut image)?;
     }
     if let Some(remains) = left.remains(host, chain) {
         remains.settle(host, chain, options, report)?;

@@ -12,7 +12,7 @@ use crate::error::Holder;
 
 use super::copy::{CopyError, copy_plain, out_of_range};
 use super::os::not_a_file;
-use super::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner, Storage};
+use super::{Access, Boot, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner, Storage};
 
 /// A namespace of files in memory. Clones share it.
 ///
@@ -21,7 +21,12 @@ use super::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner
 #[derive(Clone, Debug, Default)]
 pub struct MemHost {
     files: Arc<RwLock<BTreeMap<PathBuf, Arc<Inode>>>>,
+    boot: Arc<MemBoot>,
 }
+
+/// A run of a system that has files in memory.
+#[derive(Debug)]
+struct MemBoot(Boot);
 
 /// One open of a file in memory.
 #[derive(Debug)]
@@ -46,8 +51,12 @@ struct Inode {
 pub(super) struct Content {
     pub(super) len: u64,
     pub(super) pages: BTreeMap<u64, Arc<Page>>,
-    /// How often it was changed, which stands for the time of its last change.
-    pub(super) changes: u64,
+    /// When it was last changed, by a clock that goes on with each change of any file.
+    pub(super) changed: u64,
+    /// The time of modification that was set, if that is not when it was last changed.
+    pub(super) set: Option<i128>,
+    /// When it was made.
+    pub(super) born: u64,
 }
 
 /// To whom a file belongs unless it is given to somebody: to root, who is the user of this namespace.
@@ -57,6 +66,20 @@ const PAGE: u64 = 4096;
 pub(super) type Page = [u8; PAGE as usize];
 
 static NEXT: AtomicU64 = AtomicU64::new(1);
+
+/// The clock of all files in memory, in nanoseconds: none is changed at the time of another.
+static CLOCK: AtomicU64 = AtomicU64::new(1);
+
+/// The time, which goes on.
+fn now() -> u64 {
+    CLOCK.fetch_add(1, Ordering::Relaxed)
+}
+
+impl Default for MemBoot {
+    fn default() -> Self {
+        Self(Boot { id: NEXT.fetch_add(1, Ordering::Relaxed), started_ns: now().into() })
+    }
+}
 
 impl MemHost {
     /// An empty namespace.
@@ -93,6 +116,14 @@ impl MemHost {
     pub(super) fn contents(&self) -> Vec<(PathBuf, u64, Content)> {
         let files = self.read();
         files.iter().map(|(path, inode)| (path.clone(), inode.id, inode.read().clone())).collect()
+    }
+
+    /// Sets a file's time of modification, in nanoseconds, as programs can; its time of change is now.
+    pub fn set_modified(&self, path: impl AsRef<Path>, modified_ns: i128) -> io::Result<()> {
+        let inode = self.inode(path.as_ref())?;
+        let mut content = inode.content.write().unwrap_or_else(PoisonError::into_inner);
+        (content.changed, content.set) = (now(), Some(modified_ns));
+        Ok(())
     }
 
     /// Puts a file there that has this inode and content.
@@ -151,6 +182,8 @@ impl Host for MemHost {
                 len: 0,
                 allocated: 0,
                 modified_ns: 0,
+                changed_ns: 0,
+                born_ns: None,
                 owner: PRIVATE,
             }),
             Err(e) => Err(e),
@@ -214,6 +247,10 @@ impl Host for MemHost {
         Ok(None)
     }
 
+    fn boot(&self) -> Option<Boot> {
+        Some(self.boot.0)
+    }
+
     fn holders(&self, _id: FileId) -> Vec<Holder> {
         Vec::new()
     }
@@ -224,7 +261,7 @@ impl MemFile {
     pub fn new() -> Self {
         let inode = Inode {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
-            content: RwLock::default(),
+            content: RwLock::new(Content::new()),
             owner: RwLock::new(PRIVATE),
             locks: Mutex::default(),
         };
@@ -241,7 +278,7 @@ impl MemFile {
             return Err(io::Error::new(ErrorKind::PermissionDenied, "the file is open for reading only"));
         }
         let mut content = self.inode.content.write().unwrap_or_else(PoisonError::into_inner);
-        content.changes += 1;
+        (content.changed, content.set) = (now(), None);
         Ok(change(&mut content))
     }
 }
@@ -274,13 +311,21 @@ impl Inode {
             id: FileId { device: u64::MAX, inode: self.id },
             len: content.len,
             allocated: (content.pages.len() as u64).saturating_mul(PAGE),
-            modified_ns: i128::from(content.changes),
+            modified_ns: content.set.unwrap_or(content.changed.into()),
+            changed_ns: content.changed.into(),
+            born_ns: Some(content.born.into()),
             owner: *self.owner.read().unwrap_or_else(PoisonError::into_inner),
         }
     }
 }
 
 impl Content {
+    /// An empty file that is made now.
+    fn new() -> Self {
+        let born = now();
+        Self { born, changed: born, ..Self::default() }
+    }
+
     pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> usize {
         let there = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX);
         let n = buf.len().min(there);

@@ -86,6 +86,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// What the file is: identity, size, times. See [`FileStat`].
     fn stat(&self) -> io::Result<FileStat>;
 
+    /// What identifies the file system that the file lies in, also after the system has started again; `None`
+    /// where there is no such thing.
+    fn file_system(&self) -> Option<u64> {
+        None
+    }
+
     /// Takes QEMU-compatible byte locks and tests for those of others; see [`LockMode`]. The locks
     /// last as long as the file is open. Never waits. A second call changes the mode (to a stronger
     /// one); after a failure what was held before is still held. A second open of the same file by this
@@ -176,10 +182,23 @@ pub struct FileStat {
     pub len: u64,
     /// Bytes that it holds on disk.
     pub allocated: u64,
-    /// When it was last changed, in nanoseconds since 1970.
+    /// When its content was last changed, in nanoseconds since 1970. Programs can set it.
     pub modified_ns: i128,
+    /// When the file was last changed in any way (ctime), in nanoseconds since 1970. Programs cannot set it.
+    pub changed_ns: i128,
+    /// When it was made, in nanoseconds since 1970, where the file system knows that.
+    pub born_ns: Option<i128>,
     /// To whom it belongs.
     pub owner: Owner,
+}
+
+/// One run of the system, from its start on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Boot {
+    /// A number that no other run has.
+    pub id: u64,
+    /// When it began, in nanoseconds since 1970.
+    pub started_ns: i128,
 }
 
 /// How a file is opened.
@@ -336,6 +355,12 @@ pub trait Host: Send + Sync + fmt::Debug {
     /// room.
     fn shares_blocks(&self, _path: &Path) -> bool {
         false
+    }
+
+    /// This run of the system, where that is known: files that were written in another one may have lost what was
+    /// not durable.
+    fn boot(&self) -> Option<Boot> {
+        None
     }
 
     /// The processes other than this one that have the file open, as far as the caller may see.

@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Access as RightsTo, Advice, AtFlags, CWD, FallocateFlags, OFlags, RenameFlags, SeekFrom};
 use rustix::io::Errno;
@@ -17,7 +18,7 @@ use crate::error::Holder;
 use super::copy::{CopyError, copy_in_kernel, copy_plain, least_kernel_copy, out_of_range};
 use super::view::View;
 use super::{
-    Access, FileId, FileKind, FileStat, Folder, Host, LockError, LockMode, NameKind, Owner, Storage, holders,
+    Access, Boot, FileId, FileKind, FileStat, Folder, Host, LockError, LockMode, NameKind, Owner, Storage, holders,
     lock, os_folder, rights,
 };
 
@@ -227,6 +228,10 @@ impl Host for OsHost {
         rustix::fs::statfs(path).is_ok_and(|stat| SHARING.contains(&(stat.f_type as u32)))
     }
 
+    fn boot(&self) -> Option<Boot> {
+        boot()
+    }
+
     fn holders(&self, id: FileId) -> Vec<Holder> {
         holders::holders(id)
     }
@@ -234,6 +239,10 @@ impl Host for OsHost {
 
 /// File systems that can share blocks between files: btrfs, XFS, bcachefs (`statfs(2)`).
 const SHARING: [u32; 3] = [0x9123_683e, 0x5846_5342, 0xca45_1a4e];
+
+/// File systems whose identity in `statfs(2)` is made from one that is kept on the disk, and not from the device's number:
+/// ext2 to ext4, btrfs, bcachefs, ZFS; that of tmpfs lasts as long as its files.
+const IDENTIFIED: [u32; 5] = [0xef53, 0x9123_683e, 0xca45_1a4e, 0x2fc1_2fc1, 0x0102_1994];
 
 impl OsFile {
     /// Wraps an opened file; refuses what is not a regular file or a block device.
@@ -441,6 +450,12 @@ impl Storage for OsFile {
         Ok(stat_of(&self.file.metadata()?, len))
     }
 
+    fn file_system(&self) -> Option<u64> {
+        let kind = rustix::fs::fstatfs(&self.file).ok()?.f_type as u32;
+        let id = rustix::fs::fstatvfs(&self.file).ok()?.f_fsid;
+        (self.kind == FileKind::Regular && id != 0 && IDENTIFIED.contains(&kind)).then_some(id)
+    }
+
     fn lock(&self, mode: LockMode) -> Result<(), LockError> {
         let mut locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
         if *locked < Some(mode) {
@@ -549,9 +564,32 @@ fn stat_of(meta: &Metadata, len: u64) -> FileStat {
         id: id_of(meta),
         len,
         allocated: meta.blocks().saturating_mul(512),
-        modified_ns: i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec()),
+        modified_ns: nanoseconds(meta.mtime(), meta.mtime_nsec()),
+        changed_ns: nanoseconds(meta.ctime(), meta.ctime_nsec()),
+        born_ns: meta.created().ok().and_then(since_1970),
         owner: Owner { user: meta.uid(), group: meta.gid(), mode: meta.mode() & 0o7777 },
     }
+}
+
+fn nanoseconds(seconds: i64, more: i64) -> i128 {
+    i128::from(seconds) * 1_000_000_000 + i128::from(more)
+}
+
+fn since_1970(time: SystemTime) -> Option<i128> {
+    match time.duration_since(SystemTime::UNIX_EPOCH) {
+        Ok(after) => i128::try_from(after.as_nanos()).ok(),
+        Err(before) => i128::try_from(before.duration().as_nanos()).ok().map(|before| -before),
+    }
+}
+
+/// This run of the system: the kernel's number for it, and when it began by the clock as it goes now.
+fn boot() -> Option<Boot> {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let hex: String = id.chars().filter(char::is_ascii_hexdigit).take(16).collect();
+    let uptime = fs::read_to_string("/proc/uptime").ok()?;
+    let seconds: f64 = uptime.split_whitespace().next()?.parse().ok()?;
+    let began = SystemTime::now().checked_sub(Duration::try_from_secs_f64(seconds).ok()?)?;
+    Some(Boot { id: u64::from_str_radix(&hex, 16).ok()?, started_ns: since_1970(began)? })
 }
 
 /// The capacity of a block device. The kernel's own table comes first: it needs no right

@@ -12,7 +12,7 @@ use super::record::{Op, fragments};
 use super::state::State;
 use crate::error::Holder;
 use crate::storage::{
-    Access, CopyError, FileId, FileKind, FileStat, Host, LockError, LockMode, MemHost, Storage,
+    Access, Boot, CopyError, FileId, FileKind, FileStat, Host, LockError, LockMode, MemHost, Storage,
 };
 
 /// What a hole that was made holds afterwards: blocks that were given back may hold anything, so nobody may
@@ -36,7 +36,6 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Journal {
     log: Vec<Op>,
-    calls: u64,
     faults: Faults,
     devices: BTreeSet<u64>,
 }
@@ -156,7 +155,8 @@ impl Host for SimHost {
         journal.strike(Action::Grow)?;
         let file = self.host.create_new(path)?;
         let inode = file.stat()?.id.inode;
-        journal.log.push(Op::Create { path: named(path), file: inode });
+        let at = changed(&*file)?;
+        journal.log.push(Op::Create { path: named(path), file: inode, at });
         drop(journal);
         self.file(file)
     }
@@ -205,6 +205,10 @@ impl Host for SimHost {
         self.host.free_space(path)
     }
 
+    fn boot(&self) -> Option<Boot> {
+        self.host.boot()
+    }
+
     fn holders(&self, id: FileId) -> Vec<Holder> {
         self.host.holders(id)
     }
@@ -243,8 +247,8 @@ impl SimFile {
             return Err(FaultKind::NoSpace.error());
         }
         self.file.write_all_at(bytes, offset)?;
-        journal.calls += 1;
-        let call = journal.calls;
+        // No other change of any file has the same time.
+        let call = changed(&*self.file)?;
         journal.log.extend(fragments(self.inode, call, offset, bytes));
         fault.map_or(Ok(()), |kind| Err(kind.error()))
     }
@@ -301,7 +305,7 @@ impl Storage for SimFile {
             return if len > old { Err(ErrorKind::InvalidInput.into()) } else { Ok(()) };
         }
         self.file.set_len(len)?;
-        journal.log.push(Op::SetLen { file: self.inode, len });
+        journal.log.push(Op::SetLen { file: self.inode, len, at: changed(&*self.file)? });
         Ok(())
     }
 
@@ -334,6 +338,11 @@ impl Storage for SimFile {
     fn drop_cache(&self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// When a file was last changed.
+fn changed(file: &dyn Storage) -> io::Result<u64> {
+    Ok(u64::try_from(file.stat()?.changed_ns).unwrap_or(0))
 }
 
 /// The length of a write, which is held in memory.

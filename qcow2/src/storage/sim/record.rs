@@ -11,7 +11,7 @@ pub enum Op {
     Write {
         /// The file.
         file: u64,
-        /// What tells one call from the others.
+        /// What tells one call from the others: when it was.
         call: u64,
         /// Where the first byte goes.
         offset: u64,
@@ -24,6 +24,8 @@ pub enum Op {
         file: u64,
         /// The length in bytes.
         len: u64,
+        /// When it was.
+        at: u64,
     },
     /// A barrier of one file.
     Sync {
@@ -38,6 +40,8 @@ pub enum Op {
         path: PathBuf,
         /// The file.
         file: u64,
+        /// When it was made.
+        at: u64,
     },
     /// A file got another name; what had it lost it.
     Rename {

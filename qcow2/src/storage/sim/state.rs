@@ -14,8 +14,6 @@ use crate::storage::mem::{Content, Page};
 pub struct State {
     files: BTreeMap<u64, Content>,
     names: BTreeMap<PathBuf, u64>,
-    /// The last write; all its sectors are one change of the file.
-    last_call: u64,
 }
 
 impl State {
@@ -97,20 +95,26 @@ impl State {
         }
     }
 
+    /// Changes the time of a file: programs see the time of its last change.
+    fn touch(&mut self, file: u64, at: u64) {
+        let content = self.files.entry(file).or_default();
+        (content.changed, content.set) = (content.changed.max(at), None);
+    }
+
     /// Does what a log's entry says.
     pub fn apply(&mut self, op: &Op) {
         match op {
             Op::Write { file, call, offset, bytes } => {
                 self.put(*file, *offset, bytes);
-                self.files.entry(*file).or_default().changes += u64::from(*call != self.last_call);
-                self.last_call = *call;
+                self.touch(*file, *call);
             }
-            Op::SetLen { file, len } => {
+            Op::SetLen { file, len, at } => {
                 self.set_len_of(*file, *len);
-                self.files.entry(*file).or_default().changes += 1;
+                self.touch(*file, *at);
             }
-            Op::Create { path, file } => {
-                self.files.entry(*file).or_default();
+            Op::Create { path, file, at } => {
+                self.files.entry(*file).or_default().born = *at;
+                self.touch(*file, *at);
                 self.names.insert(path.clone(), *file);
             }
             Op::Rename { from, to, file } => {

@@ -397,7 +397,7 @@ impl fmt::Display for Cut<'_> {
                     Op::Write { file, offset, bytes, .. } => {
                         write!(f, " {}@{offset:#x}+{}", self.name(*file), bytes.len())?
                     }
-                    Op::SetLen { file, len } => write!(f, " {}={len:#x}", self.name(*file))?,
+                    Op::SetLen { file, len, .. } => write!(f, " {}={len:#x}", self.name(*file))?,
                     Op::Create { path, .. } => write!(f, " new {}", path.display())?,
                     Op::Rename { from, to, .. } => write!(f, " {}>{}", from.display(), to.display())?,
                     Op::Unlink { path } => write!(f, " gone {}", path.display())?,

@@ -52,7 +52,7 @@ pub(super) fn judge(
     let judge = Judge { saved, path, file, options };
     let len = judge.length()?;
     let (is_header_known, may_be_torn) = judge.header()?;
-    let len_before = if saved.image.is_device { len } else { saved.image.len };
+    let len_before = if saved.image.is_device { len } else { saved.image.times.len };
     let mut found = Differences { len, len_before, ..Differences::default() };
     let header = judge.read(0, SECTOR)?;
     if saved.headers.first().is_some_and(|old| header != old) {
@@ -122,7 +122,7 @@ impl Judge<'_> {
     /// The image's length, which a repair and a restore change within bounds.
     fn length(&self) -> Result<u64> {
         let len = self.file.size().map_err(|e| Error::io(self.path, FileOp::Size, None, e))?;
-        let old = self.saved.image.len;
+        let old = self.saved.image.times.len;
         let most = if self.saved.image.is_device { u64::MAX } else { old.max(self.saved.changes_end) };
         match (old..=most).contains(&len) {
             true => Ok(len),

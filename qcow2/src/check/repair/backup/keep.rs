@@ -16,7 +16,7 @@ use super::super::super::tables::{TableRef, Visitor, walk_l1};
 use super::record::{Kind, PIECE, Writer};
 use crate::error::{Error, FileOp, Result};
 use crate::format::RefcountTableEntry;
-use crate::journal;
+use crate::stamp::Stamp;
 use crate::storage::{Host, Place, Storage};
 
 /// Copies the metadata of the image in `file` to the new file `to`: the header's cluster, refcount table
@@ -33,7 +33,7 @@ pub(super) fn keep(
     options: &CheckOptions<'_>,
 ) -> Result<Writer> {
     let subject = Subject::open(path, file, None, options.cancel)?;
-    let image = journal::identity(host, path, file)?;
+    let image = Stamp::of(host, path, file)?;
     let place = Place::named(host, to).map_err(|e| Error::io(to, FileOp::Create, None, e))?;
     let out = place.create(host).map_err(|e| Error::io(to, FileOp::Create, None, e))?;
     let mut keeper = Keeper { subject: &subject, to, out: Writer::new(to, Arc::clone(&out)), records: 0 };
@@ -60,7 +60,7 @@ struct Keeper<'a> {
 }
 
 impl Keeper<'_> {
-    fn all(&mut self, image: &journal::record::Identity) -> Result<()> {
+    fn all(&mut self, image: &Stamp) -> Result<()> {
         let subject = self.subject;
         let geometry = subject.geometry;
         let failed = failed(self.to);

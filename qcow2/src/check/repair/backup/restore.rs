@@ -10,7 +10,7 @@ use super::judge::{Differences, judge, marked};
 use super::record::{Kind, Reader, Writer};
 use super::saved::{Saved, halves};
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::journal;
+use crate::stamp::{SameFile, Stamp};
 use crate::storage::{Access, Host, Place, Storage};
 
 /// How to put an image back.
@@ -124,8 +124,8 @@ fn prepare(
     saved: &Saved<'_>,
     options: &RestoreOptions<'_>,
 ) -> Result<RestorePlan> {
-    let now = journal::identity(host, path, file)?;
-    if !options.allow_copy && !saved.image.is_same_file(&now) {
+    let now = Stamp::of(host, path, file)?;
+    if !options.allow_copy && saved.image.same_file(&now) == SameFile::No {
         return Err(Error::refused(path, Refusal::OtherImage { image: saved.image.path.clone() }));
     }
     let Differences { bytes, ranges, len, len_before } = judge(saved, path, file, &options.check)?;

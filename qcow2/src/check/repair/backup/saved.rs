@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use super::SECTOR;
 use super::record::{Kind, PIECE, Place, Reader, Record};
 use crate::error::Result;
-use crate::journal::record::Identity;
+use crate::stamp::{Stamp, Times};
 use crate::storage::FileId;
 
 /// The most times that a repair writes the header.
@@ -20,7 +20,7 @@ pub(super) type Sector = [u8; SECTOR as usize];
 pub(super) struct Saved<'a> {
     reader: Reader<'a>,
     /// The image, as far as the backup knows it.
-    pub(super) image: Identity,
+    pub(super) image: Stamp,
     /// The first sector before the repair, and after each write to it.
     pub(super) headers: Vec<Sector>,
     /// Where the change ends that lies farthest behind, in bytes.
@@ -80,7 +80,7 @@ impl<'a> Saved<'a> {
             };
             let bad = |what| Err(self.reader.damaged(self.end.end, what));
             let end = record.first.checked_add(record.content.len() as u64);
-            let is_inside = end.is_some_and(|end| end <= self.image.len);
+            let is_inside = end.is_some_and(|end| end <= self.image.times.len);
             match record.kind {
                 Kind::Kept if !record.first.is_multiple_of(SECTOR) || !is_inside => {
                     return bad("metadata lies outside the image");
@@ -147,7 +147,7 @@ impl<'a> Saved<'a> {
             self.headers.push(sector(after));
         }
         let is_of_sectors = record.first.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR);
-        let is_inside = !self.image.is_device || end <= self.image.len.next_multiple_of(SECTOR);
+        let is_inside = !self.image.is_device || end <= self.image.times.len.next_multiple_of(SECTOR);
         is_of_sectors && is_inside && self.headers.len() <= HEADERS
     }
 
@@ -219,15 +219,16 @@ fn sector(bytes: &[u8]) -> Sector {
 }
 
 /// The image that a backup is about: what is needed to know it again.
-fn identity(record: &Record) -> Option<Identity> {
+fn identity(record: &Record) -> Option<Stamp> {
     let (device, rest) = record.content.split_first_chunk::<8>()?;
     let (inode, path) = rest.split_first_chunk::<8>()?;
-    Some(Identity {
+    Some(Stamp {
         path: OsStr::from_bytes(path).into(),
         id: FileId { device: u64::from_be_bytes(*device), inode: u64::from_be_bytes(*inode) },
         is_device: record.second == 1,
-        len: record.first,
-        modified_ns: 0,
+        file_system: None,
+        born_ns: None,
+        times: Times { len: record.first, ..Times::default() },
         head_crc: 0,
     })
 }

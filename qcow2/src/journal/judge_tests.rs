@@ -1,0 +1,182 @@
+//! Phase, dirty bit, times and sectors, and what they come to.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::super::file::tests::at;
+use super::super::record::tests::header;
+use super::super::record::{Block, Header, sector_crcs};
+use super::*;
+use crate::storage::{Access, MemHost};
+
+/// A host with an image of one block of zeros, a journal about it, and a record that turns the first sector to ones.
+struct Case {
+    host: MemHost,
+    journal: Journal,
+    file: Arc<dyn Storage>,
+}
+
+impl Case {
+    fn new(guard: Guard) -> Self {
+        let host = MemHost::new();
+        host.add("/i", &[0; BLOCK as usize]).unwrap();
+        let file = host.open(Path::new("/i"), Access::ReadWrite).unwrap();
+        let targets = vec![Stamp::of(&host, Path::new("/i"), &*file).unwrap()];
+        let boot = host.boot().map(|boot| boot.id);
+        let header = Header { guard, targets, boot, ..header() };
+        let journal = Journal::create(&host, &at(&host, "/j"), header).unwrap();
+        Self { host, journal, file }
+    }
+
+    fn record(&self, phase: Phase) -> Record {
+        let mut bytes = vec![0; BLOCK as usize];
+        bytes[..SECTOR].fill(1);
+        let block = Block { number: 0, before: sector_crcs(&[0; BLOCK as usize]), bytes: bytes.into() };
+        let now = Stamp::of(&self.host, Path::new("/i"), &*self.file).unwrap();
+        Record {
+            nonce: 42,
+            sequence: 1,
+            phase,
+            watermark: 0,
+            done: 0,
+            stopped: false,
+            known: vec![now.times],
+            boot: self.host.boot().map(|boot| boot.id),
+            spent: None,
+            target: 0,
+            len: BLOCK,
+            blocks: vec![block],
+        }
+    }
+
+    fn judge(&self, last: Option<&Record>, dirty: bool) -> Judgement {
+        let file = self.host.open(Path::new("/i"), Access::Read).unwrap();
+        let stamps = vec![Stamp::of(&self.host, Path::new("/i"), &*file).unwrap()];
+        let now = Now { stamps, files: vec![&*file], dirty: Some(dirty) };
+        judge(&self.host, &self.journal, last, &now).unwrap()
+    }
+
+    fn verdict(&self, last: &Record, dirty: bool) -> Verdict {
+        self.judge(Some(last), dirty).verdict
+    }
+
+    /// As if the system had started again.
+    fn restarted(mut self) -> Self {
+        let (journal, _) =
+            Journal::open(&self.host, &at(&self.host, "/j"), Access::ReadWrite).unwrap().unwrap();
+        let host = crate::storage::sim::State::of(&self.host).host();
+        self.file = host.open(Path::new("/i"), Access::ReadWrite).unwrap();
+        (self.host, self.journal) = (host, journal);
+        self
+    }
+}
+
+const DIRTY_BIT: Guard = Guard::DirtyBit { lazy: false };
+
+#[test]
+fn the_dirty_bit_decides() {
+    let case = Case::new(DIRTY_BIT);
+    for (phase, dirty, verdict) in [
+        (Phase::Arming, false, Verdict::Over),
+        (Phase::Arming, true, Verdict::Pending),
+        (Phase::Moving, true, Verdict::Pending),
+        (Phase::Moving, false, Verdict::Foreign),
+        (Phase::Switching, false, Verdict::Foreign),
+        (Phase::Done, false, Verdict::Over),
+        (Phase::Done, true, Verdict::Finished),
+        // The image was released: the bit is somebody else's.
+        (Phase::Removing, true, Verdict::Over),
+        (Phase::Removing, false, Verdict::Over),
+    ] {
+        assert_eq!(case.verdict(&case.record(phase), dirty), verdict, "{phase:?} {dirty:?}");
+    }
+    assert_eq!(case.judge(None, true).verdict, Verdict::Over);
+}
+
+#[test]
+fn without_a_dirty_bit_times_and_sectors_decide() {
+    let case = Case::new(Guard::Stamp);
+    let mut record = case.record(Phase::Moving);
+    assert_eq!(case.verdict(&record, false), Verdict::Pending);
+    record.stopped = true;
+    assert_eq!(case.verdict(&record, false), Verdict::Pending);
+    case.file.write_all_at(&[1; SECTOR], 0).unwrap();
+    assert_eq!(case.verdict(&record, false), Verdict::Foreign, "written after a stop in good order");
+    record.stopped = false;
+    assert_eq!(case.verdict(&record, false), Verdict::Pending, "killed as it wrote that");
+    assert_eq!(case.verdict(&case.record(Phase::Done), false), Verdict::Over);
+    // Without a power cut no sector is torn.
+    case.file.write_all_at(&[2], 100).unwrap();
+    assert_eq!(case.verdict(&record, false), Verdict::Foreign);
+    let case = case.restarted();
+    assert_eq!(case.verdict(&record, false), Verdict::Pending);
+    assert!(case.judge(Some(&record), false).replays);
+}
+
+#[test]
+fn an_older_image_is_never_gone_on_with() {
+    for guard in [Guard::Stamp, DIRTY_BIT] {
+        for dirty in [false, true] {
+            let case = Case::new(guard);
+            let record = case.record(Phase::Moving);
+            case.host.set_modified("/i", record.known[0].modified_ns - 1).unwrap();
+            let judged = case.judge(Some(&record), dirty);
+            assert_eq!((judged.verdict, judged.replays), (Verdict::PutBack, false), "{guard:?} {dirty}");
+            // Layers are not removed for the sake of a base that does not hold what was in them.
+            let removing = case.judge(Some(&case_record(&record, Phase::Removing)), dirty);
+            assert!(removing.is_older && removing.verdict == Verdict::Over);
+        }
+    }
+}
+
+fn case_record(record: &Record, phase: Phase) -> Record {
+    Record { phase, ..record.clone() }
+}
+
+#[test]
+fn what_is_not_certain_is_unsure() {
+    // Somebody has changed the file's times or rights.
+    let case = Case::new(DIRTY_BIT);
+    let record = case.record(Phase::Moving);
+    case.host.set_modified("/i", record.known[0].modified_ns).unwrap();
+    let judged = case.judge(Some(&record), true);
+    assert_eq!((judged.verdict, judged.replays, judged.may_be_newer), (Verdict::Unsure, false, false));
+    // What the record did not change is not as it was: it is another state of the image.
+    case.file.write_all_at(&[3], 2048).unwrap();
+    case.host.set_modified("/i", record.known[0].modified_ns).unwrap();
+    assert_eq!(case.verdict(&record, true), Verdict::PutBack);
+    case.host.set_modified("/i", record.known[0].modified_ns + 1).unwrap();
+    assert_eq!(case.verdict(&record, true), Verdict::Foreign);
+}
+
+#[test]
+fn another_file_of_the_name_is_known_for_it() {
+    let case = Case::new(DIRTY_BIT);
+    let mut record = case.record(Phase::Moving);
+    record.known[0].modified_ns += 1 << 40;
+    case.host.add("/i", &[0; BLOCK as usize]).unwrap();
+    assert_eq!(case.verdict(&record, true), Verdict::Copied);
+    assert_eq!(case.verdict(&record, false), Verdict::Copied);
+    let mut torn = vec![0; BLOCK as usize];
+    torn[7] = 9;
+    case.host.add("/i", &torn).unwrap();
+    assert!(case.judge(Some(&record), true).replays, "torn where the record has changed it");
+    torn[2048] = 9;
+    case.host.add("/i", &torn).unwrap();
+    assert!(!case.judge(Some(&record), true).replays);
+}
+
+#[test]
+fn a_merge_that_had_not_begun_is_no_reason_to_write_over_newer_bytes() {
+    let mut case = Case::new(DIRTY_BIT);
+    let host = case.host.clone();
+    assert_eq!(case.judge(None, false).verdict, Verdict::Over);
+    // The journal's last sign of life was long before.
+    let header = Header { boot: host.boot().map(|boot| boot.id), ..case.journal.header().clone() };
+    case.journal = Journal::create(&host, &at(&host, "/j"), header).unwrap();
+    host.set_modified("/j", -1 << 60).unwrap();
+    let late = case.journal.header().targets[0].times.changed_ns + (1 << 40);
+    host.set_modified("/i", late).unwrap();
+    assert_eq!(case.judge(None, false).verdict, Verdict::Foreign);
+    assert_eq!(case.verdict(&case.record(Phase::Arming), false), Verdict::Over);
+}

@@ -1,0 +1,226 @@
+//! A file as it was when somebody looked at it, to be known again later.
+//!
+//! The system says several things about a file, and each of them lies in some case. An inode number is
+//! only unique in its file system. A device number may be another one when the system has started again.
+//! A time of modification can be set to anything, as `cp -p` does. So a [`Stamp`] holds all of them, and
+//! the time of the last change (ctime), which no program can set back, and [`Stamp::judge`] weighs them
+//! in one place.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, FileOp, Result};
+use crate::storage::{Boot, FileId, FileKind, FileStat, Host, Storage};
+
+/// How much of the beginning of a file its checksum covers, in bytes: one sector.
+const HEAD: usize = 512;
+
+/// How much later than the last sign of life a work that was killed may have written, in nanoseconds. There is a sign
+/// before each write if the last one is older than a fifth of that.
+const SLACK_NS: i128 = 1_000_000_000;
+
+/// The same, if the system has started again since: the signs of life need not have reached the disk, so the
+/// last one that is known for certain is the one behind the last barrier.
+const SLACK_AFTER_RESTART_NS: i128 = 30_000_000_000;
+
+/// A file as it was when somebody looked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// Its absolute path, without symbolic links.
+    pub path: PathBuf,
+    /// Device and inode. The device may get another number when the system starts again.
+    pub id: FileId,
+    /// Whether it is a block device.
+    pub is_device: bool,
+    /// What identifies its file system, also when the system has started again, where there is such a thing.
+    pub file_system: Option<u64>,
+    /// When it was made, in nanoseconds since 1970, where the file system knows that.
+    pub born_ns: Option<i128>,
+    /// Its length and its times.
+    pub times: Times,
+    /// The CRC-32 of its first sector.
+    pub head_crc: u32,
+}
+
+/// Length and times of a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Times {
+    /// Its length in bytes.
+    pub len: u64,
+    /// When its content was last changed, in nanoseconds since 1970. Programs can set it.
+    pub modified_ns: i128,
+    /// When the file was last changed in any way, in nanoseconds since 1970. Programs cannot set it.
+    pub changed_ns: i128,
+}
+
+/// Until when a work wrote to a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Work {
+    /// Length and times of the file when the work last noted them, behind a barrier.
+    pub known: Times,
+    /// The last sign of life of the work, in nanoseconds since 1970; `None` if it ended in good order, with
+    /// the file as in `known`.
+    pub alive_ns: Option<i128>,
+    /// The run of the system in which the work wrote, by its number, where that is known.
+    pub boot: Option<u64>,
+    /// The run of the system now.
+    pub now: Option<Boot>,
+}
+
+/// What has become of a file since a work on it was stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// It is as the work left it.
+    Untouched,
+    /// It is as the work left it, under another name.
+    Moved,
+    /// Somebody has written to it since.
+    Newer,
+    /// It is older than what the work last knew: it was put back from a copy.
+    Older,
+    /// It is another file of the same name: a copy, or what has taken its place.
+    Copied,
+    /// It is another file.
+    Other,
+    /// It may be as the work left it, but what the system says does not prove that.
+    Unsure,
+}
+
+/// Whether two stamps are of one file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SameFile {
+    /// They are.
+    Yes,
+    /// They are not.
+    No,
+    /// Inode numbers are equal, and nothing tells the file systems apart or one.
+    Unsure,
+}
+
+impl Times {
+    /// Those of a file.
+    pub fn of(stat: &FileStat) -> Self {
+        Self { len: stat.len, modified_ns: stat.modified_ns, changed_ns: stat.changed_ns }
+    }
+}
+
+impl Work {
+    /// Whether the system has started again since the work was stopped; `None` if that is not known.
+    fn is_other_boot(&self) -> Option<bool> {
+        Some(self.boot? != self.now?.id)
+    }
+
+    /// The last moment at which the work may have written, in nanoseconds since 1970.
+    fn until_ns(&self) -> i128 {
+        let Some(alive) = self.alive_ns else { return self.known.modified_ns };
+        let last = alive.max(self.known.changed_ns);
+        match (self.is_other_boot(), self.now) {
+            (Some(false), _) => last.saturating_add(SLACK_NS),
+            (Some(true), Some(now)) => {
+                last.saturating_add(SLACK_AFTER_RESTART_NS).min(now.started_ns).max(last)
+            }
+            _ => last.saturating_add(SLACK_AFTER_RESTART_NS),
+        }
+    }
+}
+
+impl Stamp {
+    /// Looks at the file at `path`, which is open as `file`.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn of(host: &dyn Host, path: &Path, file: &dyn Storage) -> Result<Self> {
+        let failed = |op: FileOp| move |e| Error::io(path, op, None, e);
+        let stat = file.stat().map_err(failed(FileOp::Stat))?;
+        let mut head = [0; HEAD];
+        file.read_exact_or_zero(&mut head, 0).map_err(failed(FileOp::Read))?;
+        Ok(Self {
+            path: host.canonicalize(path).map_err(failed(FileOp::Resolve))?,
+            id: stat.id,
+            is_device: stat.kind == FileKind::Block,
+            file_system: file.file_system(),
+            born_ns: stat.born_ns,
+            times: Times::of(&stat),
+            head_crc: crc32fast::hash(&head),
+        })
+    }
+
+    /// Whether `now` is of the same file: by inode, time of birth and file system; a device by its path or number.
+    pub fn same_file(&self, now: &Self) -> SameFile {
+        if self.is_device || now.is_device {
+            let same = self.is_device == now.is_device && (self.id == now.id || self.path == now.path);
+            return if same { SameFile::Yes } else { SameFile::No };
+        }
+        let born = self.born_ns.zip(now.born_ns).map(|(then, now)| then == now);
+        let file_system = self.file_system.zip(now.file_system).map(|(then, now)| then == now);
+        match (self.id.inode == now.id.inode, born, file_system) {
+            (false, ..) | (_, Some(false), _) | (.., Some(false)) => SameFile::No,
+            (.., Some(true)) | (_, Some(true), None) => SameFile::Yes,
+            (_, None, None) if self.id.device == now.id.device => SameFile::Yes,
+            (_, None, None) => SameFile::Unsure,
+        }
+    }
+
+    /// Whether `now` is for certain the same file.
+    pub fn is_same_file(&self, now: &Self) -> bool {
+        self.same_file(now) == SameFile::Yes
+    }
+
+    /// Whether `now` is the same file with the same content, and nobody has touched it in between.
+    pub fn is_unchanged(&self, now: &Self) -> bool {
+        self.is_same_file(now) && (self.times, self.head_crc) == (now.times, now.head_crc)
+    }
+
+    /// Whether `now` is the same file under the same name, and nobody has written to it since. A power cut may have
+    /// taken the times of the last change: then both are earlier.
+    pub fn is_unwritten(&self, now: &Self) -> bool {
+        let (then, times) = (self.times, now.times);
+        let is_earlier = times.modified_ns <= then.modified_ns && times.changed_ns < then.changed_ns;
+        self.is_same_file(now)
+            && self.path == now.path
+            && (then.len, self.head_crc) == (times.len, now.head_crc)
+            && (then == times || is_earlier)
+    }
+
+    /// What has become of the file since `work` on it was stopped; `now` is what stands where the file is looked for.
+    /// A device has no times that tell, so it is never [`Seen::Untouched`].
+    pub fn judge(&self, work: &Work, now: &Self) -> Seen {
+        let same = self.same_file(now);
+        let (known, times) = (work.known, now.times);
+        if same == SameFile::No {
+            return match self.path.file_name() == now.path.file_name() {
+                false => Seen::Other,
+                true if times.modified_ns > work.until_ns() => Seen::Newer,
+                true => Seen::Copied,
+            };
+        }
+        let is_other_boot = work.is_other_boot();
+        if self.is_device {
+            // The times are those of its name in /dev, which is made when the system starts.
+            let is_newer = is_other_boot == Some(false) && times.modified_ns > work.until_ns();
+            return if is_newer { Seen::Newer } else { Seen::Unsure };
+        }
+        let as_known = times == known;
+        if times.changed_ns < known.changed_ns {
+            // A power cut takes times that were not written yet. Else the file system itself was put back.
+            return if is_other_boot == Some(false) { Seen::Older } else { Seen::Unsure };
+        }
+        if times.modified_ns < known.modified_ns {
+            return Seen::Older;
+        }
+        if !as_known && times.modified_ns > work.until_ns() {
+            return Seen::Newer;
+        }
+        // A write sets both times at once. Where they differ, somebody has set one, or changed the file's name
+        // or rights.
+        let is_ours = as_known || times.modified_ns == times.changed_ns;
+        match (is_ours && same == SameFile::Yes, self.path == now.path) {
+            (false, _) => Seen::Unsure,
+            (true, true) => Seen::Untouched,
+            (true, false) => Seen::Moved,
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "stamp_tests.rs"]
+mod tests;

@@ -1,0 +1,140 @@
+//! Every answer of the one function that judges files, and what it follows from.
+
+use super::*;
+
+const SECOND: i128 = 1_000_000_000;
+
+fn stamp() -> Stamp {
+    Stamp {
+        path: "/vm/base".into(),
+        id: FileId { device: 7, inode: 12 },
+        is_device: false,
+        file_system: Some(3),
+        born_ns: Some(5),
+        times: Times { len: 4096, modified_ns: 100 * SECOND, changed_ns: 100 * SECOND },
+        head_crc: 77,
+    }
+}
+
+fn at(modified: i128, changed: i128) -> Times {
+    Times { modified_ns: modified * SECOND, changed_ns: changed * SECOND, ..stamp().times }
+}
+
+/// A work that was killed at 110 s, had noted the file at 100 s, in the run of the system that is on.
+fn killed() -> Work {
+    let now = Some(Boot { id: 1, started_ns: 10 * SECOND });
+    Work { known: at(100, 100), alive_ns: Some(110 * SECOND), boot: Some(1), now }
+}
+
+/// The same, and the power failed then; the system started again at 125 s.
+fn cut() -> Work {
+    Work { now: Some(Boot { id: 2, started_ns: 125 * SECOND }), ..killed() }
+}
+
+/// A work that was stopped in good order.
+fn stopped() -> Work {
+    Work { alive_ns: None, ..killed() }
+}
+
+#[test]
+fn times_tell_who_has_written() {
+    for (what, work, now, seen) in [
+        ("nothing happened", killed(), at(100, 100), Seen::Untouched),
+        ("killed in the middle of a batch", killed(), at(109, 109), Seen::Untouched),
+        (
+            "the last write of a batch",
+            killed(),
+            Times { modified_ns: 110 * SECOND + 9, changed_ns: 110 * SECOND + 9, ..stamp().times },
+            Seen::Untouched,
+        ),
+        ("written 3 s after the kill", killed(), at(113, 113), Seen::Newer),
+        ("cp -p of an older file", killed(), at(50, 113), Seen::Older),
+        ("cp -p at once", killed(), at(50, 110), Seen::Older),
+        ("a volume was rolled back", killed(), at(50, 50), Seen::Older),
+        ("its rights were changed", killed(), at(100, 300), Seen::Unsure),
+        ("cp -p of a file with the time of the last batch", killed(), at(109, 300), Seen::Unsure),
+        ("stopped in order", stopped(), at(100, 100), Seen::Untouched),
+        ("written right behind a stop in order", stopped(), at(101, 101), Seen::Newer),
+        ("put back behind a stop in order", stopped(), at(99, 101), Seen::Older),
+        ("a power cut took its times", cut(), at(90, 90), Seen::Unsure),
+        ("a power cut in the middle of a batch", cut(), at(120, 120), Seen::Untouched),
+        ("written when the system was there again", cut(), at(126, 126), Seen::Newer),
+        ("put back when the system was there again", cut(), at(50, 126), Seen::Older),
+        ("written much later before the power cut", cut(), at(145, 145), Seen::Newer),
+    ] {
+        assert_eq!(stamp().judge(&work, &Stamp { times: now, ..stamp() }), seen, "{what}");
+    }
+}
+
+#[test]
+fn another_file_is_told_from_the_same_one() {
+    let yes = |now: Stamp| assert_eq!(stamp().same_file(&now), SameFile::Yes, "{now:?}");
+    let no = |now: Stamp| assert_eq!(stamp().same_file(&now), SameFile::No, "{now:?}");
+    yes(Stamp { path: "/other".into(), head_crc: 1, ..stamp() });
+    // The system has started again, and numbers devices otherwise.
+    yes(Stamp { id: FileId { device: 8, inode: 12 }, ..stamp() });
+    yes(Stamp { id: FileId { device: 8, inode: 12 }, file_system: None, ..stamp() });
+    yes(Stamp { file_system: None, born_ns: None, ..stamp() });
+    no(Stamp { id: FileId { device: 7, inode: 13 }, ..stamp() });
+    // The same inode number: on another file system, or of a file that was made later.
+    no(Stamp { file_system: Some(4), ..stamp() });
+    no(Stamp { born_ns: Some(6), ..stamp() });
+    let unknown = Stamp { id: FileId { device: 8, inode: 12 }, file_system: None, born_ns: None, ..stamp() };
+    assert_eq!(stamp().same_file(&unknown), SameFile::Unsure);
+    assert!(!stamp().is_same_file(&unknown));
+    let device = Stamp { is_device: true, ..stamp() };
+    assert!(device.is_same_file(&Stamp { id: FileId { device: 0, inode: 3 }, ..device.clone() }));
+    assert!(device.is_same_file(&Stamp { path: "/dev/other".into(), ..device.clone() }));
+    assert!(!device.is_same_file(&Stamp {
+        path: "/dev/x".into(),
+        id: FileId { device: 0, inode: 3 },
+        ..device.clone()
+    }));
+    assert!(!device.is_same_file(&stamp()));
+}
+
+#[test]
+fn copies_moves_and_strangers_are_told_apart() {
+    let elsewhere =
+        |path: &str, inode| Stamp { path: path.into(), id: FileId { device: 7, inode }, ..stamp() };
+    let judge = |now: &Stamp| stamp().judge(&killed(), now);
+    assert_eq!(judge(&elsewhere("/moved/base", 12)), Seen::Moved);
+    assert_eq!(judge(&elsewhere("/copy/base", 13)), Seen::Copied);
+    assert_eq!(judge(&elsewhere("/vm/base", 13)), Seen::Copied, "put back under its name");
+    assert_eq!(judge(&elsewhere("/vm/other", 13)), Seen::Other);
+    let newer = Stamp { times: at(200, 200), ..elsewhere("/copy/base", 13) };
+    assert_eq!(judge(&newer), Seen::Newer);
+    let unknown = Stamp { id: FileId { device: 8, inode: 12 }, file_system: None, born_ns: None, ..stamp() };
+    assert_eq!(judge(&unknown), Seen::Unsure);
+}
+
+#[test]
+fn the_times_of_a_device_prove_nothing() {
+    let device = Stamp { is_device: true, ..stamp() };
+    let judge = |work: &Work, times| device.judge(work, &Stamp { times, ..device.clone() });
+    assert_eq!(judge(&killed(), at(100, 100)), Seen::Unsure);
+    assert_eq!(judge(&killed(), at(113, 113)), Seen::Newer);
+    assert_eq!(
+        judge(&cut(), at(130, 130)),
+        Seen::Unsure,
+        "its name in /dev was made when the system started"
+    );
+}
+
+#[test]
+fn a_file_that_was_written_is_known_for_it() {
+    let was = stamp();
+    assert!(was.is_unwritten(&was) && was.is_unchanged(&was));
+    assert!(was.is_unwritten(&Stamp { times: at(99, 99), ..was.clone() }), "a power cut took its times");
+    for other in [
+        Stamp { times: at(101, 101), ..was.clone() },
+        Stamp { times: at(99, 101), ..was.clone() },
+        Stamp { times: at(100, 101), ..was.clone() },
+        Stamp { path: "/b".into(), ..was.clone() },
+        Stamp { times: Times { len: 1, ..was.times }, ..was.clone() },
+        Stamp { head_crc: 0, ..was.clone() },
+        Stamp { id: FileId { device: 7, inode: 8 }, ..was.clone() },
+    ] {
+        assert!(!was.is_unwritten(&other), "{other:?}");
+    }
+}
