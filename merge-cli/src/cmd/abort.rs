@@ -26,6 +26,7 @@ pub(super) fn run(args: &AbortArgs, call: &Call, console: &Console) -> Result<Ex
             "aborted": done.pending.is_some(),
             "bytes-done": done.pending.as_ref().map_or(0, |pending| pending.done),
             "written-since": done.written_since,
+            "put-back": done.put_back,
             "restore-points-lost": paths(&done.restore_points_lost),
         }))?;
     } else {
@@ -45,6 +46,11 @@ fn human(done: &Aborted, args: &AbortArgs) -> String {
     )];
     if done.written_since {
         lines.push(format!("somebody has written to {base} since; only the merge's journal was removed"));
+    } else if done.put_back {
+        lines.push(format!(
+            "{base} is not as the merge left it: it was put back, or copied; nothing that the merge noted was \
+             written to it"
+        ));
     } else {
         lines.push(format!("{base} is consistent, and the overlays hold all that they held"));
     }

@@ -256,6 +256,14 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
             "or give the merge up",
             Command::qmerge(["abort"]).file(path),
         )),
+        Refusal::JournalVersion { .. } => {
+            Hint::advice("use the version of qmerge that began the merge, to end it or to give it up").into()
+        }
+        Refusal::JournalOfAnother { .. } => Hint::advice(
+            "put the images back as they were when the machine stopped, with the times of the files and with what lies beside \
+             them, and type the same command again",
+        )
+        .into(),
         Refusal::MergeDone { top, active, removes } => {
             let command = Command::qmerge(["commit"]).file(active).word("--base").file(path);
             let command = if top == active { command } else { command.word("--top").file(top) };

@@ -37,6 +37,8 @@ pub(crate) struct Judgement {
     pub(crate) verdict: Verdict,
     /// Whether the blocks of the last record may be written again.
     pub(crate) replays: bool,
+    /// Whether a power cut has torn what the last record was to write: without it the image cannot be read.
+    pub(crate) is_torn: bool,
     /// Whether somebody may have written to the image since, as far as its times tell.
     pub(crate) may_be_newer: bool,
     /// Whether one of the files is older than the journal knew it.
@@ -69,10 +71,11 @@ pub(crate) fn judge(
         !stamp.is_device && known(at).is_some_and(|known| stamp.times.modified_ns <= known.modified_ns)
     };
     let may_be_newer = !now.stamps.iter().enumerate().all(is_not_newer);
-    let as_judged = |verdict, replays| Judgement { verdict, replays, may_be_newer, is_older };
+    let as_judged =
+        |verdict, replays, is_torn| Judgement { verdict, replays, is_torn, may_be_newer, is_older };
     let is_newer = seen == Seen::Newer;
     let Some(last) = last else {
-        return Ok(as_judged(if is_newer { Verdict::Foreign } else { Verdict::Over }, false));
+        return Ok(as_judged(if is_newer { Verdict::Foreign } else { Verdict::Over }, false, false));
     };
     let sectors = match now.files.get(usize::from(last.target)) {
         Some(file) => {
@@ -112,7 +115,7 @@ pub(crate) fn judge(
         Verdict::Unsure | Verdict::Copied => sectors.foreign > 0 && sectors.beside == 0,
         _ => false,
     };
-    Ok(as_judged(verdict, replays))
+    Ok(as_judged(verdict, replays, sectors.foreign > 0))
 }
 
 /// Whether the system has not started again since a record was written.

@@ -120,7 +120,7 @@ pub fn abort(
         left.discard(host)?;
         return Ok(result);
     };
-    let work = left.take_up(host, image)?;
+    let work = left.take_up(host, image, false)?;
     if left.is_doubtful() {
         // In memory it is as it would be written: a base that the journal does not fit stays as it is.
         safety::consistent(&chain, at, cancel)?;

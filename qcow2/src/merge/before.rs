@@ -43,8 +43,10 @@ pub(super) fn leftovers(
         if left.is_foreign() && at == span.base && !options.restart {
             return Err(work::written_since(&layer.path, &left));
         }
+        // As long as it is not certain that base holds everything, the active image counts for what it holds.
+        let as_it_is = at != span.base && !all.base.as_ref().is_some_and(Left::is_certain);
         let image = chain.image_mut(at).filter(|_| left.is_ours());
-        let work = image.map(|image| left.take_up(host, image)).transpose()?;
+        let work = image.map(|image| left.take_up(host, image, as_it_is)).transpose()?;
         if at == span.base {
             (all.base, all.base_work) = (Some(left), work);
         } else {

@@ -15,7 +15,6 @@ use crate::chain::{Chain, Search, find_users_in};
 use crate::error::{Error, FileOp, Result};
 use crate::image::Qcow2;
 use crate::journal::Journal;
-use crate::journal::Journal;
 use crate::journal::record::{Phase, Spent, SpentKind};
 use crate::stamp::Stamp;
 use crate::storage::{Access, FileId, FileKind, Host, LockError, LockMode, Owner, Place, Storage};

@@ -73,6 +73,11 @@ impl Left {
         }
     }
 
+    /// Whether it is certain that the image is as the stopped work has left it.
+    pub(super) fn is_certain(&self) -> bool {
+        self.judgement.verdict == Verdict::Pending && !self.needs_proof()
+    }
+
     /// Whether the image may be another one than the stopped work has left.
     pub(super) fn is_doubtful(&self) -> bool {
         !matches!(self.judgement.verdict, Verdict::Pending | Verdict::Finished)
@@ -161,13 +166,15 @@ impl Left {
     }
 
     /// Puts the image under its journal again, which nobody else uses meanwhile; what a power cut may have torn is
-    /// read as it should be, and written by the next barrier.
+    /// read as it should be, and written by the next barrier. With `as_it_is`, nothing else of the last record is: what
+    /// the image was to become may be less than what it holds.
     ///
     /// # Errors
     /// [`Error::InUse`]; a header that cannot be read even so.
-    pub(super) fn take_up(&self, host: &dyn Host, image: &mut Image) -> Result<Work> {
+    pub(super) fn take_up(&self, host: &dyn Host, image: &mut Image, as_it_is: bool) -> Result<Work> {
         self.journal.hold(host)?;
-        let last = self.last.as_ref().filter(|_| self.judgement.replays);
+        let replays = self.judgement.replays && (self.judgement.is_torn || !as_it_is);
+        let last = self.last.as_ref().filter(|_| replays);
         Work::wrap(image, &self.journal, last)
     }
 
@@ -451,7 +458,7 @@ pub(super) fn end_left(
     let mut image = Image::open(path, file, layer.image.format(), data)?;
     let left = Left { journal: Arc::new(journal), last, ..left };
     if left.is_ours() {
-        left.take_up(host, &mut image)?.release(&mut image)?;
+        left.take_up(host, &mut image, false)?.release(&mut image)?;
     }
     if let Some(remains) = left.remains(host, chain) {
         remains.settle(host, chain, options, report)?;

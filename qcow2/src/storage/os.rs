@@ -18,8 +18,8 @@ use crate::error::Holder;
 use super::copy::{CopyError, copy_in_kernel, copy_plain, least_kernel_copy, out_of_range};
 use super::view::View;
 use super::{
-    Access, Boot, FileId, FileKind, FileStat, Folder, Host, LockError, LockMode, NameKind, Owner, Storage, holders,
-    lock, os_folder, rights,
+    Access, Boot, FileId, FileKind, FileStat, Folder, Host, LockError, LockMode, NameKind, Owner, Storage,
+    holders, lock, os_folder, rights,
 };
 
 /// The real file system.

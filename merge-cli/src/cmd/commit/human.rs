@@ -26,6 +26,9 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs) -> String {
         let done = size::short(resumed.done);
         fields.add("continues", format!("at {} %: {done} are done already", resumed.percent));
     }
+    if let Some(why) = plan.begins_anew {
+        fields.add("begins anew", format!("{why}; the layers above it hold everything"));
+    }
     fields.add("to copy", size::exact(plan.totals.bytes_to_copy));
     fields.add("to zero", size::exact(plan.totals.bytes_to_zero));
     if plan.totals.clusters_to_allocate > 0 {

@@ -28,6 +28,7 @@ pub(super) fn plan(plan: &Plan) -> Value {
         Some(resumed) => json!({ "bytes-done": resumed.done, "percent": resumed.percent }),
         None => Value::Null,
     };
+    fields["begins-anew"] = plan.begins_anew.map(|why| why.to_string()).into();
     fields
 }
 
