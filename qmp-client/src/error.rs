@@ -109,6 +109,16 @@ pub enum Error {
         /// Why.
         why: String,
     },
+    /// A node that nothing makes durable, so that a merge could not be switched safely; it was not begun.
+    #[error("{} cannot be flushed: {}", printable(.node), printable(.why))]
+    NotFlushed {
+        /// The node.
+        node: String,
+        /// Why each means has failed.
+        why: String,
+        /// Whether an NBD server that QEMU runs already could be a means.
+        exports: bool,
+    },
     /// A state file that cannot be read, written or believed.
     #[error("the state file {}: {}", printable(&.path.to_string_lossy()), printable(.why))]
     State {

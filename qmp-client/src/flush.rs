@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::monitor::{Execute, Monitor};
 use crate::nbd;
 use crate::procedure::unique;
+use crate::version::exports_are_safe;
 
 /// How a node of this QEMU can be flushed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,12 +43,19 @@ impl Means {
     /// Finds the first means that works, by flushing `node`; the guest is not paused for that.
     ///
     /// # Errors
-    /// [`Error::Refused`] if there is none.
+    /// [`Error::NotFlushed`] if there is none.
     pub(crate) fn find(monitor: &(impl Monitor + ?Sized), node: &str, server: Option<&Path>) -> Result<Self> {
-        sweep(monitor)?;
-        let given = server.map(|path| Self::Server(path.to_owned()));
+        let exports = exports_are_safe(monitor)?;
         let mut why = Vec::new();
-        for means in given.into_iter().chain([Self::OwnServer]) {
+        let mut served = Vec::new();
+        if exports {
+            sweep(monitor)?;
+            served.extend(server.map(|path| Self::Server(path.to_owned())));
+            served.push(Self::OwnServer);
+        } else {
+            why.push("a QEMU before 9.0 with an iothread would end at an NBD export of it".to_owned());
+        }
+        for means in served {
             match means.flush(monitor, node) {
                 Ok(()) => return Ok(means),
                 Err(error @ Error::Disconnected { .. }) => return Err(error),
@@ -55,16 +63,15 @@ impl Means {
             }
         }
         // Only a running guest can be paused; a storage daemon has none.
-        match monitor.query("query-status", json!({})) {
-            Ok(status) if status["running"] == true => return Ok(Self::StopAndCont),
-            Ok(_) => match Self::Command.flush(monitor, node) {
+        match runs(monitor) {
+            Ok(true) => return Ok(Self::StopAndCont),
+            Ok(false) => match Self::Command.flush(monitor, node) {
                 Ok(()) => return Ok(Self::Command),
                 Err(error) => why.push(error.to_string()),
             },
             Err(error) => why.push(error.to_string()),
         }
-        let why = why.join("; ");
-        Err(Error::Refused { why: format!("{node} cannot be flushed: {why}") })
+        Err(Error::NotFlushed { node: node.to_owned(), why: why.join("; "), exports })
     }
 
     pub(crate) fn flush(&self, monitor: &(impl Monitor + ?Sized), node: &str) -> Result<()> {
@@ -84,6 +91,8 @@ impl Means {
                 flushed.and(stopped.map(drop))
             }
             Self::Server(socket) => flush_export(monitor, node, socket, THEIRS),
+            // Somebody has paused it in the meantime, and would not have it go on.
+            Self::StopAndCont if !runs(monitor)? => Self::Command.flush(monitor, node),
             Self::StopAndCont => {
                 monitor.query("stop", json!({}))?;
                 monitor.query("cont", json!({})).map(drop)
@@ -105,13 +114,18 @@ impl Means {
 /// Makes `node` durable by the first means that works.
 ///
 /// # Errors
-/// [`Error::Refused`] if there is none; those of the flush.
+/// [`Error::NotFlushed`] if there is none; those of the flush.
 pub(crate) fn flush(monitor: &(impl Monitor + ?Sized), node: &str, server: Option<&Path>) -> Result<()> {
     match Means::find(monitor, node, server)? {
         // Its proof is the flush itself.
         Means::OwnServer | Means::Server(_) | Means::Command => Ok(()),
         means @ Means::StopAndCont => means.flush(monitor, node),
     }
+}
+
+/// Whether a guest runs.
+fn runs(monitor: &(impl Monitor + ?Sized)) -> Result<bool> {
+    Ok(monitor.query("query-status", json!({}))?["running"] == true)
 }
 
 /// The user that a process acts as, now: a QEMU may have given up the rights with which it opened its monitor.

@@ -66,7 +66,7 @@ fn flush<M: Monitor + ?Sized>(monitor: &M, disk: &Disk, job: &Job<'_, M>) -> Res
     let Some(disk) = now(monitor, disk)? else { return Ok(()) };
     for layer in disk.layers().iter().filter(|layer| !layer.read_only) {
         match Means::find(monitor, &layer.node, None).and_then(|means| means.flush(monitor, &layer.node)) {
-            Ok(()) | Err(Error::Refused { .. } | Error::Command { .. }) => {}
+            Ok(()) | Err(Error::NotFlushed { .. } | Error::Refused { .. } | Error::Command { .. }) => {}
             Err(error) => return Err(error),
         }
     }

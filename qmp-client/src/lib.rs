@@ -54,6 +54,7 @@ mod replay;
 mod servers;
 mod snapshot;
 mod state;
+mod version;
 
 pub use address::Address;
 pub use commit::{Commit, CommitOptions};

@@ -246,7 +246,9 @@ fn close(monitor: &(impl Monitor + ?Sized), layers: &[Layer]) -> Result<Vec<(Str
 
 /// The nodes of these layers whose names are not QEMU's own.
 fn to_close(layers: &[Layer]) -> impl Iterator<Item = &String> {
-    let nodes = layers.iter().flat_map(|layer| [Some(&layer.node), layer.protocol_node.as_ref()]);
+    let nodes = layers
+        .iter()
+        .flat_map(|layer| [Some(&layer.node), layer.protocol_node.as_ref(), layer.data_file_node.as_ref()]);
     nodes.flatten().filter(|node| !node.starts_with('#'))
 }
 

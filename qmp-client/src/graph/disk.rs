@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use super::Root;
-use super::nodes::NamedNode;
+use super::nodes::{Below, NamedNode};
 use crate::error::{Error, Result, printable};
 
 /// A disk and its chain.
@@ -30,7 +30,9 @@ pub struct Layer {
     pub node: String,
     /// The node that holds the file, or speaks the protocol, below [`Layer::node`].
     pub protocol_node: Option<String>,
-    /// The driver of that node, such as `file`, `host_device` or `nbd`.
+    /// The node that holds the external data file, where the image has one.
+    pub data_file_node: Option<String>,
+    /// The driver of [`Layer::protocol_node`], such as `file`, `host_device` or `nbd`.
     pub protocol: Option<String>,
     /// The file's name as QEMU has it, or the address of what is no file.
     pub file: String,
@@ -78,7 +80,7 @@ impl Disk {
         let (filters, images): (Vec<_>, Vec<_>) = root
             .nodes
             .iter()
-            .filter_map(|(name, file)| Some((known(name)?, file.as_ref())))
+            .filter_map(|(name, files)| Some((known(name)?, files)))
             .partition(|(node, _)| node.is_filter());
         // A disk without a name of its own is not called after a job that works on it just now.
         let lasting = filters.iter().find(|(node, _)| !node.is_of_a_job()).or(images.first());
@@ -87,12 +89,13 @@ impl Disk {
             _ => root.name,
         };
         let depth = images.len();
-        let layer = |(place, (node, file)): (usize, (&NamedNode, Option<&String>))| Layer {
+        let layer = |(place, (node, files)): (usize, (&NamedNode, &Below))| Layer {
             index: depth - place,
             node: node.node_name.clone(),
-            protocol_node: file.cloned(),
-            protocol: file.and_then(known).map(|n| n.drv.clone()),
-            file: file_of(node, file.and_then(known)),
+            protocol_node: files.file.clone(),
+            data_file_node: files.data_file.clone(),
+            protocol: files.file.as_ref().and_then(known).map(|n| n.drv.clone()),
+            file: file_of(node, files.file.as_ref().and_then(known)),
             format: node.drv.clone(),
             virtual_size: node.image.virtual_size,
             actual_size: node.image.actual_size,

@@ -6,7 +6,7 @@ mod nodes;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::{Value, json};
 
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::monitor::{Execute, Monitor, read};
 pub(crate) use attached::holds_requests;
 pub use disk::{Backing, Disk, Layer, Range};
-use nodes::{Edges, NamedNode};
+use nodes::{Below, Edges, NamedNode};
 
 /// The disks of a QEMU or of a qemu-storage-daemon, as they were when it was asked.
 #[derive(Clone, Debug)]
@@ -28,8 +28,8 @@ struct Root {
     device: Option<String>,
     qdev: Option<String>,
     export: Option<String>,
-    /// Node names from the top, each with the node that holds its file.
-    nodes: Vec<(String, Option<String>)>,
+    /// Node names from the top, each with the nodes of its files.
+    nodes: Vec<(String, Below)>,
 }
 
 impl Graph {
@@ -49,10 +49,17 @@ impl Graph {
         };
         let command = "query-named-block-nodes";
         let named: Vec<NamedNode> = read(command, monitor.query(command, json!({"flat": true}))?)?;
-        let mut roots: Vec<Root> = devices.iter().filter_map(Root::of_device).collect();
+        let edges = edges(monitor)?;
+        let below = edges.as_ref().map(Edges::below);
+        let mut roots: Vec<Root> =
+            devices.iter().filter_map(|device| Root::of_device(device, below.as_ref())).collect();
         let reached: HashSet<String> =
             roots.iter().flat_map(|r| &r.nodes).map(|(node, _)| node.clone()).collect();
-        roots.extend(exports(monitor)?.into_iter().filter(|root| !reached.contains(root.top())));
+        roots.extend(
+            exports(monitor, edges.as_ref(), below.as_ref())?
+                .into_iter()
+                .filter(|root| !reached.contains(root.top())),
+        );
         let named = named.into_iter().map(|n| (n.node_name.clone(), n)).collect();
         Ok(Self { disks: roots.into_iter().filter_map(|root| Disk::new(root, &named)).collect() })
     }
@@ -91,16 +98,23 @@ impl Graph {
 impl Root {
     /// The chain that an entry of `query-blockstats` tells, each level in the one above it. It is gone down step by
     /// step: a long chain is nested deeper than types may be.
-    fn of_device(stats: &Value) -> Option<Self> {
+    ///
+    /// Which node holds an image's file, the edges of the graph tell. The entry tells of the node that holds the data,
+    /// and that is another one for an image with an external data file.
+    fn of_device(stats: &Value, below: Option<&HashMap<&str, Below>>) -> Option<Self> {
         let text = |level: &Value, key: &str| level[key].as_str().map(str::to_owned);
         let device = text(stats, "device").filter(|d| !d.is_empty());
         let qdev = text(stats, "qdev");
         let mut nodes = Vec::new();
         let mut level = stats;
         while level.is_object() {
-            // An empty drive has no node. The parent is the node that holds the file; what lies below is the backing
-            // node, or the node under a filter.
-            nodes.push((text(level, "node-name")?, text(&level["parent"], "node-name")));
+            // An empty drive has no node. What lies below is the backing node, or the node under a filter.
+            let node = text(level, "node-name")?;
+            let files = match below {
+                Some(below) => below.get(node.as_str()).cloned().unwrap_or_default(),
+                None => Below { file: text(&level["parent"], "node-name"), data_file: None },
+            };
+            nodes.push((node, files));
             level = &level["backing"];
         }
         let id = qdev.as_deref().and_then(device_id).map(str::to_owned);
@@ -144,9 +158,23 @@ fn device_id(qdev: &str) -> Option<&str> {
         .filter(|id| !id.is_empty())
 }
 
-/// The chains below exports. A qemu-storage-daemon has no devices, and statistics only for devices; its
-/// graph is told by a command that QEMU calls unstable, but which is exact, unlike names of files.
-fn exports(monitor: &(impl Monitor + ?Sized)) -> Result<Vec<Root>> {
+/// Which node is what to which other one. The command is one that QEMU calls unstable, but it is exact, unlike names of files.
+/// `None` before QEMU 4.0.
+fn edges(monitor: &(impl Monitor + ?Sized)) -> Result<Option<Edges>> {
+    let command = "x-debug-query-block-graph";
+    match monitor.query(command, json!({})) {
+        Ok(edges) => read(command, edges).map(Some),
+        Err(Error::Command { failure, .. }) if failure.class == "CommandNotFound" => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The chains below exports: a qemu-storage-daemon has no devices, and statistics only for devices.
+fn exports(
+    monitor: &(impl Monitor + ?Sized),
+    edges: Option<&Edges>,
+    below: Option<&HashMap<&str, Below>>,
+) -> Result<Vec<Root>> {
     #[derive(serde::Deserialize)]
     struct Export {
         id: String,
@@ -160,17 +188,17 @@ fn exports(monitor: &(impl Monitor + ?Sized)) -> Result<Vec<Root>> {
         Err(Error::Command { failure, .. }) if failure.class == "CommandNotFound" => Vec::new(),
         Err(error) => return Err(error),
     };
-    if exports.is_empty() {
-        return Ok(Vec::new());
-    }
-    let command = "x-debug-query-block-graph";
-    let edges: Edges = read(command, monitor.query(command, json!({}))?)?;
+    let (Some(edges), Some(below)) = (edges, below) else { return Ok(Vec::new()) };
+    let with_files = |node: String| {
+        let files = below.get(node.as_str()).cloned().unwrap_or_default();
+        (node, files)
+    };
     Ok(exports
         .into_iter()
         // QEMU tells the newest first.
         .rev()
         .map(|export| Root {
-            nodes: edges.chain(&export.node_name),
+            nodes: edges.chain(&export.node_name).into_iter().map(with_files).collect(),
             name: export.id.clone(),
             device: None,
             qdev: None,

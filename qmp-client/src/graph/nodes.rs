@@ -85,11 +85,41 @@ struct Edge {
     name: String,
 }
 
+/// The nodes below an image that are no images of the chain.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Below {
+    /// The node that holds the image's file.
+    pub(super) file: Option<String>,
+    /// The node that holds its external data file.
+    pub(super) data_file: Option<String>,
+}
+
 impl Edges {
-    /// The nodes from `top` down, each with the node that holds its file.
-    pub(super) fn chain(&self, top: &str) -> Vec<(String, Option<String>)> {
-        let drivers = || self.nodes.iter().filter(|n| n.kind == "block-driver");
-        let names: HashMap<u64, &str> = drivers().map(|n| (n.id, n.name.as_str())).collect();
+    /// What lies below each node beside its backing file.
+    pub(super) fn below(&self) -> HashMap<&str, Below> {
+        let names: HashMap<u64, &str> = self.drivers().map(|n| (n.id, n.name.as_str())).collect();
+        let mut below: HashMap<&str, Below> = names.values().map(|name| (*name, Below::default())).collect();
+        for edge in &self.edges {
+            let child = names.get(&edge.child).map(|name| (*name).to_owned());
+            let Some(nodes) = names.get(&edge.parent).and_then(|parent| below.get_mut(parent)) else {
+                continue;
+            };
+            match edge.name.as_str() {
+                "file" => nodes.file = child,
+                "data-file" => nodes.data_file = child,
+                _ => {}
+            }
+        }
+        below
+    }
+
+    fn drivers(&self) -> impl Iterator<Item = &GraphNode> {
+        self.nodes.iter().filter(|n| n.kind == "block-driver")
+    }
+
+    /// The nodes from `top` down.
+    pub(super) fn chain(&self, top: &str) -> Vec<String> {
+        let names: HashMap<u64, &str> = self.drivers().map(|n| (n.id, n.name.as_str())).collect();
         let children: HashMap<(u64, &str), u64> =
             self.edges.iter().map(|e| ((e.parent, e.name.as_str()), e.child)).collect();
         let child = |id, role| children.get(&(id, role)).copied().filter(|c| names.contains_key(c));
@@ -99,10 +129,9 @@ impl Edges {
             |id| child(id, "backing").or_else(|| child(id, "file").filter(|c| child(*c, "file").is_some()));
         let mut chain = Vec::new();
         let mut seen = HashSet::new();
-        let mut next = drivers().find(|n| n.name == top).map(|n| n.id);
+        let mut next = self.drivers().find(|n| n.name == top).map(|n| n.id);
         while let Some(id) = next.filter(|id| seen.insert(*id)) {
-            let name = |id: u64| names.get(&id).map(|n| (*n).to_owned());
-            chain.extend(name(id).map(|node| (node, child(id, "file").and_then(name))));
+            chain.extend(names.get(&id).map(|name| (*name).to_owned()));
             next = below(id);
         }
         chain
@@ -121,7 +150,6 @@ impl Edges {
         let main =
             self.edges.iter().find(|e| Some(e.parent) == job && e.name == "main node").map(|e| e.child);
         let main = self.nodes.iter().find(|n| Some(n.id) == main);
-        main.map(|node| self.chain(&node.name).into_iter().map(|(node, _)| node).collect())
-            .unwrap_or_default()
+        main.map(|node| self.chain(&node.name)).unwrap_or_default()
     }
 }

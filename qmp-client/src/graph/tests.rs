@@ -141,3 +141,36 @@ fn a_graph_that_bites_its_tail_ends() {
     assert_eq!(edges.chain("a").len(), 2);
     assert!(edges.chain("c").is_empty());
 }
+
+/// QEMU's statistics name the node that holds the data, which is not the one that holds the image.
+#[test]
+fn an_external_data_file_is_not_taken_for_the_image() {
+    let node = |name: &str, driver: &str, file: &str| json!({"node-name": name, "drv": driver, "file": file, "image": {"virtual-size": 1}});
+    let described = r#"json:{"data-file": {"driver": "file", "filename": "/vm/d.data"}, "driver": "qcow2"}"#;
+    let nodes = [
+        node("fmt", "qcow2", described),
+        node("data", "file", "/vm/d.data"),
+        node("image", "file", "/vm/d.qcow2"),
+    ];
+    let stats = json!([{"device": "d", "node-name": "fmt", "parent": {"node-name": "data"}}]);
+    let drivers: Vec<_> = (1..)
+        .zip(["fmt", "data", "image"])
+        .map(|(id, name)| json!({"id": id, "name": name, "type": "block-driver"}))
+        .collect();
+    let edges =
+        [(2, "data-file"), (3, "file")].map(|(to, name)| json!({"parent": 1, "child": to, "name": name}));
+    let graph = json!({"nodes": drivers, "edges": edges});
+    let answers = [
+        ("query-blockstats", stats),
+        ("query-named-block-nodes", json!(nodes)),
+        ("x-debug-query-block-graph", graph),
+    ];
+    let script = (1..).zip(answers).map(|(id, (command, value))| {
+        format!("{}\n{}\n", json!({"execute": command, "id": id}), json!({"return": value, "id": id}))
+    });
+    let graph = replayed(&script.collect::<String>());
+    let layer = graph.disks()[0].active();
+    assert_eq!(layer.file, "/vm/d.qcow2");
+    assert_eq!(layer.protocol_node.as_deref(), Some("image"));
+    assert_eq!(layer.data_file_node.as_deref(), Some("data"));
+}

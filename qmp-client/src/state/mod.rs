@@ -116,6 +116,9 @@ pub struct StateLayer {
     pub node: String,
     /// The node that held the file.
     pub protocol_node: Option<String>,
+    /// The node that held the external data file.
+    #[serde(default)]
+    pub data_file_node: Option<String>,
     /// The file's name as QEMU had it, or the address of what is no file.
     pub file: String,
     /// The format.
@@ -246,6 +249,7 @@ impl StateLayer {
             index: layer.index,
             node: layer.node.clone(),
             protocol_node: layer.protocol_node.clone(),
+            data_file_node: layer.data_file_node.clone(),
             file: layer.file.clone(),
             format: layer.format.clone(),
             virtual_size: layer.virtual_size,
@@ -269,6 +273,7 @@ impl StateLayer {
             index: self.index,
             node: self.node.clone(),
             protocol_node: self.protocol_node.clone(),
+            data_file_node: self.data_file_node.clone(),
             protocol: None,
             file: self.file.clone(),
             format: self.format.clone(),

@@ -14,6 +14,7 @@ pub(crate) fn state(folder: &str) -> State {
         index,
         node: format!("n{index}"),
         protocol_node: Some(format!("f{index}")),
+        data_file_node: None,
         file: format!("{folder}/{index}.img"),
         format: "qcow2".into(),
         virtual_size: 1 << 24,

@@ -208,7 +208,11 @@ impl Drive<'_> {
             );
             return self.session.failure_with(error, hint);
         }
-        if matches!(error, Error::Refused { .. } | Error::Command { .. } | Error::State { .. }) {
+        let left_waiting = matches!(
+            error,
+            Error::Refused { .. } | Error::NotFlushed { .. } | Error::Command { .. } | Error::State { .. }
+        );
+        if left_waiting {
             let disk = shell_word(&merge.state().disk);
             let hint = format!(
                 "nothing is switched, and the job waits; again: {}; or give it up: {}",

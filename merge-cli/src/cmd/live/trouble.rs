@@ -106,11 +106,14 @@ impl Session<'_> {
                 "that file notes how far a merge is; see what is there and who may write it: ls -la {}",
                 folder_word(path)
             ),
-            Error::Refused { why } if why.contains("cannot be flushed") => {
+            Error::NotFlushed { exports: true, .. } => {
                 format!(
                     "name the socket of its NBD server: {}",
                     self.again_with_values(&[("--nbd-socket", "PATH")])
                 )
+            }
+            Error::NotFlushed { exports: false, .. } => {
+                "merge it as a whole with --active, or with qmerge commit when nobody uses it".to_owned()
             }
             Error::Refused { .. } if self.verb.is_merge() => {
                 format!("see how things stand: {}", self.other("jobs"))
@@ -216,7 +219,7 @@ fn class(error: &Error) -> (&'static str, Exit) {
         Error::Disconnected { .. } => ("disconnected", Exit::FAILED),
         Error::TimedOut { .. } => ("timed-out", Exit::FAILED),
         Error::Job { .. } => ("job-failed", Exit::FAILED),
-        Error::Refused { .. } => ("refused", Exit::REFUSED),
+        Error::Refused { .. } | Error::NotFlushed { .. } => ("refused", Exit::REFUSED),
         Error::State { .. } => ("state-file", Exit::FAILED),
         Error::Command { failure, .. } if failure.class == "CommandNotFound" => {
             ("unsupported", Exit::UNSUPPORTED)
@@ -234,14 +237,14 @@ mod tests {
     #[test]
     fn a_hint_gives_no_option_twice() {
         let address = "/vm/qmp.sock".parse().unwrap();
-        let hint = |line: &str, why: &str| {
+        let hint = |line: &str| {
             let words: Vec<OsString> = line.split(' ').map(Into::into).collect();
             let session = Session { address: &address, verb: &LiveVerb::List, words: &words };
-            session.hint(&Error::Refused { why: why.into() })
+            session.hint(&Error::NotFlushed { node: "base".into(), why: "no".into(), exports: true })
         };
         for given in ["", " --nbd-socket old.sock", " --nbd-socket=old.sock"] {
             assert_eq!(
-                hint(&format!("live commit vda{given} --qmp q"), "base cannot be flushed"),
+                hint(&format!("live commit vda{given} --qmp q")),
                 "name the socket of its NBD server: qmerge live commit vda --qmp q --nbd-socket PATH"
             );
         }
