@@ -8,6 +8,7 @@
 mod call;
 mod cli;
 mod cmd;
+mod domains;
 mod exit;
 mod failure;
 mod hint;

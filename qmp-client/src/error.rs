@@ -109,6 +109,12 @@ pub enum Error {
         /// Why.
         why: String,
     },
+    /// A disk that is libvirt's, which would lose track of it.
+    #[error("the node {} belongs to libvirt, which would lose track of the disk", printable(.node))]
+    Managed {
+        /// A node of the disk.
+        node: String,
+    },
     /// A node that nothing makes durable, so that a merge could not be switched safely; it was not begun.
     #[error("{} cannot be flushed: {}", printable(.node), printable(.why))]
     NotFlushed {

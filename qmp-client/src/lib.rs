@@ -30,6 +30,7 @@
 //! - [`Commit`]: the live merge, intermediate and active, with the hazards of QEMU 10.0.2 fenced.
 //! - [`Pull`]: the live merge upwards, into the active layer.
 //! - [`State`], [`StateFile`]: what must be known of a merge after its client, or QEMU, has gone.
+//! - [`libvirt`]: which domains of libvirt name an image, and what to type where libvirt owns the machine.
 //! - [`Merge`]: a commit or pull with its job and its state file, each step in the right order.
 
 mod address;
@@ -42,6 +43,7 @@ mod foreign;
 pub mod fuzzing;
 mod graph;
 mod jobs;
+pub mod libvirt;
 mod live;
 mod message;
 mod monitor;

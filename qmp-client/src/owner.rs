@@ -69,10 +69,11 @@ impl Owner {
         }
     }
 
-    /// The command of the owner that merges a disk's layers, with placeholders in capitals.
+    /// The command of the owner that merges a disk's layers, with placeholders in capitals; for libvirt, the one that shows which
+    /// domains there are, as [`crate::libvirt::Virsh`] has the commands for one of them.
     pub fn instead(self) -> &'static str {
         match self {
-            Self::Libvirt => "virsh blockcommit DOMAIN DISK --base BASE --top TOP --wait --verbose",
+            Self::Libvirt => "virsh list --all",
             Self::Proxmox => "qm delsnapshot VMID SNAPSHOT",
             Self::Incus => "incus snapshot delete INSTANCE SNAPSHOT",
         }

@@ -53,10 +53,7 @@ impl Pull {
             }
             None => None,
         };
-        ownership(disk.layers().iter().map(|l| &l.node), || {
-            let base = base.map_or(String::new(), |base| format!(" --base {}", base.file));
-            format!("virsh blockpull DOMAIN {}{base} --wait --verbose", disk.name())
-        })?;
+        ownership(disk.layers().iter().map(|l| &l.node))?;
         let pull = Self {
             disk: disk.name().to_owned(),
             active: active.clone(),

@@ -15,11 +15,7 @@ use crate::procedure::job_prefix;
 pub(super) fn plan(commit: &Commit) -> Result<()> {
     let refuse = |why: String| Err(Error::Refused { why });
     let (base, top) = (&commit.base, &commit.top);
-    let active = if commit.above.is_none() { " --active" } else { "" };
-    ownership(commit.nodes(), || {
-        let (disk, base, top) = (&commit.disk, &base.file, &top.file);
-        format!("virsh blockcommit DOMAIN {disk} --base {base} --top {top}{active} --wait --verbose")
-    })?;
+    ownership(commit.nodes())?;
     let grows = base.virtual_size < top.virtual_size;
     let driver = base.protocol.as_deref().unwrap_or(&base.format);
     if grows && driver != "file" {
@@ -52,16 +48,12 @@ pub(super) fn plan(commit: &Commit) -> Result<()> {
     bitmaps(&commit.merged, commit.options.drop_bitmaps)
 }
 
-/// Refuses a disk that belongs to libvirt; `instead` is the command to use.
-pub(crate) fn ownership<'a>(
-    mut nodes: impl Iterator<Item = &'a String>,
-    instead: impl FnOnce() -> String,
-) -> Result<()> {
-    let Some(node) = nodes.find(|node| node.starts_with("libvirt-")) else { return Ok(()) };
-    let instead = instead();
-    let why =
-        format!("the node {node} belongs to libvirt, which would lose track of the disk; use: {instead}");
-    Err(Error::Refused { why })
+/// Refuses a disk that belongs to libvirt.
+pub(crate) fn ownership<'a>(mut nodes: impl Iterator<Item = &'a String>) -> Result<()> {
+    match nodes.find(|node| node.starts_with("libvirt-")) {
+        Some(node) => Err(Error::Managed { node: node.clone() }),
+        None => Ok(()),
+    }
 }
 
 /// Refuses to lose the persistent bitmaps of layers that are given up.

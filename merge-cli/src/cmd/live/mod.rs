@@ -11,6 +11,7 @@ mod foreign;
 mod guard;
 mod jobs;
 mod look;
+mod managed;
 mod merge;
 mod outcome;
 mod plan;

@@ -52,10 +52,7 @@ impl Session<'_> {
             return self.layer(error, disk);
         }
         let why = error.to_string();
-        let hint = if why.contains("virsh ") {
-            // The reason ends with the command to use.
-            format!("shut down or not, such a disk is libvirt's: {}", Owner::Libvirt.instead())
-        } else if why.contains("backing name") {
+        let hint = if why.contains("backing name") {
             format!(
                 "say what base is called there: {}",
                 self.again_with_values(&[("--backing-file", "NAME")])
@@ -79,7 +76,7 @@ impl Session<'_> {
             Error::Connect { source, .. } => self.unreachable(source),
             Error::NoGreeting { .. } => match Owner::of(self.address, None) {
                 Some(owner) => {
-                    format!("ask {}, which holds it: {}", owner.name(), guard::look_instead(owner))
+                    format!("ask {}, which holds it: {}", owner.name(), guard::look_instead(self, owner))
                 }
                 None => format!("end the other client, or give QEMU a second monitor; then again: {again}"),
             },
@@ -106,6 +103,7 @@ impl Session<'_> {
                 "that file notes how far a merge is; see what is there and who may write it: ls -la {}",
                 folder_word(path)
             ),
+            Error::Managed { .. } => guard::look_instead(self, Owner::Libvirt),
             Error::NotFlushed { exports: true, .. } => {
                 format!(
                     "name the socket of its NBD server: {}",
@@ -220,6 +218,7 @@ fn class(error: &Error) -> (&'static str, Exit) {
         Error::TimedOut { .. } => ("timed-out", Exit::FAILED),
         Error::Job { .. } => ("job-failed", Exit::FAILED),
         Error::Refused { .. } | Error::NotFlushed { .. } => ("refused", Exit::REFUSED),
+        Error::Managed { .. } => ("managed", Exit::REFUSED),
         Error::State { .. } => ("state-file", Exit::FAILED),
         Error::Command { failure, .. } if failure.class == "CommandNotFound" => {
             ("unsupported", Exit::UNSUPPORTED)

@@ -1,0 +1,24 @@
+//! libvirt's domains, as this command finds and shows them.
+
+use std::env;
+
+use qmp_client::libvirt::{Definitions, Folders};
+
+use crate::output::human::{printable, shell_word};
+
+/// Names other folders than libvirt's own, between colons; for tests, and for a libvirt that was built with others.
+const FOLDERS: &str = "QMERGE_LIBVIRT_DIR";
+
+/// All that libvirt's files tell.
+pub(crate) fn read() -> Definitions {
+    let folders = match env::var_os(FOLDERS) {
+        Some(paths) => Folders::of(env::split_paths(&paths).filter(|path| !path.as_os_str().is_empty())),
+        None => Folders::usual(),
+    };
+    Definitions::read(&folders)
+}
+
+/// Words as they are typed.
+pub(crate) fn line(words: &[String]) -> String {
+    words.iter().map(|word| shell_word(&printable(word))).collect::<Vec<_>>().join(" ")
+}

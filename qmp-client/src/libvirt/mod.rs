@@ -1,0 +1,15 @@
+//! libvirt's domains as its files tell of them, and the commands of virsh that do what this crate must not do behind its back.
+//!
+//! No daemon is asked: the definitions of domains lie in a folder, one XML file each.
+
+mod definitions;
+mod domain;
+mod name;
+#[cfg(test)]
+mod tests;
+mod virsh;
+
+pub use definitions::{Definitions, Folders, Mention};
+pub use domain::{Domain, DomainDisk, Recorded};
+pub use name::{DomainName, domain_of_arguments, domain_of_socket};
+pub use virsh::{BlockCommit, Virsh};
