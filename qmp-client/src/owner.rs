@@ -45,6 +45,11 @@ impl Owner {
         }
     }
 
+    /// Who started a process with this command line.
+    pub fn of_command_line(words: &[String]) -> Option<Self> {
+        Self::by_arguments(words.join("\0").as_bytes())
+    }
+
     /// By the arguments of a process, each ended by a zero byte.
     fn by_arguments(arguments: &[u8]) -> Option<Self> {
         let text = String::from_utf8_lossy(arguments);

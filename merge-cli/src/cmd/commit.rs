@@ -2,6 +2,7 @@
 
 mod human;
 mod json;
+mod libvirt;
 mod live;
 
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use qcow2::{Error, ErrorKind};
 use super::open;
 use crate::call::Call;
 use crate::cli::CommitArgs;
+use crate::domains;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::output::progress::Meter;
@@ -34,14 +36,20 @@ pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &St
     let commit = prepared.map_err(|e| unchanged(&e, stop, call))?;
     open::warn_unlocked(&commit.chain().unlocked(), console);
     let plan = commit.plan().clone();
-    console.event("plan", json::plan(&plan))?;
+    let definitions = domains::read();
+    let (naming, unread) = libvirt::json(&definitions, &plan, args);
+    let mut fields = json::plan(&plan);
+    fields["libvirt"] = naming;
+    fields["libvirt-unread"] = unread;
+    console.event("plan", fields)?;
+    let domains = libvirt::text(&definitions, &plan, args);
     if args.dry_run {
-        console.result(&human::plan(&plan, args))?;
+        console.result(&human::plan(&plan, args, &domains))?;
         console.note("dry run: nothing was changed");
         return Ok(Exit::DONE);
     }
     if plan.nothing_to_do.is_none() && !console.is_json() {
-        console.note(&human::plan(&plan, args));
+        console.note(&human::plan(&plan, args, &domains));
     }
     let meter = Meter::new(console, "merging");
     let report = commit

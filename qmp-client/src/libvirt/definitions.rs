@@ -41,10 +41,20 @@ pub struct Mention<'a> {
     pub domain: &'a Domain,
     /// Its disk.
     pub disk: &'a DomainDisk,
-    /// Which of the images asked about it names, from the top; by their places in the list.
-    pub named: Vec<usize>,
+    /// Which of the images asked about each of its images is, by the place in that list.
+    pub places: Vec<Option<usize>>,
+}
+
+impl Mention<'_> {
+    /// Which of the images asked about it names, from the top, by their places in that list.
+    pub fn named(&self) -> impl Iterator<Item = usize> {
+        self.places.iter().copied().flatten()
+    }
+
     /// Whether its active image is one of them.
-    pub by_source: bool,
+    pub fn is_by_source(&self) -> bool {
+        self.places.first().is_some_and(Option::is_some)
+    }
 }
 
 impl Folders {
@@ -129,15 +139,13 @@ impl Definitions {
         for domain in &self.domains {
             for disk in &domain.disks {
                 let places: Vec<_> = disk.images.iter().map(|image| place(image.as_deref()?)).collect();
-                let named: Vec<usize> = places.iter().copied().flatten().collect();
                 let is_told = |m: &Mention<'_>| {
                     m.domain.name == domain.name
                         && m.domain.is_of_a_session == domain.is_of_a_session
                         && m.disk.target == disk.target
                 };
-                if !named.is_empty() && !mentions.iter().any(is_told) {
-                    let by_source = places.first().is_some_and(Option::is_some);
-                    mentions.push(Mention { domain, disk, named, by_source });
+                if places.iter().any(Option::is_some) && !mentions.iter().any(is_told) {
+                    mentions.push(Mention { domain, disk, places });
                 }
             }
         }

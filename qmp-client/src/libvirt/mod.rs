@@ -2,6 +2,7 @@
 //!
 //! No daemon is asked: the definitions of domains lie in a folder, one XML file each.
 
+mod after;
 mod definitions;
 mod domain;
 mod name;
@@ -9,6 +10,7 @@ mod name;
 mod tests;
 mod virsh;
 
+pub use after::{After, Fate};
 pub use definitions::{Definitions, Folders, Mention};
 pub use domain::{Domain, DomainDisk, Recorded};
 pub use name::{DomainName, domain_of_arguments, domain_of_socket};

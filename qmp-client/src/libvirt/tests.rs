@@ -122,12 +122,20 @@ fn definitions_name_images_by_any_of_their_names() {
     let mentions = definitions.naming(&[&c, &base]);
     let told: Vec<_> = mentions
         .iter()
-        .map(|m| (m.domain.name.as_str(), m.disk.target.as_str(), m.named.clone(), m.by_source))
+        .map(|m| {
+            (m.domain.name.as_str(), m.disk.target.as_str(), m.named().collect::<Vec<_>>(), m.is_by_source())
+        })
         .collect();
     assert_eq!(told, [("a", "vda", vec![0, 1], true), ("c", "vdc", vec![1], true)]);
     assert!(definitions.naming(&[&path("images/nothing")]).is_empty());
     let b = path("images/b");
-    assert!(!definitions.naming(&[&b])[0].by_source);
+    assert!(!definitions.naming(&[&b])[0].is_by_source());
+
+    let after = |fates: [Fate; 2]| definitions.naming(&[&c, &base])[0].after(&fates);
+    assert_eq!(after([Fate::Right, Fate::Changes]), After::Right);
+    assert_eq!(after([Fate::Changes, Fate::Changes]), After::OtherDisk(by_link.clone().into()));
+    assert_eq!(after([Fate::Right, Fate::Stale]), After::Stale(vec![image("base").into()]));
+    assert_eq!(after([Fate::Removed, Fate::Stale]), After::Missing(vec![by_link.clone().into()]));
 
     // A domain that runs is told once.
     let live = definition("a", &[&image("c"), &image("base")], true);

@@ -9,8 +9,8 @@ use crate::cli::CommitArgs;
 use crate::output::human::{Fields, plural};
 use crate::output::size;
 
-/// The plan.
-pub(super) fn plan(plan: &Plan, args: &CommitArgs) -> String {
+/// The plan; `domains` are the fields that tell of libvirt.
+pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, String)]) -> String {
     if let Some(reason) = &plan.nothing_to_do {
         return match remains(plan, args) {
             None => format!("nothing to do: {reason}"),
@@ -67,6 +67,9 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs) -> String {
         fields.add("old tail", old_tail(plan));
     }
     others(plan, &mut fields);
+    for (title, text) in domains {
+        fields.add(title, text);
+    }
     fields.render()
 }
 

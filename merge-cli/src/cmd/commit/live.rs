@@ -11,6 +11,7 @@ use qcow2::error::Holder;
 use qcow2::storage::{Access, FileId, Host, OsHost};
 use qmp_client::{Address, Connection, Disk, Graph, Layer, Options};
 
+use super::libvirt;
 use crate::call::Call;
 use crate::cli::CommitArgs;
 use crate::cmd::live::recover::{find, tell};
@@ -48,6 +49,12 @@ pub(super) fn refuse_interrupted(args: &CommitArgs, call: &Call) -> Result<(), F
 pub(super) fn in_use(path: &Path, holders: &[Holder], args: &CommitArgs, call: &Call) -> Failure {
     let error = Error::InUse { path: path.to_owned(), holders: holders.to_vec() };
     let failure = Failure::engine(&error, call);
+    if let (Some((domain, hint)), Failure::Reported(report)) =
+        (libvirt::in_use(path, holders, args, &call.again()), &failure)
+    {
+        let message = format!("{}; {}", report.message, libvirt::belongs_to(&domain));
+        return Report { kind: report.kind, message, hint, exit: report.exit }.into();
+    }
     let Some(command) = holders.iter().find_map(monitors::of).and_then(|address| same(&address, args)) else {
         return failure;
     };

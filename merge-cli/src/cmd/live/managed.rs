@@ -41,7 +41,7 @@ impl<'a> Machine<'a> {
             return Some(Self { virsh: Virsh::new(&name, is_of_a_session), domain, disks });
         }
         let files: Vec<&Path> = disks.iter().map(|disk| Path::new(&disk.active().file)).collect();
-        let domain = definitions.naming(&files).iter().find(|m| m.by_source)?.domain.clone();
+        let domain = definitions.naming(&files).iter().find(|m| m.is_by_source())?.domain.clone();
         Some(Self { virsh: Virsh::of(&domain), domain: Some(domain), disks })
     }
 
