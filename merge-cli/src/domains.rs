@@ -4,7 +4,7 @@ use std::env;
 
 use qmp_client::libvirt::{Definitions, Folders};
 
-use crate::output::human::{printable, shell_word};
+use crate::hint::Command;
 
 /// Names other folders than libvirt's own, between colons; for tests, and for a libvirt that was built with others.
 const FOLDERS: &str = "QMERGE_LIBVIRT_DIR";
@@ -18,7 +18,9 @@ pub(crate) fn read() -> Definitions {
     Definitions::read(&folders)
 }
 
-/// Words as they are typed.
-pub(crate) fn line(words: &[String]) -> String {
-    words.iter().map(|word| shell_word(&printable(word))).collect::<Vec<_>>().join(" ")
+/// A command of virsh's, as it is typed.
+pub(crate) fn command(words: &[String]) -> Command {
+    let (program, rest) =
+        words.split_first().map_or(("virsh", &[][..]), |(first, rest)| (first.as_str(), rest));
+    rest.iter().fold(Command::of(program), Command::word)
 }

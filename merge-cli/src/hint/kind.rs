@@ -67,6 +67,8 @@ pub(crate) enum HintKind {
     LiveJob,
     /// The merge done with the machine shut down.
     Offline,
+    /// A command of libvirt's, for a machine that is libvirt's.
+    Virsh,
 }
 
 impl HintKind {
@@ -105,6 +107,7 @@ impl HintKind {
         Self::LiveAgain,
         Self::LiveJob,
         Self::Offline,
+        Self::Virsh,
     ];
 
     /// Its name, which does not change.
@@ -142,6 +145,7 @@ impl HintKind {
             Self::LiveAgain => "live-again",
             Self::LiveJob => "live-job",
             Self::Offline => "offline",
+            Self::Virsh => "virsh",
         }
     }
 }

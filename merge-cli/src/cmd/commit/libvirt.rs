@@ -10,8 +10,10 @@ use qmp_client::libvirt::{
 };
 use serde_json::{Value, json};
 
+use crate::call::Call;
 use crate::cli::CommitArgs;
-use crate::domains::{self, line};
+use crate::domains::{self, command};
+use crate::hint::{Command, Hint, HintKind, Hints};
 use crate::output::human::{printable, shell_word};
 use crate::output::json::path;
 
@@ -86,7 +88,7 @@ fn told(mention: &Mention<'_>, images: &Images<'_>) -> String {
     }
     text += &format!(" ({})", show(&domain.definition));
     let list = |files: &[PathBuf]| files.iter().map(|file| show(file)).collect::<Vec<_>>().join(", ");
-    let edit = line(&Virsh::of(domain).command("edit", &[]));
+    let edit = command(&Virsh::of(domain).command("edit", &[]));
     let warning = match mention.after(&images.fates) {
         After::Right if disk.recorded == Recorded::ActiveOnly => return text,
         After::Right => "it boots the right disk afterwards, with the chain that it records".to_owned(),
@@ -139,42 +141,41 @@ pub(super) fn in_use(
     image: &Path,
     holders: &[Holder],
     args: &CommitArgs,
-    again: &str,
-) -> Option<(String, String)> {
+    call: &Call,
+) -> Option<(String, Hints)> {
     let definitions = domains::read();
     let files = [args.active.as_path(), image];
     let mentions = definitions.naming(&files);
     let by_holder = holders.iter().find_map(|holder| {
         let is_libvirts = Owner::of_command_line(&holder.command_line) == Some(Owner::Libvirt);
-        domain_of_arguments(&holder.command_line).filter(|_| is_libvirts)
+        let is_of_a_session = holder.command_line.iter().any(|word| word.contains("/libvirt/qemu/lib/"));
+        let name = domain_of_arguments(&holder.command_line).filter(|_| is_libvirts)?;
+        Some((name, is_of_a_session))
     });
     let mention = mentions.iter().find(|m| match &by_holder {
-        Some(name) => m.domain.name == *name,
+        Some((name, _)) => m.domain.name == *name,
         None => definitions.runs(m.domain),
     });
-    let Some(mention) = mention else {
+    let (name, virsh) = match (mention, by_holder) {
+        (Some(mention), _) => (mention.domain.name.clone(), Virsh::of(mention.domain)),
         // It runs, and its definition may not be read.
-        let name = by_holder?;
-        let is_of_a_session =
-            holders.iter().any(|h| h.command_line.iter().any(|w| w.contains("/libvirt/qemu/lib/")));
-        let virsh = Virsh::new(&DomainName::Name(name.clone()), is_of_a_session);
-        let shut_down = line(&virsh.command("shutdown", &[]));
-        let hint = format!("{shut_down}; when it has ended, again: {again}");
-        return Some((name, hint));
-    };
-    let virsh = Virsh::of(mention.domain);
-    let shut_down = line(&virsh.command("shutdown", &[]));
-    let hint = match as_it_runs(&virsh, mention, args) {
-        Some(live) => {
-            format!("merge it as it runs: {live}; or {shut_down}, and when it has ended, again: {again}")
+        (None, Some((name, is_of_a_session))) => {
+            (name.clone(), Virsh::new(&DomainName::Name(name), is_of_a_session))
         }
-        None => format!("{shut_down}; when it has ended, again: {again}"),
+        (None, None) => return None,
     };
-    Some((mention.domain.name.clone(), hint))
+    let live = mention.and_then(|mention| as_it_runs(&virsh, mention, args));
+    let live = live.map(|command| Hint::command(HintKind::LiveMerge, "merge it as it runs", command));
+    let shut_down = command(&virsh.command("shutdown", &[]));
+    let hints = Hints::default()
+        .or(live)
+        .or(Hint::command(HintKind::Virsh, "or shut it down", shut_down))
+        .or(Hint::command(HintKind::Again, "when it has ended, again", call.again()));
+    Some((name, hints))
 }
 
 /// The same merge, done by libvirt; `None` where a layer is meant whose path is not known.
-fn as_it_runs(virsh: &Virsh, mention: &Mention<'_>, args: &CommitArgs) -> Option<String> {
+fn as_it_runs(virsh: &Virsh, mention: &Mention<'_>, args: &CommitArgs) -> Option<Command> {
     let layer = |name: &Option<String>| match name {
         None => Some(None),
         Some(name) => of_layer(mention, name).map(Some),
@@ -197,7 +198,7 @@ fn as_it_runs(virsh: &Virsh, mention: &Mention<'_>, args: &CommitArgs) -> Option
         },
         bandwidth: None,
     };
-    Some(line(&virsh.block_commit(&mention.disk.target, &wanted)))
+    Some(command(&virsh.block_commit(&mention.disk.target, &wanted)))
 }
 
 fn of_layer(mention: &Mention<'_>, name: &str) -> Option<PathBuf> {

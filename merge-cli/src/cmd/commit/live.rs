@@ -50,7 +50,7 @@ pub(super) fn in_use(path: &Path, holders: &[Holder], args: &CommitArgs, call: &
     let error = Error::InUse { path: path.to_owned(), holders: holders.to_vec() };
     let failure = Failure::engine(&error, call);
     if let (Some((domain, hint)), Failure::Reported(report)) =
-        (libvirt::in_use(path, holders, args, &call.again()), &failure)
+        (libvirt::in_use(path, holders, args, call), &failure)
     {
         let message = format!("{}; {}", report.message, libvirt::belongs_to(&domain));
         return Report { kind: report.kind, message, hint, exit: report.exit }.into();

@@ -10,6 +10,7 @@ use super::trouble::Session;
 use crate::cli::LiveVerb;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
+use crate::hint::{Command, Hint, HintKind};
 
 /// Refuses to change anything through a socket that lies where a manager has its own.
 pub(super) fn place(session: &Session<'_>) -> Result<(), Failure> {
@@ -48,20 +49,21 @@ fn refuse(
     );
     let hint = match owner {
         Owner::Libvirt => Machine::find(session, process, disks)
-            .map_or_else(|| LIST_DOMAINS.to_owned(), |machine| machine.instead(session.verb)),
-        other => instead(other, session.verb),
+            .map_or_else(list_domains, |machine| machine.instead(session.verb)),
+        other => Hint::advice(instead(other, session.verb)),
     };
     Err(Report { kind: "managed", message, hint: hint.into(), exit: Exit::REFUSED }.into())
 }
 
 /// What to type where it is not known which domain is meant.
-const LIST_DOMAINS: &str = "see which domain it is: virsh list --all";
+fn list_domains() -> Hint {
+    Hint::command(HintKind::Virsh, "see which domain it is", Command::of("virsh").word("list").word("--all"))
+}
 
 /// What to type there, with placeholders in capitals.
 fn instead(owner: Owner, verb: &LiveVerb) -> String {
     match (owner, verb) {
-        (Owner::Libvirt, _) => LIST_DOMAINS.into(),
-        (Owner::Proxmox | Owner::Incus, LiveVerb::Commit(_)) => owner.instead().into(),
+        (Owner::Libvirt, _) | (_, LiveVerb::Commit(_)) => owner.instead().into(),
         (Owner::Proxmox, LiveVerb::Snapshot { .. }) => "qm snapshot VMID NAME".into(),
         (Owner::Proxmox, LiveVerb::Cancel { .. }) => "pvesh delete /nodes/NODE/tasks/UPID".into(),
         (Owner::Proxmox, _) => {
@@ -79,7 +81,8 @@ fn instead(owner: Owner, verb: &LiveVerb) -> String {
 pub(super) fn look_instead(session: &Session<'_>, owner: Owner) -> String {
     match owner {
         Owner::Libvirt => Machine::find(session, None, &[])
-            .map_or_else(|| LIST_DOMAINS.to_owned(), |machine| machine.look(session.verb)),
+            .map_or_else(list_domains, |machine| machine.look(session.verb))
+            .to_string(),
         Owner::Proxmox => "qm config VMID".to_owned(),
         Owner::Incus => "incus config show --expanded INSTANCE".to_owned(),
     }

@@ -11,7 +11,8 @@ use qmp_client::{Address, Disk};
 
 use super::trouble::Session;
 use crate::cli::{LiveCommitArgs, LiveVerb};
-use crate::domains::{self, line};
+use crate::domains::{self, command};
+use crate::hint::{Hint, HintKind};
 
 /// What is known of a machine of libvirt's.
 pub(super) struct Machine<'a> {
@@ -46,7 +47,7 @@ impl<'a> Machine<'a> {
     }
 
     /// The command for this verb.
-    pub(super) fn instead(&self, verb: &LiveVerb) -> String {
+    pub(super) fn instead(&self, verb: &LiveVerb) -> Hint {
         let virsh = &self.virsh;
         let target = |disk: &str| self.target(disk);
         let words = match verb {
@@ -74,25 +75,23 @@ impl<'a> Machine<'a> {
                 return self.look(verb);
             }
         };
-        line(&words)
+        hint("", &words)
     }
 
     /// The command that shows what this verb would.
-    pub(super) fn look(&self, verb: &LiveVerb) -> String {
-        line(&match verb {
-            LiveVerb::List | LiveVerb::Jobs => self.virsh.command("domblklist", &[]),
-            _ => self.virsh.command("dumpxml", &[]),
-        })
+    pub(super) fn look(&self, verb: &LiveVerb) -> Hint {
+        let shows = if matches!(verb, LiveVerb::List | LiveVerb::Jobs) { "domblklist" } else { "dumpxml" };
+        hint("", &self.virsh.command(shows, &[]))
     }
 
-    fn no_command(&self, disk: &str) -> String {
+    fn no_command(&self, disk: &str) -> Hint {
         let slow = self.virsh.command("blockjob", &[&self.target(disk), "--bandwidth", "1"]);
-        format!("libvirt has no command for that; its jobs can be slowed: {}", line(&slow))
+        hint("libvirt has no command for that; its jobs can be slowed", &slow)
     }
 
-    fn name_by_path(&self) -> String {
-        let show = line(&self.virsh.command("dumpxml", &[]));
-        format!("libvirt numbers the layers otherwise; name them by their paths, which this shows: {show}")
+    fn name_by_path(&self) -> Hint {
+        let why = "libvirt numbers the layers otherwise; name them by their paths, which this shows";
+        hint(why, &self.virsh.command("dumpxml", &[]))
     }
 
     fn commit(&self, args: &LiveCommitArgs) -> Option<Vec<String>> {
@@ -113,7 +112,7 @@ impl<'a> Machine<'a> {
         Some(self.virsh.block_commit(&self.target(&args.disk), &wanted))
     }
 
-    fn snapshot(&self, overlays: &[crate::cli::Overlay]) -> String {
+    fn snapshot(&self, overlays: &[crate::cli::Overlay]) -> Hint {
         let wanted: Vec<(String, PathBuf)> = overlays
             .iter()
             .map(|o| (self.target(&o.disk), path::absolute(&o.file).unwrap_or_else(|_| o.file.clone())))
@@ -125,17 +124,17 @@ impl<'a> Machine<'a> {
             Some(domain) => {
                 let targets = domain.disks.iter().map(|disk| disk.target.as_str());
                 let others: Vec<&str> = targets.filter(is_other).collect();
-                line(&self.virsh.snapshot(&pairs, &others))
+                hint("", &self.virsh.snapshot(&pairs, &others))
             }
             // Which other disks there are is then asked as it is typed.
             None => {
-                let list = line(&self.virsh.command("domblklist", &["--details"]));
+                let list = command(&self.virsh.command("domblklist", &["--details"]));
                 let other =
                     wanted.iter().map(|(disk, _)| format!(" && $3 != \"{disk}\"")).collect::<String>();
                 let specs = format!(
                     r#"$({list} | awk '$2 == "disk"{other} {{print "--diskspec " $3 ",snapshot=no"}}')"#
                 );
-                format!("{} {specs}", line(&self.virsh.snapshot(&pairs, &[])))
+                Hint::advice(format!("{} {specs}", command(&self.virsh.snapshot(&pairs, &[]))))
             }
         }
     }
@@ -179,6 +178,10 @@ impl<'a> Machine<'a> {
         let is_known = is_this && disk.recorded == Recorded::Whole;
         disk.images.get(from_top)?.clone().filter(|_| is_known)
     }
+}
+
+fn hint(why: &str, words: &[String]) -> Hint {
+    Hint::command(HintKind::Virsh, why, command(words))
 }
 
 /// The domain that a process is, and whether it is one of a session.
