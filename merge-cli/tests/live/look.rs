@@ -3,11 +3,12 @@
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::process::Command;
 
 use qmp_client::{Execute, Graph};
 use serde_json::{Value, json};
 
-use crate::support::{Lab, failed, qmerge, rows, run, tools_are_here};
+use crate::support::{Lab, failed, qmerge, rows, run, text, tools_are_here};
 
 #[test]
 fn disks_and_their_chains_are_shown() {
@@ -229,20 +230,94 @@ fn a_managers_monitor_is_not_gone_around() {
     // It is not even connected to.
     let listener = UnixListener::bind(&socket).unwrap();
     listener.set_nonblocking(true).unwrap();
-    for (args, instead) in [
+    // What the domain's definition tells: another disk, and the whole chain of the first.
+    let definitions = folder.path().join("definitions");
+    fs::create_dir(&definitions).unwrap();
+    fs::write(definitions.join("vm.xml"), DEFINITION).unwrap();
+    let virsh = "virsh -c qemu:///system";
+    let live = |known: bool, args: &[&str]| {
+        let nothing = folder.path().join("none");
+        Command::new(env!("CARGO_BIN_EXE_qmerge"))
+            .args([&["live"], args, &["--qmp", socket.to_str().unwrap()]].concat())
+            .current_dir(folder.path())
+            .env("QMERGE_LIBVIRT_DIR", if known { &definitions } else { &nothing })
+            .output()
+            .unwrap()
+    };
+    let here = folder.path().display();
+    let snapshot = format!("{virsh} snapshot-create-as vm --no-metadata --disk-only --atomic --diskspec");
+    for (known, args, instead) in [
         (
+            true,
             &["snapshot", "vda=/vm/a.img"][..],
-            "virsh snapshot-create-as DOMAIN --disk-only --atomic --diskspec vda,file=/vm/a.img",
+            format!("{snapshot} vda,file=/vm/a.img --diskspec vdb,snapshot=no"),
         ),
-        (&["cancel", "vda"], "virsh blockjob DOMAIN vda --abort"),
-        (&["speed", "vda", "1M"], "virsh blockjob DOMAIN vda --bandwidth 1048576 --bytes"),
-        (&["pause", "vda"], "libvirt has no command for that"),
+        (
+            true,
+            &["snapshot", "virtio-disk0=a,b"],
+            format!("{snapshot} vda,file={here}/a,,b --diskspec vdb,snapshot=no"),
+        ),
+        // Which other disks there are is asked when the line is typed.
+        (
+            false,
+            &["snapshot", "vda=a.img"],
+            format!("{snapshot} vda,file={here}/a.img $({virsh} domblklist vm --details | "),
+        ),
+        (
+            true,
+            &["commit", "vda", "--base", "vda[1]", "--top", "[2]"],
+            format!("{virsh} blockcommit vm vda --base /vm/base.raw --top '/vm/b c.qcow2' --wait --verbose"),
+        ),
+        (
+            true,
+            &["commit", "vda", "--base", "base.raw", "--pivot", "--bandwidth", "1K"],
+            format!("{virsh} dumpxml vm"),
+        ),
+        (
+            true,
+            &["commit", "vda", "--base", "/vm/x", "--pivot", "--bandwidth", "1K"],
+            format!(
+                "{virsh} blockcommit vm vda --base /vm/x --pivot --bandwidth 1024 --bytes --wait --verbose"
+            ),
+        ),
+        // Our numbers mean other layers there, so they are not passed on.
+        (
+            true,
+            &["commit", "vda", "--base", "vda[7]"],
+            format!("name them by their paths, which this shows: {virsh} dumpxml vm"),
+        ),
+        (true, &["commit", "vdb", "--base", "[1]"], format!("{virsh} dumpxml vm")),
+        (false, &["commit", "vda", "--base", "vda[1]"], format!("{virsh} dumpxml vm")),
+        (false, &["pull", "vda", "--base", "[1]"], format!("{virsh} dumpxml vm")),
+        (
+            true,
+            &["pull", "vda", "--base", "[1]"],
+            format!("{virsh} blockpull vm vda --base /vm/base.raw --wait --verbose"),
+        ),
+        (true, &["cancel", "virtio-disk0"], format!("{virsh} blockjob vm vda --abort")),
+        (true, &["pivot", "vda"], format!("{virsh} blockjob vm vda --pivot")),
+        (false, &["speed", "vda", "1M"], format!("{virsh} blockjob vm vda --bandwidth 1048576 --bytes")),
+        (
+            false,
+            &["pause", "vda"],
+            format!("libvirt has no command for that; its jobs can be slowed: {virsh} blockjob vm vda"),
+        ),
     ] {
-        let words = [&["live"], args, &["--qmp", socket.to_str().unwrap()]].concat();
-        failed(&qmerge(folder.path(), &words), 6, &["belongs to libvirt", instead]);
+        let output = live(known, args);
+        failed(&output, 6, &["belongs to libvirt", &instead]);
+        let err = text(&output.stderr);
+        assert!(!err.contains("DOMAIN") && !err.lines().last().unwrap().contains("vda["), "{err}");
     }
     assert!(listener.accept().is_err());
     // To look is allowed; libvirt, which holds its monitor, is named.
-    let words = ["live", "list", "--qmp", socket.to_str().unwrap()];
-    failed(&qmerge(folder.path(), &words), 1, &["did not greet", "virsh domblklist DOMAIN"]);
+    failed(&live(false, &["list"]), 1, &["did not greet", &format!("{virsh} domblklist vm")]);
 }
+
+/// As libvirt describes a domain that runs.
+const DEFINITION: &str = "<domstatus state='running'><domain type='qemu' id='1'><name>vm</name><devices>
+<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/vm/c.qcow2' index='4'/>
+<backingStore type='file' index='3'><format type='qcow2'/><source file='/vm/b c.qcow2'/>
+<backingStore type='file' index='1'><format type='raw'/><source file='/vm/base.raw'/><backingStore/></backingStore>
+</backingStore><target dev='vda' bus='virtio'/><alias name='virtio-disk0'/></disk>
+<disk type='file' device='disk'><source file='/vm/data.qcow2'/><target dev='vdb'/><alias name='virtio-disk1'/></disk>
+</devices></domain></domstatus>";

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use qmp_client::{Address, Connection, Execute, Options};
 use serde_json::{Value, json};
 
-use crate::support::{failed, qmerge, run, text};
+use crate::support::{failed, oldest_qemu, qmerge, run, text};
 
 /// How QEMU is told of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub(crate) enum Style {
     Blockdev,
     /// The same, with a throttle between the base and its file.
     ThrottledBase,
+    /// As [`Style::Drive`], under the oldest QEMU that is supported, with an iothread.
+    Oldest,
 }
 
 /// The process, its folder, and what the guest sees.
@@ -268,7 +270,10 @@ fn command(style: Style, dir: &Path, active: &str) -> Command {
     }
     // KVM may be there and still not boot, so it is never used.
     let fixed = "-S -nodefaults -no-user-config -display none -accel tcg -M q35 -m 64";
-    let mut command = Command::new("qemu-system-x86_64");
+    let mut command = match style {
+        Style::Oldest => Command::new(oldest_qemu()),
+        _ => Command::new("qemu-system-x86_64"),
+    };
     command.args(fixed.split(' ')).args(["-qmp", "unix:qmp.sock,server=on,wait=off"]);
     let drive = match style {
         Style::Blockdev | Style::ThrottledBase => {
@@ -305,6 +310,10 @@ fn command(style: Style, dir: &Path, active: &str) -> Command {
             "drive0"
         }
     };
-    command.args(["-device", &format!("virtio-blk-pci,drive={drive},id=vda")]);
+    let thread = if style == Style::Oldest { ",iothread=t0" } else { "" };
+    if style == Style::Oldest {
+        command.args(["-object", "iothread,id=t0"]);
+    }
+    command.args(["-device", &format!("virtio-blk-pci,drive={drive},id=vda{thread}")]);
     command
 }

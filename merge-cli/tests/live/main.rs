@@ -7,9 +7,11 @@
 mod article;
 mod clients;
 mod control;
+mod data_file;
 mod look;
 mod machine;
 mod names;
+mod oldest;
 mod plans;
 mod pull;
 mod refusals;

@@ -1,6 +1,6 @@
 //! Labs: QEMUs and storage daemons with chains of images, and the command beside them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,6 +20,23 @@ pub(crate) fn tools_are_here() -> bool {
     assert!(std::env::var_os("CI").is_none(), "{missing:?} must be installed for the tests of qmerge live");
     eprintln!("SKIPPED: {missing:?} not installed, so qmerge live was not tested");
     false
+}
+
+/// Where `testdata/qemu72/fetch` puts QEMU 7.2.
+pub(crate) fn oldest_qemu() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/qemu72/qemu-system-x86_64")
+}
+
+/// Whether it is here.
+pub(crate) fn oldest_is_here() -> bool {
+    let found = oldest_qemu().is_file();
+    assert!(found || std::env::var_os("CI").is_none(), "QEMU 7.2 is missing; testdata/qemu72/fetch gets it");
+    if !found {
+        eprintln!(
+            "SKIPPED: QEMU 7.2 is not in target/qemu72 (testdata/qemu72/fetch gets it), so nothing was merged under it"
+        );
+    }
+    found
 }
 
 /// Runs a tool that must succeed, and gives what it prints.

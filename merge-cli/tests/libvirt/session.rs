@@ -1,0 +1,149 @@
+//! A libvirt of the test's own.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::support::{are_here, run, text};
+
+/// Debian's `nobody` and `nogroup`. libvirt's session daemon is for ordinary users; as root it would be the system's.
+const NOBODY: u32 = 65534;
+/// For what takes a second on a machine that is free.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// The daemon, its folder, and the domain `vm1`.
+pub(crate) struct Session {
+    folder: tempfile::TempDir,
+    daemon: Child,
+}
+
+impl Session {
+    /// Starts it; `None` if something is not installed.
+    pub(crate) fn start() -> Option<Self> {
+        if !are_here(&["libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "qemu-io", "setpriv"]) {
+            return None;
+        }
+        let folder = tempfile::Builder::new().prefix("lv").tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for dir in ["run", "config/libvirt", "cache", "data", "vm"] {
+            fs::create_dir_all(path(dir)).unwrap();
+        }
+        // No second daemon for logs, and no rights that only root can give.
+        let conf = "stdio_handler = \"file\"\nsecurity_driver = \"none\"\nremember_owner = 0\n";
+        fs::write(path("config/libvirt/qemu.conf"), conf).unwrap();
+        fs::set_permissions(path("run"), fs::Permissions::from_mode(0o700)).unwrap();
+        for own in [".", "run", "config", "config/libvirt", "config/libvirt/qemu.conf", "cache", "data", "vm"]
+        {
+            give(&path(own));
+        }
+        let log = fs::File::create(path("libvirtd.log")).unwrap();
+        let daemon = user(folder.path(), "libvirtd")
+            .args(["--timeout", "3600"])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let mut session = Self { folder, daemon };
+        let start = Instant::now();
+        while !session.virsh(&["list", "--all"]).status.success() {
+            let ended = session.daemon.try_wait().unwrap();
+            let log = fs::read_to_string(session.path("libvirtd.log")).unwrap();
+            assert!(ended.is_none() && start.elapsed() < PATIENCE, "libvirtd: {ended:?}: {log}");
+            thread::sleep(Duration::from_millis(50));
+        }
+        Some(session)
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// An image's path.
+    pub(crate) fn image(&self, name: &str) -> String {
+        self.path("vm").join(name).display().to_string()
+    }
+
+    /// A program, as the user whose libvirt this is, in the folder of the images.
+    pub(crate) fn user(&self, program: &str) -> Command {
+        let mut command = user(self.folder.path(), program);
+        command.current_dir(self.path("vm"));
+        command
+    }
+
+    pub(crate) fn virsh(&self, args: &[&str]) -> Output {
+        self.user("virsh").args(["-q", "-c", "qemu:///session"]).args(args).output().unwrap()
+    }
+
+    #[track_caller]
+    pub(crate) fn virsh_ok(&self, args: &[&str]) -> String {
+        let output = self.virsh(args);
+        assert!(output.status.success(), "virsh {args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    pub(crate) fn qmerge(&self, args: &[&str]) -> Output {
+        self.user(env!("CARGO_BIN_EXE_qmerge")).args(args).output().unwrap()
+    }
+
+    /// Types a line.
+    #[track_caller]
+    pub(crate) fn types(&self, line: &str) -> String {
+        run(self.user("bash").args(["-c", line]))
+    }
+
+    /// The domain's monitor, which libvirt holds.
+    pub(crate) fn monitor(&self) -> String {
+        let lib = self.path("config/libvirt/qemu/lib");
+        let mut domains = fs::read_dir(lib).unwrap().map(|entry| entry.unwrap().path());
+        let folder =
+            domains.find(|path| path.file_name().unwrap().to_str().unwrap().ends_with("-vm1")).unwrap();
+        folder.join("monitor.sock").display().to_string()
+    }
+
+    /// Has the guest's device write or read, and flush; the bytes that are read must be the ones that `io` names.
+    #[track_caller]
+    pub(crate) fn device(&self, alias: &str, io: &str) {
+        let line = format!("qemu-io -d /machine/peripheral/{alias}/virtio-backend \"{io}\"");
+        let said = self.virsh_ok(&["qemu-monitor-command", "vm1", "--hmp", &line]);
+        assert_eq!(said.trim(), "", "{io}");
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.virsh(&["destroy", "vm1"]);
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+    }
+}
+
+/// A program as an ordinary user with folders of its own.
+fn user(folder: &Path, program: &str) -> Command {
+    let path = |name: &str| folder.join(name);
+    let mut command = if rustix::process::geteuid().is_root() {
+        let mut command = Command::new("setpriv");
+        command.args([&format!("--reuid={NOBODY}"), &format!("--regid={NOBODY}"), "--clear-groups", program]);
+        command
+    } else {
+        Command::new(program)
+    };
+    command
+        .env("HOME", folder)
+        .env("XDG_RUNTIME_DIR", path("run"))
+        .env("XDG_CONFIG_HOME", path("config"))
+        .env("XDG_CACHE_HOME", path("cache"))
+        .env("XDG_DATA_HOME", path("data"))
+        .env_remove("LIBVIRT_DEFAULT_URI");
+    command
+}
+
+/// Gives a file to the user.
+pub(crate) fn give(path: &Path) {
+    if rustix::process::geteuid().is_root() {
+        chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+}

@@ -1,0 +1,51 @@
+//! Images with an external data file: QEMU's statistics tell of the data file, and the image is another one.
+
+use crate::machine::{Machine, Style};
+use crate::support::{qmerge, run, text, tools_are_here};
+
+#[test]
+fn the_image_and_not_its_data_file_is_merged_and_snapshotted() {
+    if !tools_are_here() {
+        return;
+    }
+    for backed in ["a.qcow2", "base.qcow2"] {
+        let machine = Machine::with(Style::Drive, "d.qcow2", |dir| {
+            run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "base.qcow2", "32M"]);
+            run("qemu-io", dir, &["-f", "qcow2", "-c", "write -q -P 1 0 4M", "base.qcow2"]);
+            run(
+                "qemu-img",
+                dir,
+                &["create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "a.qcow2"],
+            );
+            run("qemu-io", dir, &["-f", "qcow2", "-c", "write -q -P 2 1M 2M", "a.qcow2"]);
+            let data = [
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-o",
+                "data_file=d.data",
+                "-F",
+                "qcow2",
+                "-b",
+                backed,
+                "d.qcow2",
+            ];
+            run("qemu-img", dir, &data);
+            run("qemu-io", dir, &["-f", "qcow2", "-c", "write -q -P 9 8M 1M", "d.qcow2"]);
+        });
+        machine.guest_writes(5, "12M", "1M");
+        if backed == "a.qcow2" {
+            // From then on QEMU describes the active image as a json: name.
+            machine.ok("commit", &["--top", "[2]", "-q"]);
+        }
+        assert_eq!(machine.chain(), ["d.qcow2", "base.qcow2"]);
+        let snapshot = qmerge(machine.dir(), &["live", "snapshot", "vda=n.qcow2", "--qmp", "qmp.sock"]);
+        assert_eq!(snapshot.status.code(), Some(0), "{}", text(&snapshot.stderr));
+        machine.guest_writes(6, "13M", "1M");
+        assert_eq!(machine.chain(), ["n.qcow2", "d.qcow2", "base.qcow2"]);
+        let backing = run("qemu-img", machine.dir(), &["info", "-U", "n.qcow2"]);
+        assert!(backing.contains(&format!("backing file: {}", machine.path("d.qcow2"))), "{backing}");
+        machine.holds_the_disk("n.qcow2");
+    }
+}
