@@ -7,6 +7,7 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 fn qmerge(dir: &Path, args: &[&str]) -> Output {
@@ -289,14 +290,13 @@ fn the_demo_refuses_a_size_that_makes_no_sense() {
 
 #[test]
 fn a_signal_stops_tidily() {
-    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+    for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
         let tmp = tempfile::tempdir().unwrap();
         let child = demo(tmp.path(), &[]).spawn().unwrap();
         while fs::read_dir(tmp.path()).unwrap().count() == 0 {
             std::thread::yield_now();
         }
-        let kill = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status().unwrap();
-        assert!(kill.success());
+        kill_process(Pid::from_child(&child), signal).unwrap();
         let output = child.wait_with_output().unwrap();
         let err = text(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{err}");

@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+#[path = "../../testdata/skipped.rs"]
+mod skipped;
+
 use std::path::Path;
 use std::process::Command;
 
@@ -13,7 +16,7 @@ fn qemu_is_here() -> bool {
     let here = ["qemu-img", "qemu-io"].iter().all(|t| Command::new(t).arg("--version").output().is_ok());
     assert!(here || std::env::var_os("CI").is_none(), "qemu-img and qemu-io are needed where CI is set");
     if !here {
-        eprintln!("SKIPPED: qemu-img and qemu-io are not installed");
+        crate::skipped::skipped("qemu-img and qemu-io are not installed");
     }
     here
 }

@@ -47,6 +47,9 @@ pub mod image;
 pub mod journal;
 pub mod merge;
 pub mod stamp;
+#[cfg(test)]
+#[path = "../../testdata/skipped.rs"]
+mod skipped;
 pub mod storage;
 pub mod units;
 

@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
 
+#[path = "../../testdata/skipped.rs"]
+mod skipped;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -21,7 +24,7 @@ fn qemu_is_here() -> bool {
         ["qemu-img", "qemu-io"].iter().all(|tool| Command::new(tool).arg("--version").output().is_ok());
     if !here {
         assert!(std::env::var_os("CI").is_none(), "qemu-img and qemu-io are needed in CI");
-        eprintln!("SKIPPED: qemu-img or qemu-io is not installed, nothing was compared");
+        crate::skipped::skipped("qemu-img or qemu-io is not installed, nothing was compared");
     }
     here
 }
@@ -320,7 +323,7 @@ fn block_devices_are_opened_where_qemu_opens_them() {
     }
     let folder = Folder::new();
     let Some(device) = LoopDevice::new(&folder.path("base.raw")) else {
-        eprintln!("SKIPPED: no loop device (needs root), block devices were not compared");
+        crate::skipped::skipped("no loop device (needs root), block devices were not compared");
         return;
     };
     let device = &device.0;

@@ -54,6 +54,9 @@ mod pull;
 #[cfg(test)]
 mod replay;
 mod servers;
+#[cfg(test)]
+#[path = "../../testdata/skipped.rs"]
+mod skipped;
 mod snapshot;
 mod state;
 mod version;

@@ -14,6 +14,7 @@ use qmp_client::{
     Commit, CommitOptions, Error, Graph, Header, Merge, Monitor, Phase, Procedure, Pull, Qemu, Result, Seen,
     Verdict, Watch, Wishes,
 };
+use rustix::process::{Pid, Signal, kill_process};
 
 const PLACE: usize = 9 << 20;
 const LENGTH: usize = 64 << 10;
@@ -60,8 +61,7 @@ fn write_then_kill(daemon: &Daemon, chain: &Chain) -> bool {
     while begin.elapsed() < Duration::from_secs(3) && writer.try_wait().unwrap().is_none() {
         std::thread::sleep(Duration::from_millis(5));
     }
-    let killed = Command::new("kill").args(["-9", &daemon.child.id().to_string()]).status().unwrap();
-    assert!(killed.success());
+    kill_process(Pid::from_child(&daemon.child), Signal::KILL).unwrap();
     writer.wait().unwrap().success()
 }
 

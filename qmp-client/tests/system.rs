@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 fn qemu(chain: &Chain) -> Option<Daemon> {
     if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
         assert!(std::env::var_os("CI").is_none(), "qemu-system-x86_64 must be installed for these tests");
-        eprintln!("SKIPPED: qemu-system-x86_64 is not installed, so no device was throttled");
+        common::skipped::skipped("qemu-system-x86_64 is not installed, so no device was throttled");
         return None;
     }
     let socket = chain.folder.path().join("qmp.sock");

@@ -14,5 +14,7 @@ mod article;
 mod convergence;
 mod instants;
 mod killed;
+#[path = "../../../testdata/skipped.rs"]
+mod skipped;
 mod styles;
 mod switch;

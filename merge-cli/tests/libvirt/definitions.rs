@@ -139,8 +139,8 @@ fn an_image_in_use_is_told_with_its_domain() {
     let pid = lab.path("pid");
     run(Command::new("qemu-storage-daemon")
         .args(["--daemonize", "--pidfile", &pid, "--blockdev", &node])
-        .args(["--export", &format!("type=nbd,id=e,node-name=n,writable=on"), "--nbd-server"])
-        .arg(format!("addr.type=unix,addr.path={}", lab.path("nbd"))));
+        .args(["--nbd-server", &format!("addr.type=unix,addr.path={}", lab.path("nbd"))])
+        .args(["--export", "type=nbd,id=e,node-name=n,writable=on"]));
     let process: i32 = fs::read_to_string(&pid).unwrap().trim().parse().unwrap();
     let chain = ["c.qcow2", "b.qcow2", "a.qcow2", "base.qcow2"];
     // A domain that is shut off holds nothing: somebody else does.

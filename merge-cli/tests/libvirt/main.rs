@@ -9,4 +9,6 @@
 mod definitions;
 mod real;
 mod session;
+#[path = "../../../testdata/skipped.rs"]
+mod skipped;
 mod support;

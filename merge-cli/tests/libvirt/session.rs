@@ -31,6 +31,8 @@ impl Session {
         for dir in ["run", "config/libvirt", "cache", "data", "vm"] {
             fs::create_dir_all(path(dir)).unwrap();
         }
+        // The user may not be able to reach the folder where it was built.
+        fs::copy(env!("CARGO_BIN_EXE_qmerge"), path("qmerge")).unwrap();
         // No second daemon for logs, and no rights that only root can give.
         let conf = "stdio_handler = \"file\"\nsecurity_driver = \"none\"\nremember_owner = 0\n";
         fs::write(path("config/libvirt/qemu.conf"), conf).unwrap();
@@ -86,7 +88,7 @@ impl Session {
     }
 
     pub(crate) fn qmerge(&self, args: &[&str]) -> Output {
-        self.user(env!("CARGO_BIN_EXE_qmerge")).args(args).output().unwrap()
+        self.user(self.path("qmerge").to_str().unwrap()).args(args).output().unwrap()
     }
 
     /// Types a line.

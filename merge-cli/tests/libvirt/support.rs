@@ -13,7 +13,7 @@ pub(crate) fn are_here(programs: &[&str]) -> bool {
         return true;
     }
     assert!(std::env::var_os("CI").is_none(), "{missing:?} must be installed for the tests with libvirt");
-    eprintln!("SKIPPED: {missing:?} not installed, so nothing was tried with libvirt");
+    crate::skipped::skipped(&format!("{missing:?} not installed, so nothing was tried with libvirt"));
     false
 }
 

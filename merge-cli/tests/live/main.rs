@@ -15,5 +15,7 @@ mod oldest;
 mod plans;
 mod pull;
 mod refusals;
+#[path = "../../../testdata/skipped.rs"]
+mod skipped;
 mod space;
 mod support;

@@ -18,7 +18,7 @@ pub(crate) fn tools_are_here() -> bool {
         return true;
     }
     assert!(std::env::var_os("CI").is_none(), "{missing:?} must be installed for the tests of qmerge live");
-    eprintln!("SKIPPED: {missing:?} not installed, so qmerge live was not tested");
+    crate::skipped::skipped(&format!("{missing:?} not installed, so qmerge live was not tested"));
     false
 }
 
@@ -32,8 +32,8 @@ pub(crate) fn oldest_is_here() -> bool {
     let found = oldest_qemu().is_file();
     assert!(found || std::env::var_os("CI").is_none(), "QEMU 7.2 is missing; testdata/qemu72/fetch gets it");
     if !found {
-        eprintln!(
-            "SKIPPED: QEMU 7.2 is not in target/qemu72 (testdata/qemu72/fetch gets it), so nothing was merged under it"
+        crate::skipped::skipped(
+            "QEMU 7.2 is not in target/qemu72 (testdata/qemu72/fetch gets it), so nothing was merged under it",
         );
     }
     found

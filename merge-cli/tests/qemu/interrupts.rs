@@ -4,12 +4,14 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use crate::support::{Folder, merge_binary, qemu_present, run};
 
 const M: u64 = 1 << 20;
 
 /// Stops a merge of 192 MiB with `signal` some time after its plan; it must end with `code`, or be done before.
-fn stopped(signal: &str, code: i32) {
+fn stopped(signal: Signal, code: i32) {
     if !qemu_present() {
         return;
     }
@@ -32,8 +34,8 @@ fn stopped(signal: &str, code: i32) {
             BufReader::new(merge.stdout.as_mut().unwrap()).read_line(&mut plan).unwrap();
             assert!(plan.contains("\"plan\""), "the first line is no plan: {plan}");
             std::thread::sleep(Duration::from_millis(delay));
-            // The process may have ended before.
-            run(folder.path(), "kill", &[signal, &merge.id().to_string()]);
+            // The process may have ended before; it is not waited for yet.
+            kill_process(Pid::from_child(&merge), signal).unwrap();
             let output = merge.wait_with_output().unwrap();
             let stderr = String::from_utf8_lossy(&output.stderr);
             let ended =
@@ -59,17 +61,17 @@ fn stopped(signal: &str, code: i32) {
 
 #[test]
 fn ctrl_c_stops_where_the_same_command_goes_on() {
-    stopped("-INT", 130);
+    stopped(Signal::INT, 130);
 }
 
 #[test]
 fn sigterm_stops_where_the_same_command_goes_on() {
-    stopped("-TERM", 143);
+    stopped(Signal::TERM, 143);
 }
 
 #[test]
 fn a_killed_merge_leaves_leaks_at_most() {
-    stopped("-KILL", 137);
+    stopped(Signal::KILL, 137);
 }
 
 #[test]

@@ -3,6 +3,8 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use crate::support::{Chain, Holder, merge_binary, needs_tools, qemu_present};
 
 /// Every merge of the chain is refused, names the file and the holder, and changes nothing.
@@ -132,8 +134,9 @@ fn two_merges_never_run_at_once_and_qemu_is_kept_out() {
     let mut plan = String::new();
     lines.read_line(&mut plan).unwrap();
     assert!(plan.contains("\"plan\""), "the first line is no plan: {plan}");
-    let signal = |name: &str| crate::support::run(folder.path(), "kill", &[name, &ours.id().to_string()]);
-    signal("-STOP").ok();
+    let process = Pid::from_child(&ours);
+    let send = |signal: Signal| kill_process(process, signal).unwrap();
+    send(Signal::STOP);
     assert!(folder.patch("base.qcow2").size() > 0);
     for (format, layer) in
         [("qcow2", "c.qcow2"), ("qcow2", "b.qcow2"), ("qcow2", "a.qcow2"), ("qcow2", "base.qcow2")]
@@ -149,7 +152,7 @@ fn two_merges_never_run_at_once_and_qemu_is_kept_out() {
     assert!(reader.code != 0 && reader.text().contains("lock"), "base can be read meanwhile:\n{reader}");
     let second = folder.qmerge(&["commit", "c.qcow2"]).expect(5);
     assert!(second.last_line().starts_with("hint: "), "{second}");
-    signal("-CONT").ok();
+    send(Signal::CONT);
     let mut rest = String::new();
     std::io::Read::read_to_string(&mut lines, &mut rest).unwrap();
     let status = ours.wait().unwrap();

@@ -31,5 +31,7 @@ mod repair;
 mod restore;
 mod resume;
 mod siblings;
+#[path = "../../../testdata/skipped.rs"]
+mod skipped;
 mod traps;
 mod user_errors;

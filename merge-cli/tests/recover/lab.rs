@@ -10,6 +10,7 @@ use qmp_client::{
     Address, Commit, CommitOptions, Connection, Event, Graph, Merge, Merged, Monitor, Options, Procedure,
     Pull, StateFile, Watch, Wishes,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 /// Whether the tools are here.
@@ -22,7 +23,7 @@ pub(crate) fn tools_are_here() -> bool {
         return true;
     }
     assert!(std::env::var_os("CI").is_none(), "{missing:?} must be installed for the tests of live recover");
-    eprintln!("SKIPPED: {missing:?} not installed, so live recover was not tested");
+    crate::skipped::skipped(&format!("{missing:?} not installed, so live recover was not tested"));
     false
 }
 
@@ -111,7 +112,8 @@ impl Lab {
     /// Ends the daemon at once, as a power cut of the process would.
     pub(crate) fn kill(&self) {
         if let Some(process) = self.process.lock().unwrap().take() {
-            let _ = Command::new("kill").args(["-9", &process.to_string()]).stderr(Stdio::null()).status();
+            let process = i32::try_from(process).ok().and_then(Pid::from_raw);
+            let _ = process.map(|process| kill_process(process, Signal::KILL));
         }
         if let Some(mut daemon) = self.daemon.lock().unwrap().take() {
             let _ = daemon.kill();

@@ -8,6 +8,8 @@
 mod kinds;
 mod lab;
 mod pivot;
+#[path = "../../../testdata/skipped.rs"]
+mod skipped;
 
 use std::fs;
 use std::path::Path;
@@ -97,7 +99,7 @@ fn a_merge_that_died_inside_the_switch_is_completed() {
         return;
     }
     if Command::new("strace").arg("-V").stdout(Stdio::null()).status().is_err() {
-        eprintln!("SKIPPED: strace is not installed, so no daemon was killed inside its switch");
+        crate::skipped::skipped("strace is not installed, so no daemon was killed inside its switch");
         return;
     }
     let lab = Lab::traced(&[
@@ -114,7 +116,7 @@ fn a_merge_that_died_inside_the_switch_is_completed() {
     ]);
     let output = lab.qmerge(&["live", "commit", "disk0", "--top", "[3]", "--qmp", "qmp.sock"]);
     if output.status.success() {
-        eprintln!("SKIPPED: strace killed nothing, so no daemon was killed inside its switch");
+        crate::skipped::skipped("strace killed nothing, so no daemon was killed inside its switch");
         return;
     }
     lab.wait();

@@ -455,7 +455,7 @@ fn qemu_img(dir: &Path, args: &[&str]) -> String {
 fn qemu_img_reads_what_was_edited() {
     if Command::new("qemu-img").arg("--version").output().is_err() {
         assert!(std::env::var_os("CI").is_none(), "qemu-img is needed where CI is set");
-        eprintln!("SKIPPED qemu_img_reads_what_was_edited: there is no qemu-img on PATH");
+        crate::skipped::skipped("qemu_img_reads_what_was_edited: there is no qemu-img on PATH");
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -512,7 +512,7 @@ fn qemu_img_reads_what_was_edited() {
 fn fresh_headers_equal_those_of_qemu_img() {
     if Command::new("qemu-img").arg("--version").output().is_err() {
         assert!(std::env::var_os("CI").is_none(), "qemu-img is needed where CI is set");
-        eprintln!("SKIPPED fresh_headers_equal_those_of_qemu_img: there is no qemu-img on PATH");
+        crate::skipped::skipped("fresh_headers_equal_those_of_qemu_img: there is no qemu-img on PATH");
         return;
     }
     let dir = tempfile::tempdir().unwrap();

@@ -287,7 +287,7 @@ mod tests {
             }
             Err(_) => {
                 assert!(std::env::var_os("CI").is_none(), "qemu-img is needed where CI is set");
-                eprintln!("SKIPPED: qemu-img is not installed");
+                crate::skipped::skipped("qemu-img is not installed");
                 None
             }
         }

@@ -18,7 +18,9 @@ impl Loop {
                 Some(Self(String::from_utf8(output.stdout).unwrap().trim().into()))
             }
             other => {
-                eprintln!("SKIPPED: no loop device can be made, so block devices were not tested: {other:?}");
+                crate::skipped::skipped(&format!(
+                    "no loop device can be made, so block devices were not tested: {other:?}"
+                ));
                 None
             }
         }
@@ -40,7 +42,7 @@ impl<'a> Mounted<'a> {
         if status.is_ok_and(|s| s.success()) {
             return Some(Self(dir));
         }
-        eprintln!("SKIPPED: nothing can be mounted, so a failing sync was not tested");
+        crate::skipped::skipped("nothing can be mounted, so a failing sync was not tested");
         None
     }
 }

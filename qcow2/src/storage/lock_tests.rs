@@ -11,7 +11,7 @@ fn qemu() -> bool {
     let found = Command::new("qemu-io").arg("--version").output().is_ok_and(|o| o.status.success());
     if !found {
         assert!(std::env::var_os("CI").is_none(), "qemu-io is not installed, and CI must have it");
-        eprintln!("SKIPPED: qemu-io is not installed, so the locks were not tested against QEMU");
+        crate::skipped::skipped("qemu-io is not installed, so the locks were not tested against QEMU");
     }
     found
 }

@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub(crate) mod cut;
+#[path = "../../../testdata/skipped.rs"]
+pub(crate) mod skipped;
 pub(crate) mod writer;
 
 use std::path::{Path, PathBuf};
@@ -25,7 +27,7 @@ pub(crate) fn tools_are_here() -> bool {
         return true;
     }
     assert!(std::env::var_os("CI").is_none(), "{missing:?} must be installed for the tests of live merges");
-    eprintln!("SKIPPED: {missing:?} not installed, so no live merge was tested");
+    skipped::skipped(&format!("{missing:?} not installed, so no live merge was tested"));
     false
 }
 

@@ -6,7 +6,8 @@ use qcow2::error::Holder;
 use qcow2::merge::{Afterwards, Plan};
 use qmp_client::Owner;
 use qmp_client::libvirt::{
-    After, BlockCommit, Definitions, DomainName, Fate, Mention, Recorded, Virsh, domain_of_arguments,
+    After, BlockCommit, Definitions, DomainDisk, DomainName, Fate, Mention, Recorded, Virsh,
+    domain_of_arguments,
 };
 use serde_json::{Value, json};
 
@@ -164,7 +165,13 @@ pub(super) fn in_use(
         }
         (None, None) => return None,
     };
-    let live = mention.and_then(|mention| as_it_runs(&virsh, mention, args));
+    let live = mention.and_then(|mention| {
+        // What runs is recorded down to its end; what is defined need not be.
+        let running = definitions.domain(&mention.domain.name)?;
+        let disk = running.disks.iter().find(|disk| disk.target == mention.disk.target)?;
+        // The place of the named image decides whether the guest writes to it.
+        as_it_runs(&virsh, disk, mention.places.first() == Some(&Some(0)), args)
+    });
     let live = live.map(|command| Hint::command(HintKind::LiveMerge, "merge it as it runs", command));
     let shut_down = command(&virsh.command("shutdown", &[]));
     let hints = Hints::default()
@@ -175,14 +182,12 @@ pub(super) fn in_use(
 }
 
 /// The same merge, done by libvirt; `None` where a layer is meant whose path is not known.
-fn as_it_runs(virsh: &Virsh, mention: &Mention<'_>, args: &CommitArgs) -> Option<Command> {
+fn as_it_runs(virsh: &Virsh, disk: &DomainDisk, is_active: bool, args: &CommitArgs) -> Option<Command> {
     let layer = |name: &Option<String>| match name {
         None => Some(None),
-        Some(name) => of_layer(mention, name).map(Some),
+        Some(name) => of_layer(disk, name).map(Some),
     };
     let (base, top) = (layer(&args.base)?, layer(&args.top)?);
-    // The place of the named image decides whether the guest writes to it.
-    let is_active = mention.places.first().is_some_and(|place| *place == Some(0));
     let top = match top {
         None if !is_active => Some(std::path::absolute(&args.active).ok()?),
         top => top,
@@ -198,18 +203,17 @@ fn as_it_runs(virsh: &Virsh, mention: &Mention<'_>, args: &CommitArgs) -> Option
         },
         bandwidth: None,
     };
-    Some(command(&virsh.block_commit(&mention.disk.target, &wanted)))
+    Some(command(&virsh.block_commit(&disk.target, &wanted)))
 }
 
-fn of_layer(mention: &Mention<'_>, name: &str) -> Option<PathBuf> {
+fn of_layer(disk: &DomainDisk, name: &str) -> Option<PathBuf> {
     let bracket = name.strip_suffix(']').and_then(|rest| rest.rsplit_once('['));
     let Some((_, index)) = bracket.filter(|_| !Path::new(name).exists()) else {
         return std::path::absolute(name).ok();
     };
     // Indexes count from the bottom, so the whole chain must be known.
-    let images = &mention.disk.images;
-    let from_top = images.len().checked_sub(index.parse().ok()?)?;
-    images.get(from_top)?.clone().filter(|_| mention.disk.recorded == Recorded::Whole)
+    let from_top = disk.images.len().checked_sub(index.parse().ok()?)?;
+    disk.images.get(from_top)?.clone().filter(|_| disk.recorded == Recorded::Whole)
 }
 
 /// The domain that names an image which somebody else holds, as a remark.

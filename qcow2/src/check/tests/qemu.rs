@@ -19,7 +19,7 @@ impl Bench {
     pub(super) fn new() -> Option<Self> {
         if Command::new("qemu-img").arg("--version").output().is_err() {
             assert!(std::env::var_os("CI").is_none(), "qemu-img is needed in CI");
-            eprintln!("SKIPPED: qemu-img is not installed");
+            crate::skipped::skipped("qemu-img is not installed");
             return None;
         }
         Some(Self { dir: TempDir::new().unwrap() })

@@ -26,7 +26,7 @@ pub(crate) fn qemu() -> bool {
     });
     if !found {
         assert!(std::env::var_os("CI").is_none(), "QEMU's tools are needed where CI is set");
-        eprintln!("SKIPPED: QEMU's tools are not on PATH, so bitmaps were not tested against them");
+        crate::skipped::skipped("QEMU's tools are not on PATH, so bitmaps were not tested against them");
     }
     found
 }
