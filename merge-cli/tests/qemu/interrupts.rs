@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::{Folder, merge_binary, qemu_present, run};
+use crate::support::{Folder, merge_binary, qemu_present};
 
 const M: u64 = 1 << 20;
 
@@ -41,15 +41,15 @@ fn stopped(signal: Signal, code: i32) {
             let ended =
                 std::os::unix::process::ExitStatusExt::signal(&output.status).map(|signal| 128 + signal);
             let ended = ended.or(output.status.code()).unwrap();
-            assert!(ended == 0 || ended == code, "exit code {ended} after {signal}: {stderr}");
-            if ended == code && signal != "-KILL" {
+            assert!(ended == 0 || ended == code, "exit code {ended} after {signal:?}: {stderr}");
+            if ended == code && signal != Signal::KILL {
                 assert!(stderr.lines().last().is_some_and(|line| line.starts_with("hint: ")), "{stderr}");
             }
-            folder.view("qcow2", "top.qcow2").assert_same(&before, &format!("the view after {signal}"));
+            folder.view("qcow2", "top.qcow2").assert_same(&before, &format!("the view after {signal:?}"));
             folder.check_clean("top.qcow2");
             if format == "qcow2" {
                 let check = folder.try_img(&["check", "-f", "qcow2", "base"]);
-                assert!(check.code == 0 || check.code == 3, "more than leaks after {signal}:\n{check}");
+                assert!(check.code == 0 || check.code == 3, "more than leaks after {signal:?}:\n{check}");
             }
         }
         folder.qmerge(&["commit", "top.qcow2"]).ok();
