@@ -17,7 +17,8 @@ fn whole_merges_under_qemu_7_2_with_an_iothread() {
         let status = |machine: &Machine| {
             machine.connect().query("query-status", json!({})).unwrap()["running"].clone()
         };
-        assert_eq!(machine.connect().version(), (7, 2, machine.connect().version().2));
+        let (major, minor, _) = machine.connect().version();
+        assert_eq!((major, minor), (7, 2));
         if running {
             machine.connect().query("cont", json!({})).unwrap();
         }
