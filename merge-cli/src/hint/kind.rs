@@ -74,7 +74,7 @@ pub(crate) enum HintKind {
 impl HintKind {
     /// All of them.
     #[allow(dead_code, reason = "the tests read it")]
-    pub(crate) const ALL: [Self; 32] = [
+    pub(crate) const ALL: [Self; 33] = [
         Self::Advice,
         Self::Again,
         Self::AgainAsRoot,
