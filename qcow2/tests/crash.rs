@@ -21,3 +21,5 @@ mod power;
 mod run;
 #[path = "crash/scenarios.rs"]
 mod scenarios;
+#[path = "crash/verbs.rs"]
+mod verbs;

@@ -15,7 +15,7 @@ use crate::power::{cuts, disk};
 use crate::run::{Outcome, all, tier};
 use crate::scenarios;
 
-const FAULTS: [(FaultKind, bool); 8] = [
+pub(crate) const FAULTS: [(FaultKind, bool); 10] = [
     (FaultKind::Io, false),
     (FaultKind::Io, true),
     (FaultKind::NoSpace, false),
@@ -24,12 +24,14 @@ const FAULTS: [(FaultKind, bool); 8] = [
     (FaultKind::Short, true),
     (FaultKind::Sync, false),
     (FaultKind::Sync, true),
+    (FaultKind::Files, false),
+    (FaultKind::Files, true),
 ];
 
 /// The error says what happened.
-fn is_sane(error: &Error, kind: FaultKind) -> bool {
+pub(crate) fn is_sane(error: &Error, kind: FaultKind) -> bool {
     let expected = match kind {
-        FaultKind::Io | FaultKind::Sync => ErrorKind::Io,
+        FaultKind::Io | FaultKind::Sync | FaultKind::Files => ErrorKind::Io,
         FaultKind::NoSpace | FaultKind::Short => ErrorKind::NoSpace,
     };
     error.kind() == expected

@@ -1,6 +1,7 @@
 //! Our check against damage made on purpose, and against `qemu-img check`.
 
 mod damage;
+mod faults;
 mod memory;
 mod qemu;
 mod random;

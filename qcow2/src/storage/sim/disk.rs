@@ -107,6 +107,11 @@ impl SimHost {
         self.shared.journal().faults.fired
     }
 
+    /// How many operations that can fail so there have been since [`SimHost::fail`].
+    pub fn seen(&self) -> u64 {
+        self.shared.journal().faults.seen
+    }
+
     /// Makes a file a block device: its length never changes, and it has no holes.
     ///
     /// # Errors
@@ -146,13 +151,13 @@ fn named(path: &Path) -> PathBuf {
 
 impl Host for SimHost {
     fn open(&self, path: &Path, access: Access) -> io::Result<Arc<dyn Storage>> {
-        self.shared.strike(Action::Look)?;
+        self.shared.strike(Action::Open)?;
         self.file(self.host.open(path, access)?)
     }
 
     fn create_new(&self, path: &Path) -> io::Result<Arc<dyn Storage>> {
         let mut journal = self.shared.journal();
-        journal.strike(Action::Grow)?;
+        journal.strike(Action::Create)?;
         let file = self.host.create_new(path)?;
         let inode = file.stat()?.id.inode;
         let at = changed(&*file)?;
@@ -173,7 +178,7 @@ impl Host for SimHost {
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
-        self.shared.strike(Action::Look)?;
+        self.shared.strike(Action::Open)?;
         self.host.list(dir)
     }
 
@@ -202,6 +207,7 @@ impl Host for SimHost {
     }
 
     fn free_space(&self, path: &Path) -> io::Result<Option<u64>> {
+        self.shared.strike(Action::Look)?;
         self.host.free_space(path)
     }
 
@@ -328,15 +334,17 @@ impl Storage for SimFile {
     }
 
     fn lock(&self, mode: LockMode) -> Result<(), LockError> {
+        self.shared.strike(Action::Look)?;
         self.file.lock(mode)
     }
 
     fn used_by_others(&self) -> io::Result<Option<LockMode>> {
+        self.shared.strike(Action::Look)?;
         self.file.used_by_others()
     }
 
     fn drop_cache(&self) -> io::Result<()> {
-        Ok(())
+        self.shared.strike(Action::Look)
     }
 }
 

@@ -13,6 +13,8 @@ pub enum FaultKind {
     Short,
     /// A barrier fails (EIO): what was pending may be lost for good.
     Sync,
+    /// The process has too many open files (EMFILE); whatever opens, creates or lists.
+    Files,
 }
 
 /// Which operation fails, how, and for how long.
@@ -29,8 +31,12 @@ pub struct Fault {
 /// What an operation does, as far as faults care.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
-    /// Asks or reads.
+    /// Asks or reads; takes a lock, or looks at those of others.
     Look,
+    /// Opens a file, or lists a folder.
+    Open,
+    /// Makes a file.
+    Create,
     /// Changes a name or shortens something.
     Change,
     /// May need room.
@@ -45,7 +51,7 @@ pub(super) enum Action {
 #[derive(Debug, Default)]
 pub(super) struct Faults {
     fault: Option<Fault>,
-    seen: u64,
+    pub(super) seen: u64,
     pub(super) fired: u64,
 }
 
@@ -59,9 +65,10 @@ impl Faults {
         let Fault { kind, nth, for_ever } = self.fault?;
         let concerned = match kind {
             FaultKind::Io => true,
-            FaultKind::NoSpace => matches!(action, Action::Grow | Action::Write),
+            FaultKind::NoSpace => matches!(action, Action::Create | Action::Grow | Action::Write),
             FaultKind::Short => action == Action::Write,
             FaultKind::Sync => action == Action::Sync,
+            FaultKind::Files => matches!(action, Action::Open | Action::Create),
         };
         self.seen += u64::from(concerned);
         let strikes = concerned && (self.seen == nth || (for_ever && self.seen > nth));
@@ -77,6 +84,7 @@ impl FaultKind {
         match self {
             Self::Io | Self::Sync => Errno::IO.into(),
             Self::NoSpace | Self::Short => Errno::NOSPC.into(),
+            Self::Files => Errno::MFILE.into(),
         }
     }
 }
