@@ -3,10 +3,11 @@
 use std::ops::Range;
 
 use crate::error::{Error, FileOp, Result};
-use crate::format::{Bitmap, Snapshot, decode_bitmap_directory, read_be_u64s, snapshot_table_bound};
+use crate::format::{Bitmap, FormatError, Snapshot, decode_bitmap_directory, read_be_u64s};
 
-use super::finding::{Finding, Findings, Structure, Unread, What};
+use super::finding::{Finding, Findings, Structure, What};
 use super::gaps::Gaps;
+use super::snapshots::{Entry, for_each_snapshot};
 use super::subject::Subject;
 use super::sweep::{Segment, sweep};
 use super::tables::L1Tables;
@@ -90,51 +91,45 @@ impl Survey<'_> {
 
     /// Reads the snapshot table; gives the bytes of the snapshots' L1 tables.
     fn snapshots(&mut self) -> Result<Vec<Range<u64>>> {
-        let (count, start) = (self.subject.header.snapshots, self.subject.header.snapshots_offset.get());
+        let subject = self.subject;
+        let start = subject.header.snapshots_offset.get();
         let mut tables = Vec::new();
-        let mut window = Window::default();
-        let mut at = start;
-        let bound = start.saturating_add(snapshot_table_bound(count));
-        for _ in 0..count {
-            self.subject.may_go_on()?;
-            let bytes = match window.from(self.subject, at, snapshot_table_bound(1)) {
-                Ok(bytes) => bytes,
-                Err(unread) => {
-                    self.gaps.note(unread);
-                    break;
-                }
-            };
-            let (snapshot, len) = match Snapshot::decode(bytes, at) {
-                Ok(decoded) if at.saturating_add(decoded.1 as u64) <= bound => decoded,
-                Ok(_) => {
-                    let what = What::PastEnd {
-                        structure: Structure::SnapshotTable,
-                        len: at - start,
-                        file_len: self.subject.file_len,
-                    };
-                    self.findings.add_blind(Finding::corruption(what, start, None));
-                    break;
-                }
-                Err(error) => {
+        let len = for_each_snapshot(subject, |entry| {
+            match entry {
+                Entry::Known { snapshot, wrong } => tables.extend(self.snapshot(&snapshot, wrong)),
+                Entry::Broken { at, error } => {
                     self.findings.add_blind(Finding::corruption(What::Malformed(error), at, None));
-                    break;
                 }
-            };
-            at += len as u64;
-            if let Err(error) = snapshot.validate(&self.subject.header) {
-                self.findings.add_blind(Finding::corruption(What::Malformed(error), snapshot.offset, None));
+                Entry::TooLong(len) => {
+                    let structure = Structure::SnapshotTable;
+                    let what = What::PastEnd { structure, len, file_len: subject.file_len };
+                    self.findings.add_blind(Finding::corruption(what, start, None));
+                }
+                Entry::Unread(unread) => self.gaps.note(unread),
             }
-            let host = snapshot.l1_offset;
-            let usable = host.is_aligned(self.subject.geometry.cluster_size())
-                && snapshot.l1_bytes() <= crate::format::MAX_L1_BYTES
-                && (host.get() != 0 || snapshot.l1_entries == 0);
-            if usable {
-                self.claim(Structure::SnapshotL1, host.get(), snapshot.l1_bytes());
-                tables.push(host.get()..host.get().saturating_add(snapshot.l1_bytes()));
-            }
-        }
-        self.claim(Structure::SnapshotTable, start, at - start);
+            Ok(())
+        })?;
+        self.claim(Structure::SnapshotTable, start, len);
         Ok(tables)
+    }
+
+    /// Reports what is wrong with an entry of the snapshot table; gives the bytes of its L1 table.
+    fn snapshot(&mut self, snapshot: &Snapshot, wrong: Option<FormatError>) -> Option<Range<u64>> {
+        let host = snapshot.l1_offset;
+        let usable = host.is_aligned(self.subject.geometry.cluster_size())
+            && snapshot.l1_bytes() <= crate::format::MAX_L1_BYTES
+            && (host.get() != 0 || snapshot.l1_entries == 0);
+        let wrong = wrong.into_iter().chain(snapshot.validate(&self.subject.header).err());
+        for error in wrong {
+            let finding = Finding::corruption(What::Malformed(error), snapshot.offset, None);
+            // Extra data that is missing or too long hides nothing.
+            if usable { self.findings.add(finding) } else { self.findings.add_blind(finding) }
+        }
+        if !usable {
+            return None;
+        }
+        self.claim(Structure::SnapshotL1, host.get(), snapshot.l1_bytes());
+        Some(host.get()..host.get().saturating_add(snapshot.l1_bytes()))
     }
 
     /// Reads the bitmap directory; gives the bytes of the bitmaps' tables.
@@ -212,24 +207,4 @@ pub(super) fn for_each_word(
         at += len;
     }
     Ok(())
-}
-
-/// A piece of the file that moves on with a reader of entries of unknown length.
-#[derive(Default)]
-struct Window {
-    start: u64,
-    bytes: Vec<u8>,
-}
-
-impl Window {
-    /// At least `least` bytes from `at`; what lies behind the end of the file reads as zeros.
-    fn from(&mut self, subject: &Subject<'_>, at: u64, least: u64) -> std::result::Result<&[u8], Unread> {
-        let have = self.start.saturating_add(self.bytes.len() as u64).saturating_sub(at);
-        if at < self.start || have < least {
-            self.bytes.resize(CHUNK.max(least) as usize, 0);
-            self.start = at;
-            subject.read(Structure::SnapshotTable, &mut self.bytes, at)?;
-        }
-        Ok(self.bytes.get((at - self.start) as usize..).unwrap_or_default())
-    }
 }

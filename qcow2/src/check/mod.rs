@@ -23,6 +23,7 @@ mod layout;
 mod naming;
 pub mod repair;
 mod scan;
+mod snapshots;
 mod subject;
 mod sweep;
 mod tables;

@@ -54,10 +54,21 @@ impl<'a> Subject<'a> {
                 "the extension 0x0537be77",
             )));
         }
+        if let Some((host, _)) = encryption
+            && !host.is_aligned(cluster0.header.geometry().cluster_size())
+        {
+            return Err(bad(FormatError::malformed(
+                "offset of the encryption header",
+                cluster0.extension(EXT_CRYPTO).map_or(0, |extension| extension.offset + 8),
+                host,
+                "a multiple of the cluster size",
+            )));
+        }
         if encrypted {
             // What is encrypted is the data; the tables can be checked without a key.
+            let is_luks = cluster0.header.crypt_method == 2;
             cluster0.header.crypt_method = 0;
-            cluster0.extensions.retain(|extension| extension.magic != EXT_CRYPTO);
+            cluster0.extensions.retain(|extension| !is_luks || extension.magic != EXT_CRYPTO);
         }
         cluster0.validate().map_err(bad)?;
         let bitmaps = cluster0.bitmaps().map_err(bad)?;

@@ -119,6 +119,17 @@ impl Cluster0 {
                 "none in an image that is not encrypted",
             ));
         }
+        // QEMU looks at the length even where the header says that the bitmaps mean nothing.
+        if let Some(bitmaps) = self.extension(EXT_BITMAPS)
+            && bitmaps.data.len() != 24
+        {
+            return Err(FormatError::malformed(
+                "bitmaps extension: length",
+                bitmaps.offset + 4,
+                bitmaps.data.len(),
+                "24",
+            ));
+        }
         self.bitmaps().map(|_| ())
     }
 

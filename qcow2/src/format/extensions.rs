@@ -96,11 +96,6 @@ pub(super) fn decode_list(cluster: &[u8], start: usize, end: usize) -> List {
         let magic = u32_at(cluster, offset);
         let len = u32_at(cluster, offset + 4) as usize;
         let data_at = offset + EXTENSION_HEAD;
-        if magic == EXT_END {
-            list.end = data_at;
-            list.closed = true;
-            break;
-        }
         let room = end - data_at;
         let Some(data) = cluster.get(data_at..).and_then(|rest| rest.get(..len)).filter(|_| len <= room)
         else {
@@ -112,8 +107,23 @@ pub(super) fn decode_list(cluster: &[u8], start: usize, end: usize) -> List {
             ));
             break;
         };
+        // QEMU looks at the length of the END mark, too.
+        if magic == EXT_END {
+            list.end = data_at;
+            list.closed = true;
+            break;
+        }
         list.extensions.push(Extension { magic, offset: offset as u64, data: data.to_vec() });
         list.end = (data_at + len.next_multiple_of(8)).min(end);
+    }
+    let rest = end.saturating_sub(list.end);
+    if !list.closed && list.damage.is_none() && rest > 0 {
+        list.damage = Some(FormatError::malformed(
+            "header extension",
+            list.end as u64,
+            format!("{rest} bytes up to the backing name or the end of cluster 0"),
+            "an END mark, or none at all",
+        ));
     }
     list
 }
@@ -236,6 +246,7 @@ mod tests {
         assert_eq!((read.extensions.len(), read.end, read.closed), (2, 32, false));
         let read = decode_list(&bytes, 0, 23);
         assert_eq!((read.extensions.len(), read.end), (1, 16), "seven bytes are no extension");
+        assert!(read.damage.is_some(), "QEMU refuses them");
         let read = decode_list(&bytes, 0, 24);
         assert!(read.damage.unwrap().to_string().contains("at most 0"));
         // The data fits and only its padding does not: harmless.
@@ -252,6 +263,9 @@ mod tests {
             bytes.put_u64(0);
             let read = decode_list(&bytes, 0, bytes.len());
             assert!(read.damage.is_some() && read.extensions.is_empty(), "{len}");
+            bytes[..4].fill(0);
+            let read = decode_list(&bytes, 0, bytes.len());
+            assert!(read.damage.is_some() && !read.closed, "END, {len}");
         }
     }
 

@@ -164,6 +164,19 @@ impl L2Entry {
         })
     }
 
+    /// The first word of an entry without its host offset, if that is the only thing wrong with it: it is not aligned,
+    /// and no data lies there. What the guest reads follows from the flags alone. `None` for any other entry.
+    pub fn without_stray_host(first: u64, second: u64, geometry: &Geometry, version: u32) -> Option<u64> {
+        if first & (COMPRESSED | RESERVED) != 0 {
+            return None;
+        }
+        let flag = first & ZERO;
+        let holds_nothing =
+            if geometry.extended_l2() { flag == 0 && second as u32 == 0 } else { flag != 0 && version >= 3 };
+        let is_stray = !HostOffset::new(first & OFFSET_MASK).is_aligned(geometry.cluster_size());
+        (holds_nothing && is_stray).then_some(flag)
+    }
+
     /// What an entry that [`decode`](Self::decode) refuses still refers to, as QEMU reads it: reserved
     /// bits, forbidden flags and the bitmap are ignored, and the offset may be unaligned. For checks:
     /// the clusters of a damaged entry are in use.

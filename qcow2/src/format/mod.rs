@@ -49,6 +49,6 @@ pub use rewrite::{
     plan_feature_bits, plan_mark, plan_merged_switch,
 };
 pub use snapshot::{
-    MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE, Snapshot, decode_snapshots, snapshot_table_bound,
+    MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE, Snapshot, SnapshotLengths, decode_snapshots, snapshot_table_bound,
 };
 pub use words::{read_be_u64s, write_be_u64s};

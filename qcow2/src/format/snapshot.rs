@@ -45,7 +45,66 @@ pub struct Snapshot {
     pub extra: Vec<u8>,
 }
 
+/// The lengths that an entry of the snapshot table states, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SnapshotLengths {
+    /// Its extra data, however long.
+    pub extra: u32,
+    /// Its id and its name.
+    pub strings: u32,
+}
+
+impl SnapshotLengths {
+    /// Those of the entry at the start of `bytes`; what is missing reads as zeros.
+    pub fn of(bytes: &[u8]) -> Self {
+        let strings = u32::from(u16_at(bytes, 12)) + u32::from(u16_at(bytes, 14));
+        Self { extra: u32_at(bytes, 36), strings }
+    }
+
+    /// Whether there is more extra data than QEMU reads.
+    pub fn is_too_long(&self) -> bool {
+        self.extra > MAX_SNAPSHOT_EXTRA
+    }
+
+    /// How far behind the entry's start its strings begin.
+    pub fn strings_at(&self) -> u64 {
+        FIXED as u64 + u64::from(self.extra)
+    }
+
+    /// The length of the entry with its padding.
+    pub fn entry(&self) -> u64 {
+        (self.strings_at() + u64::from(self.strings)).next_multiple_of(8)
+    }
+}
+
 impl Snapshot {
+    /// Decodes an entry with too much extra data as far as QEMU keeps it: the first 1024 bytes of that. `head` is its
+    /// beginning, `strings` are the bytes of its id and name.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    pub fn decode_cut(head: &[u8], strings: &[u8], at: u64) -> Result<Self, FormatError> {
+        let mut bytes = head.get(..FIXED + MAX_SNAPSHOT_EXTRA as usize).unwrap_or(head).to_vec();
+        if let Some(len) = bytes.get_mut(36..40) {
+            len.copy_from_slice(&MAX_SNAPSHOT_EXTRA.to_be_bytes());
+        }
+        bytes.extend_from_slice(strings);
+        Self::decode(&bytes, at).map(|(snapshot, _)| snapshot)
+    }
+
+    /// Whether a version 3 image must say more about it: it lacks the size of the disk.
+    pub fn lacks_size(&self, header: &Header) -> bool {
+        header.version >= 3 && self.disk_size.is_none()
+    }
+
+    /// Adds what [`lacks_size`](Self::lacks_size) is about, as QEMU does: the size is the image's.
+    pub fn add_size(&mut self, header: &Header) {
+        /// The fields that QEMU writes: the sizes of the machine's state and of the disk, and the instruction count.
+        const KNOWN: usize = 24;
+        self.disk_size.get_or_insert(header.size);
+        self.extra.resize(self.extra.len().max(KNOWN), 0);
+    }
+
     /// Decodes the entry at the start of `bytes`, which stands at `at` in the file; gives also its
     /// length with the padding. The L1 table that it names is left to [`validate`](Self::validate).
     ///
@@ -152,7 +211,7 @@ impl Snapshot {
                 "a multiple of the cluster size, behind the header and below 2^63",
             ));
         }
-        if header.version >= 3 && self.disk_size.is_none() {
+        if self.lacks_size(header) {
             return Err(FormatError::malformed(
                 "snapshot table entry: extra data length",
                 self.offset.saturating_add(36),

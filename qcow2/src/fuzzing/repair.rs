@@ -8,6 +8,7 @@ use super::sample::{Content, Image as Laid, Sample, field};
 use crate::Result;
 use crate::check::repair::{self as repairs, RepairMode, RepairPlan, RestoreOptions};
 use crate::check::{CheckOptions, CheckReport, Verdict, check};
+use crate::format::{Snapshot, decode_snapshots};
 use crate::image::{ClusterCache, Image, ImageFormat};
 use crate::storage::{Access, Host, MemHost, Storage};
 use crate::units::{GuestOffset, GuestRange};
@@ -224,6 +225,33 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         let entry = image.l2_entry(0);
         image.put_u64(entry, 1 << 63 | 1 << 30);
     };
+    // An offset can only be unaligned where clusters are larger than a sector, and large entries need room.
+    let of_large_clusters = |damage: &dyn Fn(&mut Laid), snapshots: &[&str]| {
+        let mut image = sample(snapshots).with_clusters(12, 100).build();
+        damage(&mut image);
+        image.bytes
+    };
+    // The entries move together: what follows the last one is zero.
+    let with_extra = |image: &mut Laid, extra: &[u8], stated: u32| {
+        let table = image.get_u64(64);
+        let bytes =
+            image.bytes.get(table as usize..table as usize + 4096).map(<[u8]>::to_vec).unwrap_or_default();
+        let count = (image.get_u64(56) & 0xffff_ffff) as u32;
+        let (snapshots, _) = decode_snapshots(&bytes, count, table).unwrap_or_default();
+        let mut at = table;
+        for snapshot in snapshots {
+            let entry = Snapshot { extra: extra.to_vec(), ..snapshot }.encode();
+            image.put(at, &entry);
+            image.put_u32(at + 36, stated);
+            at += entry.len() as u64;
+        }
+    };
+    let snapshot_without_size = |image: &mut Laid| with_extra(image, &[], 0);
+    let snapshot_with_too_much = |image: &mut Laid| with_extra(image, &[7; 2000], 2000);
+    let stray_host = |image: &mut Laid| {
+        let entry = image.l2_entry(3);
+        image.put_u64(entry, image.get_u64(entry) | 0x201);
+    };
     vec![
         ("leak", damaged(&leak, &[])),
         ("refcount-too-low", damaged(&too_low, &[])),
@@ -234,6 +262,9 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("dirty-and-corrupt", damaged(&marks, &[])),
         ("data-twice", damaged(&shared, &["s"])),
         ("behind-the-end", damaged(&behind_the_end, &[])),
+        ("stray-host-of-zeros", of_large_clusters(&stray_host, &[])),
+        ("snapshot-without-size", of_large_clusters(&snapshot_without_size, &["s", "t"])),
+        ("snapshot-with-too-much", of_large_clusters(&snapshot_with_too_much, &["s"])),
     ]
 }
 

@@ -53,6 +53,35 @@ pub(super) fn lower(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<(u64, u64)> 
     Ok((lowered, clusters))
 }
 
+/// Gives clusters a refcount, in those blocks that are there; the next barrier makes it durable.
+///
+/// # Errors
+/// A block that cannot be read, and those of writing.
+pub(super) fn set(survey: &Survey<'_>, disk: &Disk<'_>, clusters: Range<u64>, refcount: u64) -> Result<()> {
+    let subject = survey.subject;
+    let per_block = subject.geometry.refcounts_per_block();
+    let width = RefcountWidth::of(&subject.geometry);
+    let bits = subject.geometry.refcount_bits() as usize;
+    let mut buf = Vec::new();
+    let mut at = clusters.start;
+    while at < clusters.end {
+        let (block, index) = (at / per_block, (at % per_block) as usize);
+        let end = clusters.end.min((block + 1).saturating_mul(per_block));
+        let indexes = index..index + (end - at) as usize;
+        if let Some(host) = survey.block(block) {
+            survey.read_block(block, &mut buf)?;
+            // The indexes are those of the block, and any width holds a one.
+            let _ = width.fill(&mut buf, indexes.clone(), refcount);
+            let bytes = indexes.start * bits / 8..(indexes.end * bits).div_ceil(8);
+            if let Some(new) = buf.get(bytes.clone()) {
+                disk.write(host.get() + bytes.start as u64, new)?;
+            }
+        }
+        at = end;
+    }
+    Ok(())
+}
+
 /// Gives the clusters of a window the refcounts that are `wanted`, block by block; returns how many
 /// changed, each of which was told to `changed` with its new refcount.
 fn change(

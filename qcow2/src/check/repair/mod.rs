@@ -10,23 +10,28 @@
 //! The order of the writes, with a barrier behind each step, so that a power cut leaves an image that is
 //! no worse than before, and that can be repaired again:
 //!
-//! 1. Refcounts that are too low are raised: from here on nothing in use can be given away. Or, if the
+//! 1. Host offsets that are not aligned are dropped from entries of clusters that read as zeros.
+//! 2. Refcounts that are too low are raised: from here on nothing in use can be given away. Or, if the
 //!    refcount structures themselves are damaged, new ones are written to unused space and named by one
-//!    write in the header's first sector.
-//! 2. Refcounts that are too high are lowered. Blocks of free clusters are given back to the file system
+//!    write in the header's first sector. A snapshot table whose entries say too little, or have too much extra data, is
+//!    written anew in the same way.
+//! 3. Refcounts that are too high are lowered. Blocks of free clusters are given back to the file system
 //!    only behind the barrier.
-//! 3. COPIED flags are corrected: they follow refcounts that are durable.
-//! 4. The dirty bit and the corrupt bit are cleared, if a new check finds nothing.
+//! 4. COPIED flags are corrected: they follow refcounts that are durable.
+//! 5. The dirty bit and the corrupt bit are cleared, if a new check finds nothing.
 //!
 //! Nothing is ever written to a cluster that holds metadata and something else.
 
 mod adjust;
 mod backup;
 mod disk;
+mod entries;
 mod flags;
+mod free;
 mod plan;
 mod rebuild;
 mod scratch;
+mod snapshots;
 mod survey;
 
 use std::path::Path;
@@ -95,11 +100,9 @@ pub fn repair(
     if plan.before.verdict() == Verdict::Clean && !plan.before.dirty && !plan.before.marked_corrupt {
         return Ok(plan);
     }
-    let survey = Survey::of(&subject)?;
-    let disk = Disk::of(&subject);
-    clear_autoclear(&survey, &disk)?;
-    if mode == RepairMode::All && (survey.broken.is_some() || plan.before.corruptions > 0) {
-        mend(&survey, &disk, &mut plan)?;
+    clear_autoclear(&Survey::of(&subject)?, &Disk::of(&subject))?;
+    if mode == RepairMode::All {
+        mend_all(&open, &mut plan)?;
     }
     // The structures may lie elsewhere now.
     let subject = open()?;
@@ -140,6 +143,34 @@ pub fn repair_with_backup(
     Ok(plan)
 }
 
+/// Mends what is damaged and whose meaning is known, and makes sure that no cluster in use can be given away.
+fn mend_all<'a>(open: &impl Fn() -> Result<Subject<'a>>, plan: &mut RepairPlan) -> Result<()> {
+    let subject = open()?;
+    let (mut survey, disk) = (Survey::of(&subject)?, Disk::of(&subject));
+    if survey.broken.is_none() && plan.before.corruptions == 0 {
+        return Ok(());
+    }
+    if survey.damaged {
+        plan.offsets_dropped = entries::drop_stray_hosts(&survey, &disk)?;
+        if plan.offsets_dropped > 0 {
+            survey = Survey::of(&subject)?;
+        }
+    }
+    mend(&survey, &disk, plan)?;
+    if survey.damaged && subject.header.snapshots > 0 {
+        // Refcounts can be relied on now, and the structures may lie elsewhere.
+        let subject = open()?;
+        let (survey, disk) = (Survey::of(&subject)?, Disk::of(&subject));
+        plan.snapshots = snapshots::mend(&survey, &disk)?;
+        if plan.snapshots > 0 {
+            let subject = open()?;
+            let (survey, disk) = (Survey::of(&subject)?, Disk::of(&subject));
+            mend(&survey, &disk, plan)?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes sure that no cluster in use can be given away: refcounts are raised, or made anew.
 fn mend(survey: &Survey<'_>, disk: &Disk<'_>, plan: &mut RepairPlan) -> Result<()> {
     if let Some(why) = survey.broken {
@@ -156,7 +187,7 @@ fn mend(survey: &Survey<'_>, disk: &Disk<'_>, plan: &mut RepairPlan) -> Result<(
             plan.not_rebuilt = Some("not all references are known");
         }
     }
-    plan.raised = adjust::raise(survey, disk)?;
+    plan.raised += adjust::raise(survey, disk)?;
     Ok(())
 }
 

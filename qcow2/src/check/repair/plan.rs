@@ -17,6 +17,10 @@ pub struct RepairPlan {
     pub lowered: u64,
     /// How many of these clusters are free then.
     pub freed: u64,
+    /// The entries of zeros whose unaligned host offset is dropped.
+    pub offsets_dropped: u64,
+    /// The entries of the snapshot table that are mended.
+    pub snapshots: u64,
     /// The entries whose COPIED flag is corrected.
     pub flags: u64,
     /// What is wrong with the refcount structures, if they cannot be used as they are.
@@ -41,6 +45,8 @@ impl RepairPlan {
             raised: 0,
             lowered: 0,
             freed: 0,
+            offsets_dropped: 0,
+            snapshots: 0,
             flags: 0,
             broken: None,
             rebuilt: None,
@@ -55,6 +61,8 @@ impl RepairPlan {
     pub fn is_empty(&self) -> bool {
         self.raised == 0
             && self.lowered == 0
+            && self.offsets_dropped == 0
+            && self.snapshots == 0
             && self.flags == 0
             && self.rebuilt.is_none()
             && !self.clears_dirty()
@@ -97,6 +105,8 @@ impl RepairPlan {
             steps.push(format!("refcounts cannot be made anew: {why}"));
         }
         for (count, step) in [
+            (self.offsets_dropped, "unaligned host offsets of zeros dropped"),
+            (self.snapshots, "entries of the snapshot table mended"),
             (self.raised, "refcounts raised"),
             (self.lowered, "refcounts lowered"),
             (self.freed, "clusters freed"),

@@ -14,6 +14,7 @@ use crate::units::HostOffset;
 
 use super::super::counts::Counts;
 use super::disk::Disk;
+use super::free::FreeRuns;
 use super::survey::{Survey, for_each_block, for_each_window};
 
 /// Where the header names the refcount table: its offset and its length in clusters.
@@ -28,12 +29,14 @@ pub(super) struct Rebuilt {
     pub(super) table: u64,
 }
 
-/// Where the new structures lie: the table, then the blocks, in a row.
+/// Where the new structures lie.
 struct Place {
-    own: Range<u64>,
-    table: u64,
+    /// The clusters of the table, in a row.
+    table: Range<u64>,
     /// The clusters of the blocks, by their position in the table.
     blocks: BTreeMap<u64, u64>,
+    /// All of these clusters, sorted.
+    own: Vec<u64>,
 }
 
 /// Makes the refcount structures anew. All references must be known.
@@ -48,37 +51,65 @@ pub(super) fn rebuild(
     if !survey.may_write(0, subject.geometry.cluster_size()) {
         return Ok(Err("the header lies where something else lies too"));
     }
-    if survey.past_end {
+    let is_device = survey.file_kind()? == FileKind::Block;
+    if survey.past_end && !is_device {
         return Ok(Err("entries point behind the end of the file, where the new ones would lie"));
     }
     let mut used = Vec::new();
     let mut end = survey.references_end;
+    // On a device the room ends where the device ends, and free clusters may lie anywhere before that.
+    let device_clusters = subject.file_len >> subject.geometry.cluster_bits();
+    let most = most_needed(survey, device_clusters);
+    let mut free = FreeRuns::wanting(if is_device { most.0 + most.1 } else { 0 });
+    let old = if is_device { old_structures(survey) } else { Vec::new() };
     for_each_window(subject, &survey.rest, None, &mut |counts| {
-        for_each_refcounts(survey, counts, |block, clusters, refcounts| {
+        for_each_refcounts(survey, counts, is_device, |block, clusters, refcounts| {
             if let Some(last) = refcounts.iter().rposition(|&n| n > 0) {
                 used.push(block);
                 end = end.max(clusters.start + last as u64 + 1);
+            }
+            if is_device {
+                let unused =
+                    clusters.zip(refcounts).filter(|&(cluster, n)| *n == 0 && cluster < device_clusters);
+                unused.filter(|(at, _)| old.binary_search(at).is_err()).for_each(|(at, _)| free.add(at));
             }
             Ok(())
         })
     })?;
     used.sort_unstable();
     used.dedup();
-    let Some(place) = find_place(survey, &used, end) else {
+    let place = if is_device {
+        place_in(survey, &used, free, device_clusters)
+    } else {
+        place_behind(survey, &used, end)
+    };
+    let Some(place) = place else {
         return Ok(Err("there is no room for a new refcount table"));
     };
     write(survey, disk, &place)?;
     disk.barrier()?;
-    let at = place.own.start << subject.geometry.cluster_bits();
+    let at = place.table.start << subject.geometry.cluster_bits();
     let mut fields = at.to_be_bytes().to_vec();
     // The limit of 8 MiB keeps the count far below 2^32.
-    fields.extend((place.table as u32).to_be_bytes());
+    fields.extend((place.table_clusters() as u32).to_be_bytes());
     disk.write(TABLE_FIELDS, &fields)?;
     disk.barrier()?;
     if !survey.damaged {
         give_back(survey, disk);
     }
-    Ok(Ok(Rebuilt { blocks: place.blocks.len() as u64, table: place.table }))
+    Ok(Ok(Rebuilt { blocks: place.blocks.len() as u64, table: place.table_clusters() }))
+}
+
+impl Place {
+    fn new(table: Range<u64>, blocks: BTreeMap<u64, u64>) -> Self {
+        let mut own: Vec<u64> = table.clone().chain(blocks.values().copied()).collect();
+        own.sort_unstable();
+        Self { table, blocks, own }
+    }
+
+    fn table_clusters(&self) -> u64 {
+        self.table.end - self.table.start
+    }
 }
 
 /// Gives the blocks of the old structures back to the file system, of those that lay alone.
@@ -96,12 +127,13 @@ fn give_back(survey: &Survey<'_>, disk: &Disk<'_>) {
     }
 }
 
-/// Calls `visit` with each block of a window that has a refcount, and the refcounts as they should be:
+/// Calls `visit` with each block of a window that has a refcount, with empty ones too if `visits_empty`, and the refcounts as they should be:
 /// the references; and where damaged entries may have meant the cluster, at least what a sound old block
 /// says, or one where there is none.
 fn for_each_refcounts(
     survey: &Survey<'_>,
     counts: &Counts,
+    visits_empty: bool,
     mut visit: impl FnMut(u64, Range<u64>, &[u64]) -> Result<()>,
 ) -> Result<()> {
     let width = RefcountWidth::of(&survey.subject.geometry);
@@ -125,19 +157,46 @@ fn for_each_refcounts(
             any |= refcount > 0;
             refcounts.push(refcount);
         }
-        if any { visit(block, clusters, &refcounts) } else { Ok(()) }
+        if any || visits_empty { visit(block, clusters, &refcounts) } else { Ok(()) }
     })
 }
 
-/// Where the new structures can lie: behind the end of the file, or of a device's last cluster in use;
-/// `used` are the blocks that are needed without them.
-fn find_place(survey: &Survey<'_>, used: &[u64], end: u64) -> Option<Place> {
-    let subject = survey.subject;
-    let geometry = subject.geometry;
+/// How many clusters a table and its blocks take at most that count so many clusters.
+fn most_needed(survey: &Survey<'_>, clusters: u64) -> (u64, u64) {
+    let geometry = survey.subject.geometry;
+    let blocks = clusters.div_ceil(geometry.refcounts_per_block());
+    (geometry.clusters_for(blocks.saturating_mul(8)), blocks)
+}
+
+/// Free clusters of a device for the new structures; `used` are the blocks that are needed without them.
+fn place_in(survey: &Survey<'_>, used: &[u64], mut free: FreeRuns, clusters: u64) -> Option<Place> {
+    let per_block = survey.subject.geometry.refcounts_per_block();
+    let (table, _) = most_needed(survey, clusters);
+    if clusters.div_ceil(per_block) > MAX_REFCOUNT_TABLE_BYTES / 8 {
+        return None;
+    }
+    let table = free.take_run(table)?;
+    // The new structures take clusters that must be counted too, which may take more of them.
+    let mut open: Vec<u64> = used.to_vec();
+    open.extend(table.start / per_block..=(table.end - 1) / per_block);
+    let mut blocks = BTreeMap::new();
+    while let Some(block) = open.pop() {
+        if !blocks.contains_key(&block) {
+            let at = free.take()?;
+            blocks.insert(block, at);
+            open.push(at / per_block);
+        }
+    }
+    Some(Place::new(table, blocks))
+}
+
+/// The room behind the end of a file, or of its last cluster in use, the table first and then the blocks; `used` are the
+/// blocks that are needed without the new structures.
+fn place_behind(survey: &Survey<'_>, used: &[u64], end: u64) -> Option<Place> {
+    let geometry = survey.subject.geometry;
     let per_block = geometry.refcounts_per_block();
-    let is_device = subject.file.stat().is_ok_and(|stat| stat.kind == FileKind::Block);
     // The old structures stay where they are until the new ones are named.
-    let end = if is_device { end.max(old_end(survey)) } else { end.max(subject.file_clusters()) };
+    let end = end.max(survey.subject.file_clusters());
     let (mut table, mut blocks) = (1, used.len() as u64);
     // The new structures take clusters that must be counted too: grow until it fits.
     loop {
@@ -154,27 +213,26 @@ fn find_place(survey: &Survey<'_>, used: &[u64], end: u64) -> Option<Place> {
             (table, blocks) = (table.max(needed.0), blocks.max(needed.1));
             continue;
         }
-        if is_device && own.end > subject.file_len >> geometry.cluster_bits() {
-            return None;
-        }
         let all = used.iter().copied().chain(first..=last);
         let mut blocks: BTreeMap<u64, u64> = all.map(|block| (block, 0)).collect();
         for (n, at) in blocks.values_mut().enumerate() {
             *at = own.start + table + n as u64;
         }
-        let own = own.start..own.start + table + blocks.len() as u64;
-        return Some(Place { own, table, blocks });
+        return Some(Place::new(own.start..own.start + table, blocks));
     }
 }
 
-/// The end of the last old refcount structure inside the file.
-fn old_end(survey: &Survey<'_>) -> u64 {
+/// The clusters of the old refcount structures, sorted: they stay as they are until the new ones are named.
+fn old_structures(survey: &Survey<'_>) -> Vec<u64> {
     let subject = survey.subject;
     let size = subject.geometry.cluster_size();
     let table = (subject.header.refcount_table_offset.get(), subject.header.refcount_table_bytes());
-    let blocks = survey.layout.refcount_table.iter().map(|&raw| (raw & !(size - 1), size));
+    let blocks =
+        survey.layout.refcount_table.iter().filter(|&&raw| raw != 0).map(|&raw| (raw & !(size - 1), size));
     let inside = blocks.chain([table]).filter(|&(host, len)| !subject.is_past_end(host, len));
-    inside.map(|(host, len)| subject.clusters(host, len).end).max().unwrap_or(0)
+    let mut clusters: Vec<u64> = inside.flat_map(|(host, len)| subject.clusters(host, len)).collect();
+    clusters.sort_unstable();
+    clusters
 }
 
 fn write(survey: &Survey<'_>, disk: &Disk<'_>, place: &Place) -> Result<()> {
@@ -186,7 +244,7 @@ fn write(survey: &Survey<'_>, disk: &Disk<'_>, place: &Place) -> Result<()> {
         disk.write(at << bits, &encode(survey, place, block, refcounts))
     };
     for_each_window(survey.subject, &survey.rest, None, &mut |counts| {
-        for_each_refcounts(survey, counts, |block, _, refcounts| {
+        for_each_refcounts(survey, counts, false, |block, _, refcounts| {
             let Some(&at) = place.blocks.get(&block) else { return Ok(()) };
             rest.remove(&block);
             put(block, refcounts, at)
@@ -196,13 +254,13 @@ fn write(survey: &Survey<'_>, disk: &Disk<'_>, place: &Place) -> Result<()> {
     for (&block, &at) in &rest {
         put(block, &[], at)?;
     }
-    let mut table = vec![0u64; place.table as usize * size / 8];
+    let mut table = vec![0u64; place.table_clusters() as usize * size / 8];
     for (&block, &at) in &place.blocks {
         if let Some(entry) = table.get_mut(block as usize) {
             *entry = RefcountTableEntry::new(HostOffset::new(at << bits)).encode();
         }
     }
-    disk.write(place.own.start << bits, &write_be_u64s(table))
+    disk.write(place.table.start << bits, &write_be_u64s(table))
 }
 
 /// A block with refcounts, and those of the new structures.
@@ -215,7 +273,11 @@ fn encode(survey: &Survey<'_>, place: &Place, block: u64, refcounts: &[u64]) -> 
         // The refcounts were cut to the width, and are as many as the block holds.
         let _ = width.set(&mut bytes, index, refcount);
     }
-    let clamp = |cluster: u64| cluster.clamp(first, first + geometry.refcounts_per_block()) - first;
-    let _ = width.fill(&mut bytes, clamp(place.own.start) as usize..clamp(place.own.end) as usize, 1);
+    let from = place.own.partition_point(|&cluster| cluster < first);
+    let inside =
+        place.own.iter().skip(from).take_while(|&&cluster| cluster - first < geometry.refcounts_per_block());
+    for cluster in inside {
+        let _ = width.set(&mut bytes, (cluster - first) as usize, 1);
+    }
     bytes
 }

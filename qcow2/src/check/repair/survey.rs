@@ -3,8 +3,9 @@
 
 use std::ops::Range;
 
-use crate::error::Result;
-use crate::format::RefcountTableEntry;
+use crate::error::{Error, FileOp, Result};
+use crate::format::{RefcountTableEntry, RefcountWidth};
+use crate::storage::FileKind;
 use crate::units::HostOffset;
 
 use super::super::census::{self, WINDOW_WORDS};
@@ -144,6 +145,21 @@ impl<'a> Survey<'a> {
         let size = self.subject.geometry.cluster_size();
         let usable = !self.subject.is_past_end(host.get(), size) && self.may_write(host.get(), size);
         usable.then_some(host)
+    }
+
+    /// What kind of file the image lies in.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn file_kind(&self) -> Result<FileKind> {
+        let stat = self.subject.file.stat();
+        stat.map(|stat| stat.kind).map_err(|e| Error::io(self.subject.path, FileOp::Stat, None, e))
+    }
+
+    /// The refcount at an index of a block that was read.
+    pub(super) fn stored(&self, block: &[u8], index: u64) -> u64 {
+        let width = RefcountWidth::of(&self.subject.geometry);
+        usize::try_from(index).ok().and_then(|index| width.get(block, index)).unwrap_or(0)
     }
 
     /// Reads a sound refcount block; false if it is none.

@@ -3,6 +3,7 @@
 mod damage;
 mod faults;
 mod memory;
+mod mends;
 mod qemu;
 mod random;
 mod repair;

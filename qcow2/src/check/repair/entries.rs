@@ -1,0 +1,74 @@
+//! L2 entries whose meaning is known, although their host offset is wrong: a cluster that reads as zeros, and is kept at an
+//! offset that is not aligned. The offset is dropped, as QEMU does (iotest 060, "unaligned pre-allocated zero cluster").
+//!
+//! Each change is one word of one entry, and what the guest reads stays.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use crate::error::Result;
+use crate::format::{L2Entry, read_be_u64s};
+
+use super::super::counts::Reference;
+use super::super::gaps::Gaps;
+use super::super::tables::{TableRef, Visitor, for_each_piece, read_piece, walk_l1};
+use super::disk::Disk;
+use super::survey::Survey;
+
+/// Drops the offsets, in the tables of snapshots too; returns how many, when that is durable.
+///
+/// # Errors
+/// A table that cannot be read, and those of writing.
+pub(super) fn drop_stray_hosts(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<u64> {
+    let mut fixer = Fixer { survey, disk, dropped: AtomicU64::new(0) };
+    walk_l1(survey.subject, &survey.layout.l1, None, &mut fixer)?.none(survey.subject.path)?;
+    disk.barrier()?;
+    Ok(fixer.dropped.into_inner())
+}
+
+struct Fixer<'a> {
+    survey: &'a Survey<'a>,
+    disk: &'a Disk<'a>,
+    dropped: AtomicU64,
+}
+
+impl Fixer<'_> {
+    fn table(&self, table: &TableRef, bytes: &[u8]) -> Result<()> {
+        let subject = self.survey.subject;
+        if !self.survey.may_write(table.host, bytes.len() as u64) {
+            return Ok(());
+        }
+        let step = subject.geometry.l2_entry_size();
+        let mut words = read_be_u64s(bytes);
+        let mut at = table.host;
+        while let Some(first) = words.next() {
+            let second = if step == 16 { words.next().unwrap_or(0) } else { 0 };
+            if let Some(new) =
+                L2Entry::without_stray_host(first, second, &subject.geometry, subject.header.version)
+            {
+                self.disk.write(at, &new.to_be_bytes())?;
+                self.dropped.fetch_add(1, Relaxed);
+            }
+            at += step;
+        }
+        Ok(())
+    }
+}
+
+impl Visitor for Fixer<'_> {
+    fn reference(&mut self, _: Range<u64>, _: Reference) {}
+
+    fn batch(&mut self, tables: &[TableRef], gaps: &Gaps) -> Result<()> {
+        let this = &*self;
+        let results = for_each_piece(this.survey.subject, tables, |_, piece, buf| {
+            let mut result = Ok(());
+            read_piece(this.survey.subject, piece, buf, gaps, |table, bytes| {
+                if result.is_ok() {
+                    result = this.table(table, bytes);
+                }
+            });
+            result
+        })?;
+        results.into_iter().collect()
+    }
+}

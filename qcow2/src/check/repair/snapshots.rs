@@ -1,0 +1,108 @@
+//! The snapshot table written anew, where all that its entries should say is known (iotest 261): extra data that is missing
+//! (the size of the disk, which is the image's), or more of it than QEMU reads (1024 bytes).
+//!
+//! The new table lies where nothing lies, has its refcounts, and is durable before one write inside the header's first sector
+//! names it (specification: "Header", bytes 60 to 72). The old one is unused space then.
+
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+use crate::format::FormatError;
+use crate::storage::FileKind;
+
+use super::super::snapshots::{Entry, for_each_snapshot};
+use super::adjust;
+use super::disk::Disk;
+use super::free::FreeRuns;
+use super::survey::{Survey, for_each_block, for_each_slot, for_each_window};
+
+/// Where the header holds the offset of the snapshot table.
+const TABLE_OFFSET: u64 = 64;
+
+/// Writes the table anew if that mends something; returns how many entries are mended, when they are durable.
+///
+/// # Errors
+/// Those of a check, and of writing.
+pub(super) fn mend(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<u64> {
+    let Some((mended, table)) = mended_table(survey)? else { return Ok(0) };
+    let bits = survey.subject.geometry.cluster_bits();
+    let Some(place) = find_place(survey, survey.subject.geometry.clusters_for(table.len() as u64))? else {
+        return Ok(0);
+    };
+    if !survey.may_write(0, 1) {
+        return Ok(0);
+    }
+    disk.write(place.start << bits, &table)?;
+    adjust::set(survey, disk, place.clone(), 1)?;
+    disk.barrier()?;
+    disk.write(TABLE_OFFSET, &(place.start << bits).to_be_bytes())?;
+    disk.barrier()?;
+    Ok(mended)
+}
+
+/// How many entries of the table are mended, and the new table; `None` if there is nothing to mend, or if the table cannot be
+/// read to its end. It has 64 MiB at most, as any.
+fn mended_table(survey: &Survey<'_>) -> Result<Option<(u64, Vec<u8>)>> {
+    let subject = survey.subject;
+    let mut table = Vec::new();
+    let (mut mended, mut entries) = (0, 0);
+    for_each_snapshot(subject, |entry| match entry {
+        Entry::Known { mut snapshot, wrong } => {
+            let lacks_size = snapshot.lacks_size(&subject.header);
+            if lacks_size {
+                snapshot.add_size(&subject.header);
+            }
+            mended += u64::from(lacks_size || wrong.is_some());
+            entries += 1;
+            table.extend(snapshot.encode());
+            Ok(())
+        }
+        Entry::Unread(unread) => Err(unread.error(subject.path)),
+        Entry::Broken { .. } | Entry::TooLong(_) => Ok(()),
+    })?;
+    let is_whole = entries == subject.header.snapshots;
+    if table.len() as u64 > crate::format::MAX_SNAPSHOT_TABLE {
+        let error = FormatError::malformed(
+            "snapshot table",
+            subject.header.snapshots_offset.get(),
+            "a table that would be too long if its entries were whole",
+            "at most 64 MiB",
+        );
+        return Err(Error::format(subject.path, error));
+    }
+    Ok((is_whole && mended > 0).then_some((mended, table)))
+}
+
+/// Where so many clusters are free in a row: behind the end of a file, or else between clusters in use.
+fn find_place(survey: &Survey<'_>, count: u64) -> Result<Option<Range<u64>>> {
+    let subject = survey.subject;
+    if survey.file_kind()? != FileKind::Block && !survey.past_end {
+        let start = subject.file_clusters();
+        return Ok(start.checked_add(count).map(|end| start..end));
+    }
+    let mut free = FreeRuns::wanting(u64::MAX);
+    let mut found = None;
+    let mut buf = Vec::new();
+    for_each_window(subject, &survey.layout, None, &mut |counts| {
+        for_each_block(subject, counts, |block, clusters| {
+            if found.is_some() || !survey.read_block(block, &mut buf)? {
+                return Ok(());
+            }
+            let mut used = Vec::new();
+            for_each_slot(counts, clusters.clone(), |cluster, slot| {
+                if slot.count > 0 {
+                    used.push(cluster);
+                }
+            });
+            for cluster in clusters.clone().filter(|cluster| used.binary_search(cluster).is_err()) {
+                let is_inside = (cluster + 1) << subject.geometry.cluster_bits() <= subject.file_len;
+                if is_inside && survey.stored(&buf, cluster - clusters.start) == 0 {
+                    free.add(cluster);
+                }
+            }
+            found = free.take_run(count);
+            Ok(())
+        })
+    })?;
+    Ok(found)
+}

@@ -1,0 +1,107 @@
+//! The snapshot table, entry by entry.
+
+use crate::error::Result;
+use crate::format::{FormatError, MAX_SNAPSHOT_TABLE, Snapshot, SnapshotLengths, snapshot_table_bound};
+
+use super::finding::{Structure, Unread};
+use super::subject::Subject;
+
+/// Bytes of the table that are read at once.
+const CHUNK: u64 = 1 << 20;
+
+/// An entry of the table, or why there are no more of them.
+pub(super) enum Entry {
+    /// An entry that can be read. `wrong` says what of it is not as it must be, though all that it means is known.
+    Known {
+        /// The entry; of too much extra data, the first 1024 bytes.
+        snapshot: Box<Snapshot>,
+        /// There is too much extra data.
+        wrong: Option<FormatError>,
+    },
+    /// An entry that cannot be one; what follows is not known.
+    Broken {
+        /// Where it begins.
+        at: u64,
+        /// What is wrong.
+        error: FormatError,
+    },
+    /// The table goes on behind the largest size that it can have; so far it took so many bytes.
+    TooLong(u64),
+    /// It cannot be read.
+    Unread(Unread),
+}
+
+/// Calls `visit` with each entry, the last of which may be one that ends the table early. Returns the length of the table
+/// in bytes, as far as it is known.
+///
+/// # Errors
+/// Cancellation, and those of `visit`.
+pub(super) fn for_each_snapshot(
+    subject: &Subject<'_>,
+    mut visit: impl FnMut(Entry) -> Result<()>,
+) -> Result<u64> {
+    let (count, start) = (subject.header.snapshots, subject.header.snapshots_offset.get());
+    let mut window = Window::default();
+    let mut at = start;
+    for _ in 0..count {
+        subject.may_go_on()?;
+        let (entry, len) = read(subject, &mut window, at);
+        if at.saturating_add(len) > start.saturating_add(MAX_SNAPSHOT_TABLE) {
+            visit(Entry::TooLong(at - start))?;
+            break;
+        }
+        let is_last = !matches!(entry, Entry::Known { .. });
+        visit(entry)?;
+        if is_last {
+            break;
+        }
+        at += len;
+    }
+    Ok(at - start)
+}
+
+/// The entry at a host offset, and the bytes that it takes.
+fn read(subject: &Subject<'_>, window: &mut Window, at: u64) -> (Entry, u64) {
+    let bytes = match window.from(subject, at, snapshot_table_bound(1)) {
+        Ok(bytes) => bytes,
+        Err(unread) => return (Entry::Unread(unread), 0),
+    };
+    let lengths = SnapshotLengths::of(bytes);
+    let error = match Snapshot::decode(bytes, at) {
+        Ok((snapshot, len)) => {
+            return (Entry::Known { snapshot: Box::new(snapshot), wrong: None }, len as u64);
+        }
+        Err(error) if lengths.is_too_long() && lengths.entry() <= MAX_SNAPSHOT_TABLE => error,
+        Err(error) => return (Entry::Broken { at, error }, 0),
+    };
+    let mut strings = vec![0; lengths.strings as usize];
+    if let Err(unread) =
+        subject.read(Structure::SnapshotTable, &mut strings, at.saturating_add(lengths.strings_at()))
+    {
+        return (Entry::Unread(unread), 0);
+    }
+    match Snapshot::decode_cut(bytes, &strings, at) {
+        Ok(snapshot) => (Entry::Known { snapshot: Box::new(snapshot), wrong: Some(error) }, lengths.entry()),
+        Err(error) => (Entry::Broken { at, error }, 0),
+    }
+}
+
+/// A piece of the file that moves on with a reader of entries of unknown length.
+#[derive(Default)]
+struct Window {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Window {
+    /// At least `least` bytes from `at`; what lies behind the end of the file reads as zeros.
+    fn from(&mut self, subject: &Subject<'_>, at: u64, least: u64) -> std::result::Result<&[u8], Unread> {
+        let have = self.start.saturating_add(self.bytes.len() as u64).saturating_sub(at);
+        if at < self.start || have < least {
+            self.bytes.resize(CHUNK.max(least) as usize, 0);
+            self.start = at;
+            subject.read(Structure::SnapshotTable, &mut self.bytes, at)?;
+        }
+        Ok(self.bytes.get((at - self.start) as usize..).unwrap_or_default())
+    }
+}
