@@ -19,6 +19,7 @@ mod deletion;
 mod devices;
 mod differential;
 mod engines;
+mod faults;
 mod formats;
 mod interrupts;
 mod iotests;

@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use super::{Chain, Layer};
-use crate::error::{Error, Result};
-use crate::storage::Host;
+use crate::error::{Error, FileOp, Result};
+use crate::storage::{Host, if_there};
 
 impl Chain {
     /// The position in [`Chain::layers`] of the layer that `spec` names: its path (any path that leads to
@@ -15,7 +15,9 @@ impl Chain {
     /// # Errors
     /// [`Error::Usage`] with the layers that there are, if none fits or more than one.
     pub fn find(&self, host: &dyn Host, spec: &str) -> Result<usize> {
-        let id = host.stat(Path::new(spec)).ok().map(|stat| stat.id);
+        let path = Path::new(spec);
+        let stat = if_there(host.stat(path)).map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
+        let id = stat.map(|stat| stat.id);
         let named = |layer: &Layer| {
             Some(layer.id) == id
                 || layer.path.as_os_str() == spec

@@ -11,7 +11,7 @@ use super::name::{possible_data_file_paths, possible_paths};
 use super::search::Search;
 use crate::error::Result;
 use crate::format::{Cluster0, Header, V2_HEADER_LENGTH, is_qcow2};
-use crate::storage::{Access, FileId, FileKind, Host, Storage};
+use crate::storage::{Access, FileId, FileKind, Host, Storage, if_there};
 
 /// How much is read of every file at first, in bytes: enough for the header, the extensions and the
 /// names of nearly every image.
@@ -142,7 +142,8 @@ fn uses(
         .map(|name| possible_data_file_paths(name, path));
     for (paths, role) in [(backing, BACKING_FILE), (data, "data file")] {
         for named in paths.into_iter().flatten() {
-            if let Ok(named) = host.stat(&named)
+            // A name that cannot be followed may lead to a target.
+            if let Some(named) = if_there(host.stat(&named))?
                 && targets.contains(&named.id)
             {
                 return Ok(Some((named.id, role)));

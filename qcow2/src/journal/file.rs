@@ -445,8 +445,8 @@ impl Journal {
 fn piece(file: &dyn Storage, at: u64, len: impl Fn(&[u8]) -> Option<usize>) -> io::Result<Option<Vec<u8>>> {
     let mut head = [0; ENVELOPE];
     file.read_exact_or_zero(&mut head, at)?;
-    let Some(len) = len(&head).filter(|&len| at.saturating_add(len as u64) <= file.size().unwrap_or(0))
-    else {
+    let size = file.size()?;
+    let Some(len) = len(&head).filter(|&len| at.saturating_add(len as u64) <= size) else {
         return Ok(None);
     };
     let mut bytes = vec![0; len];

@@ -15,7 +15,7 @@ use super::record::{BLOCK, Block, Guard, Header, MAX_BLOCKS, Phase, Purpose, Rec
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::is_qcow2;
 use crate::stamp::{Seen, Stamp};
-use crate::storage::{Access, Host, LockError, LockMode, Place, Storage};
+use crate::storage::{Access, Host, LockError, LockMode, Place, Storage, if_there, leads_nowhere};
 
 /// An edit of the header of an image, whose file is held under lock.
 #[derive(Debug)]
@@ -111,7 +111,12 @@ pub(crate) fn nonce() -> u64 {
 /// [`Error::InUse`] if there is something to do, and somebody holds the image; [`Refusal::JournalOfAnother`];
 /// [`Refusal::JournalVersion`]; the system's.
 pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<()> {
-    let Ok(file) = host.open(path, Access::Read) else { return Ok(()) };
+    let file = match host.open(path, Access::Read) {
+        Ok(file) => file,
+        // Whoever uses the image says so.
+        Err(e) if leads_nowhere(&e) || e.kind() == std::io::ErrorKind::PermissionDenied => return Ok(()),
+        Err(e) => return Err(Error::io(path, FileOp::Open, None, e)),
+    };
     let image = Place::of_file(host, path, &*file)?;
     let hold = || hold(host, path, &image, &*file);
     if let Some(found) = find(host, path, &*file, dir, Access::Read, SWITCH)? {
@@ -121,7 +126,9 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<(
     // A record that is not whole: the edit was not begun.
     let owner = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.owner;
     for record in places(host, &image, dir, SWITCH)? {
-        if record.stat(host).is_ok_and(|stat| stat.owner.may_speak_for(&owner, host.user()))
+        let stat =
+            if_there(record.stat(host)).map_err(|e| Error::io(&record.path(), FileOp::Stat, None, e))?;
+        if stat.is_some_and(|stat| stat.owner.may_speak_for(&owner, host.user()))
             && Journal::open(host, &record, Access::Read)?.is_none()
         {
             let _held = hold()?;
@@ -185,10 +192,20 @@ fn end_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &Found) -> 
 pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>) -> Result<()> {
     let folders = folders.iter().map(|folder| (folder.as_path(), false));
     for (folder, may_be_elsewhere) in folders.chain(dir.map(|dir| (dir, true))) {
-        // What cannot be listed cannot be swept.
-        let Ok(folder) = host.canonicalize(folder).and_then(|folder| host.folder(&folder)) else { continue };
-        let folder = Arc::new(folder);
-        for name in host.list_in(&folder).unwrap_or_default() {
+        let failed = |op| move |e| Error::io(folder, op, None, e);
+        // What may not be listed cannot be swept.
+        let may = |e: &std::io::Error| e.kind() != std::io::ErrorKind::PermissionDenied;
+        let opened = match host.canonicalize(folder).and_then(|folder| host.folder(&folder)) {
+            Err(e) if may(&e) => if_there(Err(e)).map_err(failed(FileOp::Open))?,
+            other => other.ok(),
+        };
+        let Some(opened) = opened.map(Arc::new) else { continue };
+        let names = match host.list_in(&opened) {
+            Err(e) if may(&e) => if_there(Err(e)).map_err(failed(FileOp::List))?,
+            other => other.ok(),
+        };
+        let folder = opened;
+        for name in names.unwrap_or_default() {
             if name.as_bytes().ends_with(SWITCH.as_bytes()) {
                 match sweep_one(host, &Place::within(Arc::clone(&folder), name), may_be_elsewhere) {
                     // It is nobody's of this chain, and stays where it is.
@@ -211,10 +228,23 @@ fn sweep_one(host: &dyn Host, record: &Place, may_be_elsewhere: bool) -> Result<
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         stat => stat.map_err(failed)?.owner,
     };
-    let Some(image) = image_of(host, record, may_be_elsewhere) else { return Ok(()) };
+    let Some(image) = image_of(host, record, may_be_elsewhere)? else { return Ok(()) };
     let path = image.path();
     // An image in use may be in the middle of its edit.
-    let Ok(file) = hold_at(host, &path, &image) else { return Ok(()) };
+    let file = match hold_at(host, &path, &image) {
+        Ok(file) => file,
+        Err(Error::InUse { .. }) => return Ok(()),
+        Err(Error::Io { source, .. })
+            if leads_nowhere(&source)
+                || matches!(
+                    source.kind(),
+                    std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
+                ) =>
+        {
+            return Ok(());
+        }
+        Err(e) => return Err(e),
+    };
     let disk = file.stat().map_err(|e| Error::io(&path, FileOp::Stat, None, e))?.owner;
     if !owner.may_speak_for(&disk, host.user()) {
         return Ok(());
@@ -244,24 +274,27 @@ fn remove(host: &dyn Host, place: &Place) -> Result<()> {
 }
 
 /// The image that a record is about: the one beside it, by the record's name, or the one that it names, if it may be elsewhere.
-fn image_of(host: &dyn Host, record: &Place, may_be_elsewhere: bool) -> Option<Place> {
+///
+/// # Errors
+/// The system's.
+fn image_of(host: &dyn Host, record: &Place, may_be_elsewhere: bool) -> Result<Option<Place>> {
+    let failed = |e| Error::io(&record.path(), FileOp::Stat, None, e);
     let name = record.name().as_bytes();
     let short = name.strip_prefix(b".").and_then(|name| name.strip_suffix(SWITCH.as_bytes()));
     let beside = short.map(OsStr::from_bytes).filter(|name| is_beside(record, name, SWITCH));
     if let Some(name) = beside.filter(|_| !may_be_elsewhere) {
         let image = record.beside(name);
-        if image.stat(host).is_ok() {
-            return Some(image);
+        if if_there(image.stat(host)).map_err(failed)?.is_some() {
+            return Ok(Some(image));
         }
     }
     // The name is one that was too long, or of an image elsewhere.
-    let (journal, _) = Journal::open(host, record, Access::Read).ok()??;
-    let named = &journal.header().targets.first()?.path;
+    let Some((journal, _)) = Journal::open(host, record, Access::Read)? else { return Ok(None) };
+    let Some(named) = journal.header().targets.first().map(|target| &target.path) else { return Ok(None) };
     if may_be_elsewhere {
-        return Place::at(host, named).ok();
+        return if_there(Place::at(host, named)).map_err(failed);
     }
-    let name = named.file_name().filter(|name| is_beside(record, name, SWITCH))?;
-    Some(record.beside(name))
+    Ok(named.file_name().filter(|name| is_beside(record, name, SWITCH)).map(|name| record.beside(name)))
 }
 
 /// Whether there is a record of an edit of the header of the image at `path`, beside it.

@@ -9,12 +9,12 @@ use super::options::{CommitOptions, Span};
 use super::remains::Remains;
 use super::work::{self, Left, Work};
 use crate::chain::{Chain, index};
-use crate::error::Result;
+use crate::error::{Error, FileOp, Result};
 use crate::format::Cluster0;
 use crate::image::Qcow2;
 use crate::journal::record::{Phase, Purpose};
 use crate::journal::{self, Journal};
-use crate::storage::{Access, Host};
+use crate::storage::{Access, FileId, Host, if_there};
 
 /// What stopped merges have left.
 #[derive(Debug, Default)]
@@ -99,15 +99,16 @@ pub(super) fn meant(
     options: &CommitOptions,
 ) -> Result<Option<CommitOptions>> {
     let Some(top) = &options.top else { return Ok(None) };
-    let (Some(asked), Err(_), Some(active)) = (index(top), chain.find(host, top), chain.layers().last())
-    else {
-        return Ok(None);
-    };
+    let (Some(asked), Some(active)) = (index(top), chain.layers().last()) else { return Ok(None) };
+    match chain.find(host, top) {
+        Err(Error::Usage(_)) => {}
+        found => return found.map(|_| None),
+    }
     for found in journals(host, chain, options.journal_dir.as_deref()) {
         let (_, journal) = found?;
         let header = journal.header();
-        let is_active = || host.stat(&header.active).is_ok_and(|stat| stat.id == active.id);
-        if header.top == header.active && header.top_index as usize == asked && is_active() {
+        let may = header.top == header.active && header.top_index as usize == asked;
+        if may && id_of(host, &header.active)? == Some(active.id) {
             return Ok(Some(CommitOptions { top: None, ..options.clone() }));
         }
     }
@@ -127,8 +128,8 @@ pub(super) fn switched(
 ) -> Result<Option<(String, Vec<PathBuf>)>> {
     let Some(top) = &options.top else { return Ok(None) };
     let files = chain.files();
-    let is_layer = |path: &Path| host.stat(path).is_ok_and(|stat| files.contains(&stat.id));
-    if is_layer(Path::new(top)) {
+    let is_layer = |path: &Path| id_of(host, path).map(|id| id.is_some_and(|id| files.contains(&id)));
+    if is_layer(Path::new(top))? {
         return Ok(None);
     }
     for found in journals(host, chain, options.journal_dir.as_deref()) {
@@ -136,14 +137,21 @@ pub(super) fn switched(
         let merged = &journal.header().top;
         let is_switched = journal.header().purpose == Purpose::Merge
             && journal.state().phase >= Phase::Switching
-            && !is_layer(merged);
+            && !is_layer(merged)?;
         if is_switched && names(host, top, merged) {
             let reason = was_merged(merged, &shown(base));
-            let remains = Remains::of(host, &journal, chain, false);
-            return Ok(Some((reason, remains.map_or_else(Vec::new, |remains| remains.paths(host)))));
+            let remains = Remains::of(host, &journal, chain, false)?;
+            let paths = remains.map(|remains| remains.paths(host)).transpose()?;
+            return Ok(Some((reason, paths.unwrap_or_default())));
         }
     }
     Ok(None)
+}
+
+/// The file that a name leads to, if there is one.
+fn id_of(host: &dyn Host, path: &Path) -> Result<Option<FileId>> {
+    let stat = if_there(host.stat(path)).map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
+    Ok(stat.map(|stat| stat.id))
 }
 
 /// Whether a user may mean the layer at `merged`, which may be there no more: by an index, by a path that leads to it, or
@@ -170,13 +178,21 @@ pub(super) fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) ->
             .layers()
             .get(at)
             .and_then(|l| reason(&l.path, l.image.as_qcow2()?.cluster0().merged_into()?))),
+        Err(e @ Error::Io { .. }) => Err(e),
         Err(not_found) => {
             // A layer that was merged is not in the chain any more.
             let path = Path::new(top);
             // A power cut may have torn its last mark.
             journal::heal(host, path, options.journal_dir.as_deref())?;
-            let Ok(file) = host.open(path, Access::Read) else { return Err(not_found) };
-            match Qcow2::read_cluster0(path, &*file).ok().as_ref().and_then(either) {
+            let opened = if_there(host.open(path, Access::Read));
+            let Some(file) = opened.map_err(|e| Error::io(path, FileOp::Open, None, e))? else {
+                return Err(not_found);
+            };
+            let cluster0 = match Qcow2::read_cluster0(path, &*file) {
+                Err(e @ Error::Io { .. }) => return Err(e),
+                other => other.ok(),
+            };
+            match cluster0.as_ref().and_then(either) {
                 Some(base) => Ok(reason(path, base)),
                 None => Err(not_found),
             }

@@ -67,7 +67,7 @@ impl Commit {
         let journal_dir = options.journal_dir.clone();
         let healing = OpenOptions { lock: false, heal: true, journal_dir, ..options.open.clone() };
         if let Some(gone) = before::removed(&*host, active, options)? {
-            return Ok(Self::over(host, options, gone));
+            return Self::over(host, options, gone);
         }
         let scout = Chain::open(&*host, active, &healing)?;
         // However often it is stopped, the same merge is known by the index that was asked for.
@@ -149,8 +149,8 @@ impl Commit {
             plan.nothing_to_do = None;
         }
         header.restore_points_lost.clone_from(&plan.restore_points_lost);
-        let remains = left.base.as_ref().and_then(|left| left.remains(&*host, &chain));
-        plan.remains = remains.map_or_else(Vec::new, |remains| remains.paths(&*host));
+        let remains = left.base.as_ref().map(|left| left.remains(&*host, &chain)).transpose()?.flatten();
+        plan.remains = remains.map(|remains| remains.paths(&*host)).transpose()?.unwrap_or_default();
         safety::space(&*host, &chain, span, &plan)?;
         let (base, top) = (span.base, span.top);
         let options = options.clone();
@@ -227,16 +227,16 @@ impl Commit {
     }
 
     /// The active image was merged, and removed: only its journal is there, and perhaps its data file.
-    fn over(host: Arc<dyn Host>, options: &CommitOptions, gone: Journal) -> Self {
+    fn over(host: Arc<dyn Host>, options: &CommitOptions, gone: Journal) -> Result<Self> {
         let (chain, header) = (Chain::default(), gone.header());
         let (base, active) = (header.base.clone(), header.active.clone());
         let reason = before::was_merged(&active, &base.to_string_lossy());
-        let remains = Remains::of(&*host, &gone, &chain, false);
-        let remains = remains.map_or_else(Vec::new, |remains| remains.paths(&*host));
+        let remains = Remains::of(&*host, &gone, &chain, false)?;
+        let remains = remains.map(|remains| remains.paths(&*host)).transpose()?.unwrap_or_default();
         let mut this = Self::nothing(host, options, chain, reason, remains);
         (this.plan.base, this.plan.top, this.plan.active) = (base, active.clone(), active);
         this.gone = Some(gone);
-        this
+        Ok(this)
     }
 
     /// What will be done.

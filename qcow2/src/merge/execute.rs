@@ -82,7 +82,8 @@ impl Commit {
         }
         let (folders, dir) = (self.chain.folders(&*self.host), self.options.journal_dir.clone());
         journal::sweep(&*self.host, &folders, dir.as_deref())?;
-        if let Some(remains) = self.left.base.as_ref().and_then(|left| left.remains(&*self.host, &self.chain))
+        let left = self.left.base.as_ref();
+        if let Some(remains) = left.map(|left| left.remains(&*self.host, &self.chain)).transpose()?.flatten()
         {
             // Base's journal, which tells of them, is there until a new one takes its place.
             remains.settle(&*self.host, &self.chain, &self.options, &mut report)?;

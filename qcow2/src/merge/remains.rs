@@ -17,7 +17,9 @@ use crate::image::Qcow2;
 use crate::journal::Journal;
 use crate::journal::record::{Phase, Spent, SpentKind};
 use crate::stamp::Stamp;
-use crate::storage::{Access, FileId, FileKind, Host, LockError, LockMode, Owner, Place, Storage};
+use crate::storage::{
+    Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner, Place, Storage, if_there,
+};
 
 /// What a stopped merge has left to be removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,23 +44,50 @@ enum Verdict {
     Kept(String),
 }
 
+/// The file of a layer, if it is there.
+fn stat_of(host: &dyn Host, spent: &Spent) -> Result<Option<FileStat>> {
+    let path = &spent.file.path;
+    if_there(host.stat(path)).map_err(|e| Error::io(path, FileOp::Stat, None, e))
+}
+
 impl Remains {
     /// What the merge of a journal has left to be removed, if it has changed the chain: none of that is in `chain`
     /// any more. `is_doubtful` tells that somebody has written to base meanwhile.
-    pub(super) fn of(host: &dyn Host, journal: &Journal, chain: &Chain, is_doubtful: bool) -> Option<Self> {
-        let files = journal.spent().filter(|_| journal.state().phase >= Phase::Switching)?;
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn of(
+        host: &dyn Host,
+        journal: &Journal,
+        chain: &Chain,
+        is_doubtful: bool,
+    ) -> Result<Option<Self>> {
+        let Some(files) = journal.spent().filter(|_| journal.state().phase >= Phase::Switching) else {
+            return Ok(None);
+        };
         let layers = chain.files();
-        let is_in_chain =
-            |spent: &Spent| host.stat(&spent.file.path).is_ok_and(|stat| layers.contains(&stat.id));
         let base = journal.header().base.clone();
-        let owner = journal.owner().ok()?;
-        (!files.iter().any(is_in_chain)).then_some(Self { base, owner, files, is_doubtful })
+        for spent in &files {
+            if stat_of(host, spent)?.is_some_and(|stat| layers.contains(&stat.id)) {
+                return Ok(None);
+            }
+        }
+        let owner = journal.owner()?;
+        Ok(Some(Self { base, owner, files, is_doubtful }))
     }
 
     /// The files that are there still.
-    pub(super) fn paths(&self, host: &dyn Host) -> Vec<PathBuf> {
-        let paths = self.files.iter().map(|spent| spent.file.path.clone());
-        paths.filter(|path| host.stat(path).is_ok()).collect()
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn paths(&self, host: &dyn Host) -> Result<Vec<PathBuf>> {
+        let mut paths = Vec::new();
+        for spent in &self.files {
+            if stat_of(host, spent)?.is_some() {
+                paths.push(spent.file.path.clone());
+            }
+        }
+        Ok(paths)
     }
 
     /// Removes what is certain, if this merge is to remove layers too, or else marks it as merged; says what is
@@ -114,11 +143,10 @@ impl Remains {
 
     /// Those of the files that images use which are not among them.
     fn shared(&self, host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Vec<FileId>> {
-        let there: Vec<(&Path, FileId)> = self
-            .files
-            .iter()
-            .filter_map(|spent| Some((&*spent.file.path, host.stat(&spent.file.path).ok()?.id)))
-            .collect();
+        let mut there: Vec<(&Path, FileId)> = Vec::new();
+        for spent in &self.files {
+            there.extend(stat_of(host, spent)?.map(|stat| (&*spent.file.path, stat.id)));
+        }
         let targets: Vec<FileId> = there.iter().map(|(_, id)| *id).collect();
         if targets.is_empty() {
             return Ok(targets);
@@ -277,11 +305,11 @@ mod tests {
         change(host);
         let options = OpenOptions { policy, ..OpenOptions::default() };
         let chain = Chain::open(host, Path::new("/vm/0"), &options).unwrap();
-        let remains = Remains::of(host, &journal, &chain, false).unwrap();
+        let remains = Remains::of(host, &journal, &chain, false).unwrap().unwrap();
         let options = CommitOptions { open: options, delete: true, ..CommitOptions::default() };
         let mut report = Report::default();
         remains.settle(host, &chain, &options, &mut report).unwrap();
-        assert!(remains.paths(host).iter().all(|path| !report.deleted.contains(path)));
+        assert!(remains.paths(host).unwrap().iter().all(|path| !report.deleted.contains(path)));
         report
     }
 
@@ -334,10 +362,14 @@ mod tests {
         let files = noted(&host);
         let chain = Chain::open(&host, Path::new("/vm/1"), &options).unwrap();
         let journal = stopped(&host, Phase::Switching, files.clone());
-        assert_eq!(Remains::of(&host, &journal, &chain, false), None, "it is a layer of the chain yet");
+        assert_eq!(
+            Remains::of(&host, &journal, &chain, false).unwrap(),
+            None,
+            "it is a layer of the chain yet"
+        );
         let chain = Chain::open(&host, Path::new("/vm/0"), &options).unwrap();
         let journal = stopped(&host, Phase::Moving, files);
-        assert_eq!(Remains::of(&host, &journal, &chain, false), None);
+        assert_eq!(Remains::of(&host, &journal, &chain, false).unwrap(), None);
     }
 
     #[test]
@@ -346,7 +378,7 @@ mod tests {
         let journal = stopped(&host, Phase::Switching, noted(&host));
         let options = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
         let chain = Chain::open(&host, Path::new("/vm/0"), &options).unwrap();
-        let remains = Remains::of(&host, &journal, &chain, true).unwrap();
+        let remains = Remains::of(&host, &journal, &chain, true).unwrap().unwrap();
         let options = CommitOptions { open: options, delete: true, ..CommitOptions::default() };
         let mut report = Report::default();
         remains.settle(&host, &chain, &options, &mut report).unwrap();

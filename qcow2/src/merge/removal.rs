@@ -81,7 +81,7 @@ impl Commit {
 
     /// Ends a merge that was stopped when it had removed the active image.
     pub(super) fn finish_removed(&self, journal: &Journal, report: &mut Report) -> Result<()> {
-        if let Some(remains) = Remains::of(&*self.host, journal, &self.chain, false) {
+        if let Some(remains) = Remains::of(&*self.host, journal, &self.chain, false)? {
             remains.settle(&*self.host, &self.chain, &self.options, report)?;
         }
         journal.remove(&*self.host)

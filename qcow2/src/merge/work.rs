@@ -15,7 +15,7 @@ use crate::image::Image;
 use crate::journal::record::{BLOCK, Guard, Header, MAX_BLOCKS, Phase, Purpose, Record, Spent, SpentKind};
 use crate::journal::{self, Found, Journal, Journaled, Judgement, Now, Verdict};
 use crate::stamp::Stamp;
-use crate::storage::{Access, FileId, Host, Place, Storage};
+use crate::storage::{Access, FileId, Host, LockError, Place, Storage};
 use crate::units::GuestOffset;
 
 /// An image that is written under a journal.
@@ -133,7 +133,10 @@ impl Left {
     }
 
     /// The files that the work was to remove when it was stopped, and that are no part of `chain`.
-    pub(super) fn remains(&self, host: &dyn Host, chain: &Chain) -> Option<Remains> {
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn remains(&self, host: &dyn Host, chain: &Chain) -> Result<Option<Remains>> {
         // What was merged into a base that was put back is nowhere else.
         let is_doubtful = self.judgement.verdict == Verdict::Foreign || self.judgement.is_older;
         Remains::of(host, &self.journal, chain, is_doubtful)
@@ -450,8 +453,10 @@ pub(super) fn end_left(
     }
     let path = &layer.path;
     let file = Place::of_file(host, path, &**layer.image.file())?.reopen(host, &**layer.image.file())?;
-    file.lock(crate::storage::LockMode::Write)
-        .map_err(|_| Error::InUse { path: path.clone(), holders: host.holders(layer.id) })?;
+    file.lock(crate::storage::LockMode::Write).map_err(|e| match e {
+        LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(layer.id) },
+        LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
+    })?;
     let found = journal::find(host, path, &*file, dir, Access::ReadWrite, journal::JOURNAL)?;
     let Some(Found { journal, last, .. }) = found else { return Ok(()) };
     let data = layer.image.as_qcow2().filter(|q| q.has_data_file()).map(|q| q.data_file().clone());
@@ -460,7 +465,7 @@ pub(super) fn end_left(
     if left.is_ours() {
         left.take_up(host, &mut image, false)?.release(&mut image)?;
     }
-    if let Some(remains) = left.remains(host, chain) {
+    if let Some(remains) = left.remains(host, chain)? {
         remains.settle(host, chain, options, report)?;
     }
     left.discard(host)

@@ -140,6 +140,27 @@ pub trait Storage: Send + Sync + fmt::Debug {
     }
 }
 
+/// What the system says about a name, where "it leads nowhere" is an answer. Any other error is none: the device, the
+/// network or the process' limits have failed, and nobody knows whether there is a file.
+///
+/// # Errors
+/// What is no answer.
+pub(crate) fn if_there<T>(said: io::Result<T>) -> io::Result<Option<T>> {
+    match said {
+        Ok(found) => Ok(Some(found)),
+        Err(e) if leads_nowhere(&e) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Whether an error says that a name leads to no file that could be an image.
+pub(crate) fn leads_nowhere(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let answers = [Errno::NOENT, Errno::NOTDIR, Errno::LOOP, Errno::NAMETOOLONG, Errno::INVAL, Errno::ISDIR];
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput)
+        || Errno::from_io_error(error).is_some_and(|errno| answers.contains(&errno))
+}
+
 /// What a file is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileKind {

@@ -233,7 +233,7 @@ fn run(what: &str, step: usize, least: u64, f: impl Fn(&Scenario, u64) -> Outcom
 
 #[test]
 fn a_merge_that_goes_on_survives_the_nth_failure() {
-    run("failed operations of merges that go on", 101, 2_000, go_on);
+    run("failed operations of merges that go on", 251, 2_000, go_on);
 }
 
 #[test]

@@ -109,21 +109,21 @@ fn a_power_cut_leaves_what_can_be_repaired() {
 }
 
 #[test]
-fn on_a_device_new_structures_lie_behind_what_is_in_use() {
+fn on_a_device_new_structures_lie_in_free_clusters() {
     let Some(bench) = Bench::new() else { return };
     let path = varied_image(&bench, "i", "cluster_size=4k");
     patch_u64(&path, places(&path).refcount_table, 0);
     let image = std::fs::read(&path).unwrap();
     let options = CheckOptions::default();
-    // The lost block's own cluster is free, too: one more is needed.
-    for (room, fits) in [(1 << 20, true), (2 << 12, true), (1 << 12, true), (0, false)] {
+    // There are free clusters in the middle; where there are none is tried in `mends`.
+    for room in [1 << 20, 1 << 12, 0] {
         let mut device = image.clone();
         device.resize(image.len().next_multiple_of(4096) + room, 0xee);
         let (disk, file) = disk(&device);
         disk.make_device(Path::new(NAME)).unwrap();
         let done = repair(Path::new(NAME), &*file, None, RepairMode::All, &options).unwrap();
-        assert_eq!(done.rebuilt.is_some(), fits, "{room}: {done}");
-        assert_eq!(done.after.verdict() == Verdict::Clean, fits, "{room}: {done}");
+        assert!(done.rebuilt.is_some(), "{room}: {done}");
+        assert_eq!(done.after.verdict(), Verdict::Clean, "{room}: {done}");
         let after = content(&disk);
         assert_eq!(after.len(), device.len(), "a device does not grow");
         assert_same_guest(&guest(&image), &guest(&after), "device");
