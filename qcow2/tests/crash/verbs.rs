@@ -173,7 +173,8 @@ fn flatten(scenario: &Scenario, _: u64) -> Outcome {
     let active = scenario.path(scenario.active());
     let output = Path::new("/vm/flat");
     for to in [ImageFormat::Raw, ImageFormat::Qcow2] {
-        let flat = FlattenOptions { open: options(), output: output.to_owned(), to, base: None };
+        let flat =
+            FlattenOptions { open: options(), output: output.to_owned(), to, base: None, keep_zeros: false };
         let call = |disk: &SimHost| {
             let cancel = AtomicBool::new(false);
             let host: Arc<dyn Host> = Arc::new(disk.clone());
