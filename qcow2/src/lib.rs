@@ -46,10 +46,10 @@ pub mod fuzzing;
 pub mod image;
 pub mod journal;
 pub mod merge;
-pub mod stamp;
 #[cfg(test)]
 #[path = "../../testdata/skipped.rs"]
 mod skipped;
+pub mod stamp;
 pub mod storage;
 pub mod units;
 

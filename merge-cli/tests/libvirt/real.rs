@@ -13,11 +13,12 @@ use crate::support::{hinted, run, text};
 struct Written(std::collections::BTreeMap<u64, u8>);
 
 impl Written {
-    /// Writes and flushes blocks that overlap those of earlier calls.
+    /// Writes and flushes blocks, of which some were written by earlier calls.
     #[track_caller]
     fn write(&mut self, session: &Session, pattern: u8) {
-        for n in 0..6 {
-            let block = u64::from(pattern) * 3 + n * 7;
+        // Some that every call writes anew, and some of its own: old data of a layer hides newer one of base.
+        let own = 100 + u64::from(pattern) * 3;
+        for block in [2, 40, 77, own, own + 1] {
             session.device("virtio-disk0", &format!("write -q -P {pattern} {}k 64k", block * 64));
             self.0.insert(block, pattern);
         }

@@ -6,7 +6,7 @@ use qcow2::storage::sim::{Cuts, Garbage, Random, SimHost, State, Tear, power_cut
 
 use crate::chain::Scenario;
 use crate::judge::{Judge, merge};
-use crate::run::{Outcome, Tier, all, garbage, tier};
+use crate::run::{Outcome, Tier, all, garbage, is_whole, tier};
 use crate::scenarios;
 
 /// Power cuts for one scenario.
@@ -69,7 +69,7 @@ fn no_power_cut_loses_anything() {
     let tier = tier();
     let some = scenarios::some(tier, 1);
     let total = all("power cuts", some, |scenario, seed| cut_everywhere(scenario, seed, tier));
-    if std::env::var_os("QMERGE_CRASH_ONLY").is_none() {
+    if is_whole() {
         assert!(total.scenarios >= 500 && total.states >= tier.of(100_000, 1_000_000), "{total:?}");
     }
 }
@@ -173,7 +173,7 @@ fn no_power_cut_during_recovery_loses_anything() {
     let tier = tier();
     let some = scenarios::some(tier, tier.of(3, 2));
     let total = all("power cuts during recovery", some, |scenario, seed| cut_twice(scenario, seed, tier));
-    if std::env::var_os("QMERGE_CRASH_ONLY").is_none() {
+    if is_whole() {
         assert!(total.states >= tier.of(50_000, 100_000), "{total:?}");
     }
 }

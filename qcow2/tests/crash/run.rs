@@ -12,7 +12,7 @@ use crate::chain::Scenario;
 /// How much is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tier {
-    /// What every test run does.
+    /// Few sets of each scenario.
     Quick,
     /// With `QMERGE_CRASH=full`.
     Full,
@@ -22,9 +22,20 @@ pub(crate) enum Tier {
 pub(crate) fn tier() -> Tier {
     match std::env::var("QMERGE_CRASH").as_deref() {
         Ok("full") => Tier::Full,
-        Ok(other) => panic!("QMERGE_CRASH={other}: only 'full' is known"),
-        Err(_) => Tier::Quick,
+        Ok("all") | Err(_) => Tier::Quick,
+        Ok(other) => panic!("QMERGE_CRASH={other}: only 'all' and 'full' are known"),
     }
+}
+
+/// One of how many scenarios is run: each with `QMERGE_CRASH=all` or `full`, a sample of them in a run that was not asked
+/// for more.
+pub(crate) fn share() -> usize {
+    if std::env::var_os("QMERGE_CRASH").is_some() { 1 } else { 5 }
+}
+
+/// Whether the numbers of a whole run are to be expected.
+pub(crate) fn is_whole() -> bool {
+    share() == 1 && std::env::var_os("QMERGE_CRASH_ONLY").is_none()
 }
 
 /// What may hold garbage after a power cut: sectors, unless `QMERGE_CRASH_GARBAGE` says `blocks` or `none`.

@@ -16,12 +16,12 @@ mod tables;
 pub(crate) use tables::full_records;
 
 use crate::chain::Scenario;
-use crate::run::Tier;
+use crate::run::{Tier, share};
 
-/// Every `step`th scenario; all of them where names were asked for.
+/// Every `step`th scenario, or a sample of these; all of them where names were asked for.
 pub(crate) fn some(tier: Tier, step: usize) -> Vec<Scenario> {
     let asked = std::env::var_os("QMERGE_CRASH_ONLY").is_some();
-    all(tier).into_iter().step_by(if asked { 1 } else { step }).collect()
+    all(tier).into_iter().step_by(if asked { 1 } else { step * share() }).collect()
 }
 
 /// All scenarios of a tier.
