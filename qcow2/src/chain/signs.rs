@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::Layer;
 use super::name::possible_paths;
 use super::siblings::read_names;
-use crate::storage::{Access, FileId, FileKind, Host, NameKind};
+use crate::storage::{Access, FileId, FileKind, Host, NameKind, if_there};
 
 /// An image whose backing name leads nowhere, and ends in the name of a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,7 +42,9 @@ fn lookalike(host: &dyn Host, path: &Path, names: &[(OsString, &Layer)]) -> Opti
     let led_to = possible_paths(cluster0.backing_name.as_deref()?, path);
     let (_, layer) = names.iter().find(|(name, _)| led_to.iter().any(|led| led.file_name() == Some(name)))?;
     let name = layer.path.file_name()?;
-    if led_to.iter().any(|led| host.stat(led).is_ok()) || host.stat(&path.with_file_name(name)).is_ok() {
+    // Where nobody can say whether there is a file, nothing leads nowhere.
+    let leads_nowhere = |path: &Path| matches!(if_there(host.stat(path)), Ok(None));
+    if !led_to.iter().all(|led| leads_nowhere(led)) || !leads_nowhere(&path.with_file_name(name)) {
         return None;
     }
     let stated = cluster0.backing_format();
