@@ -57,9 +57,15 @@ fn a_journal_of_somebody_else_is_not_believed_and_not_removed() {
         folder.assert_unchanged(&before, &run);
     }
     folder.qmerge(&["info", "-f", "raw", "base"]).ok();
-    // As the hint says: away with it. The overlay still holds everything.
-    fs::remove_file(&journal).unwrap();
+    // One that is not in the way is named, and left alone.
+    folder.create("other", MIB, "");
+    let record = folder.join(".other.qmerge-switch");
+    fs::rename(&journal, &record).unwrap();
+    let dry = folder.qmerge(&["commit", "a.qcow2", "--dry-run"]).ok();
+    dry.says(".other.qmerge-switch: it belongs to the user 65534");
+    // With nothing in its way the merge begins anew: the overlay still holds everything.
     folder.qmerge(&["commit", "a.qcow2"]).ok();
+    assert!(record.exists(), "it was not removed");
     folder.view("qcow2", "a.qcow2").assert_same(&view, "the view when the merge is done");
     folder.view("raw", "base").assert_same(&view, "base when the merge is done");
 }

@@ -20,6 +20,7 @@ mod judge;
 mod place;
 pub mod record;
 mod spent;
+mod strangers;
 
 pub(crate) use device::Journaled;
 pub(crate) use file::Journal;
@@ -29,6 +30,8 @@ pub(crate) use judge::{Judgement, Now, Verdict, are_names_clean, judge};
 pub use place::JOURNAL;
 pub(crate) use place::SWITCH;
 pub(crate) use place::{Found, find, find_removed, place, refuse_strangers};
+pub use strangers::Stranger;
+pub(crate) use strangers::strangers;
 
 #[cfg(test)]
 mod tests;

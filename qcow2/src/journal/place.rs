@@ -106,7 +106,11 @@ pub(crate) fn place(
     let folder = place.folder();
     host.may_create_in(folder)
         .map_err(|e| refused(format!("{} cannot be written: {e}", folder.path().display())))?;
-    refuse_stranger(host, path, &place, stat.owner)?;
+    let mut fresh = place.name().to_owned();
+    fresh.push(NEW);
+    for place in [&place, &place.beside(fresh)] {
+        refuse_stranger(host, path, place, stat.owner)?;
+    }
     if dir.is_none() || place.stat(host).is_err() {
         return Ok(place);
     }

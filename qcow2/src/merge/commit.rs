@@ -20,8 +20,8 @@ use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions, index};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::{Image, bitmaps, grow, read_snapshots};
-use crate::journal::Journal;
 use crate::journal::record::Header;
+use crate::journal::{self, Journal};
 use crate::storage::{Access, FileId, FileKind, Host};
 use crate::units::GuestOffset;
 
@@ -144,6 +144,7 @@ impl Commit {
         let shared = found.shared.clone();
         let mut plan = make_plan(&chain, span, options, totals, side_by_side, afterwards, found)?;
         (plan.resumed, plan.begins_anew) = (resumed, begins_anew);
+        plan.strangers = journal::strangers(&*host, &chain.folders(&*host));
         if left.base.as_ref().is_some_and(Left::is_ours) || left.active.as_ref().is_some_and(Left::is_ours) {
             // The images are marked dirty, and must not stay so.
             plan.nothing_to_do = None;
@@ -204,6 +205,7 @@ impl Commit {
             searched: Vec::new(),
             signs: Signs::default(),
             unreadable: Vec::new(),
+            strangers: Vec::new(),
             nothing_to_do: Some(reason),
             resumed: None,
             begins_anew: None,
@@ -393,6 +395,7 @@ fn make_plan(
         searched: found.searched,
         signs: found.signs,
         unreadable: found.unreadable,
+        strangers: Vec::new(),
         nothing_to_do: nothing.then(|| {
             format!("{} is an empty overlay on {}", path(span.active).display(), path(span.base).display())
         }),

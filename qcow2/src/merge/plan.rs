@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use super::job::Totals;
 use crate::chain::DataFileKept;
+use crate::journal::Stranger;
 
 /// The plan of a commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +47,8 @@ pub struct Plan {
     pub signs: Signs,
     /// Files there that could not be read, so that it is not known what they use.
     pub unreadable: Vec<PathBuf>,
+    /// Journals and records in the chain's folders that do not count, and are left alone.
+    pub strangers: Vec<Stranger>,
     /// Set when there is nothing to do, with the reason.
     pub nothing_to_do: Option<String>,
     /// Set when an earlier run of the same merge was stopped, and this one goes on where it was.

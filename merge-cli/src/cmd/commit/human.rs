@@ -50,6 +50,13 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, Str
         "restore points",
         format!("{lost} will be {what} no more, as soon as the first byte is written"),
     );
+    for stranger in &plan.strangers {
+        let (file, user) = (show(&stranger.file), stranger.user);
+        fields.add(
+            "not believed",
+            format!("{file}: it belongs to the user {user}, who may not write the image beside it, and is left alone"),
+        );
+    }
     for data in &plan.data_files {
         let what = match data.fate {
             DataFileFate::Written => "it takes the data".to_owned(),

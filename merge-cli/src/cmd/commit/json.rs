@@ -23,6 +23,9 @@ pub(super) fn plan(plan: &Plan) -> Value {
         };
         json!({ "file": path(&data.file), "image": path(&data.image), "action": action, "reason": reason })
     });
+    let strangers = plan.strangers.iter();
+    fields["strangers"] =
+        strangers.map(|stranger| json!({ "file": path(&stranger.file), "user": stranger.user })).collect();
     fields["data-files"] = data_files.collect();
     fields["resumed"] = match plan.resumed {
         Some(resumed) => json!({ "bytes-done": resumed.done, "percent": resumed.percent }),
