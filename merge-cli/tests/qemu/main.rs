@@ -35,4 +35,5 @@ mod siblings;
 #[path = "../../../testdata/skipped.rs"]
 mod skipped;
 mod traps;
+mod unfinished;
 mod user_errors;
