@@ -467,7 +467,10 @@ mod tests {
             (r#"json:{"driver":"qcow2","file.driver":"https","file.url":"u"}"#, "driver 'https'"),
             (r#"json:{"driver":"raw","offset":512,"file":{"filename":"/b"}}"#, "'offset'"),
             (r#"json:{"driver":"qcow2","backing":"node","file":{"filename":"/b"}}"#, "'backing'"),
-            (r#"json:{"driver":"qcow2","backing":{"driver":"nbd"},"file":{"filename":"/b"}}"#, "driver"),
+            (
+                r#"json:{"driver":"qcow2","backing":{"driver":"nbd"},"file":{"filename":"/b"}}"#,
+                "without a file name",
+            ),
             (r#"json:{"driver":"quorum","file":{"filename":"/b"},"vote-threshold":1}"#, "'vote-threshold'"),
             (r#"json:{"driver":"blkdebug","image":{"driver":"file","filename":"/b"}}"#, "'image.driver'"),
             (r#"json:{"driver":"throttle","offset":1,"file":{"driver":"file","filename":"/b"}}"#, "'offset'"),
