@@ -100,11 +100,6 @@ impl Call {
         self.again().options(more)
     }
 
-    /// The same command with another value of `option`, which may be given once.
-    pub(crate) fn again_with_value(&self, option: &str, value: impl AsRef<OsStr>) -> Command {
-        Command::qmerge(without(&self.words, option)).option(option, value)
-    }
-
     /// The same command with another file for an option that has a short and a long name.
     pub(crate) fn again_with_file(&self, short: &str, long: &str, file: &Path) -> Command {
         let words = without(&without(&self.words, long), short);
@@ -140,16 +135,6 @@ pub(crate) fn without<W: AsRef<OsStr>>(words: &[W], option: &str) -> Vec<OsStrin
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_option_that_was_given_is_not_given_twice() {
-        for words in ["commit a --journal-dir x -q", "commit a --journal-dir=x -q", "commit a -q"] {
-            let words = words.split(' ').map(Into::into).collect();
-            let call = Call { verb: VerbName::Commit, image: "a".into(), words };
-            let again = call.again_with_value("--journal-dir", "DIR").to_string();
-            assert_eq!(again, "qmerge commit a -q --journal-dir DIR");
-        }
-    }
 
     #[test]
     fn another_output_replaces_the_first_however_it_was_given() {

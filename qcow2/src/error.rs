@@ -32,7 +32,7 @@ pub enum Error {
         source: io::Error,
     },
     /// Guest data cannot be read from where it lies.
-    #[error("{}: cannot read{}{} at offset {offset:#x}: {source}", path.display(), of_data_file(*in_data_file), guest_at(*guest))]
+    #[error("{}: cannot read{}{} at offset {offset:#x}: {source}", shown(path), of_data_file(*in_data_file), guest_at(*guest))]
     Unreadable {
         /// The layer that holds the data.
         path: PathBuf,
@@ -289,7 +289,7 @@ pub enum Refusal {
     #[error(
         "{} is in the way of the journal; it belongs to the user {user}, who may not write the image, so what it says is \
          not believed, and it was not touched",
-        file.display()
+        shown(file)
     )]
     Stranger {
         /// The file.

@@ -6,7 +6,7 @@ use qcow2::error::shown;
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2::chain::{OpenOptions, may_be_unlocked, open_data_file};
+use qcow2::chain::{Chain, OpenOptions, may_be_unlocked, open_data_file};
 use qcow2::check::repair::{self, RepairMode, RepairPlan};
 use qcow2::check::{self, CheckOptions, CheckReport, Severity, Verdict};
 use qcow2::error::FileOp;
@@ -16,11 +16,12 @@ use qcow2::{Error, ErrorKind};
 use serde_json::{Map, Value, json};
 
 use super::open;
+use super::walk::walk;
 use crate::call::Call;
 use crate::cli::{CheckArgs, RepairWhat};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Hint, word};
+use crate::hint::{Command, Hint, free_name, word};
 use crate::output::Console;
 use crate::output::human::plural;
 use crate::output::json::path;
@@ -38,7 +39,7 @@ pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Ex
     if console.is_json() {
         console.document(&json(&args.image, &outcome))?;
     } else {
-        console.result(&human(&args.image, &outcome))?;
+        console.result(&human(args, call, &outcome))?;
     }
     Ok(match outcome.report().verdict() {
         Verdict::Clean => Exit::DONE,
@@ -135,7 +136,8 @@ fn nothing_to_check(image: &Path) -> Failure {
 }
 
 /// What was done, what was found, worst first, and what it means.
-fn human(image: &Path, outcome: &Outcome) -> String {
+fn human(args: &CheckArgs, call: &Call, outcome: &Outcome) -> String {
+    let image = &args.image;
     let report = outcome.report();
     let (mut lines, repaired) = match outcome {
         Outcome::Checked(_) => (Vec::new(), false),
@@ -163,9 +165,11 @@ fn human(image: &Path, outcome: &Outcome) -> String {
             format!("{} could not be read.", plural(report.check_errors, "structure", "structures"))
         }
         Verdict::Corrupt if repaired => format!(
-            "{} and {} remain. Do not write to the image; restore it from a backup, or save what can be read: qmerge flatten {file} -o NEW.qcow2",
+            "{} and {} remain. Do not write to the image; restore it from a backup{}",
             plural(report.corruptions, "corruption", "corruptions"),
             plural(report.leaks, "leaked cluster", "leaked clusters"),
+            saving(args, call)
+                .map_or(".".to_owned(), |command| format!(", or save what can be read: {command}")),
         ),
         Verdict::Corrupt => format!(
             "{} and {} were found. Do not write to the image. To repair it: qmerge check --repair all {file}",
@@ -186,6 +190,14 @@ fn human(image: &Path, outcome: &Outcome) -> String {
         size::exact(report.image_end_offset),
     ));
     lines.join("\n")
+}
+
+/// The command that writes what can be read of the image into a new file; none if that would fail at a table.
+fn saving(args: &CheckArgs, call: &Call) -> Option<Command> {
+    let options = OpenOptions { as_qemu: true, ..open::image_options(&args.open) };
+    let chain = Chain::open(&OsHost, &args.image, &options).ok()?;
+    walk(&chain, call, |_| Ok(())).ok()?;
+    Some(Command::qmerge(["flatten"]).file(&args.image).word("-o").file(free_name(&args.image)?))
 }
 
 fn name(severity: Severity) -> &'static str {

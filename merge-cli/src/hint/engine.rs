@@ -224,7 +224,10 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
             let why = "if it is certain that no virtual machine uses these images";
             allowed(HintKind::NoLock, why, call, &["--no-lock"]).into()
         }
-        Refusal::JournalPlace { .. } => journal_place(call),
+        Refusal::JournalPlace { .. } => Hint::advice(
+            "name a folder on a disk that survives a power cut with --journal-dir, and the same one again if the merge is stopped",
+        )
+        .into(),
         Refusal::Stranger { file, .. } => Hints::from(Hint::advice(format!(
             "ask its owner, or if no merge of theirs needs it, remove {}",
             shown(file)
@@ -347,18 +350,6 @@ fn mismatch(image: &Path, call: &Call) -> Hints {
         call,
         &["--backing-format".into(), value],
     ))
-}
-
-fn journal_place(call: &Call) -> Hints {
-    // A place that survives a restart of the system, and that root may write.
-    let place = Path::new("/var/lib/qmerge");
-    let why =
-        "name a folder on a disk that survives a power cut, and the same one again if the merge is stopped";
-    if !place.is_dir() {
-        return Hint::advice(format!("{why}, with --journal-dir")).into();
-    }
-    let command = call.again_with_value("--journal-dir", place.as_os_str());
-    Hint::command(HintKind::JournalDir, why, command).into()
 }
 
 fn too_deep(limit: usize, call: &Call) -> Hints {

@@ -44,7 +44,7 @@ pub(super) fn io_hints(path: &Path, op: FileOp, source: &io::Error, call: &Call)
     }
     match source.kind() {
         ErrorKind::NotFound => not_found(path, op),
-        ErrorKind::PermissionDenied => permission(path, call),
+        ErrorKind::PermissionDenied => permission(path, rustix::process::geteuid().is_root(), call),
         ErrorKind::ReadOnlyFilesystem => {
             again("make its file system writable (mount -o remount,rw), then again")
         }
@@ -82,8 +82,7 @@ fn not_found(path: &Path, op: FileOp) -> Hints {
 }
 
 /// What may not be done. Root is told what stands in even its way.
-fn permission(path: &Path, call: &Call) -> Hints {
-    let is_root = rustix::process::geteuid().is_root();
+fn permission(path: &Path, is_root: bool, call: &Call) -> Hints {
     if files::is_immutable(path) {
         let command = Command::of("chattr").word("-i").file(path);
         let words = "it is marked immutable, as templates are; if it may be changed";
@@ -115,4 +114,45 @@ pub(super) fn no_space(path: &Path, call: &Call) -> Hints {
         )
     };
     Hint::command(HintKind::Again, words, call.again()).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn commit() -> Call {
+        Call {
+            verb: VerbName::Commit,
+            image: "c.qcow2".into(),
+            words: ["commit", "c.qcow2"].map(Into::into).to_vec(),
+        }
+    }
+
+    #[test]
+    fn only_others_are_told_to_be_root() {
+        let hints = |is_root| permission(Path::new("no such file"), is_root, &commit()).to_string();
+        assert_eq!(hints(false), "as root: sudo qmerge commit c.qcow2");
+        assert!(
+            !hints(true).contains("sudo") && hints(true).ends_with(": qmerge commit c.qcow2"),
+            "{}",
+            hints(true)
+        );
+    }
+
+    #[test]
+    fn each_limit_is_told_by_its_own_words() {
+        for (errno, words) in [
+            (Errno::MFILE, "ulimit -n"),
+            (Errno::FBIG, "ulimit -f"),
+            (Errno::DQUOT, "quota"),
+            (Errno::NOSPC, "df -h"),
+            (Errno::IO, "dmesg"),
+            (Errno::ROFS, "remount"),
+            (Errno::NOMEM, "memory"),
+        ] {
+            let source = io::Error::from(errno);
+            let text = io_hints(Path::new("c.qcow2"), FileOp::Write, &source, &commit()).to_string();
+            assert!(text.contains(words) && text.ends_with(": qmerge commit c.qcow2"), "{errno:?}: {text}");
+        }
+    }
 }

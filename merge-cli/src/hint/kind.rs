@@ -35,8 +35,6 @@ pub(crate) enum HintKind {
     BackingFormat,
     /// The same command, with the format of the named image.
     Format,
-    /// The same command, with a folder for the journal.
-    JournalDir,
     /// The same command, on a file system without locks.
     NoLock,
     /// The merge begun anew over what others wrote.
@@ -74,7 +72,7 @@ pub(crate) enum HintKind {
 impl HintKind {
     /// All of them.
     #[allow(dead_code, reason = "the tests read it")]
-    pub(crate) const ALL: [Self; 33] = [
+    pub(crate) const ALL: [Self; 32] = [
         Self::Advice,
         Self::Again,
         Self::AgainAsRoot,
@@ -91,7 +89,6 @@ impl HintKind {
         Self::AllowDir,
         Self::BackingFormat,
         Self::Format,
-        Self::JournalDir,
         Self::NoLock,
         Self::Restart,
         Self::AllowCopy,
@@ -129,7 +126,6 @@ impl HintKind {
             Self::AllowDir => "allow-dir",
             Self::BackingFormat => "backing-format",
             Self::Format => "format",
-            Self::JournalDir => "journal-dir",
             Self::NoLock => "no-lock",
             Self::Restart => "restart",
             Self::AllowCopy => "allow-copy",

@@ -14,6 +14,8 @@ mod foreign;
 pub(crate) mod grow;
 mod inflate;
 mod map;
+#[cfg(test)]
+mod map_tests;
 mod preallocated;
 mod qcow2;
 mod raw;

@@ -397,7 +397,7 @@ fn make_plan(
         unreadable: found.unreadable,
         strangers: Vec::new(),
         nothing_to_do: nothing.then(|| {
-            format!("{} is an empty overlay on {}", path(span.active).display(), path(span.base).display())
+            format!("{} is an empty overlay on {}", shown(path(span.active)), shown(path(span.base)))
         }),
         resumed: None,
         begins_anew: None,

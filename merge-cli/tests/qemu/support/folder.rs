@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::view::data_ranges;
-use super::{Patch, Run, View, merge_binary, run};
+use super::{Patch, Run, View, merge_binary, run, type_hints};
 
 /// Two folders that go when the test ends: one for images, one for what they should read as.
 #[derive(Debug)]
@@ -56,10 +56,12 @@ impl Folder {
         self.views.join(format!("{}.raw", self.next_view.fetch_add(1, Ordering::Relaxed)))
     }
 
-    /// Runs `qmerge` here.
+    /// Runs `qmerge` here, and types the hints that it prints, if it does; see [`type_hints`].
     #[track_caller]
     pub(crate) fn qmerge(&self, args: &[&str]) -> Run {
-        run(&self.images, merge_binary(), args)
+        let run = run(&self.images, merge_binary(), args);
+        type_hints(&self.images, &run);
+        run
     }
 
     /// Runs the built command here, and kills it when it is about to sync for the `call`-th time. False if it ends before.

@@ -5,6 +5,7 @@ mod folder;
 mod patch;
 mod process;
 mod random;
+mod typed;
 mod view;
 
 pub(crate) use chain::Chain;
@@ -12,6 +13,7 @@ pub(crate) use folder::{Files, Folder};
 pub(crate) use patch::Patch;
 pub(crate) use process::{Holder, Run, merge_binary, run, tool_present};
 pub(crate) use random::Random;
+pub(crate) use typed::{command, type_hints, type_line};
 pub(crate) use view::View;
 
 /// Whether QEMU's tools are here; says so when they are not, and fails where `CI` is set.
