@@ -6,7 +6,7 @@ use qcow2::error::shown;
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2::chain::{Chain, OpenOptions, may_be_unlocked, open_data_file};
+use qcow2::chain::{OpenOptions, may_be_unlocked, open_data_file};
 use qcow2::check::repair::{self, RepairMode, RepairPlan};
 use qcow2::check::{self, CheckOptions, CheckReport, Severity, Verdict};
 use qcow2::error::FileOp;
@@ -16,12 +16,11 @@ use qcow2::{Error, ErrorKind};
 use serde_json::{Map, Value, json};
 
 use super::open;
-use super::walk::walk;
 use crate::call::Call;
 use crate::cli::{CheckArgs, RepairWhat};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Command, Hint, free_name, word};
+use crate::hint::{Command, Hint, can_be_flattened, free_name, word};
 use crate::output::Console;
 use crate::output::human::plural;
 use crate::output::json::path;
@@ -39,7 +38,7 @@ pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Ex
     if console.is_json() {
         console.document(&json(&args.image, &outcome))?;
     } else {
-        console.result(&human(args, call, &outcome))?;
+        console.result(&human(&args.image, &outcome))?;
     }
     Ok(match outcome.report().verdict() {
         Verdict::Clean => Exit::DONE,
@@ -136,8 +135,7 @@ fn nothing_to_check(image: &Path) -> Failure {
 }
 
 /// What was done, what was found, worst first, and what it means.
-fn human(args: &CheckArgs, call: &Call, outcome: &Outcome) -> String {
-    let image = &args.image;
+fn human(image: &Path, outcome: &Outcome) -> String {
     let report = outcome.report();
     let (mut lines, repaired) = match outcome {
         Outcome::Checked(_) => (Vec::new(), false),
@@ -168,8 +166,7 @@ fn human(args: &CheckArgs, call: &Call, outcome: &Outcome) -> String {
             "{} and {} remain. Do not write to the image; restore it from a backup{}",
             plural(report.corruptions, "corruption", "corruptions"),
             plural(report.leaks, "leaked cluster", "leaked clusters"),
-            saving(args, call)
-                .map_or(".".to_owned(), |command| format!(", or save what can be read: {command}")),
+            saving(image).map_or(".".to_owned(), |command| format!(", or save what can be read: {command}")),
         ),
         Verdict::Corrupt => format!(
             "{} and {} were found. Do not write to the image. To repair it: qmerge check --repair all {file}",
@@ -193,11 +190,9 @@ fn human(args: &CheckArgs, call: &Call, outcome: &Outcome) -> String {
 }
 
 /// The command that writes what can be read of the image into a new file; none if that would fail at a table.
-fn saving(args: &CheckArgs, call: &Call) -> Option<Command> {
-    let options = OpenOptions { as_qemu: true, ..open::image_options(&args.open) };
-    let chain = Chain::open(&OsHost, &args.image, &options).ok()?;
-    walk(&chain, call, |_| Ok(())).ok()?;
-    Some(Command::qmerge(["flatten"]).file(&args.image).word("-o").file(free_name(&args.image)?))
+fn saving(image: &Path) -> Option<Command> {
+    let output = free_name(image).filter(|_| can_be_flattened(image))?;
+    Some(Command::qmerge(["flatten"]).file(image).word("-o").file(output))
 }
 
 fn name(severity: Severity) -> &'static str {

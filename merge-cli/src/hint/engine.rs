@@ -113,6 +113,20 @@ fn malformed(path: &Path, call: &Call) -> Hints {
     }
 }
 
+/// An image that must be repaired before it is written. What a repair cannot mend may still be read.
+fn damaged(path: &Path, call: &Call) -> Hints {
+    if files::can_be_repaired(path) {
+        let command = Command::qmerge(["check", "--repair", "all"]).file(path);
+        return Hint::command(HintKind::Repair, "repair it first", command).into();
+    }
+    let restore = Hint::advice(format!("a repair cannot mend it: restore {} from a backup", shown(path)));
+    let save = match files::can_be_flattened(&call.image) {
+        true => flatten("or save what can be read", call),
+        false => None,
+    };
+    Hints::from(restore).or(check("the extent of the damage", path)).or(save)
+}
+
 /// A file of a format that is not read here.
 fn foreign(path: &Path, container: Container, call: &Call) -> Hints {
     let elsewhere = match (container.packer(), ImageFormat::from_name(container.name())) {
@@ -210,12 +224,7 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
         Refusal::Bitmaps { .. } => {
             allowed(HintKind::DropBitmaps, "if no backup needs them", call, &["--drop-bitmaps"]).into()
         }
-        Refusal::Dirty | Refusal::CorruptBit | Refusal::Inconsistent { .. } => Hint::command(
-            HintKind::Repair,
-            "repair it first",
-            Command::qmerge(["check", "--repair", "all"]).file(path),
-        )
-        .into(),
+        Refusal::Dirty | Refusal::CorruptBit | Refusal::Inconsistent { .. } => damaged(path, call),
         Refusal::HeaderRoom { .. } => {
             Hints::from(Hint::advice("give base a shorter name")).or(flatten("or make a new file", call))
         }

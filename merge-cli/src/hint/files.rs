@@ -5,9 +5,13 @@ use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use qcow2::chain::BackingName;
+use qcow2::chain::view::View;
+use qcow2::chain::{BackingName, Chain, OpenOptions, Policy, open_data_file};
+use qcow2::check::CheckOptions;
+use qcow2::check::repair::{self, RepairMode};
 use qcow2::image::{ImageFormat, Qcow2};
-use qcow2::storage::{Access, Host, OsHost};
+use qcow2::storage::{Access, Host, OsHost, Storage};
+use qcow2::units::{GuestOffset, GuestRange};
 use rustix::fs::{IFlags, ioctl_getflags};
 
 /// The folder that a file lies in, as one can type it.
@@ -113,4 +117,43 @@ impl Backing {
 /// The layer that lies `steps` below `image`, going by the names in the headers.
 pub(super) fn layer_down(image: &Path, steps: usize) -> Option<PathBuf> {
     (0..steps).try_fold(image.to_owned(), |image, _| Some(Backing::of(&image)?.path))
+}
+
+/// Whether `check --repair all` would leave no corruption in an image: its plan says so, on a copy in memory.
+pub(super) fn can_be_repaired(image: &Path) -> bool {
+    let plan = || {
+        let file = OsHost.open(image, Access::Read).ok()?;
+        let id = file.stat().ok()?.id;
+        let cluster0 = Qcow2::read_cluster0(image, &*file).ok()?;
+        let data = open_data_file(&OsHost, image, id, &cluster0, &local()).ok()?;
+        let data = data.as_ref().map(|(_, storage)| &**storage as &dyn Storage);
+        repair::plan(image, &*file, data, RepairMode::All, &CheckOptions::default()).ok()
+    };
+    plan().is_some_and(|plan| plan.after.corruptions == 0 && plan.after.check_errors == 0)
+}
+
+/// Whether `flatten` would find its way through the tables of a chain, as QEMU reads them.
+pub(crate) fn can_be_flattened(image: &Path) -> bool {
+    let Ok(chain) = Chain::open(&OsHost, image, &OpenOptions { as_qemu: true, ..local() }) else {
+        return false;
+    };
+    let images = chain.images();
+    let view = View::new(&images, 0, chain.active());
+    let (mut at, mut found) = (GuestOffset::new(0), Vec::new());
+    loop {
+        let start = match view.next_supplied(at) {
+            Ok(Some(start)) => start,
+            Ok(None) => return true,
+            Err(_) => return false,
+        };
+        found.clear();
+        if view.resolve(GuestRange { start, len: view.window() }, &mut found).is_err() {
+            return false;
+        }
+        at = start + view.window();
+    }
+}
+
+fn local() -> OpenOptions {
+    OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() }
 }

@@ -59,12 +59,6 @@ pub(crate) enum HintKind {
     LiveMerge,
     /// Disks of a running QEMU, or how things stand there.
     LiveLook,
-    /// The same live command again, with what it lacked.
-    LiveAgain,
-    /// A job of a running QEMU steered.
-    LiveJob,
-    /// The merge done with the machine shut down.
-    Offline,
     /// A command of libvirt's, for a machine that is libvirt's.
     Virsh,
 }
@@ -72,7 +66,7 @@ pub(crate) enum HintKind {
 impl HintKind {
     /// All of them.
     #[allow(dead_code, reason = "the tests read it")]
-    pub(crate) const ALL: [Self; 32] = [
+    pub(crate) const ALL: [Self; 29] = [
         Self::Advice,
         Self::Again,
         Self::AgainAsRoot,
@@ -101,9 +95,6 @@ impl HintKind {
         Self::Recover,
         Self::LiveMerge,
         Self::LiveLook,
-        Self::LiveAgain,
-        Self::LiveJob,
-        Self::Offline,
         Self::Virsh,
     ];
 
@@ -138,9 +129,6 @@ impl HintKind {
             Self::Recover => "recover",
             Self::LiveMerge => "live-merge",
             Self::LiveLook => "live-look",
-            Self::LiveAgain => "live-again",
-            Self::LiveJob => "live-job",
-            Self::Offline => "offline",
             Self::Virsh => "virsh",
         }
     }

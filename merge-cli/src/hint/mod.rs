@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 pub(crate) use self::command::{Command, file_word, quoted};
 pub(crate) use self::engine::hints;
-pub(crate) use self::files::free_name;
+pub(crate) use self::files::{can_be_flattened, free_name};
 pub(crate) use self::kind::HintKind;
 
 /// One thing to do next.

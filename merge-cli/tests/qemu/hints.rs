@@ -118,10 +118,10 @@ fn provoke(kind: HintKind, chain: &Chain) -> Tried {
                 "q",
                 "--blockdev",
                 "driver=qcow2,node-name=n,file.driver=file,file.filename=c.qcow2",
-                "--export",
-                "type=nbd,id=e,node-name=n,name=x,writable=on",
                 "--nbd-server",
                 "addr.type=unix,addr.path=n.sock",
+                "--export",
+                "type=nbd,id=e,node-name=n,name=x,writable=on",
             ]);
             let socket = folder.join("n.sock");
             let _holder = Holder::start(daemon, || socket.exists());
@@ -138,8 +138,8 @@ fn provoke(kind: HintKind, chain: &Chain) -> Tried {
             Tried::By("live")
         }
         HintKind::NoLock => Tried::By("formats"),
+        HintKind::Virsh => Tried::By("libvirt"),
         HintKind::Recover => Tried::By("recover"),
-        HintKind::LiveAgain | HintKind::LiveJob | HintKind::Offline => Tried::By("live"),
     }
 }
 
