@@ -123,9 +123,8 @@ pub(super) fn layer_down(image: &Path, steps: usize) -> Option<PathBuf> {
 pub(super) fn can_be_repaired(image: &Path) -> bool {
     let plan = || {
         let file = OsHost.open(image, Access::Read).ok()?;
-        let id = file.stat().ok()?.id;
         let cluster0 = Qcow2::read_cluster0(image, &*file).ok()?;
-        let data = open_data_file(&OsHost, image, id, &cluster0, &local()).ok()?;
+        let data = open_data_file(&OsHost, image, &*file, &cluster0, &local()).ok()?;
         let data = data.as_ref().map(|(_, storage)| &**storage as &dyn Storage);
         repair::plan(image, &*file, data, RepairMode::All, &CheckOptions::default()).ok()
     };
