@@ -1,6 +1,6 @@
 //! Images outside a chain that read through its files: what a merge would corrupt.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,9 @@ use super::name::{possible_data_file_paths, possible_paths};
 use super::search::Search;
 use crate::error::Result;
 use crate::format::{Cluster0, Header, V2_HEADER_LENGTH, is_qcow2};
+use crate::image::Qcow2;
 use crate::storage::{Access, FileId, FileKind, Host, Storage, if_there};
+use crate::units::GuestOffset;
 
 /// How much is read of every file at first, in bytes: enough for the header, the extensions and the
 /// names of nearly every image.
@@ -66,9 +68,11 @@ impl Chain {
 /// Looks through the folders `dirs` (not through folders in them) for qcow2 images whose backing file
 /// or data file is one of `targets`. Files of `chain` are left out, whatever they are called.
 ///
-/// Only headers are read, and no file that an image names is opened. Images with a damaged header
+/// Only headers are read, and of users their tables; no file that an image names is opened. Images with a damaged header
 /// are passed over: nothing can be read through them; so are layers that an earlier merge has marked
-/// as merged. Images of a version that is not known are listed as unreadable. Names that depend on a
+/// as merged, and active images that it has emptied and nobody has written to since. Whoever uses one of these reads
+/// through it, and counts as a user of what it uses.
+/// Images of a version that is not known are listed as unreadable. Names that depend on a
 /// process's working directory, or that this engine would not open, count if they may lead to a target.
 ///
 /// # Errors
@@ -96,26 +100,66 @@ pub fn find_users_in(
     let files = walked.files;
     let mut found = Siblings::default();
     (found.unreadable, found.left_out) = (walked.unreadable, walked.left_out);
-    let results: Vec<_> = files.par_iter().map(|path| (path, uses(host, path, targets, chain))).collect();
+    let results: Vec<_> = files.par_iter().map(|path| (path, look(host, path, chain))).collect();
+    let mut images = Vec::new();
     for (path, result) in results {
         match result {
-            Ok(Some((uses, role))) => found.users.push(Sibling { path: path.clone(), uses, role }),
-            Ok(None) => {}
+            Ok(image) => images.extend(image),
             Err(_) if walked.near.contains(path) => {}
             Err(e) => found.unreadable.push((path.clone(), e)),
         }
     }
     found.files = files;
+    // What each file is that leads to a target: the target itself, or an image that others see it through.
+    let mut roots: BTreeMap<FileId, FileId> = targets.iter().map(|target| (*target, *target)).collect();
+    loop {
+        let is_user = |image: &Image| image.uses.iter().any(|(id, _)| roots.contains_key(id));
+        let (users, rest): (Vec<_>, _) = images.into_iter().partition(is_user);
+        if users.is_empty() {
+            break;
+        }
+        images = rest;
+        for image in users {
+            let used = image.uses.iter().find_map(|(id, role)| Some((*roots.get(id)?, *role)));
+            let Some((uses, role)) = used else { continue };
+            if image.is_merged || (image.is_emptied && image.is_empty(host)) {
+                roots.entry(image.id).or_insert(uses);
+            } else {
+                found.users.push(Sibling { path: image.path, uses, role });
+            }
+        }
+    }
+    found.users.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(found)
 }
 
-/// Which of `targets` the file at `path` uses, if it is an image outside `chain`.
-fn uses(
-    host: &dyn Host,
-    path: &Path,
-    targets: &[FileId],
-    chain: &[FileId],
-) -> io::Result<Option<(FileId, &'static str)>> {
+/// An image outside a chain.
+struct Image {
+    path: PathBuf,
+    id: FileId,
+    /// The files that it may use, and as what.
+    uses: Vec<(FileId, &'static str)>,
+    /// An earlier merge has made it obsolete and marked it so, or was about to.
+    is_merged: bool,
+    /// A merge has made it an empty overlay, and marked it so: a fresh overlay of somebody else looks the same.
+    is_emptied: bool,
+}
+
+impl Image {
+    /// Whether the image holds nothing itself, and no internal snapshot does. What cannot be read holds something.
+    fn is_empty(&self, host: &dyn Host) -> bool {
+        let Ok(file) = host.open(&self.path, Access::Read) else { return false };
+        // Its tables tell that: its data file need not be opened.
+        let image = Qcow2::open(&self.path, file.clone(), Some(file));
+        let empty = image.and_then(|image| {
+            Ok(image.header().snapshots == 0 && image.next_allocated(GuestOffset::ZERO)?.is_none())
+        });
+        empty.unwrap_or(false)
+    }
+}
+
+/// The image at `path`, if it is one outside `chain` that uses a file.
+fn look(host: &dyn Host, path: &Path, chain: &[FileId]) -> io::Result<Option<Image>> {
     let stat = match host.stat(path) {
         Ok(stat) => stat,
         // A link that leads nowhere, or a file that was removed meanwhile.
@@ -131,26 +175,21 @@ fn uses(
         Err(e) => return Err(e),
     };
     let Some(cluster0) = read_names(&*file)? else { return Ok(None) };
-    if cluster0.merged_into().or_else(|| cluster0.merging_into()).is_some() {
-        // A layer that an earlier merge has made obsolete and marked so, or was about to.
-        return Ok(None);
-    }
+    let is_merged = cluster0.merged_into().or_else(|| cluster0.merging_into()).is_some();
+    let is_emptied = cluster0.emptied_onto().is_some();
     let backing = cluster0.backing_name.as_deref().map(|name| possible_paths(name, path));
     let data = cluster0
         .data_file_name()
         .filter(|_| cluster0.header.has_data_file())
         .map(|name| possible_data_file_paths(name, path));
+    let mut uses = Vec::new();
     for (paths, role) in [(backing, BACKING_FILE), (data, "data file")] {
         for named in paths.into_iter().flatten() {
             // A name that cannot be followed may lead to a target.
-            if let Some(named) = if_there(host.stat(&named))?
-                && targets.contains(&named.id)
-            {
-                return Ok(Some((named.id, role)));
-            }
+            uses.extend(if_there(host.stat(&named))?.map(|stat| (stat.id, role)));
         }
     }
-    Ok(None)
+    Ok((!uses.is_empty()).then(|| Image { path: path.to_owned(), id: stat.id, uses, is_merged, is_emptied }))
 }
 
 /// Cluster 0 of a qcow2 image as far as it holds names; `None` if it is no such image, or damaged.
@@ -184,7 +223,8 @@ pub(super) fn read_names(file: &dyn Storage) -> io::Result<Option<Cluster0>> {
 mod tests {
     use super::super::tests::{overlay, with_data_file};
     use super::*;
-    use crate::format::{EXT_MERGED_INTO, Extension};
+    use crate::format::{EXT_MERGED_INTO, Extension, Mark, plan_mark};
+    use crate::image::{CreateOptions, create};
     use crate::storage::{MemHost, OsHost};
     use std::fs;
     use std::os::unix::fs::{PermissionsExt, symlink};
@@ -292,6 +332,55 @@ mod tests {
         cluster0.set_extension(Extension::new(EXT_MERGED_INTO, "/base"));
         host.add("/marked", &cluster0.encode().unwrap()).unwrap();
         assert_eq!(users(&host, &["/"], &["/base"], &["/base"]), ["/user backing file"]);
+    }
+
+    /// Has an image that was made by `create` hold a cluster.
+    fn hold(host: &MemHost, path: &str) {
+        let file = host.open(Path::new(path), Access::ReadWrite).unwrap();
+        let header = Qcow2::read_cluster0(Path::new(path), &*file).unwrap().header;
+        let (l2, cluster) = (file.size().unwrap().next_multiple_of(1 << 16), 1u64 << 16);
+        file.write_all_at(&vec![1; 1 << 16], l2 + cluster).unwrap();
+        file.write_all_at(&((l2 + cluster) | 1 << 63).to_be_bytes(), l2).unwrap();
+        file.write_all_at(&vec![0; (1 << 16) - 8], l2 + 8).unwrap();
+        file.write_all_at(&(l2 | 1 << 63).to_be_bytes(), header.l1_offset.get()).unwrap();
+    }
+
+    #[test]
+    fn who_uses_a_marked_or_an_emptied_image_uses_what_that_uses() {
+        let host = MemHost::new();
+        let on = |below: &str| Some((below.as_bytes().to_vec(), "qcow2".to_owned()));
+        let new = |path: &str, below| {
+            let options = CreateOptions { backing: below, ..CreateOptions::new(1 << 20) };
+            create(&host, Path::new(path), &options).unwrap();
+        };
+        new("/base", None);
+        for (path, mark, holds) in [
+            ("/merged", Some(Mark::Merged), true),
+            ("/emptied", Some(Mark::Emptied), false),
+            ("/written", Some(Mark::Emptied), true),
+            ("/fresh", None, false),
+        ] {
+            new(path, on("base"));
+            if holds {
+                hold(&host, path);
+            }
+            let Some(mark) = mark else { continue };
+            let file = host.open(Path::new(path), Access::ReadWrite).unwrap();
+            let mut cluster = vec![0; 1 << 16];
+            file.read_exact_or_zero(&mut cluster, 0).unwrap();
+            for write in plan_mark(&cluster, "/base", mark).unwrap().writes {
+                file.write_all_at(&write.bytes, write.offset).unwrap();
+            }
+        }
+        let found = || users(&host, &["/"], &["/base"], &["/base"]);
+        // An overlay that somebody has just made may be the disk of another machine.
+        assert_eq!(found(), ["/fresh backing file", "/written backing file"]);
+        for below in ["merged", "emptied", "fresh"] {
+            new(&format!("/on-{below}"), on(below));
+        }
+        let expected =
+            ["/fresh", "/on-emptied", "/on-merged", "/written"].map(|p| format!("{p} backing file"));
+        assert_eq!(found(), expected);
     }
 
     #[test]

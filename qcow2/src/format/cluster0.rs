@@ -3,8 +3,9 @@
 use std::borrow::Cow;
 
 use super::extensions::{
-    BitmapsExtension, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_FEATURE_NAMES,
-    EXT_MERGED_INTO, EXT_MERGING_INTO, Extension, MAX_BACKING_FORMAT, decode_feature_names, decode_list,
+    BitmapsExtension, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_EMPTIED_ONTO,
+    EXT_FEATURE_NAMES, EXT_MERGED_INTO, EXT_MERGING_INTO, Extension, MAX_BACKING_FORMAT,
+    decode_feature_names, decode_list,
 };
 use super::features::FeatureName;
 use super::words::u64_at;
@@ -88,9 +89,15 @@ impl Cluster0 {
         if let Some(damage) = &self.damage {
             return Err(damage.clone());
         }
-        for magic in
-            [EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_MERGED_INTO, EXT_MERGING_INTO]
-        {
+        for magic in [
+            EXT_BACKING_FORMAT,
+            EXT_BITMAPS,
+            EXT_CRYPTO,
+            EXT_DATA_FILE,
+            EXT_MERGED_INTO,
+            EXT_MERGING_INTO,
+            EXT_EMPTIED_ONTO,
+        ] {
             if let Some(second) = self.extensions.iter().filter(|e| e.magic == magic).nth(1) {
                 return Err(FormatError::malformed(
                     "header extension",
@@ -185,6 +192,12 @@ impl Cluster0 {
     /// stopped before it changed the chain; if not, behind that, and the image is obsolete.
     pub fn merging_into(&self) -> Option<String> {
         self.extension(EXT_MERGING_INTO).map(|e| String::from_utf8_lossy(&e.data).into_owned())
+    }
+
+    /// Our own mark of an active image that a merge has made an empty overlay: the path of its base, as in
+    /// [`merged_into`](Self::merged_into). A guest may have written to it since.
+    pub fn emptied_onto(&self) -> Option<String> {
+        self.extension(EXT_EMPTIED_ONTO).map(|e| String::from_utf8_lossy(&e.data).into_owned())
     }
 }
 

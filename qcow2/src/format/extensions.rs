@@ -22,6 +22,9 @@ pub const EXT_DATA_FILE: u32 = 0x4441_5441;
 pub const EXT_MERGED_INTO: u32 = 0x714d_7267;
 /// Our own mark of a layer that is being merged: the switch that makes it obsolete may have happened.
 pub const EXT_MERGING_INTO: u32 = 0x714d_7270;
+/// Our own mark of an active image that a merge has made an empty overlay on the image whose path is the data. As long as
+/// it is empty, nobody depends on what it shows.
+pub const EXT_EMPTIED_ONTO: u32 = 0x714d_7265;
 
 /// The most bytes of a backing format's name that QEMU reads.
 pub const MAX_BACKING_FORMAT: usize = 15;

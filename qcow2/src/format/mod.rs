@@ -32,8 +32,9 @@ pub use cluster0::Cluster0;
 pub use container::{CONTAINER_HEAD, CONTAINER_TAIL, Container};
 pub use error::FormatError;
 pub use extensions::{
-    BitmapsExtension, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_END, EXT_FEATURE_NAMES,
-    EXT_MERGED_INTO, EXT_MERGING_INTO, Extension, MAX_BACKING_FORMAT, MAX_BITMAP_DIRECTORY, MAX_BITMAPS,
+    BitmapsExtension, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_EMPTIED_ONTO, EXT_END,
+    EXT_FEATURE_NAMES, EXT_MERGED_INTO, EXT_MERGING_INTO, Extension, MAX_BACKING_FORMAT,
+    MAX_BITMAP_DIRECTORY, MAX_BITMAPS,
 };
 pub use features::{FeatureKind, FeatureName};
 pub use geometry::Geometry;
@@ -46,7 +47,7 @@ pub use limits::{MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, MAX_S
 pub use refcount::{RefcountTableEntry, RefcountWidth, max_refcount};
 pub use rewrite::{
     EmptyDisk, Mark, Switch, Write, plan_backing_switch, plan_drop_bitmaps, plan_empty_switch,
-    plan_feature_bits, plan_mark, plan_merged_switch,
+    plan_feature_bits, plan_mark, plan_mark_and_backing,
 };
 pub use snapshot::{
     MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE, Snapshot, SnapshotLengths, decode_snapshots, snapshot_table_bound,

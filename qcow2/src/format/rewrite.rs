@@ -13,8 +13,8 @@ use std::ops::Range;
 use super::build::check_backing;
 use super::cluster0::{Cluster0, extension_space_end, pad};
 use super::extensions::{
-    EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_END, EXT_FEATURE_NAMES, EXT_MERGED_INTO, EXT_MERGING_INTO,
-    EXTENSION_HEAD, Extension,
+    EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_EMPTIED_ONTO, EXT_END, EXT_FEATURE_NAMES, EXT_MERGED_INTO,
+    EXT_MERGING_INTO, EXTENSION_HEAD, Extension,
 };
 use super::header::at;
 use super::words::{PutWords, u64_at};
@@ -67,8 +67,8 @@ pub struct EmptyDisk<'a> {
     pub l1_entries: u32,
     /// The size of the disk, in bytes.
     pub size: u64,
-    /// The path of the base that the image is marked as merged into, if it is marked.
-    pub merged_into: Option<&'a str>,
+    /// The mark that the image gets, and the path of base for it.
+    pub mark: (Mark, &'a str),
 }
 
 /// Plans to change the backing file as [`plan_backing_switch`] does, and in the same write to take another L1 table
@@ -82,39 +82,34 @@ pub fn plan_empty_switch(cluster0: &[u8], disk: &EmptyDisk<'_>) -> Result<Switch
     let old = Old::read(cluster0)?;
     let new = NewDisk { l1_offset: disk.l1_offset, l1_entries: disk.l1_entries, size: disk.size };
     let old = Old { disk: Some(new), ..old };
-    let mut bare = old.with_backing_format(disk.format);
-    bare.retain(|e| !matches!(e.magic, EXT_MERGED_INTO | EXT_MERGING_INTO));
-    old.choose(&marked(bare, disk.merged_into), disk.name.as_bytes())
+    old.choose(&marked(old.with_backing_format(disk.format), disk.mark), disk.name.as_bytes())
 }
 
-/// Plans to mark an image as merged into `base`, as [`plan_mark`] does, and in the same write to change the backing file
-/// as [`plan_backing_switch`] does. The mark is empty, or left out, where there is no room for it.
+/// Plans to mark an image, as [`plan_mark`] does, and in the same write to change the backing file as
+/// [`plan_backing_switch`] does. The mark is empty, or left out, where there is no room for it.
 ///
 /// # Errors
 /// As [`plan_backing_switch`].
-pub fn plan_merged_switch(
+pub fn plan_mark_and_backing(
     cluster0: &[u8],
-    base: &str,
+    mark: (Mark, &str),
     name: &str,
     format: &str,
 ) -> Result<Switch, RewriteError> {
     check_backing(name.as_bytes(), format)?;
     let old = Old::read(cluster0)?;
-    let mut bare = old.with_backing_format(format);
-    bare.retain(|e| !matches!(e.magic, EXT_MERGED_INTO | EXT_MERGING_INTO));
-    old.choose(&marked(bare, Some(base)), name.as_bytes())
+    old.choose(&marked(old.with_backing_format(format), mark), name.as_bytes())
 }
 
-/// A list of extensions with the mark of a merge into `base`, with an empty one, and without one.
-fn marked(list: Vec<Extension>, base: Option<&str>) -> Vec<Vec<Extension>> {
-    let with = |data: &str| [list.clone(), vec![Extension::new(EXT_MERGED_INTO, data)]].concat();
-    let mut lists: Vec<_> = base.map_or_else(Vec::new, |base| vec![with(base), with("")]);
-    lists.push(list);
-    lists
+/// A list of extensions with a mark for `base`, with an empty one, and without one.
+fn marked(mut list: Vec<Extension>, (mark, base): (Mark, &str)) -> [Vec<Extension>; 3] {
+    list.retain(|e| !Mark::is_mark(e));
+    let with = |data: &str| [list.clone(), vec![Extension::new(mark.magic(), data)]].concat();
+    [with(base), with(""), list]
 }
 
 /// Plans to mark the image as merged into `base` (see [`Cluster0::merged_into`]), or as being merged
-/// into it (see [`Cluster0::merging_into`]); either mark takes the place of the other. The mark is empty
+/// into it (see [`Cluster0::merging_into`]), or as emptied; each mark takes the place of another. The mark is empty
 /// if the path cannot be written atomically, or does not fit.
 ///
 /// # Errors
@@ -124,7 +119,7 @@ pub fn plan_mark(cluster0: &[u8], base: &str, mark: Mark) -> Result<Switch, Rewr
     let with = |data: &str| {
         let mut list = old.cluster0.extensions.clone();
         let mark = Extension::new(mark.magic(), data);
-        match list.iter().position(|e| matches!(e.magic, EXT_MERGED_INTO | EXT_MERGING_INTO)) {
+        match list.iter().position(Mark::is_mark) {
             Some(place) => {
                 list.remove(place);
                 list.insert(place, mark);
@@ -143,6 +138,8 @@ pub enum Mark {
     Merging,
     /// The layer was merged, and is not needed any more.
     Merged,
+    /// The active image was merged, and is an empty overlay on base (see [`Cluster0::emptied_onto`]).
+    Emptied,
 }
 
 impl Mark {
@@ -150,7 +147,12 @@ impl Mark {
         match self {
             Self::Merging => EXT_MERGING_INTO,
             Self::Merged => EXT_MERGED_INTO,
+            Self::Emptied => EXT_EMPTIED_ONTO,
         }
+    }
+
+    fn is_mark(extension: &Extension) -> bool {
+        matches!(extension.magic, EXT_MERGED_INTO | EXT_MERGING_INTO | EXT_EMPTIED_ONTO)
     }
 }
 

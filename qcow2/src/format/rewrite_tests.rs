@@ -232,7 +232,10 @@ fn backing_table_size_and_mark_switch_together_in_any_layout() {
         let size = header.size + (1 << 20);
         let l1_entries = header.l1_entries + header.geometry().l1_entries_for(size) as u32;
         let path = random.text(200);
-        let merged_into = random.chance(50).then_some(path.as_str());
+        let (mark, magic) = match random.chance(50) {
+            true => (Mark::Merged, EXT_MERGED_INTO),
+            false => (Mark::Emptied, EXT_EMPTIED_ONTO),
+        };
         let with_mark = |mark: Option<&str>| {
             expected(&old, |new| {
                 new.backing_name = Some(name.clone().into_bytes());
@@ -242,20 +245,17 @@ fn backing_table_size_and_mark_switch_together_in_any_layout() {
                 new.remove_extension(EXT_MERGING_INTO);
                 new.remove_extension(EXT_MERGED_INTO);
                 replace(new, Extension::new(EXT_BACKING_FORMAT, "raw"), |list, e| list.insert(0, e));
-                new.extensions.extend(mark.map(|mark| Extension::new(EXT_MERGED_INTO, mark)));
+                new.extensions.extend(mark.map(|mark| Extension::new(magic, mark)));
             })
         };
-        let disk = EmptyDisk { name: &name, format: "raw", l1_offset, l1_entries, size, merged_into };
+        let disk = EmptyDisk { name: &name, format: "raw", l1_offset, l1_entries, size, mark: (mark, &path) };
         match plan_empty_switch(&old, &disk) {
             Ok(switch) => {
                 let mut end = old.clone();
                 switch.writes.iter().for_each(|w| w.apply_to(&mut end));
-                let found = Cluster0::parse(&end).unwrap().merged_into();
-                assert!(found.is_none() || merged_into.is_some(), "seed {seed}");
-                assert!(
-                    found.as_ref().is_none_or(|found| found.is_empty() || Some(&**found) == merged_into),
-                    "seed {seed}"
-                );
+                let end = Cluster0::parse(&end).unwrap();
+                let found = if mark == Mark::Merged { end.merged_into() } else { end.emptied_onto() };
+                assert!(found.as_ref().is_none_or(|found| found.is_empty() || *found == path), "seed {seed}");
                 marks += u32::from(found.is_some());
                 run(&old, &switch, &[meaning(&old), with_mark(found.as_deref())]);
                 *if switch.atomic { &mut atomic } else { &mut spanning } += 1;

@@ -19,7 +19,7 @@ use super::{empty, link};
 use crate::chain::{BackingName, Chain, OpenOptions, new_backing_name, open_data_file};
 use crate::check::{CheckOptions, check_consistent};
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::format::{EmptyDisk, FormatError, Switch, plan_empty_switch};
+use crate::format::{EmptyDisk, FormatError, Mark, Switch, plan_empty_switch};
 use crate::image::alloc::Allocator;
 use crate::image::refcounts::Refcounts;
 use crate::image::{ImageFormat, Qcow2, bitmap_names, bitmaps, grow};
@@ -38,8 +38,8 @@ pub struct EmptyOptions {
     /// The size in bytes that the disk of the image must have at least: that of the active image, or more than it in
     /// a recorded chain would be cut off. A disk never shrinks.
     pub size: u64,
-    /// Mark the image as merged into base, where its header has room: nobody needs it any more. Without it, a mark that
-    /// is there is removed.
+    /// Mark the image as merged into base, where its header has room: nobody needs it any more. Without it, it is marked as
+    /// an active image that was emptied, and that a guest may go on writing to.
     pub mark: bool,
 }
 
@@ -74,19 +74,20 @@ pub fn empty_onto(
     let mut image = open(host, overlay, &options.open)?;
     let base_id = look_at_base(host, &image, overlay.id, base, format, options)?;
     let (name, stands) = backing_name(host, &image, base, base_id)?;
-    let merged_into = host.canonicalize(base).unwrap_or_else(|_| base.to_owned());
+    let real_base = host.canonicalize(base).unwrap_or_else(|_| base.to_owned());
     let wanted = Wanted {
         name: &name,
         format,
         size: options.size.max(image.virtual_size()),
-        merged_into: options.mark.then(|| merged_into.to_string_lossy().into_owned()),
+        mark: if options.mark { Mark::Merged } else { Mark::Emptied },
+        base: real_base.to_string_lossy().into_owned(),
     };
     let empty = image.next_table(GuestOffset::ZERO)?.is_none();
     let cluster0 = image.cluster0();
     let same_format = cluster0.backing_format().as_deref() == Some(format.name());
     let bitmaps = cluster0.bitmaps().map_err(|e| Error::format(image.path(), e))?.is_some();
     let same_size = wanted.size == image.virtual_size();
-    let same_mark = cluster0.merged_into().is_some() == options.mark && cluster0.merging_into().is_none();
+    let mark = if options.mark { cluster0.merged_into() } else { cluster0.emptied_onto() };
     let was_empty = stands && same_format && same_size && empty && !bitmaps;
     if !was_empty {
         // What was emptied by a call that did not come to its end has changed, and holds nothing.
@@ -104,7 +105,7 @@ pub fn empty_onto(
         switch(&mut image, &mut refcounts, &wanted, entries)?;
         give_back_left(&mut image, &refcounts)?;
         move_down(&mut image, &refcounts)?;
-    } else if !was_empty || !same_mark {
+    } else if !was_empty || mark.is_none() {
         let switch = plan(&image, &wanted, image.header().l1_offset, image.header().l1_entries)?;
         link::apply(&image, &switch)?;
         image.reload_header()?;
@@ -153,7 +154,9 @@ struct Wanted<'a> {
     name: &'a str,
     format: ImageFormat,
     size: u64,
-    merged_into: Option<String>,
+    mark: Mark,
+    /// The path of base.
+    base: String,
 }
 
 /// Bytes that the image holds on disk, with its data file.
@@ -296,7 +299,7 @@ fn plan(image: &Qcow2, wanted: &Wanted<'_>, l1_offset: HostOffset, l1_entries: u
         l1_offset,
         l1_entries,
         size: wanted.size,
-        merged_into: wanted.merged_into.as_deref(),
+        mark: (wanted.mark, &wanted.base),
     };
     let switch =
         plan_empty_switch(&cluster, &disk).map_err(|e| link::rewrite_error(image.path(), wanted.name, e))?;
