@@ -30,6 +30,7 @@ mod kills;
 mod locks;
 mod malformed;
 mod neighbours;
+mod recorded;
 mod repair;
 mod restore;
 mod resume;

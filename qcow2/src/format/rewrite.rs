@@ -43,6 +43,15 @@ pub struct Switch {
     pub atomic: bool,
 }
 
+impl Switch {
+    /// The first cluster of the image after the edit.
+    pub fn applied_to(&self, cluster0: &[u8]) -> Vec<u8> {
+        let mut after = cluster0.to_vec();
+        self.writes.iter().for_each(|write| write.apply_to(&mut after));
+        after
+    }
+}
+
 /// Plans to change the backing file to `name` of the format `format`; `cluster0` is the image's first
 /// cluster.
 ///

@@ -67,7 +67,9 @@ pub(crate) fn l1_growth(image: &Qcow2, size: u64) -> Result<Option<u64>> {
 /// A refcount block that cannot be read; a refcount table that would be too large.
 pub(crate) fn end_after(image: &Qcow2, clusters: u64, run: u64) -> Result<ClusterIndex> {
     let refcounts = Refcounts::load(image)?;
-    let (free, mut end) = Allocator::last_taken(image, &refcounts, clusters)?;
+    let (free, taken) = Allocator::last_taken(image, &refcounts, clusters)?;
+    // What is free may lie inside the image: its end stays where it is.
+    let mut end = taken.max(refcounts.end(image)?);
     if run > 0 {
         end = end.max(Allocator::find_run(image, &refcounts, run)?.map_or(0, |run| run.end));
     }

@@ -108,6 +108,26 @@ impl Refcounts {
         self.table.get(usize::try_from(index).ok()?)?.block()
     }
 
+    /// The first cluster behind the last one that is in use.
+    ///
+    /// # Errors
+    /// A refcount block that cannot be read.
+    pub(crate) fn end(&self, image: &Qcow2) -> Result<ClusterIndex> {
+        let mut block = Vec::new();
+        for index in (0..self.table.len() as u64).rev() {
+            if !self.read_block(image, index, &mut block)? {
+                continue;
+            }
+            let mut last = None;
+            self.width
+                .for_each(&block, |slot, count| last = if count > 0 { Some(slot as u64) } else { last });
+            if let Some(last) = last {
+                return Ok(index * self.per_block() + last + 1);
+            }
+        }
+        Ok(0)
+    }
+
     /// Raises the refcounts of free clusters from zero to one. `runs` is sorted.
     ///
     /// # Errors

@@ -1,28 +1,40 @@
 //! What was before: merges that were stopped, or done, and what the layers asked for mean therefore.
 
 use crate::error::shown;
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use super::options::{CommitOptions, Span};
+use super::plan::BeginsAnew;
 use super::remains::Remains;
 use super::work::{self, Left, Work};
 use crate::chain::{Chain, index};
-use crate::error::{Error, FileOp, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::Cluster0;
 use crate::image::Qcow2;
 use crate::journal::record::{Phase, Purpose};
 use crate::journal::{self, Journal};
 use crate::storage::{Access, FileId, Host, if_there};
+use crate::units::GuestOffset;
 
 /// What stopped merges have left.
 #[derive(Debug, Default)]
 pub(super) struct Leftovers {
     pub(super) base: Option<Left>,
-    pub(super) active: Option<Left>,
     pub(super) base_work: Option<Work>,
-    pub(super) active_work: Option<Work>,
+    /// Of layers above base that were being emptied, by their positions.
+    pub(super) above: BTreeMap<usize, (Left, Option<Work>)>,
+}
+
+impl Leftovers {
+    /// Whether the layer at a position is as a stopped merge has left it.
+    pub(super) fn is_ours(&self, at: usize, span: Span) -> bool {
+        let left =
+            if at == span.base { self.base.as_ref() } else { self.above.get(&at).map(|(left, _)| left) };
+        left.is_some_and(Left::is_ours)
+    }
 }
 
 /// Finds what stopped merges have left in the images that are to be written, and has it read as it should
@@ -31,17 +43,24 @@ pub(super) fn leftovers(
     host: &dyn Host,
     chain: &mut Chain,
     span: Span,
-    empties: bool,
     options: &CommitOptions,
 ) -> Result<Leftovers> {
     let mut all = Leftovers::default();
     let dir = options.journal_dir.as_deref();
-    let written = [(span.base, true), (span.active, empties)];
-    for (at, _) in written.into_iter().filter(|(_, is_written)| *is_written) {
+    let emptied = if span.top == span.active && options.keep_active { span.base } else { span.top };
+    for at in span.base..=emptied {
         let Some(layer) = chain.layers().get(at) else { continue };
         let Some(left) = Left::find(host, layer, dir)? else { continue };
-        if left.is_foreign() && at == span.base && !options.restart {
-            return Err(work::written_since(&layer.path, &left));
+        let is_put_back = matches!(left.begins_anew(), Some(BeginsAnew::PutBack));
+        if (left.is_foreign() || is_put_back) && at == span.base {
+            if left.is_switching() && has_emptied(chain, span)? {
+                let what = "somebody has written to it since a merge into it was stopped, and layers above it were \
+                            emptied by then: only base as it was holds their data";
+                return Err(Error::refused(&layer.path, Refusal::Other(what.into())));
+            }
+            if left.is_foreign() && !options.restart {
+                return Err(work::written_since(&layer.path, &left));
+            }
         }
         // As long as it is not certain that base holds everything, the active image counts for what it holds.
         let as_it_is = at != span.base && !all.base.as_ref().is_some_and(Left::is_certain);
@@ -50,10 +69,21 @@ pub(super) fn leftovers(
         if at == span.base {
             (all.base, all.base_work) = (Some(left), work);
         } else {
-            (all.active, all.active_work) = (Some(left), work);
+            all.above.insert(at, (left, work));
         }
     }
     Ok(all)
+}
+
+/// Whether a merge that was stopped has emptied a layer: then the overlays do not hold everything any more.
+fn has_emptied(chain: &Chain, span: Span) -> Result<bool> {
+    for layer in chain.layers().get(span.base + 1..=span.top).unwrap_or_default() {
+        let Some(image) = layer.image.as_qcow2() else { continue };
+        if image.cluster0().merging_into().is_some() && image.next_allocated(GuestOffset::ZERO)?.is_none() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// That an image was merged, in words; `base` may be empty.

@@ -13,9 +13,9 @@ use super::needs::Question;
 use super::options::{BaseChoice, CommitOptions, Span};
 use super::plan::{Afterwards, BeginsAnew, DataFileFate, Plan, PlannedDataFile, Resumed, Signs};
 use super::remains::Remains;
-use super::work::{self, Left};
+use super::work;
 use super::zeros::Zeros;
-use super::{before, link, record, safety};
+use super::{before, emptying, link, record, safety};
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions, index};
 use crate::error::{Error, FileOp, Refusal, Result};
@@ -38,7 +38,9 @@ pub struct Commit {
     pub(super) bitmaps: Option<bitmaps::Plan>,
     /// Files that images outside the chain use: never removed.
     pub(super) shared: Vec<FileId>,
-    /// What stopped merges have left in base and in the active image, and these images under their journals.
+    /// Positions of the layers below the active image that become empty overlays on base, from the bottom up.
+    pub(super) empties: Vec<usize>,
+    /// What stopped merges have left in the images that are written, and these images under their journals.
     pub(super) left: before::Leftovers,
     /// What a journal says of this merge.
     pub(super) header: Option<Header>,
@@ -86,7 +88,9 @@ impl Commit {
             let written = at == span.base
                 || (span.base < at && at <= span.top && !(span.top == span.active && options.keep_active))
                 || (at == span.top + 1);
-            if written {
+            let spared = span.base < at && at <= span.top && at != span.active;
+            // A layer that cannot be written keeps its data, and the plan says so.
+            if written && !(spared && !emptying::is_writable(&*host, layer)) {
                 open.access.insert(layer.id, Access::ReadWrite);
             }
         }
@@ -110,24 +114,30 @@ impl Commit {
         asked: Option<usize>,
         cancel: &AtomicBool,
     ) -> Result<Self> {
-        let empties = span.top == span.active && !options.keep_active;
-        let left = before::leftovers(&*host, &mut chain, span, empties, options)?;
-        let ours = |at: usize| {
-            let left = if at == span.base { left.base.as_ref() } else { left.active.as_ref() };
-            left.is_some_and(Left::is_ours)
-        };
-        safety::layers(&chain, span, options, &ours)?;
+        let left = before::leftovers(&*host, &mut chain, span, options)?;
+        safety::layers(&chain, span, options, &|at| left.is_ours(at, span))?;
         let merged = left.base.as_ref().map_or_else(Vec::new, |left| left.merged(&*host));
         let found = safety::siblings(&*host, &chain, span, merged, options)?;
         let afterwards = link::plan(&*host, &chain, span, options)?;
         safety::journal_places(&*host, &chain, span, options, &afterwards)?;
         let leaks = safety::consistent(&chain, span.base, cancel)?;
-        if empties {
+        let (empties, kept) = emptying::plan(&chain, span, options, &found);
+        for at in &empties {
+            safety::consistent(&chain, *at, cancel)?;
+        }
+        if span.top == span.active && !options.keep_active {
             safety::consistent(&chain, span.active, cancel)?;
         }
         let mut header = work::describe(&*host, &chain, span, span.base)?;
         let images = chain.images();
         let mut job = job(&images, span)?;
+        if let Some(size) = left.base.as_ref().and_then(|left| left.size_of_same(&header))
+            && span.top < span.active
+            && job.question.view.next_allocated(GuestOffset::new(size))?.is_none()
+        {
+            // Top was emptied, and has grown since. Base need not.
+            job.limit_to(size);
+        }
         header.top_index = asked.and_then(|index| u32::try_from(index).ok()).unwrap_or(header.top_index);
         (header.new_size, header.zero_until) = (job.new_size, job.question.zero_until);
         let (resume, begins_anew) = resume(&left, &header, &job, options, cancel)?;
@@ -142,10 +152,12 @@ impl Commit {
         let side_by_side = bitmaps.as_ref().map_or(0, bitmaps::Plan::side_by_side);
         totals.clusters_to_allocate += bitmaps.as_ref().map_or(0, bitmaps::Plan::clusters);
         let shared = found.shared.clone();
-        let mut plan = make_plan(&chain, span, options, totals, side_by_side, afterwards, found)?;
+        let new_size = job.new_size;
+        let mut plan = make_plan(&chain, span, options, (new_size, totals, side_by_side), afterwards, found)?;
+        plan.will_empty(&chain, span, &empties, kept)?;
         (plan.resumed, plan.begins_anew) = (resumed, begins_anew);
         plan.strangers = journal::strangers(&*host, &chain.folders(&*host));
-        if left.base.as_ref().is_some_and(Left::is_ours) || left.active.as_ref().is_some_and(Left::is_ours) {
+        if (span.base..=span.top).any(|at| left.is_ours(at, span)) {
             // The images are marked dirty, and must not stay so.
             plan.nothing_to_do = None;
         }
@@ -166,6 +178,7 @@ impl Commit {
             plan,
             bitmaps,
             shared,
+            empties,
             left,
             header,
             from,
@@ -199,6 +212,10 @@ impl Commit {
             old_tail: 0,
             afterwards: Afterwards::Keep,
             obsolete: Vec::new(),
+            emptied: Vec::new(),
+            kept: Vec::new(),
+            removes: false,
+            bytes_freed: 0,
             restore_points_lost: Vec::new(),
             data_files: Vec::new(),
             bitmaps_lost: Vec::new(),
@@ -219,6 +236,7 @@ impl Commit {
             plan,
             bitmaps: None,
             shared: Vec::new(),
+            empties: Vec::new(),
             left: before::Leftovers::default(),
             header: None,
             from: GuestOffset::ZERO,
@@ -300,6 +318,7 @@ pub(super) fn job<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
         below_size: span.base.checked_sub(1).map_or(0, size),
         base_size: base,
         zero_until: base.min(seen_above).max(top),
+        limit: u64::MAX,
     };
     let from = GuestOffset::ZERO;
     Ok(Job { layers: images, base: span.base, question, new_size: base.max(top), from, zeros: Zeros::Mapped })
@@ -353,8 +372,7 @@ fn make_plan(
     chain: &Chain,
     span: Span,
     options: &CommitOptions,
-    totals: Totals,
-    side_by_side: u64,
+    (new_size, totals, side_by_side): (u64, Totals, u64),
     afterwards: Afterwards,
     found: safety::Searched,
 ) -> Result<Plan> {
@@ -362,7 +380,6 @@ fn make_plan(
     let size = |at: usize| chain.layers().get(at).map_or(0, |l| l.image.virtual_size());
     let images = chain.images();
     let (base, top) = (size(span.base), size(span.top));
-    let new_size = base.max(top);
     let removed = options.delete && !options.keep_active;
     // The active image stays in use as an empty overlay.
     let last_obsolete = match () {
@@ -388,10 +405,14 @@ fn make_plan(
         old_tail: if span.top == span.active { base.saturating_sub(top) } else { 0 },
         afterwards,
         obsolete: (span.base + 1..last_obsolete).map(path).collect(),
+        emptied: Vec::new(),
+        kept: Vec::new(),
+        removes: removed,
+        bytes_freed: 0,
         remains: Vec::new(),
         restore_points_lost: (span.base..span.top).map(path).collect(),
         data_files: data_files(chain, span, options),
-        bitmaps_lost: safety::bitmaps(chain, span)?,
+        bitmaps_lost: safety::bitmaps(chain, span, options)?,
         searched: found.searched,
         signs: found.signs,
         unreadable: found.unreadable,
@@ -436,7 +457,6 @@ fn file_size_after(
         // A file of odd length is filled up to a sector when its end is written.
         Image::Raw(_) => new_size,
         Image::Foreign(foreign) => return Err(foreign.refuse()),
-        Image::Qcow2(_) if totals.clusters_to_allocate == 0 && new_size <= image.virtual_size() => 0,
         Image::Qcow2(qcow2) => {
             let l1 = grow::l1_growth(qcow2, new_size)?.unwrap_or(0);
             grow::end_after(qcow2, totals.clusters_to_allocate + l1, side_by_side + l1)?

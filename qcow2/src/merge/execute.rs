@@ -5,9 +5,9 @@
 //! 3. Data and mappings, batch by batch (see `job.rs`).
 //! 4. The size of base's disk.
 //! 5. With `verify`, everything is read back.
-//! 6. Layers that will not be needed are marked as being merged.
+//! 6. Layers that will not be needed are marked as being merged, and become empty overlays (see `emptying.rs`).
 //! 7. The overlay above top gets base as its backing file; or the active image is emptied.
-//! 8. Layers that are no longer needed are marked as merged.
+//! 8. Layers that are no longer needed get base as their backing file, and are marked as merged.
 //! 9. Base's dirty bit is cleared, and its journal removed.
 //!
 //! With `delete`, what is to be removed is noted in base's journal behind step 6. Instead of 8, and behind the first half of
@@ -15,7 +15,7 @@
 //! (see `removal.rs`). So as long as anything is left, the chain can be opened, and leads to the journal.
 
 use crate::error::shown;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
@@ -25,19 +25,19 @@ use super::job::{Job, Totals, Writer};
 use super::ops::{Progress, Run};
 use super::options::Span;
 use super::plan::Afterwards;
-use super::work::{Work, data_file, describe, end_left};
+use super::work::{Work, end_left};
 use super::workers::on_workers;
-use super::{empty, link, record};
+use super::{link, record};
 use crate::chain::Layer;
 use crate::check::CheckOptions;
 use crate::check::repair::{self, RepairMode};
 use crate::error::{Error, FileOp, Result};
-use crate::format::{Mark, plan_feature_bits};
+use crate::format::plan_feature_bits;
 use crate::image::alloc::Allocator;
 use crate::image::bitmaps;
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, Qcow2, grow};
-use crate::journal::record::{Header, Phase};
+use crate::journal::record::Phase;
 use crate::journal::{self, Journal};
 use crate::units::{GuestOffset, HostOffset};
 
@@ -52,6 +52,10 @@ pub struct Report {
     pub digest: Option<u32>,
     /// The length of the base's file, in bytes.
     pub base_file_size: u64,
+    /// Merged layers that are empty overlays on base now.
+    pub emptied: Vec<PathBuf>,
+    /// Bytes on disk that merged layers gave back, with those that were removed.
+    pub freed: u64,
     /// Layers that were removed.
     pub deleted: Vec<PathBuf>,
     /// Layers that are no longer needed and are still there, marked as merged.
@@ -106,7 +110,10 @@ impl Commit {
                     return Err(e);
                 }
             }
+            let held = self.held_above()?;
             self.link(&work)?;
+            report.freed = held.saturating_sub(self.held_above()?);
+            report.emptied = self.emptied();
             // Until base is finished, its journal tells that an index of the same command meant another chain.
             if !self.options.delete {
                 self.mark_merged(&mut report)?;
@@ -120,6 +127,7 @@ impl Commit {
             }
             work.journal().remove(&*self.host)?;
             self.remove_active(&mut report)?;
+            report.emptied.retain(|path| !report.deleted.contains(path));
         }
         let base = self.layer(self.base)?;
         report.base_file_size =
@@ -178,8 +186,8 @@ impl Commit {
     fn end_left(&self, report: &mut Report) -> Result<()> {
         if self.header.is_some() {
             // The images are locked, and not marked dirty: only the journals are there still.
-            let left = [&self.left.base, &self.left.active];
-            return left.into_iter().flatten().try_for_each(|left| left.discard(&*self.host));
+            let above = self.left.above.values().map(|(left, _)| left);
+            return self.left.base.iter().chain(above).try_for_each(|left| left.discard(&*self.host));
         }
         let layers = 0..self.chain.layers().len();
         layers.into_iter().try_for_each(|at| end_left(&*self.host, &self.chain, at, &self.options, report))
@@ -209,14 +217,16 @@ impl Commit {
                     grow_raw(raw, size)?;
                 }
                 let images = self.chain.images();
-                Job { from, ..job(&images, span)? }.run(None, &run)
+                let mut job = job(&images, span)?;
+                job.limit_to(size);
+                Job { from, ..job }.run(None, &run)
             }
             Some(Image::Qcow2(image)) => {
                 let Some(bitmaps) = self.bitmaps.take() else { return Ok(Totals::default()) };
                 let bitmap_clusters = bitmaps.clusters();
                 let refcounts = prepare(image, clusters, bitmaps.side_by_side(), size)?;
                 let (mut totals, growth) =
-                    move_into_qcow2(&self.chain.images(), span, from, bitmaps, &refcounts, &run)?;
+                    move_into_qcow2(&self.chain.images(), span, (from, size), bitmaps, &refcounts, &run)?;
                 totals.clusters_to_allocate += bitmap_clusters;
                 if let Some(Image::Qcow2(image)) = self.chain.image_mut(span.base) {
                     growth.publish(image, &refcounts)?;
@@ -231,59 +241,20 @@ impl Commit {
     fn link(&mut self, work: &Work) -> Result<()> {
         let span = self.span();
         // A power cut behind the switch must not leave old layers that nobody knows for what they are.
-        let marked = self.mark_obsolete(Mark::Merging)?;
-        self.note_spent(work.journal(), &marked)?;
+        let marked = self.mark_obsolete()?;
         let dir = self.options.journal_dir.clone();
+        let top_index = work.journal().header().top_index;
+        self.empty_layers(dir.as_deref(), top_index)?;
+        self.note_spent(work.journal(), &marked)?;
         match self.plan.afterwards.clone() {
             Afterwards::Relink { name, .. } => {
                 link::relink(&*self.host, &self.chain, span, span.top + 1, &name, dir.as_deref())
             }
             Afterwards::Empty { name, .. } | Afterwards::Delete { name, .. } => {
-                let top_index = work.journal().header().top_index;
                 self.empty_active(name.as_deref(), dir.as_deref(), top_index)
             }
             Afterwards::Keep => Ok(()),
         }
-    }
-
-    /// Turns the active image into an empty overlay on base, under a journal of its own.
-    fn empty_active(&mut self, name: Option<&str>, dir: Option<&Path>, top_index: u32) -> Result<()> {
-        let (span, removes) = (self.span(), self.removes_active());
-        let host = Arc::clone(&self.host);
-        let (left, work) = (self.left.active.take(), self.left.active_work.take());
-        let format = self.layer(span.base)?.image.format().name();
-        let header = Header { top_index, ..describe(&*host, &self.chain, span, span.active)? };
-        let missing = || Error::Usage("the chain has no such layer".into());
-        let image = self.chain.image_mut(span.active).ok_or_else(missing)?;
-        let work = match work {
-            Some(work) => {
-                work.replay(image, Some(GuestOffset::ZERO))?;
-                work
-            }
-            None => Work::begin(&*host, image, header, dir, left.as_ref())?,
-        };
-        if left.is_some_and(|left| left.is_ours()) {
-            // Mappings that are gone lead nobody to the clusters that were not given back yet.
-            give_leaks_back(image, &AtomicBool::new(false))?;
-        }
-        if let Image::Qcow2(active) = &mut *image {
-            if let Some(name) = name {
-                link::relink_journaled(active, name, format)?;
-            }
-            clear_autoclear(active)?;
-            let refcounts = Refcounts::load(active)?;
-            bitmaps::drop_all(active, &refcounts)?;
-            empty::empty(active)?;
-        }
-        if !removes {
-            return work.finish(&*host, image);
-        }
-        // Its journal outlives it: then the same command knows what became of it.
-        let data_file = self.layer(span.active).and_then(|layer| data_file(&*host, layer))?;
-        work.journal().set_spent(Some(data_file));
-        self.removing = Some(Arc::clone(work.journal()));
-        let image = self.chain.image_mut(span.active).ok_or_else(missing)?;
-        work.release(image)
     }
 }
 
@@ -291,12 +262,13 @@ impl Commit {
 fn move_into_qcow2(
     images: &[&Image],
     span: Span,
-    from: GuestOffset,
+    (from, size): (GuestOffset, u64),
     bitmaps: bitmaps::Plan,
     refcounts: &Refcounts,
     run: &Run<'_>,
 ) -> Result<(Totals, bitmaps::Growth)> {
-    let job = job(images, span)?;
+    let mut job = job(images, span)?;
+    job.limit_to(size);
     let Some(Image::Qcow2(image)) = images.get(span.base) else {
         return Err(Error::Usage("the base is not a qcow2 image".into()));
     };
@@ -341,7 +313,7 @@ pub(super) fn prepare(image: &mut Qcow2, clusters: u64, side_by_side: u64, size:
 }
 
 /// Gives back the clusters that a merge has leaked when it was stopped.
-fn give_leaks_back(image: &mut Image, cancel: &AtomicBool) -> Result<()> {
+pub(super) fn give_leaks_back(image: &mut Image, cancel: &AtomicBool) -> Result<()> {
     let Image::Qcow2(qcow2) = image else { return Ok(()) };
     let data = qcow2.has_data_file().then(|| &**qcow2.data_file());
     let options = CheckOptions { cancel: Some(cancel) };
@@ -350,7 +322,7 @@ fn give_leaks_back(image: &mut Image, cancel: &AtomicBool) -> Result<()> {
     qcow2.refresh_lengths()
 }
 
-fn clear_autoclear(image: &Qcow2) -> Result<()> {
+pub(super) fn clear_autoclear(image: &Qcow2) -> Result<()> {
     if image.header().version < 3 || image.header().unknown_autoclear() == 0 {
         return Ok(());
     }

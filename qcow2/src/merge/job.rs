@@ -79,6 +79,12 @@ pub(crate) struct Writer<'a> {
 }
 
 impl<'a> Job<'a> {
+    /// Has base's disk be no larger than `size` bytes when the merge is done.
+    pub(super) fn limit_to(&mut self, size: u64) {
+        self.new_size = self.new_size.min(size);
+        self.question.limit = self.new_size;
+    }
+
     pub(super) fn image(&self) -> Result<&'a Image> {
         self.layers.get(self.base).copied().ok_or_else(|| Error::Usage("the chain has no such layer".into()))
     }

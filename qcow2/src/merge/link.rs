@@ -1,16 +1,19 @@
 //! The switch of metadata when base holds the data: relinking the overlay above top, or turning the
 //! active image into an empty overlay; marking and removing what is no longer needed.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use super::options::{CommitOptions, Span};
 use super::plan::Afterwards;
-use crate::chain::{Chain, Layer, new_backing_name};
-use crate::error::{Error, Refusal, Result};
-use crate::format::{Mark, RewriteError, Switch, plan_backing_switch, plan_mark};
+use crate::chain::{BackingName, Chain, Layer, new_backing_name};
+use crate::error::{Error, FileOp, Refusal, Result};
+use crate::format::{
+    Cluster0, Mark, RewriteError, Switch, plan_backing_switch, plan_mark, plan_mark_and_backing,
+};
 use crate::image::Qcow2;
 use crate::journal::{Edit, edit_headers};
-use crate::storage::Host;
+use crate::storage::{Access, Host};
 use crate::units::HostOffset;
 
 /// Decides what happens above base, and whether it fits into the headers; nothing is written.
@@ -90,23 +93,114 @@ pub(super) fn relink_journaled(image: &Qcow2, name: &str, format: &str) -> Resul
     apply(image, &switch)
 }
 
-/// Marks layers, side by side; says for each whether its header had room. One without room stays as it is.
-pub(super) fn mark(
+/// Marks layers as being merged, side by side; says for each whether its header had room. One without room, or that
+/// cannot be written, stays as it is.
+pub(super) fn mark_merging(
     host: &dyn Host,
     layers: &[&Layer],
     base: &Path,
-    mark: Mark,
     dir: Option<&Path>,
 ) -> Result<Vec<(PathBuf, bool)>> {
     let (mut edits, mut marked) = (Vec::new(), Vec::new());
     for layer in layers {
-        let cluster = read_cluster(qcow2(layer)?)?;
-        let switch = plan_mark(&cluster, &base.to_string_lossy(), mark).ok();
+        let switch = match is_written(layer) {
+            true => plan_mark(&read_cluster(qcow2(layer)?)?, &base.to_string_lossy(), Mark::Merging).ok(),
+            false => None,
+        };
         marked.push((layer.path.clone(), switch.is_some()));
         edits.extend(switch.and_then(|switch| edit(layer, switch)));
     }
     edit_headers(host, &edits, dir)?;
     Ok(marked)
+}
+
+/// Marks layers as merged, side by side, as [`mark_merging`] does. Those that come with a name for base, and its format,
+/// get it as their backing file; where that does not fit, they stay empty overlays on the layer below.
+pub(super) fn mark_merged(
+    host: &dyn Host,
+    layers: &[(&Layer, Option<(String, &str)>)],
+    base: &Path,
+    dir: Option<&Path>,
+) -> Result<Vec<(PathBuf, bool)>> {
+    let (mut edits, mut marked) = (Vec::new(), Vec::new());
+    for (layer, backing) in layers {
+        if !is_written(layer) {
+            marked.push((layer.path.clone(), false));
+            continue;
+        }
+        let cluster = read_cluster(qcow2(layer)?)?;
+        let backing = backing.as_ref().map(|(name, format)| (name.as_str(), *format));
+        let switch = plan_merged(&cluster, base, backing);
+        let has_mark = switch.as_ref().is_some_and(|(_, has_mark)| *has_mark);
+        marked.push((layer.path.clone(), has_mark));
+        edits.extend(switch.and_then(|(switch, _)| edit(layer, switch)));
+    }
+    edit_headers(host, &edits, dir)?;
+    Ok(marked)
+}
+
+/// An edit that marks an image as merged into base and names that as its backing file; and whether it has room for the
+/// mark. Where it has none for the name, the image gets the mark alone.
+pub(super) fn plan_merged(
+    cluster: &[u8],
+    base: &Path,
+    backing: Option<(&str, &str)>,
+) -> Option<(Switch, bool)> {
+    let base = base.to_string_lossy();
+    let relinked = backing
+        .and_then(|(name, format)| plan_mark_and_backing(cluster, (Mark::Merged, &base), name, format).ok());
+    let Some(switch) = relinked else {
+        return Some((plan_mark(cluster, &base, Mark::Merged).ok()?, true));
+    };
+    let after = switch.applied_to(cluster);
+    let has_mark = Cluster0::decode(&after).is_ok_and(|cluster0| cluster0.merged_into().is_some());
+    Some((switch, has_mark))
+}
+
+fn is_written(layer: &Layer) -> bool {
+    layer.access == Access::ReadWrite
+}
+
+/// The name by which an overlay will call base, and its format; `None` if that stands there already, or no name leads to
+/// base.
+///
+/// # Errors
+/// The system's.
+pub(super) fn name_of_base(
+    host: &dyn Host,
+    (path, cluster0): (&Path, &Cluster0),
+    base: &Layer,
+) -> Result<Option<(String, &'static str)>> {
+    let Some(old) = &cluster0.backing_name else { return Ok(None) };
+    let Ok(named) = BackingName::parse(old).map(|name| name.resolve(path)) else { return Ok(None) };
+    match host.stat(&named) {
+        Ok(stat) if stat.id == base.id => return Ok(None),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            return Err(Error::io(&named, FileOp::Stat, None, e));
+        }
+        _ => {}
+    }
+    let name = match new_backing_name(host, old, path, &base.path) {
+        Err(Error::Refused { .. }) => return Ok(None),
+        name => name?,
+    };
+    Ok(String::from_utf8(name).ok().map(|name| (name, base.image.format().name())))
+}
+
+/// Marks an active image that is being emptied, and is written under a journal; with another backing file, if one is given.
+pub(super) fn mark_emptied(image: &Qcow2, base: &Path, backing: Option<(&str, &str)>) -> Result<()> {
+    let cluster = read_cluster(image)?;
+    let base = base.to_string_lossy();
+    let switch = match backing {
+        Some((name, format)) => plan_mark_and_backing(&cluster, (Mark::Emptied, &base), name, format)
+            .map_err(|e| rewrite_error(image.path(), name, e))?,
+        // Without the mark, the next merge into base finds a user more.
+        None => match plan_mark(&cluster, &base, Mark::Emptied) {
+            Ok(switch) => switch,
+            Err(_) => return Ok(()),
+        },
+    };
+    apply(image, &switch)
 }
 
 /// The edit of a layer's header, if there is anything to write.

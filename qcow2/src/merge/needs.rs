@@ -38,12 +38,14 @@ pub(crate) struct Question<'a> {
     /// Behind the end of a short top: up to where the layer above it would see base's old data. Equal
     /// to the top's size when there is nothing to hide.
     pub(crate) zero_until: u64,
+    /// Nothing is needed behind this offset: the disk of base ends there when the merge is done.
+    pub(crate) limit: u64,
 }
 
 impl Question<'_> {
     /// Behind the last byte that the base may need.
     pub(crate) fn end(&self) -> u64 {
-        self.view.size().max(self.zero_until)
+        self.view.size().max(self.zero_until).min(self.limit)
     }
 
     /// The windows from `from` on in which something may be needed, in order; sizes are multiples of every cluster

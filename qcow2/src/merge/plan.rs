@@ -32,6 +32,15 @@ pub struct Plan {
     pub afterwards: Afterwards,
     /// Layers that are no longer needed.
     pub obsolete: Vec<PathBuf>,
+    /// Merged layers that become empty overlays on base, and stay on disk.
+    pub emptied: Vec<PathBuf>,
+    /// Merged layers that stay on disk with their data: a chain that was recorded layer by layer and names one shows old
+    /// data.
+    pub kept: Vec<Kept>,
+    /// Whether layers that are no longer needed are removed.
+    pub removes: bool,
+    /// Bytes on disk that merged layers give back, at most, with those that are removed.
+    pub bytes_freed: u64,
     /// Files of layers that an earlier merge was to remove when it was stopped: removed now, or marked as merged if
     /// this merge removes none.
     pub remains: Vec<PathBuf>,
@@ -123,6 +132,15 @@ pub struct Signs {
     pub is_elsewhere: bool,
     /// Images whose backing name leads nowhere, and ends in the name of base or of a merged layer.
     pub possible_users: Vec<PathBuf>,
+}
+
+/// A merged layer that keeps its data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// The layer.
+    pub path: PathBuf,
+    /// Why it cannot become an empty overlay, in words.
+    pub why: &'static str,
 }
 
 /// Where a merge goes on that was stopped.

@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::emptied;
 use super::execute::Report;
 use super::options::CommitOptions;
 use super::retire::{Known, mark};
@@ -15,7 +16,7 @@ use crate::chain::{Chain, Search, find_users_in};
 use crate::error::{Error, FileOp, Result};
 use crate::image::Qcow2;
 use crate::journal::Journal;
-use crate::journal::record::{Phase, Spent, SpentKind};
+use crate::journal::record::{Phase, Purpose, Spent, SpentKind};
 use crate::stamp::Stamp;
 use crate::storage::{
     Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner, Place, Storage, if_there,
@@ -30,6 +31,9 @@ pub(super) struct Remains {
     owner: Owner,
     /// The uppermost layer first, a data file behind its image.
     files: Vec<Spent>,
+    /// Layers that are not to be removed, and may lack the last mark and the name of base: those that the merge has made
+    /// empty overlays before it changed the chain.
+    emptied: Vec<PathBuf>,
     /// Somebody has written to base, which the merge had not released: what was merged may be needed yet.
     is_doubtful: bool,
 }
@@ -62,18 +66,34 @@ impl Remains {
         chain: &Chain,
         is_doubtful: bool,
     ) -> Result<Option<Self>> {
-        let Some(files) = journal.spent().filter(|_| journal.state().phase >= Phase::Switching) else {
+        let header = journal.header();
+        let (layers, base) = (chain.files(), header.base.clone());
+        if journal.state().phase < Phase::Switching {
             return Ok(None);
+        }
+        let Some(files) = journal.spent() else {
+            if header.purpose != Purpose::Merge {
+                return Ok(None);
+            }
+            let mut emptied = Vec::new();
+            for layer in header.layers.iter().filter(|layer| layer.path != header.active) {
+                let stat = if_there(host.stat(&layer.path))
+                    .map_err(|e| Error::io(&layer.path, FileOp::Stat, None, e))?;
+                if stat.is_some_and(|stat| !layers.contains(&stat.id)) {
+                    emptied.push(layer.path.clone());
+                }
+            }
+            let owner = journal.owner()?;
+            let files = Vec::new();
+            return Ok((!emptied.is_empty()).then_some(Self { base, owner, files, emptied, is_doubtful }));
         };
-        let layers = chain.files();
-        let base = journal.header().base.clone();
         for spent in &files {
             if stat_of(host, spent)?.is_some_and(|stat| layers.contains(&stat.id)) {
                 return Ok(None);
             }
         }
         let owner = journal.owner()?;
-        Ok(Some(Self { base, owner, files, is_doubtful }))
+        Ok(Some(Self { base, owner, files, emptied: Vec::new(), is_doubtful }))
     }
 
     /// The files that are there still.
@@ -102,6 +122,12 @@ impl Remains {
         options: &CommitOptions,
         report: &mut Report,
     ) -> Result<()> {
+        for path in self.emptied.iter().filter(|_| !self.is_doubtful) {
+            emptied::finish(host, path, &self.base, chain, options, report)?;
+        }
+        if self.files.is_empty() {
+            return Ok(());
+        }
         let shared = self.shared(host, chain, options)?;
         let mut keeps_layers = false;
         let mut keeps_image = false;
@@ -225,9 +251,7 @@ impl Remains {
 
     /// Whether an image bears the mark of a merge into base. Where there was no room for a name, it has none.
     fn is_marked(&self, path: &Path, file: &dyn Storage) -> Result<bool> {
-        let cluster0 = Qcow2::read_cluster0(path, file)?;
-        let into = cluster0.merged_into().or_else(|| cluster0.merging_into());
-        Ok(into.is_some_and(|into| into.is_empty() || into == self.base.to_string_lossy()))
+        Ok(emptied::is_marked(&Qcow2::read_cluster0(path, file)?, &self.base))
     }
 }
 

@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 
 use super::commit::Commit;
 use super::execute::Report;
-use super::link;
+use super::plan::Afterwards;
 use super::remains::{Remains, unlink};
 use super::work::spent;
+use super::{emptying, link};
 use crate::chain::Layer;
 use crate::error::{Error, FileOp, Result};
-use crate::format::Mark;
 use crate::journal::Journal;
-use crate::storage::{FileId, FileKind, Place};
+use crate::storage::{FileId, FileKind, Host, Place};
 
 impl Commit {
     /// Whether the active image is removed.
@@ -46,17 +46,13 @@ impl Commit {
         layers.filter(|layer| self.plan.obsolete.contains(&layer.path))
     }
 
-    /// Marks what is no longer needed as merged.
+    /// Marks what is no longer needed as merged; what is empty gets base as its backing file.
     pub(super) fn mark_merged(&self, report: &mut Report) -> Result<()> {
-        for (path, marked) in self.mark_obsolete(Mark::Merged)? {
-            if marked { &mut report.marked } else { &mut report.unmarked }.push(path);
-        }
-        Ok(())
+        self.mark(&self.obsolete().collect::<Vec<_>>(), report)
     }
 
     /// Removes what is no longer needed, from the top down, but for the active image.
     pub(super) fn remove_layers(&self, report: &mut Report) -> Result<()> {
-        let base = self.base_name()?;
         let mut keeps = false;
         for layer in self.obsolete() {
             if keeps {
@@ -66,7 +62,7 @@ impl Commit {
                 keeps = !self.delete(layer, report)?;
             }
             if keeps {
-                self.mark(layer, &base, report)?;
+                self.mark(&[layer], report)?;
             }
         }
         Ok(())
@@ -87,22 +83,39 @@ impl Commit {
         journal.remove(&*self.host)
     }
 
-    fn base_name(&self) -> Result<PathBuf> {
+    pub(super) fn base_name(&self) -> Result<PathBuf> {
         let base = self.layer(self.base)?;
         Ok(self.host.canonicalize(&base.path).unwrap_or_else(|_| base.path.clone()))
     }
 
-    /// Marks the layers between base and the active image that are no longer needed, side by side; says
-    /// for each, the top first, whether its header had room. The active image never gets a mark: until it
+    /// Marks the layers between base and the active image that are no longer needed as being merged, side by side; says
+    /// for each, the top first, whether its header had room. The active image never gets such a mark: until it
     /// is removed, a guest may go on writing to it.
-    pub(super) fn mark_obsolete(&self, mark: Mark) -> Result<Vec<(PathBuf, bool)>> {
+    pub(super) fn mark_obsolete(&self) -> Result<Vec<(PathBuf, bool)>> {
         let base = self.base_name()?;
         let layers: Vec<&Layer> = self.obsolete().collect();
-        link::mark(&*self.host, &layers, &base, mark, self.options.journal_dir.as_deref())
+        link::mark_merging(&*self.host, &layers, &base, self.options.journal_dir.as_deref())
+    }
+
+    /// Merged layers that are empty overlays now.
+    pub(super) fn emptied(&self) -> Vec<PathBuf> {
+        let is_active = |at: usize| {
+            at == self.top && at == self.chain.active() && !matches!(self.plan.afterwards, Afterwards::Keep)
+        };
+        let is_emptied = |at: usize| self.empties.contains(&at) || is_active(at);
+        let layers = self.chain.layers().iter().enumerate();
+        layers.filter(|(at, _)| is_emptied(*at)).map(|(_, layer)| layer.path.clone()).collect()
+    }
+
+    /// Bytes that the layers above base hold on disk, up to top.
+    pub(super) fn held_above(&self) -> Result<u64> {
+        let layers = self.chain.layers().get(self.base + 1..=self.top).unwrap_or_default();
+        layers.iter().map(emptying::held).sum()
     }
 
     /// Removes a layer, and then its data file, if its name still leads to the file of the plan, and that is a
-    /// regular file; false if the layer is kept, and then its data file is too. A symbolic link stays, and leads nowhere.
+    /// regular file; false if the layer is kept, and then its data file is too. A symbolic link by which the layer was
+    /// named goes with it: it would lead nowhere.
     fn delete(&self, layer: &Layer, report: &mut Report) -> Result<bool> {
         let host = &*self.host;
         let data_file = layer.data_file.as_ref().map(|file| (&file.path, file.id, file.kept));
@@ -113,7 +126,11 @@ impl Commit {
                 Ok((stat, place))
                     if stat.id == id && stat.kind == FileKind::Regular && !self.is_shared(id) =>
                 {
+                    let real = place.path().to_owned();
                     unlink(host, &place)?;
+                    if unlink_dangling(host, path, &real)? {
+                        report.deleted.push(real);
+                    }
                     report.deleted.push(path.clone());
                     continue;
                 }
@@ -135,13 +152,45 @@ impl Commit {
         self.shared.contains(&id)
     }
 
-    fn mark(&self, layer: &Layer, base: &Path, report: &mut Report) -> Result<()> {
-        let dir = self.options.journal_dir.as_deref();
-        for (path, marked) in link::mark(&*self.host, &[layer], base, Mark::Merged, dir)? {
+    /// Marks layers as merged. Those that are empty get base as their backing file: who uses one that is not reads
+    /// through what lies below it.
+    fn mark(&self, layers: &[&Layer], report: &mut Report) -> Result<()> {
+        let (dir, base) = (self.options.journal_dir.as_deref(), self.layer(self.base)?);
+        let emptied = self.emptied();
+        let mut named = Vec::new();
+        for layer in layers {
+            let image = layer.image.as_qcow2().filter(|_| emptied.contains(&layer.path));
+            let name = match image {
+                Some(image) => link::name_of_base(&*self.host, (&layer.path, image.cluster0()), base)?,
+                None => None,
+            };
+            named.push((*layer, name));
+        }
+        let layers = named;
+        for (path, marked) in link::mark_merged(&*self.host, &layers, &self.base_name()?, dir)? {
             if marked { &mut report.marked } else { &mut report.unmarked }.push(path);
         }
         Ok(())
     }
+}
+
+/// Removes the symbolic link at `path` that led to the file `real`, which is there no more; false if there is none. What
+/// leads anywhere is no such link.
+fn unlink_dangling(host: &dyn Host, path: &Path, real: &Path) -> Result<bool> {
+    let io = |op| move |e| Error::io(path, op, None, e);
+    let link = Place::named(host, path).map_err(io(FileOp::Resolve))?;
+    if link.path() == real || host.stat(&link.path()).is_ok() {
+        return Ok(false);
+    }
+    match link.stat(host) {
+        Ok(stat) if matches!(stat.kind, FileKind::Other(_)) => {}
+        Ok(_) => return Ok(false),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(e) => return Err(Error::io(path, FileOp::Stat, None, e)),
+    }
+    host.unlink_in(link.folder(), link.name()).map_err(io(FileOp::Remove))?;
+    host.sync_folder(link.folder()).map_err(io(FileOp::Sync))?;
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -186,8 +235,10 @@ mod tests {
         symlink("store/mid", dir.join("mid")).unwrap();
         create(dir, "-b @mid -F qcow2 @top");
         let report = delete(&dir.join("top"), false);
-        assert_eq!(report.deleted, [dir.join("mid"), dir.join("top")]);
+        let real = std::fs::canonicalize(dir).unwrap().join("store/mid");
+        assert_eq!(report.deleted, [real, dir.join("mid"), dir.join("top")]);
         assert!(!dir.join("store/mid").exists() && !dir.join("top").exists());
+        assert!(dir.join("mid").symlink_metadata().is_err(), "a link is left that leads nowhere");
     }
 
     #[test]

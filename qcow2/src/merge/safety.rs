@@ -12,7 +12,8 @@ use crate::check::{CheckOptions, check_consistent};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::{Image, bitmap_names};
 use crate::journal;
-use crate::storage::{FileId, FileKind, Host};
+use crate::storage::{Access, FileId, FileKind, Host};
+use crate::units::GuestOffset;
 
 /// Rules that the headers alone decide; `ours` tells whether the layer at a position is marked dirty by a
 /// merge that was stopped, and is taken up again.
@@ -34,7 +35,8 @@ pub(super) fn layers(
             return refuse(Refusal::CorruptBit);
         }
         let emptied = at == span.active && at == span.top && !options.keep_active;
-        if image.header().is_dirty() && (at == span.base || emptied) && !ours(at) {
+        let written = merged && layer.access == Access::ReadWrite;
+        if image.header().is_dirty() && (at == span.base || written) && !ours(at) {
             return refuse(Refusal::Dirty);
         }
         let grows = at == span.base && size(span.top) > image.virtual_size();
@@ -53,13 +55,15 @@ pub(super) fn layers(
         if image.header().snapshots > 0 && !options.allow_snapshot_change {
             return refuse(Refusal::Snapshots { count: image.header().snapshots as usize });
         }
-        if let Some(base) = image.cluster0().merged_into() {
+        if let Some(base) = image.cluster0().merged_into()
+            && image.next_allocated(GuestOffset::ZERO)?.is_some()
+        {
             let what =
                 format!("it was merged into {base} before; merging it again could bring old data back");
             return refuse(Refusal::Other(what));
         }
     }
-    let lost = bitmaps(chain, span)?;
+    let lost = bitmaps(chain, span, options)?;
     if let Some((path, _)) = lost.first()
         && !options.drop_bitmaps
     {
@@ -69,10 +73,16 @@ pub(super) fn layers(
     Ok(())
 }
 
-/// The bitmaps that the merge loses: those of merged layers that go away or are emptied.
-pub(super) fn bitmaps(chain: &Chain, span: Span) -> Result<Vec<(PathBuf, String)>> {
+/// The bitmaps that the merge loses: those of layers that go away, or that nobody sees the disk through any more. The
+/// active image goes on showing the same disk, and keeps its own.
+pub(super) fn bitmaps(chain: &Chain, span: Span, options: &CommitOptions) -> Result<Vec<(PathBuf, String)>> {
     let mut lost = Vec::new();
-    for layer in chain.layers().get(span.base + 1..=span.top).unwrap_or_default() {
+    let end = match span.top == span.active {
+        true if options.keep_active => span.base + 1,
+        true if !options.delete => span.top,
+        _ => span.top + 1,
+    };
+    for layer in chain.layers().get(span.base + 1..end).unwrap_or_default() {
         for bitmap in layer.image.as_qcow2().map(bitmap_names).transpose()?.unwrap_or_default() {
             lost.push((layer.path.clone(), bitmap.name));
         }
@@ -94,6 +104,9 @@ pub(super) fn journal_places(
         Afterwards::Keep => span.top.saturating_sub(1),
     };
     for layer in chain.layers().get(span.base..=last).unwrap_or_default() {
+        if layer.access != Access::ReadWrite {
+            continue;
+        }
         let (file, dir) = (&**layer.image.file(), options.journal_dir.as_deref());
         for ending in [journal::JOURNAL, journal::SWITCH] {
             journal::place(host, &layer.path, file, dir, ending)?;

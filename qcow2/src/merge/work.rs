@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::abort::{self, Pending};
+use super::emptied;
 use super::execute::Report;
 use super::options::{CommitOptions, Span};
 use super::plan::BeginsAnew;
@@ -109,6 +110,11 @@ impl Left {
         self.judgement.verdict == Verdict::Foreign && self.journal.header().purpose == Purpose::Merge
     }
 
+    /// Whether base held everything when the work was stopped, and the layers above it were being changed.
+    pub(super) fn is_switching(&self) -> bool {
+        self.journal.state().phase >= Phase::Switching
+    }
+
     /// How far the work was, in percent.
     pub(super) fn percent(&self) -> u64 {
         percent(self.journal.state().done, self.journal.header().total)
@@ -128,7 +134,11 @@ impl Left {
             return Vec::new();
         }
         let now = |path: &Path| Stamp::of(host, path, &*host.open(path, Access::Read).ok()?).ok();
-        let as_merged = |was: &Stamp| now(&was.path).filter(|now| was.is_unwritten(now)).map(|now| now.id);
+        // What the merge has emptied has changed since, and holds nothing.
+        let is_merged = |was: &Stamp, now: &Stamp| {
+            was.is_unwritten(now) || (was.is_same_file(now) && emptied::is_empty(host, &was.path))
+        };
+        let as_merged = |was: &Stamp| now(&was.path).filter(|now| is_merged(was, now)).map(|now| now.id);
         header.layers.iter().filter_map(as_merged).collect()
     }
 
@@ -166,6 +176,14 @@ impl Left {
             && (then.new_size, then.zero_until) == (wanted.new_size, wanted.zero_until);
         let may = same && matches!(self.judgement.verdict, Verdict::Pending | Verdict::Unsure);
         (may && state.watermark > 0).then_some((state.watermark, state.done))
+    }
+
+    /// How large the disk of base is to be, if the same merge was stopped: the layers may have grown since.
+    pub(super) fn size_of_same(&self, wanted: &Header) -> Option<u64> {
+        let then = self.journal.header();
+        let same = then.purpose == wanted.purpose
+            && (&then.base, &then.top, &then.active) == (&wanted.base, &wanted.top, &wanted.active);
+        (same && then.new_size > 0).then_some(then.new_size)
     }
 
     /// Puts the image under its journal again, which nobody else uses meanwhile; what a power cut may have torn is

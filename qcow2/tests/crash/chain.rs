@@ -160,11 +160,22 @@ pub(crate) struct Scenario {
     pub(crate) by_index: bool,
     /// The disk of base is a block device.
     pub(crate) device: bool,
+    /// Headers have no room for the name of base.
+    pub(crate) cramped: bool,
 }
 
 impl Scenario {
     pub(crate) fn new(name: String, layers: Vec<Layer>, base: usize, top: usize) -> Self {
-        Self { name, layers, base, top, after: After::Default, by_index: false, device: false }
+        Self {
+            name,
+            layers,
+            base,
+            top,
+            after: After::Default,
+            by_index: false,
+            device: false,
+            cramped: false,
+        }
     }
 
     pub(crate) fn active(&self) -> usize {

@@ -15,7 +15,7 @@ use qcow2::storage::{Access, Host, MemHost};
 use qcow2::units::GuestOffset;
 use qcow2::{Error, Refusal, Result};
 
-use crate::chain::{JOURNALS, Scenario, options};
+use crate::chain::{After, JOURNALS, Scenario, options};
 use crate::power::disk;
 
 /// Nobody is told.
@@ -112,6 +112,7 @@ impl<'a> Judge<'a> {
         let host = state.host();
         self.sound(state, &host)?;
         self.intact(state, &host)?;
+        self.recorded(state, &host)?;
         self.held(state)
     }
 
@@ -141,6 +142,7 @@ impl<'a> Judge<'a> {
                 return Err(format!("{} was changed", path.display()));
             }
         }
+        self.emptied(state, &state.host())?;
         match self.left_over(state) {
             Some(name) => Err(format!("{} was left behind", name.display())),
             None => Ok(()),
@@ -198,8 +200,12 @@ impl<'a> Judge<'a> {
             if self.is_gone(state, at) {
                 continue;
             }
-            let shown = self.shows(host, at)?;
+            let mut shown = self.shows(host, at)?;
             let expected = &self.seen[at];
+            if at == top && at < self.scenario.active() && shown.len() > expected.len() {
+                // Emptied, it is as large as the active image.
+                shown.truncate(expected.len());
+            }
             if shown != *expected {
                 let differs = shown.iter().zip(expected).position(|(is, was)| is != was);
                 let name = self.scenario.path(at).display();
@@ -207,6 +213,62 @@ impl<'a> Judge<'a> {
                     "{name}: the guest's bytes differ at {differs:?} ({} bytes)",
                     shown.len()
                 ));
+            }
+        }
+        Ok(())
+    }
+
+    /// A chain that somebody recorded layer by layer, whatever the headers say, shows its guest what it showed, or
+    /// cannot be opened because a layer was removed.
+    fn recorded(&self, state: &State, host: &MemHost) -> Verdict {
+        if (0..self.scenario.layers.len()).any(|at| state.inode(self.scenario.path(at)).is_none()) {
+            return Ok(());
+        }
+        let read = || -> Result<Vec<u8>> {
+            let open = |at: usize| Chain::open(host, self.scenario.path(at), &options());
+            let chains = (0..self.scenario.layers.len()).map(open).collect::<Result<Vec<_>>>()?;
+            let images: Vec<_> = chains.iter().filter_map(|chain| chain.images().pop()).collect();
+            let view = View::new(&images, 0, images.len() - 1);
+            let mut bytes = vec![0xdd; view.size() as usize];
+            view.read(GuestOffset::ZERO, &mut bytes, &mut ClusterCache::new())?;
+            Ok(bytes)
+        };
+        let shown = read().map_err(|e| format!("the recorded chain cannot be read: {e}"))?;
+        let expected = &self.seen[self.scenario.active()];
+        let differs = shown.iter().zip(expected).position(|(is, was)| is != was);
+        match shown == *expected {
+            true => Ok(()),
+            false => Err(format!(
+                "the recorded chain: the guest's bytes differ at {differs:?} ({} bytes)",
+                shown.len()
+            )),
+        }
+    }
+
+    /// Every merged layer that is there is an empty overlay on base, as large as the active image at least.
+    fn emptied(&self, state: &State, host: &MemHost) -> Verdict {
+        let Scenario { base, top, .. } = *self.scenario;
+        if self.scenario.after == After::Keep {
+            return Ok(());
+        }
+        let size = self.seen[self.scenario.active()].len() as u64;
+        for at in (base + 1..=top).filter(|at| state.inode(self.scenario.path(*at)).is_some()) {
+            let path = self.scenario.path(at);
+            let name = path.display();
+            let chain = Chain::open(host, path, &options()).map_err(|e| e.to_string())?;
+            let image = chain.layers().last().and_then(|layer| layer.image.as_qcow2());
+            let image = image.ok_or("no qcow2 image")?;
+            if image.next_allocated(GuestOffset::ZERO).map_err(|e| e.to_string())?.is_some() {
+                return Err(format!("{name} still holds data"));
+            }
+            if image.virtual_size() < size {
+                return Err(format!("{name} is too short: {} bytes", image.virtual_size()));
+            }
+            let below = chain.layers().iter().rev().nth(1).map(|layer| layer.path.as_path());
+            if below.is_none_or(|below| host.stat(below).ok() != host.stat(self.scenario.path(base)).ok())
+                && !self.scenario.cramped
+            {
+                return Err(format!("{name} is not on base, but on {below:?}"));
             }
         }
         Ok(())

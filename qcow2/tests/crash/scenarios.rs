@@ -6,6 +6,8 @@ mod entries;
 mod files;
 #[path = "scenarios/random.rs"]
 mod random;
+#[path = "scenarios/recorded.rs"]
+mod recorded;
 #[path = "scenarios/removed.rs"]
 mod removed;
 #[path = "scenarios/shape.rs"]
@@ -36,6 +38,7 @@ pub(crate) fn all(tier: Tier) -> Vec<Scenario> {
     list.extend(tables::bitmaps());
     list.extend(files::cluster_sizes());
     list.extend(removed::removed());
+    list.extend(recorded::recorded());
     list.extend((0..tier.of(60, 600)).map(random::chain));
     list
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use qcow2::error::shown;
-use qcow2::merge::{Afterwards, DataFileFate, Plan, Report};
+use qcow2::merge::{Afterwards, DataFileFate, Kept, Plan, Report};
 
 use crate::cli::CommitArgs;
 use crate::output::human::{Fields, plural};
@@ -41,6 +41,12 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, Str
     }
     fields.add("afterwards", afterwards(plan));
     fields.add("not needed then", obsolete(plan, args));
+    for kept in &plan.kept {
+        fields.add("keeps its data", keeps(kept));
+    }
+    if plan.bytes_freed > 0 {
+        fields.add("to free", format!("at most {}", size::exact(plan.bytes_freed)));
+    }
     if let Some(remains) = remains(plan, args) {
         fields.add("left over", format!("of a merge that was stopped: {remains}"));
     }
@@ -153,6 +159,10 @@ pub(super) fn result(plan: &Plan, report: &Report) -> String {
         lines.push(format!("note: {}", old_tail(plan)));
     }
     lines.extend(layers(report));
+    lines.extend(plan.kept.iter().map(|kept| format!("keeps its data: {}", keeps(kept))));
+    if report.freed > 0 {
+        lines.push(format!("freed: {}", size::short(report.freed)));
+    }
     lines.join("\n")
 }
 
@@ -179,8 +189,14 @@ fn layers(report: &Report) -> Vec<String> {
     for (file, why) in &report.kept {
         lines.push(format!("not removed: {}: {why}", show(file)));
     }
-    if !report.marked.is_empty() {
-        lines.push(format!("not needed any more, and marked as merged: {}", list(&report.marked)));
+    let (emptied, full): (Vec<_>, Vec<_>) =
+        report.marked.iter().cloned().partition(|file| report.emptied.contains(file));
+    if !emptied.is_empty() {
+        let files = list(&emptied);
+        lines.push(format!("not needed any more, now empty overlays on base, and marked as merged: {files}"));
+    }
+    if !full.is_empty() {
+        lines.push(format!("not needed any more, and marked as merged: {}", list(&full)));
     }
     if !report.unmarked.is_empty() {
         lines.push(format!(
@@ -215,8 +231,21 @@ fn torn(atomic: bool) -> &'static str {
 }
 
 fn obsolete(plan: &Plan, args: &CommitArgs) -> String {
-    let what = if args.delete { "will be removed" } else { "stay, marked as merged" };
+    let what = match args.delete {
+        true => "will be removed",
+        false if plan.kept.is_empty() => "stay, as empty overlays on base, marked as merged",
+        false => "stay, marked as merged",
+    };
     if plan.obsolete.is_empty() { "no file".to_owned() } else { format!("{}: {what}", list(&plan.obsolete)) }
+}
+
+/// A layer that cannot be emptied, why, and what that means.
+fn keeps(kept: &Kept) -> String {
+    format!(
+        "{}: {}; a configuration that recorded the chain layer by layer shows old data where it names this one",
+        show(&kept.path),
+        kept.why
+    )
 }
 
 /// What a merge that was stopped has left to be removed, if anything.

@@ -27,6 +27,8 @@ pub(super) fn plan(plan: &Plan) -> Value {
     fields["strangers"] =
         strangers.map(|stranger| json!({ "file": path(&stranger.file), "user": stranger.user })).collect();
     fields["data-files"] = data_files.collect();
+    fields["emptied"] = paths(&plan.emptied);
+    fields["bytes-freed"] = plan.bytes_freed.into();
     fields["resumed"] = match plan.resumed {
         Some(resumed) => json!({ "bytes-done": resumed.done, "percent": resumed.percent }),
         None => Value::Null,
@@ -39,6 +41,8 @@ pub(super) fn plan(plan: &Plan) -> Value {
 pub(super) fn result(plan: &Plan, report: &Report) -> Value {
     let mut fields = common(plan, &report.totals, report.base_file_size);
     fields["obsolete"] = paths(&plan.obsolete);
+    fields["emptied"] = paths(&report.emptied);
+    fields["bytes-freed"] = report.freed.into();
     fields["deleted"] = paths(&report.deleted);
     fields["marked"] = paths(&report.marked);
     fields["unmarked"] = paths(&report.unmarked);
@@ -53,6 +57,7 @@ pub(super) fn result(plan: &Plan, report: &Report) -> Value {
 
 fn common(plan: &Plan, totals: &Totals, base_file_size: u64) -> Value {
     let bitmaps = plan.bitmaps_lost.iter().map(|(file, name)| json!({ "file": path(file), "name": name }));
+    let not_emptied = plan.kept.iter().map(|kept| json!({ "file": path(&kept.path), "reason": kept.why }));
     let mut fields = json!({
         "base": path(&plan.base),
         "top": path(&plan.top),
@@ -67,6 +72,7 @@ fn common(plan: &Plan, totals: &Totals, base_file_size: u64) -> Value {
         "old-tail": plan.old_tail,
         "bitmaps-lost": bitmaps.collect::<Value>(),
         "left-over": paths(&plan.remains),
+        "not-emptied": not_emptied.collect::<Value>(),
         "afterwards": afterwards(&plan.afterwards),
     });
     if let Some(reason) = &plan.nothing_to_do {

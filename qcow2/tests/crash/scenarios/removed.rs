@@ -40,6 +40,7 @@ pub(super) fn removed() -> Vec<Scenario> {
                 let mut scenario = Scenario::new(label, chain(kind, merged + above), 0, merged);
                 (scenario.after, scenario.by_index) = (After::Delete, by_index);
                 scenario.device = kind == Kind::Device;
+                scenario.cramped = kind == Kind::Cramped;
                 list.push(scenario);
             }
         }

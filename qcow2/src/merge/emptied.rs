@@ -1,0 +1,90 @@
+//! A layer that a merge has emptied, and that lacks the name of base and the last mark: the merge was stopped behind the
+//! switch of the chain.
+
+use std::io;
+use std::path::Path;
+
+use super::execute::Report;
+use super::link;
+use super::options::CommitOptions;
+use super::retire::Known;
+use crate::chain::Chain;
+use crate::error::{Error, FileOp, Result};
+use crate::format::{Cluster0, is_qcow2};
+use crate::image::Qcow2;
+use crate::journal::{Edit, edit_headers};
+use crate::storage::{Access, FileKind, Host, LockMode};
+use crate::units::GuestOffset;
+
+/// Gives the image at `path` base as its backing file, and the last mark. Only an image that bears the first mark of this
+/// merge and holds nothing is written: whatever it names then, it shows the same. `chain` has base.
+///
+/// # Errors
+/// [`Error::InUse`]; the system's.
+pub(super) fn finish(
+    host: &dyn Host,
+    path: &Path,
+    base: &Path,
+    chain: &Chain,
+    options: &CommitOptions,
+    report: &mut Report,
+) -> Result<()> {
+    let (stat, real) = match host.canonicalize(path).and_then(|real| Ok((host.stat(&real)?, real))) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found.map_err(|e| Error::io(path, FileOp::Stat, None, e))?,
+    };
+    let is_file = matches!(stat.kind, FileKind::Regular | FileKind::Block);
+    if real != path || !is_file || !options.open.policy.allows(host, path) {
+        return Ok(());
+    }
+    let mut magic = [0; 4];
+    let look = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
+    look.read_exact_or_zero(&mut magic, 0).map_err(|e| Error::io(path, FileOp::Read, Some(0), e))?;
+    if !is_qcow2(&magic) || !is_marked(&Qcow2::read_cluster0(path, &*look)?, base) {
+        return Ok(());
+    }
+    drop(look);
+    let file = Known::now(host, path)?.open(host, LockMode::Write)?;
+    // Its tables tell whether it is empty: its data file need not be opened.
+    let image = Qcow2::open(path, file.clone(), Some(file))?;
+    if image.header().is_dirty()
+        || !is_marked(image.cluster0(), base)
+        || image.next_allocated(GuestOffset::ZERO)?.is_some()
+    {
+        return Ok(());
+    }
+    let base_id = host.stat(base).map_err(|e| Error::io(base, FileOp::Stat, None, e))?.id;
+    let layer = chain.layers().iter().find(|layer| layer.id == base_id);
+    let name = match layer {
+        Some(layer) => link::name_of_base(host, (path, image.cluster0()), layer)?,
+        None => None,
+    };
+    let backing = name.as_ref().map(|(name, format)| (name.as_str(), *format));
+    let planned = link::plan_merged(&link::read_cluster(&image)?, base, backing);
+    let Some((switch, has_mark)) = planned else { return Ok(()) };
+    let writes: Vec<_> = switch.writes.into_iter().map(|write| (write.offset, write.bytes)).collect();
+    let edit = Edit { path, file: &**image.file(), writes, atomic: switch.atomic };
+    if !edit.writes.is_empty() {
+        edit_headers(host, &[edit], options.journal_dir.as_deref())?;
+    }
+    if has_mark { &mut report.marked } else { &mut report.unmarked }.push(path.to_owned());
+    Ok(())
+}
+
+/// Whether there is a qcow2 image at `path` that holds nothing. What cannot be read holds something.
+pub(super) fn is_empty(host: &dyn Host, path: &Path) -> bool {
+    let Ok(file) = host.open(path, Access::Read) else { return false };
+    let mut magic = [0; 4];
+    if file.read_exact_or_zero(&mut magic, 0).is_err() || !is_qcow2(&magic) {
+        return false;
+    }
+    // Its tables tell: its data file need not be opened.
+    let image = Qcow2::open(path, file.clone(), Some(file));
+    image.is_ok_and(|image| matches!(image.next_allocated(GuestOffset::ZERO), Ok(None)))
+}
+
+/// Whether an image bears the mark of a merge into base. Where there was no room for a name, it has none.
+pub(super) fn is_marked(cluster0: &Cluster0, base: &Path) -> bool {
+    let into = cluster0.merged_into().or_else(|| cluster0.merging_into());
+    into.is_some_and(|into| into.is_empty() || into == base.to_string_lossy())
+}

@@ -1,0 +1,248 @@
+//! The merged layers become empty overlays on base: which of them, and how.
+//!
+//! A configuration may have recorded the chain layer by layer (libvirt does); then QEMU is given each layer with the one
+//! below it, whatever the headers say. So what is said here of a chain holds for both: the one of the headers, and the recorded one.
+//!
+//! Order: from the bottom up, the active image last. When base holds what the guest sees, a layer with nothing but empty ones
+//! between it and base may lose its data, piece by piece: what it hid shows base then, which has the same bytes there. With
+//! the top first, the old data of the layers below would show. A layer grows when it is empty: then what
+//! it cut off shows base, too. It grows before the layer above is emptied, whose data may lie behind its end.
+//! The headers are changed when all of them are empty: until then the chain of the headers has all its layers, and the
+//! same command finds what is left to be done.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use super::commit::Commit;
+use super::empty_onto::{NO_GROWTH, may_grow};
+use super::execute::{clear_autoclear, give_leaks_back, prepare};
+use super::options::{CommitOptions, Span};
+use super::plan::{Afterwards, Kept, Plan};
+use super::safety::Searched;
+use super::work::{Work, data_file, describe};
+use super::{empty, link};
+use crate::chain::{Chain, Layer};
+use crate::error::{Error, FileOp, Result};
+use crate::image::refcounts::Refcounts;
+use crate::image::{Image, Qcow2, bitmaps, grow};
+use crate::journal::record::Header;
+use crate::storage::{Access, Host};
+use crate::units::GuestOffset;
+
+/// Which of the merged layers below the active image become empty overlays on base, from the bottom up; and those that
+/// keep their data, and why.
+pub(super) fn plan(
+    chain: &Chain,
+    span: Span,
+    options: &CommitOptions,
+    found: &Searched,
+) -> (Vec<usize>, Vec<Kept>) {
+    let (mut empties, mut kept) = (Vec::new(), Vec::new());
+    if span.top == span.active && options.keep_active {
+        // It reads through all of them.
+        return (empties, kept);
+    }
+    let size = chain.layers().get(span.active).map_or(0, |active| active.image.virtual_size());
+    let mut read_through = false;
+    for at in (span.base + 1..=span.top).rev().filter(|at| *at != span.active) {
+        let Some(layer) = chain.layers().get(at) else { continue };
+        let is_shared = found.shared.contains(&layer.id)
+            || layer.data_file.as_ref().is_some_and(|data| found.shared.contains(&data.id));
+        let why = match () {
+            () if is_shared => Some("another image uses it"),
+            () if read_through => Some("another image reads through it"),
+            () => cannot(layer, size),
+        };
+        read_through |= is_shared;
+        match why {
+            Some(why) => kept.push(Kept { path: layer.path.clone(), why }),
+            None => empties.push(at),
+        }
+    }
+    empties.reverse();
+    (empties, kept)
+}
+
+/// Why a layer cannot become an empty overlay with a disk of at least `size` bytes.
+fn cannot(layer: &Layer, size: u64) -> Option<&'static str> {
+    let Some(image) = layer.image.as_qcow2() else { return Some("it is no qcow2 image") };
+    if layer.access != Access::ReadWrite {
+        return Some("it cannot be written");
+    }
+    if image.has_data_file() && image.header().snapshots > 0 {
+        return Some("its internal snapshots share its data file");
+    }
+    if !may_grow(image, size) {
+        return Some(NO_GROWTH);
+    }
+    grow::l1_growth(image, size).is_err().then_some("its tables cannot become as large as the active disk")
+}
+
+impl Plan {
+    /// Says what becomes of the merged layers: those at `empties` become empty overlays, and so does an active image that
+    /// is merged; `kept` stay as they are.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn will_empty(
+        &mut self,
+        chain: &Chain,
+        span: Span,
+        empties: &[usize],
+        kept: Vec<Kept>,
+    ) -> Result<()> {
+        if self.nothing_to_do.is_some() {
+            return Ok(());
+        }
+        let active = matches!(self.afterwards, Afterwards::Empty { .. } | Afterwards::Delete { .. });
+        let active = active.then_some(span.active);
+        for (at, layer) in chain.layers().iter().enumerate() {
+            let is_removed = self.removes && self.obsolete.contains(&layer.path);
+            let is_emptied = empties.contains(&at) || active == Some(at);
+            if is_emptied && !is_removed {
+                self.emptied.push(layer.path.clone());
+            }
+            if !is_emptied && !is_removed {
+                continue;
+            }
+            self.bytes_freed += held(layer)?;
+        }
+        // A layer that keeps its data keeps its data file; one that is removed does not.
+        self.data_files.retain(|data| self.removes || kept.iter().all(|kept| kept.path != data.image));
+        self.kept = kept;
+        Ok(())
+    }
+}
+
+/// The bytes that a layer holds on disk, with its external data file.
+///
+/// # Errors
+/// The system's.
+pub(super) fn held(layer: &Layer) -> Result<u64> {
+    let io = |e| Error::io(&layer.path, FileOp::Stat, None, e);
+    let mut bytes = layer.image.file().stat().map_err(io)?.allocated;
+    if let Some(image) = layer.image.as_qcow2().filter(|image| image.has_data_file()) {
+        bytes += image.data_file().stat().map_err(io)?.allocated;
+    }
+    Ok(bytes)
+}
+
+/// Whether a layer may be opened for writing, and its data file too.
+pub(super) fn is_writable(host: &dyn Host, layer: &Layer) -> bool {
+    let paths = [Some(&layer.path), layer.data_file.as_ref().map(|data| &data.path)];
+    let denied = |e: std::io::Error| {
+        use std::io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+        matches!(e.kind(), PermissionDenied | ReadOnlyFilesystem)
+    };
+    paths.into_iter().flatten().all(|path| !host.open(path, Access::ReadWrite).is_err_and(denied))
+}
+
+impl Commit {
+    /// Turns the merged layers below the active image into empty overlays, from the bottom up, each under a journal of its
+    /// own. They keep their backing names.
+    pub(super) fn empty_layers(&mut self, dir: Option<&Path>, top_index: u32) -> Result<()> {
+        for at in self.empties.clone() {
+            let Some(work) = self.empty_layer(at, None, dir, top_index)? else { continue };
+            let host = Arc::clone(&self.host);
+            work.finish(&*host, self.image_mut(at)?)?;
+        }
+        let active = self.chain.active();
+        // What a merge that was stopped has begun in a layer that is kept now is made whole.
+        while let Some((at, (_, work))) = self.left.above.extract_if(..active, |_, _| true).next() {
+            let host = Arc::clone(&self.host);
+            let Some(work) = work else { continue };
+            let image = self.image_mut(at)?;
+            work.replay(image, Some(GuestOffset::ZERO))?;
+            give_leaks_back(image, &AtomicBool::new(false))?;
+            work.finish(&*host, image)?;
+        }
+        Ok(())
+    }
+
+    /// Turns the active image into an empty overlay on base, under a journal of its own.
+    pub(super) fn empty_active(
+        &mut self,
+        name: Option<&str>,
+        dir: Option<&Path>,
+        top_index: u32,
+    ) -> Result<()> {
+        let active = self.chain.active();
+        let host = Arc::clone(&self.host);
+        let Some(work) = self.empty_layer(active, name, dir, top_index)? else { return Ok(()) };
+        if !self.removes_active() {
+            return work.finish(&*host, self.image_mut(active)?);
+        }
+        // Its journal outlives it: then the same command knows what became of it.
+        let data_file = self.layer(active).and_then(|layer| data_file(&*host, layer))?;
+        work.journal().set_spent(Some(data_file));
+        self.removing = Some(Arc::clone(work.journal()));
+        work.release(self.image_mut(active)?)
+    }
+
+    fn image_mut(&mut self, at: usize) -> Result<&mut Image> {
+        self.chain.image_mut(at).ok_or_else(|| Error::Usage("the chain has no such layer".into()))
+    }
+
+    /// Empties the layer at `at`, which gets base as its backing file if `name` is given. Gives the work, which is still
+    /// to be ended.
+    fn empty_layer(
+        &mut self,
+        at: usize,
+        name: Option<&str>,
+        dir: Option<&Path>,
+        top_index: u32,
+    ) -> Result<Option<Work>> {
+        let span = self.span();
+        let host = Arc::clone(&self.host);
+        let (left, work) =
+            self.left.above.remove(&at).map_or((None, None), |(left, work)| (Some(left), work));
+        let format = self.layer(span.base)?.image.format().name();
+        let base = self.base_name()?;
+        let marks = at == span.active && !self.removes_active();
+        let size = self.layer(span.active)?.image.virtual_size();
+        let header = Header { top_index, ..describe(&*host, &self.chain, span, at)? };
+        let image = self.image_mut(at)?;
+        if !matches!(image, Image::Qcow2(_)) {
+            return Ok(None);
+        }
+        let work = match work {
+            Some(work) => {
+                work.replay(image, Some(GuestOffset::ZERO))?;
+                work
+            }
+            None => Work::begin(&*host, image, header, dir, left.as_ref())?,
+        };
+        if left.is_some_and(|left| left.is_ours()) {
+            // Mappings that are gone lead nobody to the clusters that were not given back yet.
+            give_leaks_back(image, &AtomicBool::new(false))?;
+        }
+        if let Image::Qcow2(image) = image {
+            if marks {
+                link::mark_emptied(image, &base, name.map(|name| (name, format)))?;
+            } else if let Some(name) = name {
+                link::relink_journaled(image, name, format)?;
+            }
+            clear_autoclear(image)?;
+            if at != span.active {
+                // A bitmap that outlives what it speaks of would lie to the next backup. Those of the active image stay
+                // true: what the guest sees there does not change.
+                let refcounts = Refcounts::load(image)?;
+                bitmaps::drop_all(image, &refcounts)?;
+            }
+            empty::empty(image)?;
+            grow_disk(image, size)?;
+        }
+        Ok(Some(work))
+    }
+}
+
+/// Makes the disk of an empty image at least `size` bytes large.
+fn grow_disk(image: &mut Qcow2, size: u64) -> Result<()> {
+    if size <= image.virtual_size() {
+        return Ok(());
+    }
+    prepare(image, 0, 0, size)?;
+    image.switch_header(24..32, |header| header.size = size)?;
+    image.barrier()
+}
