@@ -336,6 +336,22 @@ impl Journal {
         noted.map_err(|e| Error::io(&self.path, FileOp::Write, None, e))
     }
 
+    /// Notes, durably, that the blocks of the last record were written to the first target again, which is otherwise as
+    /// the work has left it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn note_healed(&self, target: &dyn Storage, last: &Record) -> Result<()> {
+        let failed = |op| move |e| Error::io(&self.path, op, None, e);
+        let times = Times::of(&target.stat().map_err(failed(FileOp::Stat))?);
+        if let Some(known) = self.watched().known.first_mut() {
+            *known = times;
+        }
+        let mut state = self.turn();
+        self.append(&mut state, last.target, last.len, last.stopped, last.blocks.clone())
+            .map_err(failed(FileOp::Write))
+    }
+
     /// Notes that the work stops in good order, with the targets as they are now.
     ///
     /// # Errors

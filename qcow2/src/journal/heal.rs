@@ -151,7 +151,14 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<(
     };
     if torn {
         let file = hold()?;
+        let was = seen(journal, Some(last), 0, &found.now, host.boot())?;
         write_back(path, &*file, last)?;
+        // The image is newer now than the journal knew it, by what the journal itself says.
+        if matches!(was, Seen::Untouched | Seen::Moved | Seen::Unsure)
+            && let Some((journal, Some(last))) = Journal::open(host, journal.place(), Access::ReadWrite)?
+        {
+            journal.note_healed(&*file, &last)?;
+        }
     }
     Ok(())
 }

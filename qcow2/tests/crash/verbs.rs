@@ -239,7 +239,7 @@ fn a_merge_that_goes_on_survives_the_nth_failure() {
 
 #[test]
 fn a_merge_that_is_given_up_survives_the_nth_failure() {
-    run("failed operations of merges that are given up", 61, 2_000, give_up);
+    run("failed operations of merges that are given up", 61, 1_500, give_up);
 }
 
 #[test]
