@@ -28,9 +28,8 @@ impl Written {
     /// All of them must be there.
     #[track_caller]
     fn verify(&self, session: &Session) {
-        for (block, pattern) in &self.0 {
-            session.device("virtio-disk0", &format!("read -q -P {pattern} {}k 64k", block * 64));
-        }
+        let read = |(block, pattern): (&u64, &u8)| format!("read -q -P {pattern} {}k 64k", block * 64);
+        session.reads("virtio-disk0", &self.0.iter().map(read).collect::<Vec<_>>());
     }
 }
 

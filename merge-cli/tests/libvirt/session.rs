@@ -7,6 +7,8 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
+
 use crate::support::{are_here, run, text};
 
 /// Debian's `nobody` and `nogroup`. libvirt's session daemon is for ordinary users; as root it would be the system's.
@@ -106,12 +108,40 @@ impl Session {
         folder.join("monitor.sock").display().to_string()
     }
 
-    /// Has the guest's device write or read, and flush; the bytes that are read must be the ones that `io` names.
+    /// Has the guest's device write or flush.
     #[track_caller]
     pub(crate) fn device(&self, alias: &str, io: &str) {
         let line = format!("qemu-io -d /machine/peripheral/{alias}/virtio-backend \"{io}\"");
         let said = self.virsh_ok(&["qemu-monitor-command", "vm1", "--hmp", &line]);
         assert_eq!(said.trim(), "", "{io}");
+    }
+
+    /// Reads through the node that the guest's device has, with these commands of qemu-io, each of which must find what it
+    /// names. The monitor's own qemu-io does not tell whether it has.
+    #[track_caller]
+    pub(crate) fn reads(&self, alias: &str, commands: &[String]) {
+        let ask = |command: Value| {
+            let answer = self.virsh_ok(&["qemu-monitor-command", "vm1", &command.to_string()]);
+            let answer: Value = serde_json::from_str(&answer).unwrap();
+            assert!(answer["error"].is_null(), "{command}: {answer}");
+            answer["return"].clone()
+        };
+        let blocks = ask(json!({"execute": "query-block"}));
+        let qdev = format!("/machine/peripheral/{alias}/virtio-backend");
+        let block = blocks.as_array().unwrap().iter().find(|block| block["qdev"] == qdev.as_str()).unwrap();
+        let node = &block["inserted"]["node-name"];
+        let socket = self.path("nbd");
+        let address = json!({"type": "unix", "data": {"path": socket}});
+        ask(json!({"execute": "nbd-server-start", "arguments": {"addr": address}}));
+        let export = json!({"type": "nbd", "id": "x", "node-name": node, "name": "x"});
+        ask(json!({"execute": "block-export-add", "arguments": export}));
+        let mut reader = self.user("qemu-io");
+        reader.args(["-r", "-f", "raw"]);
+        commands.iter().for_each(|command| drop(reader.args(["-c", command])));
+        let output = reader.arg(format!("nbd+unix:///x?socket={}", socket.display())).output().unwrap();
+        ask(json!({"execute": "nbd-server-stop"}));
+        let said = text(&output.stdout) + &text(&output.stderr);
+        assert!(output.status.success() && !said.contains("failed"), "{said}");
     }
 }
 
