@@ -137,7 +137,9 @@ impl Session {
         ask(json!({"execute": "block-export-add", "arguments": export}));
         let mut reader = self.user("qemu-io");
         reader.args(["-r", "-f", "raw"]);
-        commands.iter().for_each(|command| drop(reader.args(["-c", command])));
+        for command in commands {
+            reader.args(["-c", command]);
+        }
         let output = reader.arg(format!("nbd+unix:///x?socket={}", socket.display())).output().unwrap();
         ask(json!({"execute": "nbd-server-stop"}));
         let said = text(&output.stdout) + &text(&output.stderr);

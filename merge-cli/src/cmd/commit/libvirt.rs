@@ -36,7 +36,9 @@ impl<'p> Images<'p> {
             images.add(overlay, "overlay", Fate::Right);
         }
         for file in plan.obsolete.iter().chain(&plan.remains) {
-            images.add(file, "merged", if gone { Fate::Removed } else { Fate::Changes });
+            let keeps_data = plan.kept.iter().any(|kept| kept.path == *file);
+            let stays = if keeps_data { Fate::Stale } else { Fate::Changes };
+            images.add(file, "merged", if gone { Fate::Removed } else { stays });
         }
         for file in plan.restore_points_lost.iter().skip(1).chain([&plan.top]) {
             images.add(file, "merged", Fate::Changes);
