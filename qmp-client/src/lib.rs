@@ -79,5 +79,5 @@ pub use servers::nbd_server;
 pub use snapshot::snapshot;
 pub use state::{
     FileIdentity, Header, Kind, Phase, Qemu, Rename, Seen, State, StateFile, StateLayer, Throttled, Verdict,
-    find_states, states_in, states_of,
+    find_states, states_in, states_of, sweep,
 };

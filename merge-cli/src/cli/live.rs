@@ -51,6 +51,10 @@ pub(crate) enum LiveVerb {
         /// A disk, and the overlay to make for it; the file must not exist
         #[arg(required = true, value_name = "DISK=FILE", value_parser = overlay)]
         overlays: Vec<Overlay>,
+
+        /// Make overlays that are not encrypted on disks that are
+        #[arg(long)]
+        allow_plaintext: bool,
     },
 
     /// Merge layers of a disk down into a base, while the guest runs

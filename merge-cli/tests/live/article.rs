@@ -90,7 +90,7 @@ fn every_style_is_merged_and_the_old_active_image_boots_the_same_disk() {
             "{style:?}"
         );
         assert_eq!((&last["obsolete"], &last["kept"]), (&json!(files), &json!([])), "{style:?}");
-        assert_eq!((&last["emptied"], &last["marked"]), (&json!(files[0]), &json!([files[1]])), "{style:?}");
+        assert_eq!((&last["emptied"], &last["stale"]), (&json!(files), &json!([])), "{style:?}");
         assert_eq!(last["configuration"]["format"], "raw");
         assert!(last["configuration"]["words"][0].as_str().unwrap().contains("c.img"), "{last}");
         assert_eq!(machine.chain(), ["base.img"], "{style:?}");
@@ -98,6 +98,7 @@ fn every_style_is_merged_and_the_old_active_image_boots_the_same_disk() {
             machine.guest_writes(77, "1M", "64k");
         }
         machine.stop();
+        assert_eq!(machine.recorded_chain_differs(), None, "{style:?}");
         for image in ["base.img", "c.img"] {
             shows(machine.dir(), image, "expected.raw");
         }

@@ -29,6 +29,8 @@ pub(crate) enum Style {
     ThrottledBase,
     /// As [`Style::Drive`], under the oldest QEMU that is supported, with an iothread.
     Oldest,
+    /// `-blockdev` for an active layer that is encrypted, with a key.
+    Encrypted,
 }
 
 /// The process, its folder, and what the guest sees.
@@ -71,6 +73,27 @@ impl Machine {
         let process =
             command.current_dir(dir).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let machine = Self { process: process.spawn().unwrap(), folder, disk };
+        drop(machine.connect());
+        machine
+    }
+
+    /// `base.img <- c.img`, of which c is encrypted.
+    pub(crate) fn encrypted() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        let secret = ["--object", "secret,id=key,data=abc"];
+        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "base.img", "8M"]);
+        let options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10";
+        let create = ["create", "-q", "-f", "qcow2", "-o", options, "-b", "base.img", "-F", "qcow2", "c.img"];
+        run("qemu-img", dir, &[&create[..1], &secret[..], &create[1..]].concat());
+        let image = ["-c", "write -q -P 0x5a 1M 1M", "--image-opts"];
+        let opts = "driver=qcow2,file.filename=c.img,encrypt.key-secret=key";
+        run("qemu-io", dir, &[&secret[..], &image, &[opts]].concat());
+        let log = fs::File::create(dir.join("qemu.log")).unwrap();
+        let mut command = command(Style::Encrypted, dir, "c.img");
+        let process =
+            command.current_dir(dir).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        let machine = Self { process: process.spawn().unwrap(), folder, disk: "vda" };
         drop(machine.connect());
         machine
     }
@@ -214,6 +237,33 @@ impl Machine {
         shows(self.dir(), image, "expected.raw");
     }
 
+    /// What is different in the chain as a configuration may have recorded it, every layer over the one before whatever the
+    /// headers say, if anything is. The bytes are read beside QEMU.
+    pub(crate) fn recorded_chain_differs(&self) -> Option<String> {
+        let base = run("qemu-img", self.dir(), &["info", "-U", "--output=json", "base.img"]);
+        let mut chain = json!({"force-share": true, "driver": if base.contains("\"raw\"") { "raw" } else { "qcow2" },
+            "file": {"driver": "file", "filename": self.path("base.img")}});
+        for layer in ["a.img", "b.img", "c.img"] {
+            let file = json!({"driver": "file", "filename": self.path(layer)});
+            chain = json!({"driver": "qcow2", "force-share": true, "file": file, "backing": chain});
+        }
+        let name = format!("json:{chain}");
+        let output = Command::new("qemu-img")
+            .args([
+                "compare",
+                "-U",
+                &name,
+                &format!(
+                    "json:{}",
+                    json!({"driver": "raw",
+                "file": {"driver": "file", "filename": self.path("expected.raw")}})
+                ),
+            ])
+            .output()
+            .unwrap();
+        (!output.status.success()).then(|| text(&output.stdout) + &text(&output.stderr))
+    }
+
     /// Ends QEMU.
     pub(crate) fn stop(&mut self) {
         let _ = self.process.kill();
@@ -299,6 +349,12 @@ fn command(style: Style, dir: &Path, active: &str) -> Command {
                 command.args(["-blockdev", &storage.to_string(), "-blockdev", &node.to_string()]);
                 below = name.into();
             }
+            "c"
+        }
+        Style::Encrypted => {
+            let key = json!({"format": "luks", "key-secret": "key"});
+            let node = json!({"driver": "qcow2", "node-name": "c", "file": file(active), "encrypt": key});
+            command.args(["-object", "secret,id=key,data=abc", "-blockdev", &node.to_string()]);
             "c"
         }
         Style::RelativeDrive => {

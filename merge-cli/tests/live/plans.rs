@@ -135,7 +135,7 @@ fn what_lies_below_a_layer_that_is_kept_is_kept() {
     assert!(!said.contains("removed: "), "{said}");
     for (name, why) in [("b.img", "other.img uses it"), ("a.img", "a layer above it is kept")] {
         assert!(
-            said.contains(&format!("not touched: {}: ", machine.path(name))) && said.contains(why),
+            said.contains(&format!("stays as it is: {}: ", machine.path(name))) && said.contains(why),
             "{said}"
         );
     }

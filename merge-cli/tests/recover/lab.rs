@@ -187,6 +187,13 @@ impl Lab {
         }
     }
 
+    /// The image is an overlay that holds no data.
+    #[track_caller]
+    pub(crate) fn shows_nothing_of_its_own(&self, image: &str) {
+        let map = run("qemu-io", self.dir(), &["-r", "-f", "qcow2", "-c", "alloc 0 16M", image]);
+        assert!(map.starts_with("0/16777216 bytes allocated"), "{image}: {map}");
+    }
+
     /// The names of all images.
     pub(crate) fn images(&self) -> Vec<String> {
         let files =

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod above;
 mod kinds;
 mod lab;
 mod pivot;
@@ -79,7 +80,10 @@ fn a_merge_that_died_behind_the_switch_is_completed() {
     let lab = Lab::new();
     lab.dies("[3]", "job-finalize", When::After);
     let dry = lab.ok(&["live", "recover", "4.img", "--dry-run"]);
-    assert!(dry.contains("to do: mark as merged") && lab.state_file().exists(), "{dry}");
+    assert!(
+        dry.contains("to do: make ") && dry.contains("empty overlays on") && lab.state_file().exists(),
+        "{dry}"
+    );
     let found = lab.recover(0);
     assert_eq!((&found["outcome"], &found["valid-top"]), (&json!("completed"), &json!(lab.path("4.img"))));
     lab.nothing_is_left();
@@ -87,6 +91,7 @@ fn a_merge_that_died_behind_the_switch_is_completed() {
     for image in ["3.img", "2.img"] {
         let info = lab.ok(&["info", image]);
         assert!(info.contains("merged into"), "{image}: {info}");
+        lab.shows_nothing_of_its_own(image);
     }
     let info = run("qemu-img", lab.dir(), &["info", "4.img"]);
     assert!(info.contains("backing file: 1.img"), "{info}");

@@ -22,6 +22,9 @@ pub const BITMAPS: u64 = 1 << 0;
 pub const DATA_FILE_RAW: u64 = 1 << 1;
 /// All autoclear bits that this engine understands; others are cleared by whoever writes.
 pub const KNOWN_AUTOCLEAR: u64 = BITMAPS | DATA_FILE_RAW;
+/// A bit of our own, in an image that is being emptied. Whoever else opens the image for writing clears it, as the
+/// specification asks of those who do not know it: as long as it is there, nobody else has written to the image.
+pub const SEALED: u64 = 1 << 63;
 
 /// Which of the three feature fields a bit belongs to, as numbered in the feature name table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -322,6 +322,11 @@ impl Header {
         self.autoclear & features::BITMAPS != 0
     }
 
+    /// Whether the image is being emptied by us, and nobody else has opened it for writing since.
+    pub fn is_sealed(&self) -> bool {
+        self.autoclear & features::SEALED != 0
+    }
+
     /// The autoclear bits that a writer must clear, because it does not know what they promise.
     pub fn unknown_autoclear(&self) -> u64 {
         self.autoclear & !features::KNOWN_AUTOCLEAR

@@ -10,16 +10,15 @@
 //! what it was, behind it it is the base; what the old table led to is given back when that is durable.
 
 use crate::error::shown;
-use std::cmp::Ordering;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use super::retire::{Known, unused};
+use super::retire::Known;
 use super::{empty, link};
 use crate::chain::{BackingName, Chain, OpenOptions, new_backing_name, open_data_file};
 use crate::check::{CheckOptions, check_consistent};
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::format::{EmptyDisk, FormatError, Mark, Switch, plan_empty_switch};
+use crate::format::{EmptyDisk, FormatError, Mark, Switch, features, plan_empty_switch};
 use crate::image::alloc::Allocator;
 use crate::image::refcounts::Refcounts;
 use crate::image::{ImageFormat, Qcow2, bitmap_names, bitmaps, grow};
@@ -89,7 +88,7 @@ pub fn empty_onto(
     let same_size = wanted.size == image.virtual_size();
     let mark = if options.mark { cluster0.merged_into() } else { cluster0.emptied_onto() };
     let was_empty = stands && same_format && same_size && empty && !bitmaps;
-    if !was_empty {
+    if !was_empty && !image.header().is_sealed() {
         // What was emptied by a call that did not come to its end has changed, and holds nothing.
         let stat = image.file().stat().map_err(|e| Error::io(image.path(), FileOp::Stat, None, e))?;
         overlay.judge(&stat)?;
@@ -99,9 +98,13 @@ pub fn empty_onto(
     plan(&image, &wanted, image.header().l1_offset, entries)?;
     let held = held(&image)?;
     let mut refcounts = Refcounts::load(&image)?;
+    let moves = !empty || entries > image.header().l1_entries;
+    seal(&mut image, moves)?;
     // A bitmap that outlives what it speaks of would lie to the next backup.
     bitmaps::drop_all(&mut image, &refcounts)?;
-    if !empty || entries > image.header().l1_entries {
+    // That may have cleared the bit.
+    seal(&mut image, moves)?;
+    if moves {
         switch(&mut image, &mut refcounts, &wanted, entries)?;
         give_back_left(&mut image, &refcounts)?;
         move_down(&mut image, &refcounts)?;
@@ -115,38 +118,14 @@ pub fn empty_onto(
     Ok(Emptied { name, was_empty, freed })
 }
 
-/// Makes several images empty overlays directly on `base`, each as [`empty_onto`] does: the merged layers of a chain, the
-/// uppermost first. One that cannot be emptied does not keep the others from it. An image that another one uses, in the
-/// same folders or in `scan`, keeps its data, and so does all below it: who uses it reads through them. `chain` are
-/// images that may use them, because what they see does not depend on them any more.
-///
-/// Until the last one is emptied, a recorded chain shows old data: the guest has written to base since.
-///
-/// # Errors
-/// The search for users fails. What became of each image is told one by one.
-pub fn empty_all_onto(
-    host: &dyn Host,
-    layers: &[Known],
-    base: &Path,
-    format: ImageFormat,
-    options: &EmptyOptions,
-    (chain, scan): (&[FileId], &[PathBuf]),
-    cancel: &AtomicBool,
-) -> Result<Vec<(PathBuf, Result<Emptied>)>> {
-    let (free, users) = unused(host, layers, chain, scan)?;
-    let mut all = Vec::new();
-    for (at, layer) in layers.iter().enumerate() {
-        let result = match at.cmp(&free) {
-            Ordering::Less => empty_onto(host, layer, base, format, options, cancel),
-            Ordering::Equal => Err(Error::refused(&layer.path, Refusal::SharedBase { users: users.clone() })),
-            Ordering::Greater => {
-                let what = "an image that is kept reads through it".to_owned();
-                Err(Error::refused(&layer.path, Refusal::Other(what)))
-            }
-        };
-        all.push((layer.path.clone(), result));
+/// Notes in the image that what is written to it from now on is ours, so that a call which is stopped before the switch can be
+/// made again. The switch clears the bit. Version 2 has no room for it.
+fn seal(image: &mut Qcow2, moves: bool) -> Result<()> {
+    if !moves || image.header().version < 3 || image.header().is_sealed() {
+        return Ok(());
     }
-    Ok(all)
+    image.switch_header(88..96, |header| header.autoclear |= features::SEALED)?;
+    image.barrier()
 }
 
 /// What the image is to become.
@@ -174,6 +153,26 @@ fn l1_entries(image: &Qcow2, size: u64) -> Result<u32> {
     grow::l1_growth(image, size)?;
     let needed = u32::try_from(image.geometry().l1_entries_for(size)).unwrap_or(u32::MAX);
     Ok(needed.max(image.header().l1_entries))
+}
+
+/// Whether an image is an overlay directly on the file `base` that holds nothing, or is about to become one: a call that
+/// empties it did not come to its end, and nobody else has written to it since. It is locked as its only user for that.
+///
+/// # Errors
+/// [`Error::InUse`]; an image that is another file now, is not qcow2, or is damaged.
+pub(super) fn is_empty_on(
+    host: &dyn Host,
+    overlay: &Known,
+    base: FileId,
+    options: &OpenOptions,
+) -> Result<bool> {
+    let image = open(host, overlay, options)?;
+    if image.header().is_sealed() {
+        return Ok(true);
+    }
+    let name = image.cluster0().backing_name.as_deref().and_then(|name| BackingName::parse(name).ok());
+    let leads_to = name.and_then(|name| host.stat(&name.resolve(image.path())).ok());
+    Ok(leads_to.is_some_and(|stat| stat.id == base) && image.next_table(GuestOffset::ZERO)?.is_none())
 }
 
 fn open(host: &dyn Host, overlay: &Known, options: &OpenOptions) -> Result<Qcow2> {
@@ -357,4 +356,4 @@ fn move_down(image: &mut Qcow2, refcounts: &Refcounts) -> Result<()> {
 
 #[cfg(test)]
 #[path = "empty_onto_tests.rs"]
-mod tests;
+pub(super) mod tests;

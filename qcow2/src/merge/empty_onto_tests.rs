@@ -2,26 +2,36 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::*;
-use crate::chain::view::View;
 use crate::check::check;
 use crate::image::bitmaps::tests::{ok, qemu};
-use crate::image::{ClusterCache, CreateOptions, create};
+use crate::image::{CreateOptions, create};
 use crate::merge::crash_tests::{assert_sound, cuts, see};
 use crate::merge::testing::{Dice, Silent, local, random_chain};
 use crate::merge::{BaseChoice, Commit, CommitOptions, put};
 use crate::storage::sim::{SimHost, power_cuts};
 use crate::storage::{MemHost, OsHost};
 
-fn options() -> EmptyOptions {
+pub(crate) fn options() -> EmptyOptions {
     EmptyOptions { open: local(), ..EmptyOptions::default() }
 }
 
-fn never() -> AtomicBool {
+pub(crate) fn never() -> AtomicBool {
     AtomicBool::new(false)
 }
 
 /// A random chain whose base `/0` holds everything, and was written to since.
-fn merged(seed: u64) -> (MemHost, Vec<PathBuf>, Dice) {
+pub(crate) fn merged(seed: u64) -> (MemHost, Vec<PathBuf>, Dice) {
+    let (host, paths, mut dice) = just_merged(seed);
+    let size = see(&host, &paths[0]).len() as u64;
+    for _ in 0..4 {
+        let at = dice.roll(size - 4096);
+        put(&host, &paths[0], &local(), &[(GuestOffset::new(at), vec![0xee; 4096])]).unwrap();
+    }
+    (host, paths, dice)
+}
+
+/// A random chain whose base `/0` holds everything.
+pub(crate) fn just_merged(seed: u64) -> (MemHost, Vec<PathBuf>, Dice) {
     let host = MemHost::new();
     let mut dice = Dice(seed);
     let layers = 2 + dice.roll(3);
@@ -36,15 +46,10 @@ fn merged(seed: u64) -> (MemHost, Vec<PathBuf>, Dice) {
     };
     let commit = Commit::prepare(Arc::new(host.clone()), active, &commit, &never()).unwrap();
     commit.execute(&Silent, &never()).unwrap();
-    let size = see(&host, &paths[0]).len() as u64;
-    for _ in 0..4 {
-        let at = dice.roll(size - 4096);
-        put(&host, &paths[0], &local(), &[(GuestOffset::new(at), vec![0xee; 4096])]).unwrap();
-    }
     (host, paths, dice)
 }
 
-fn format_of(host: &MemHost, path: &Path) -> ImageFormat {
+pub(crate) fn format_of(host: &MemHost, path: &Path) -> ImageFormat {
     ImageFormat::detect(path, &*host.open(path, Access::Read).unwrap()).unwrap()
 }
 
@@ -53,7 +58,7 @@ fn empty(host: &dyn Host, overlay: &Path, base: &Path, format: ImageFormat) -> R
 }
 
 /// What an empty overlay as large as `/active` shows of `/0`.
-fn base_through(host: &MemHost, active: &Path) -> Vec<u8> {
+pub(crate) fn base_through(host: &MemHost, active: &Path) -> Vec<u8> {
     let mut shown = see(host, Path::new("/0"));
     shown.truncate(see(host, active).len());
     shown
@@ -128,7 +133,7 @@ fn no_power_cut_shows_a_mixture_of_old_and_new() {
     assert!(told_apart > 12, "only {told_apart} chains had two disks to tell apart");
 }
 
-fn reason(result: Result<Emptied>) -> Refusal {
+pub(crate) fn reason(result: Result<Emptied>) -> Refusal {
     match result {
         Err(Error::Refused { reason, .. }) => reason,
         other => panic!("not refused: {other:?}"),
@@ -228,57 +233,6 @@ fn snapshots_and_bitmaps_are_given_up_only_when_asked() {
     ok("qemu-io", &["-c", "read -P 3 1M 2M", "-c", "read -P 0 3M 1M", top.to_str().unwrap()]);
 }
 
-/// What a chain shows that somebody recorded: each image over the one before, whatever the headers say.
-fn recorded(host: &MemHost, paths: &[PathBuf]) -> Vec<u8> {
-    let chains: Vec<Chain> = paths.iter().map(|path| Chain::open(host, path, &local()).unwrap()).collect();
-    let images: Vec<_> = chains.iter().filter_map(|chain| chain.images().pop()).collect();
-    let view = View::new(&images, 0, images.len() - 1);
-    let mut bytes = vec![0; view.size() as usize];
-    view.read(GuestOffset::ZERO, &mut bytes, &mut ClusterCache::new()).unwrap();
-    bytes
-}
-
-fn all_known(host: &MemHost, paths: &[PathBuf]) -> Vec<Known> {
-    paths.iter().rev().map(|path| Known::now(host, path).unwrap()).collect()
-}
-
-#[test]
-fn every_merged_layer_becomes_an_empty_overlay_as_large_as_asked() {
-    let mut grown = 0;
-    for seed in 200..240 {
-        let (host, paths, _) = merged(seed);
-        let (active, base) = (paths.last().unwrap(), &paths[0]);
-        let expected = base_through(&host, active);
-        let size = expected.len() as u64;
-        let options = EmptyOptions { size, mark: true, ..options() };
-        let sizes: Vec<usize> = paths.iter().map(|path| see(&host, path).len()).collect();
-        let layers = all_known(&host, &paths[1..]);
-        let format = format_of(&host, base);
-        let all = empty_all_onto(&host, &layers, base, format, &options, (&[], &[]), &never()).unwrap();
-        assert_eq!(all.len(), layers.len());
-        for (path, result) in all {
-            assert!(result.is_ok(), "seed {seed}: {}: {result:?}", path.display());
-        }
-        assert!(recorded(&host, &paths) == expected, "seed {seed}: the recorded chain shows something else");
-        for (path, was) in paths.iter().zip(sizes).skip(1) {
-            let chain = Chain::open(&host, path, &local()).unwrap();
-            let image = chain.layers().last().unwrap().image.as_qcow2().unwrap();
-            assert_eq!(chain.layers().len(), 2, "seed {seed}");
-            assert_eq!(image.virtual_size(), size.max(was as u64), "seed {seed}");
-            assert_eq!(image.next_table(GuestOffset::ZERO).unwrap(), None, "seed {seed}");
-            assert_eq!(image.cluster0().merged_into().as_deref(), base.to_str(), "seed {seed}");
-            let report = check(path, &**image.file(), None, &CheckOptions::default()).unwrap();
-            assert!(report.is_consistent() && report.leaks == 0, "seed {seed}: {report:#?}");
-            grown += u32::from((was as u64) < size);
-        }
-        // The same call again finds that nothing is to be done.
-        let layers = all_known(&host, &paths[1..]);
-        let again = empty_all_onto(&host, &layers, base, format, &options, (&[], &[]), &never()).unwrap();
-        assert!(again.iter().all(|(_, result)| result.as_ref().unwrap().was_empty), "seed {seed}");
-    }
-    assert!(grown > 3, "{grown} images were too short");
-}
-
 #[test]
 fn no_power_cut_leaves_a_layer_that_is_half_emptied_or_too_short() {
     let mut tried = 0;
@@ -305,27 +259,4 @@ fn no_power_cut_leaves_a_layer_that_is_half_emptied_or_too_short() {
         });
     }
     assert!(tried > 2, "{tried} layers");
-}
-
-#[test]
-fn what_an_image_outside_reads_through_keeps_its_data() {
-    let host = MemHost::new();
-    let on = |below: &str| Some((below.as_bytes().to_vec(), "qcow2".to_owned()));
-    for (name, backing) in
-        [("/0", None), ("/1", on("/0")), ("/2", on("/1")), ("/3", on("/2")), ("/other", on("/2"))]
-    {
-        create(&host, Path::new(name), &CreateOptions { backing, ..CreateOptions::new(1 << 20) }).unwrap();
-        put(&host, Path::new(name), &local(), &[(GuestOffset::ZERO, vec![1; 512])]).unwrap();
-    }
-    let seen = see(&host, Path::new("/other"));
-    let paths = ["/1", "/2", "/3"].map(PathBuf::from);
-    let layers = all_known(&host, &paths);
-    let base = Path::new("/0");
-    let all = empty_all_onto(&host, &layers, base, ImageFormat::Qcow2, &options(), (&[], &[]), &never());
-    let all = all.unwrap();
-    assert!(all[0].0 == Path::new("/3") && all[0].1.is_ok());
-    let [_, (_, shared), (_, below)] = <[_; 3]>::try_from(all).unwrap();
-    assert!(matches!(reason(shared), Refusal::SharedBase { users } if users == [Path::new("/other")]));
-    assert!(reason(below).to_string().contains("reads through it"));
-    assert!(see(&host, Path::new("/other")) == seen);
 }

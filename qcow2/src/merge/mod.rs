@@ -8,6 +8,7 @@ mod commit;
 mod crash_tests;
 mod emptied;
 mod empty;
+mod empty_all;
 mod empty_onto;
 mod emptying;
 mod execute;
@@ -37,7 +38,8 @@ mod zeros;
 
 pub use abort::{Aborted, Pending, abort, pending};
 pub use commit::Commit;
-pub use empty_onto::{Emptied, EmptyOptions, empty_all_onto, empty_onto};
+pub use empty_all::{LeftBehind, empty_all_onto};
+pub use empty_onto::{Emptied, EmptyOptions, empty_onto};
 pub use execute::Report;
 pub use interrupted::{BackingIs, Interrupted};
 pub use job::Totals;

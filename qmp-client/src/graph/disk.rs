@@ -44,6 +44,11 @@ pub struct Layer {
     pub actual_size: Option<u64>,
     /// Whether QEMU has it open for reading only.
     pub read_only: bool,
+    /// Whether QEMU decrypts it: what it holds is not in plain text on disk.
+    pub encrypted: bool,
+    /// Whether it is a part of its file only, by an offset or a size that QEMU was given: who names the file names
+    /// another disk.
+    pub part: bool,
     /// The backing file that the image's header names.
     pub backing: Option<Backing>,
     /// The names of its persistent bitmaps.
@@ -100,6 +105,8 @@ impl Disk {
             virtual_size: node.image.virtual_size,
             actual_size: node.image.actual_size,
             read_only: node.ro,
+            encrypted: node.encrypted,
+            part: is_part(node),
             backing: node.image.backing_filename.clone().map(|name| Backing {
                 name,
                 format: node.image.backing_filename_format.clone(),
@@ -246,6 +253,13 @@ fn file_of(node: &NamedNode, below: Option<&NamedNode>) -> String {
         Some(below) if described(node) => leaf(&below.file).unwrap_or_else(|| node.file.clone()),
         _ => node.file.clone(),
     }
+}
+
+/// Whether a raw image was given an offset or a size in its file. QEMU describes such a node by a `json:` name.
+fn is_part(node: &NamedNode) -> bool {
+    let described = node.file.strip_prefix("json:").filter(|_| node.drv == "raw");
+    let whole = described.and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());
+    whole.is_some_and(|level| ["offset", "size"].iter().any(|key| !level[key].is_null()))
 }
 
 /// The file at the end of a `json:` description, if it ends with a file or a device of the host.

@@ -30,6 +30,8 @@ pub(super) struct NamedNode {
     pub(super) file: String,
     #[serde(default)]
     pub(super) ro: bool,
+    #[serde(default)]
+    pub(super) encrypted: bool,
     pub(super) image: Image,
     #[serde(rename = "dirty-bitmaps", default)]
     pub(super) dirty_bitmaps: Vec<Bitmap>,

@@ -30,6 +30,8 @@ pub struct Wishes {
     pub delete: bool,
     /// Where else to look for other users of these files before; absolute paths. Kept as the wish itself.
     pub scan: Vec<PathBuf>,
+    /// Merged layers that cannot become empty overlays on base may stay as they are. Kept as the wish itself.
+    pub allow_stale: bool,
     /// Pivot as soon as an active commit is ready.
     pub pivot: bool,
     /// End an active commit without a pivot as soon as it is ready.
@@ -372,6 +374,7 @@ fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> State
         top,
         backing: procedure.rename(),
         delete: wishes.delete,
+        allow_stale: wishes.allow_stale,
         scan: wishes.scan.clone(),
         pivot: wishes.pivot,
         keep_overlay: wishes.keep_overlay,

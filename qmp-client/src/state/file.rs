@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::{State, failed, now_ns, pointer};
+use super::{State, failed, litter, now_ns, pointer};
 use crate::address::Address;
 use crate::error::Result;
 
@@ -148,7 +148,7 @@ fn folder_of(path: &Path) -> &Path {
 /// Puts a file with this text in the place of another: it is whole whenever somebody looks.
 pub(super) fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
     let folder = folder_of(path);
-    let mut new = tempfile::Builder::new().prefix(".qmerge-new-").tempfile_in(folder)?;
+    let mut new = litter::new_file(folder)?;
     new.write_all(text)?;
     new.as_file().sync_all()?;
     new.persist(path)?;

@@ -6,6 +6,7 @@
 
 mod file;
 mod identity;
+mod litter;
 mod pointer;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -23,6 +24,7 @@ use crate::graph::Layer;
 pub use file::{StateFile, find_states, states_in};
 pub use identity::FileIdentity;
 pub(crate) use identity::boot;
+pub use litter::sweep;
 pub(crate) use pointer::Pointer;
 pub use pointer::states_of;
 pub use verdict::{Header, Qemu, Seen, Verdict};
@@ -72,6 +74,10 @@ pub struct State {
     /// chain.
     #[serde(default)]
     pub scan: Vec<std::path::PathBuf>,
+    /// Whether the user accepts that merged layers stay as they are, with old data, where they cannot become empty overlays
+    /// on base.
+    #[serde(default)]
+    pub allow_stale: bool,
     /// Whether an active commit is to pivot as soon as it is ready.
     pub pivot: bool,
     /// Whether an active commit is to end without a pivot.
@@ -121,8 +127,17 @@ pub struct StateLayer {
     pub data_file_node: Option<String>,
     /// The file's name as QEMU had it, or the address of what is no file.
     pub file: String,
+    /// The driver of that node, such as `file` or `nbd`.
+    #[serde(default)]
+    pub protocol: Option<String>,
     /// The format.
     pub format: String,
+    /// Whether it is encrypted.
+    #[serde(default)]
+    pub encrypted: bool,
+    /// Whether it is a part of its file only.
+    #[serde(default)]
+    pub part: bool,
     /// The size that a guest sees, in bytes.
     pub virtual_size: u64,
     /// Which file that was, where it is one here. For base, top and the active layer it is taken again at the
@@ -251,7 +266,10 @@ impl StateLayer {
             protocol_node: layer.protocol_node.clone(),
             data_file_node: layer.data_file_node.clone(),
             file: layer.file.clone(),
+            protocol: layer.protocol.clone(),
             format: layer.format.clone(),
+            encrypted: layer.encrypted,
+            part: layer.part,
             virtual_size: layer.virtual_size,
             identity: here.then(|| FileIdentity::of(std::path::Path::new(&layer.file))).flatten(),
         }
@@ -274,12 +292,14 @@ impl StateLayer {
             node: self.node.clone(),
             protocol_node: self.protocol_node.clone(),
             data_file_node: self.data_file_node.clone(),
-            protocol: None,
+            protocol: self.protocol.clone(),
             file: self.file.clone(),
             format: self.format.clone(),
             virtual_size: self.virtual_size,
             actual_size: None,
             read_only: true,
+            encrypted: self.encrypted,
+            part: self.part,
             backing: None,
             bitmaps: Vec::new(),
         }

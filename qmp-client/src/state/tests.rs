@@ -16,7 +16,10 @@ pub(crate) fn state(folder: &str) -> State {
         protocol_node: Some(format!("f{index}")),
         data_file_node: None,
         file: format!("{folder}/{index}.img"),
+        protocol: Some("file".into()),
         format: "qcow2".into(),
+        encrypted: false,
+        part: false,
         virtual_size: 1 << 24,
         identity: None,
     };
@@ -43,6 +46,7 @@ pub(crate) fn state(folder: &str) -> State {
             new: Some("1.img".into()),
         }),
         delete: false,
+        allow_stale: false,
         pivot: false,
         keep_overlay: false,
         scan: Vec::new(),

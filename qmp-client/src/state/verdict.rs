@@ -85,17 +85,9 @@ impl Qemu {
         if let Some(job) = jobs(monitor)?.into_iter().find(|job| job.id == state.job) {
             return Ok(Self::HasJob(job.status));
         }
-        let shows = |layers: &[&StateLayer]| {
-            let is_it = |disk: &Disk| {
-                disk.layers().iter().map(|l| &l.file).eq(layers.iter().map(|l| &l.file))
-                    && (disk.name() == state.disk
-                        || disk.layers().iter().map(|l| &l.node).eq(layers.iter().map(|l| &l.node)))
-            };
-            graph.disks().iter().any(is_it)
-        };
-        Ok(if shows(&state.left().collect::<Vec<_>>()) {
+        Ok(if state.disk_after(graph).is_some() {
             Self::ShowsAfter
-        } else if shows(&state.layers.iter().collect::<Vec<_>>()) {
+        } else if state.disk_before(graph).is_some() {
             Self::ShowsBefore
         } else {
             Self::ShowsNeither
@@ -127,6 +119,30 @@ impl Seen {
 }
 
 impl State {
+    /// The disk with the chain from before the merge, which may have new overlays on top by now.
+    pub fn disk_before<'g>(&self, graph: &'g Graph) -> Option<&'g Disk> {
+        self.disk_on(graph, &self.layers.iter().collect::<Vec<_>>())
+    }
+
+    /// The disk with the chain that the merge leaves, which may have new overlays on top by now.
+    pub fn disk_after<'g>(&self, graph: &'g Graph) -> Option<&'g Disk> {
+        // The chain from before ends with base too.
+        let before = self.disk_before(graph).map(Disk::name);
+        self.disk_on(graph, &self.left().collect::<Vec<_>>()).filter(|disk| Some(disk.name()) != before)
+    }
+
+    fn disk_on<'g>(&self, graph: &'g Graph, layers: &[&StateLayer]) -> Option<&'g Disk> {
+        let is_it = |disk: &&Disk| {
+            let above = disk.layers().len().checked_sub(layers.len());
+            let Some(now) = above.and_then(|above| disk.layers().get(above..)) else { return false };
+            // Another disk may have an overlay on the same base.
+            let same_disk = disk.name() == self.disk
+                || (above == Some(0) && now.iter().map(|l| &l.node).eq(layers.iter().map(|l| &l.node)));
+            same_disk && now.iter().map(|l| &l.file).eq(layers.iter().map(|l| &l.file))
+        };
+        graph.disks().iter().find(is_it)
+    }
+
     /// What is true, from what is seen. Pure: nothing is asked or looked at.
     ///
     /// Headers are believed before memory: a header that was written tells that the switch has begun, and what it names

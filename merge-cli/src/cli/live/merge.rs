@@ -63,7 +63,7 @@ pub(crate) struct CommitArgs {
 
     /// Remove the files that are no longer needed
     ///
-    /// Without it they stay, marked as merged. Files are removed when base is durable and QEMU has closed them,
+    /// Without it they stay, as empty overlays on base. Files are removed when base is durable and QEMU has closed them,
     /// top-down, and only if they are still the files of the plan and no other image uses them.
     #[arg(long, help_heading = "How")]
     pub(crate) delete: bool,
@@ -90,6 +90,17 @@ pub(crate) struct CommitArgs {
     /// Merge although persistent bitmaps of merged layers are lost
     #[arg(long, help_heading = "Safety")]
     pub(crate) drop_bitmaps: bool,
+
+    /// Merge although the old active image cannot become an empty overlay on base
+    ///
+    /// It stays bootable then, with old data: over NBD or another protocol, onto a format that this engine does not write
+    /// (VMDK, VDI, LUKS), or where nobody may write to it. See to it that nothing starts from it again.
+    #[arg(long, help_heading = "Safety")]
+    pub(crate) allow_stale: bool,
+
+    /// Merge although an encrypted layer's data goes into a base that is not encrypted
+    #[arg(long, help_heading = "Safety")]
+    pub(crate) allow_plaintext: bool,
 }
 
 impl CommitArgs {
@@ -123,6 +134,10 @@ pub(crate) struct PullArgs {
     /// Pull although persistent bitmaps of the layers below are lost to the disk
     #[arg(long, help_heading = "Safety")]
     pub(crate) drop_bitmaps: bool,
+
+    /// Pull although an encrypted layer's data goes into an active image that is not encrypted
+    #[arg(long, help_heading = "Safety")]
+    pub(crate) allow_plaintext: bool,
 }
 
 /// What both directions have in common.

@@ -1,124 +1,64 @@
 //! What a live merge leaves: files that nobody needs any more, and a configuration that should change.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use qcow2::chain::{OpenOptions, Policy};
-use qcow2::image::ImageFormat;
-use qcow2::merge::{EmptyOptions, Known, empty_onto, mark_merged, remove, unused};
-use qcow2::storage::{FileId, OsHost};
-use qmp_client::{FileIdentity, Kind, State, StateLayer};
+use qcow2::merge::Known;
+use qcow2::storage::FileId;
+use qmp_client::{FileIdentity, Kind, State};
 
-use super::files::{Files, identity};
+use super::files::Files;
+use super::tidy::{self, Tidied, Tidy, Wishes};
 use crate::output::human::{printable, shell_word};
 
-/// What to do with files that are no longer needed.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Wishes {
-    /// Remove them.
-    pub(super) delete: bool,
-    /// Where else to look for images that use them, beside the folders that the merge noted.
-    pub(super) scan: Vec<PathBuf>,
-}
-
-/// What became of them.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Tidied {
-    /// Files that were removed.
-    pub(super) deleted: Vec<PathBuf>,
-    /// Files that carry the mark of a merged image.
-    pub(super) marked: Vec<PathBuf>,
-    /// Files that the disk no longer needs, and that are still what they were.
-    pub(super) unneeded: Vec<PathBuf>,
-    /// The old active image, which is an empty overlay on base now.
-    pub(super) emptied: Option<PathBuf>,
-    /// Files that could not be treated, each with the reason.
-    pub(super) kept: Vec<(PathBuf, String)>,
-}
-
-/// Removes, marks or empties what a merge left, as far as QEMU has let go of it. Base is durable then, and the
-/// merge is switched.
+/// Removes or empties what a merge left, as far as QEMU has let go of it. Base is durable then, and the merge is
+/// switched.
 pub(super) fn tidy(state: &State, files: &Files, wishes: &Wishes) -> Tidied {
     let mut tidied = Tidied::default();
-    let ids: Vec<FileId> = state.layers.iter().filter_map(id).collect();
+    let mut left = Vec::new();
     for layer in state.merged() {
         let path = PathBuf::from(&layer.file);
         if state.kind == Kind::Pull {
             // They were not written, and others may use them.
             tidied.unneeded.push(path);
-            continue;
-        }
-        if wishes.delete && !tidied.kept.is_empty() {
+        } else if !tidied.kept.is_empty() {
             // Whoever uses the layer that is kept reads through those below it.
             tidied.kept.push((path, "a layer above it is kept".to_owned()));
-            continue;
-        }
-        let Some(identity) = &layer.identity else {
-            tidied.kept.push((path, "it is no file here".to_owned()));
-            continue;
-        };
-        let Some(id) = id(layer) else {
-            tidied.kept.push((path, "it is another file by now".to_owned()));
-            continue;
-        };
-        if files.has_open(id) {
-            tidied.kept.push((path, "QEMU still has it open".to_owned()));
-            continue;
-        }
-        let known = Known {
-            path: path.clone(),
-            id,
-            len: (identity.size > 0).then_some(identity.size),
-            modified_ns: (identity.modified_ns > 0).then_some(identity.modified_ns.into()),
-        };
-        if let Err(error) = treat(state, layer, known, &ids, wishes, &mut tidied) {
-            tidied.kept.push((path, error.to_string()));
+        } else if let Some(identity) = &layer.identity {
+            if is_gone(&path) {
+                // An earlier call has removed it, or the user.
+                continue;
+            }
+            match tidy::id(layer) {
+                None => tidied.kept.push((path, "it is another file by now".to_owned())),
+                Some(id) if files.has_open(id) => {
+                    tidied.kept.push((path, "QEMU still has it open".to_owned()));
+                }
+                Some(id) => left.push((layer, known(path, id, identity))),
+            }
+        } else {
+            tidied.stale.push((path, "it is no file here".to_owned()));
         }
     }
+    // It is short work, and half of it would have to be done again.
+    let cancel = AtomicBool::new(false);
+    Tidy { state, wishes, dry_run: false, cancel: &cancel }.run(&left, &mut tidied);
     tidied
 }
 
-fn treat(
-    state: &State,
-    layer: &StateLayer,
-    known: Known,
-    chain: &[FileId],
-    wishes: &Wishes,
-    tidied: &mut Tidied,
-) -> qcow2::Result<()> {
-    let base = state.target().filter(|_| state.kind != Kind::Pull);
-    let base_path = base.map(|base| PathBuf::from(&base.file)).unwrap_or_default();
-    if wishes.delete {
-        let scan = [&state.scan[..], &wishes.scan[..]].concat();
-        let (_, users) = unused(&OsHost, std::slice::from_ref(&known), chain, &scan)?;
-        match users.first() {
-            Some(user) => tidied.kept.push((known.path, format!("{} uses it", user.display()))),
-            None => tidied.deleted.extend(remove(&OsHost, &[known], chain, &scan)?.deleted),
-        }
-    } else if state.kind == Kind::ActiveCommit && layer.index == state.top && layer.format == "qcow2" {
-        let format =
-            if base.is_some_and(|base| base.format == "raw") { ImageFormat::Raw } else { ImageFormat::Qcow2 };
-        let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
-        // What is lost has been accepted before the merge began.
-        let options =
-            EmptyOptions { open, drop_bitmaps: true, allow_snapshot_change: true, ..EmptyOptions::default() };
-        // It is short work, and half of it would have to be done again.
-        empty_onto(&OsHost, &known, &base_path, format, &options, &AtomicBool::new(false))?;
-        tidied.emptied = Some(known.path);
-    } else {
-        let retired = mark_merged(&OsHost, &[known], &base_path)?;
-        tidied.marked.extend(retired.marked);
-        tidied.unneeded.extend(retired.unmarked);
-    }
-    Ok(())
+fn is_gone(path: &Path) -> bool {
+    path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound)
 }
 
-/// The file of a layer, if its name still leads to it.
-fn id(layer: &StateLayer) -> Option<FileId> {
-    let path = Path::new(&layer.file);
-    let same = FileIdentity::of(path)?.is_same_file(layer.identity.as_ref()?);
-    same.then(|| identity(path)).flatten()
+fn known(path: PathBuf, id: FileId, identity: &FileIdentity) -> Known {
+    Known {
+        path,
+        id,
+        len: (identity.size > 0).then_some(identity.size),
+        modified_ns: (identity.modified_ns > 0).then_some(identity.modified_ns.into()),
+    }
 }
 
 /// The layers that are no restore points any more once the job runs: base, and those between it and top.

@@ -3,6 +3,7 @@
 use qmp_client::{Disk, JobState, Layer};
 
 use super::files::Files;
+use super::obstacle::{Leaves, Obstacle};
 use super::plan::{Plan, show};
 use super::trouble::Session;
 use crate::exit::Exit;
@@ -23,6 +24,56 @@ pub(super) fn bitmaps(session: &Session<'_>, merged: &[Layer], drop: bool) -> Re
         format!("persistent bitmaps of the merged layers would be lost: {names}"),
         format!("if no backup needs them: {}", session.again_with("--drop-bitmaps")),
     )
+}
+
+/// Refuses to write the data of an encrypted layer to an image that is not encrypted.
+pub(super) fn plaintext(
+    session: &Session<'_>,
+    from: &[Layer],
+    into: &Layer,
+    allowed: bool,
+) -> Result<(), Failure> {
+    let Some(layer) = from.iter().find(|layer| layer.encrypted && !into.encrypted && !allowed) else {
+        return Ok(());
+    };
+    refuse(
+        "plaintext",
+        format!(
+            "{} is encrypted, and {} is not: what it holds would lie there in plain text",
+            show(layer),
+            show(into)
+        ),
+        format!("if that is meant: {}", session.again_with("--allow-plaintext")),
+    )
+}
+
+/// Refuses a pivot after which the old active image would stay as it is: bootable, with old data.
+pub(super) fn old_active(session: &Session<'_>, leaves: &[Leaves], delete: bool) -> Result<(), Failure> {
+    let Some(active) = leaves.first() else { return Ok(()) };
+    let stays = |obstacle: &&Obstacle| {
+        // What is removed need not be understood.
+        !delete || matches!(obstacle, Obstacle::Shared { .. }) || obstacle.hides(&active.layer)
+    };
+    let Some(obstacle) = active.obstacle.as_ref().filter(stays) else { return Ok(()) };
+    let file = show(&active.layer);
+    let delete = if delete {
+        String::new()
+    } else {
+        format!("; or have it removed: {}", session.again_with("--delete"))
+    };
+    Err(Report {
+        kind: "stale-image",
+        message: format!(
+            "{file} could not become an empty overlay on base after the pivot: {obstacle}; it would stay bootable, with old data"
+        ),
+        hint: format!(
+            "if nothing will start from {file} again: {}{delete}",
+            session.again_with("--allow-stale")
+        )
+        .into(),
+        exit: obstacle.exit(),
+    }
+    .into())
 }
 
 /// Refuses a chain whose names lead to other files here than in QEMU, unless the name to be written is given.

@@ -9,7 +9,7 @@ use qmp_client::{Commit, CommitOptions, Disk, Layer, Range};
 use super::plan::{End, Plan};
 use super::siblings::{self, Searched};
 use super::trouble::Session;
-use super::{checks, estimate, files::Files};
+use super::{checks, estimate, files::Files, obstacle};
 use crate::cli::LiveCommitArgs;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
@@ -95,13 +95,13 @@ fn only_for_active(session: &Session<'_>, disk: &Disk, top: &Layer, option: &str
 }
 
 /// What happens when all is copied.
-pub(super) fn end(range: &Range<'_>, args: &LiveCommitArgs) -> End {
-    match range.above {
-        Some(_) if args.job.async_ => End::WaitForFinish,
-        Some(_) => End::Finish,
-        None if args.pivot => End::Pivot,
-        None if args.keep_overlay => End::KeepOverlay,
-        None => End::Ready,
+pub(super) fn end(merges_active: bool, args: &LiveCommitArgs) -> End {
+    match merges_active {
+        false if args.job.async_ => End::WaitForFinish,
+        false => End::Finish,
+        true if args.pivot => End::Pivot,
+        true if args.keep_overlay => End::KeepOverlay,
+        true => End::Ready,
     }
 }
 
@@ -125,16 +125,23 @@ pub(super) fn plan(
     };
     let commit = Commit::plan(disk, range, options).map_err(|e| session.unplanned(&e, disk, range))?;
     let touched: Vec<&Layer> = merged.iter().chain([range.base]).collect();
+    checks::plaintext(session, &merged, range.base, args.allow_plaintext)?;
     let searched: Searched =
         siblings::search(session, files, disk, &touched, &args.scan, args.allow_shared_base)?;
+    let leaves = obstacle::of_merged(files, disk, range.base, &merged, &searched.users);
+    let end = end(range.above.is_none(), args);
+    if end != End::KeepOverlay && range.above.is_none() && !args.allow_stale {
+        checks::old_active(session, &leaves, args.delete)?;
+    }
     let plan = Plan {
         disk: disk.clone(),
         job: commit.job_id().to_owned(),
         pull: false,
         base: Some(range.base.clone()),
         relink: range.above.map(|above| (above.clone(), commit.backing_file().map(str::to_owned))),
-        end: end(range, args),
+        end,
         delete: args.delete,
+        leaves,
         amounts: estimate::amounts(disk, files, &merged, range.base),
         room: estimate::free_space(files, range.base),
         searched,

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use qmp_client::{Connection, Disk, Error, JobState, Kind, Merge, Phase, Progress, Throttle, Waited, Watch};
 use serde_json::json;
 
-use super::after::{self, Wishes};
+use super::after;
 use super::files::Files;
 use super::outcome::Outcome;
 use super::plan::End;
+use super::tidy::Wishes;
 use super::trouble::Session;
 use super::{ask, connection_options, find, stall, states};
 use crate::exit::Exit;
@@ -165,7 +166,8 @@ impl Drive<'_> {
         };
         ended.map_err(|e| self.failed(merge, &e))?;
         let tidied = after::tidy(merge.state(), &Files::of(monitor), &self.wishes);
-        let outcome = Outcome::switched(self.session, monitor, merge.state(), &tidied, done, self.seconds());
+        let outcome =
+            Outcome::switched(self.session, monitor, merge.state(), &tidied, Some(done), self.seconds());
         if outcome.is_complete() {
             merge.done().map_err(|e| self.session.failure(&e))?;
         }

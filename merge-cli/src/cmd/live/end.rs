@@ -5,9 +5,11 @@ use std::time::Instant;
 
 use qmp_client::{Connection, Graph, Kind, Merge, State};
 
-use super::after::Wishes;
 use super::drive::Drive;
+use super::files::Files;
+use super::left::Left;
 use super::plan::End;
+use super::tidy::Wishes;
 use super::trouble::{self, Session};
 use super::{find, foreign, guard, states};
 use crate::cli::EndArgs;
@@ -30,8 +32,15 @@ pub(super) fn run(
     let disk = find(graph, &args.disk, session)?;
     guard::disk(session, disk)?;
     let known = states::of(session, std::slice::from_ref(disk), None)?;
+    let files = Files::of(&monitor);
+    let left = Left { session, monitor: &monitor, graph, disk, files: &files, known: &known, console };
+    let fitting = |state: &State| (state.kind == Kind::ActiveCommit) == (end == End::Pivot);
     let mut merge = match Merge::attach(&monitor, graph, disk, &known).map_err(|e| session.failure(&e))? {
         Some(merge) => merge,
+        None if left.switched(&fitting).is_some() => {
+            let wishes = Wishes { delete: args.delete, scan: args.scan.clone() };
+            return left.finish_meant(&fitting, wishes, false).map(|exit| exit.unwrap_or(Exit::DONE));
+        }
         None => return foreign::end(session, &monitor, graph, disk, end, console),
     };
     let state = merge.state();

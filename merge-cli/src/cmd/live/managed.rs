@@ -51,7 +51,7 @@ impl<'a> Machine<'a> {
         let virsh = &self.virsh;
         let target = |disk: &str| self.target(disk);
         let words = match verb {
-            LiveVerb::Snapshot { overlays } => return self.snapshot(overlays),
+            LiveVerb::Snapshot { overlays, .. } => return self.snapshot(overlays),
             LiveVerb::Commit(args) => match self.commit(args) {
                 Some(words) => words,
                 None => return self.name_by_path(),

@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use qmp_client::{Connection, Disk, Graph, Kind, Merge, Procedure, State, StateFile, Throttle};
 
-use super::after::Wishes;
 use super::drive::Drive;
 use super::files::Files;
+use super::left::{self, Left};
 use super::outcome::Outcome;
 use super::plan::{End, Plan, fields, show, text};
+use super::tidy::Wishes;
 use super::trouble::{self, Session};
 use super::{checks, commit, find, guard, pull, siblings, states};
 use crate::cli::{JobArgs, LiveCommitArgs, PullArgs};
@@ -32,26 +33,59 @@ pub(super) fn commit(
     let files = Files::of(&monitor);
     let disk = find(graph, &args.disk, session)?;
     guard::disk(session, disk)?;
+    let (disks, state_dir) = (std::slice::from_ref(disk), args.job.state_dir.as_deref());
+    if !args.job.dry_run {
+        states::sweep(session, disks, state_dir);
+    }
+    let known = states::of(session, disks, state_dir)?;
+    let is_meant = |state: &State| left::is_this_commit(state, disk, args);
+    let left = Left { session, monitor: &monitor, graph, disk, files: &files, known: &known, console };
+    let of_state = |state: &State| Wanted {
+        kind: state.kind,
+        end: commit::end(state.kind == Kind::ActiveCommit, args),
+        delete: args.delete || state.delete,
+        converge: args.converge,
+    };
+    // Before the chain is looked at: it may be the one that the merge has left.
+    if let Some(state) = under_way(session, &monitor, graph, disk, &known)?.filter(is_meant) {
+        let (job, wanted) = (&args.job, of_state(&state));
+        let start = Start {
+            session,
+            graph,
+            disk,
+            files: &files,
+            job,
+            scan: &args.scan,
+            console,
+            known: &known,
+            wanted,
+        };
+        return start.pick_up(monitor);
+    }
+    let wishes = Wishes { delete: args.delete, scan: siblings::absolute(&args.scan) };
+    if let Some(exit) = left.finish_meant(&is_meant, wishes, args.job.dry_run)? {
+        return Ok(exit);
+    }
     if let Some(base) = args.top.as_ref().and_then(|top| commit::merged_before(disk, top)) {
         let why = format!("{} was already merged into {base}", args.top.as_deref().unwrap_or_default());
         return nothing_to_do(console, disk.name(), &why);
     }
     let Some(range) = commit::range(session, disk, args)? else {
-        return nothing_to_do(console, disk.name(), "its chain has one layer");
+        return match left.switched(&|_| true) {
+            Some((file, state)) => Err(states::recover_first(session, file, state)),
+            None => nothing_to_do(console, disk.name(), "its chain has one layer"),
+        };
     };
     let wanted = Wanted {
         kind: if range.above.is_none() { Kind::ActiveCommit } else { Kind::Commit },
-        base: range.base.index,
-        top: range.top.index,
-        end: commit::end(&range, args),
+        end: commit::end(range.above.is_none(), args),
         delete: args.delete,
         converge: args.converge,
     };
+    let job = &args.job;
     let start =
-        Start { session, graph, disk, files: &files, job: &args.job, scan: &args.scan, console, wanted };
-    if let Some(known) = start.under_way(&monitor)? {
-        return start.pick_up(monitor, &known);
-    }
+        Start { session, graph, disk, files: &files, job, scan: &args.scan, console, known: &known, wanted };
+    start.no_other_job(&monitor)?;
     let (commit, plan) = commit::plan(session, &files, disk, &range, args)?;
     start.carry_out(monitor, commit.into(), &plan)
 }
@@ -67,21 +101,37 @@ pub(super) fn pull(
     let files = Files::of(&monitor);
     let disk = find(graph, &args.disk, session)?;
     guard::disk(session, disk)?;
-    let Some(base) = pull::base(session, disk, args)? else {
-        return nothing_to_do(console, disk.name(), "no layer lies between");
-    };
-    let wanted = Wanted {
+    let (disks, state_dir) = (std::slice::from_ref(disk), args.job.state_dir.as_deref());
+    if !args.job.dry_run {
+        states::sweep(session, disks, state_dir);
+    }
+    let known = states::of(session, disks, state_dir)?;
+    let is_meant = |state: &State| left::is_this_pull(state, disk, args);
+    let wanted = || Wanted {
         kind: Kind::Pull,
-        base: base.map_or(0, |base| base.index),
-        top: disk.active().index.saturating_sub(1),
         end: if args.job.async_ { End::WaitForFinish } else { End::Finish },
         delete: false,
         converge: false,
     };
-    let start = Start { session, graph, disk, files: &files, job: &args.job, scan: &[], console, wanted };
-    if let Some(known) = start.under_way(&monitor)? {
-        return start.pick_up(monitor, &known);
+    let start = |wanted: Wanted| {
+        let job = &args.job;
+        Start { session, graph, disk, files: &files, job, scan: &[], console, known: &known, wanted }
+    };
+    if under_way(session, &monitor, graph, disk, &known)?.is_some_and(|state| is_meant(&state)) {
+        return start(wanted()).pick_up(monitor);
     }
+    let left = Left { session, monitor: &monitor, graph, disk, files: &files, known: &known, console };
+    if let Some(exit) = left.finish_meant(&is_meant, Wishes::default(), args.job.dry_run)? {
+        return Ok(exit);
+    }
+    let Some(base) = pull::base(session, disk, args)? else {
+        return match left.switched(&|_| true) {
+            Some((file, state)) => Err(states::recover_first(session, file, state)),
+            None => nothing_to_do(console, disk.name(), "no layer lies between"),
+        };
+    };
+    let start = start(wanted());
+    start.no_other_job(&monitor)?;
     let (pull, plan) = pull::plan(session, &files, disk, base, args)?;
     start.carry_out(monitor, pull.into(), &plan)
 }
@@ -89,8 +139,6 @@ pub(super) fn pull(
 /// What the user asks for, in the words of a state file.
 struct Wanted {
     kind: Kind,
-    base: usize,
-    top: usize,
     end: End,
     delete: bool,
     converge: bool,
@@ -105,29 +153,33 @@ struct Start<'a> {
     job: &'a JobArgs,
     scan: &'a [PathBuf],
     console: &'a Console,
+    /// All states that may speak of the disk.
+    known: &'a [(StateFile, State)],
     wanted: Wanted,
 }
 
+/// The state of the merge of this disk whose job QEMU has, or of which only the end is not noted.
+fn under_way(
+    session: &Session<'_>,
+    monitor: &Connection,
+    graph: &Graph,
+    disk: &Disk,
+    known: &[(StateFile, State)],
+) -> Result<Option<State>, Failure> {
+    let found = Merge::attach(monitor, graph, disk, known).map_err(|e| session.failure(&e))?;
+    Ok(found.map(|merge| merge.state().clone()))
+}
+
 impl Start<'_> {
-    /// The states with which the job of this same merge is found, if it is under way. Another job on the disk is
-    /// refused.
-    fn under_way(&self, monitor: &Connection) -> Result<Option<Vec<(StateFile, State)>>, Failure> {
-        let fail = |e: qmp_client::Error| self.session.failure(&e);
-        let known = states::of(self.session, std::slice::from_ref(self.disk), self.job.state_dir.as_deref())?;
-        if let Some(merge) = Merge::attach(monitor, self.graph, self.disk, &known).map_err(fail)? {
-            let (state, wanted) = (merge.state(), &self.wanted);
-            if (state.kind, state.base, state.top) == (wanted.kind, wanted.base, wanted.top) {
-                return Ok(Some(known));
-            }
-        }
-        let jobs = self.graph.jobs(monitor).map_err(fail)?;
-        checks::no_other_job(self.session, self.disk, &jobs)?;
-        Ok(None)
+    /// Refuses another job on the disk.
+    fn no_other_job(&self, monitor: &Connection) -> Result<(), Failure> {
+        let jobs = self.graph.jobs(monitor).map_err(|e| self.session.failure(&e))?;
+        checks::no_other_job(self.session, self.disk, &jobs)
     }
 
     /// Goes on with a merge that is under way.
-    fn pick_up(&self, monitor: Connection, known: &[(StateFile, State)]) -> Result<Exit, Failure> {
-        let found = Merge::attach(&monitor, self.graph, self.disk, known);
+    fn pick_up(&self, monitor: Connection) -> Result<Exit, Failure> {
+        let found = Merge::attach(&monitor, self.graph, self.disk, self.known);
         let merge = found.map_err(|e| self.session.failure(&e))?;
         let mut merge = merge.ok_or_else(|| trouble::no_job(self.session, self.disk))?;
         if self.job.dry_run || self.job.async_ {
@@ -148,7 +200,7 @@ impl Start<'_> {
         let warning = checks::room(self.session, plan)?;
         let throttle = self.throttle(&monitor)?;
         let file = states::place(self.session, self.files, self.disk, self.job.state_dir.as_deref())?;
-        states::left_over(self.session, &file, self.console)?;
+        states::left_over(self.session, self.graph, self.disk, self.known, &file, self.console)?;
         announce(plan, self.job, self.console)?;
         if let Some(warning) = warning {
             self.console.note(&warning);
@@ -164,6 +216,7 @@ impl Start<'_> {
         passed.map_err(|e| self.not_begun(&e, plan))?;
         let wishes = qmp_client::Wishes {
             delete: self.wanted.delete,
+            allow_stale: plan.stale().next().is_some(),
             scan: siblings::absolute(self.scan),
             pivot: self.wanted.end == End::Pivot,
             keep_overlay: self.wanted.end == End::KeepOverlay,

@@ -10,9 +10,11 @@ mod files;
 mod foreign;
 mod guard;
 mod jobs;
+mod left;
 mod look;
 mod managed;
 mod merge;
+mod obstacle;
 mod outcome;
 mod plan;
 mod pull;
@@ -21,6 +23,7 @@ mod siblings;
 mod snapshot;
 mod stall;
 mod states;
+mod tidy;
 mod trouble;
 
 use std::ffi::OsString;
@@ -54,7 +57,9 @@ pub(super) fn run(args: &LiveArgs, words: &[OsString], console: &Console) -> Res
         LiveVerb::Pivot(args) => return end::run(&session, monitor, &graph, args, End::Pivot, console),
         LiveVerb::List => look::list(&graph, console),
         LiveVerb::Chain { disk } => look::chain(find(&graph, disk, &session)?, console),
-        LiveVerb::Snapshot { overlays } => snapshot::run(&session, &monitor, &graph, overlays, console),
+        LiveVerb::Snapshot { overlays, allow_plaintext } => {
+            snapshot::run(&session, &monitor, &graph, overlays, *allow_plaintext, console)
+        }
         LiveVerb::Jobs => jobs::list(&session, &monitor, &graph, console),
         LiveVerb::Pause { disk }
         | LiveVerb::Resume { disk }

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use qmp_client::{Connection, Kind, State, StateLayer};
 use serde_json::{Value, json};
 
-use super::after::{self, Tidied};
+use super::after;
+use super::tidy::Tidied;
 use super::trouble::Session;
 use crate::failure::Failure;
 use crate::output::Console;
@@ -29,7 +30,7 @@ impl Outcome {
         monitor: &Connection,
         state: &State,
         tidied: &Tidied,
-        copied: u64,
+        copied: Option<u64>,
         seconds: f64,
     ) -> Self {
         let mut fields = fields(state, if state.kind == Kind::ActiveCommit { "pivoted" } else { "switched" });
@@ -158,18 +159,26 @@ fn add_files(
     let list = |files: &[PathBuf]| {
         files.iter().map(|f| printable(&f.to_string_lossy())).collect::<Vec<_>>().join(", ")
     };
-    for (files, what) in [
-        (&tidied.deleted, "removed"),
-        (&tidied.marked, "not needed any more, and marked as merged"),
-        (&tidied.unneeded, "not needed any more by this disk"),
-    ] {
+    for (files, what) in
+        [(&tidied.deleted, "removed"), (&tidied.unneeded, "not needed any more by this disk")]
+    {
         if !files.is_empty() {
             lines.push(format!("{what}: {}", list(files)));
         }
     }
-    if let Some(emptied) = &tidied.emptied {
-        let emptied = printable(&emptied.to_string_lossy());
-        lines.push(format!("{emptied} is an empty overlay on {} now", target(state)));
+    if !tidied.emptied.is_empty() {
+        let what = if tidied.emptied.len() == 1 { "is an empty overlay" } else { "are empty overlays" };
+        lines.push(format!("{} {what} on {} now", list(&tidied.emptied), target(state)));
+    }
+    for (file, why) in &tidied.stale {
+        let is_old =
+            state.kind == Kind::ActiveCommit && state.active().is_some_and(|a| Path::new(&a.file) == file);
+        let old = if is_old { ", with old data: start nothing from it" } else { "" };
+        lines.push(format!(
+            "stays as it is{old}: {}: {}",
+            printable(&file.to_string_lossy()),
+            printable(why)
+        ));
     }
     for (file, why) in &tidied.kept {
         lines.push(format!("not touched: {}: {}", printable(&file.to_string_lossy()), printable(why)));
@@ -179,9 +188,10 @@ fn add_files(
         lines.push(format!("to deal with them later: {later}"));
     }
     fields["deleted"] = paths(&tidied.deleted);
-    fields["marked"] = paths(&tidied.marked);
     fields["unneeded"] = paths(&tidied.unneeded);
-    fields["emptied"] = tidied.emptied.as_deref().map_or(Value::Null, path);
+    fields["emptied"] = paths(&tidied.emptied);
+    let stale = tidied.stale.iter().map(|(file, why)| json!({ "file": path(file), "reason": why }));
+    fields["stale"] = stale.collect();
     let kept = tidied.kept.iter().map(|(file, why)| json!({ "file": path(file), "reason": why }));
     fields["kept"] = kept.collect();
 }

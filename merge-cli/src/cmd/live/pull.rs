@@ -42,6 +42,7 @@ pub(super) fn plan(
     };
     let pull = Pull::plan(disk, base, options).map_err(|e| session.layer(&e, disk))?;
     checks::bitmaps(session, pull.pulled(), args.drop_bitmaps)?;
+    checks::plaintext(session, pull.pulled(), disk.active(), args.allow_plaintext)?;
     checks::same_files(session, files, disk, args.backing_file.is_some() || args.job.state_dir.is_some())?;
     let plan = Plan {
         disk: disk.clone(),
@@ -52,6 +53,7 @@ pub(super) fn plan(
         relink: Some((disk.active().clone(), pull.backing_file().map(str::to_owned))),
         end: if args.job.async_ { End::WaitForFinish } else { End::Finish },
         delete: false,
+        leaves: Vec::new(),
         // Zeros stay what no layer has, or take no room.
         amounts: Amounts { zero: 0, ..estimate::amounts(disk, files, pull.pulled(), disk.active()) },
         room: estimate::free_space(files, disk.active()),

@@ -23,6 +23,8 @@ pub(super) struct Searched {
     pub(super) unreadable: Vec<PathBuf>,
     /// Images that will break, because the user allowed it.
     pub(super) broken: Vec<PathBuf>,
+    /// The same, each with the index of the layer that it uses.
+    pub(super) users: Vec<(usize, PathBuf)>,
 }
 
 /// Looks through the folders of the chain, and those of `scan`, for images outside the chain that use one of the
@@ -52,8 +54,13 @@ pub(super) fn search(
         let used = targets.iter().find(|(_, id)| *id == first.uses).map(|(path, _)| path.clone());
         return Err(shared(session, disk, used.as_deref().unwrap_or(&first.path), broken));
     }
+    let index = |id: FileId| {
+        let is_it = |layer: &&&Layer| here(layer).is_some_and(|(_, other)| other == id);
+        touched.iter().find(is_it).map(|layer| layer.index)
+    };
+    let users = found.users.iter().filter_map(|user| Some((index(user.uses)?, user.path.clone()))).collect();
     let unreadable = found.unreadable.into_iter().map(|(path, _)| path).chain(found.left_out).collect();
-    Ok(Searched { folders, unreadable, broken })
+    Ok(Searched { folders, unreadable, broken, users })
 }
 
 /// Folders by names that mean the same in another working directory.

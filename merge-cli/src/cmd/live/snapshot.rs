@@ -2,12 +2,16 @@
 
 use std::path::{self, Path, PathBuf};
 
-use qmp_client::{Connection, Disk, Error, Graph};
+use qmp_client::{Connection, Disk, Error, Graph, Phase};
 
+use super::files::Files;
+use super::left::Left;
+use super::tidy::Wishes;
 use super::trouble::Session;
-use super::{find, guard, look};
+use super::{find, guard, look, states};
 use crate::cli::Overlay;
-use crate::failure::Failure;
+use crate::exit::Exit;
+use crate::failure::{Failure, Report};
 use crate::hint::folder_word;
 use crate::output::Console;
 use crate::output::human::{printable, shell_word};
@@ -18,6 +22,7 @@ pub(super) fn run(
     monitor: &Connection,
     graph: &Graph,
     overlays: &[Overlay],
+    allow_plaintext: bool,
     console: &Console,
 ) -> Result<(), Failure> {
     let mut wanted: Vec<(&Disk, PathBuf)> = Vec::new();
@@ -26,6 +31,12 @@ pub(super) fn run(
         guard::disk(session, disk)?;
         // It fails only where there is no current folder; the library then says that the path is not absolute.
         wanted.push((disk, path::absolute(&overlay.file).unwrap_or_else(|_| overlay.file.clone())));
+    }
+    for (disk, file) in wanted.iter().filter(|(disk, _)| disk.active().encrypted && !allow_plaintext) {
+        return Err(plaintext(session, disk, file));
+    }
+    for (disk, _) in &wanted {
+        end_open_merge(session, monitor, graph, disk, console)?;
     }
     let pairs: Vec<_> = wanted.iter().map(|(disk, file)| (*disk, file.as_path())).collect();
     let disks = qmp_client::snapshot(monitor, &pairs).map_err(|error| match &error {
@@ -55,6 +66,64 @@ pub(super) fn run(
     console.result(&lines.collect::<Vec<_>>().join("\n"))?;
     console.note("what starts the virtual machine must name the new files the next time");
     Ok(())
+}
+
+/// Ends what is left of an earlier merge of the disk, so that its state does not speak of a chain that has grown since. It
+/// is refused where that cannot be done now.
+fn end_open_merge(
+    session: &Session<'_>,
+    monitor: &Connection,
+    graph: &Graph,
+    disk: &Disk,
+    console: &Console,
+) -> Result<(), Failure> {
+    let disks = std::slice::from_ref(disk);
+    states::sweep(session, disks, None);
+    let known = states::of(session, disks, None)?;
+    let files = Files::of(monitor);
+    let left = Left { session, monitor, graph, disk, files: &files, known: &known, console };
+    if let Some(open) = left.switched(&|_| true)
+        && !left.finish(open, Wishes::default())?.is_complete()
+    {
+        return Err(states::recover_first(session, &open.0, &open.1));
+    }
+    let jobs = graph.jobs(monitor).map_err(|e| session.failure(&e))?;
+    for (file, state) in &known {
+        let of_disk = state.disk_before(graph).or_else(|| state.disk_after(graph));
+        if of_disk.is_none_or(|of| of.name() != disk.name()) || state.phase == Phase::Switched {
+            continue;
+        }
+        if jobs.iter().any(|(job, _)| job.id == state.job) {
+            return Err(Report {
+                kind: "job-exists",
+                message: format!("the merge of {} is under way", printable(disk.name())),
+                hint: end_first(session, disk).into(),
+                exit: Exit::REFUSED,
+            }
+            .into());
+        }
+        if state.phase == Phase::Switching {
+            return Err(states::recover_first(session, file, state));
+        }
+        // The job is gone, and nothing was switched: there is nothing left to know.
+        file.forget(state).map_err(|e| session.failure(&e))?;
+    }
+    Ok(())
+}
+
+/// The overlay would take what the guest writes in plain text.
+fn plaintext(session: &Session<'_>, disk: &Disk, file: &Path) -> Failure {
+    Report {
+        kind: "plaintext",
+        message: format!(
+            "{} is encrypted, and {} would not be: what the guest writes from now on would lie there in plain text",
+            printable(&disk.active().file),
+            file.display()
+        ),
+        hint: format!("if that is meant: {}", session.again_with("--allow-plaintext")).into(),
+        exit: Exit::REFUSED,
+    }
+    .into()
 }
 
 /// Whether only QEMU knows which file is meant: the name is relative to its folder, and none of its open files is seen

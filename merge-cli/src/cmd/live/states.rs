@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use qmp_client::{Disk, Phase, State, StateFile, find_states};
+use qmp_client::{Address, Disk, Graph, Phase, State, StateFile, find_states};
 
 use super::files::{Files, Place};
 use super::trouble::Session;
@@ -19,11 +19,19 @@ pub(super) fn of(
     disks: &[Disk],
     state_dir: Option<&Path>,
 ) -> Result<Vec<(StateFile, State)>, Failure> {
-    let images = disks.iter().flat_map(Disk::layers).map(|layer| Path::new(&layer.file));
-    let mut folders: BTreeSet<PathBuf> =
-        images.filter_map(|image| image.parent().map(Path::to_owned)).collect();
-    folders.extend(state_dir.and_then(|dir| std::path::absolute(dir).ok()));
+    let folders = folders(disks, state_dir);
     find_states(Some(session.address), folders.iter().map(PathBuf::as_path)).map_err(|e| session.failure(&e))
+}
+
+/// The folders in which states may lie: those of the images, links followed, and the one that the user named.
+fn folders(disks: &[Disk], state_dir: Option<&Path>) -> BTreeSet<PathBuf> {
+    let images = disks.iter().flat_map(Disk::layers).map(|layer| PathBuf::from(&layer.file));
+    let images = images.filter(|image| image.is_absolute());
+    let both = images.flat_map(|image| [image.canonicalize().ok(), Some(image)]).flatten();
+    let mut folders: BTreeSet<PathBuf> =
+        both.filter_map(|image| image.parent().map(Path::to_owned)).collect();
+    folders.extend(state_dir.and_then(|dir| std::path::absolute(dir).ok()));
+    folders
 }
 
 /// Where the state file of a merge that begins now lies.
@@ -81,22 +89,41 @@ fn no_folder(session: &Session<'_>, message: String) -> Failure {
 }
 
 /// What an earlier merge of this disk, whose job is gone, has left: refused if it may have been switched.
-pub(super) fn left_over(session: &Session<'_>, file: &StateFile, console: &Console) -> Result<(), Failure> {
-    let Some(state) = file.load().map_err(|e| session.failure(&e))? else { return Ok(()) };
-    let job = printable(&state.job);
-    if state.phase == Phase::Copying {
+pub(super) fn left_over(
+    session: &Session<'_>,
+    graph: &Graph,
+    disk: &Disk,
+    known: &[(StateFile, State)],
+    file: &StateFile,
+    console: &Console,
+) -> Result<(), Failure> {
+    let here = file.load().map_err(|e| session.failure(&e))?.map(|state| (file.clone(), state));
+    let shown = |state: &State| {
+        let on = state.disk_after(graph).or_else(|| state.disk_before(graph));
+        on.is_some_and(|on| on.name() == disk.name())
+    };
+    let of_disk = known.iter().filter(|(other, state)| other != file && shown(state));
+    for (file, state) in here.iter().chain(of_disk) {
+        if state.phase != Phase::Copying {
+            return Err(recover_first(session, file, state));
+        }
+        let job = printable(&state.job);
         console.note(&format!(
             "an earlier merge (job {job}) ended without a switch; nothing is lost, it begins anew"
         ));
-        return Ok(());
     }
-    let disk = printable(&state.disk);
+    Ok(())
+}
+
+/// The failure of a call that must not begin before an earlier merge is put right.
+pub(super) fn recover_first(session: &Session<'_>, file: &StateFile, state: &State) -> Failure {
+    let (disk, job) = (printable(&state.disk), printable(&state.job));
     let how = if state.phase == Phase::Switched {
         "switched, and not cleaned up after"
     } else {
         "about to switch when it was lost"
     };
-    Err(Report {
+    Report {
         kind: "recover-first",
         message: format!(
             "{}: an earlier merge of {disk} (job {job}) was {how}; the image that holds the disk is {}",
@@ -106,5 +133,19 @@ pub(super) fn left_over(session: &Session<'_>, file: &StateFile, console: &Conso
         hint: session.other(&format!("recover {}", shell_word(&state.disk))).into(),
         exit: Exit::REFUSED,
     }
-    .into())
+    .into()
+}
+
+/// Removes the files that clients have left there which were killed while they wrote a state.
+pub(super) fn sweep(session: &Session<'_>, disks: &[Disk], state_dir: Option<&Path>) {
+    let socket = match session.address {
+        Address::Unix(path) => {
+            std::path::absolute(path).ok().and_then(|path| path.parent().map(Path::to_owned))
+        }
+        Address::Tcp { .. } => None,
+    };
+    let folders = folders(disks, state_dir).into_iter().chain(socket);
+    for folder in folders.collect::<BTreeSet<_>>() {
+        qmp_client::sweep(&folder);
+    }
 }

@@ -29,9 +29,8 @@ pub(in crate::cmd::live) fn text(plan: &Plan) -> String {
         fields.add("base's disk", format!("grows from {} to {}", size::short(before), size::exact(after)));
     }
     fields.add("afterwards", afterwards(plan));
-    let needless = list(plan.merged.iter());
     if plan.end != End::KeepOverlay {
-        fields.add("not needed then", format!("{needless}: {}", obsolete(plan)));
+        not_needed(plan, &mut fields);
     }
     let lost = plan.restore_points_lost();
     if !lost.is_empty() {
@@ -92,17 +91,33 @@ fn afterwards(plan: &Plan) -> String {
     }
 }
 
-fn obsolete(plan: &Plan) -> &'static str {
-    match plan.end {
-        _ if plan.delete => "will be removed",
-        _ if plan.pull && plan.merged.len() == 1 => "stays as it is",
-        _ if plan.pull => "stay as they are",
-        End::KeepOverlay | End::Finish | End::WaitForFinish if plan.merged.len() == 1 => {
-            "stays, marked as merged"
-        }
-        End::KeepOverlay | End::Finish | End::WaitForFinish => "stay, marked as merged",
-        End::Pivot | End::Ready if plan.merged.len() == 1 => "stays, as an empty overlay on base",
-        End::Pivot | End::Ready => "stay; the first as an empty overlay on base, the others marked as merged",
+/// What becomes of the layers that the disk no longer needs.
+fn not_needed(plan: &Plan, fields: &mut Fields) {
+    let one = |count: usize, one: &'static str, more: &'static str| if count == 1 { one } else { more };
+    if plan.delete || plan.pull {
+        let (count, needless) = (plan.merged.len(), list(plan.merged.iter()));
+        let what =
+            if plan.delete { "will be removed" } else { one(count, "stays as it is", "stay as they are") };
+        fields.add("not needed then", format!("{needless}: {what}"));
+        return;
+    }
+    let emptied: Vec<_> = plan.emptied().collect();
+    if !emptied.is_empty() {
+        let what =
+            one(emptied.len(), "stays, as an empty overlay on base", "stay, as empty overlays on base");
+        fields.add("not needed then", format!("{}: {what}", list(emptied.into_iter())));
+    }
+    for (layer, obstacle) in plan.stale() {
+        fields.add("keeps old data", format!("{}: {obstacle}; {}", show(layer), stale(plan, layer)));
+    }
+}
+
+/// What it means that a layer keeps its data.
+fn stale(plan: &Plan, layer: &Layer) -> &'static str {
+    if plan.merges_active() && layer.index == plan.disk.active().index {
+        "a virtual machine that is started from it shows an old disk"
+    } else {
+        "a configuration that names it between base and the disk shows old data"
     }
 }
 

@@ -26,6 +26,8 @@ pub(in crate::cmd::live) fn fields(plan: &Plan) -> Value {
         "base-file-size-after": plan.receiver().actual_size.map(|size| size.saturating_add(plan.growth())),
         "counted": plan.amounts.counted,
         "obsolete": if plan.end == End::KeepOverlay { json!([]) } else { files(&plan.merged) },
+        "becomes-empty": plan.emptied().map(|layer| layer.file.as_str()).collect::<Value>(),
+        "stale": plan.stale().map(|(layer, why)| json!({"file": layer.file, "reason": why.to_string()})).collect::<Value>(),
         "restore-points-lost": plan.restore_points_lost().iter().map(|layer| layer.file.as_str()).collect::<Value>(),
         "bitmaps-lost": bitmaps,
         "searched": paths(&plan.searched.folders),

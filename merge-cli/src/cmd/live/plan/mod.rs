@@ -9,6 +9,7 @@ use qmp_client::{Disk, Layer};
 use serde_json::Value;
 
 use super::estimate::Amounts;
+use super::obstacle::{Leaves, Obstacle};
 use super::siblings::Searched;
 
 pub(super) use self::human::{show, text};
@@ -48,6 +49,8 @@ pub(super) struct Plan {
     pub(super) end: End,
     /// Whether the merged files are removed.
     pub(super) delete: bool,
+    /// What becomes of each merged layer that is not removed, from the top; empty for a pull, which changes none.
+    pub(super) leaves: Vec<Leaves>,
     /// How much is moved.
     pub(super) amounts: Amounts,
     /// The folder of the image that receives the data, and the free bytes of its file system.
@@ -90,6 +93,21 @@ impl Plan {
     /// Whether QEMU writes zeros of merged layers as data.
     pub(super) fn writes_zeros(&self) -> bool {
         !self.pull && self.relink.is_some()
+    }
+
+    /// The layers that become empty overlays on base.
+    pub(super) fn emptied(&self) -> impl Iterator<Item = &Layer> {
+        let stays = !self.delete && self.end != End::KeepOverlay;
+        self.leaves.iter().filter(move |left| stays && left.obstacle.is_none()).map(|left| &left.layer)
+    }
+
+    /// The layers that keep their data, each with the reason.
+    pub(super) fn stale(&self) -> impl Iterator<Item = (&Layer, &Obstacle)> {
+        let stays = !self.delete && self.end != End::KeepOverlay;
+        self.leaves
+            .iter()
+            .filter(move |_| stays)
+            .filter_map(|left| Some((&left.layer, left.obstacle.as_ref()?)))
     }
 
     /// The persistent bitmaps that are lost, each with its layer.

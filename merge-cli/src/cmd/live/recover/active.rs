@@ -3,16 +3,16 @@
 use std::path::Path;
 
 use qcow2::Result;
-use qcow2::chain::{OpenOptions, Policy};
-use qcow2::merge::{EmptyOptions, Interrupted, Known, empty_onto};
+use qcow2::merge::{Interrupted, Known};
 use qcow2::storage::OsHost;
-use qcow2::{Error, units::GuestOffset};
+use qcow2::{Error, ErrorKind, units::GuestOffset};
 use qmp_client::{Header, Phase, Qemu, StateLayer, Verdict};
 
 use super::Case;
 use super::below::Merged;
 use super::look::{self, Same, Seen};
 use super::tell::Finding;
+use crate::cmd::live::obstacle::Obstacle;
 use crate::hint::word;
 
 impl Case<'_> {
@@ -22,6 +22,9 @@ impl Case<'_> {
         let (Some(old), Some(base)) = (state.active(), state.layer(state.base)) else {
             return Ok(self.moved("it names no image"));
         };
+        if Obstacle::of_base(base).is_some() {
+            return self.onto_unknown(qemu, old, base);
+        }
         let Seen::Same(below) = look::layer(state, base)? else {
             return Ok(self.moved(&format!("{} is not the file that it was", base.file)));
         };
@@ -42,7 +45,8 @@ impl Case<'_> {
             Seen::Gone => return self.retired(None, &rest),
             Seen::Same(same) => same,
         };
-        let emptied = self.is_emptied(&same, &below)?;
+        let path = &same.known.path;
+        let emptied = look::is_empty_on(path, below.known.id)? || look::is_sealed(path)?;
         let mut seen = qmp_client::Seen {
             retired: emptied,
             closing_writes_base: look::is_written_by_closing(base)?,
@@ -80,21 +84,10 @@ impl Case<'_> {
             Ok(difference) => Ok(difference.is_none()),
             // Base was whole and durable when the state was noted.
             Err(Error::InUse { .. }) if quiet => Ok(true),
+            // An image that only QEMU can read.
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(quiet),
             Err(error) => Err(error),
         }
-    }
-
-    /// Whether it is an empty overlay on base already: an earlier clean-up did not come to its end.
-    fn is_emptied(&self, old: &Same, base: &Same) -> Result<bool> {
-        let path = &old.known.path;
-        if look::backing(path)?.1 != Some(base.known.id) {
-            return Ok(false);
-        }
-        let options = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
-        let chain = qcow2::chain::Chain::open(&OsHost, path, &options)?;
-        let active =
-            chain.images().last().map(|image| image.next_allocated(GuestOffset::ZERO)).transpose()?;
-        Ok(active.flatten().is_none())
     }
 
     fn difference(&self, old: &Same, base: &Same, rest: &Merged<'_>) -> Result<Option<GuestOffset>> {
@@ -106,38 +99,42 @@ impl Case<'_> {
         opened.first_difference(size, self.meter, self.stop.flag())
     }
 
-    /// The disk is in base; the old active image, if it is there, becomes an empty overlay on it, or goes.
+    /// A commit into a base that cannot be looked at: only the old active image tells.
+    fn onto_unknown(&self, qemu: Qemu, old: &StateLayer, base: &StateLayer) -> Result<Finding> {
+        let state = self.state;
+        if state.phase == Phase::Copying && qemu == Qemu::ShowsAfter {
+            return Ok(self.runs_on_base(old, base));
+        }
+        let rest = match self.merged(state.merged().filter(|layer| layer.index != old.index))? {
+            Ok(rest) => rest,
+            Err(finding) => return Ok(*finding),
+        };
+        let same = match look::layer(state, old)? {
+            Seen::Same(same) => Some((old, same)),
+            Seen::Gone => None,
+            // It was no file here from the beginning.
+            Seen::Other if old.identity.is_none() => None,
+            Seen::Other => return Ok(self.moved(&format!("{} is not the file that it was", old.file))),
+        };
+        match state.judge(&qmp_client::Seen::of(state, qemu, Header::Unread)) {
+            Verdict::NotSwitched => self.not_switched(),
+            Verdict::Switched => self.retired(same.as_ref().map(|(layer, same)| (*layer, same)), &rest),
+            Verdict::InDoubt { why, .. } => Ok(self.in_doubt(why)),
+            Verdict::AtWork => Ok(self.in_doubt("QEMU has the job".to_owned())),
+        }
+    }
+
+    /// The disk is in base; the old active image and the layers below it become empty overlays on it, or go.
     fn retired(&self, old: Option<(&StateLayer, &Same)>, rest: &Merged<'_>) -> Result<Finding> {
         let state = self.state;
         let mut finding = Finding::new(self, "completed");
         let Some(base) = state.layer(state.base) else { return Ok(self.moved("it names no base")) };
         finding.valid_top = Some(base.file.clone());
         finding.facts.push("the merge is complete, and the guest had moved to base".to_owned());
-        match old {
-            // It goes with the other layers, or stays as they do.
-            Some(_) if state.delete => {}
-            Some((layer, same)) => {
-                if !self.dry_run {
-                    // What is lost was accepted before the merge began.
-                    let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
-                    let options = EmptyOptions {
-                        open,
-                        drop_bitmaps: true,
-                        allow_snapshot_change: true,
-                        ..EmptyOptions::default()
-                    };
-                    let (path, format) = (Path::new(&base.file), look::format(base));
-                    empty_onto(&OsHost, &same.known, path, format, &options, self.stop.flag())?;
-                }
-                finding.did.push(format!("make {} an empty overlay on {}", layer.file, base.file));
-            }
-            None => {}
-        }
-        let deleted = old.filter(|_| state.delete).map(|(layer, same)| (layer, same.clone()));
-        let left: Vec<_> = deleted.into_iter().chain(rest.left.iter().cloned()).collect();
+        let old = old.map(|(layer, same)| (layer, same.clone()));
+        let left: Vec<_> = old.into_iter().chain(rest.left.iter().cloned()).collect();
         self.clean(&left, &mut finding)?;
         self.forget(&mut finding);
-        finding.facts.push(format!("what starts the virtual machine should name {}", base.file));
         Ok(finding)
     }
 

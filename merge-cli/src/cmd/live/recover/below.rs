@@ -1,24 +1,26 @@
 //! Merges that leave the active layer where it is: its header, or that of another overlay, says which chain stands.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use qcow2::chain::{OpenOptions, Policy};
-use qcow2::merge::{BackingIs, Interrupted, Known, mark_merged, remove, unused};
-use qcow2::storage::{FileId, Host, OsHost};
+use qcow2::merge::{BackingIs, Interrupted, Known};
+use qcow2::storage::{Host, OsHost};
 use qcow2::{Error, Result};
-use qmp_client::{Kind, Phase, StateLayer};
+use qmp_client::{Header, Kind, Phase, Qemu, StateLayer, Verdict};
 
 use super::Case;
 use super::look::{self, Same, Seen};
 use super::tell::Finding;
+use crate::cmd::live::obstacle::Obstacle;
+use crate::cmd::live::tidy::{Tidied, Tidy, Wishes};
 use crate::hint::word;
 use crate::output::human::shell_word;
 
 /// The layers of a merge that are still to be dealt with, and what they are.
 pub(super) struct Merged<'a> {
-    /// Still what they were, from the top.
+    /// Those that are there, from the top.
     pub(super) left: Vec<(&'a StateLayer, Same)>,
-    /// Removed or marked by an earlier clean-up.
+    /// How many of them an earlier clean-up has emptied or marked.
     pub(super) treated: usize,
     /// Gone, by whomever.
     pub(super) gone: usize,
@@ -31,6 +33,9 @@ impl<'a> Case<'a> {
         let (Some(overlay), Some(base)) = (state.layer(state.top + 1), state.layer(state.base)) else {
             return Ok(self.moved("it names no overlay and no base"));
         };
+        if Obstacle::of_base(base).is_some() {
+            return self.by_name(overlay);
+        }
         let (Seen::Same(above), Seen::Same(below)) =
             (look::layer(state, overlay)?, look::layer(state, base)?)
         else {
@@ -66,6 +71,39 @@ impl<'a> Case<'a> {
             return if certain { self.complete(&merged) } else { Ok(self.cannot_compare()) };
         }
         self.compare(overlay, &above, base, &below, &merged)
+    }
+
+    /// A commit into a base of which only the name can be looked at.
+    fn by_name(&self, overlay: &StateLayer) -> Result<Finding> {
+        let state = self.state;
+        let Seen::Same(_) = look::layer(state, overlay)? else {
+            return Ok(self.moved(&format!("{} is not the file that it was", overlay.file)));
+        };
+        let header = match look::backing(Path::new(&overlay.file))?.0 {
+            Some(name) => Header::Names(name),
+            None => Header::Nothing,
+        };
+        match state.judge(&qmp_client::Seen::of(state, Qemu::Gone, header)) {
+            Verdict::NotSwitched => self.not_switched(),
+            Verdict::Switched => match self.merged(state.merged())? {
+                Ok(merged) => self.complete(&merged),
+                Err(finding) => Ok(*finding),
+            },
+            Verdict::InDoubt { why, .. } => Ok(self.in_doubt(why)),
+            Verdict::AtWork => Ok(self.in_doubt("QEMU has the job".to_owned())),
+        }
+    }
+
+    /// What the state and the files tell is not enough.
+    pub(super) fn in_doubt(&self, why: String) -> Finding {
+        let active = self.active();
+        self.unclear(
+            why,
+            format!(
+                "see the chain (qmerge info --chain {active}); when it is right as it stands: rm {}",
+                self.path()
+            ),
+        )
     }
 
     /// Compares base with what was merged into it, and decides for the one chain or the other.
@@ -128,10 +166,15 @@ impl<'a> Case<'a> {
         let file_of = |index| state.layer(index).map(|layer| look::layer(state, layer)).transpose();
         let is =
             |seen: &Option<Seen>| matches!(seen, Some(Seen::Same(same)) if leads_to == Some(same.known.id));
-        if is(&file_of(state.top)?) {
+        // What is no file here is known by its name.
+        let names = |wanted: Option<&str>| leads_to.is_none() && name.is_some() && name.as_deref() == wanted;
+        let rename = state.backing.as_ref();
+        if is(&file_of(state.top)?) || names(rename.map(|rename| rename.old.as_str())) {
             return self.not_switched();
         }
-        let switched = if state.base == 0 { name.is_none() } else { is(&file_of(state.base)?) };
+        let is_base = || Ok::<_, Error>(is(&file_of(state.base)?));
+        let new = names(rename.and_then(|rename| rename.new.as_deref()));
+        let switched = if state.base == 0 { name.is_none() } else { new || is_base()? };
         if !switched {
             return Ok(self
                 .moved("the active image's backing file is neither what it was nor what it should become"));
@@ -162,7 +205,7 @@ impl<'a> Case<'a> {
         Ok(finding)
     }
 
-    /// The merge is complete: what it left is marked, or removed if that was the wish.
+    /// The merge is complete: what it left becomes empty overlays on base, or is removed if that was the wish.
     pub(super) fn complete(&self, merged: &Merged<'_>) -> Result<Finding> {
         let mut finding = Finding::new(self, "completed");
         finding.valid_top = self.state.left().next().map(|layer| layer.file.clone());
@@ -172,33 +215,30 @@ impl<'a> Case<'a> {
         Ok(finding)
     }
 
-    /// Marks or removes layers, the uppermost first.
+    /// Removes layers, or makes them empty overlays on base: from the top, as they are now.
     pub(super) fn clean(&self, left: &[(&StateLayer, Same)], finding: &mut Finding) -> Result<()> {
         let state = self.state;
-        let base = state.layer(state.base).map(|layer| Path::new(&layer.file)).unwrap_or(Path::new(""));
-        let known: Vec<Known> = left.iter().map(|(_, same)| same.known.clone()).collect();
-        let names: Vec<_> = left.iter().map(|(layer, _)| layer.file.as_str()).collect();
-        let ids = self.ids();
-        let (gone, users) =
-            if state.delete { unused(&OsHost, &known, &ids, &state.scan)? } else { (0, Vec::new()) };
-        let (gone, kept) = known.split_at(gone.min(known.len()));
-        let (names_gone, names_kept) = names.split_at(gone.len());
-        if !gone.is_empty() {
-            if !self.dry_run {
-                remove(&OsHost, gone, &ids, &state.scan)?;
-            }
-            finding.did.push(format!("remove {}", names_gone.join(", ")));
+        let base = state.layer(state.base).map_or("", |layer| layer.file.as_str());
+        let wishes = Wishes { delete: state.delete, scan: Vec::new() };
+        let known: Vec<_> = left.iter().map(|(layer, same)| (*layer, same.known.clone())).collect();
+        let mut tidied = Tidied::default();
+        let tidy = Tidy { state, wishes: &wishes, dry_run: self.dry_run, cancel: self.stop.flag() };
+        tidy.run(&known, &mut tidied);
+        if let Some(error) = tidied.error {
+            return Err(error);
         }
-        if let (Some(first), Some(user)) = (names_kept.first(), users.first()) {
-            let below = if names_kept.len() > 1 { ", and reads through those below it" } else { "" };
-            let kept = names_kept.join(", ");
-            finding.facts.push(format!("{kept}: not removed; {} uses {first}{below}", user.display()));
+        let list = |files: &[PathBuf]| {
+            files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ")
+        };
+        if !tidied.deleted.is_empty() {
+            finding.did.push(format!("remove {}", list(&tidied.deleted)));
         }
-        if !kept.is_empty() {
-            if !self.dry_run {
-                mark_merged(&OsHost, kept, base)?;
-            }
-            finding.did.push(format!("mark as merged, and no longer needed: {}", names_kept.join(", ")));
+        if !tidied.emptied.is_empty() {
+            let what = if tidied.emptied.len() == 1 { "an empty overlay" } else { "empty overlays" };
+            finding.did.push(format!("make {} {what} on {base}", list(&tidied.emptied)));
+        }
+        for (file, why) in &tidied.stale {
+            finding.facts.push(format!("{} stays as it is: {why}", file.display()));
         }
         Ok(())
     }
@@ -209,7 +249,9 @@ impl<'a> Case<'a> {
         layers: impl Iterator<Item = &'a StateLayer>,
     ) -> Result<std::result::Result<Merged<'a>, Box<Finding>>> {
         let mut merged = Merged { left: Vec::new(), treated: 0, gone: 0 };
+        let base = self.state.layer(self.state.base).and_then(|base| OsHost.stat(Path::new(&base.file)).ok());
         for layer in layers {
+            let path = Path::new(&layer.file);
             match look::layer(self.state, layer)? {
                 Seen::Gone => merged.gone += 1,
                 Seen::Other => {
@@ -217,11 +259,17 @@ impl<'a> Case<'a> {
                         self.moved(&format!("{} is not the file that it was", layer.file)),
                     )));
                 }
-                Seen::Same(_) if look::is_marked(Path::new(&layer.file))? => merged.treated += 1,
-                Seen::Same(same) if same.written == Some(true) => {
-                    return Ok(Err(Box::new(self.touched(layer))));
+                Seen::Same(same) => {
+                    let emptied = base.as_ref().map(|base| look::is_empty_on(path, base.id)).transpose()?;
+                    let begun = emptied == Some(true) || look::is_sealed(path)?;
+                    let treated = begun || look::is_marked(path)?;
+                    if !treated && same.written == Some(true) {
+                        return Ok(Err(Box::new(self.touched(layer))));
+                    }
+                    merged.treated += usize::from(treated);
+                    // What an earlier clean-up has begun is ended.
+                    merged.left.push((layer, same));
                 }
-                Seen::Same(same) => merged.left.push((layer, same)),
             }
         }
         Ok(Ok(merged))
@@ -276,26 +324,26 @@ impl<'a> Case<'a> {
 
     /// The command that merges the same layers of the stopped machine.
     pub(super) fn offline(&self) -> String {
+        self.offline_below(self.state.active().map_or("", |layer| &layer.file))
+    }
+
+    /// The same, with this image as the active one.
+    pub(super) fn offline_below(&self, active: &str) -> String {
         let state = self.state;
-        let file = |index| state.layer(index).map_or(String::new(), |layer| shell_word(&layer.file));
-        let top = match state.kind {
-            Kind::Commit => format!(" --top {}", file(state.top)),
-            _ => String::new(),
+        let file = |index| state.layer(index).map_or("", |layer| layer.file.as_str());
+        let top = if file(state.top) == active {
+            String::new()
+        } else {
+            format!(" --top {}", shell_word(file(state.top)))
         };
         let delete = if state.delete { " --delete" } else { "" };
-        format!("qmerge commit {} --base {}{top}{delete}", self.active(), file(state.base))
+        format!("qmerge commit {} --base {}{top}{delete}", shell_word(active), shell_word(file(state.base)))
     }
 
     /// How images are opened: as their headers say, wherever that leads. The format of top is known.
     pub(super) fn options(&self) -> OpenOptions {
         let active_format = self.state.layer(self.state.top).map(look::format);
         OpenOptions { policy: Policy::local_files(), active_format, ..OpenOptions::default() }
-    }
-
-    /// The files of the chain, as far as they are there.
-    pub(super) fn ids(&self) -> Vec<FileId> {
-        let stat = |layer: &StateLayer| OsHost.stat(Path::new(&layer.file)).ok();
-        self.state.layers.iter().filter_map(stat).map(|stat| stat.id).collect()
     }
 
     /// The image that was active, as one types it.

@@ -50,6 +50,18 @@ pub(in crate::cmd) fn of_image(image: &Path) -> Result<Vec<(StateFile, State)>, 
     Ok(all.into_iter().filter(|(file, state)| is_meant(&What::File(image), file, state)).collect())
 }
 
+/// Removes the files that clients have left there which were killed while they wrote a state.
+pub(super) fn sweep(args: &RecoverArgs, qmp: Option<&Address>) {
+    let socket = match qmp {
+        Some(Address::Unix(path)) => absolute(path).parent().map(Path::to_owned),
+        _ => None,
+    };
+    let all: BTreeSet<PathBuf> = folders(args).into_iter().chain(socket).collect();
+    for folder in all {
+        qmp_client::sweep(&folder);
+    }
+}
+
 /// Where was looked, in words.
 pub(super) fn searched(args: &RecoverArgs, qmp: Option<&Address>) -> String {
     let beside = qmp.map(|address| format!("beside the socket {address}"));

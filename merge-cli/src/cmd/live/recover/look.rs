@@ -1,6 +1,6 @@
 //! What the files of a merge are now, beside what the state says that they were.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use qcow2::chain::BackingName;
 use qcow2::error::FileOp;
@@ -44,10 +44,21 @@ pub(super) fn layer(state: &State, layer: &StateLayer) -> Result<Seen> {
         return Ok(Seen::Other);
     }
     let known = Known::now(&OsHost, path)?;
+    if is_sealed(path)? {
+        // An earlier clean-up has begun to empty it, and nobody else has written to it.
+        return Ok(Seen::Same(Same { known, written: Some(false), modified_ns: now.modified_ns }));
+    }
     if has_data_file(layer)? {
         return Ok(Seen::Same(Same { known, written: None, modified_ns: 0 }));
     }
     Ok(Seen::Same(Same { known, written: now.is_written_since(then), modified_ns: now.modified_ns }))
+}
+
+/// The folders in which a file lies, as it is named and with links followed, as far as they are there.
+pub(super) fn folders_of(path: &Path) -> Vec<PathBuf> {
+    let names = [path.canonicalize().ok(), path.is_absolute().then(|| path.to_owned())];
+    let folders = names.into_iter().flatten().filter_map(|path| path.parent().map(Path::to_owned));
+    folders.filter(|folder| folder.is_dir()).collect()
 }
 
 /// The format of a layer.
@@ -71,6 +82,33 @@ pub(super) fn backing(path: &Path) -> Result<(Option<String>, Option<FileId>)> {
     };
     let leads_to = BackingName::parse(&name).ok().and_then(|n| OsHost.stat(&n.resolve(path)).ok());
     Ok((Some(String::from_utf8_lossy(&name).into_owned()), leads_to.map(|stat| stat.id)))
+}
+
+/// Whether an image is an overlay on the file `base` that holds nothing: an earlier clean-up has emptied it. Only its header
+/// and its L1 table are read, without a lock.
+pub(super) fn is_empty_on(path: &Path, base: FileId) -> Result<bool> {
+    let (Some(cluster0), (_, leads_to)) = (header(path)?, backing(path)?) else { return Ok(false) };
+    if leads_to != Some(base) {
+        return Ok(false);
+    }
+    let file = OsHost.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
+    let (mut at, mut left) = (cluster0.header.l1_offset.get(), cluster0.header.l1_bytes());
+    let mut buffer = vec![0; 1 << 16];
+    while left > 0 {
+        let part = left.min(buffer.len() as u64) as usize;
+        let Some(part) = buffer.get_mut(..part) else { break };
+        file.read_exact_or_zero(part, at).map_err(|e| Error::io(path, FileOp::Read, Some(at), e))?;
+        if part.iter().any(|byte| *byte != 0) {
+            return Ok(false);
+        }
+        (at, left) = (at.saturating_add(part.len() as u64), left - part.len() as u64);
+    }
+    Ok(true)
+}
+
+/// Whether an earlier clean-up has begun to empty an image, and nobody else has opened it for writing since.
+pub(super) fn is_sealed(path: &Path) -> Result<bool> {
+    Ok(header(path)?.is_some_and(|cluster0| cluster0.header.is_sealed()))
 }
 
 /// Whether QEMU may write to an image when it closes it, though nobody wrote there: to clear the dirty bit of lazy

@@ -4,6 +4,7 @@
 //! is done. Where somebody has written to an image that the merge left behind, nobody but the user can know
 //! which bytes are wanted: that is only told.
 
+mod above;
 mod active;
 mod below;
 pub(in crate::cmd) mod find;
@@ -47,6 +48,9 @@ pub(super) fn run(
     let call = Call { verb: VerbName::Recover, image, words: words.to_vec() };
     let stop = Stop::on_signals(&call)?;
     let states = find::states(args, qmp)?;
+    if !args.dry_run {
+        find::sweep(args, qmp);
+    }
     let meter = Meter::without_events(console, "comparing");
     let mut findings = Vec::new();
     for (file, state) in &states {
@@ -75,16 +79,23 @@ pub(super) fn run(
 impl Case<'_> {
     /// What is to be said about it, and what was done.
     fn judge(&self, qmp: Option<&Address>) -> Finding {
-        let qemu = match self.ask(qmp) {
-            Ok(qemu) => qemu,
-            Err(finding) => return *finding,
-        };
-        let judged = match self.state.kind {
+        let (asked, live) = self.ask(qmp);
+        let judged = asked.map(|qemu| match self.state.kind {
             Kind::ActiveCommit => self.active_commit(qemu),
             Kind::Commit => self.commit(),
             Kind::Pull => self.pull(),
+        });
+        let mut finding = match judged {
+            Ok(judged) => judged.unwrap_or_else(|error| self.failed(&error)),
+            Err(in_hand) => *in_hand,
         };
-        judged.unwrap_or_else(|error| self.failed(&error))
+        self.look_above(&mut finding, &live);
+        if let (Kind::ActiveCommit, "completed", Some(top)) =
+            (self.state.kind, finding.outcome, &finding.valid_top)
+        {
+            finding.facts.push(format!("what starts the virtual machine should name {top}"));
+        }
+        finding
     }
 
     /// An error of the engine: nothing was changed, or the same command goes on.

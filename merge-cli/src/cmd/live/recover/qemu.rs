@@ -21,28 +21,30 @@ enum Answer {
     /// QEMU, but another client holds its monitor.
     Silence,
     /// QEMU says this of the merge; and whether the disk has the nodes that the merge leaves, so that `live finish`
-    /// and `live pivot` know it.
-    Says(Qemu, bool),
+    /// and `live pivot` know it; and the files of
+    /// that disk, from the active one down.
+    Says(Qemu, bool, Vec<String>),
 }
 
 impl Case<'_> {
-    /// What a QEMU says of the merge; or what to say, where it has the merge in hand and nothing is to be changed.
-    pub(super) fn ask(&self, qmp: Option<&Address>) -> Result<Qemu, Box<Finding>> {
+    /// What a QEMU says of the merge; or what to say, where it has the merge in hand and nothing is to be changed. And the
+    /// files of its disk, from the active one down, if it shows that.
+    pub(super) fn ask(&self, qmp: Option<&Address>) -> (Result<Qemu, Box<Finding>>, Vec<String>) {
         let recorded = self.state.address.parse::<Address>().ok();
         let mut addresses: Vec<&Address> = recorded.iter().chain(qmp).collect();
         addresses.dedup_by_key(|address| address.to_string());
-        let mut said = Qemu::Gone;
+        let mut said = (Qemu::Gone, Vec::new());
         for address in addresses {
             match ask(address, self.state) {
                 Answer::Nobody => {}
-                Answer::Silence => return Err(Box::new(self.silent(address))),
-                Answer::Says(qemu, same_nodes) => match self.in_hand(address, qemu, same_nodes) {
-                    Some(finding) => return Err(Box::new(finding)),
-                    None => said = qemu,
+                Answer::Silence => return (Err(Box::new(self.silent(address))), Vec::new()),
+                Answer::Says(qemu, same_nodes, top) => match self.in_hand(address, qemu, same_nodes) {
+                    Some(finding) => return (Err(Box::new(finding)), top),
+                    None => said = (qemu, top),
                 },
             }
         }
-        Ok(said)
+        (Ok(said.0), said.1)
     }
 
     fn silent(&self, address: &Address) -> Finding {
@@ -120,7 +122,7 @@ fn ask(address: &Address, state: &State) -> Answer {
     // Not every job leaves QEMU fit to be asked for its disks.
     let Ok(all) = jobs(&monitor) else { return Answer::Silence };
     if let Some(job) = all.into_iter().find(|job| job.id == state.job) {
-        return Answer::Says(Qemu::HasJob(job.status), true);
+        return Answer::Says(Qemu::HasJob(job.status), true, Vec::new());
     }
     let files = Files::of(&monitor);
     let Ok(graph) = Graph::ask(&monitor) else { return Answer::Silence };
@@ -130,5 +132,8 @@ fn ask(address: &Address, state: &State) -> Answer {
         let now = disk.layers().iter().map(|layer| layer.node.as_str());
         now.eq(state.left().map(|layer| layer.node.as_str()))
     };
-    Answer::Says(qemu, graph.disks().iter().any(nodes))
+    let shown = state.disk_after(&graph).or_else(|| state.disk_before(&graph));
+    let layers = shown.map_or(&[][..], Disk::layers);
+    let files = layers.iter().map(|layer| layer.file.clone()).collect();
+    Answer::Says(qemu, graph.disks().iter().any(nodes), files)
 }

@@ -1,0 +1,200 @@
+//! What stands in the way of making a merged layer an empty overlay on base: known before the job starts, from what QEMU says
+//! of its nodes and from what lies here.
+
+use std::path::{Path, PathBuf};
+
+use qcow2::image::{ImageFormat, Qcow2};
+use qcow2::storage::{Access, Host, OsHost};
+use qmp_client::{Disk, Layer, StateLayer};
+
+use super::files::{Files, Place};
+use crate::exit::Exit;
+use crate::output::human::printable;
+
+/// Drivers whose nodes are files or devices of the host.
+const LOCAL: [&str; 3] = ["file", "host_device", "host_cdrom"];
+
+/// Why a layer cannot become an empty overlay on base.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Obstacle {
+    /// An image is reached over a protocol.
+    Protocol { file: String, protocol: String },
+    /// An image is no file here: another host's, or another root's.
+    Elsewhere { file: String },
+    /// An image has a format that the engine does not write.
+    Format { file: String, format: String },
+    /// An image is encrypted.
+    Encrypted { file: String },
+    /// An image is a part of its file only, which a backing name cannot say.
+    Part { file: String },
+    /// An image's first bytes contradict the format that QEMU was told.
+    Contradicted { file: String, declared: String, found: String },
+    /// The image may not be written, or is damaged.
+    Unwritable { why: String },
+    /// An image outside the chain reads through the layer.
+    Shared { user: PathBuf },
+}
+
+impl Obstacle {
+    /// The exit code of a refusal for it.
+    pub(super) fn exit(&self) -> Exit {
+        match self {
+            Self::Format { .. } | Self::Encrypted { .. } => Exit::UNSUPPORTED,
+            _ => Exit::REFUSED,
+        }
+    }
+}
+
+impl Obstacle {
+    /// Why no layer can become an empty overlay on this base of a merge that was begun.
+    pub(super) fn of_base(base: &StateLayer) -> Option<Self> {
+        let part = base.part.then(|| Self::Part { file: base.file.clone() });
+        part.or_else(|| Self::of_state(base))
+    }
+
+    /// Why this layer of a merge that was begun cannot become an empty overlay.
+    pub(super) fn of_overlay(layer: &StateLayer) -> Option<Self> {
+        let format = || Self::Format { file: layer.file.clone(), format: layer.format.clone() };
+        Self::of_state(layer).or_else(|| (layer.format != "qcow2").then(format))
+    }
+
+    fn of_state(layer: &StateLayer) -> Option<Self> {
+        let nature = by_nature(&layer.file, layer.protocol.as_deref(), &layer.format, layer.encrypted);
+        nature.or_else(|| {
+            let elsewhere = layer.identity.is_none();
+            elsewhere.then(|| Self::Elsewhere { file: layer.file.clone() })
+        })
+    }
+
+    /// Whether the file of this layer cannot even be removed, because it is none here.
+    pub(super) fn hides(&self, layer: &Layer) -> bool {
+        matches!(self, Self::Protocol { file, .. } | Self::Elsewhere { file } if *file == layer.file)
+    }
+}
+
+impl std::fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Protocol { file, protocol } => {
+                write!(f, "{} is reached over {}", printable(file), printable(protocol))
+            }
+            Self::Elsewhere { file } => write!(f, "{} is no file here", printable(file)),
+            Self::Format { file, format } => {
+                write!(f, "{} has the format {}, which is not supported", printable(file), printable(format))
+            }
+            Self::Encrypted { file } => write!(f, "{} is encrypted, which is not supported", printable(file)),
+            Self::Part { file } => {
+                write!(
+                    f,
+                    "QEMU was given an offset or a size in {}, which a backing name cannot say",
+                    printable(file)
+                )
+            }
+            Self::Contradicted { file, declared, found } => {
+                write!(f, "QEMU takes {} for {declared}, and its first bytes say {found}", printable(file))
+            }
+            Self::Unwritable { why } => f.write_str(&printable(why)),
+            Self::Shared { user } => {
+                write!(f, "{} reads through it", printable(&user.to_string_lossy()))
+            }
+        }
+    }
+}
+
+/// A layer that a merge leaves behind.
+#[derive(Clone, Debug)]
+pub(super) struct Leaves {
+    /// The layer.
+    pub(super) layer: Layer,
+    /// Why it keeps its data; none if it becomes an empty overlay on base.
+    pub(super) obstacle: Option<Obstacle>,
+}
+
+/// What becomes of each merged layer, from the top. `users` are images outside the chain, each with the index of the layer
+/// that it uses.
+pub(super) fn of_merged(
+    files: &Files,
+    disk: &Disk,
+    base: &Layer,
+    merged: &[Layer],
+    users: &[(usize, PathBuf)],
+) -> Vec<Leaves> {
+    let of_base = disk.layers().iter().filter(|layer| layer.index <= base.index).find_map(|layer| {
+        if layer.part && layer.index == base.index {
+            return Some(Obstacle::Part { file: layer.file.clone() });
+        }
+        let obstacle = not_local(files, layer).or_else(|| contradicted(layer));
+        // What lies below base is not read.
+        obstacle.filter(|o| layer.index == base.index || !matches!(o, Obstacle::Format { .. }))
+    });
+    let mut shared = None;
+    let leaves = merged.iter().map(|layer| {
+        // Who uses a layer reads through those below it.
+        shared = shared.take().or_else(|| users.iter().find(|(index, _)| *index == layer.index));
+        let shared = shared.map(|(_, user)| Obstacle::Shared { user: user.clone() });
+        let obstacle = of_base.clone().or(shared).or_else(|| of_layer(files, layer));
+        Leaves { layer: layer.clone(), obstacle }
+    });
+    leaves.collect()
+}
+
+fn of_layer(files: &Files, layer: &Layer) -> Option<Obstacle> {
+    if layer.format != "qcow2" {
+        return Some(Obstacle::Format { file: layer.file.clone(), format: layer.format.clone() });
+    }
+    not_local(files, layer).or_else(|| unwritable(Path::new(&layer.file)))
+}
+
+fn not_local(files: &Files, layer: &Layer) -> Option<Obstacle> {
+    by_nature(&layer.file, layer.protocol.as_deref(), &layer.format, layer.encrypted).or_else(|| match files
+        .place(layer)
+    {
+        Place::Here(..) => None,
+        Place::Other | Place::Elsewhere => Some(Obstacle::Elsewhere { file: layer.file.clone() }),
+    })
+}
+
+/// What QEMU itself says of an image that the engine cannot deal with.
+fn by_nature(file: &str, protocol: Option<&str>, format: &str, encrypted: bool) -> Option<Obstacle> {
+    let file = file.to_owned();
+    if let Some(protocol) = protocol.filter(|p| !LOCAL.contains(p) && !is_filter(p)) {
+        return Some(Obstacle::Protocol { file, protocol: protocol.to_owned() });
+    }
+    if encrypted {
+        return Some(Obstacle::Encrypted { file });
+    }
+    let known = matches!(ImageFormat::from_name(format), Some(ImageFormat::Raw | ImageFormat::Qcow2));
+    (!known).then(|| Obstacle::Format { file, format: format.to_owned() })
+}
+
+/// A filter between a format and its file passes everything on.
+fn is_filter(driver: &str) -> bool {
+    ["throttle", "blkdebug", "blklogwrites", "blkreplay", "preallocate"].contains(&driver)
+}
+
+fn contradicted(layer: &Layer) -> Option<Obstacle> {
+    let path = Path::new(&layer.file);
+    // What cannot be read now is told when it is needed.
+    let file = OsHost.open(path, Access::Read).ok()?;
+    let declared = ImageFormat::from_name(&layer.format)?;
+    let found = ImageFormat::detect(path, &*file).ok()?;
+    let (file, name) = (layer.file.clone(), layer.format.clone());
+    (!declared.agrees_with(found)).then(|| Obstacle::Contradicted {
+        file,
+        declared: name,
+        found: found.name().to_owned(),
+    })
+}
+
+fn unwritable(path: &Path) -> Option<Obstacle> {
+    let opened = OsHost.open(path, Access::ReadWrite);
+    let why = match opened {
+        Err(error) => format!("{} cannot be written: {error}", path.display()),
+        Ok(file) => {
+            let header = Qcow2::read_cluster0(path, &*file);
+            let valid = header.and_then(|c| c.validate().map_err(|e| qcow2::Error::format(path, e)));
+            valid.err()?.to_string()
+        }
+    };
+    Some(Obstacle::Unwritable { why })
+}

@@ -1,0 +1,211 @@
+//! What becomes of the layers that a merge of QEMU's has left: they are removed, become empty overlays on base, or keep what they
+//! hold, and why. For the end of a merge and for `live recover` alike.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use qcow2::chain::{OpenOptions, Policy};
+use qcow2::image::ImageFormat;
+use qcow2::merge::{EmptyOptions, Known, LeftBehind, empty_all_onto, mark_merged, remove, unused};
+use qcow2::storage::{FileId, OsHost};
+use qcow2::{Error, Refusal};
+use qmp_client::{FileIdentity, Kind, State, StateLayer};
+
+use super::files::identity;
+use super::obstacle::Obstacle;
+
+/// What to do with files that are no longer needed.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Wishes {
+    /// Remove them.
+    pub(super) delete: bool,
+    /// Where else to look for images that use them, beside the folders that the merge noted.
+    pub(super) scan: Vec<PathBuf>,
+}
+
+/// What became of them.
+#[derive(Debug, Default)]
+pub(super) struct Tidied {
+    /// Files that were removed.
+    pub(super) deleted: Vec<PathBuf>,
+    /// Files that are empty overlays on base now, from the top.
+    pub(super) emptied: Vec<PathBuf>,
+    /// Files that the disk no longer needs, and that are what they were.
+    pub(super) unneeded: Vec<PathBuf>,
+    /// Files that keep what they hold for good, each with the reason.
+    pub(super) stale: Vec<(PathBuf, String)>,
+    /// Files that could not be treated now, each with the reason.
+    pub(super) kept: Vec<(PathBuf, String)>,
+    /// The first error for which a file was kept.
+    pub(super) error: Option<Error>,
+}
+
+/// Tidies up after a merge that has switched, whose base is durable.
+pub(super) struct Tidy<'a> {
+    pub(super) state: &'a State,
+    pub(super) wishes: &'a Wishes,
+    /// Only say what would be done.
+    pub(super) dry_run: bool,
+    pub(super) cancel: &'a AtomicBool,
+}
+
+impl Tidy<'_> {
+    /// Deals with layers that are still what they were, from the top.
+    pub(super) fn run(&self, left: &[(&StateLayer, Known)], tidied: &mut Tidied) {
+        let known: Vec<Known> = left.iter().map(|(_, known)| known.clone()).collect();
+        let scan = [&self.state.scan[..], &self.wishes.scan[..]].concat();
+        let ids: Vec<FileId> = self.state.layers.iter().filter_map(id).collect();
+        if self.wishes.delete {
+            self.delete(&known, &ids, &scan, tidied);
+        } else {
+            self.empty(left, &ids, &scan, tidied);
+        }
+    }
+
+    /// Removes them, the uppermost first, until one that another image uses.
+    fn delete(&self, known: &[Known], ids: &[FileId], scan: &[PathBuf], tidied: &mut Tidied) {
+        let (free, users) = match unused(&OsHost, known, ids, scan) {
+            Ok(found) => found,
+            Err(error) => return keep(tidied, known, error),
+        };
+        let (going, staying) = known.split_at(free);
+        for (at, image) in going.iter().enumerate() {
+            if self.dry_run {
+                tidied.deleted.push(image.path.clone());
+                continue;
+            }
+            match remove(&OsHost, std::slice::from_ref(image), ids, scan) {
+                Ok(removed) => tidied.deleted.extend(removed.deleted),
+                // Whoever uses the layer that is kept reads through those below it.
+                Err(error) => return keep(tidied, going.get(at..).unwrap_or_default(), error),
+            }
+        }
+        let user = users.first().map(|user| format!("{} uses it", user.display())).unwrap_or_default();
+        for (at, image) in staying.iter().enumerate() {
+            let why = if at == 0 { user.clone() } else { BELOW.to_owned() };
+            self.leave(image, why, tidied);
+        }
+    }
+
+    fn empty(&self, left: &[(&StateLayer, Known)], ids: &[FileId], scan: &[PathBuf], tidied: &mut Tidied) {
+        let Some(base) = self.state.layer(self.state.base) else { return };
+        let of_base = Obstacle::of_base(base);
+        let is_active = |layer: &StateLayer| {
+            self.state.kind == Kind::ActiveCommit
+                && self.state.active().is_some_and(|a| a.index == layer.index)
+        };
+        let mut all_stay = of_base.map(|obstacle| obstacle.to_string());
+        let mut going = Vec::new();
+        for (layer, known) in left {
+            let own = Obstacle::of_overlay(layer).map(|obstacle| obstacle.to_string());
+            if let Some(why) = all_stay.clone().or_else(|| own.clone()) {
+                self.leave(known, why, tidied);
+            } else {
+                going.push(known.clone());
+            }
+            if own.is_some() && is_active(layer) {
+                // Who accepts that it stays may want what it shows.
+                all_stay.get_or_insert_with(|| BELOW.to_owned());
+            }
+        }
+        if going.is_empty() {
+            return;
+        }
+        let Some(format) = id(base).and(ImageFormat::from_name(&base.format)) else {
+            let what = "it is another file by now".to_owned();
+            let error = Error::refused(Path::new(&base.file), Refusal::NotAsKnown { what });
+            return keep(tidied, &going, error);
+        };
+        if self.dry_run {
+            return self.would_empty(&going, ids, scan, tidied);
+        }
+        // What is lost has been accepted before the merge began.
+        let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+        let size = self.state.active().map_or(0, |active| active.virtual_size);
+        let options =
+            EmptyOptions { open, drop_bitmaps: true, allow_snapshot_change: true, size, mark: false };
+        let active = left.iter().find(|(layer, _)| is_active(layer)).map(|(_, known)| known.id);
+        let behind = LeftBehind { layers: &going, active, chain: ids, scan };
+        let done = empty_all_onto(&OsHost, &behind, Path::new(&base.file), format, &options, self.cancel);
+        let results = match done {
+            Ok(results) => results,
+            Err(error) => return keep(tidied, &going, error),
+        };
+        for (image, (path, result)) in going.iter().zip(results) {
+            match result {
+                Ok(_) => tidied.emptied.push(path),
+                Err(error) if may_pass(&error) => {
+                    tidied.kept.push((path, error.to_string()));
+                    tidied.error.get_or_insert(error);
+                }
+                Err(error) => self.leave(image, reason(&error), tidied),
+            }
+        }
+    }
+
+    fn would_empty(&self, going: &[Known], ids: &[FileId], scan: &[PathBuf], tidied: &mut Tidied) {
+        let (free, users) = match unused(&OsHost, going, ids, scan) {
+            Ok(found) => found,
+            Err(error) => return keep(tidied, going, error),
+        };
+        let (free, staying) = going.split_at(free);
+        tidied.emptied.extend(free.iter().map(|image| image.path.clone()));
+        let user = users.first().map(|user| format!("{} uses it", user.display())).unwrap_or_default();
+        for (at, image) in staying.iter().enumerate() {
+            let why = if at == 0 { user.clone() } else { BELOW.to_owned() };
+            self.leave(image, why, tidied);
+        }
+    }
+
+    /// Leaves an image as it is, for good. A mark keeps it from being merged again, where it can carry one.
+    fn leave(&self, image: &Known, why: String, tidied: &mut Tidied) {
+        let base = self.state.layer(self.state.base).map_or(Path::new(""), |base| Path::new(&base.file));
+        if !self.dry_run {
+            // What cannot be marked is named all the same.
+            let _ = mark_merged(&OsHost, std::slice::from_ref(image), base);
+        }
+        tidied.stale.push((image.path.clone(), why));
+    }
+}
+
+const BELOW: &str = "a layer above it is kept";
+
+/// The file of a layer, if its name still leads to it.
+pub(super) fn id(layer: &StateLayer) -> Option<FileId> {
+    let path = Path::new(&layer.file);
+    let same = FileIdentity::of(path)?.is_same_file(layer.identity.as_ref()?);
+    same.then(|| identity(path)).flatten()
+}
+
+/// The first cannot be treated now, and so no other can: who uses it reads through them.
+fn keep(tidied: &mut Tidied, images: &[Known], error: Error) {
+    for (at, image) in images.iter().enumerate() {
+        let why = if at == 0 { error.to_string() } else { BELOW.to_owned() };
+        tidied.kept.push((image.path.clone(), why));
+    }
+    tidied.error.get_or_insert(error);
+}
+
+/// Whether the same call may succeed later.
+fn may_pass(error: &Error) -> bool {
+    match error {
+        Error::InUse { .. } | Error::Cancelled => true,
+        Error::Io { source, .. } => {
+            !matches!(source.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem)
+        }
+        Error::Refused { reason, .. } => matches!(reason, Refusal::NotAsKnown { .. }),
+        _ => false,
+    }
+}
+
+fn reason(error: &Error) -> String {
+    match error {
+        Error::Refused { reason: Refusal::SharedBase { users }, .. } => match users.first() {
+            Some(user) => format!("{} uses it", user.display()),
+            None => error.to_string(),
+        },
+        Error::Refused { reason, .. } => reason.to_string(),
+        _ => error.to_string(),
+    }
+}

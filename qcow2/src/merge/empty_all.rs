@@ -1,0 +1,91 @@
+//! Emptying all layers that a merge of somebody else has left above base: a configuration may have recorded the whole chain,
+//! and gives QEMU every layer of it, whatever the headers say.
+//!
+//! The lowest goes first. As long as nobody has written to base since the merge, a recorded chain and the chain of the headers
+//! then show the same disk at every instant: what a layer above still holds equals base where it is seen, and what a
+//! layer that was emptied held is seen in base. From the top down, an old layer would show through the emptied one
+//! above it. Where the guest has written to base meanwhile, both chains are right as soon as the last one is emptied,
+//! in either order.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use super::empty_onto::{Emptied, EmptyOptions, empty_onto, is_empty_on};
+use super::retire::{Known, unused};
+use crate::error::{Error, FileOp, Refusal, Result};
+use crate::image::ImageFormat;
+use crate::storage::{FileId, Host};
+
+/// Layers that a merge has left above base.
+#[derive(Clone, Copy, Debug)]
+pub struct LeftBehind<'a> {
+    /// The layers, the uppermost first.
+    pub layers: &'a [Known],
+    /// The one that a configuration names by itself, the old active image: it is not marked as merged.
+    pub active: Option<FileId>,
+    /// Images that may use the layers, because what they show does not depend on them any more.
+    pub chain: &'a [FileId],
+    /// Where else to look for images that use the layers.
+    pub scan: &'a [PathBuf],
+}
+
+/// Makes several images empty overlays directly on `base`, each as [`empty_onto`] does, and tells what became of each, the
+/// uppermost first. All but the active one are marked as merged.
+///
+/// An image that another one uses, in the same folders or in `scan`, keeps its data, and so does all below it: who uses it
+/// reads through them. The same is true of an image that somebody holds, or has written to since it was known. One
+/// that cannot be emptied for another reason keeps no other from it.
+///
+/// # Errors
+/// The search for users fails, or base is not there. Nothing was changed then.
+pub fn empty_all_onto(
+    host: &dyn Host,
+    left: &LeftBehind<'_>,
+    base: &Path,
+    format: ImageFormat,
+    options: &EmptyOptions,
+    cancel: &AtomicBool,
+) -> Result<Vec<(PathBuf, Result<Emptied>)>> {
+    let base_id = host.stat(base).map_err(|e| Error::io(base, FileOp::Open, None, e))?.id;
+    let (mut free, users) = unused(host, left.layers, left.chain, left.scan)?;
+    let mut needed =
+        left.layers.get(free).map(|layer| Error::refused(&layer.path, Refusal::SharedBase { users }));
+    for (at, layer) in left.layers.iter().enumerate().take(free) {
+        if let Err(error) = is_left_alone(host, layer, base_id, options) {
+            (free, needed) = (at, Some(error));
+            break;
+        }
+    }
+    let (to_empty, below) = left.layers.split_at(free);
+    let emptied = to_empty.iter().rev().map(|layer| {
+        let options = EmptyOptions { mark: left.active != Some(layer.id), ..options.clone() };
+        empty_onto(host, layer, base, format, &options, cancel)
+    });
+    let emptied: Vec<_> = emptied.collect();
+    let kept = below.iter().map(|layer| {
+        Err(needed.take().unwrap_or_else(|| {
+            Error::refused(&layer.path, Refusal::Other("an image that is kept reads through it".to_owned()))
+        }))
+    });
+    let kept: Vec<_> = kept.collect();
+    let paths = left.layers.iter().map(|layer| layer.path.clone());
+    Ok(paths.zip(emptied.into_iter().rev().chain(kept)).collect())
+}
+
+/// Whether nobody holds the layer, and nobody has written to it since it was known, but an earlier call that emptied it.
+fn is_left_alone(host: &dyn Host, layer: &Known, base: FileId, options: &EmptyOptions) -> Result<()> {
+    match is_empty_on(host, layer, base, &options.open) {
+        Ok(true) => return Ok(()),
+        Err(error @ (Error::InUse { .. } | Error::Refused { reason: Refusal::NotAsKnown { .. }, .. })) => {
+            return Err(error);
+        }
+        // What else is wrong with it is told when it is its turn.
+        Ok(false) | Err(_) => {}
+    }
+    let stat = host.stat(&layer.path).map_err(|e| Error::io(&layer.path, FileOp::Stat, None, e))?;
+    layer.judge(&stat)
+}
+
+#[cfg(test)]
+#[path = "empty_all_tests.rs"]
+mod tests;
