@@ -90,7 +90,7 @@ impl Commit {
                 || (at == span.top + 1);
             let spared = span.base < at && at <= span.top && at != span.active;
             // A layer that cannot be written keeps its data, and the plan says so.
-            if written && !(spared && !emptying::is_writable(&*host, layer)) {
+            if written && (!spared || emptying::is_writable(&*host, layer)) {
                 open.access.insert(layer.id, Access::ReadWrite);
             }
         }
@@ -274,6 +274,9 @@ impl Commit {
     }
 }
 
+/// The guest offset below which all is done, and the bytes that were written for that.
+type Watermark = (u64, u64);
+
 /// Where the merge of a journal goes on: below which guest offset all is done, and the bytes that were written for that;
 /// or why it does not. What is not certain is proved by reading it back, or it does not count.
 fn resume(
@@ -282,7 +285,7 @@ fn resume(
     job: &Job<'_>,
     options: &CommitOptions,
     cancel: &AtomicBool,
-) -> Result<(Option<(u64, u64)>, Option<BeginsAnew>)> {
+) -> Result<(Option<Watermark>, Option<BeginsAnew>)> {
     let Some(left) = &left.base else { return Ok((None, None)) };
     let begins_anew = left.begins_anew();
     let Some((watermark, done)) = left.resume(header).filter(|_| !options.restart) else {

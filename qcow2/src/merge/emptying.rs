@@ -149,7 +149,9 @@ impl Commit {
         }
         let active = self.chain.active();
         // What a merge that was stopped has begun in a layer that is kept now is made whole.
-        while let Some((at, (_, work))) = self.left.above.extract_if(..active, |_, _| true).next() {
+        let of_active = self.left.above.split_off(&active);
+        let kept = std::mem::replace(&mut self.left.above, of_active);
+        for (at, (_, work)) in kept {
             let host = Arc::clone(&self.host);
             let Some(work) = work else { continue };
             let image = self.image_mut(at)?;

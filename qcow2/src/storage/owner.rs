@@ -26,9 +26,9 @@ impl Owner {
     pub fn may_speak_for(&self, target: &Self, caller: u32) -> bool {
         let all_may = target.mode & BY_ALL != 0;
         let group_may = target.mode & BY_GROUP != 0 && target.group == self.group;
-        (all_may || [ROOT, caller, target.user].contains(&self.user))
-            && (all_may || self.mode & BY_ALL == 0)
-            && (all_may || group_may || self.mode & BY_GROUP == 0)
+        let is_theirs = [ROOT, caller, target.user].contains(&self.user);
+        let others_may_not = self.mode & BY_ALL == 0 && (group_may || self.mode & BY_GROUP == 0);
+        all_may || (is_theirs && others_may_not)
     }
 }
 

@@ -104,7 +104,7 @@ impl Definitions {
         let pools = folder.path.parent().map(|parent| parent.join("storage")).unwrap_or_default();
         let pool = |name: &str| {
             let is_plain = !name.is_empty() && !name.contains('/');
-            pool_folder(&text(&pools.join(format!("{name}.xml")).as_path()).ok().filter(|_| is_plain)?)
+            pool_folder(&text(pools.join(format!("{name}.xml")).as_path()).ok().filter(|_| is_plain)?)
         };
         let files = entries.flatten().map(|entry| entry.path());
         let mut files: Vec<PathBuf> =

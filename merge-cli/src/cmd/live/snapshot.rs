@@ -32,7 +32,8 @@ pub(super) fn run(
         // It fails only where there is no current folder; the library then says that the path is not absolute.
         wanted.push((disk, path::absolute(&overlay.file).unwrap_or_else(|_| overlay.file.clone())));
     }
-    for (disk, file) in wanted.iter().filter(|(disk, _)| disk.active().encrypted && !allow_plaintext) {
+    let mut encrypted = wanted.iter().filter(|(disk, _)| disk.active().encrypted);
+    if !allow_plaintext && let Some((disk, file)) = encrypted.next() {
         return Err(plaintext(session, disk, file));
     }
     for (disk, _) in &wanted {

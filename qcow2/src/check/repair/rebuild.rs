@@ -5,6 +5,7 @@
 //! the image uses has changed; afterwards the old structures are unused space.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 
 use crate::error::Result;
@@ -181,9 +182,9 @@ fn place_in(survey: &Survey<'_>, used: &[u64], mut free: FreeRuns, clusters: u64
     open.extend(table.start / per_block..=(table.end - 1) / per_block);
     let mut blocks = BTreeMap::new();
     while let Some(block) = open.pop() {
-        if !blocks.contains_key(&block) {
+        if let Entry::Vacant(vacant) = blocks.entry(block) {
             let at = free.take()?;
-            blocks.insert(block, at);
+            vacant.insert(at);
             open.push(at / per_block);
         }
     }
