@@ -37,5 +37,6 @@ pub(crate) fn hinted(output: &Output, with: &str) -> String {
     let hints = err.lines().filter_map(|line| line.strip_prefix("hint: "));
     let found =
         hints.filter_map(|hint| hint.find("virsh ").map(|at| &hint[at..])).find(|line| line.contains(with));
-    found.unwrap_or_else(|| panic!("no hint with {with}: {err}")).to_owned()
+    assert!(found.is_some(), "no hint with {with}: {err}");
+    found.unwrap().to_owned()
 }

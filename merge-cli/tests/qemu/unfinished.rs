@@ -100,9 +100,7 @@ fn happen(folder: &Folder, format: &str, fate: Fate) -> &'static str {
         Fate::OtherBytes => {
             sh(
                 folder,
-                &format!(
-                    "cd vm; cp -p base then; head -c 16M /dev/zero | tr '\\0' '\\7' | dd of=base bs=1M seek=1 count=14 iflag=fullblock conv=notrunc status=none; touch -r then base; rm then"
-                ),
+                "cd vm; cp -p base then; head -c 16M /dev/zero | tr '\\0' '\\7' | dd of=base bs=1M seek=1 count=14 iflag=fullblock conv=notrunc status=none; touch -r then base; rm then",
             );
             "vm"
         }

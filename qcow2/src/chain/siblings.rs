@@ -76,7 +76,7 @@ impl Chain {
 /// process's working directory, or that this engine would not open, count if they may lead to a target.
 ///
 /// # Errors
-/// [`Error::Io`] for a folder that does not exist.
+/// An I/O error for a folder that does not exist.
 pub fn find_users(
     host: &dyn Host,
     dirs: &[PathBuf],
