@@ -93,6 +93,6 @@ mod tests {
         expected.sort();
         assert_eq!(left, expected);
         drop(held);
-        assert_eq!(sweep(&at("nothing")), [PathBuf::new(); 0]);
+        assert!(sweep(&at("nothing")).is_empty());
     }
 }
