@@ -6,7 +6,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use crate::error::Result;
+use crate::error::{Error, FileOp, Result};
 use crate::storage::{FileId, FileKind, Host, Place, Storage};
 
 /// The external data file of a layer.
@@ -68,8 +68,8 @@ pub(super) fn kept(
 ) -> Result<Option<DataFileKept>> {
     let image = Place::of_file(host, image_path, image)?;
     let place = Place::of_file(host, data_path, data)?;
-    let kind = place.stat(host).map(|stat| stat.kind);
-    Ok(if !matches!(kind, Ok(FileKind::Regular)) {
+    let kind = place.stat(host).map_err(|e| Error::io(data_path, FileOp::Stat, None, e))?.kind;
+    Ok(if kind != FileKind::Regular {
         Some(DataFileKept::NotRegular)
     } else if image.folder().path() != place.folder().path() {
         Some(DataFileKept::Elsewhere)

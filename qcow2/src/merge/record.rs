@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn bitmaps_of_an_emptied_image_are_lost_only_on_request() {
+    fn bitmaps_of_an_emptied_layer_are_lost_only_on_request_and_those_of_the_active_image_stay() {
         if !qemu() {
             return;
         }
@@ -134,13 +134,20 @@ mod tests {
         let top = overlay(&base, 16 * MIB);
         ok("qemu-img", &["bitmap", "--add", top.to_str().unwrap(), "weekly"]);
         write(&top, MIB, MIB);
-        let error = prepare(&top, false).unwrap_err();
+        let above = top.with_file_name("above");
+        let named = [top.to_str().unwrap(), above.to_str().unwrap()];
+        ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", named[0], "-F", "qcow2", named[1]]);
+        ok("qemu-img", &["bitmap", "--add", named[1], "daily"]);
+        let error = prepare(&above, false).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused);
         assert!(error.to_string().contains("weekly"), "{error}");
-        prepare(&top, true).unwrap().execute(&Silent, &AtomicBool::new(false)).unwrap();
-        ok("qemu-img", &["check", "-q", top.to_str().unwrap()]);
-        let image = crate::image::bitmaps::tests::open(&top);
-        assert!(bitmap_names(&image).unwrap().is_empty());
+        prepare(&above, true).unwrap().execute(&Silent, &AtomicBool::new(false)).unwrap();
+        let names = |path: &Path| -> Vec<String> {
+            ok("qemu-img", &["check", "-q", path.to_str().unwrap()]);
+            let image = crate::image::bitmaps::tests::open(path);
+            bitmap_names(&image).unwrap().into_iter().map(|bitmap| bitmap.name).collect()
+        };
+        assert_eq!((names(&top), names(&above)), (Vec::new(), vec!["daily".to_owned()]));
         base.checked();
     }
 
