@@ -109,6 +109,14 @@ pub enum Error {
         /// Why.
         why: String,
     },
+    /// A backing name that would not lead the overlay to base, or one that is not known; nothing was begun.
+    #[error("{}", printable(.why))]
+    BackingName {
+        /// What is wrong.
+        why: String,
+        /// Whether another name can be given; if not, this merge takes none.
+        takes_another: bool,
+    },
     /// A disk that is libvirt's, which would lose track of it.
     #[error("the node {} belongs to libvirt, which would lose track of the disk", printable(.node))]
     Managed {

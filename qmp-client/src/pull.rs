@@ -33,7 +33,7 @@ impl Pull {
     /// Plans the pull. Without a `base` the active layer takes in everything, and stands alone then.
     ///
     /// # Errors
-    /// [`Error::Layer`] if nothing lies between; [`Error::Refused`] with the reason.
+    /// [`Error::Layer`] if nothing lies between; [`Error::BackingName`] and [`Error::Refused`] with the reason.
     pub fn plan(disk: &Disk, base: Option<&Layer>, options: CommitOptions) -> Result<Self> {
         let active = disk.active();
         let bottom = base.map_or(0, |base| base.index);
@@ -49,7 +49,7 @@ impl Pull {
             }
             None if options.backing_file.is_some() => {
                 let why = "without a base the active layer has no backing file".into();
-                return Err(Error::Refused { why });
+                return Err(Error::BackingName { why, takes_another: false });
             }
             None => None,
         };

@@ -188,9 +188,9 @@ fn an_image_that_qemu_holds_leads_to_the_same_merge_as_it_runs() {
     let hint = format!("qmerge live commit 3.img --active --pivot --qmp {socket}");
     failed(&qmerge(lab.dir(), &["commit", "3.img"]), 5, &["in use", &hint]);
     drop(client);
-    let hint = format!("qmerge live commit disk0 --pivot --qmp {socket};");
+    let hint = format!("hint: merge it as it runs: qmerge live commit disk0 --pivot --qmp {socket}\n");
     failed(&qmerge(lab.dir(), &["commit", "3.img"]), 5, &["in use", &hint]);
-    let hint = format!("qmerge live commit disk0 --top '[2]' --qmp {socket};");
+    let hint = format!("hint: merge it as it runs: qmerge live commit disk0 --top '[2]' --qmp {socket}\n");
     failed(&qmerge(lab.dir(), &["commit", "3.img", "--top", "2.img"]), 5, &["in use", &hint]);
     // What is printed can be typed.
     let output = qmerge(lab.dir(), &["live", "commit", "3.img", "--top", "2.img", "--qmp", &socket]);

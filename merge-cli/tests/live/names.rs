@@ -50,7 +50,7 @@ fn a_name_that_is_given_is_written_if_it_leads_to_base() {
         "commit",
         &["--top", "[3]", "--backing-file", "a.img"],
         6,
-        &["a.img", "not to", "base.img"],
+        &["a.img", "not to", "base.img", "--qmp qmp.sock --backing-file NAME"],
     );
     machine.ok("commit", &["--top", "[3]", "--backing-file", "./base.img"]);
     assert_eq!(backing(&machine, "c.img"), "./base.img");

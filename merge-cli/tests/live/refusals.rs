@@ -22,7 +22,14 @@ fn ranges_that_make_no_sense() {
         (&["--base", "vdb[1]", "--active"], 2, &["names another disk", chain]),
         (&["--top", "[3]", "--pivot"], 2, &["--pivot is for the active layer [4]", chain]),
         (&["--top", "[3]", "--keep-overlay"], 2, &["--keep-overlay is for the active layer"]),
-        (&["--pivot", "--backing-file", "x"], 6, &["re-points no overlay"]),
+        (
+            &["--pivot", "--backing-file", "x"],
+            6,
+            &[
+                "re-points no overlay",
+                "hint: without that name: qmerge live commit disk0 --pivot --qmp qmp.sock",
+            ],
+        ),
         (&["--pivot", "--keep-overlay"], 2, &["cannot be used with", "qmerge live commit --help"]),
         (&["--pivot", "--async"], 2, &["cannot be used with"]),
         (&["--keep-overlay", "--delete"], 2, &["cannot be used with"]),

@@ -57,14 +57,14 @@ impl Commit {
     /// Plans the merge, and refuses what the graph shows to be impossible or harmful.
     ///
     /// # Errors
-    /// [`Error::Refused`] with the reason.
+    /// [`Error::BackingName`] and [`Error::Refused`] with the reason.
     pub fn plan(disk: &Disk, range: &Range<'_>, options: CommitOptions) -> Result<Self> {
         let backing_file = match (range.above, &options.backing_file) {
             (Some(above), given) => Some(backing_name(disk, range, above, given.as_deref())?),
             (None, None) => None,
             (None, Some(_)) => {
                 let why = "an active commit re-points no overlay, so it takes no backing name".into();
-                return Err(Error::Refused { why });
+                return Err(Error::BackingName { why, takes_another: false });
             }
         };
         let is_merged = |l: &&Layer| l.index > range.base.index && l.index <= range.top.index;

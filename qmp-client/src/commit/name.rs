@@ -14,7 +14,7 @@ use crate::graph::{Disk, Layer, Range};
 /// Where base has no path, the name is the one that the layer above base has for it.
 ///
 /// # Errors
-/// [`Error::Refused`] if no such name is known, or if it is seen here that it leads to another file.
+/// [`Error::BackingName`] if no such name is known, or if it is seen here that it leads to another file.
 pub(crate) fn backing_name(
     disk: &Disk,
     range: &Range<'_>,
@@ -85,5 +85,5 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 }
 
 fn refused(why: String) -> Error {
-    Error::Refused { why }
+    Error::BackingName { why, takes_another: true }
 }

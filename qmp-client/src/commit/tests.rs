@@ -18,7 +18,7 @@ fn plan(disk: &Disk, base: usize, top: usize, options: CommitOptions) -> Result<
 
 fn why(result: Result<Commit>) -> String {
     match result.unwrap_err() {
-        Error::Refused { why } => why,
+        Error::Refused { why } | Error::BackingName { why, .. } => why,
         other => panic!("{other}"),
     }
 }

@@ -51,21 +51,13 @@ impl Session<'_> {
         if !matches!(error, Error::Refused { .. }) {
             return self.layer(error, disk);
         }
-        let why = error.to_string();
-        let hint = if why.contains("backing name") {
-            format!(
-                "say what base is called there: {}",
-                self.again_with_values(&[("--backing-file", "NAME")])
-            )
-        } else {
-            let file = |layer: &qmp_client::Layer| shell_word(&layer.file);
-            let top = range.above.map_or(String::new(), |_| format!(" --top {}", file(range.top)));
-            format!(
-                "shut the virtual machine down, then: qmerge commit {}{top} --base {}",
-                file(disk.active()),
-                file(range.base)
-            )
-        };
+        let file = |layer: &qmp_client::Layer| shell_word(&layer.file);
+        let top = range.above.map_or(String::new(), |_| format!(" --top {}", file(range.top)));
+        let hint = format!(
+            "shut the virtual machine down, then: qmerge commit {}{top} --base {}",
+            file(disk.active()),
+            file(range.base)
+        );
         self.failure_with(error, hint)
     }
 
@@ -112,6 +104,14 @@ impl Session<'_> {
             }
             Error::NotFlushed { exports: false, .. } => {
                 "merge it as a whole with --active, or with qmerge commit when nobody uses it".to_owned()
+            }
+            Error::BackingName { takes_another: true, .. } => {
+                let again = self.again_with_values(&[("--backing-file", "NAME")]);
+                format!("say what base is called there: {again}")
+            }
+            Error::BackingName { takes_another: false, .. } => {
+                let words = without(self.words, "--backing-file");
+                format!("without that name: {}", Command::qmerge(words))
             }
             Error::Refused { .. } if self.verb.is_merge() => {
                 format!("see how things stand: {}", self.other("jobs"))
@@ -217,7 +217,9 @@ fn class(error: &Error) -> (&'static str, Exit) {
         Error::Disconnected { .. } => ("disconnected", Exit::FAILED),
         Error::TimedOut { .. } => ("timed-out", Exit::FAILED),
         Error::Job { .. } => ("job-failed", Exit::FAILED),
-        Error::Refused { .. } | Error::NotFlushed { .. } => ("refused", Exit::REFUSED),
+        Error::Refused { .. } | Error::BackingName { .. } | Error::NotFlushed { .. } => {
+            ("refused", Exit::REFUSED)
+        }
         Error::Managed { .. } => ("managed", Exit::REFUSED),
         Error::State { .. } => ("state-file", Exit::FAILED),
         Error::Command { failure, .. } if failure.class == "CommandNotFound" => {
