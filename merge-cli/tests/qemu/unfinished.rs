@@ -183,6 +183,87 @@ fn a_base_of_version_3() {
     table(BASES[2]);
 }
 
+/// A small chain whose base holds little, and a copy of it in `backup`.
+fn sparse(options: &str) -> Folder {
+    let folder = Folder::new("unfinished");
+    folder.create("base", 16 * MIB, options);
+    folder.io("qcow2", "base", &["write -q -P 1 0 1M"]);
+    folder.overlay("top", "base", "qcow2", None, "");
+    folder.io("qcow2", "top", &["write -q -P 2 4M 8M"]);
+    sh(&folder, "mkdir backup; cp -a base* top backup");
+    folder
+}
+
+/// Makes the chain again as it was, and stops the merge at its sync number `call`; false if it was over before.
+fn stop_at(folder: &Folder, call: u32) -> bool {
+    sh(folder, "rm -f base* top .base.* .top.*; cp -a backup/* .");
+    folder.signalled_at_sync("SIGKILL", call, &["commit", "top", "-q"]).code != 0
+}
+
+/// How base is put back at once, so that its times are within the second after the kill, or with older times, in place
+/// or under the name.
+const PUT_BACK: [&str; 3] = [
+    "cd backup; for file in base*; do cp $file ../$file; done",
+    "cd backup; for file in base*; do cp -p $file ../$file; done",
+    "cd backup; for file in base*; do cp -p $file ../new; mv ../new ../$file; done",
+];
+
+/// Whenever the merge is stopped and base, or only its data file, is put back at once: what the guest saw then stays, or
+/// the merge is refused. Nothing counts as done that is not there, and what was emptied is not said to hold everything.
+#[test]
+fn a_base_that_is_put_back_at_once_costs_no_data() {
+    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+        return;
+    }
+    let only_data = "cp backup/base.data base.data";
+    for (options, how) in [
+        ("data_file=base.data", only_data),
+        ("data_file=base.data", PUT_BACK[2]),
+        ("compat=0.10", PUT_BACK[0]),
+        ("compat=1.1", PUT_BACK[1]),
+    ] {
+        let folder = sparse(options);
+        let before = folder.view("qcow2", "top");
+        let (mut stopped, mut refused) = (0, 0);
+        for call in (4..40).step_by(3) {
+            if !stop_at(&folder, call) {
+                break;
+            }
+            stopped += 1;
+            sh(&folder, how);
+            let what = format!("{options}, sync {call}: {how}");
+            let lost = folder.view("qcow2", "top").first_difference(&before, 0, before.len()).is_some();
+            let pending = folder.qmerge(&["info", "--json", "base"]).ok().json();
+            let run = folder.qmerge(&["commit", "top", "-q"]);
+            if run.code != 0 {
+                assert_eq!(run.code, 6, "{what}: {run}");
+                refused += 1;
+            } else if !lost {
+                folder.view("qcow2", "top").assert_same(&before, &what);
+            } else {
+                assert!(pending["merge-pending"].is_null(), "{what}: {run}");
+            }
+        }
+        assert!(stopped > 3 && refused > 0, "{options}: {stopped} {refused}");
+    }
+}
+
+/// A base of version 2 that is put back at once is not given what the journal holds for another.
+#[test]
+fn giving_up_leaves_a_base_that_was_put_back_at_once_as_it_is() {
+    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+        return;
+    }
+    let folder = sparse("compat=0.10");
+    for call in 3..10 {
+        assert!(stop_at(&folder, call));
+        sh(&folder, PUT_BACK[0]);
+        let run = folder.qmerge(&["abort", "base"]);
+        assert!([0, 6].contains(&run.code), "sync {call}: {run}");
+        sh(&folder, "qemu-img check -q base; qemu-img compare -q base backup/base");
+    }
+}
+
 /// Names of every length that file systems take, with characters of one and of several bytes.
 #[test]
 fn images_of_long_names_are_merged() {

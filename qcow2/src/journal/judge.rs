@@ -9,7 +9,7 @@ use super::file::Journal;
 use super::record::{BLOCK, Guard, Phase, Record, SECTOR};
 use crate::error::{Error, FileOp, Result};
 use crate::format::{Cluster0, FormatError};
-use crate::stamp::{Seen, Stamp, Work};
+use crate::stamp::{Seen, Stamp, Times, Work};
 use crate::storage::{Boot, Host, Storage};
 
 /// What a journal means.
@@ -43,6 +43,9 @@ pub(crate) struct Judgement {
     pub(crate) may_be_newer: bool,
     /// Whether one of the files is older than the journal knew it.
     pub(crate) is_older: bool,
+    /// Whether every file has the length and the time of modification that the journal knew it by: then nobody has
+    /// written to it behind the last record, the stopped work included.
+    pub(crate) is_as_known: bool,
 }
 
 /// The files of an image as they are now: the image itself, and its external data file if it has one.
@@ -71,8 +74,20 @@ pub(crate) fn judge(
         !stamp.is_device && known(at).is_some_and(|known| stamp.times.modified_ns <= known.modified_ns)
     };
     let may_be_newer = !now.stamps.iter().enumerate().all(is_not_newer);
-    let as_judged =
-        |verdict, replays, is_torn| Judgement { verdict, replays, is_torn, may_be_newer, is_older };
+    let has_known_times = |(at, stamp): (usize, &Stamp)| {
+        let same =
+            |known: &Times| (known.len, known.modified_ns) == (stamp.times.len, stamp.times.modified_ns);
+        !stamp.is_device && known(at).is_some_and(same)
+    };
+    let is_as_known = now.stamps.iter().enumerate().all(has_known_times);
+    let as_judged = |verdict, replays, is_torn| Judgement {
+        verdict,
+        replays,
+        is_torn,
+        may_be_newer,
+        is_older,
+        is_as_known,
+    };
     let is_newer = seen == Seen::Newer;
     let Some(last) = last else {
         return Ok(as_judged(if is_newer { Verdict::Foreign } else { Verdict::Over }, false, false));
@@ -111,7 +126,9 @@ pub(crate) fn judge(
         },
     };
     let replays = match verdict {
-        Verdict::Pending => true,
+        // Where nothing of the record was written, the image is whole without it. That is also how one looks that was put
+        // back within the second after a kill, and then the record does not fit it.
+        Verdict::Pending => !is_stamped || sectors.new > 0 || sectors.foreign > 0,
         Verdict::Unsure | Verdict::Copied => sectors.foreign > 0 && sectors.beside == 0,
         _ => false,
     };

@@ -7,7 +7,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::options::{CommitOptions, Span};
-use super::plan::BeginsAnew;
 use super::remains::Remains;
 use super::work::{self, Left, Work};
 use crate::chain::{Chain, index};
@@ -51,16 +50,8 @@ pub(super) fn leftovers(
     for at in span.base..=emptied {
         let Some(layer) = chain.layers().get(at) else { continue };
         let Some(left) = Left::find(host, layer, dir)? else { continue };
-        let is_put_back = matches!(left.begins_anew(), Some(BeginsAnew::PutBack));
-        if (left.is_foreign() || is_put_back) && at == span.base {
-            if left.is_switching() && has_emptied(chain, span)? {
-                let what = "somebody has written to it since a merge into it was stopped, and layers above it were \
-                            emptied by then: only base as it was holds their data";
-                return Err(Error::refused(&layer.path, Refusal::Other(what.into())));
-            }
-            if left.is_foreign() && !options.restart {
-                return Err(work::written_since(&layer.path, &left));
-            }
+        if left.is_foreign() && at == span.base && !options.restart && !left.is_switching() {
+            return Err(work::written_since(&layer.path, &left));
         }
         // As long as it is not certain that base holds everything, the active image counts for what it holds.
         let as_it_is = at != span.base && !all.base.as_ref().is_some_and(Left::is_certain);
@@ -72,14 +63,29 @@ pub(super) fn leftovers(
             all.above.insert(at, (left, work));
         }
     }
+    let (Some(left), Some(base)) = (&all.base, chain.layers().get(span.base)) else { return Ok(all) };
+    if left.is_switching() && left.may_lack_merged() && has_emptied(host, chain, span, &all)? {
+        let what = "somebody has written to it or put it back since a merge into it was stopped, and layers above it \
+                    were emptied by then: only base as it was holds their data";
+        return Err(Error::refused(&base.path, Refusal::Other(what.into())));
+    }
+    if left.is_foreign() && !options.restart {
+        return Err(work::written_since(&base.path, left));
+    }
     Ok(all)
 }
 
-/// Whether a merge that was stopped has emptied a layer: then the overlays do not hold everything any more.
-fn has_emptied(chain: &Chain, span: Span) -> Result<bool> {
-    for layer in chain.layers().get(span.base + 1..=span.top).unwrap_or_default() {
+/// Whether a merge that was stopped has emptied a layer, or has begun to: then the overlays do not hold everything any
+/// more. Not every header has room for a mark that says so.
+fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &Leftovers) -> Result<bool> {
+    let Some(base) = &all.base else { return Ok(false) };
+    for (at, layer) in chain.layers().iter().enumerate().take(span.top + 1).skip(span.base + 1) {
+        if all.above.get(&at).is_some_and(|(left, _)| left.is_emptying()) {
+            return Ok(true);
+        }
         let Some(image) = layer.image.as_qcow2() else { continue };
-        if image.cluster0().merging_into().is_some() && image.next_allocated(GuestOffset::ZERO)?.is_none() {
+        if image.next_allocated(GuestOffset::ZERO)?.is_none() && base.has_changed(&work::stamp(host, layer)?)
+        {
             return Ok(true);
         }
     }

@@ -39,6 +39,7 @@ use crate::image::refcounts::Refcounts;
 use crate::image::{Image, Qcow2, grow};
 use crate::journal::record::Phase;
 use crate::journal::{self, Journal};
+use crate::storage::Place;
 use crate::units::{GuestOffset, HostOffset};
 
 /// How a commit came out.
@@ -179,7 +180,20 @@ impl Commit {
         if self.options.verify {
             report.digest = self.read_back(progress, cancel)?;
         }
+        self.names_are_the_same()?;
         work.journal().note(Phase::Switching, u64::MAX, work.journal().header().total)
+    }
+
+    /// The names of the layers lead to the files that are open. Otherwise whoever reads through the chain afterwards would
+    /// find another base than the one that holds everything.
+    fn names_are_the_same(&self) -> Result<()> {
+        for layer in self.chain.layers().iter().skip(self.base) {
+            Place::of_file(&*self.host, &layer.path, &**layer.image.file())?;
+            if let (Some(data), Some(image)) = (&layer.data_file, layer.image.as_qcow2()) {
+                Place::of_file(&*self.host, &data.path, &**image.data_file())?;
+            }
+        }
+        Ok(())
     }
 
     /// Ends what merges have left that were stopped when they had changed the chain.
@@ -332,4 +346,59 @@ pub(super) fn clear_autoclear(image: &Qcow2) -> Result<()> {
     let switch = plan_feature_bits(&cluster, header.incompatible, header.autoclear)
         .map_err(|e| Error::Usage(format!("{}: {e}", shown(image.path()))))?;
     link::apply(image, &switch)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::Ordering::Relaxed;
+
+    use super::*;
+    use crate::error::Refusal;
+    use crate::image::bitmaps::tests::{ok, qemu};
+    use crate::merge::CommitOptions;
+    use crate::merge::testing::local;
+    use crate::storage::OsHost;
+
+    /// Gives the name of an image to another file when the first bytes are written.
+    struct Exchange<'a> {
+        image: &'a Path,
+        by: &'a Path,
+        done: AtomicBool,
+    }
+
+    impl Progress for Exchange<'_> {
+        fn written(&self, _: u64, _: u64) {
+            if !self.done.swap(true, Relaxed) {
+                std::fs::rename(self.by, self.image).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_base_that_is_exchanged_during_the_merge_costs_no_data() {
+        if !qemu() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let arg = |name: &str| at(name).to_str().unwrap().to_owned();
+        ok("qemu-img", &["create", "-q", "-f", "qcow2", &arg("base"), "1M"]);
+        std::fs::copy(at("base"), at("other")).unwrap();
+        ok("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &arg("base"), "-F", "qcow2", &arg("top")]);
+        ok("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 64k", &arg("top")]);
+        let held = std::fs::read(at("top")).unwrap();
+
+        let (image, by, never) = (at("base"), at("other"), AtomicBool::new(false));
+        let exchange = Exchange { image: &image, by: &by, done: AtomicBool::new(false) };
+        let options = CommitOptions { open: local(), ..CommitOptions::default() };
+        let commit = Commit::prepare(Arc::new(OsHost), &at("top"), &options, &never).unwrap();
+        let refused = commit.execute(&exchange, &never).unwrap_err();
+        assert!(matches!(&refused, Error::Refused { reason: Refusal::NotAsKnown { .. }, .. }), "{refused}");
+        assert!(std::fs::read(at("top")).unwrap() == held, "the overlay was changed");
+        // Typed again, it merges into the new base.
+        let commit = Commit::prepare(Arc::new(OsHost), &at("top"), &options, &never).unwrap();
+        assert_eq!(commit.execute(&exchange, &never).unwrap().totals.bytes_to_write, 1 << 16);
+        ok("qemu-io", &["-f", "qcow2", "-c", "read -P 7 0 64k", &arg("base")]);
+    }
 }

@@ -75,15 +75,16 @@ impl Remains {
             if header.purpose != Purpose::Merge {
                 return Ok(None);
             }
+            let owner = journal.owner()?;
+            let is_believed = |stat: &FileStat| owner.may_speak_for(&stat.owner, host.user());
             let mut emptied = Vec::new();
             for layer in header.layers.iter().filter(|layer| layer.path != header.active) {
                 let stat = if_there(host.stat(&layer.path))
                     .map_err(|e| Error::io(&layer.path, FileOp::Stat, None, e))?;
-                if stat.is_some_and(|stat| !layers.contains(&stat.id)) {
+                if stat.is_some_and(|stat| !layers.contains(&stat.id) && is_believed(&stat)) {
                     emptied.push(layer.path.clone());
                 }
             }
-            let owner = journal.owner()?;
             let files = Vec::new();
             return Ok((!emptied.is_empty()).then_some(Self { base, owner, files, emptied, is_doubtful }));
         };

@@ -79,9 +79,14 @@ impl Left {
         self.judgement.verdict == Verdict::Pending && !self.needs_proof()
     }
 
-    /// Whether the image may be another one than the stopped work has left.
+    /// Whether the image may be another one than the stopped work has left. The times of a file that was put back within
+    /// the second after a kill do not tell, so without a dirty bit only those that are known do.
     pub(super) fn is_doubtful(&self) -> bool {
-        !matches!(self.judgement.verdict, Verdict::Pending | Verdict::Finished)
+        match self.judgement.verdict {
+            Verdict::Pending => self.needs_proof() && !self.judgement.is_as_known,
+            Verdict::Finished => false,
+            _ => true,
+        }
     }
 
     /// Why nothing counts as done of what the stopped work did, if so.
@@ -93,10 +98,13 @@ impl Left {
         }
     }
 
-    /// Whether what is done must be proved before it counts: without a dirty bit nothing tells for certain that nobody
-    /// has written to the image.
+    /// Whether what is done must be proved before it counts. Without a dirty bit nothing tells for certain that nobody
+    /// has written to the image. With one, a copy that was made in the middle of the merge may have been put back within
+    /// the second after a kill; and the bit says nothing of a data file.
     pub(super) fn needs_proof(&self) -> bool {
-        self.judgement.verdict == Verdict::Unsure || self.journal.header().guard == Guard::Stamp
+        self.judgement.verdict == Verdict::Unsure
+            || self.journal.header().guard == Guard::Stamp
+            || !self.judgement.is_as_known
     }
 
     /// Whether somebody may have written to the image since, as far as its times tell.
@@ -113,6 +121,35 @@ impl Left {
     /// Whether base held everything when the work was stopped, and the layers above it were being changed.
     pub(super) fn is_switching(&self) -> bool {
         self.journal.state().phase >= Phase::Switching
+    }
+
+    /// Whether base may lack what was merged into it, as one that was put back does: the layers above it must hold it. The
+    /// times of a device tell nothing, and after a power cut base need not have the time of its last write.
+    pub(super) fn may_lack_merged(&self) -> bool {
+        let targets = &self.journal.header().targets;
+        // The dirty bit is the merge's own, and nothing lies elsewhere.
+        let has_bit = self.is_dirty && targets.len() == 1;
+        match self.judgement.verdict {
+            Verdict::Foreign | Verdict::PutBack => true,
+            Verdict::Copied => !has_bit && !self.judgement.is_as_known,
+            Verdict::Pending | Verdict::Unsure => {
+                let is_device = targets.iter().any(|target| target.is_device);
+                !has_bit && !is_device && self.judgement.may_be_newer
+            }
+            Verdict::Over | Verdict::Finished => false,
+        }
+    }
+
+    /// Whether the image is as an emptying that was stopped has left it.
+    pub(super) fn is_emptying(&self) -> bool {
+        let is_begun = self.journal.state().phase >= Phase::Moving;
+        self.journal.header().purpose == Purpose::Empty && is_begun && self.is_ours()
+    }
+
+    /// Whether a layer that is as in `now` is not as it was when the merge began.
+    pub(super) fn has_changed(&self, now: &Stamp) -> bool {
+        let then = self.journal.header().layers.iter().find(|then| then.is_same_file(now));
+        then.is_none_or(|then| !then.is_unchanged(now))
     }
 
     /// How far the work was, in percent.
@@ -416,7 +453,7 @@ fn stamps(host: &dyn Host, layer: &Layer) -> Result<Vec<Stamp>> {
     Ok(all)
 }
 
-fn stamp(host: &dyn Host, layer: &Layer) -> Result<Stamp> {
+pub(super) fn stamp(host: &dyn Host, layer: &Layer) -> Result<Stamp> {
     Stamp::of(host, &layer.path, &**layer.image.file())
 }
 
