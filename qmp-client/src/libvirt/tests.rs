@@ -8,12 +8,13 @@ use super::*;
 
 /// As libvirt 9.0 writes it after two external snapshots.
 fn definition(name: &str, chain: &[&str], ended: bool) -> String {
-    let mut inner = if ended { "<backingStore/>".to_owned() } else { String::new() };
-    for file in chain.iter().skip(1).rev() {
-        inner = format!(
-            "<backingStore type='file'><format type='qcow2'/><source file='{file}'/>{inner}</backingStore>"
-        );
-    }
+    let opened = chain
+        .iter()
+        .skip(1)
+        .map(|file| format!("<backingStore type='file'><format type='qcow2'/><source file='{file}'/>"));
+    let mut inner: String = opened.collect();
+    inner.push_str(if ended { "<backingStore/>" } else { "" });
+    inner.push_str(&"</backingStore>".repeat(chain.len() - 1));
     format!(
         "<!-- WARNING: THIS IS AN AUTO-GENERATED FILE. -->\n<domain type='qemu'><name>{name}</name><devices>\
          <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>{inner}\
