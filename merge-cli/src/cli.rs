@@ -5,8 +5,11 @@ mod live;
 mod look;
 mod merge;
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::demo::DemoArgs;
@@ -154,7 +157,7 @@ pub(crate) struct ChainArgs {
     ///
     /// Formats of backing files are never guessed: a guest that writes to a raw disk could make it look
     /// like anything. Repeatable.
-    #[arg(long, value_name = "LAYER=FMT", help_heading = "Opening", value_parser = parse_layer_format)]
+    #[arg(long, value_name = "LAYER=FMT", help_heading = "Opening", value_parser = layer_format())]
     pub(crate) backing_format: Vec<LayerFormat>,
 }
 
@@ -180,7 +183,7 @@ impl From<ImageFormat> for qcow2::image::ImageFormat {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LayerFormat {
     /// The layer, as the user names it.
-    pub(crate) layer: String,
+    pub(crate) layer: OsString,
     /// Its format.
     pub(crate) format: ImageFormat,
 }
@@ -206,14 +209,21 @@ fn long_help() -> String {
     format!("{EXAMPLES}\n\n{}", exit::TABLE)
 }
 
-fn parse_layer_format(text: &str) -> Result<LayerFormat, String> {
-    let (layer, format) = text.rsplit_once('=').ok_or("write LAYER=FMT, as in base.img=raw")?;
+fn layer_format() -> impl TypedValueParser<Value = LayerFormat> {
+    OsStringValueParser::new().try_map(|text| parse_layer_format(&text))
+}
+
+fn parse_layer_format(text: &OsStr) -> Result<LayerFormat, String> {
+    let bytes = text.as_bytes();
+    let at = bytes.iter().rposition(|&b| b == b'=').ok_or("write LAYER=FMT, as in base.img=raw")?;
+    let (layer, format) = bytes.split_at(at);
+    let format = String::from_utf8_lossy(format.get(1..).unwrap_or_default());
     if layer.is_empty() {
         return Err("the layer is missing: write LAYER=FMT, as in base.img=raw".to_owned());
     }
-    let format =
-        ImageFormat::from_str(format, false).map_err(|_| format!("'{format}' is no format: raw or qcow2"))?;
-    Ok(LayerFormat { layer: layer.to_owned(), format })
+    let format = ImageFormat::from_str(&format, false)
+        .map_err(|_| format!("'{format}' is no format: raw or qcow2"))?;
+    Ok(LayerFormat { layer: OsStr::from_bytes(layer).to_owned(), format })
 }
 
 #[cfg(test)]
@@ -240,9 +250,11 @@ mod tests {
     #[test]
     fn layer_formats_split_at_the_last_sign() {
         let expected = LayerFormat { layer: "a=b.img".into(), format: ImageFormat::Raw };
-        assert_eq!(parse_layer_format("a=b.img=raw"), Ok(expected));
+        assert_eq!(parse_layer_format("a=b.img=raw".as_ref()), Ok(expected));
+        let latin1 = LayerFormat { layer: OsStr::from_bytes(b"b\xe9").into(), format: ImageFormat::Raw };
+        assert_eq!(parse_layer_format(OsStr::from_bytes(b"b\xe9=raw")), Ok(latin1));
         for bad in ["base.raw", "=raw", "base.raw=vmdk"] {
-            assert!(parse_layer_format(bad).is_err(), "{bad}");
+            assert!(parse_layer_format(bad.as_ref()).is_err(), "{bad}");
         }
     }
 }

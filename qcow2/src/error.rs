@@ -3,6 +3,7 @@
 mod op;
 mod shown;
 
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -260,7 +261,7 @@ pub enum Refusal {
     #[error("its header has no room for the backing name '{}'", shown(name))]
     HeaderRoom {
         /// The name.
-        name: String,
+        name: OsString,
     },
     /// The file is not writable, or lies on a read-only file system.
     #[error("it cannot be written: {why}")]

@@ -1,6 +1,7 @@
 //! Arguments of the verbs that merge.
 #![allow(rustdoc::broken_intra_doc_links, reason = "the comments are help texts; [1] is an index, no link")]
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -18,7 +19,7 @@ pub(crate) struct CommitArgs {
     /// A layer is named by its path, or by its index: [1] is the bottom, the next overlay is [2], and so
     /// on up; a name before the bracket is accepted, as in vda[1].
     #[arg(long, value_name = "LAYER", conflicts_with = "shallow", help_heading = "What to merge")]
-    pub(crate) base: Option<String>,
+    pub(crate) base: Option<OsString>,
 
     /// Merge down into top's own backing file
     #[arg(long, help_heading = "What to merge")]
@@ -29,7 +30,7 @@ pub(crate) struct CommitArgs {
     /// With ACTIVE itself, ACTIVE becomes an empty overlay on base. With a lower layer, the overlay
     /// above it gets base as its backing file.
     #[arg(long, value_name = "LAYER", help_heading = "What to merge")]
-    pub(crate) top: Option<String>,
+    pub(crate) top: Option<OsString>,
 
     /// Print the plan and change nothing
     #[arg(short = 'n', long, help_heading = "How")]
@@ -117,7 +118,7 @@ pub(crate) struct FlattenArgs {
     ///
     /// A layer is named by its path, or by its index: [1] is the bottom of the chain.
     #[arg(long, value_name = "LAYER")]
-    pub(crate) base: Option<String>,
+    pub(crate) base: Option<OsString>,
 
     /// Write zeros that lie among the data, too; without it, aligned runs of 4 KiB and more are left out
     #[arg(long)]

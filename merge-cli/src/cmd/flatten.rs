@@ -1,5 +1,6 @@
 //! `qmerge flatten`: a chain, or its upper part, as one new file.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use qcow2::ErrorKind;
@@ -81,7 +82,7 @@ fn common(plan: &FlattenPlan, totals: &Totals, file_size: u64) -> Value {
         "output": path(&plan.output),
         "format": plan.to.name(),
         "base": plan.base.as_deref().map(path),
-        "backing-filename": plan.backing_name,
+        "backing-filename": plan.backing_name.as_ref().map(|name| path(Path::new(name))),
         "virtual-size": plan.virtual_size,
         "bytes-to-copy": totals.bytes_to_copy,
         "bytes-to-zero": totals.bytes_to_zero,

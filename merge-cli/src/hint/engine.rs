@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use qcow2::chain::BackingName;
 use qcow2::error::shown;
 use qcow2::format::Container;
 use qcow2::image::ImageFormat;
@@ -153,7 +154,10 @@ fn info_above(call: &Call) -> Hint {
 
 /// A plain backing name for the named image, whose `json:` name repeats what lies below: that stays true in its header.
 fn plain_name(call: &Call) -> Option<Hint> {
-    let backing = Backing::of(&call.image).filter(|backing| backing.written.starts_with(b"json:"))?;
+    let backing = Backing::of(&call.image)?;
+    if !BackingName::parse(&backing.written).is_ok_and(|name| name.states_backing()) {
+        return None;
+    }
     let format = backing.detected().filter(|found| matches!(found, ImageFormat::Qcow2))?;
     let command = Command::of("qemu-img")
         .options(["rebase", "-u", "-f", "qcow2", "-F", format.name(), "-b"])

@@ -1,8 +1,9 @@
-//! Images that are not for this engine, at every place where raw could be assumed; and file systems without locks.
+//! Images that are not for this engine, at every place where raw could be assumed; file systems without locks; names
+//! that are no UTF-8.
 
 use std::fs;
 
-use crate::support::{Folder, needs_tools, qemu_present};
+use crate::support::{Folder, Run, merge_binary, needs_tools, qemu_present, run, type_hints};
 
 const M: u64 = 1 << 20;
 
@@ -151,4 +152,78 @@ fn chains_of_many_layers_are_merged() {
     folder.qmerge(&["commit", "399"]).ok();
     folder.io("qcow2", "000", &["read -P 3 4k 4k"]);
     folder.io("qcow2", "399", &["read -P 3 4k 4k"]);
+}
+
+/// Runs lines of bash in the folder, where a name can be any bytes; `q` is the built command. Types the hints.
+#[track_caller]
+fn bash(folder: &Folder, lines: &str) -> Run {
+    let script = format!("q() {{ {} \"$@\"; }}; set -e; {lines}", merge_binary().display());
+    let run = run(folder.path(), "bash", &["-c", &script]);
+    type_hints(folder.path(), &run);
+    run
+}
+
+/// A chain of four in a folder, no name of which is UTF-8, and what its active image shows.
+fn latin1_chain(test: &str) -> Folder {
+    let folder = Folder::new(test);
+    let create = r#"
+        mkdir $'d\xe9' $'j\xe9'; cd $'d\xe9'; below=; n=0
+        for name in $'b\xe9' $'m\xf4' $'n\xe9' $'t\xfc'; do
+            qemu-img create -q -f qcow2 ${below:+-b $below -F qcow2} $name 4M; below=$name; n=$((n + 1))
+            qemu-io -f qcow2 -c "write -P $n $((n * 64))k 128k" $name
+        done
+        qemu-img convert -O raw $'t\xfc' ../gold"#;
+    bash(&folder, create).ok();
+    folder
+}
+
+/// Fails unless QEMU reads the same from the active image as before, and finds the images sound.
+#[track_caller]
+fn latin1_same(folder: &Folder) {
+    let check = r"for name in $'d\xe9'/*; do qemu-img check -q -f qcow2 $name; done
+        qemu-img compare -f raw -F qcow2 gold $'d\xe9/t\xfc'";
+    bash(folder, check).ok();
+}
+
+#[test]
+fn layers_are_named_by_any_bytes() {
+    if !qemu_present() {
+        return;
+    }
+    let folder = latin1_chain("latin1");
+    let merge = r"q commit $'d\xe9/t\xfc' --base $'d\xe9/b\xe9' --top $'m\xf4' --json --verify";
+    let merged = bash(&folder, merge).ok().json_lines();
+    assert_eq!(merged[0]["afterwards"]["backing-filename"], "b\u{fffd}");
+    latin1_same(&folder);
+    bash(&folder, r"LC_ALL=C grep -qa $'b\xe9' $'d\xe9/n\xe9'").ok();
+    bash(&folder, r"q info $'d\xe9/m\xf4'").ok().says(r"d\xe9/b\xe9; no longer needed");
+    bash(&folder, r"q commit $'d\xe9/t\xfc' --top $'d\xe9/m\xf4'")
+        .ok()
+        .says(r"m\xf4 was already merged into");
+    bash(&folder, r"q commit $'d\xe9/t\xfc' --base $'no\xe9'").expect(2).says(r"no layer 'no\xe9'");
+    bash(&folder, r"cd $'d\xe9'; qemu-img create -q -f qcow2 -b $'b\xe9' -F qcow2 $'u\xe9'").ok();
+    bash(&folder, r"q commit $'d\xe9/t\xfc'")
+        .expect(6)
+        .says(r": qmerge commit $'d\xe9/t\xfc' --allow-shared-base");
+    bash(&folder, r"rm $'d\xe9/u\xe9'; q flatten $'d\xe9/t\xfc' --base $'n\xe9' -o $'o\xe9'").ok();
+    bash(&folder, r"qemu-img compare -f raw -F qcow2 gold $'o\xe9'; rm $'o\xe9'").ok();
+    bash(&folder, r"q commit $'d\xe9/t\xfc' --delete").ok();
+    bash(&folder, r"qemu-img compare -f raw -F qcow2 gold $'d\xe9/b\xe9'; test $(ls $'d\xe9' | wc -l) = 2")
+        .ok();
+}
+
+#[test]
+fn a_stopped_merge_of_any_names_goes_on() {
+    if !qemu_present() || !needs_tools(&["strace"]) {
+        return;
+    }
+    let folder = latin1_chain("latin1-stopped");
+    let stop = r"strace -qq -f -o /dev/null -e trace=fdatasync -e inject=fdatasync:signal=SIGKILL:when=6 \
+        BINARY commit $'d\xe9/t\xfc' --journal-dir $'j\xe9'";
+    assert_ne!(bash(&folder, &stop.replace("BINARY", &merge_binary().display().to_string())).code, 0);
+    let pending =
+        r"ls -A $'j\xe9' | LC_ALL=C grep -qa $'b\xe9'; q info $'d\xe9/b\xe9' --journal-dir $'j\xe9'";
+    bash(&folder, pending).ok().says(r"/d\xe9/t\xfc is in");
+    bash(&folder, r"q commit $'d\xe9/t\xfc' --journal-dir $'j\xe9' --verify; test -z $(ls -A $'j\xe9')").ok();
+    latin1_same(&folder);
 }

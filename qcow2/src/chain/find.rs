@@ -1,7 +1,9 @@
 //! Finding a layer by what a user calls it.
 
 use crate::error::shown;
+use std::ffi::OsStr;
 use std::fmt::Write as _;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::{Chain, Layer};
@@ -14,7 +16,8 @@ impl Chain {
     ///
     /// # Errors
     /// [`Error::Usage`] with the layers that there are, if none fits or more than one.
-    pub fn find(&self, host: &dyn Host, spec: &str) -> Result<usize> {
+    pub fn find(&self, host: &dyn Host, spec: impl AsRef<OsStr>) -> Result<usize> {
+        let spec = spec.as_ref();
         let path = Path::new(spec);
         let stat = if_there(host.stat(path)).map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
         let id = stat.map(|stat| stat.id);
@@ -28,8 +31,8 @@ impl Chain {
         match (fitting.as_slice(), index(spec)) {
             ([at], _) => Ok(*at),
             ([], Some(index)) if (1..=self.layers.len()).contains(&index) => Ok(index - 1),
-            ([], _) => Err(self.usage(&format!("no layer '{spec}' in the chain"))),
-            _ => Err(self.usage(&format!("more than one layer is called '{spec}'"))),
+            ([], _) => Err(self.usage(&format!("no layer '{}' in the chain", shown(spec)))),
+            _ => Err(self.usage(&format!("more than one layer is called '{}'", shown(spec)))),
         }
     }
 
@@ -45,8 +48,8 @@ impl Chain {
 }
 
 /// The number in `[3]` or `vda[3]`; nothing else stands behind the first bracket, as in libvirt.
-pub(crate) fn index(spec: &str) -> Option<usize> {
-    let (_, digits) = spec.strip_suffix(']')?.split_once('[')?;
+pub(crate) fn index(spec: impl AsRef<OsStr>) -> Option<usize> {
+    let (_, digits) = spec.as_ref().to_str()?.strip_suffix(']')?.split_once('[')?;
     if digits.bytes().all(|b| b.is_ascii_digit()) { digits.parse().ok() } else { None }
 }
 

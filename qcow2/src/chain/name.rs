@@ -191,6 +191,11 @@ impl BackingName {
         self.data_file.as_deref()
     }
 
+    /// Whether the name also says what lies below the image that it leads to.
+    pub fn states_backing(&self) -> bool {
+        self.backing.is_some()
+    }
+
     /// How the name is spelt.
     pub fn spelling(&self) -> Spelling {
         self.spelling

@@ -6,6 +6,8 @@
 
 mod target;
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -13,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use crate::chain::view::View;
 use crate::chain::{Chain, Layer, OpenOptions, new_backing_name};
-use crate::error::{Error, FileOp, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result, shown};
 use crate::image::alloc::Allocator;
 use crate::image::create::{CreateOptions, Layout, dir_of, whole_sectors};
 use crate::image::refcounts::Refcounts;
@@ -32,7 +34,7 @@ pub struct FlattenOptions {
     /// Its format.
     pub to: ImageFormat,
     /// Only the layers above this one, by path or index; the new file gets it as its backing file.
-    pub base: Option<String>,
+    pub base: Option<OsString>,
     /// Write zeros that lie among the data, instead of leaving them out where 4 KiB or more are together.
     pub keep_zeros: bool,
 }
@@ -49,7 +51,7 @@ pub struct FlattenPlan {
     /// The layer that becomes its backing file.
     pub base: Option<PathBuf>,
     /// The backing name that is written into it.
-    pub backing_name: Option<String>,
+    pub backing_name: Option<OsString>,
     /// The size of its disk in bytes.
     pub virtual_size: u64,
     /// What is copied and taken.
@@ -122,7 +124,7 @@ impl Flatten {
             output: output.clone(),
             to: options.to,
             base: backing.as_ref().map(|(base, _)| base.path.clone()),
-            backing_name: backing.map(|(_, (name, _))| String::from_utf8_lossy(&name).into_owned()),
+            backing_name: backing.map(|(_, (name, _))| OsString::from_vec(name)),
             virtual_size: 0,
             totals: Totals::default(),
             file_size_after: 0,
@@ -204,13 +206,16 @@ impl Flatten {
 }
 
 /// How many layers stay below the new file if the layer that `name` means becomes its backing file.
-fn below(host: &dyn Host, chain: &Chain, name: &str, to: ImageFormat) -> Result<usize> {
+fn below(host: &dyn Host, chain: &Chain, name: &OsStr, to: ImageFormat) -> Result<usize> {
     if to == ImageFormat::Raw {
         return Err(Error::Usage("a raw file has no backing file: a base needs qcow2".to_owned()));
     }
     let at = chain.find(host, name)?;
     if at >= chain.active() {
-        return Err(Error::Usage(format!("'{name}' is the active image: there is nothing above it")));
+        return Err(Error::Usage(format!(
+            "'{}' is the active image: there is nothing above it",
+            shown(name)
+        )));
     }
     Ok(at + 1)
 }

@@ -33,7 +33,7 @@ fn tool(dir: &Path, tool: &str, args: &[&str]) -> String {
 
 fn options(output: &Path, to: ImageFormat, base: Option<&str>) -> FlattenOptions {
     let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
-    FlattenOptions { open, output: output.to_owned(), to, base: base.map(str::to_owned), keep_zeros: false }
+    FlattenOptions { open, output: output.to_owned(), to, base: base.map(Into::into), keep_zeros: false }
 }
 
 fn flatten(active: &Path, options: &FlattenOptions) -> Result<(FlattenPlan, FlattenReport)> {
@@ -157,7 +157,7 @@ fn chains_of_every_kind_become_one_file() {
             let made =
                 flatten(&at("active"), &options(&output, ImageFormat::Qcow2, Some(&format!("[{base}]"))));
             let (plan, _) = made.unwrap();
-            assert_eq!(plan.backing_name, Some(format!("l{}", base - 1)));
+            assert_eq!(plan.backing_name, Some(format!("l{}", base - 1).into()));
             tool(dir.path(), "qemu-img", &["check", "-q", "out"]);
             tool(dir.path(), "qemu-img", &["compare", "active", "out"]);
             assert_eq!(crc_of(&open(&output)), crc, "seed {seed}, base {base}");
@@ -183,7 +183,7 @@ fn a_base_elsewhere_is_named_so_that_qemu_finds_it() {
     let base = at("base.raw");
     let (plan, report) =
         flatten(&at("a"), &options(&output, ImageFormat::Qcow2, Some(base.to_str().unwrap()))).unwrap();
-    assert_eq!(plan.backing_name.as_deref(), Some("../base.raw"));
+    assert_eq!(plan.backing_name.as_deref(), Some("../base.raw".as_ref()));
     assert_eq!((report.totals.bytes_to_copy, report.totals.bytes_to_zero), (1 << 20, 1 << 20));
     tool(dir.path(), "qemu-img", &["compare", "a", "new/out.qcow2"]);
     tool(dir.path(), "qemu-img", &["check", "-q", "new/out.qcow2"]);

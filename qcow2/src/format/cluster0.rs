@@ -1,6 +1,9 @@
 //! Cluster 0 as a whole: header, extensions and backing name.
 
 use std::borrow::Cow;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
 use super::extensions::{
     BitmapsExtension, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_EMPTIED_ONTO,
@@ -183,21 +186,26 @@ impl Cluster0 {
 
     /// Our own mark: the path of the image into which this one was merged (empty if the path did not
     /// fit into the header), or `None` if it was not merged.
-    pub fn merged_into(&self) -> Option<String> {
-        self.extension(EXT_MERGED_INTO).map(|e| String::from_utf8_lossy(&e.data).into_owned())
+    pub fn merged_into(&self) -> Option<PathBuf> {
+        self.marked_with(EXT_MERGED_INTO)
     }
 
     /// Our own mark of a merge under way: the path of the image into which this one is being merged, as
     /// in [`merged_into`](Self::merged_into). If the image is still a layer of its chain, the merge was
     /// stopped before it changed the chain; if not, behind that, and the image is obsolete.
-    pub fn merging_into(&self) -> Option<String> {
-        self.extension(EXT_MERGING_INTO).map(|e| String::from_utf8_lossy(&e.data).into_owned())
+    pub fn merging_into(&self) -> Option<PathBuf> {
+        self.marked_with(EXT_MERGING_INTO)
     }
 
     /// Our own mark of an active image that a merge has made an empty overlay: the path of its base, as in
     /// [`merged_into`](Self::merged_into). A guest may have written to it since.
-    pub fn emptied_onto(&self) -> Option<String> {
-        self.extension(EXT_EMPTIED_ONTO).map(|e| String::from_utf8_lossy(&e.data).into_owned())
+    pub fn emptied_onto(&self) -> Option<PathBuf> {
+        self.marked_with(EXT_EMPTIED_ONTO)
+    }
+
+    /// The path in one of our marks.
+    fn marked_with(&self, magic: u32) -> Option<PathBuf> {
+        self.extension(magic).map(|e| OsStr::from_bytes(&e.data).into())
     }
 }
 
@@ -466,6 +474,6 @@ mod tests {
         assert_eq!(cluster.merged_into(), None);
         cluster.set_extension(Extension::new(EXT_MERGED_INTO, *b"/srv/base.raw"));
         let read = Cluster0::parse(&cluster.encode().unwrap()).unwrap();
-        assert_eq!(read.merged_into().as_deref(), Some("/srv/base.raw"));
+        assert_eq!(read.merged_into().as_deref(), Some("/srv/base.raw".as_ref()));
     }
 }

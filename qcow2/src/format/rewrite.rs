@@ -57,17 +57,21 @@ impl Switch {
 ///
 /// # Errors
 /// No room, a name or format that is empty or too long, or a cluster 0 that must not be edited.
-pub fn plan_backing_switch(cluster0: &[u8], name: &str, format: &str) -> Result<Switch, RewriteError> {
-    check_backing(name.as_bytes(), format)?;
+pub fn plan_backing_switch(
+    cluster0: &[u8],
+    name: impl AsRef<[u8]>,
+    format: &str,
+) -> Result<Switch, RewriteError> {
+    check_backing(name.as_ref(), format)?;
     let old = Old::read(cluster0)?;
-    old.choose(&[old.with_backing_format(format)], name.as_bytes())
+    old.choose(&[old.with_backing_format(format)], name.as_ref())
 }
 
 /// What an image becomes that is emptied by one write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EmptyDisk<'a> {
     /// The name of the new backing file.
-    pub name: &'a str,
+    pub name: &'a [u8],
     /// The format of the new backing file.
     pub format: &'a str,
     /// An L1 table that leads to nothing.
@@ -77,7 +81,7 @@ pub struct EmptyDisk<'a> {
     /// The size of the disk, in bytes.
     pub size: u64,
     /// The mark that the image gets, and the path of base for it.
-    pub mark: (Mark, &'a str),
+    pub mark: (Mark, &'a [u8]),
 }
 
 /// Plans to change the backing file as [`plan_backing_switch`] does, and in the same write to take another L1 table
@@ -87,11 +91,11 @@ pub struct EmptyDisk<'a> {
 /// # Errors
 /// As [`plan_backing_switch`].
 pub fn plan_empty_switch(cluster0: &[u8], disk: &EmptyDisk<'_>) -> Result<Switch, RewriteError> {
-    check_backing(disk.name.as_bytes(), disk.format)?;
+    check_backing(disk.name, disk.format)?;
     let old = Old::read(cluster0)?;
     let new = NewDisk { l1_offset: disk.l1_offset, l1_entries: disk.l1_entries, size: disk.size };
     let old = Old { disk: Some(new), ..old };
-    old.choose(&marked(old.with_backing_format(disk.format), disk.mark), disk.name.as_bytes())
+    old.choose(&marked(old.with_backing_format(disk.format), disk.mark), disk.name)
 }
 
 /// Plans to mark an image, as [`plan_mark`] does, and in the same write to change the backing file as
@@ -101,20 +105,20 @@ pub fn plan_empty_switch(cluster0: &[u8], disk: &EmptyDisk<'_>) -> Result<Switch
 /// As [`plan_backing_switch`].
 pub fn plan_mark_and_backing(
     cluster0: &[u8],
-    mark: (Mark, &str),
-    name: &str,
+    mark: (Mark, &[u8]),
+    name: &[u8],
     format: &str,
 ) -> Result<Switch, RewriteError> {
-    check_backing(name.as_bytes(), format)?;
+    check_backing(name, format)?;
     let old = Old::read(cluster0)?;
-    old.choose(&marked(old.with_backing_format(format), mark), name.as_bytes())
+    old.choose(&marked(old.with_backing_format(format), mark), name)
 }
 
 /// A list of extensions with a mark for `base`, with an empty one, and without one.
-fn marked(mut list: Vec<Extension>, (mark, base): (Mark, &str)) -> [Vec<Extension>; 3] {
+fn marked(mut list: Vec<Extension>, (mark, base): (Mark, &[u8])) -> [Vec<Extension>; 3] {
     list.retain(|e| !Mark::is_mark(e));
-    let with = |data: &str| [list.clone(), vec![Extension::new(mark.magic(), data)]].concat();
-    [with(base), with(""), list]
+    let with = |data: &[u8]| [list.clone(), vec![Extension::new(mark.magic(), data)]].concat();
+    [with(base), with(b""), list]
 }
 
 /// Plans to mark the image as merged into `base` (see [`Cluster0::merged_into`]), or as being merged
@@ -123,9 +127,9 @@ fn marked(mut list: Vec<Extension>, (mark, base): (Mark, &str)) -> [Vec<Extensio
 ///
 /// # Errors
 /// No room even for an empty mark, or a cluster 0 that must not be edited.
-pub fn plan_mark(cluster0: &[u8], base: &str, mark: Mark) -> Result<Switch, RewriteError> {
+pub fn plan_mark(cluster0: &[u8], base: impl AsRef<[u8]>, mark: Mark) -> Result<Switch, RewriteError> {
     let old = Old::read(cluster0)?;
-    let with = |data: &str| {
+    let with = |data: &[u8]| {
         let mut list = old.cluster0.extensions.clone();
         let mark = Extension::new(mark.magic(), data);
         match list.iter().position(Mark::is_mark) {
@@ -137,7 +141,7 @@ pub fn plan_mark(cluster0: &[u8], base: &str, mark: Mark) -> Result<Switch, Rewr
         }
         list
     };
-    old.choose(&[with(base), with("")], old.name())
+    old.choose(&[with(base.as_ref()), with(b"")], old.name())
 }
 
 /// Which of our marks a layer gets.

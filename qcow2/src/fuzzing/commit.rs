@@ -61,7 +61,7 @@ impl Case {
     }
 
     pub(super) fn options(&self, layers: &[Layer]) -> CommitOptions {
-        let named = |at: usize| layers[at].path.to_string_lossy().into_owned();
+        let named = |at: usize| layers[at].path.clone().into_os_string();
         CommitOptions {
             base: BaseChoice::Named(named(self.base)),
             top: (self.top != self.active).then(|| named(self.top)),

@@ -1,6 +1,8 @@
 //! New images, laid out as `qemu-img create` does: header, refcount table, refcount blocks, L1 table.
 
 use crate::error::shown;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 use super::refcounts::ClusterIndex;
@@ -159,7 +161,7 @@ impl Layout {
             cluster0.set_backing(name, format).map_err(|e| Error::Usage(format!("{}: {e}", shown(path))))?;
         }
         let cluster0 = cluster0.encode().map_err(|_| {
-            let name = options.backing.as_ref().map(|(name, _)| String::from_utf8_lossy(name).into_owned());
+            let name = options.backing.as_ref().map(|(name, _)| OsString::from_vec(name.clone()));
             Error::refused(path, Refusal::HeaderRoom { name: name.unwrap_or_default() })
         })?;
         Ok(Self { cluster0, geometry, table, blocks, l1 })

@@ -4,6 +4,7 @@ use crate::error::shown;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::options::{CommitOptions, Span};
@@ -93,8 +94,8 @@ fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &Leftovers) -> R
 }
 
 /// That an image was merged, in words; `base` may be empty.
-pub(super) fn was_merged(path: &Path, base: &str) -> String {
-    let into = if base.is_empty() { "its base" } else { base };
+pub(super) fn was_merged(path: &Path, base: &Path) -> String {
+    let into = if base.as_os_str().is_empty() { "its base".to_owned() } else { shown(base) };
     format!("{} was already merged into {into}", shown(path))
 }
 
@@ -175,7 +176,7 @@ pub(super) fn switched(
             && journal.state().phase >= Phase::Switching
             && !is_layer(merged)?;
         if is_switched && names(host, top, merged) {
-            let reason = was_merged(merged, &shown(base));
+            let reason = was_merged(merged, base);
             let remains = Remains::of(host, &journal, chain, false)?;
             let paths = remains.map(|remains| remains.paths(host)).transpose()?;
             return Ok(Some((reason, paths.unwrap_or_default())));
@@ -192,8 +193,9 @@ fn id_of(host: &dyn Host, path: &Path) -> Result<Option<FileId>> {
 
 /// Whether a user may mean the layer at `merged`, which may be there no more: by an index, by a path that leads to it, or
 /// by its name as it stood in the layer above.
-fn names(host: &dyn Host, top: &str, merged: &Path) -> bool {
-    let same_name = || merged.file_name() == Some(OsStr::new(top.rsplit(['/', ':']).next().unwrap_or(top)));
+fn names(host: &dyn Host, top: &OsStr, merged: &Path) -> bool {
+    let last = top.as_bytes().rsplit(|b| b"/:".contains(b)).next();
+    let same_name = || merged.file_name().map(OsStr::as_bytes) == last;
     index(top).is_some() || host.resolve(Path::new(top)).is_ok_and(|path| path == merged) || same_name()
 }
 
@@ -203,7 +205,7 @@ fn names(host: &dyn Host, top: &str, merged: &Path) -> bool {
 /// A layer that is not there; the system's.
 pub(super) fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<String>> {
     let either = |cluster0: &Cluster0| cluster0.merged_into().or_else(|| cluster0.merging_into());
-    let reason = |path: &Path, base: String| Some(was_merged(path, &base));
+    let reason = |path: &Path, base: PathBuf| Some(was_merged(path, &base));
     let Some(top) = &options.top else {
         let active = chain.layers().last();
         return Ok(active.and_then(|l| reason(&l.path, either(l.image.as_qcow2()?.cluster0())?)));

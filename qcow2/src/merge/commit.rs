@@ -250,7 +250,7 @@ impl Commit {
     fn over(host: Arc<dyn Host>, options: &CommitOptions, gone: Journal) -> Result<Self> {
         let (chain, header) = (Chain::default(), gone.header());
         let (base, active) = (header.base.clone(), header.active.clone());
-        let reason = before::was_merged(&active, &base.to_string_lossy());
+        let reason = before::was_merged(&active, &base);
         let remains = Remains::of(&*host, &gone, &chain, false)?;
         let remains = remains.map(|remains| remains.paths(&*host)).transpose()?.unwrap_or_default();
         let mut this = Self::nothing(host, options, chain, reason, remains);

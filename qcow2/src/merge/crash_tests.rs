@@ -73,7 +73,7 @@ fn crash_everywhere(
 ) -> State {
     let paths: Vec<PathBuf> = (0..layers).map(|n| PathBuf::from(format!("/{n}"))).collect();
     let active = &paths[layers - 1];
-    let named = |at: usize| paths[at].to_string_lossy().into_owned();
+    let named = |at: usize| paths[at].clone().into_os_string();
     let options = CommitOptions {
         open: local(),
         base: BaseChoice::Named(named(base)),

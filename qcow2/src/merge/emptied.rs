@@ -59,7 +59,7 @@ pub(super) fn finish(
         Some(layer) => link::name_of_base(host, (path, image.cluster0()), layer)?,
         None => None,
     };
-    let backing = name.as_ref().map(|(name, format)| (name.as_str(), *format));
+    let backing = name.as_ref().map(|(name, format)| (name.as_os_str(), *format));
     let planned = link::plan_merged(&link::read_cluster(&image)?, base, backing);
     let Some((switch, has_mark)) = planned else { return Ok(()) };
     let writes: Vec<_> = switch.writes.into_iter().map(|write| (write.offset, write.bytes)).collect();
@@ -86,5 +86,5 @@ pub(super) fn is_empty(host: &dyn Host, path: &Path) -> bool {
 /// Whether an image bears the mark of a merge into base. Where there was no room for a name, it has none.
 pub(super) fn is_marked(cluster0: &Cluster0, base: &Path) -> bool {
     let into = cluster0.merged_into().or_else(|| cluster0.merging_into());
-    into.is_some_and(|into| into.is_empty() || into == base.to_string_lossy())
+    into.is_some_and(|into| into.as_os_str().is_empty() || into == base)
 }

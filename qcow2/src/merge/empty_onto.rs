@@ -10,7 +10,9 @@
 //! what it was, behind it it is the base; what the old table led to is given back when that is durable.
 
 use crate::error::shown;
-use std::path::Path;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use super::retire::Known;
@@ -46,7 +48,7 @@ pub struct EmptyOptions {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Emptied {
     /// The name by which it calls base.
-    pub name: String,
+    pub name: OsString,
     /// Whether it was an empty overlay on base before.
     pub was_empty: bool,
     /// Bytes on disk that were given back, its external data file's among them.
@@ -79,7 +81,7 @@ pub fn empty_onto(
         format,
         size: options.size.max(image.virtual_size()),
         mark: if options.mark { Mark::Merged } else { Mark::Emptied },
-        base: real_base.to_string_lossy().into_owned(),
+        base: real_base,
     };
     let empty = image.next_table(GuestOffset::ZERO)?.is_none();
     let cluster0 = image.cluster0();
@@ -130,12 +132,12 @@ fn seal(image: &mut Qcow2, moves: bool) -> Result<()> {
 
 /// What the image is to become.
 struct Wanted<'a> {
-    name: &'a str,
+    name: &'a OsStr,
     format: ImageFormat,
     size: u64,
     mark: Mark,
     /// The path of base.
-    base: String,
+    base: PathBuf,
 }
 
 /// Bytes that the image holds on disk, with its data file.
@@ -267,14 +269,13 @@ fn look_at_base(
 }
 
 /// The name by which the overlay calls, or will call, base; and whether it stands there already.
-fn backing_name(host: &dyn Host, image: &Qcow2, base: &Path, base_id: FileId) -> Result<(String, bool)> {
+fn backing_name(host: &dyn Host, image: &Qcow2, base: &Path, base_id: FileId) -> Result<(OsString, bool)> {
     let refuse = |what: &str| Error::refused(image.path(), Refusal::Other(what.to_owned()));
     let old = image.cluster0().backing_name.clone().ok_or_else(|| refuse("it has no backing file"))?;
     let stands = BackingName::parse(&old)
         .is_ok_and(|name| host.stat(&name.resolve(image.path())).is_ok_and(|stat| stat.id == base_id));
     let name = if stands { old } else { new_backing_name(host, &old, image.path(), base)? };
-    let utf8 = |_| refuse("the path of its new backing file is not valid UTF-8");
-    Ok((String::from_utf8(name).map_err(utf8)?, stands))
+    Ok((OsString::from_vec(name), stands))
 }
 
 /// Points the header at base and at an empty L1 table, in one write. The image does not know its new
@@ -293,12 +294,12 @@ fn switch(image: &mut Qcow2, refcounts: &mut Refcounts, wanted: &Wanted<'_>, ent
 fn plan(image: &Qcow2, wanted: &Wanted<'_>, l1_offset: HostOffset, l1_entries: u32) -> Result<Switch> {
     let cluster = link::read_cluster(image)?;
     let disk = EmptyDisk {
-        name: wanted.name,
+        name: wanted.name.as_bytes(),
         format: wanted.format.name(),
         l1_offset,
         l1_entries,
         size: wanted.size,
-        mark: (wanted.mark, &wanted.base),
+        mark: (wanted.mark, wanted.base.as_os_str().as_bytes()),
     };
     let switch =
         plan_empty_switch(&cluster, &disk).map_err(|e| link::rewrite_error(image.path(), wanted.name, e))?;

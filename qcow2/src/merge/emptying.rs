@@ -10,6 +10,7 @@
 //! The headers are changed when all of them are empty: until then the chain of the headers has all its layers, and the
 //! same command finds what is left to be done.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -165,7 +166,7 @@ impl Commit {
     /// Turns the active image into an empty overlay on base, under a journal of its own.
     pub(super) fn empty_active(
         &mut self,
-        name: Option<&str>,
+        name: Option<&OsStr>,
         dir: Option<&Path>,
         top_index: u32,
     ) -> Result<()> {
@@ -191,7 +192,7 @@ impl Commit {
     fn empty_layer(
         &mut self,
         at: usize,
-        name: Option<&str>,
+        name: Option<&OsStr>,
         dir: Option<&Path>,
         top_index: u32,
     ) -> Result<Option<Work>> {

@@ -145,9 +145,9 @@ impl Interrupted {
             return refuse("it is raw, and has no backing name to change".into());
         };
         let switch = plan_backing_switch(&link::read_cluster(image)?, name, format.name())
-            .map_err(|e| link::rewrite_error(&path, name, e))?;
+            .map_err(|e| link::rewrite_error(&path, name.as_ref(), e))?;
         if !switch.atomic {
-            return Err(Error::refused(&path, Refusal::HeaderRoom { name: name.to_owned() }));
+            return Err(Error::refused(&path, Refusal::HeaderRoom { name: name.into() }));
         }
         link::apply(image, &switch)?;
         image.reload_header()?;

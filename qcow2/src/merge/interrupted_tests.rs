@@ -36,8 +36,8 @@ fn merged(seed: u64) -> Case {
     let size_before = see(&host, &paths[base]).len() as u64;
     let options = CommitOptions {
         open: local(),
-        base: BaseChoice::Named(name(base)),
-        top: Some(name(top)),
+        base: BaseChoice::Named(name(base).into()),
+        top: Some(name(top).into()),
         ..CommitOptions::default()
     };
     let commit =

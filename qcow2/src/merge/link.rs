@@ -1,7 +1,9 @@
 //! The switch of metadata when base holds the data: relinking the overlay above top, or turning the
 //! active image into an empty overlay; marking and removing what is no longer needed.
 
+use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use super::options::{CommitOptions, Span};
@@ -51,22 +53,18 @@ fn qcow2(layer: &Layer) -> Result<&Qcow2> {
 }
 
 /// The name that the layer at `at` will use for base, and whether writing it is atomic.
-fn switch(host: &dyn Host, chain: &Chain, span: Span, at: usize) -> Result<(String, bool)> {
+fn switch(host: &dyn Host, chain: &Chain, span: Span, at: usize) -> Result<(OsString, bool)> {
     let overlay = layer(chain, at)?;
     let base = layer(chain, span.base)?;
     let old = qcow2(overlay)?.cluster0().backing_name.clone().unwrap_or_default();
-    let name = new_backing_name(host, &old, &overlay.path, &base.path)?;
-    let name = String::from_utf8(name).map_err(|_| {
-        let reason = Refusal::Other("the path of its new backing file is not valid UTF-8".into());
-        Error::refused(&overlay.path, reason)
-    })?;
+    let name = OsString::from_vec(new_backing_name(host, &old, &overlay.path, &base.path)?);
     let switch = plan_switch(overlay, &name, base.image.format().name())?;
     Ok((name, switch.atomic))
 }
 
-fn plan_switch(overlay: &Layer, name: &str, format: &str) -> Result<Switch> {
+fn plan_switch(overlay: &Layer, name: &OsStr, format: &str) -> Result<Switch> {
     let cluster = read_cluster(qcow2(overlay)?)?;
-    plan_backing_switch(&cluster, name, format).map_err(|e| rewrite_error(&overlay.path, name, e))
+    plan_backing_switch(&cluster, name.as_bytes(), format).map_err(|e| rewrite_error(&overlay.path, name, e))
 }
 
 /// Gives the layer at `at` base as its backing file. A record of the edit lies beside it or in `dir`
@@ -76,7 +74,7 @@ pub(super) fn relink(
     chain: &Chain,
     span: Span,
     at: usize,
-    name: &str,
+    name: &OsStr,
     dir: Option<&Path>,
 ) -> Result<()> {
     let format = layer(chain, span.base)?.image.format().name();
@@ -86,10 +84,10 @@ pub(super) fn relink(
 }
 
 /// Gives an image that is written under a journal another backing file.
-pub(super) fn relink_journaled(image: &Qcow2, name: &str, format: &str) -> Result<()> {
+pub(super) fn relink_journaled(image: &Qcow2, name: &OsStr, format: &str) -> Result<()> {
     let cluster = read_cluster(image)?;
-    let switch =
-        plan_backing_switch(&cluster, name, format).map_err(|e| rewrite_error(image.path(), name, e))?;
+    let switch = plan_backing_switch(&cluster, name.as_bytes(), format)
+        .map_err(|e| rewrite_error(image.path(), name, e))?;
     apply(image, &switch)
 }
 
@@ -104,7 +102,7 @@ pub(super) fn mark_merging(
     let (mut edits, mut marked) = (Vec::new(), Vec::new());
     for layer in layers {
         let switch = match is_written(layer) {
-            true => plan_mark(&read_cluster(qcow2(layer)?)?, &base.to_string_lossy(), Mark::Merging).ok(),
+            true => plan_mark(&read_cluster(qcow2(layer)?)?, base.as_os_str().as_bytes(), Mark::Merging).ok(),
             false => None,
         };
         marked.push((layer.path.clone(), switch.is_some()));
@@ -118,7 +116,7 @@ pub(super) fn mark_merging(
 /// get it as their backing file; where that does not fit, they stay empty overlays on the layer below.
 pub(super) fn mark_merged(
     host: &dyn Host,
-    layers: &[(&Layer, Option<(String, &str)>)],
+    layers: &[(&Layer, Option<(OsString, &str)>)],
     base: &Path,
     dir: Option<&Path>,
 ) -> Result<Vec<(PathBuf, bool)>> {
@@ -129,7 +127,7 @@ pub(super) fn mark_merged(
             continue;
         }
         let cluster = read_cluster(qcow2(layer)?)?;
-        let backing = backing.as_ref().map(|(name, format)| (name.as_str(), *format));
+        let backing = backing.as_ref().map(|(name, format)| (name.as_os_str(), *format));
         let switch = plan_merged(&cluster, base, backing);
         let has_mark = switch.as_ref().is_some_and(|(_, has_mark)| *has_mark);
         marked.push((layer.path.clone(), has_mark));
@@ -144,13 +142,14 @@ pub(super) fn mark_merged(
 pub(super) fn plan_merged(
     cluster: &[u8],
     base: &Path,
-    backing: Option<(&str, &str)>,
+    backing: Option<(&OsStr, &str)>,
 ) -> Option<(Switch, bool)> {
-    let base = base.to_string_lossy();
-    let relinked = backing
-        .and_then(|(name, format)| plan_mark_and_backing(cluster, (Mark::Merged, &base), name, format).ok());
+    let base = base.as_os_str().as_bytes();
+    let relinked = backing.and_then(|(name, format)| {
+        plan_mark_and_backing(cluster, (Mark::Merged, base), name.as_bytes(), format).ok()
+    });
     let Some(switch) = relinked else {
-        return Some((plan_mark(cluster, &base, Mark::Merged).ok()?, true));
+        return Some((plan_mark(cluster, base, Mark::Merged).ok()?, true));
     };
     let after = switch.applied_to(cluster);
     let has_mark = Cluster0::decode(&after).is_ok_and(|cluster0| cluster0.merged_into().is_some());
@@ -170,7 +169,7 @@ pub(super) fn name_of_base(
     host: &dyn Host,
     (path, cluster0): (&Path, &Cluster0),
     base: &Layer,
-) -> Result<Option<(String, &'static str)>> {
+) -> Result<Option<(OsString, &'static str)>> {
     let Some(old) = &cluster0.backing_name else { return Ok(None) };
     let Ok(named) = BackingName::parse(old).map(|name| name.resolve(path)) else { return Ok(None) };
     match host.stat(&named) {
@@ -184,18 +183,20 @@ pub(super) fn name_of_base(
         Err(Error::Refused { .. }) => return Ok(None),
         name => name?,
     };
-    Ok(String::from_utf8(name).ok().map(|name| (name, base.image.format().name())))
+    Ok(Some((OsString::from_vec(name), base.image.format().name())))
 }
 
 /// Marks an active image that is being emptied, and is written under a journal; with another backing file, if one is given.
-pub(super) fn mark_emptied(image: &Qcow2, base: &Path, backing: Option<(&str, &str)>) -> Result<()> {
+pub(super) fn mark_emptied(image: &Qcow2, base: &Path, backing: Option<(&OsStr, &str)>) -> Result<()> {
     let cluster = read_cluster(image)?;
-    let base = base.to_string_lossy();
+    let base = base.as_os_str().as_bytes();
     let switch = match backing {
-        Some((name, format)) => plan_mark_and_backing(&cluster, (Mark::Emptied, &base), name, format)
-            .map_err(|e| rewrite_error(image.path(), name, e))?,
+        Some((name, format)) => {
+            plan_mark_and_backing(&cluster, (Mark::Emptied, base), name.as_bytes(), format)
+                .map_err(|e| rewrite_error(image.path(), name, e))?
+        }
         // Without the mark, the next merge into base finds a user more.
-        None => match plan_mark(&cluster, &base, Mark::Emptied) {
+        None => match plan_mark(&cluster, base, Mark::Emptied) {
             Ok(switch) => switch,
             Err(_) => return Ok(()),
         },
@@ -227,7 +228,7 @@ pub(super) fn apply(image: &Qcow2, switch: &Switch) -> Result<()> {
 }
 
 /// An edit of cluster 0 that cannot be planned.
-pub(super) fn rewrite_error(path: &Path, name: &str, error: RewriteError) -> Error {
+pub(super) fn rewrite_error(path: &Path, name: &OsStr, error: RewriteError) -> Error {
     match error {
         RewriteError::Format(source) => Error::format(path, source),
         _ => Error::refused(path, Refusal::HeaderRoom { name: name.to_owned() }),

@@ -192,8 +192,8 @@ impl World {
     fn commit(&self, active: usize, base: usize, top: usize, seed: u64) -> super::Report {
         let options = CommitOptions {
             open: options(),
-            base: BaseChoice::Named(format!("[{}]", base + 1)),
-            top: Some(format!("[{}]", top + 1)),
+            base: BaseChoice::Named(format!("[{}]", base + 1).into()),
+            top: Some(format!("[{}]", top + 1).into()),
             ..CommitOptions::default()
         };
         let cancel = AtomicBool::new(false);

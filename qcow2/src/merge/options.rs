@@ -1,5 +1,6 @@
 //! What a caller may ask of a commit, and which part of a chain it concerns.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use crate::chain::OpenOptions;
@@ -13,7 +14,7 @@ pub enum BaseChoice {
     /// The layer just below top.
     Shallow,
     /// The layer of this path or index.
-    Named(String),
+    Named(OsString),
 }
 
 /// What a caller may ask of a commit.
@@ -22,7 +23,7 @@ pub struct CommitOptions {
     /// The layer that takes the data.
     pub base: BaseChoice,
     /// The uppermost layer to merge, by path or index; the active image if not given.
-    pub top: Option<String>,
+    pub top: Option<OsString>,
     /// How the chain is opened: policy and formats. Access and locks are the commit's own matter.
     pub open: OpenOptions,
     /// Remove layers that are no longer needed.

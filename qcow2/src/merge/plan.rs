@@ -1,6 +1,7 @@
 //! What a commit will do, as a value: printed by `--dry-run`, carried out otherwise.
 
 use crate::error::shown;
+use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -168,7 +169,7 @@ pub enum Afterwards {
         /// The overlay.
         overlay: PathBuf,
         /// The backing name that is written into it.
-        name: String,
+        name: OsString,
         /// Whether a power cut at any instant leaves the old or the new name; if not, the header is
         /// rewritten across sectors.
         atomic: bool,
@@ -176,7 +177,7 @@ pub enum Afterwards {
     /// The active image becomes an empty overlay on base.
     Empty {
         /// The backing name that is written into it, where it changes.
-        name: Option<String>,
+        name: Option<OsString>,
         /// As for [`Afterwards::Relink`].
         atomic: bool,
     },
@@ -185,7 +186,7 @@ pub enum Afterwards {
     /// The active image becomes an empty overlay on base, and is removed when nothing else is left to be done.
     Delete {
         /// The backing name that is written into it, where it changes.
-        name: Option<String>,
+        name: Option<OsString>,
         /// As for [`Afterwards::Relink`].
         atomic: bool,
     },

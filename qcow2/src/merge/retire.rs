@@ -4,6 +4,7 @@
 //! Nothing here opens the base for writing, or takes a lock on it. Every image that is changed is first
 //! locked as its only user, and then compared with what the caller knows of it.
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -115,7 +116,7 @@ pub(super) fn mark(image: &Known, file: Arc<dyn Storage>, base: &Path) -> Result
     let mut cluster = vec![0; header.geometry().cluster_size() as usize];
     let io = |op, at| move |e| Error::io(&image.path, op, Some(at), e);
     file.read_exact_or_zero(&mut cluster, 0).map_err(io(FileOp::Read, 0))?;
-    let Ok(switch) = plan_mark(&cluster, &base.to_string_lossy(), Mark::Merged) else { return Ok(false) };
+    let Ok(switch) = plan_mark(&cluster, base.as_os_str().as_bytes(), Mark::Merged) else { return Ok(false) };
     // An image that nobody needs is not worth a write that a power cut may tear.
     if !switch.atomic {
         return Ok(false);
@@ -216,7 +217,7 @@ mod tests {
         Known::now(host, Path::new(path)).unwrap()
     }
 
-    fn mark_of(host: &MemHost, path: &str) -> Option<String> {
+    fn mark_of(host: &MemHost, path: &str) -> Option<PathBuf> {
         let file = host.open(Path::new(path), Access::Read).unwrap();
         Qcow2::read_cluster0(Path::new(path), &*file).unwrap().merged_into()
     }
@@ -231,8 +232,8 @@ mod tests {
         let retired = mark_merged(&host, &images, Path::new("/0")).unwrap();
         assert_eq!(retired.marked, [Path::new("/2"), Path::new("/1")]);
         assert_eq!(retired.unmarked, [Path::new("/raw")]);
-        assert_eq!(mark_of(&host, "/1").as_deref(), Some("/0"));
-        assert_eq!(mark_of(&host, "/2").as_deref(), Some("/0"));
+        assert_eq!(mark_of(&host, "/1").as_deref(), Some("/0".as_ref()));
+        assert_eq!(mark_of(&host, "/2").as_deref(), Some("/0".as_ref()));
         assert_eq!(mark_of(&host, "/0"), None);
     }
 

@@ -9,7 +9,7 @@ use crate::chain::{
     BACKING_FILE, Chain, Layer, Lookalike, Search, Sibling, find_lookalikes, find_users_in, other_names,
 };
 use crate::check::{CheckOptions, check_consistent};
-use crate::error::{Error, FileOp, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result, shown};
 use crate::image::{Image, bitmap_names};
 use crate::journal;
 use crate::storage::{Access, FileId, FileKind, Host};
@@ -58,8 +58,10 @@ pub(super) fn layers(
         if let Some(base) = image.cluster0().merged_into()
             && image.next_allocated(GuestOffset::ZERO)?.is_some()
         {
-            let what =
-                format!("it was merged into {base} before; merging it again could bring old data back");
+            let what = format!(
+                "it was merged into {} before; merging it again could bring old data back",
+                shown(base)
+            );
             return refuse(Refusal::Other(what));
         }
     }

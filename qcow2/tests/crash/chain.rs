@@ -183,8 +183,8 @@ impl Scenario {
     }
 
     pub(crate) fn options(&self) -> CommitOptions {
-        let named = |at: usize| self.layers[at].path.to_string_lossy().into_owned();
-        let top = if self.by_index { format!("[{}]", self.top + 1) } else { named(self.top) };
+        let named = |at: usize| self.layers[at].path.clone().into_os_string();
+        let top = if self.by_index { format!("[{}]", self.top + 1).into() } else { named(self.top) };
         CommitOptions {
             base: BaseChoice::Named(named(self.base)),
             top: (self.by_index || self.top != self.active()).then_some(top),

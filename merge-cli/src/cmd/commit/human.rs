@@ -142,7 +142,7 @@ pub(super) fn result(plan: &Plan, report: &Report) -> String {
     }
     match &plan.afterwards {
         Afterwards::Relink { overlay, name, .. } => {
-            lines.push(format!("{} now has {name} as its backing file", show(overlay)));
+            lines.push(format!("{} now has {} as its backing file", show(overlay), shown(name)));
         }
         Afterwards::Empty { .. } => {
             lines.push(format!("{} is now an empty overlay on {}", show(&plan.active), show(&plan.base)));
@@ -210,7 +210,7 @@ fn layers(report: &Report) -> Vec<String> {
 fn afterwards(plan: &Plan) -> String {
     match &plan.afterwards {
         Afterwards::Relink { overlay, name, atomic } => {
-            format!("{} gets {name} as its backing file{}", show(overlay), torn(*atomic))
+            format!("{} gets {} as its backing file{}", show(overlay), shown(name), torn(*atomic))
         }
         Afterwards::Empty { atomic, .. } => {
             let active = show(&plan.active);

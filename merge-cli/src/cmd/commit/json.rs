@@ -1,5 +1,7 @@
 //! Plan and result of a commit as JSON.
 
+use std::path::Path;
+
 use qcow2::merge::{Afterwards, DataFileFate, Plan, Report, Signs, Totals};
 use serde_json::{Value, json};
 
@@ -97,10 +99,10 @@ fn signs(signs: &Signs) -> Value {
 fn afterwards(afterwards: &Afterwards) -> Value {
     match afterwards {
         Afterwards::Relink { overlay, name, atomic } => {
-            json!({ "action": "relink", "overlay": path(overlay), "backing-filename": name, "atomic": atomic })
+            json!({ "action": "relink", "overlay": path(overlay), "backing-filename": path(Path::new(name)), "atomic": atomic })
         }
         Afterwards::Empty { name, atomic } => {
-            json!({ "action": "empty", "backing-filename": name, "atomic": atomic })
+            json!({ "action": "empty", "backing-filename": name.as_ref().map(|name| path(Path::new(name))), "atomic": atomic })
         }
         Afterwards::Keep => json!({ "action": "keep" }),
         Afterwards::Delete { .. } => json!({ "action": "delete" }),

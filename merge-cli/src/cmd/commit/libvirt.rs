@@ -1,5 +1,6 @@
 //! Which domains of libvirt name the images of a merge, and what they boot afterwards.
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use qcow2::error::Holder;
@@ -185,7 +186,7 @@ pub(super) fn in_use(
 
 /// The same merge, done by libvirt; `None` where a layer is meant whose path is not known.
 fn as_it_runs(virsh: &Virsh, disk: &DomainDisk, is_active: bool, args: &CommitArgs) -> Option<Command> {
-    let layer = |name: &Option<String>| match name {
+    let layer = |name: &Option<OsString>| match name {
         None => Some(None),
         Some(name) => of_layer(disk, name).map(Some),
     };
@@ -208,8 +209,8 @@ fn as_it_runs(virsh: &Virsh, disk: &DomainDisk, is_active: bool, args: &CommitAr
     Some(command(&virsh.block_commit(&disk.target, &wanted)))
 }
 
-fn of_layer(disk: &DomainDisk, name: &str) -> Option<PathBuf> {
-    let bracket = name.strip_suffix(']').and_then(|rest| rest.rsplit_once('['));
+fn of_layer(disk: &DomainDisk, name: &OsStr) -> Option<PathBuf> {
+    let bracket = name.to_str().and_then(|name| name.strip_suffix(']')?.rsplit_once('['));
     let Some((_, index)) = bracket.filter(|_| !Path::new(name).exists()) else {
         return std::path::absolute(name).ok();
     };

@@ -2,6 +2,7 @@
 //! traces of one that was interrupted.
 
 use qcow2::error::shown;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -107,12 +108,12 @@ fn same(address: &Address, args: &CommitArgs) -> Option<Command> {
 }
 
 /// The index of a layer that the user named for the stopped chain.
-fn place(disk: &Disk, name: &str) -> Option<String> {
+fn place(disk: &Disk, name: &OsStr) -> Option<String> {
     if let Some(layer) = id(Path::new(name)).and_then(|id| find(disk, id)) {
         return Some(format!("[{}]", layer.index));
     }
     // Indexes are counted alike: from the bottom.
-    let index = name.strip_suffix(']').and_then(|rest| rest.split_once('['))?.1;
+    let index = name.to_str()?.strip_suffix(']').and_then(|rest| rest.split_once('['))?.1;
     index.parse::<usize>().ok().map(|index| format!("[{index}]"))
 }
 

@@ -1,5 +1,7 @@
 //! Images as text.
 
+use std::path::PathBuf;
+
 use qcow2::ErrorKind;
 use qcow2::error::shown;
 use qcow2::format::{Bitmap, Cluster0, FeatureKind, Snapshot, features};
@@ -82,7 +84,7 @@ fn explains_dirty(facts: &Facts) -> bool {
 }
 
 fn merged(cluster0: &Cluster0) -> Option<String> {
-    let name = |into: String| if into.is_empty() { "its base".to_owned() } else { into };
+    let name = |into: PathBuf| if into.as_os_str().is_empty() { "its base".to_owned() } else { shown(into) };
     if let Some(into) = cluster0.merged_into() {
         return Some(format!("merged into {}; no longer needed", name(into)));
     }

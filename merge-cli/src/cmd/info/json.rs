@@ -86,10 +86,10 @@ fn qcow2_fields(facts: &Facts, cluster0: &Cluster0, out: &mut Map<String, Value>
         out.insert("backing-filename-format".into(), format.into());
     }
     if let Some(into) = cluster0.merged_into() {
-        out.insert("merged-into".into(), into.into());
+        out.insert("merged-into".into(), path(&into));
     }
     if let Some(into) = cluster0.merging_into() {
-        out.insert("merging-into".into(), into.into());
+        out.insert("merging-into".into(), path(&into));
     }
     if !facts.snapshots.is_empty() {
         let list = facts.snapshots.iter().map(|s| {

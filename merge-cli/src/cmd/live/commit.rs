@@ -1,6 +1,6 @@
 //! `qmerge live commit`: layers of a disk merged down into a base, while the guest runs.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use qcow2::image::Qcow2;
 use qcow2::storage::{Access, Host, OsHost};
@@ -43,7 +43,7 @@ pub(super) fn range<'d>(
 }
 
 /// Where a file was merged to that is in the chain no more, if its mark says so.
-pub(super) fn merged_before(disk: &Disk, top: &str) -> Option<String> {
+pub(super) fn merged_before(disk: &Disk, top: &str) -> Option<PathBuf> {
     if disk.layer(top).is_ok() {
         return None;
     }

@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use qcow2::error::shown;
 use qmp_client::{Connection, Disk, Graph, Kind, Merge, Procedure, State, StateFile, Throttle};
 
 use super::drive::Drive;
@@ -67,7 +68,8 @@ pub(super) fn commit(
         return Ok(exit);
     }
     if let Some(base) = args.top.as_ref().and_then(|top| commit::merged_before(disk, top)) {
-        let why = format!("{} was already merged into {base}", args.top.as_deref().unwrap_or_default());
+        let why =
+            format!("{} was already merged into {}", args.top.as_deref().unwrap_or_default(), shown(base));
         return nothing_to_do(console, disk.name(), &why);
     }
     let Some(range) = commit::range(session, disk, args)? else {
