@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path};
 
@@ -127,7 +127,9 @@ pub(super) fn sync(folder: &Folder) -> io::Result<()> {
 /// The names in a folder, sorted.
 pub(super) fn list(folder: &Folder) -> io::Result<Vec<OsString>> {
     let mut names = Vec::new();
-    for entry in Dir::read_from(folder.handle()?.as_fd())? {
+    // A descriptor of its own, as the folder's may serve for looking names up only.
+    let dir = rustix::fs::openat(folder.handle()?, ".", FOLDER | OFlags::RDONLY, Mode::empty())?;
+    for entry in Dir::new(dir)? {
         let name = entry?.file_name().to_bytes().to_vec();
         if name != b"." && name != b".." {
             names.push(OsString::from_vec(name));
