@@ -63,7 +63,9 @@ fn qcow2_rs_go_qcow2reader_accept_versions_that_do_not_exist() {
         folder.create("base.qcow2", M, "");
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
         folder.patch("base.qcow2").set_u32(4, version);
-        folder.refused(&["commit", "top.qcow2"], &[7, 9]).says("version").says("base.qcow2");
+        // Version 1 is another format, which the overlay does not declare.
+        let (codes, word): (&[i32], _) = if version == 1 { (&[6], "qcow") } else { (&[7, 9], "version") };
+        folder.refused(&["commit", "top.qcow2"], codes).says(word).says("base.qcow2");
     }
 }
 
@@ -372,10 +374,7 @@ fn imago_qcow2_rs_crash_on_absurd_depth() {
         fs::write(folder.join(&format!("l{layer:04}.qcow2")), image).unwrap();
     }
     let active = format!("l{:04}.qcow2", DEPTH - 1);
-    for verb in ["map", "commit"] {
-        let run = folder.qmerge(&[verb, &active]).expect(6);
-        assert!(run.last_line().starts_with("hint: "), "{run}");
-    }
+    folder.qmerge(&["map", &active]).ok().says("nothing");
 }
 
 #[test]

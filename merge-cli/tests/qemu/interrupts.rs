@@ -110,6 +110,7 @@ fn an_overlay_made_on_a_merged_layer_never_brings_old_data_back() {
     folder.io("qcow2", "c.qcow2", &["write -P 9 0 1M"]);
     folder.merge("c.qcow2", &["--delete"]);
     folder.overlay("d.qcow2", "a.qcow2", "qcow2", None, "");
-    folder.refused(&["commit", "d.qcow2"], &[6]).says("a.qcow2");
+    // The merged layer is an empty overlay on base: there is no old data left that could come back.
+    folder.merge("d.qcow2", &[]);
     folder.view("qcow2", "base.qcow2").assert_all(0, M, 9, "base");
 }

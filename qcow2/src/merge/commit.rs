@@ -49,9 +49,18 @@ pub struct Commit {
     /// Clusters of base that nothing refers to.
     pub(super) leaks: u64,
     /// The journal of an active image that was removed before.
-    pub(super) gone: Option<Journal>,
+    pub(super) gone: Option<Gone>,
     /// The journal of an active image that is removed at the end.
     pub(super) removing: Option<Arc<Journal>>,
+}
+
+/// An active image that was removed before.
+#[derive(Debug)]
+pub(super) struct Gone {
+    /// Its journal.
+    pub(super) journal: Journal,
+    /// The name by which the caller knows it: a symbolic link, perhaps.
+    pub(super) asked: PathBuf,
 }
 
 impl Commit {
@@ -69,7 +78,7 @@ impl Commit {
         let journal_dir = options.journal_dir.clone();
         let healing = OpenOptions { lock: false, heal: true, journal_dir, ..options.open.clone() };
         if let Some(gone) = before::removed(&*host, active, options)? {
-            return Self::over(host, options, gone);
+            return Self::over(host, options, gone, active);
         }
         let scout = Chain::open(&*host, active, &healing)?;
         // However often it is stopped, the same merge is known by the index that was asked for.
@@ -247,7 +256,7 @@ impl Commit {
     }
 
     /// The active image was merged, and removed: only its journal is there, and perhaps its data file.
-    fn over(host: Arc<dyn Host>, options: &CommitOptions, gone: Journal) -> Result<Self> {
+    fn over(host: Arc<dyn Host>, options: &CommitOptions, gone: Journal, asked: &Path) -> Result<Self> {
         let (chain, header) = (Chain::default(), gone.header());
         let (base, active) = (header.base.clone(), header.active.clone());
         let reason = before::was_merged(&active, &base);
@@ -255,7 +264,7 @@ impl Commit {
         let remains = remains.map(|remains| remains.paths(&*host)).transpose()?.unwrap_or_default();
         let mut this = Self::nothing(host, options, chain, reason, remains);
         (this.plan.base, this.plan.top, this.plan.active) = (base, active.clone(), active);
-        this.gone = Some(gone);
+        this.gone = Some(Gone { journal: gone, asked: asked.to_owned() });
         Ok(this)
     }
 

@@ -80,8 +80,8 @@ impl Commit {
     fn carry_out(mut self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Report> {
         let start = Instant::now();
         let mut report = Report::default();
-        if let Some(journal) = self.gone.take() {
-            self.finish_removed(&journal, &mut report)?;
+        if let Some(gone) = self.gone.take() {
+            self.finish_removed(&gone, &mut report)?;
             report.elapsed = start.elapsed();
             return Ok(report);
         }

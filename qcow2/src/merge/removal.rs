@@ -7,7 +7,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::commit::Commit;
+use super::commit::{Commit, Gone};
 use super::execute::Report;
 use super::plan::Afterwards;
 use super::remains::{Remains, unlink};
@@ -17,6 +17,14 @@ use crate::chain::Layer;
 use crate::error::{Error, FileOp, Result};
 use crate::journal::Journal;
 use crate::storage::{FileId, FileKind, Host, Place};
+
+/// A file that was removed.
+struct Removed {
+    /// The name by which the plan knows it.
+    path: PathBuf,
+    /// Where it was.
+    real: PathBuf,
+}
 
 impl Commit {
     /// Whether the active image is removed.
@@ -59,7 +67,10 @@ impl Commit {
                 // Whoever uses the layer that is kept reads through those below it.
                 report.kept.push((layer.path.clone(), "a layer above it is kept".to_owned()));
             } else {
-                keeps = !self.delete(layer, report)?;
+                match self.delete(layer, report)? {
+                    Some(removed) => self.delete_links(removed, report)?,
+                    None => keeps = true,
+                }
             }
             if keeps {
                 self.mark(&[layer], report)?;
@@ -71,16 +82,23 @@ impl Commit {
     /// Removes the active image, an empty overlay by now, if it is to go; then its journal.
     pub(super) fn remove_active(&self, report: &mut Report) -> Result<()> {
         let Some(journal) = &self.removing else { return Ok(()) };
-        self.delete(self.layer(self.chain.active())?, report)?;
-        journal.remove(&*self.host)
+        let active = self.layer(self.chain.active())?;
+        let removed = self.delete(active, report)?;
+        journal.remove(&*self.host)?;
+        self.delete_links(removed.unwrap_or_default(), report)
     }
 
     /// Ends a merge that was stopped when it had removed the active image.
-    pub(super) fn finish_removed(&self, journal: &Journal, report: &mut Report) -> Result<()> {
+    pub(super) fn finish_removed(&self, gone: &Gone, report: &mut Report) -> Result<()> {
+        let journal = &gone.journal;
         if let Some(remains) = Remains::of(&*self.host, journal, &self.chain, false)? {
             remains.settle(&*self.host, &self.chain, &self.options, report)?;
         }
-        journal.remove(&*self.host)
+        journal.remove(&*self.host)?;
+        if unlink_dangling(&*self.host, &gone.asked, &journal.header().active)? {
+            report.deleted.push(gone.asked.clone());
+        }
+        Ok(())
     }
 
     pub(super) fn base_name(&self) -> Result<PathBuf> {
@@ -114,10 +132,10 @@ impl Commit {
     }
 
     /// Removes a layer, and then its data file, if its name still leads to the file of the plan, and that is a
-    /// regular file; false if the layer is kept, and then its data file is too. A symbolic link by which the layer was
-    /// named goes with it: it would lead nowhere.
-    fn delete(&self, layer: &Layer, report: &mut Report) -> Result<bool> {
+    /// regular file. `None` if the layer is kept, and then its data file is too.
+    fn delete(&self, layer: &Layer, report: &mut Report) -> Result<Option<Vec<Removed>>> {
         let host = &*self.host;
+        let mut removed = Vec::new();
         let data_file = layer.data_file.as_ref().map(|file| (&file.path, file.id, file.kept));
         for (path, id, kept) in [(&layer.path, layer.id, None)].into_iter().chain(data_file) {
             let found = Place::of(host, path).and_then(|place| Ok((place.stat(host)?, place)));
@@ -126,12 +144,9 @@ impl Commit {
                 Ok((stat, place))
                     if stat.id == id && stat.kind == FileKind::Regular && !self.is_shared(id) =>
                 {
-                    let real = place.path().to_owned();
                     unlink(host, &place)?;
-                    if unlink_dangling(host, path, &real)? {
-                        report.deleted.push(real);
-                    }
                     report.deleted.push(path.clone());
+                    removed.push(Removed { path: path.clone(), real: place.path() });
                     continue;
                 }
                 Ok((stat, _)) if stat.id != id => "its name leads to another file now".to_owned(),
@@ -142,10 +157,21 @@ impl Commit {
             };
             report.kept.push((path.clone(), why));
             if id == layer.id {
-                return Ok(false);
+                return Ok(None);
             }
         }
-        Ok(true)
+        Ok(Some(removed))
+    }
+
+    /// Removes the symbolic links by which removed files were named: they lead nowhere. That of the active image goes behind its
+    /// journal, because the same command finds the journal by it.
+    fn delete_links(&self, removed: Vec<Removed>, report: &mut Report) -> Result<()> {
+        for Removed { path, real } in removed {
+            if unlink_dangling(&*self.host, &path, &real)? {
+                report.deleted.push(real);
+            }
+        }
+        Ok(())
     }
 
     fn is_shared(&self, id: FileId) -> bool {
@@ -236,7 +262,7 @@ mod tests {
         create(dir, "-b @mid -F qcow2 @top");
         let report = delete(&dir.join("top"), false);
         let real = std::fs::canonicalize(dir).unwrap().join("store/mid");
-        assert_eq!(report.deleted, [real, dir.join("mid"), dir.join("top")]);
+        assert_eq!(report.deleted, [dir.join("mid"), real, dir.join("top")]);
         assert!(!dir.join("store/mid").exists() && !dir.join("top").exists());
         assert!(dir.join("mid").symlink_metadata().is_err(), "a link is left that leads nowhere");
     }
