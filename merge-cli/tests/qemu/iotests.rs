@@ -155,13 +155,13 @@ fn t176_a_snapshot_of_the_active_image_survives() {
 }
 
 #[test]
-fn t176_a_bitmap_of_the_active_image_is_given_up_only_when_told() {
+fn t176_a_bitmap_of_the_active_image_stays_and_goes_with_the_image_only_when_told() {
     if qemu_present() {
-        let folder = t097(&["--drop-bitmaps"], |folder| {
+        let folder = t097(&[], |folder| {
             folder.img(&["bitmap", "--add", "top.qcow2", "backup"]);
-            folder.refused(&["commit", "top.qcow2"], &[6]).says("backup");
+            folder.refused(&["commit", "top.qcow2", "--delete"], &[6]).says("backup");
         });
-        folder.img(&["info", "top.qcow2"]).ok();
+        folder.img(&["info", "top.qcow2"]).ok().says("backup");
     }
 }
 

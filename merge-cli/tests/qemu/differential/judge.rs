@@ -75,7 +75,13 @@ pub(super) fn merging(case: &Case) {
             continue;
         }
         let name = &case.layers[index].name;
-        view(case, &case.layers[index]).assert_same(before, &format!("{case}the view through {name}"));
+        let (after, what) = (view(case, &case.layers[index]), format!("{case}the view through {name}"));
+        if index == case.top && !case.consolidates() && after.len() > before.len() {
+            // Emptied, it is as large as the active image.
+            after.assert_same_range(before, 0, before.len(), &what);
+        } else {
+            after.assert_same(before, &what);
+        }
     }
     judge_base(case, &base_before, &views[0]);
     for (layer, snapshot, before) in &snapshots {
@@ -141,12 +147,10 @@ fn judge_files(case: &Case, before: &Files) {
                 continue;
             }
             assert!(after.contains_key(name), "{case}{name} is gone");
-            let is_active = index == case.layers.len() - 1;
-            // Base takes data, merged layers get a mark, the overlay above top a new backing name; nothing else changes.
-            let written = index == case.base
-                || (merged && *name == layer.name && !(is_active && case.keep_active))
-                || (merged && is_active && !case.keep_active)
-                || (above_top && *name == layer.name);
+            // Base takes data, merged layers become empty overlays on it, with their data files, unless the active image is
+            // kept, the overlay above top gets a new backing name; nothing else changes.
+            let is_kept = case.keep_active && case.consolidates();
+            let written = index == case.base || (merged && !is_kept) || (above_top && *name == layer.name);
             assert!(
                 written || before[name] == after[name],
                 "{case}{name} was not part of the plan and changed"
