@@ -4,11 +4,16 @@ use std::ffi::OsStr;
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
 
+/// How many bytes of a name are shown: as many as a backing name may have (specification, "Backing file name").
+const LONGEST: usize = 1023;
+
 /// A name in one line that a terminal shows as it is: control characters, marks that turn the direction of writing,
-/// and bytes that are no UTF-8 are escaped as `\n`, `\x1b`, `\u{202e}`, `\xff`.
+/// and bytes that are no UTF-8 are escaped as `\n`, `\x1b`, `\u{202e}`, `\xff`. Of a name with more than 1023 bytes, which no
+/// backing name has, the beginning is shown: an image's author chooses how long the name of its data file is.
 pub fn shown(name: impl AsRef<OsStr>) -> String {
+    let bytes = name.as_ref().as_bytes();
     let mut out = String::new();
-    for chunk in name.as_ref().as_bytes().utf8_chunks() {
+    for chunk in bytes.get(..LONGEST).unwrap_or(bytes).utf8_chunks() {
         for c in chunk.valid().chars() {
             push_escaped(&mut out, c);
         }
@@ -16,6 +21,9 @@ pub fn shown(name: impl AsRef<OsStr>) -> String {
             // Writing to a string cannot fail.
             let _ = write!(out, "\\x{byte:02x}");
         }
+    }
+    if bytes.len() > LONGEST {
+        let _ = write!(out, "... ({} bytes)", bytes.len());
     }
     out
 }
@@ -57,5 +65,7 @@ mod tests {
         ] {
             assert_eq!(shown(OsStr::from_bytes(name)), expected);
         }
+        let long = shown("n".repeat(LONGEST + 1));
+        assert!(long.ends_with("nnn... (1024 bytes)"), "{long}");
     }
 }

@@ -231,8 +231,8 @@ impl Before {
         }
     }
 
-    /// Files that the plan does not name are as they were; of merged layers and of the overlay above top
-    /// only cluster 0 has changed; snapshots of base hold what they held.
+    /// Files that the plan does not name are as they were; of layers that are kept and of the overlay above top
+    /// only cluster 0 has changed; snapshots of base hold what they held. Merged layers become empty.
     fn assert_untouched(&self, host: &MemHost) {
         let Case { base, top, active, delete, .. } = self.case;
         let now = files(host, &self.layers);
@@ -243,7 +243,7 @@ impl Before {
         };
         for (at, layer) in self.layers.iter().enumerate() {
             let merged = (base + 1..=top).contains(&at);
-            let emptied = at == active && self.case.empties();
+            let emptied = merged && (top < active || self.case.empties());
             let removed = delete && merged;
             if at == base || emptied || removed {
                 continue;

@@ -107,7 +107,12 @@ fn assert_name_is_understood(name: &[u8]) {
 
 /// A name has 1023 bytes, and may stand in a message twice, each byte as a replacement character or an escape.
 fn assert_short(message: &str) {
-    assert!(message.len() < 16 << 10, "a message of {} bytes", message.len());
+    assert!(
+        message.len() < 16 << 10,
+        "a message of {} bytes: {}",
+        message.len(),
+        message.chars().take(300).collect::<String>()
+    );
 }
 
 /// Files in memory, and which of them are opened.

@@ -257,7 +257,9 @@ fn bitmap_extensions_out_of_bounds_are_refused() {
         damage(&mut image);
         let error = read_all(&image).expect_err(case);
         assert_eq!(error.kind(), ErrorKind::Damaged, "{case}: {error}");
-        assert!(error.to_string().contains("bitmap"), "{case}: {error}");
+        // What is left of a short extension is read as the next one.
+        let named = if case == "short extension" { "header extension" } else { "bitmap" };
+        assert!(error.to_string().contains(named), "{case}: {error}");
         // Without the autoclear bit the extension means nothing: it cannot do harm.
         image.put_u64(field::AUTOCLEAR, 0);
         if case != "short extension" {

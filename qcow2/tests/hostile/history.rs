@@ -6,8 +6,8 @@ use std::sync::atomic::AtomicBool;
 
 use qcow2::chain::{Chain, OpenOptions, Policy};
 use qcow2::check::{CheckOptions, Verdict, check};
+use qcow2::error::Error;
 use qcow2::fuzzing::sample::{Content, Sample};
-use qcow2::image::ImageFormat;
 use qcow2::merge::{Commit, CommitOptions, Progress};
 use qcow2::storage::{Access, Host, MemHost};
 
@@ -57,13 +57,12 @@ fn cve_2022_47951_a_vmdk_descriptor_leads_nowhere() {
     let host = MemHost::new();
     host.add("/etc/shadow", b"root").unwrap();
     host.add("/vm/disk.vmdk", &[&descriptor[..], &[0; 4000]].concat()).unwrap();
-    let chain = Chain::open(&host, Path::new("/vm/disk.vmdk"), &local()).unwrap();
-    let files: Vec<_> = chain.layers().iter().map(|layer| layer.path.clone()).collect();
-    assert_eq!(files, [Path::new("/vm/disk.vmdk")]);
-    assert_eq!(chain.layers()[0].image.format(), ImageFormat::Raw);
-    // Neither does an overlay that calls it by its name.
+    let refused = Chain::open(&host, Path::new("/vm/disk.vmdk"), &local()).unwrap_err();
+    assert!(matches!(refused, Error::Foreign { .. }), "{refused}");
+    // An overlay may lie on it: then it is held, and neither it nor what it names is read.
     let overlay = Sample::new(8).over("disk.vmdk", "vmdk").build();
     host.add("/vm/overlay.qcow2", &overlay.bytes).unwrap();
-    let refused = Chain::open(&host, Path::new("/vm/overlay.qcow2"), &local()).unwrap_err();
-    assert!(refused.to_string().contains("vmdk"), "{refused}");
+    let chain = Chain::open(&host, Path::new("/vm/overlay.qcow2"), &local()).unwrap();
+    let files: Vec<_> = chain.layers().iter().map(|layer| layer.path.clone()).collect();
+    assert_eq!(files, [Path::new("/vm/disk.vmdk"), Path::new("/vm/overlay.qcow2")]);
 }
