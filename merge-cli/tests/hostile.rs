@@ -98,7 +98,12 @@ fn damage_ends_with_9() {
         let dir = folder(&base().build(), &top);
         println!("{case}");
         refused(dir.path(), &["commit", "top.qcow2"], 9, "top.qcow2");
-        refused(dir.path(), &["flatten", "top.qcow2", "-o", "new.raw", "--to", "raw"], 9, "top.qcow2");
+        // What lies behind the end of a file that was cut short is zeros to flatten, as to QEMU.
+        let flatten = ["flatten", "top.qcow2", "-o", "new.raw", "--to", "raw"];
+        match case {
+            "a reserved bit in an L2 entry" => refused(dir.path(), &flatten, 9, "top.qcow2"),
+            _ => ends_with(dir.path(), &flatten, 0),
+        };
         refused(dir.path(), &["map", "top.qcow2"], 9, "top.qcow2");
         refused(dir.path(), &["compare", "top.qcow2", "base.qcow2"], 2, "top.qcow2");
         ends_with(dir.path(), &["check", "top.qcow2"], 2);

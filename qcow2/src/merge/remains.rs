@@ -20,6 +20,7 @@ use crate::journal::record::{Phase, Purpose, Spent, SpentKind};
 use crate::stamp::Stamp;
 use crate::storage::{
     Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner, Place, Storage, if_there,
+    leads_nowhere,
 };
 
 /// What a stopped merge has left to be removed.
@@ -201,14 +202,8 @@ impl Remains {
         // It was noted by a path without links.
         let place = match Place::at(host, path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Verdict::Gone),
-            Err(e) if host.canonicalize(path).is_ok() => {
-                // A link on the way, or a folder that may not be looked into.
-                return if e.kind() == io::ErrorKind::PermissionDenied {
-                    Err(failed(FileOp::Open)(e))
-                } else {
-                    moved()
-                };
-            }
+            // A link on the way. What merely failed tells nothing about the name.
+            Err(e) if leads_nowhere(&e) && host.canonicalize(path).is_ok() => return moved(),
             place => place.map_err(failed(FileOp::Resolve))?,
         };
         let stat = match place.stat(host) {
