@@ -33,50 +33,34 @@
 //! - [`libvirt`]: which domains of libvirt name an image, and what to type where libvirt owns the machine.
 //! - [`Merge`]: a commit or pull with its job and its state file, each step in the right order.
 
-mod address;
-mod commit;
-mod connection;
+mod block;
 mod error;
-mod flush;
-mod foreign;
 #[doc(hidden)]
 pub mod fuzzing;
-mod graph;
-mod jobs;
 pub mod libvirt;
 mod live;
-mod message;
-mod monitor;
-mod nbd;
-mod owner;
-mod procedure;
-mod pull;
-#[cfg(test)]
-mod replay;
-mod servers;
+mod qmp;
 #[cfg(test)]
 #[path = "../../testdata/skipped.rs"]
 mod skipped;
-mod snapshot;
 mod state;
-mod version;
 
-pub use address::Address;
-pub use commit::{Commit, CommitOptions};
-pub use connection::{Connection, Options};
+pub use block::commit::{Commit, CommitOptions};
+pub use block::foreign::conclude;
+pub use block::graph::{Backing, Disk, Graph, Layer, Range};
+pub use block::jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watch, jobs};
+pub use block::procedure::{Merged, cancel};
+pub use block::pull::Pull;
+pub use block::servers::nbd_server;
+pub use block::snapshot::snapshot;
 pub use error::{Error, Result};
-pub use foreign::conclude;
-pub use graph::{Backing, Disk, Graph, Layer, Range};
-pub use jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watch, jobs};
 pub use live::{Merge, Procedure, Throttle, Wishes};
-pub use message::{Event, Failure, Message, reply, request};
-pub use monitor::{Execute, Monitor, patience};
-pub use owner::Owner;
-pub use procedure::{Merged, cancel};
-pub use pull::Pull;
 pub use qapi;
-pub use servers::nbd_server;
-pub use snapshot::snapshot;
+pub use qmp::address::Address;
+pub use qmp::connection::{Connection, Options};
+pub use qmp::message::{Event, Failure, Message, reply, request};
+pub use qmp::monitor::{Execute, Monitor, patience};
+pub use qmp::owner::Owner;
 pub use state::{
     FileIdentity, Header, Kind, Phase, Qemu, Rename, Seen, State, StateFile, StateLayer, Throttled, Verdict,
     find_states, states_in, states_of, sweep,

@@ -7,11 +7,11 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::{TRANSCRIPTS, assert_short};
+use crate::block::graph::{Disk, Graph};
+use crate::block::jobs::{Goal, Job, Watch, jobs};
 use crate::error::{Error, Result};
-use crate::graph::{Disk, Graph};
-use crate::jobs::{Goal, Job, Watch, jobs};
-use crate::message::{Event, Failure, Message};
-use crate::monitor::Monitor;
+use crate::qmp::message::{Event, Failure, Message};
+use crate::qmp::monitor::Monitor;
 use crate::{Commit, CommitOptions, Pull};
 
 /// The lines of the input are what a monitor answers, whatever it is asked; then it knows no command any more. Disks are looked for, merges of every range planned, tried and followed: each comes to

@@ -4,8 +4,8 @@ use std::io::BufReader;
 use std::time::Duration;
 
 use super::{TRANSCRIPTS, assert_short};
-use crate::connection::reader::{Mailbox, Outcome, read_lines};
-use crate::message::{Event, Message};
+use crate::qmp::connection::reader::{Mailbox, Outcome, read_lines};
+use crate::qmp::message::{Event, Message};
 
 /// The numbers of the commands that wait for an answer.
 const WAITING: std::ops::RangeInclusive<u64> = 1..=8;

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::block::graph::{Disk, Graph};
 use crate::error::Result;
-use crate::graph::{Disk, Graph};
-use crate::monitor::{Execute, Monitor};
+use crate::qmp::monitor::{Execute, Monitor};
 use crate::state::{FileIdentity, Kind, Phase, State, StateFile, now_ns};
 
 /// Two writes that are further apart than this have different times in that order: the kernel's clock for files goes in

@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use qapi::qmp::JobStatus;
 
-use crate::address::Address;
+use crate::block::graph::{Disk, Graph, Layer};
+use crate::block::jobs::{Job, Progress, Waited, Watch, jobs};
+use crate::block::procedure::{Merged, cancel, with_chain};
 use crate::error::{Error, Result};
-use crate::graph::{Disk, Graph, Layer};
-use crate::jobs::{Job, Progress, Waited, Watch, jobs};
-use crate::monitor::Monitor;
-use crate::procedure::{Merged, cancel, with_chain};
+use crate::qmp::address::Address;
+use crate::qmp::monitor::Monitor;
 use crate::state::{Kind, Phase, Pointer, State, StateFile, StateLayer, boot, now_ns};
 
 use held::{is_written_while_held, note_switching};

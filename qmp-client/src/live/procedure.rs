@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use crate::commit::Commit;
+use crate::block::commit::Commit;
+use crate::block::graph::Layer;
+use crate::block::jobs::{Goal, Job};
+use crate::block::procedure::{Merged, chain};
+use crate::block::pull::Pull;
 use crate::error::Result;
-use crate::graph::Layer;
-use crate::jobs::{Goal, Job};
-use crate::monitor::Monitor;
-use crate::procedure::{Merged, chain};
-use crate::pull::Pull;
+use crate::qmp::monitor::Monitor;
 use crate::state::{Kind, Rename, State};
 
 /// What a merge does.

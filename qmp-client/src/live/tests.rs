@@ -7,10 +7,10 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::commit::{Commit, CommitOptions};
-use crate::message::{Event, Failure};
-use crate::pull::Pull;
-use crate::replay::Replay;
+use crate::block::commit::{Commit, CommitOptions};
+use crate::block::pull::Pull;
+use crate::qmp::message::{Event, Failure};
+use crate::qmp::replay::Replay;
 
 /// A QEMU whose jobs are copied at once, and whose switches fail with these words. Its disks stay what they are.
 struct Failing {

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use super::Merge;
+use crate::block::graph::Disk;
+use crate::block::jobs::{JobState, Progress, Waited, Watch};
+use crate::block::procedure::unique;
 use crate::error::{Error, Result};
-use crate::graph::Disk;
-use crate::jobs::{JobState, Progress, Waited, Watch};
-use crate::monitor::{Execute, Monitor};
-use crate::procedure::unique;
+use crate::qmp::monitor::{Execute, Monitor};
 use crate::state::{Kind, Throttled};
 
 const COMMAND: &str = "block_set_io_throttle";
@@ -190,8 +190,8 @@ mod tests {
     use qapi::qmp::JobStatus;
 
     use super::*;
-    use crate::graph::Graph;
-    use crate::replay::Replay;
+    use crate::block::graph::Graph;
+    use crate::qmp::replay::Replay;
 
     fn job(done: u64, total: u64) -> JobState {
         let status = JobStatus::running;

@@ -8,8 +8,8 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::{State, failed, litter, now_ns, pointer};
-use crate::address::Address;
 use crate::error::Result;
+use crate::qmp::address::Address;
 
 const SUFFIX: &str = ".qmerge-live";
 /// The permission of the group, or of everybody, to write.

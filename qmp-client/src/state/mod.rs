@@ -18,8 +18,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::block::graph::Layer;
 use crate::error::Error;
-use crate::graph::Layer;
 
 pub use file::{StateFile, find_states, states_in};
 pub use identity::FileIdentity;

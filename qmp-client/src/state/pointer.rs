@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use super::file::{load_all, replace};
 use super::{State, StateFile};
-use crate::address::Address;
 use crate::error::Result;
+use crate::qmp::address::Address;
 
 /// The list of one monitor.
 #[derive(Clone, Debug, Default)]

@@ -5,8 +5,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use super::*;
-use crate::address::Address;
 use crate::error::Result;
+use crate::qmp::address::Address;
 
 /// The merge of `[1]` to `[3]` of four layers in a folder.
 pub(crate) fn state(folder: &str) -> State {

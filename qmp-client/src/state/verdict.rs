@@ -5,10 +5,10 @@ use std::path::Path;
 use qapi::qmp::JobStatus;
 
 use super::{FileIdentity, Kind, Phase, State, StateLayer};
+use crate::block::graph::{Disk, Graph};
+use crate::block::jobs::jobs;
 use crate::error::Result;
-use crate::graph::{Disk, Graph};
-use crate::jobs::jobs;
-use crate::monitor::Monitor;
+use crate::qmp::monitor::Monitor;
 
 /// What is true, or why that cannot be told.
 type Doubtful<T> = std::result::Result<T, String>;

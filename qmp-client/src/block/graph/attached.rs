@@ -4,10 +4,10 @@ use serde_json::json;
 
 use super::nodes::Edges;
 use super::{Disk, Graph};
+use crate::block::jobs::{JobState, jobs};
+use crate::block::procedure::job_prefix;
 use crate::error::Result;
-use crate::jobs::{JobState, jobs};
-use crate::monitor::{Execute, Monitor, read};
-use crate::procedure::job_prefix;
+use crate::qmp::monitor::{Execute, Monitor, read};
 
 impl Graph {
     /// All jobs of this QEMU, whoever started them, each with the disk on which it works.

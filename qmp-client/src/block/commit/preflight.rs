@@ -4,12 +4,12 @@ use qapi::qmp;
 use serde_json::json;
 
 use super::Commit;
+use crate::block::flush::Means;
+use crate::block::graph::Layer;
+use crate::block::jobs::jobs;
+use crate::block::procedure::job_prefix;
 use crate::error::{Error, Result};
-use crate::flush::Means;
-use crate::graph::Layer;
-use crate::jobs::jobs;
-use crate::monitor::{Execute, Monitor};
-use crate::procedure::job_prefix;
+use crate::qmp::monitor::{Execute, Monitor};
 
 /// Checks that need only the graph.
 pub(super) fn plan(commit: &Commit) -> Result<()> {

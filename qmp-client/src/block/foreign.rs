@@ -2,12 +2,12 @@
 
 use qapi::qmp::JobStatus;
 
+use crate::block::flush::Means;
+use crate::block::graph::{Disk, Graph, holds_requests};
+use crate::block::jobs::{Goal, Job, Waited, Watch};
+use crate::block::procedure::{LONGEST_STEP, failed, stuck};
 use crate::error::{Error, Result};
-use crate::flush::Means;
-use crate::graph::{Disk, Graph, holds_requests};
-use crate::jobs::{Goal, Job, Waited, Watch};
-use crate::monitor::Monitor;
-use crate::procedure::{LONGEST_STEP, failed, stuck};
+use crate::qmp::monitor::Monitor;
 
 /// Has a job that is ready or pending, whoever started it, do what it is for, and returns the disk as it is then. Of one
 /// that has concluded and is kept only the result is taken.

@@ -4,8 +4,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::block::graph::{Disk, Layer, Range};
 use crate::error::{Error, Result};
-use crate::graph::{Disk, Layer, Range};
 
 /// The name under which the overlay above top will find base.
 ///

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::monitor::{Execute, Monitor};
+use crate::qmp::monitor::{Execute, Monitor};
 
 /// The first version that closes the connection to an NBD export in its main thread.
 const CLOSES_SAFELY: (u64, u64) = (9, 0);
@@ -47,7 +47,7 @@ fn known(monitor: &(impl Monitor + ?Sized), command: &str, arguments: Value) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::replay::Replay;
+    use crate::qmp::replay::Replay;
 
     fn safe(version: Option<&str>, objects: Option<&str>) -> bool {
         let answer = |id: u64, name: &str, value: Option<&str>| {

@@ -19,10 +19,10 @@ use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde_json::Value;
 
-use crate::address::Address;
 use crate::error::{Error, Result};
-use crate::message::{Event, raw_request};
-use crate::monitor::Monitor;
+use crate::qmp::address::Address;
+use crate::qmp::message::{Event, raw_request};
+use crate::qmp::monitor::Monitor;
 use reader::{Mailbox, Outcome};
 
 /// How a connection is made.

@@ -6,7 +6,7 @@ use qapi::Command;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::message::{Event, reply};
+use crate::qmp::message::{Event, reply};
 
 /// Somebody who executes QMP commands: a connection to QEMU, or what a test puts in its place.
 pub trait Monitor {

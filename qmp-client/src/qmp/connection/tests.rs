@@ -5,9 +5,9 @@ use std::io::{BufRead, BufReader};
 use serde_json::json;
 
 use super::*;
-use crate::monitor::Execute;
+use crate::qmp::monitor::Execute;
 
-const GREETING: &str = include_str!("../../testdata/qemu-10.0.2.jsonl");
+const GREETING: &str = include_str!("../../../testdata/qemu-10.0.2.jsonl");
 const SHORT: Duration = Duration::from_millis(30);
 const LONG: Duration = Duration::from_secs(300);
 

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::error::{Error, Result};
-use crate::monitor::{Execute, Monitor, read};
+use crate::qmp::monitor::{Execute, Monitor, read};
 
 /// A job as QEMU described it at one moment.
 #[derive(Clone, Debug)]

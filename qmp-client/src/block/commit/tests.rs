@@ -1,11 +1,11 @@
 //! Plans on graphs that QEMU told, with a field changed here and there.
 
 use super::*;
-use crate::graph::Graph;
-use crate::replay::Replay;
+use crate::block::graph::Graph;
+use crate::qmp::replay::Replay;
 
-const BLOCKDEV: &str = include_str!("../../testdata/transcripts/discovery-blockdev.jsonl");
-const NBD: &str = include_str!("../../testdata/transcripts/discovery-nbd.jsonl");
+const BLOCKDEV: &str = include_str!("../../../testdata/transcripts/discovery-blockdev.jsonl");
+const NBD: &str = include_str!("../../../testdata/transcripts/discovery-nbd.jsonl");
 
 fn disk(transcript: &str) -> Disk {
     Graph::ask(&Replay::of(transcript)).unwrap().disks()[0].clone()

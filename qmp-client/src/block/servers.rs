@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::nbd::GREETING;
+use crate::block::nbd::GREETING;
 
 /// How long a server may take to greet. It says the first word, and needs nothing for it.
 const GREETS_WITHIN: Duration = Duration::from_secs(1);

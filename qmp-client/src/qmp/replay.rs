@@ -7,8 +7,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::message::{Event, Failure, Message};
-use crate::monitor::Monitor;
+use crate::qmp::message::{Event, Failure, Message};
+use crate::qmp::monitor::Monitor;
 
 /// Each command gets the next answer that QEMU gave to a command of that name; the events that came
 /// before that answer are to be had from then on. A command that the transcript does not hold is unknown.

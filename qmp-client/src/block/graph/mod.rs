@@ -11,7 +11,7 @@ use std::collections::{HashMap, HashSet};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::monitor::{Execute, Monitor, read};
+use crate::qmp::monitor::{Execute, Monitor, read};
 pub(crate) use attached::holds_requests;
 pub use disk::{Backing, Disk, Layer, Range};
 use nodes::{Below, Edges, NamedNode};

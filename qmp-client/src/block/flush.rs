@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use crate::block::nbd;
+use crate::block::procedure::unique;
+use crate::block::version::exports_are_safe;
 use crate::error::{Error, Result};
-use crate::monitor::{Execute, Monitor};
-use crate::nbd;
-use crate::procedure::unique;
-use crate::version::exports_are_safe;
+use crate::qmp::monitor::{Execute, Monitor};
 
 /// How a node of this QEMU can be flushed.
 #[derive(Clone, Debug, PartialEq, Eq)]

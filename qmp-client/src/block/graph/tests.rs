@@ -1,7 +1,7 @@
 //! Graphs that QEMU 10.0.2 and its storage daemon told.
 
 use super::*;
-use crate::replay::Replay;
+use crate::qmp::replay::Replay;
 
 fn replayed(transcript: &str) -> Graph {
     Graph::ask(&Replay::of(transcript)).unwrap()
@@ -13,7 +13,7 @@ fn chain(disk: &Disk) -> Vec<(usize, &str, &str)> {
 
 #[test]
 fn a_drive_is_called_by_its_device_and_answers_to_its_drive() {
-    let graph = replayed(include_str!("../../testdata/transcripts/discovery-drive.jsonl"));
+    let graph = replayed(include_str!("../../../testdata/transcripts/discovery-drive.jsonl"));
     assert_eq!(graph.disks().len(), 1);
     for name in ["vda", "drive0", "/machine/peripheral/vda/virtio-backend", "/vm/a/active.qcow2"] {
         assert_eq!(graph.disk(name).unwrap().name(), "vda", "{name}");
@@ -34,7 +34,7 @@ fn a_drive_is_called_by_its_device_and_answers_to_its_drive() {
 
 #[test]
 fn blockdev_nodes_keep_the_names_that_the_user_gave() {
-    let graph = replayed(include_str!("../../testdata/transcripts/discovery-blockdev.jsonl"));
+    let graph = replayed(include_str!("../../../testdata/transcripts/discovery-blockdev.jsonl"));
     let disk = graph.disk("active-fmt").unwrap();
     assert_eq!(disk.root(), "active-fmt");
     assert_eq!(chain(disk)[4], (1, "base-fmt", "/vm/a/base.qcow2"));
@@ -45,7 +45,7 @@ fn blockdev_nodes_keep_the_names_that_the_user_gave() {
 
 #[test]
 fn a_storage_daemon_has_exports_for_disks() {
-    let graph = replayed(include_str!("../../testdata/transcripts/discovery-qsd.jsonl"));
+    let graph = replayed(include_str!("../../../testdata/transcripts/discovery-qsd.jsonl"));
     let disk = graph.disk("e0").unwrap();
     assert_eq!(disk.export(), Some("e0"));
     assert_eq!(disk.root(), "fmt0");
@@ -56,7 +56,7 @@ fn a_storage_daemon_has_exports_for_disks() {
 
 #[test]
 fn filters_are_left_out_of_the_count_and_stay_the_root() {
-    let graph = replayed(include_str!("../../testdata/transcripts/discovery-filters.jsonl"));
+    let graph = replayed(include_str!("../../../testdata/transcripts/discovery-filters.jsonl"));
     let disk = &graph.disks()[0];
     assert_eq!(disk.root(), "thr");
     assert_eq!(disk.filters(), ["thr", "cor"]);
@@ -66,7 +66,7 @@ fn filters_are_left_out_of_the_count_and_stay_the_root() {
 
 #[test]
 fn a_base_behind_a_protocol_is_found_by_its_index() {
-    let graph = replayed(include_str!("../../testdata/transcripts/discovery-nbd.jsonl"));
+    let graph = replayed(include_str!("../../../testdata/transcripts/discovery-nbd.jsonl"));
     let disk = graph.disk("vda").unwrap();
     let base = disk.layer("vda[1]").unwrap();
     assert_eq!(base.file, "nbd+unix://?socket=/vm/j/n.sock");
@@ -77,7 +77,7 @@ fn a_base_behind_a_protocol_is_found_by_its_index() {
 
 #[test]
 fn an_image_that_qemu_describes_in_json_has_the_name_of_its_file() {
-    let described = include_str!("../../testdata/transcripts/discovery-blockdev.jsonl").replace(
+    let described = include_str!("../../../testdata/transcripts/discovery-blockdev.jsonl").replace(
         "\"drv\":\"qcow2\",\"backing_file\":\"/vm/a/s1.qcow2\",\"file\":\"/vm/a/s2.qcow2\"",
         "\"drv\":\"qcow2\",\"backing_file\":\"/vm/a/s1.qcow2\",\"file\":\"json:{}\"",
     );
@@ -88,7 +88,7 @@ fn an_image_that_qemu_describes_in_json_has_the_name_of_its_file() {
 
 #[test]
 fn layers_are_named_by_index_node_or_path() {
-    let graph = replayed(include_str!("../../testdata/transcripts/discovery-blockdev.jsonl"));
+    let graph = replayed(include_str!("../../../testdata/transcripts/discovery-blockdev.jsonl"));
     let disk = &graph.disks()[0];
     for name in ["[2]", "vda[2]", "active-fmt[2]", "s1-fmt", "/vm/a/s1.qcow2"] {
         assert_eq!(disk.layer(name).unwrap().index, 2, "{name}");
@@ -104,7 +104,7 @@ fn layers_are_named_by_index_node_or_path() {
 
 #[test]
 fn names_that_only_qemu_understands_are_replaced() {
-    let transcript = include_str!("../../testdata/transcripts/discovery-blockdev.jsonl");
+    let transcript = include_str!("../../../testdata/transcripts/discovery-blockdev.jsonl");
     let graph = replayed(transcript).with_files(&|name| (name == "/vm/a/s1.qcow2").then(|| "/x/s1".into()));
     let disk = &graph.disks()[0];
     assert_eq!(disk.layer("/x/s1").unwrap().index, 2);
@@ -113,7 +113,7 @@ fn names_that_only_qemu_understands_are_replaced() {
 
 #[test]
 fn reversed_ranges_are_refused_with_the_chain() {
-    let graph = replayed(include_str!("../../testdata/transcripts/discovery-blockdev.jsonl"));
+    let graph = replayed(include_str!("../../../testdata/transcripts/discovery-blockdev.jsonl"));
     let disk = &graph.disks()[0];
     let layer = |n: usize| disk.layer(&format!("[{n}]")).unwrap();
     let range = disk.range(layer(1), layer(3)).unwrap();
@@ -126,7 +126,7 @@ fn reversed_ranges_are_refused_with_the_chain() {
 
 #[test]
 fn a_disk_that_does_not_exist_is_answered_with_those_that_do() {
-    let graph = replayed(include_str!("../../testdata/transcripts/discovery-drive.jsonl"));
+    let graph = replayed(include_str!("../../../testdata/transcripts/discovery-drive.jsonl"));
     let error = graph.disk("vdb").unwrap_err().to_string();
     assert!(error.contains("vdb") && error.contains("vda"), "{error}");
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::address::Address;
+use crate::qmp::address::Address;
 
 /// Software that manages virtual machines and keeps its own record of their disks. A merge behind its back
 /// leaves that record wrong, and the next start may use an image that is no longer valid.

@@ -3,13 +3,13 @@
 use qapi::qmp::{self, JobStatus};
 use serde_json::Value;
 
-use crate::commit::{CommitOptions, backing_name, bitmaps, circumstances, ownership};
+use crate::block::commit::{CommitOptions, backing_name, bitmaps, circumstances, ownership};
+use crate::block::flush::Means;
+use crate::block::graph::{Disk, Layer, Range};
+use crate::block::jobs::Job;
+use crate::block::procedure::{self, Merged, Renamed, unique};
 use crate::error::{Error, Result};
-use crate::flush::Means;
-use crate::graph::{Disk, Layer, Range};
-use crate::jobs::Job;
-use crate::monitor::{Execute, Monitor};
-use crate::procedure::{self, Merged, Renamed, unique};
+use crate::qmp::monitor::{Execute, Monitor};
 use crate::state::{State, StateLayer};
 
 /// A planned pull of the layers below the active one, down to but without `base`, into it.
@@ -253,10 +253,10 @@ impl Pull {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::graph::Graph;
-    use crate::replay::Replay;
+    use crate::block::graph::Graph;
+    use crate::qmp::replay::Replay;
 
-    const BLOCKDEV: &str = include_str!("../testdata/transcripts/discovery-blockdev.jsonl");
+    const BLOCKDEV: &str = include_str!("../../testdata/transcripts/discovery-blockdev.jsonl");
 
     fn plan(transcript: &str, base: Option<&str>, options: CommitOptions) -> Result<Pull> {
         let graph = Graph::ask(&Replay::of(transcript)).unwrap();

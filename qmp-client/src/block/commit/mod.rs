@@ -10,12 +10,12 @@ use std::path::PathBuf;
 use qapi::qmp::{self, JobStatus};
 use serde_json::Value;
 
+use crate::block::flush::{Means, flush};
+use crate::block::graph::{Disk, Layer, Range};
+use crate::block::jobs::{Job, jobs};
+use crate::block::procedure::{self, Merged, Renamed, unique};
 use crate::error::{Error, Result};
-use crate::flush::{Means, flush};
-use crate::graph::{Disk, Layer, Range};
-use crate::jobs::{Job, jobs};
-use crate::monitor::{Execute, Monitor};
-use crate::procedure::{self, Merged, Renamed, unique};
+use crate::qmp::monitor::{Execute, Monitor};
 use crate::state::{State, StateLayer};
 pub(crate) use name::backing_name;
 pub(crate) use preflight::{bitmaps, circumstances, ownership};

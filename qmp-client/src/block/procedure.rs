@@ -10,11 +10,11 @@ use qapi::Command;
 use qapi::qmp::{self, JobStatus};
 use serde_json::Value;
 
+use crate::block::flush::flush;
+use crate::block::graph::{Disk, Graph, Layer};
+use crate::block::jobs::{Goal, Job, Waited, Watch};
 use crate::error::{Error, Result};
-use crate::flush::flush;
-use crate::graph::{Disk, Graph, Layer};
-use crate::jobs::{Goal, Job, Waited, Watch};
-use crate::monitor::{Execute, Monitor};
+use crate::qmp::monitor::{Execute, Monitor};
 
 /// How long a step that copies nothing may take; QEMU lets the disk's I/O finish first.
 pub(crate) const LONGEST_STEP: Duration = Duration::from_secs(600);

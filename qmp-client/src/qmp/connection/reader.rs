@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use qapi::qmp::QapiCapabilities;
 use serde_json::Value;
 
-use crate::message::{Event, Failure, Message};
+use crate::qmp::message::{Event, Failure, Message};
 
 /// As many events are kept until somebody takes them; then the oldest go. Events are hints.
 const MOST_EVENTS: usize = 4096;

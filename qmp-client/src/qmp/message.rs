@@ -179,7 +179,7 @@ mod tests {
 
     /// The n-th line of the samples that QEMU 10.0.2 sent.
     fn sample(n: usize) -> Message {
-        let lines = include_str!("../testdata/qemu-10.0.2.jsonl");
+        let lines = include_str!("../../testdata/qemu-10.0.2.jsonl");
         Message::parse(lines.lines().nth(n).unwrap()).unwrap()
     }
 

@@ -1,7 +1,7 @@
 //! Jobs as QEMU 10.0.2 told them.
 
 use super::*;
-use crate::replay::Replay;
+use crate::qmp::replay::Replay;
 
 fn quiet(_: &Progress<'_>) -> Watch {
     Watch::GoOn
@@ -9,7 +9,7 @@ fn quiet(_: &Progress<'_>) -> Watch {
 
 #[test]
 fn an_intermediate_commit_goes_through_pending() {
-    let replay = Replay::of(include_str!("../../testdata/transcripts/commit-manual.jsonl"));
+    let replay = Replay::of(include_str!("../../../testdata/transcripts/commit-manual.jsonl"));
     let job = Job::new(&replay, "m2");
     let mut seen = Vec::new();
     let mut watch = |p: &Progress<'_>| {
@@ -28,7 +28,7 @@ fn an_intermediate_commit_goes_through_pending() {
 
 #[test]
 fn an_active_commit_is_ready_then_pending_then_concluded() {
-    let replay = Replay::of(include_str!("../../testdata/transcripts/commit-active.jsonl"));
+    let replay = Replay::of(include_str!("../../../testdata/transcripts/commit-active.jsonl"));
     let job = Job::new(&replay, "act");
     let Waited::Reached(state) = job.wait(Goal::Ready, None, &mut quiet).unwrap() else { panic!() };
     assert_eq!(state.status, JobStatus::ready);
@@ -41,7 +41,7 @@ fn an_active_commit_is_ready_then_pending_then_concluded() {
 
 #[test]
 fn a_full_disk_stalls_the_job_and_resuming_it_goes_on() {
-    let replay = Replay::of(include_str!("../../testdata/transcripts/enospc-stop.jsonl"));
+    let replay = Replay::of(include_str!("../../../testdata/transcripts/enospc-stop.jsonl"));
     let job = Job::new(&replay, "e");
     let Waited::Stalled(state) = job.wait(Goal::Concluded, None, &mut quiet).unwrap() else { panic!() };
     assert_eq!(state.block.unwrap().io_status, "nospace");
@@ -50,7 +50,7 @@ fn a_full_disk_stalls_the_job_and_resuming_it_goes_on() {
 
 #[test]
 fn a_failed_job_tells_its_error_before_it_is_forgotten() {
-    let replay = Replay::of(include_str!("../../testdata/transcripts/enospc-report.jsonl"));
+    let replay = Replay::of(include_str!("../../../testdata/transcripts/enospc-report.jsonl"));
     let job = Job::new(&replay, "e");
     let error = job.take_result().unwrap_err().to_string();
     assert!(error.contains("No space left on device"), "{error}");
@@ -70,7 +70,7 @@ fn a_job_that_vanished_is_no_success() {
 
 #[test]
 fn waiting_ends_when_the_time_is_up_or_the_watcher_has_enough() {
-    let transcript = include_str!("../../testdata/transcripts/commit-manual.jsonl");
+    let transcript = include_str!("../../../testdata/transcripts/commit-manual.jsonl");
     let replay = Replay::of(transcript);
     let timeout = Some(Duration::ZERO);
     let waited = Job::new(&replay, "m2").wait(Goal::Pending, timeout, &mut quiet).unwrap();
@@ -82,7 +82,7 @@ fn waiting_ends_when_the_time_is_up_or_the_watcher_has_enough() {
 
 #[test]
 fn rate_and_remaining_time_come_from_what_was_done() {
-    let replay = Replay::of(include_str!("../../testdata/transcripts/commit-manual.jsonl"));
+    let replay = Replay::of(include_str!("../../../testdata/transcripts/commit-manual.jsonl"));
     let mut job = jobs(&replay).unwrap().remove(0);
     (job.done, job.total) = (30, 90);
     let progress = progress(&job, 10, Duration::from_secs(2));

@@ -6,11 +6,11 @@ use std::{fs, io};
 
 use serde_json::{Value, json};
 
+use crate::block::graph::{Disk, Graph};
+use crate::block::jobs::{Goal, Job, Waited, Watch};
+use crate::block::procedure::unique;
 use crate::error::{Error, Result};
-use crate::graph::{Disk, Graph};
-use crate::jobs::{Goal, Job, Waited, Watch};
-use crate::monitor::{Execute, Monitor};
-use crate::procedure::unique;
+use crate::qmp::monitor::{Execute, Monitor};
 
 /// Puts a new qcow2 overlay on each of these disks, all in one transaction: either every guest write is
 /// before all of the new overlays, or after all. The paths are absolute, and the same for QEMU as here.
