@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::qmp::message::Failure;
+pub use crate::refusal::Refusal;
 
 /// The result of every fallible operation of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -104,8 +105,16 @@ pub enum Error {
         why: String,
     },
     /// Something that would do harm, or could not end well, and was not begun.
-    #[error("{}", printable(.why))]
+    #[error("{}", printable(&.reason.to_string()))]
     Refused {
+        /// Why.
+        reason: Refusal,
+    },
+    /// A node that was to be made durable, and QEMU's command or export failed at it.
+    #[error("{} was not flushed: {}", printable(.node), printable(.why))]
+    Flush {
+        /// The node.
+        node: String,
         /// Why.
         why: String,
     },
@@ -141,6 +150,20 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// A file that the system does not let this program look at, read or remove.
+    #[error("{}: {source}", printable(&.file.to_string_lossy()))]
+    File {
+        /// Its path.
+        file: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// QEMU did what it was told, and shows no disk with the node that it made.
+    #[error("QEMU shows no disk with the node {}", printable(.node))]
+    NoSuchNode {
+        /// The node.
+        node: String,
+    },
     /// A line that QMP does not allow.
     #[error("QEMU sent a line that is no QMP message: {why}: {}", printable(.line))]
     Protocol {
@@ -165,6 +188,12 @@ pub enum Error {
         /// Why.
         source: serde_json::Error,
     },
+}
+
+impl From<Refusal> for Error {
+    fn from(reason: Refusal) -> Self {
+        Self::Refused { reason }
+    }
 }
 
 fn connect_hint(error: &io::Error) -> &'static str {

@@ -27,8 +27,8 @@
 //! not used: a QMP connection of theirs is lost on an unknown event, and out of step after a time-out.
 //!
 //! - [`snapshot()`]: new overlays for several disks in one transaction, undone if anything fails.
-//! - [`Commit`]: the live merge, intermediate and active, with the hazards of QEMU 10.0.2 fenced.
-//! - [`Pull`]: the live merge upwards, into the active layer.
+//! - [`Procedure`]: the live merge, down into a base ([`Procedure::commit`]) or up into the active layer
+//!   ([`Procedure::pull`]), with the hazards of QEMU 10.0.2 fenced.
 //! - [`State`], [`StateFile`]: what must be known of a merge after its client, or QEMU, has gone.
 //! - [`libvirt`]: which domains of libvirt name an image, and what to type where libvirt owns the machine.
 //! - [`Merge`]: a commit or pull with its job and its state file, each step in the right order.
@@ -40,21 +40,20 @@ pub mod fuzzing;
 pub mod libvirt;
 mod live;
 mod qmp;
+mod refusal;
 #[cfg(test)]
 #[path = "../../testdata/skipped.rs"]
 mod skipped;
 mod state;
 
-pub use block::commit::{Commit, CommitOptions};
 pub use block::foreign::conclude;
 pub use block::graph::{Backing, Disk, Graph, Layer, Range};
-pub use block::jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watch, jobs};
-pub use block::procedure::{Merged, cancel};
-pub use block::pull::Pull;
+pub use block::jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watch, cancel, jobs};
+pub use block::merge::{Direction, MergeOptions, Merged, Procedure};
 pub use block::servers::nbd_server;
-pub use block::snapshot::snapshot;
-pub use error::{Error, Result};
-pub use live::{Merge, Procedure, Throttle, Wishes};
+pub use block::snapshot::{UnfinishedSnapshot, snapshot, unfinished_snapshots};
+pub use error::{Error, Refusal, Result};
+pub use live::{Merge, Throttle, Wishes};
 pub use qapi;
 pub use qmp::address::Address;
 pub use qmp::connection::{Connection, Options};

@@ -11,8 +11,8 @@ use common::cut::{Cut, Lost};
 use common::{Chain, Daemon, Make, attach, begin, commit, copied, disk, listed, tools_are_here};
 use qmp_client::qapi::qmp::JobStatus;
 use qmp_client::{
-    CommitOptions, Connection, Error, Execute, Goal, Graph, Job, Merge, Monitor, Phase, Procedure, Pull,
-    Result, Waited, Watch, Wishes, jobs, states_of,
+    Connection, Error, Execute, Goal, Graph, Job, Merge, MergeOptions, Monitor, Phase, Procedure, Result,
+    Waited, Watch, Wishes, jobs, states_of,
 };
 use serde_json::json;
 
@@ -40,16 +40,16 @@ impl Kind {
 fn procedure<M: Monitor>(monitor: &M, kind: Kind, nbd: &Path) -> Result<Procedure> {
     let graph = Graph::ask(monitor)?;
     let disk = graph.disk("disk0")?;
-    let options = CommitOptions { nbd_socket: Some(nbd.to_owned()), ..Default::default() };
+    let options = MergeOptions { nbd_socket: Some(nbd.to_owned()), ..Default::default() };
     Ok(if kind == Kind::Pull {
-        let mut pull = Pull::plan(disk, Some(disk.layer("[1]")?), options)?;
+        let mut pull = Procedure::pull(disk, Some(disk.layer("[1]")?), options)?;
         pull.preflight(monitor)?;
-        pull.into()
+        pull
     } else {
         let top = disk.layer(if kind == Kind::Commit { "[3]" } else { "[4]" })?;
-        let mut commit = qmp_client::Commit::plan(disk, &disk.range(disk.layer("[1]")?, top)?, options)?;
+        let mut commit = Procedure::commit(disk, &disk.range(disk.layer("[1]")?, top)?, options)?;
         commit.preflight(monitor)?;
-        commit.into()
+        commit
     })
 }
 
@@ -156,7 +156,7 @@ fn a_client_that_is_lost_while_the_guest_is_held_is_replaced_in_each_way() {
         let connection = daemon.connect();
         // Preflight changes nothing here; the commands are block-commit, job-complete, job-finalize.
         let cut = Cut::after(2, Lost::Command, &connection, &|| {});
-        let planned = commit(&connection, "[1]", "[4]", CommitOptions::default());
+        let planned = commit(&connection, "[1]", "[4]", MergeOptions::default());
         let mut merge =
             Merge::begin(&cut, planned, chain.state_file(), &daemon.address(), &Wishes::default()).unwrap();
         merge.wait(None, &mut |_| Watch::GoOn).unwrap();
@@ -205,8 +205,7 @@ fn a_merge_of_another_disk_or_without_a_job_is_not_found() {
     let chain = Chain::new(Make::default());
     let daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
-    let mut merge =
-        begin(&monitor, &daemon, &chain, commit(&monitor, "[1]", "[3]", CommitOptions::default()));
+    let mut merge = begin(&monitor, &daemon, &chain, commit(&monitor, "[1]", "[3]", MergeOptions::default()));
     let graph = Graph::ask(&monitor).unwrap();
     let disk0 = graph.disk("disk0").unwrap();
     let (file, mut state) = states_of(&daemon.address()).unwrap().remove(0);
@@ -226,8 +225,7 @@ fn a_job_that_somebody_else_has_finished_is_recorded_by_the_graph() {
     let before = chain.bytes(4);
     let daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
-    let mut merge =
-        begin(&monitor, &daemon, &chain, commit(&monitor, "[1]", "[3]", CommitOptions::default()));
+    let mut merge = begin(&monitor, &daemon, &chain, commit(&monitor, "[1]", "[3]", MergeOptions::default()));
     copied(&merge);
     let other = Job::new(&monitor, merge.job().id());
     other.finalize().unwrap();
@@ -259,7 +257,7 @@ fn a_flush_that_a_killed_client_left_is_swept_away() {
     drop(cut);
     drop(connection);
     let monitor = daemon.connect();
-    let planned = commit(&monitor, "[1]", "[3]", CommitOptions::default());
+    let planned = commit(&monitor, "[1]", "[3]", MergeOptions::default());
     let mut merge = begin(&monitor, &daemon, &chain, planned);
     copied(&merge);
     merge.finish().unwrap_or_else(|error| panic!("{at:?}: {error}"));
@@ -299,7 +297,7 @@ fn a_write_that_qemu_should_have_held_is_not_lost_at_the_pivot() {
     let connection = daemon.connect();
     // Held, and the client is gone.
     let cut = Cut::after(2, Lost::Command, &connection, &|| {});
-    let planned = commit(&connection, "[1]", "[4]", CommitOptions::default());
+    let planned = commit(&connection, "[1]", "[4]", MergeOptions::default());
     let mut merge =
         Merge::begin(&cut, planned, chain.state_file(), &daemon.address(), &Wishes::default()).unwrap();
     merge.wait(None, &mut |_| Watch::GoOn).unwrap();

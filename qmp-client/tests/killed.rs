@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use common::cut::{Cut, Lost};
 use common::{Chain, Daemon, Make, tools_are_here};
 use qmp_client::{
-    Commit, CommitOptions, Error, Graph, Header, Merge, Monitor, Phase, Procedure, Pull, Qemu, Result, Seen,
-    Verdict, Watch, Wishes,
+    Error, Graph, Header, Merge, MergeOptions, Monitor, Phase, Procedure, Qemu, Result, Seen, Verdict, Watch,
+    Wishes,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -29,16 +29,16 @@ enum Kind {
 fn whole<M: Monitor>(monitor: &M, daemon: &Daemon, chain: &Chain, kind: Kind) -> Result<()> {
     let graph = Graph::ask(monitor)?;
     let disk = graph.disk("disk0")?;
-    let options = CommitOptions { nbd_socket: Some(chain.nbd()), ..Default::default() };
+    let options = MergeOptions { nbd_socket: Some(chain.nbd()), ..Default::default() };
     let procedure: Procedure = if kind == Kind::Pull {
-        let mut pull = Pull::plan(disk, Some(disk.layer("[1]")?), options)?;
+        let mut pull = Procedure::pull(disk, Some(disk.layer("[1]")?), options)?;
         pull.preflight(monitor)?;
-        pull.into()
+        pull
     } else {
         let top = disk.layer(if kind == Kind::Commit { "[3]" } else { "[4]" })?;
-        let mut commit = Commit::plan(disk, &disk.range(disk.layer("[1]")?, top)?, options)?;
+        let mut commit = Procedure::commit(disk, &disk.range(disk.layer("[1]")?, top)?, options)?;
         commit.preflight(monitor)?;
-        commit.into()
+        commit
     };
     let mut merge =
         Merge::begin(monitor, procedure, chain.state_file(), &daemon.address(), &Wishes::default())?;

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Chain, Daemon, Make, begin, commit, copied, disk, listed, tools_are_here};
-use qmp_client::{CommitOptions, Error, Merge, Phase, Pull, Wishes, jobs, states_of};
+use qmp_client::{Error, Merge, MergeOptions, Phase, Procedure, Wishes, jobs, states_of};
 
 #[test]
 fn the_state_file_says_how_far_an_intermediate_merge_is() {
@@ -15,7 +15,7 @@ fn the_state_file_says_how_far_an_intermediate_merge_is() {
     let before = chain.bytes(4);
     let daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
-    let planned = commit(&monitor, "[1]", "[3]", CommitOptions::default());
+    let planned = commit(&monitor, "[1]", "[3]", MergeOptions::default());
     let mut merge = begin(&monitor, &daemon, &chain, planned);
     let said = chain.state_file().load().unwrap().unwrap();
     assert_eq!((said.phase, &said), (Phase::Copying, merge.state()));
@@ -33,7 +33,7 @@ fn the_state_file_says_how_far_an_intermediate_merge_is() {
     assert_eq!((said.phase, said.valid_top), (Phase::Switched, chain.name(4)));
 
     // Before that is cleaned up, no other merge begins here.
-    let other = commit(&monitor, "[1]", "[2]", CommitOptions::default());
+    let other = commit(&monitor, "[1]", "[2]", MergeOptions::default());
     let error = Merge::begin(&monitor, other, chain.state_file(), &daemon.address(), &Wishes::default());
     assert!(matches!(error, Err(Error::Refused { .. })));
     assert!(jobs(&monitor).unwrap().is_empty());
@@ -53,8 +53,7 @@ fn base_is_the_valid_top_once_the_guest_writes_there() {
     let before = chain.bytes(4);
     let daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
-    let mut merge =
-        begin(&monitor, &daemon, &chain, commit(&monitor, "[2]", "[4]", CommitOptions::default()));
+    let mut merge = begin(&monitor, &daemon, &chain, commit(&monitor, "[2]", "[4]", MergeOptions::default()));
     copied(&merge);
     assert!(matches!(merge.finish(), Err(Error::Refused { .. })));
     assert_eq!(merge.state().valid_top, chain.name(4));
@@ -76,8 +75,7 @@ fn a_kept_overlay_leaves_base_as_the_disk_was() {
     let before = chain.bytes(4);
     let mut daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
-    let mut merge =
-        begin(&monitor, &daemon, &chain, commit(&monitor, "[1]", "[4]", CommitOptions::default()));
+    let mut merge = begin(&monitor, &daemon, &chain, commit(&monitor, "[1]", "[4]", MergeOptions::default()));
     copied(&merge);
     let kept = merge.keep_overlay().unwrap();
     assert_eq!(listed(&kept), ["4.img", "3.img", "2.img", "1.img"]);
@@ -100,15 +98,14 @@ fn a_pull_and_a_cancelled_merge_keep_their_state_files_true() {
     let before = chain.bytes(4);
     let daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
-    let mut merge =
-        begin(&monitor, &daemon, &chain, commit(&monitor, "[1]", "[4]", CommitOptions::default()));
+    let mut merge = begin(&monitor, &daemon, &chain, commit(&monitor, "[1]", "[4]", MergeOptions::default()));
     copied(&merge);
     merge.cancel().unwrap();
     assert!(chain.state_file().load().unwrap().is_none());
     assert_eq!(listed(&disk(&monitor)).len(), 4);
 
     let disk = disk(&monitor);
-    let mut pull = Pull::plan(&disk, None, CommitOptions::default()).unwrap();
+    let mut pull = Procedure::pull(&disk, None, MergeOptions::default()).unwrap();
     pull.preflight(&monitor).unwrap();
     let mut merge = begin(&monitor, &daemon, &chain, pull);
     let said = chain.state_file().load().unwrap().unwrap();

@@ -11,14 +11,14 @@ use common::writer::Writer;
 use common::{Chain, Daemon, Make, disk, run, tools_are_here};
 use qmp_client::qapi::qmp::JobStatus;
 use qmp_client::{
-    Address, Commit, CommitOptions, Connection, Disk, Error, Execute, Goal, Job, Monitor, Options, Pull,
-    Waited, Watch, jobs, snapshot,
+    Address, Connection, Disk, Error, Execute, Goal, Job, MergeOptions, Monitor, Options, Procedure, Waited,
+    Watch, jobs, snapshot,
 };
 use serde_json::{Value, json};
 
-fn plan(disk: &Disk, base: &str, top: &str, options: CommitOptions) -> Commit {
+fn plan(disk: &Disk, base: &str, top: &str, options: MergeOptions) -> Procedure {
     let range = disk.range(disk.layer(base).unwrap(), disk.layer(top).unwrap()).unwrap();
-    Commit::plan(disk, &range, options).unwrap()
+    Procedure::commit(disk, &range, options).unwrap()
 }
 
 fn wait(job: &Job<'_, Connection>, goal: Goal) {
@@ -48,7 +48,7 @@ fn an_intermediate_merge_keeps_the_bytes_and_the_style_of_the_name() {
         let disk = disk(&monitor);
         assert_eq!(indexes(&disk), listed(&[(4, "4.img"), (3, "3.img"), (2, "2.img"), (1, "1.img")]));
 
-        let mut commit = plan(&disk, "[1]", "[3]", CommitOptions::default());
+        let mut commit = plan(&disk, "[1]", "[3]", MergeOptions::default());
         commit.preflight(&monitor).unwrap();
         assert_eq!(
             chain.info(4, "backing file format").as_deref(),
@@ -90,14 +90,14 @@ fn an_active_merge_pivots_after_the_hook() {
     let before = chain.bytes(4);
     let daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
-    let mut commit = plan(&disk(&monitor), "[1]", "[4]", CommitOptions::default());
+    let mut commit = plan(&disk(&monitor), "[1]", "[4]", MergeOptions::default());
     assert!(commit.is_active());
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();
     wait(&job, Goal::Ready);
     let mut held = None;
     let merged = commit
-        .pivot(&job, &monitor, &mut || {
+        .finish(&job, &monitor, &mut || {
             held = job.state()?.map(|j| j.status);
             Ok(())
         })
@@ -120,13 +120,14 @@ fn a_pivot_whose_hook_fails_leaves_the_guest_where_it_was() {
     let before = chain.bytes(4);
     let daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
-    let mut commit = plan(&disk(&monitor), "[1]", "[4]", CommitOptions::default());
+    let mut commit = plan(&disk(&monitor), "[1]", "[4]", MergeOptions::default());
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();
     wait(&job, Goal::Ready);
-    let hook = &mut || Err(Error::Refused { why: "the state file is on a full disk".into() });
-    let error = commit.pivot(&job, &monitor, hook).unwrap_err().to_string();
-    assert!(error.contains("full disk"), "{error}");
+    let full = || Error::State { path: "/full".into(), why: "the disk is full".into() };
+    let hook = &mut || Err(full());
+    let error = commit.finish(&job, &monitor, hook).unwrap_err().to_string();
+    assert!(error.contains("disk is full"), "{error}");
     assert!(jobs(&monitor).unwrap().is_empty());
     assert_eq!(disk(&monitor).layers().len(), 4);
     assert!(disk(&monitor).layers()[3].read_only, "base is open for reading only again");
@@ -144,8 +145,7 @@ fn a_cancelled_merge_leaves_the_chain_and_the_bytes() {
         let before = chain.bytes(4);
         let daemon = Daemon::serve(&chain, None);
         let monitor = daemon.connect();
-        let options =
-            CommitOptions { speed: if goal.is_none() { 64 << 10 } else { 0 }, ..Default::default() };
+        let options = MergeOptions { speed: if goal.is_none() { 64 << 10 } else { 0 }, ..Default::default() };
         let mut commit = plan(&disk(&monitor), "[1]", top, options);
         commit.preflight(&monitor).unwrap();
         let job = commit.start(&monitor).unwrap();
@@ -184,13 +184,13 @@ fn base_is_durable_before_the_switch() {
         let mut daemon = Daemon::serve(&chain, (!own_server).then_some(nbd.as_path()));
         let monitor = daemon.connect();
         let nbd_socket = (!own_server).then_some(nbd);
-        let options = CommitOptions { nbd_socket, ..Default::default() };
+        let options = MergeOptions { nbd_socket, ..Default::default() };
         let mut commit = plan(&disk(&monitor), "[1]", "[3]", options);
         commit.preflight(&monitor).unwrap();
         let job = commit.start(&monitor).unwrap();
         wait(&job, Goal::Pending);
         if flush {
-            commit.flush_base(&monitor).unwrap();
+            commit.flush(&monitor).unwrap();
         }
         daemon.kill();
         assert_eq!(chain.bytes(1) == expected, flush, "flushed: {flush}");
@@ -205,7 +205,7 @@ fn without_a_way_to_flush_base_nothing_begins() {
     let chain = Chain::new(Make::default());
     let daemon = Daemon::serve(&chain, Some(&chain.folder.path().join("nbd.sock")));
     let monitor = daemon.connect();
-    let mut commit = plan(&disk(&monitor), "[1]", "[3]", CommitOptions::default());
+    let mut commit = plan(&disk(&monitor), "[1]", "[3]", MergeOptions::default());
     let error = commit.preflight(&monitor).unwrap_err().to_string();
     assert!(error.contains("cannot be flushed") && error.contains("already running"), "{error}");
     assert!(matches!(commit.start(&monitor), Err(Error::Refused { .. })));
@@ -220,7 +220,7 @@ fn a_lost_client_is_replaced_and_the_job_is_finished() {
     let before = chain.bytes(4);
     let daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
-    let mut commit = plan(&disk(&monitor), "[2]", "[3]", CommitOptions::default());
+    let mut commit = plan(&disk(&monitor), "[2]", "[3]", MergeOptions::default());
     commit.preflight(&monitor).unwrap();
     commit.start(&monitor).unwrap();
     drop(monitor);
@@ -229,14 +229,14 @@ fn a_lost_client_is_replaced_and_the_job_is_finished() {
     let found = jobs(&monitor).unwrap();
     assert_eq!(found.len(), 1);
     assert_eq!((found[0].id.as_str(), found[0].kind.as_str()), (commit.job_id(), "commit"));
-    let mut second = plan(&disk(&monitor), "[1]", "[2]", CommitOptions::default());
+    let mut second = plan(&disk(&monitor), "[1]", "[2]", MergeOptions::default());
     let error = second.preflight(&monitor).unwrap_err().to_string();
     assert!(error.contains(commit.job_id()), "{error}");
     assert!(second.resume(&monitor).unwrap().is_none(), "it is another merge");
-    let mut again = plan(&disk(&monitor), "[2]", "[3]", CommitOptions::default());
+    let mut again = plan(&disk(&monitor), "[2]", "[3]", MergeOptions::default());
     let job = again.resume(&monitor).unwrap().unwrap();
     wait(&job, Goal::Pending);
-    again.flush_base(&monitor).unwrap();
+    again.flush(&monitor).unwrap();
     // The client is lost once more, after it told the job to switch.
     job.finalize().unwrap();
     wait(&job, Goal::Concluded);
@@ -300,7 +300,7 @@ fn an_overlay_that_qemu_cannot_write_is_found_before_qemu_would_crash() {
     let daemon = with_an_overlay_that_cannot_be_written(&chain);
     let monitor = daemon.connect();
     let nbd_socket = Some(chain.folder.path().join("nbd.sock"));
-    let mut commit = plan(&disk(&monitor), "[1]", "[2]", CommitOptions { nbd_socket, ..Default::default() });
+    let mut commit = plan(&disk(&monitor), "[1]", "[2]", MergeOptions { nbd_socket, ..Default::default() });
     let error = commit.preflight(&monitor).unwrap_err().to_string();
     assert!(error.contains("Permission denied"), "{error}");
     assert_eq!(disk(&monitor).layers().len(), 4, "QEMU lives");
@@ -380,11 +380,11 @@ fn snapshots_are_taken_together_or_not_at_all() {
     assert_eq!(now[1].active().virtual_size, 8 << 20);
 
     // And away again: the new overlay is merged and closed, its nodes too.
-    let mut commit = plan(&now[0], "[2]", "[3]", CommitOptions::default());
+    let mut commit = plan(&now[0], "[2]", "[3]", MergeOptions::default());
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();
     wait(&job, Goal::Ready);
-    let merged = commit.pivot(&job, &monitor, &mut || Ok(())).unwrap();
+    let merged = commit.finish(&job, &monitor, &mut || Ok(())).unwrap();
     assert!(merged.still_open.is_empty(), "{:?}", merged.still_open);
     assert_eq!(indexes(&merged.disk), listed(&[(2, "2.img"), (1, "1.img")]));
     drop(daemon);
@@ -405,7 +405,7 @@ fn a_chain_of_a_hundred_layers_is_read_and_merged() {
     assert_eq!(disk.layers().len(), 100);
     assert_eq!(disk.layer("disk0[42]").unwrap().file, chain.name(42));
     assert_eq!(disk.layer(&chain.name(7)).unwrap().index, 7);
-    let mut commit = plan(&disk, "[1]", "[99]", CommitOptions::default());
+    let mut commit = plan(&disk, "[1]", "[99]", MergeOptions::default());
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();
     wait(&job, Goal::Pending);
@@ -446,12 +446,12 @@ fn nodes_that_the_user_named_are_closed_after_the_merge() {
         let nodes = named_nodes(&chain, Value::Null);
         let daemon = Daemon::spawn_nodes(Command::new("qemu-storage-daemon"), &nodes, &chain, None);
         let monitor = daemon.connect();
-        let mut commit = plan(&disk(&monitor), "[1]", top, CommitOptions::default());
+        let mut commit = plan(&disk(&monitor), "[1]", top, MergeOptions::default());
         commit.preflight(&monitor).unwrap();
         let job = commit.start(&monitor).unwrap();
         let merged = if commit.is_active() {
             wait(&job, Goal::Ready);
-            commit.pivot(&job, &monitor, &mut || Ok(())).unwrap()
+            commit.finish(&job, &monitor, &mut || Ok(())).unwrap()
         } else {
             wait(&job, Goal::Pending);
             commit.finish(&job, &monitor, &mut || Ok(())).unwrap()
@@ -492,7 +492,7 @@ fn a_full_disk_halts_the_merge_and_room_lets_it_go_on() {
         let daemon = Daemon::spawn_nodes(Command::new("qemu-storage-daemon"), &nodes, &chain, None);
         let monitor = daemon.connect();
         let options =
-            CommitOptions { backing_file: (top == "[3]").then(|| "1.img".into()), ..Default::default() };
+            MergeOptions { backing_file: (top == "[3]").then(|| "1.img".into()), ..Default::default() };
         let mut commit = plan(&disk(&monitor), "[1]", top, options);
         commit.preflight(&monitor).unwrap();
         let job = commit.start(&monitor).unwrap();
@@ -504,7 +504,7 @@ fn a_full_disk_halts_the_merge_and_room_lets_it_go_on() {
         job.resume().unwrap();
         wait(&job, goal);
         let merged = if commit.is_active() {
-            commit.pivot(&job, &monitor, &mut || Ok(()))
+            commit.finish(&job, &monitor, &mut || Ok(()))
         } else {
             commit.finish(&job, &monitor, &mut || Ok(()))
         };
@@ -528,7 +528,7 @@ fn a_killed_daemon_loses_nothing_at_any_stage() {
         let monitor = daemon.connect();
         let active = ["ready", "held", "pivoted"].contains(&stage);
         let options =
-            CommitOptions { speed: if stage == "running" { 64 << 10 } else { 0 }, ..Default::default() };
+            MergeOptions { speed: if stage == "running" { 64 << 10 } else { 0 }, ..Default::default() };
         let mut commit = plan(&disk(&monitor), "[1]", if active { "[4]" } else { "[3]" }, options);
         commit.preflight(&monitor).unwrap();
         let job = commit.start(&monitor).unwrap();
@@ -547,7 +547,7 @@ fn a_killed_daemon_loses_nothing_at_any_stage() {
             }
             _ => {
                 wait(&job, Goal::Ready);
-                commit.pivot(&job, &monitor, &mut || Ok(())).unwrap();
+                commit.finish(&job, &monitor, &mut || Ok(())).unwrap();
             }
         }
         daemon.kill();
@@ -580,7 +580,7 @@ fn a_guest_that_writes_without_pause_loses_no_write() {
     let taken = snapshot(&monitor, &[(&disk(&monitor), &new)]).unwrap();
     assert_eq!(taken[0].active().index, 5);
     writer.wait_for(100);
-    let options = CommitOptions { nbd_socket: Some(nbd.clone()), ..Default::default() };
+    let options = MergeOptions { nbd_socket: Some(nbd.clone()), ..Default::default() };
     let mut commit = plan(&disk(&monitor), "[1]", "[4]", options.clone());
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();
@@ -593,7 +593,7 @@ fn a_guest_that_writes_without_pause_loses_no_write() {
     let job = commit.start(&monitor).unwrap();
     wait(&job, Goal::Ready);
     writer.wait_for(100);
-    let merged = commit.pivot(&job, &monitor, &mut || Ok(())).unwrap();
+    let merged = commit.finish(&job, &monitor, &mut || Ok(())).unwrap();
     assert_eq!(indexes(&merged.disk), listed(&[(1, "1.img")]));
     writer.wait_for(100);
 
@@ -628,12 +628,12 @@ fn filters_on_top_are_passed_over_and_kept() {
         assert_eq!((disk.root(), disk.active().node.as_str()), ("top", "active"));
         assert_eq!(disk.filters(), ["top", "cor"]);
         assert_eq!(disk.layers().len(), 4);
-        let mut commit = plan(&disk, "[2]", top, CommitOptions::default());
+        let mut commit = plan(&disk, "[2]", top, MergeOptions::default());
         commit.preflight(&monitor).unwrap();
         let job = commit.start(&monitor).unwrap();
         let merged = if commit.is_active() {
             wait(&job, Goal::Ready);
-            commit.pivot(&job, &monitor, &mut || Ok(())).unwrap()
+            commit.finish(&job, &monitor, &mut || Ok(())).unwrap()
         } else {
             wait(&job, Goal::Pending);
             commit.finish(&job, &monitor, &mut || Ok(())).unwrap()
@@ -681,7 +681,7 @@ fn a_base_behind_nbd_receives_a_merge_and_keeps_its_name() {
     let monitor = daemon.connect();
     let disk = disk(&monitor);
     assert_eq!(disk.layer("[1]").unwrap().protocol.as_deref(), Some("nbd"));
-    let mut commit = plan(&disk, "[1]", "[2]", CommitOptions::default());
+    let mut commit = plan(&disk, "[1]", "[2]", MergeOptions::default());
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();
     wait(&job, Goal::Pending);
@@ -700,7 +700,7 @@ fn a_base_whose_server_goes_halts_the_merge_and_it_can_be_cancelled() {
     let (chain, mut server) = over_nbd();
     let daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
-    let options = CommitOptions { speed: 16 << 10, ..Default::default() };
+    let options = MergeOptions { speed: 16 << 10, ..Default::default() };
     let mut commit = plan(&disk(&monitor), "[1]", "[2]", options);
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();
@@ -730,7 +730,7 @@ fn a_pull_takes_the_layers_below_into_the_active_one() {
         let monitor = daemon.connect();
         let disk = disk(&monitor);
         let base = base.map(|name| disk.layer(name).unwrap());
-        let mut pull = Pull::plan(&disk, base, CommitOptions::default()).unwrap();
+        let mut pull = Procedure::pull(&disk, base, MergeOptions::default()).unwrap();
         pull.preflight(&monitor).unwrap();
         let job = pull.start(&monitor).unwrap();
         wait(&job, Goal::Pending);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use common::writer::Writer;
 use common::{Chain, Daemon, Make, tools_are_here};
 use qmp_client::{
-    Commit, CommitOptions, Connection, Execute, Goal, Graph, Merge, Throttle, Waited, Watch, Wishes,
+    Connection, Execute, Goal, Graph, Merge, MergeOptions, Procedure, Throttle, Waited, Watch, Wishes,
     states_of,
 };
 use serde_json::{Value, json};
@@ -44,11 +44,11 @@ fn qemu(chain: &Chain) -> Option<Daemon> {
     Some(Daemon { child, socket })
 }
 
-fn commit(monitor: &Connection, options: CommitOptions, base: &str, top: &str) -> Commit {
+fn commit(monitor: &Connection, options: MergeOptions, base: &str, top: &str) -> Procedure {
     let graph = Graph::ask(monitor).unwrap();
     let disk = graph.disk("vda").unwrap();
     let range = disk.range(disk.layer(base).unwrap(), disk.layer(top).unwrap()).unwrap();
-    let mut commit = Commit::plan(disk, &range, options).unwrap();
+    let mut commit = Procedure::commit(disk, &range, options).unwrap();
     commit.preflight(monitor).unwrap();
     commit
 }
@@ -89,7 +89,7 @@ fn a_guest_that_is_too_fast_is_throttled_and_gets_its_limits_back() {
         // A writer beside the device is not slowed down by its limits, so the job never gets ready.
         let writer = Writer::start(&nbd, 16 << 20);
         writer.wait_for(10);
-        let options = CommitOptions { speed: 2 << 20, ..Default::default() };
+        let options = MergeOptions { speed: 2 << 20, ..Default::default() };
         let planned = commit(&monitor, options, "[1]", "[4]");
         let mut merge =
             Merge::begin(&monitor, planned, chain.state_file(), &daemon.address(), &Wishes::default())
@@ -138,7 +138,7 @@ fn a_chain_that_is_nested_deeper_than_usual_json_is_read_and_merged() {
     assert_eq!(disk.layers().len(), 160);
     assert_eq!(disk.layer("vda[42]").unwrap().file, chain.name(42));
     Throttle::of(&monitor, disk).unwrap();
-    let planned = commit(&monitor, CommitOptions::default(), "[1]", "[159]");
+    let planned = commit(&monitor, MergeOptions::default(), "[1]", "[159]");
     let mut merge =
         Merge::begin(&monitor, planned, chain.state_file(), &daemon.address(), &Wishes::default()).unwrap();
     merge.job().wait(Goal::Pending, Some(Duration::from_secs(300)), &mut |_| Watch::GoOn).unwrap();

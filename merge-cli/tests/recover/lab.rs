@@ -7,8 +7,8 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use qmp_client::{
-    Address, Commit, CommitOptions, Connection, Event, Graph, Merge, Merged, Monitor, Options, Procedure,
-    Pull, StateFile, Watch, Wishes,
+    Address, Connection, Event, Graph, Merge, MergeOptions, Merged, Monitor, Options, Procedure, StateFile,
+    Watch, Wishes,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -231,18 +231,18 @@ impl Lab {
         let graph = Graph::ask(&monitor).unwrap();
         let disk = graph.disk("disk0").unwrap();
         let base = disk.layer("[1]").unwrap();
-        let options = CommitOptions::default();
+        let options = MergeOptions::default();
         let procedure: Procedure = match merging.top {
             Some(top) => {
                 let range = disk.range(base, disk.layer(top).unwrap()).unwrap();
-                let mut commit = Commit::plan(disk, &range, options).unwrap();
+                let mut commit = Procedure::commit(disk, &range, options).unwrap();
                 commit.preflight(&monitor).unwrap();
-                commit.into()
+                commit
             }
             None => {
-                let mut pull = Pull::plan(disk, Some(base), options).unwrap();
+                let mut pull = Procedure::pull(disk, Some(base), options).unwrap();
                 pull.preflight(&monitor).unwrap();
-                pull.into()
+                pull
             }
         };
         let (file, wishes) = (merging.file.clone(), &merging.wishes);

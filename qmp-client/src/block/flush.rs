@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use crate::block::ids::unique;
 use crate::block::nbd;
-use crate::block::procedure::unique;
 use crate::block::version::exports_are_safe;
 use crate::error::{Error, Result};
 use crate::qmp::monitor::{Execute, Monitor};
@@ -77,7 +77,7 @@ impl Means {
     pub(crate) fn flush(&self, monitor: &(impl Monitor + ?Sized), node: &str) -> Result<()> {
         match self {
             Self::OwnServer => {
-                let folder = tempfile::Builder::new().prefix("qmp-flush").tempdir().map_err(local)?;
+                let folder = tempfile::Builder::new().prefix("qmp-flush").tempdir().map_err(local(node))?;
                 // A QEMU that runs as another user makes its socket there. Only root may give the folder away; for
                 // others QEMU's refusal leads to the next means.
                 if let Some(user) = monitor.peer().and_then(user_of) {
@@ -102,8 +102,8 @@ impl Means {
                 match monitor.query("human-monitor-command", line)?.as_str() {
                     Some("") => Ok(()),
                     said => {
-                        let why = format!("qemu-io cannot flush {node}: {}", said.unwrap_or_default().trim());
-                        Err(Error::Refused { why })
+                        let said = said.unwrap_or_default().trim();
+                        Err(failed(node, format!("qemu-io said: {said}")))
                     }
                 }
             }
@@ -141,7 +141,7 @@ fn flush_export(monitor: &(impl Monitor + ?Sized), node: &str, socket: &Path, pr
     let options = json!({"type": "nbd", "id": id, "node-name": node, "name": id, "writable": false});
     monitor.query("block-export-add", options)?;
     let flushed =
-        UnixStream::connect(socket).and_then(|stream| nbd::flush(stream, &id, TIMEOUT)).map_err(local);
+        UnixStream::connect(socket).and_then(|stream| nbd::flush(stream, &id, TIMEOUT)).map_err(local(node));
     match remove(monitor, &id) {
         // QEMU has gone: that is why the flush has failed.
         Err(gone @ Error::Disconnected { .. }) => Err(gone),
@@ -181,12 +181,16 @@ fn remove(monitor: &(impl Monitor + ?Sized), id: &str) -> Result<()> {
             return Ok(());
         }
         if Instant::now() >= deadline {
-            return Err(Error::Refused { why: format!("the export {id} does not go away") });
+            return Err(failed(id, "its export does not go away".into()));
         }
         std::thread::sleep(Duration::from_millis(10));
     }
 }
 
-fn local(error: io::Error) -> Error {
-    Error::Refused { why: format!("the flush through NBD failed: {error}") }
+fn local(node: &str) -> impl Fn(io::Error) -> Error {
+    move |error| failed(node, format!("the flush through NBD failed: {error}"))
+}
+
+fn failed(node: &str, why: String) -> Error {
+    Error::Flush { node: node.to_owned(), why }
 }

@@ -4,9 +4,9 @@ use qapi::qmp::JobStatus;
 
 use crate::block::flush::Means;
 use crate::block::graph::{Disk, Graph, holds_requests};
-use crate::block::jobs::{Goal, Job, Waited, Watch};
-use crate::block::procedure::{LONGEST_STEP, failed, stuck};
-use crate::error::{Error, Result};
+use crate::block::jobs::{Goal, Job, LONGEST_STEP, Waited, Watch, failed, stuck};
+
+use crate::error::{Error, Refusal, Result};
 use crate::qmp::monitor::Monitor;
 
 /// Has a job that is ready or pending, whoever started it, do what it is for, and returns the disk as it is then. Of one
@@ -27,10 +27,11 @@ pub fn conclude<M: Monitor + ?Sized>(monitor: &M, disk: &Disk, job: &Job<'_, M>)
             return now(monitor, disk)?
                 .ok_or_else(|| failed(job, "it has ended, and its disk is gone".into()));
         }
-        status => {
-            let status = status.map_or("gone".to_owned(), |status| format!("{status:?}"));
-            return Err(Error::Refused { why: format!("the job {} is {status}, not ready", job.id()) });
+        Some(status) => {
+            let wanted = vec![JobStatus::ready, JobStatus::pending];
+            return Err(Refusal::JobStatus { job: job.id().to_owned(), status, wanted }.into());
         }
+        None => return Err(Refusal::JobGone { job: job.id().to_owned() }.into()),
     }
     let mut waited = job.wait(Goal::Pending, Some(LONGEST_STEP), &mut |_| Watch::GoOn)?;
     // Some jobs finalize themselves.
@@ -66,7 +67,7 @@ fn flush<M: Monitor + ?Sized>(monitor: &M, disk: &Disk, job: &Job<'_, M>) -> Res
     let Some(disk) = now(monitor, disk)? else { return Ok(()) };
     for layer in disk.layers().iter().filter(|layer| !layer.read_only) {
         match Means::find(monitor, &layer.node, None).and_then(|means| means.flush(monitor, &layer.node)) {
-            Ok(()) | Err(Error::NotFlushed { .. } | Error::Refused { .. } | Error::Command { .. }) => {}
+            Ok(()) | Err(Error::NotFlushed { .. } | Error::Flush { .. } | Error::Command { .. }) => {}
             Err(error) => return Err(error),
         }
     }

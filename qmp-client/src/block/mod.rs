@@ -1,13 +1,12 @@
 //! The block layer of a running QEMU: its disks and jobs, nodes made durable, and what changes a chain, a step at a time.
 
-pub(crate) mod commit;
 pub(crate) mod flush;
 pub(crate) mod foreign;
 pub(crate) mod graph;
+pub(crate) mod ids;
 pub(crate) mod jobs;
+pub(crate) mod merge;
 pub(crate) mod nbd;
-pub(crate) mod procedure;
-pub(crate) mod pull;
 pub(crate) mod servers;
 pub(crate) mod snapshot;
 pub(crate) mod version;

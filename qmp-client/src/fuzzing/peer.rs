@@ -12,7 +12,7 @@ use crate::block::jobs::{Goal, Job, Watch, jobs};
 use crate::error::{Error, Result};
 use crate::qmp::message::{Event, Failure, Message};
 use crate::qmp::monitor::Monitor;
-use crate::{Commit, CommitOptions, Pull};
+use crate::{MergeOptions, Procedure};
 
 /// The lines of the input are what a monitor answers, whatever it is asked; then it knows no command any more. Disks are looked for, merges of every range planned, tried and followed: each comes to
 /// an end, with a success or with an error in few words.
@@ -59,7 +59,7 @@ fn assert_sound(disk: &Disk, text: &str) {
 
 fn merge(disk: &Disk, base: usize, top: usize, monitor: &Peer) -> Result<()> {
     let (base, top) = (disk.layer(&numbered(base))?, disk.layer(&numbered(top))?);
-    let mut commit = Commit::plan(disk, &disk.range(base, top)?, CommitOptions::default())?;
+    let mut commit = Procedure::commit(disk, &disk.range(base, top)?, MergeOptions::default())?;
     commit.preflight(monitor)?;
     let job = commit.start(monitor)?;
     // What comes behind this talks to a server that QEMU opens.
@@ -71,7 +71,7 @@ fn numbered(index: usize) -> String {
 }
 
 fn pull(disk: &Disk, monitor: &Peer) -> Result<()> {
-    let mut pull = Pull::plan(disk, None, CommitOptions::default())?;
+    let mut pull = Procedure::pull(disk, None, MergeOptions::default())?;
     pull.preflight(monitor)?;
     pull.start(monitor).map(drop)
 }

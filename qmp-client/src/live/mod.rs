@@ -12,15 +12,14 @@ use std::time::Duration;
 use qapi::qmp::JobStatus;
 
 use crate::block::graph::{Disk, Graph, Layer};
-use crate::block::jobs::{Job, Progress, Waited, Watch, jobs};
-use crate::block::procedure::{Merged, cancel, with_chain};
-use crate::error::{Error, Result};
+use crate::block::jobs::{Job, Progress, Waited, Watch, cancel, jobs};
+use crate::block::merge::{Merged, Procedure, with_chain};
+use crate::error::{Error, Refusal, Result};
 use crate::qmp::address::Address;
 use crate::qmp::monitor::Monitor;
 use crate::state::{Kind, Phase, Pointer, State, StateFile, StateLayer, boot, now_ns};
 
 use held::{is_written_while_held, note_switching};
-pub use procedure::Procedure;
 pub use throttle::Throttle;
 
 /// What a user wants of a merge, beyond the merge itself.
@@ -62,18 +61,16 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// and is not cleaned up after: nothing is begun then. Those of the start: the file is removed again.
     pub fn begin(
         monitor: &'m M,
-        procedure: impl Into<Procedure>,
+        procedure: Procedure,
         file: StateFile,
         address: &Address,
         wishes: &Wishes,
     ) -> Result<Self> {
-        let procedure = procedure.into();
         if let Some(left) = file.load()?
             && left.phase != Phase::Copying
         {
-            let (path, disk) = (file.path().display(), &left.disk);
-            let why = format!("{path} speaks of an earlier merge of {disk} that is not cleaned up after");
-            return Err(Error::Refused { why });
+            let state_file = file.path().to_owned();
+            return Err(Refusal::NotCleanedUp { state_file, disk: left.disk }.into());
         }
         let mut state = new_state(&procedure, address, wishes);
         let pointer = Pointer::of(address);
@@ -169,7 +166,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// what the graph shows. If QEMU does not answer any more, the state file tells what to look at.
     pub fn finish(&mut self) -> Result<Merged> {
         if self.state.kind == Kind::ActiveCommit {
-            return Err(Error::Refused { why: "an active commit ends with a pivot, or without one".into() });
+            return Err(Refusal::EndOfActiveCommit.into());
         }
         self.switch()
     }
@@ -182,7 +179,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// layer.
     pub fn pivot(&mut self) -> Result<Merged> {
         if self.state.kind != Kind::ActiveCommit {
-            return Err(Error::Refused { why: "only an active commit pivots".into() });
+            return Err(Refusal::OnlyActiveCommit { step: "pivots" }.into());
         }
         self.switch()
     }
@@ -193,14 +190,11 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// # Errors
     /// [`Error::Refused`] for other merges, or if the job is not ready; [`Error::Job`] if it failed.
     pub fn keep_overlay(&mut self) -> Result<Disk> {
-        let Procedure::Commit(commit) = self.procedure.clone() else {
-            return Err(Error::Refused { why: "only an active commit can keep the overlay".into() });
-        };
-        if !commit.is_active() {
-            return Err(Error::Refused { why: "only an active commit can keep the overlay".into() });
+        if self.state.kind != Kind::ActiveCommit {
+            return Err(Refusal::OnlyActiveCommit { step: "can keep the overlay" }.into());
         }
         self.stay()?;
-        let kept = commit.keep_overlay(&self.job, self.monitor);
+        let kept = self.procedure.keep_overlay(&self.job, self.monitor);
         self.relax_after(kept).and_then(|disk| self.done().map(|()| disk))
     }
 
@@ -256,7 +250,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
             self.procedure.find_means(self.monitor)?;
         }
         let (state, file, monitor) = (&mut self.state, &self.file, self.monitor);
-        self.procedure.switch(&self.job, monitor, &mut || {
+        self.procedure.finish(&self.job, monitor, &mut || {
             note_switching(state, file)?;
             if state.kind != Kind::ActiveCommit {
                 return Ok(());
@@ -329,9 +323,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
         if let Some(JobStatus::concluded) | None = self.job.state()?.map(|job| job.status)
             && !matches!(with_chain(self.monitor, &self.procedure.chain()), Ok(Some(_)))
         {
-            let why =
-                format!("the job {} has ended, and the disk has not the chain from before", self.job.id());
-            return Err(Error::Refused { why });
+            return Err(Refusal::OtherChain { job: self.job.id().to_owned() }.into());
         }
         self.enter(Phase::Copying, self.state.top_before())
     }
@@ -350,7 +342,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
 
 fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> State {
     let chain = procedure.chain();
-    let (base, top) = procedure.range();
+    let span = procedure.span();
     let address = match address {
         Address::Unix(path) => {
             Address::Unix(std::path::absolute(path).unwrap_or_else(|_| PathBuf::from(path))).to_string()
@@ -370,15 +362,15 @@ fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> State
         phase: Phase::Copying,
         valid_top: chain.first().map(|layer| layer.file.clone()).unwrap_or_default(),
         layers: chain.iter().map(|layer| StateLayer::of(layer, !wishes.files_are_elsewhere)).collect(),
-        base,
-        top,
+        base: span.base,
+        top: span.top,
         backing: procedure.rename(),
         delete: wishes.delete,
         allow_stale: wishes.allow_stale,
         scan: wishes.scan.clone(),
         pivot: wishes.pivot,
         keep_overlay: wishes.keep_overlay,
-        nbd_socket: procedure.nbd_socket(),
+        nbd_socket: procedure.options().nbd_socket.clone(),
         throttled: None,
     }
 }

@@ -7,8 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::block::commit::{Commit, CommitOptions};
-use crate::block::pull::Pull;
+use crate::block::merge::MergeOptions;
 use crate::qmp::message::{Event, Failure};
 use crate::qmp::replay::Replay;
 
@@ -101,14 +100,14 @@ fn begin<'m>(qemu: &'m Failing, folder: &Path, top: Option<&str>) -> Merge<'m, F
     let procedure: Procedure = match top {
         Some(top) => {
             let range = disk.range(base, disk.layer(top).unwrap()).unwrap();
-            let mut commit = Commit::plan(disk, &range, CommitOptions::default()).unwrap();
+            let mut commit = Procedure::commit(disk, &range, MergeOptions::default()).unwrap();
             commit.preflight(qemu).unwrap();
-            commit.into()
+            commit
         }
         None => {
-            let mut pull = Pull::plan(disk, Some(base), CommitOptions::default()).unwrap();
+            let mut pull = Procedure::pull(disk, Some(base), MergeOptions::default()).unwrap();
             pull.preflight(qemu).unwrap();
-            pull.into()
+            pull
         }
     };
     let file = StateFile::in_folder(folder, Path::new("/vm/a/active.qcow2"));

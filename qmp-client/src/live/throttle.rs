@@ -6,9 +6,9 @@ use serde_json::{Map, Value, json};
 
 use super::Merge;
 use crate::block::graph::Disk;
+use crate::block::ids::unique;
 use crate::block::jobs::{JobState, Progress, Waited, Watch};
-use crate::block::procedure::unique;
-use crate::error::{Error, Result};
+use crate::error::{Refusal, Result};
 use crate::qmp::monitor::{Execute, Monitor};
 use crate::state::{Kind, Throttled};
 
@@ -52,17 +52,17 @@ impl Throttle {
     /// Asks for the limits that the disk has.
     ///
     /// # Errors
-    /// [`Error::Refused`] for a disk that is no device, such as an export of a storage daemon: nothing can slow
+    /// [`crate::Error::Refused`] for a disk that is no device, such as an export of a storage daemon: nothing can slow
     /// its guest down. Those of the query.
     pub fn of(monitor: &(impl Monitor + ?Sized), disk: &Disk) -> Result<Self> {
         let name = disk.name();
-        let refused = |why: &str| Error::Refused { why: format!("{name} cannot be throttled: {why}") };
-        let Some(qdev) = disk.qdev() else { return Err(refused("it is no device of a guest")) };
+        let refused = |why: &'static str| Refusal::NoThrottle { disk: name.to_owned(), why };
+        let Some(qdev) = disk.qdev() else { return Err(refused("it is no device of a guest").into()) };
         let all = monitor.query("query-block", json!({}))?;
         let entries = all.as_array().map(Vec::as_slice).unwrap_or_default();
         let inserted = entries.iter().find(|entry| entry["qdev"] == qdev).map(|entry| &entry["inserted"]);
         let Some(Value::Object(inserted)) = inserted else {
-            return Err(refused("QEMU does not show its limits"));
+            return Err(refused("QEMU does not show its limits").into());
         };
         let mut former = Map::from_iter([("id".to_owned(), json!(qdev))]);
         for key in REQUIRED {
@@ -104,7 +104,7 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
     /// ready: then at the end of the merge, however it ends. Whoever leaves the job ready calls [`Merge::relax`].
     ///
     /// # Errors
-    /// [`Error::Refused`] for a merge that is no active commit; those of the commands and of the state file.
+    /// [`crate::Error::Refused`] for a merge that is no active commit; those of the commands and of the state file.
     pub fn wait_converging(
         &mut self,
         throttle: &Throttle,
@@ -113,7 +113,7 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
         on_limit: &mut dyn FnMut(u64),
     ) -> Result<Waited> {
         if self.state.kind != Kind::ActiveCommit {
-            return Err(Error::Refused { why: "only an active commit waits for the guest".into() });
+            return Err(Refusal::OnlyActiveCommit { step: "waits for the guest" }.into());
         }
         match self.wait_and_throttle(throttle, timeout, watch, on_limit) {
             reached @ Ok(Waited::Reached(_)) => reached,

@@ -11,8 +11,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use qmp_client::{
-    Address, Commit, CommitOptions, Connection, Disk, Graph, Merge, Options, Procedure, StateFile, Waited,
-    Watch, Wishes, states_of,
+    Address, Connection, Disk, Graph, Merge, MergeOptions, Options, Procedure, StateFile, Waited, Watch,
+    Wishes, states_of,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -222,10 +222,10 @@ pub(crate) fn listed(disk: &Disk) -> Vec<String> {
 }
 
 /// A commit of the layers above `base` up to `top` that has passed its preflight.
-pub(crate) fn commit(monitor: &Connection, base: &str, top: &str, options: CommitOptions) -> Commit {
+pub(crate) fn commit(monitor: &Connection, base: &str, top: &str, options: MergeOptions) -> Procedure {
     let disk = disk(monitor);
     let range = disk.range(disk.layer(base).unwrap(), disk.layer(top).unwrap()).unwrap();
-    let mut commit = Commit::plan(&disk, &range, options).unwrap();
+    let mut commit = Procedure::commit(&disk, &range, options).unwrap();
     commit.preflight(monitor).unwrap();
     commit
 }
@@ -235,7 +235,7 @@ pub(crate) fn begin<'m>(
     monitor: &'m Connection,
     daemon: &Daemon,
     chain: &Chain,
-    procedure: impl Into<Procedure>,
+    procedure: Procedure,
 ) -> Merge<'m, Connection> {
     Merge::begin(monitor, procedure, chain.state_file(), &daemon.address(), &Wishes::default()).unwrap()
 }

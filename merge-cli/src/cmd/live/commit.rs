@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use qcow2::image::Qcow2;
 use qcow2::storage::{Access, Host, OsHost};
-use qmp_client::{Commit, CommitOptions, Disk, Layer, Range};
+use qmp_client::{Disk, Layer, MergeOptions, Procedure, Range};
 
 use super::plan::{End, Plan};
 use super::siblings::{self, Searched};
@@ -112,18 +112,18 @@ pub(super) fn plan(
     disk: &Disk,
     range: &Range<'_>,
     args: &LiveCommitArgs,
-) -> Result<(Commit, Plan), Failure> {
+) -> Result<(Procedure, Plan), Failure> {
     let is_merged = |layer: &&Layer| layer.index > range.base.index && layer.index <= range.top.index;
     let merged: Vec<Layer> = disk.layers().iter().filter(is_merged).cloned().collect();
     checks::bitmaps(session, &merged, args.drop_bitmaps)?;
     checks::same_files(session, files, disk, args.backing_file.is_some() || args.job.state_dir.is_some())?;
-    let options = CommitOptions {
+    let options = MergeOptions {
         backing_file: args.backing_file.clone(),
         speed: args.job.bandwidth.unwrap_or(0),
         drop_bitmaps: args.drop_bitmaps,
         nbd_socket: args.job.nbd_socket.clone().or_else(|| files.nbd_server()),
     };
-    let commit = Commit::plan(disk, range, options).map_err(|e| session.unplanned(&e, disk, range))?;
+    let commit = Procedure::commit(disk, range, options).map_err(|e| session.unplanned(&e, disk, range))?;
     let touched: Vec<&Layer> = merged.iter().chain([range.base]).collect();
     checks::plaintext(session, &merged, range.base, args.allow_plaintext)?;
     let searched: Searched =

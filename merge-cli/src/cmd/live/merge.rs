@@ -89,7 +89,7 @@ pub(super) fn commit(
         Start { session, graph, disk, files: &files, job, scan: &args.scan, console, known: &known, wanted };
     start.no_other_job(&monitor)?;
     let (commit, plan) = commit::plan(session, &files, disk, &range, args)?;
-    start.carry_out(monitor, commit.into(), &plan)
+    start.carry_out(monitor, commit, &plan)
 }
 
 /// `live pull`.
@@ -135,7 +135,7 @@ pub(super) fn pull(
     let start = start(wanted());
     start.no_other_job(&monitor)?;
     let (pull, plan) = pull::plan(session, &files, disk, base, args)?;
-    start.carry_out(monitor, pull.into(), &plan)
+    start.carry_out(monitor, pull, &plan)
 }
 
 /// What the user asks for, in the words of a state file.
@@ -211,11 +211,7 @@ impl Start<'_> {
             self.console.note("dry run: nothing was changed");
             return Ok(Exit::DONE);
         }
-        let passed = match &mut procedure {
-            Procedure::Commit(commit) => commit.preflight(&monitor),
-            Procedure::Pull(pull) => pull.preflight(&monitor),
-        };
-        passed.map_err(|e| self.not_begun(&e, plan))?;
+        procedure.preflight(&monitor).map_err(|e| self.not_begun(&e, plan))?;
         let wishes = qmp_client::Wishes {
             delete: self.wanted.delete,
             allow_stale: plan.stale().next().is_some(),

@@ -4,8 +4,8 @@ use serde_json::json;
 
 use super::nodes::Edges;
 use super::{Disk, Graph};
+use crate::block::ids::{MERGES, job_prefix};
 use crate::block::jobs::{JobState, jobs};
-use crate::block::procedure::job_prefix;
 use crate::error::Result;
 use crate::qmp::monitor::{Execute, Monitor, read};
 
@@ -13,8 +13,8 @@ impl Graph {
     /// All jobs of this QEMU, whoever started them, each with the disk on which it works.
     ///
     /// A job does not tell its disk. It is known from the edge that leads from the job to a node of the disk,
-    /// and for a job that has concluded, which has no edges any more, from the id that [`crate::Commit`] and
-    /// [`crate::Pull`] give; for another one's it is not known. Nor is it for jobs that work on no disk.
+    /// and for a job that has concluded, which has no edges any more, from the id that a
+    /// [`crate::Procedure`] gives; for another one's it is not known. Nor is it for jobs that work on no disk.
     ///
     /// # Errors
     /// Those of the queries.
@@ -26,8 +26,7 @@ impl Graph {
         let command = "x-debug-query-block-graph";
         let edges: Edges = read(command, monitor.query(command, json!({}))?)?;
         let of = |job: &JobState| {
-            let named =
-                |d: &&Disk| ["merge", "pull"].iter().any(|k| job.id.starts_with(&job_prefix(k, d.name())));
+            let named = |d: &&Disk| MERGES.iter().any(|kind| job.id.starts_with(&job_prefix(kind, d.name())));
             // The first node that a disk has is its own; further down there may be a base that several share.
             let works = |d: &&Disk, node: &String| {
                 d.filters().contains(node) || d.layers().iter().any(|l| l.node == *node)

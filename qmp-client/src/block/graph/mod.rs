@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::{Value, json};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Refusal, Result};
 use crate::qmp::monitor::{Execute, Monitor, read};
 pub(crate) use attached::holds_requests;
 pub use disk::{Backing, Disk, Layer, Range};
@@ -138,17 +138,8 @@ fn no_kept_stream(monitor: &(impl Monitor + ?Sized)) -> Result<()> {
     };
     let kept = |job: &&Value| job["type"] == "stream" && job["status"] == "concluded";
     let Some(job) = jobs.as_array().into_iter().flatten().find(kept) else { return Ok(()) };
-    let id = job["id"].as_str().unwrap_or_default();
-    let why = match job["error"].as_str() {
-        Some(error) => format!("failed ({error})"),
-        None => "succeeded".to_owned(),
-    };
-    Err(Error::Refused {
-        why: format!(
-            "the job {id} has {why} and was not dismissed by the client that started it; QEMU may crash if it is asked \
-             for its disks now. Dismiss it first: {{\"execute\": \"job-dismiss\", \"arguments\": {{\"id\": \"{id}\"}}}}"
-        ),
-    })
+    let text = |key: &str| job[key].as_str().map(str::to_owned);
+    Err(Refusal::KeptPull { job: text("id").unwrap_or_default(), error: text("error") }.into())
 }
 
 /// The id that a user gave to a device, from its path in QEMU's tree of objects.

@@ -3,6 +3,7 @@
 //! A job belongs to QEMU, not to the client that started it: all of this works on jobs that somebody
 //! else started, or this client before it lost its connection.
 
+mod end;
 #[cfg(test)]
 mod tests;
 
@@ -15,6 +16,9 @@ use serde_json::json;
 
 use crate::error::{Error, Result};
 use crate::qmp::monitor::{Execute, Monitor, read};
+
+pub use end::cancel;
+pub(crate) use end::{LONGEST_STEP, failed, require, stuck};
 
 /// A job as QEMU described it at one moment.
 #[derive(Clone, Debug)]

@@ -1,16 +1,23 @@
 //! New overlays for several disks at one moment.
+//!
+//! Until the switch, QEMU has a job or a node that tells each new file and its maker: what a killed client has left is
+//! found by them, see [`unfinished_snapshots`].
+
+mod leftover;
+mod maker;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 use std::{fs, io};
 
 use serde_json::{Value, json};
 
 use crate::block::graph::{Disk, Graph};
-use crate::block::jobs::{Goal, Job, Waited, Watch};
-use crate::block::procedure::unique;
-use crate::error::{Error, Result};
+use crate::block::jobs::{Goal, Job, LONGEST_STEP, Waited, Watch, failed, jobs, stuck};
+use crate::error::{Error, Refusal, Result};
 use crate::qmp::monitor::{Execute, Monitor};
+use leftover::remove_empty;
+pub use leftover::{UnfinishedSnapshot, unfinished_snapshots};
+use maker::Maker;
 
 /// Puts a new qcow2 overlay on each of these disks, all in one transaction: either every guest write is
 /// before all of the new overlays, or after all. The paths are absolute, and the same for QEMU as here.
@@ -33,9 +40,7 @@ pub fn snapshot(monitor: &(impl Monitor + ?Sized), overlays: &[(&Disk, &Path)]) 
     made.iter()
         .map(|overlay| {
             let found = graph.disks().iter().find(|d| d.active().node == overlay.node);
-            found
-                .cloned()
-                .ok_or_else(|| refused(format!("QEMU shows no disk with the node {}", overlay.node)))
+            found.cloned().ok_or_else(|| Error::NoSuchNode { node: overlay.node.clone() })
         })
         .collect()
 }
@@ -45,30 +50,30 @@ struct Overlay {
     path: PathBuf,
     storage: String,
     node: String,
+    /// Whether QEMU has created the file; before that, a file of this name is somebody else's.
+    is_created: bool,
 }
 
 fn check(overlays: &[(&Disk, &Path)]) -> Result<()> {
     for (place, (disk, path)) in overlays.iter().enumerate() {
-        let shown = path.display();
+        let file = path.to_path_buf();
         let (before, _) = overlays.split_at(place);
         if before.iter().any(|(other, file)| other.name() == disk.name() || file == path) {
-            return Err(refused(format!(
-                "{}={shown} names a disk or a file that is named twice",
-                disk.name()
-            )));
+            return Err(Refusal::NamedTwice { disk: disk.name().to_owned(), file }.into());
         }
-        if !path.is_absolute() || path.to_str().is_none() {
-            return Err(refused(format!(
-                "{shown} is no absolute path in UTF-8, and QEMU may run in another folder"
-            )));
+        if !path.is_absolute() {
+            return Err(Refusal::RelativePath { file }.into());
+        }
+        if path.to_str().is_none() {
+            return Err(Refusal::NotUtf8 { file }.into());
         }
         match fs::symlink_metadata(path) {
-            Ok(_) => return Err(refused(format!("{shown} exists; a snapshot would overwrite it"))),
+            Ok(_) => return Err(Refusal::Exists { file }.into()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(refused(format!("{shown}: {error}"))),
+            Err(source) => return Err(Error::File { file, source }),
         }
         if !path.parent().is_some_and(Path::is_dir) {
-            return Err(refused(format!("the folder of {shown} does not exist")));
+            return Err(Refusal::NoFolder { file }.into());
         }
         backing_name(disk)?;
     }
@@ -80,7 +85,7 @@ fn backing_name(disk: &Disk) -> Result<&str> {
     let file = disk.active().file.as_str();
     let address = file.find(':').is_some_and(|colon| !file[..colon].contains('/'));
     if file.starts_with("json:") || !(file.starts_with('/') || address) {
-        return Err(refused(format!("'{file}' is no name by which an overlay elsewhere can find it")));
+        return Err(Refusal::NoNameElsewhere { file: file.to_owned() }.into());
     }
     Ok(file)
 }
@@ -93,18 +98,24 @@ fn make_all(
     let mut actions = Vec::new();
     for (disk, path) in overlays {
         let active = disk.active();
-        let name = unique();
-        let (storage, node) = (format!("snap-{name}-file"), format!("snap-{name}"));
-        made.push(Overlay { path: path.to_path_buf(), storage: storage.clone(), node: node.clone() });
-        create(monitor, json!({"driver": "file", "filename": path, "size": 0}))?;
+        let maker = Maker::next();
+        let (storage, node) = (maker.storage(), maker.node());
+        // The names were looked at before: QMP carries them.
+        let id = maker.job(&path.to_string_lossy());
+        let (file, names) = (path.to_path_buf(), (storage.clone(), node.clone()));
+        made.push(Overlay { path: file, storage: names.0, node: names.1, is_created: false });
+        let job = create(monitor, &id, json!({"driver": "file", "filename": path, "size": 0}))?;
+        if let Some(last) = made.last_mut() {
+            last.is_created = true;
+        }
         add(monitor, json!({"driver": "file", "filename": path, "node-name": storage}))?;
-        create(
-            monitor,
-            json!({
-                "driver": "qcow2", "file": storage, "size": active.virtual_size,
-                "backing-file": backing_name(disk)?, "backing-fmt": active.format,
-            }),
-        )?;
+        // Not earlier: at every moment a job or a node tells what was made.
+        job.take_result()?;
+        let options = json!({
+            "driver": "qcow2", "file": storage, "size": active.virtual_size,
+            "backing-file": backing_name(disk)?, "backing-fmt": active.format,
+        });
+        create(monitor, &id, options)?.take_result()?;
         // Its backing file is the disk that is in use: it must not be opened a second time.
         add(monitor, json!({"driver": "qcow2", "file": storage, "node-name": node, "backing": null}))?;
         actions.push(json!({"type": "blockdev-snapshot", "data": {"node": active.node, "overlay": node}}));
@@ -112,13 +123,17 @@ fn make_all(
     monitor.query("transaction", json!({"actions": actions})).map(drop)
 }
 
-fn create(monitor: &(impl Monitor + ?Sized), options: Value) -> Result<()> {
-    let id = format!("create-{}", unique());
+/// Has QEMU create something. Its job is kept, so that it can tell for whom it was done; one that failed is not.
+fn create<'m, M: Monitor + ?Sized>(monitor: &'m M, id: &str, options: Value) -> Result<Job<'m, M>> {
     monitor.query("blockdev-create", json!({"job-id": id, "options": options}))?;
     let job = Job::new(monitor, id);
-    match job.wait(Goal::Concluded, Some(Duration::from_secs(600)), &mut |_| Watch::GoOn)? {
-        Waited::Reached(_) | Waited::Vanished => job.take_result().map(drop),
-        _ => Err(Error::Job { id: job.id().to_owned(), why: "it does not end".into() }),
+    match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
+        Waited::Reached(state) if state.error.is_none() => Ok(job),
+        Waited::Reached(_) | Waited::Vanished => {
+            job.take_result()?;
+            Err(failed(&job, "it was dismissed by another client".into()))
+        }
+        other => Err(stuck(&job, &other)),
     }
 }
 
@@ -132,18 +147,18 @@ fn undo(monitor: &(impl Monitor + ?Sized), made: &[Overlay]) {
         for node in [&overlay.node, &overlay.storage] {
             let _ = monitor.query("blockdev-del", json!({"node-name": node}));
         }
+        let kept = jobs(monitor).unwrap_or_default().into_iter();
+        for job in kept.filter(|job| Maker::of_job(&job.id).is_some_and(|(m, _)| m.node() == overlay.node)) {
+            let _ = Job::new(monitor, job.id).take_result();
+        }
         // A file that QEMU holds is in use after all: the answer to the transaction was lost, perhaps.
         let query = "query-named-block-nodes";
         let held = monitor.query(query, json!({"flat": true})).map_or(true, |nodes| {
             let nodes = nodes.as_array().map_or(&[][..], Vec::as_slice);
             nodes.iter().any(|n| n["node-name"] == overlay.storage.as_str())
         });
-        if !held {
-            let _ = fs::remove_file(&overlay.path);
+        if overlay.is_created && !held {
+            let _ = remove_empty(&overlay.path);
         }
     }
-}
-
-fn refused(why: String) -> Error {
-    Error::Refused { why }
 }

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// [`Error::BackingName`] if no such name is known, or if it is seen here that it leads to another file.
-pub(crate) fn backing_name(
+pub(super) fn backing_name(
     disk: &Disk,
     range: &Range<'_>,
     above: &Layer,

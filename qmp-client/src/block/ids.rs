@@ -1,0 +1,64 @@
+//! The names that jobs, nodes and exports of ours get, so that they are known again.
+
+use std::collections::hash_map::RandomState;
+use std::fmt::Write as _;
+use std::hash::BuildHasher;
+
+/// The kinds of merge jobs, as their ids begin: data moves down, or up.
+pub(crate) const MERGES: [&str; 2] = ["merge", "pull"];
+
+/// Eight hexadecimal digits, others each time. Should they ever meet a name that is in use, QEMU refuses it.
+pub(crate) fn unique() -> String {
+    // The standard library's only source of randomness.
+    let bits = RandomState::new().hash_one(std::process::id());
+    format!("{:08x}", bits & 0xffff_ffff)
+}
+
+/// What the ids of all jobs of this kind on this disk begin with, and those of no other disk.
+pub(crate) fn job_prefix(kind: &str, disk: &str) -> String {
+    format!("{kind}.{}.", escaped(disk))
+}
+
+/// Any text in the letters that an id may have; others become `_` and two hexadecimal digits for each byte.
+pub(crate) fn escaped(text: &str) -> String {
+    let mut written = String::new();
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || byte == b'-' {
+            written.push(char::from(byte));
+        } else {
+            // Writing to a string does not fail.
+            let _ = write!(written, "_{byte:02x}");
+        }
+    }
+    written
+}
+
+/// The text that [`escaped`] has written; `None` if it has not.
+pub(crate) fn unescaped(written: &str) -> Option<String> {
+    let mut parts = written.split('_');
+    let mut bytes = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        let (digits, rest) = part.split_at_checked(2)?;
+        bytes.push(u8::from_str_radix(digits, 16).ok()?);
+        bytes.extend_from_slice(rest.as_bytes());
+    }
+    String::from_utf8(bytes).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefixes_of_different_disks_never_meet() {
+        assert_eq!(job_prefix("merge", "vda"), "merge.vda.");
+        let disks = ["a.b", "a-b", "a_b", "a", "a.", "a_2eb", "/a/b", "\u{e4}"];
+        for one in disks {
+            let prefix = job_prefix("merge", one);
+            assert!(prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)), "{prefix}");
+            for other in disks.into_iter().filter(|other| *other != one) {
+                assert!(!job_prefix("merge", other).starts_with(&prefix), "{one} {other}");
+            }
+        }
+    }
+}

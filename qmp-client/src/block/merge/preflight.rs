@@ -1,0 +1,119 @@
+//! What is asked before a merge begins: all that would make it fail, or do harm, half-way.
+
+use qapi::qmp;
+use serde_json::json;
+
+use super::{Direction, Procedure};
+use crate::block::graph::Layer;
+use crate::block::ids::{MERGES, job_prefix};
+use crate::block::jobs::jobs;
+use crate::error::{Error, Refusal, Result};
+use crate::qmp::monitor::{Execute, Monitor};
+
+/// Checks that need only the graph.
+pub(super) fn plan(merge: &Procedure) -> Result<()> {
+    ownership(&merge.chain())?;
+    if let (Direction::Down, Some(top)) = (merge.direction, merge.merged.first()) {
+        sizes(merge, top)?;
+    }
+    bitmaps(merge)
+}
+
+/// Refuses a commit after which the disk, or a layer above, would show other bytes, or have another size.
+fn sizes(merge: &Procedure, top: &Layer) -> Result<()> {
+    let base = &merge.receiver;
+    let driver = base.protocol.as_deref().unwrap_or(&base.format);
+    if merge.grows() && driver != "file" {
+        return refuse(Refusal::CannotGrow {
+            file: base.file.clone(),
+            size: base.virtual_size,
+            needed: top.virtual_size,
+            driver: driver.to_owned(),
+        });
+    }
+    let is_short = top.virtual_size < base.virtual_size;
+    match &merge.overlay {
+        // QEMU shows base's old bytes where top showed zeros.
+        Some(above) if is_short && top.virtual_size < above.virtual_size => {
+            refuse(Refusal::ShortTop { top: top.file.clone(), base: base.file.clone() })
+        }
+        // The try that the overlay can be written would write the wrong format.
+        Some(above) if above.format != top.format => {
+            refuse(Refusal::FormatsDiffer { overlay: above.file.clone(), top: top.file.clone() })
+        }
+        None if is_short => refuse(Refusal::DiskWouldGrow { base: base.file.clone(), top: top.file.clone() }),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a disk that belongs to libvirt.
+fn ownership(chain: &[Layer]) -> Result<()> {
+    match chain.iter().find(|layer| layer.node.starts_with("libvirt-")) {
+        Some(layer) => Err(Error::Managed { node: layer.node.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// Refuses to lose the persistent bitmaps of layers that are given up.
+fn bitmaps(merge: &Procedure) -> Result<()> {
+    let names: Vec<_> = merge.merged.iter().flat_map(|layer| &layer.bitmaps).cloned().collect();
+    if merge.options.drop_bitmaps || names.is_empty() { Ok(()) } else { refuse(Refusal::Bitmaps { names }) }
+}
+
+/// Refuses while the guest is being moved, and while a merge of this disk is there, in either direction.
+pub(super) fn circumstances(monitor: &(impl Monitor + ?Sized), disk: &str) -> Result<()> {
+    if let Some(status) = known(monitor, "query-status")? {
+        let status = status["status"].as_str().unwrap_or_default().to_owned();
+        if ["inmigrate", "finish-migrate", "postmigrate", "save-vm", "restore-vm"].contains(&&*status) {
+            return refuse(Refusal::GuestMoves { status });
+        }
+    }
+    if let Some(migration) = known(monitor, "query-migrate")? {
+        let status = migration["status"].as_str().unwrap_or("none").to_owned();
+        if !["none", "completed", "failed", "cancelled"].contains(&&*status) {
+            return refuse(Refusal::Migration { status });
+        }
+    }
+    let own = MERGES.map(|kind| job_prefix(kind, disk));
+    match jobs(monitor)?.into_iter().find(|job| own.iter().any(|prefix| job.id.starts_with(prefix))) {
+        Some(job) => refuse(Refusal::JobExists { job: job.id, status: job.status }),
+        None => Ok(()),
+    }
+}
+
+/// Looks whether the overlay above top can be switched at the end, by having QEMU write its header with the name that it has
+/// already; and whether base can be flushed before that at all.
+///
+/// QEMU 10.0.2 opens that file for writing only at the end of the job, and crashes if it cannot. This needs
+/// the same, and fails with an error.
+pub(super) fn overlay(merge: &Procedure, monitor: &(impl Monitor + ?Sized)) -> Result<()> {
+    if merge.grows() && known(monitor, "query-status")?.is_none() {
+        return refuse(Refusal::GrowsUnflushed { base: merge.receiver.file.clone() });
+    }
+    let same = same_name(merge).ok_or(Refusal::NoBackingName)?;
+    monitor.execute(&same).map(drop)
+}
+
+/// The command that gives the overlay above top the backing name that it has; none where it has no name, where
+/// there is no such overlay, or for a pull, which has the overlay open for writing.
+pub(super) fn same_name(merge: &Procedure) -> Option<qmp::change_backing_file> {
+    let above = merge.overlay.as_ref().filter(|_| merge.direction == Direction::Down)?;
+    Some(qmp::change_backing_file {
+        device: merge.root.clone(),
+        image_node_name: above.node.clone(),
+        backing_file: above.backing.as_ref()?.name.clone(),
+    })
+}
+
+/// The answer to a question that a storage daemon does not know.
+fn known(monitor: &(impl Monitor + ?Sized), command: &str) -> Result<Option<serde_json::Value>> {
+    match monitor.query(command, json!({})) {
+        Ok(answer) => Ok(Some(answer)),
+        Err(Error::Command { failure, .. }) if failure.class == "CommandNotFound" => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn refuse(reason: Refusal) -> Result<()> {
+    Err(reason.into())
+}

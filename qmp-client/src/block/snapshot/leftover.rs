@@ -1,0 +1,210 @@
+//! What a client has left that was killed before its snapshot was switched: an empty file, nodes that hold it, a job that
+//! created it. No disk writes to it.
+
+use std::collections::BTreeMap;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use qcow2::image::{ImageFormat, Qcow2};
+use qcow2::storage::{Access, FileKind, OsHost, Place, Storage};
+use serde_json::{Value, json};
+
+use super::maker::Maker;
+use crate::block::jobs::{Goal, Job, LONGEST_STEP, Waited, Watch, jobs, stuck};
+use crate::error::{Error, Result};
+use crate::qmp::monitor::{Execute, Monitor};
+
+/// A new overlay that no disk has, whose client is gone.
+#[derive(Clone, Debug)]
+pub struct UnfinishedSnapshot {
+    /// Its file, by the name that QEMU has for it.
+    pub file: PathBuf,
+    /// The nodes that hold it, the upper one first.
+    nodes: Vec<String>,
+    /// The jobs that created it, as far as QEMU keeps them.
+    jobs: Vec<String>,
+}
+
+/// Looks for new overlays that clients have left which were killed between the creation of a file and the switch. Those of
+/// clients that still run on this host are not counted.
+///
+/// # Errors
+/// Those of the queries.
+pub fn unfinished_snapshots(monitor: &(impl Monitor + ?Sized)) -> Result<Vec<UnfinishedSnapshot>> {
+    let mut found: BTreeMap<Maker, Trace> = BTreeMap::new();
+    for job in jobs(monitor)? {
+        if let Some((maker, file)) = Maker::of_job(&job.id) {
+            let trace = found.entry(maker).or_default();
+            trace.jobs.push(job.id);
+            trace.file = Some(file);
+        }
+    }
+    let nodes = monitor.query("query-named-block-nodes", json!({"flat": true}))?;
+    for node in nodes.as_array().into_iter().flatten() {
+        let Some(name) = node["node-name"].as_str() else { continue };
+        let Some((maker, is_storage)) = Maker::of_node(name) else { continue };
+        let trace = found.entry(maker).or_default();
+        if is_storage {
+            trace.storage = Some(name.to_owned());
+            trace.file = trace.file.take().or_else(|| node["file"].as_str().map(str::to_owned));
+        } else {
+            trace.node = Some(name.to_owned());
+            // The transaction gives it a backing node; a disk that was unplugged since keeps that.
+            trace.is_switched = node["backing_file_depth"] != Value::from(0);
+        }
+    }
+    let left = found.into_iter().filter(|(maker, trace)| !trace.is_switched && !maker.lives());
+    Ok(left.filter_map(|(_, trace)| trace.unfinished()).collect())
+}
+
+/// What QEMU shows of one new overlay.
+#[derive(Default)]
+struct Trace {
+    file: Option<String>,
+    node: Option<String>,
+    storage: Option<String>,
+    jobs: Vec<String>,
+    is_switched: bool,
+}
+
+impl Trace {
+    fn unfinished(self) -> Option<UnfinishedSnapshot> {
+        let nodes = [self.node, self.storage].into_iter().flatten().collect();
+        Some(UnfinishedSnapshot { file: self.file?.into(), nodes, jobs: self.jobs })
+    }
+}
+
+impl UnfinishedSnapshot {
+    /// Undoes it: closes the nodes, lets QEMU forget the jobs, and removes the file, if it is empty and nobody holds it.
+    /// Returns whether a file was removed.
+    ///
+    /// # Errors
+    /// Those of the commands; [`Error::File`] if the file cannot be looked at or removed.
+    pub fn undo<M: Monitor + ?Sized>(&self, monitor: &M) -> Result<bool> {
+        // A job that still creates the file holds the node below.
+        for id in &self.jobs {
+            let job = Job::new(monitor, id.clone());
+            match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
+                Waited::Reached(_) => match job.take_result() {
+                    Ok(_) | Err(Error::Job { .. }) => {}
+                    Err(error) => return Err(error),
+                },
+                Waited::Vanished => {}
+                other => return Err(stuck(&job, &other)),
+            }
+        }
+        for node in &self.nodes {
+            monitor.query("blockdev-del", json!({"node-name": node}))?;
+        }
+        remove_empty(&self.file).map_err(|source| Error::File { file: self.file.clone(), source })
+    }
+}
+
+/// Removes a file that is empty, or an image that holds nothing, unless somebody has it open or it is gone.
+pub(super) fn remove_empty(path: &Path) -> io::Result<bool> {
+    let host = &OsHost;
+    let removed = Place::named(host, path).and_then(|place| {
+        let file = place.open(host, Access::Read)?;
+        if file.stat()?.kind != FileKind::Regular || file.used_by_others()?.is_some() {
+            return Ok(false);
+        }
+        if !holds_nothing(path, &*file)? || !place.unlink_file(host, &*file)? {
+            return Ok(false);
+        }
+        place.sync(host).map(|()| true)
+    });
+    match removed {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        removed => removed,
+    }
+}
+
+/// Whether a file has no byte, or is a qcow2 image whose L1 table is empty, without snapshots.
+fn holds_nothing(path: &Path, file: &dyn Storage) -> io::Result<bool> {
+    if file.size()? == 0 {
+        return Ok(true);
+    }
+    if !matches!(ImageFormat::detect(path, file), Ok(ImageFormat::Qcow2)) {
+        return Ok(false);
+    }
+    // An image that cannot be understood is not one that a snapshot makes.
+    let Ok(cluster0) = Qcow2::read_cluster0(path, file) else { return Ok(false) };
+    let header = &cluster0.header;
+    if header.snapshots != 0 || header.has_data_file() {
+        return Ok(false);
+    }
+    let (mut at, mut left) = (header.l1_offset.get(), header.l1_bytes());
+    let mut buffer = vec![0; 1 << 16];
+    while left > 0 {
+        let len = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
+        let Some(part) = buffer.get_mut(..len) else { break };
+        file.read_exact_or_zero(part, at)?;
+        if part.iter().any(|byte| *byte != 0) {
+            return Ok(false);
+        }
+        (at, left) = (at.saturating_add(len as u64), left - len as u64);
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::qmp::replay::Replay;
+
+    fn answers(jobs: &str, nodes: &str) -> Replay {
+        let answer = |id: u64, name: &str, value: &str| {
+            format!("{{\"execute\":\"{name}\",\"id\":{id}}}\n{{\"return\":{value},\"id\":{id}}}\n")
+        };
+        Replay::of(
+            &(answer(1, "query-jobs", jobs)
+                + &answer(2, "query-block-jobs", "[]")
+                + &answer(3, "query-named-block-nodes", nodes)),
+        )
+    }
+
+    #[test]
+    fn only_what_a_dead_client_has_left_and_no_disk_has_is_found() {
+        let living = Maker::next();
+        let jobs = r#"[{"id":"create-ffffffff.1.0-_2fvm_2fa","type":"create","status":"concluded","current-progress":0,
+            "total-progress":0}]"#
+            .replace('\n', "");
+        let node = |name: &str, file: &str, depth: u32| {
+            format!(r#"{{"node-name":"{name}","file":"{file}","backing_file_depth":{depth}}}"#)
+        };
+        let nodes = [
+            node("snap-ffffffff.1.1-file", "/vm/b", 0),
+            node("snap-ffffffff.1.1", "/vm/b", 0),
+            // It is a disk's, or was.
+            node("snap-ffffffff.1.2-file", "/vm/c", 0),
+            node("snap-ffffffff.1.2", "/vm/c", 1),
+            // Its client is at work.
+            node(&living.storage(), "/vm/d", 0),
+            node("theirs", "/vm/e", 0),
+        ];
+        let found = unfinished_snapshots(&answers(&jobs, &format!("[{}]", nodes.join(",")))).unwrap();
+        let files: Vec<_> = found.iter().map(|left| left.file.to_str().unwrap()).collect();
+        assert_eq!(files, ["/vm/a", "/vm/b"]);
+        assert_eq!(found[1].nodes, ["snap-ffffffff.1.1", "snap-ffffffff.1.1-file"]);
+    }
+
+    #[test]
+    fn only_files_that_hold_nothing_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("empty"), "").unwrap();
+        fs::write(at("data"), "x").unwrap();
+        fs::write(at("broken"), b"QFI\xfb\0\0\0\x03").unwrap();
+        symlink(at("empty"), at("link")).unwrap();
+        for (name, removed) in
+            [("data", false), ("broken", false), ("gone", false), ("empty", true), ("empty", false)]
+        {
+            assert_eq!(remove_empty(&at(name)).unwrap(), removed, "{name}");
+        }
+        assert!(remove_empty(&at("link")).is_err(), "a link is not followed");
+        assert!(at("data").exists() && at("broken").exists());
+    }
+}
