@@ -46,11 +46,16 @@ pub mod fuzzing;
 pub mod image;
 pub mod journal;
 pub mod merge;
+pub mod repair;
+pub mod retire;
 #[cfg(test)]
 #[path = "../../testdata/skipped.rs"]
 mod skipped;
 pub mod stamp;
 pub mod storage;
+#[cfg(test)]
+mod testing;
+pub mod transfer;
 pub mod units;
 
 pub use error::{Error, ErrorKind, FileOp, Refusal, Result};

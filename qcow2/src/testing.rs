@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use super::{Progress, put};
 use crate::chain::{OpenOptions, Policy};
 use crate::image::{CreateOptions, create, create_raw};
 use crate::storage::MemHost;
+use crate::transfer::{Progress, put};
 use crate::units::GuestOffset;
 
 /// Everything that an image names may be opened.

@@ -17,7 +17,7 @@ use super::subject::Subject;
 use super::tables::{TableRef, Visitor, for_each_piece, read_piece, tables_per_piece, walk_l1};
 
 /// Words of slots in a window: 40 MiB, enough for 1 TiB of clusters of 64 KiB in one pass.
-pub(super) const WINDOW_WORDS: u64 = 5 << 20;
+pub(crate) const WINDOW_WORDS: u64 = 5 << 20;
 /// Pieces of L2 tables of which is remembered which windows they refer to.
 const REMEMBERED: usize = 1 << 20;
 
@@ -25,16 +25,16 @@ const METADATA: Reference = Reference { kind: Kind::Other, copied: None, times: 
 
 /// What the passes found.
 #[derive(Debug)]
-pub(super) struct Census {
-    pub(super) findings: Findings,
-    pub(super) totals: Totals,
+pub(crate) struct Census {
+    pub(crate) findings: Findings,
+    pub(crate) totals: Totals,
     /// How many clusters lie before the end of the last one in use.
-    pub(super) clusters_in_use: u64,
+    pub(crate) clusters_in_use: u64,
 }
 
 /// Checks the whole image with slots of a width, `window_words` words of them at a time; `None` if they
 /// are too narrow for it. `limit` findings of each severity are kept.
-pub(super) fn take(
+pub(crate) fn take(
     subject: &Subject<'_>,
     width: Width,
     window_words: u64,
@@ -61,7 +61,7 @@ pub(super) fn take(
 /// that anything refers to or that has refcounts. What is damaged goes to `first`, as the first pass sees it, which
 /// goes through all tables. What a pass could not read is part of what `visit` gets. False if the slots
 /// are too narrow; the windows that were visited until then are right.
-pub(super) fn count(
+pub(crate) fn count(
     subject: &Subject<'_>,
     layout: &Layout,
     width: Width,

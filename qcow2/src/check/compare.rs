@@ -17,7 +17,7 @@ use super::subject::Subject;
 
 /// Compares the window of `counts`, block by block on all threads; returns the end of the last cluster
 /// in use in the window (as a cluster number), or zero.
-pub(super) fn compare(
+pub(crate) fn compare(
     subject: &Subject<'_>,
     layout: &Layout,
     counts: &Counts,

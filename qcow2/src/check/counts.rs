@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 /// What a reference says a cluster is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     /// Guest data, plain or compressed: several entries may share it.
     Data = 0,
     /// An L2 table: several L1 tables may share it.
@@ -22,29 +22,29 @@ pub(super) enum Kind {
 
 /// A reference, or several alike.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Reference {
-    pub(super) kind: Kind,
+pub(crate) struct Reference {
+    pub(crate) kind: Kind,
     /// The COPIED flag, for an entry of the active tables.
-    pub(super) copied: Option<bool>,
-    pub(super) times: u64,
+    pub(crate) copied: Option<bool>,
+    pub(crate) times: u64,
 }
 
 /// What is known of one cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Slot {
+pub(crate) struct Slot {
     /// How many references there are.
-    pub(super) count: u64,
+    pub(crate) count: u64,
     /// Whether an entry of the active tables refers to it with the COPIED flag.
-    pub(super) copied: bool,
+    pub(crate) copied: bool,
     /// Whether an entry of the active tables refers to it without the COPIED flag.
-    pub(super) not_copied: bool,
+    pub(crate) not_copied: bool,
     /// Whether metadata shares it with something that it must not share with.
-    pub(super) overlap: bool,
+    pub(crate) overlap: bool,
 }
 
 /// The width of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Width {
+pub(crate) enum Width {
     /// 16 bits: up to 4094 references.
     Narrow,
     /// 32 bits: up to 2^28 - 2 references. For absurd images: half as many clusters fit in a window.
@@ -57,7 +57,7 @@ const KIND_MIXED: u64 = 3;
 
 /// The slots of a window of host clusters.
 #[derive(Debug)]
-pub(super) struct Counts {
+pub(crate) struct Counts {
     words: Vec<AtomicU64>,
     width: Width,
     first: u64,
@@ -67,7 +67,7 @@ pub(super) struct Counts {
 
 impl Counts {
     /// Empty slots for `slots` clusters from cluster 0; `None` if there is no memory.
-    pub(super) fn new(slots: u64, width: Width) -> Option<Self> {
+    pub(crate) fn new(slots: u64, width: Width) -> Option<Self> {
         let words = usize::try_from(slots.div_ceil(width.lanes())).ok()?;
         let mut this = Self { words: Vec::new(), width, first: 0, slots, saturated: AtomicBool::new(false) };
         this.words.try_reserve_exact(words).ok()?;
@@ -80,23 +80,23 @@ impl Counts {
     }
 
     /// Empties the slots and moves the window, so that it starts at cluster `first`.
-    pub(super) fn restart_at(&mut self, first: u64) {
+    pub(crate) fn restart_at(&mut self, first: u64) {
         self.first = first;
         self.words.par_iter().with_min_len(1 << 16).for_each(|word| word.store(0, Relaxed));
     }
 
     /// The clusters of the window.
-    pub(super) fn window(&self) -> Range<u64> {
+    pub(crate) fn window(&self) -> Range<u64> {
         self.first..self.first.saturating_add(self.slots)
     }
 
     /// Whether a cluster has more references than a slot can count.
-    pub(super) fn is_saturated(&self) -> bool {
+    pub(crate) fn is_saturated(&self) -> bool {
         self.saturated.load(Relaxed)
     }
 
     /// Adds a reference to every cluster of a range; what lies outside the window is left out.
-    pub(super) fn add(&self, clusters: Range<u64>, reference: Reference) {
+    pub(crate) fn add(&self, clusters: Range<u64>, reference: Reference) {
         let window = self.window();
         let start = clusters.start.max(window.start);
         let end = clusters.end.min(window.end);
@@ -168,24 +168,24 @@ impl Counts {
     }
 
     /// How many slots a word holds.
-    pub(super) fn lanes(&self) -> u64 {
+    pub(crate) fn lanes(&self) -> u64 {
         self.width.lanes()
     }
 
     /// The word that holds the slots of `lanes` clusters from `cluster`, a multiple of `lanes` counted
     /// from the window's start; zero means that nothing refers to any of them.
-    pub(super) fn word(&self, cluster: u64) -> u64 {
+    pub(crate) fn word(&self, cluster: u64) -> u64 {
         let index = cluster.saturating_sub(self.first) / self.width.lanes();
         self.words.get(index as usize).map_or(0, |word| word.load(Relaxed))
     }
 
     /// The word of clusters that have exactly one reference each: of guest data, with COPIED flag.
-    pub(super) fn all_copied_once(&self) -> u64 {
+    pub(crate) fn all_copied_once(&self) -> u64 {
         self.width.in_all_lanes(self.width.copied() | 1)
     }
 
     /// What is known of the cluster at `lane` of a word.
-    pub(super) fn slot(&self, word: u64, lane: u32) -> Slot {
+    pub(crate) fn slot(&self, word: u64, lane: u32) -> Slot {
         let width = self.width;
         let raw = word >> (lane * width.bits()) & width.mask();
         let count = width.count(raw);
@@ -208,7 +208,7 @@ impl Width {
     }
 
     /// How many slots a word holds.
-    pub(super) const fn lanes(self) -> u64 {
+    pub(crate) const fn lanes(self) -> u64 {
         64 / self.bits() as u64
     }
 

@@ -129,22 +129,22 @@ pub struct Finding {
 
 /// Something that could not be read.
 #[derive(Debug)]
-pub(super) struct Unread {
-    pub(super) structure: Structure,
-    pub(super) offset: u64,
-    pub(super) source: io::Error,
+pub(crate) struct Unread {
+    pub(crate) structure: Structure,
+    pub(crate) offset: u64,
+    pub(crate) source: io::Error,
 }
 
 impl Unread {
     /// The error, for those who cannot do without.
-    pub(super) fn error(self, path: &Path) -> Error {
+    pub(crate) fn error(self, path: &Path) -> Error {
         Error::io(path, FileOp::Read, Some(self.offset), self.source)
     }
 }
 
 impl Finding {
     /// A finding of severity corruption that concerns one place.
-    pub(super) fn corruption(what: What, host: u64, guest: Option<GuestOffset>) -> Self {
+    pub(crate) fn corruption(what: What, host: u64, guest: Option<GuestOffset>) -> Self {
         Self { severity: Severity::Corruption, what, host: HostOffset::new(host), clusters: 1, guest }
     }
 }
@@ -214,7 +214,7 @@ impl fmt::Display for Finding {
 
 /// Collects findings from many threads: all are counted, the first of each severity are kept.
 #[derive(Debug)]
-pub(super) struct Findings {
+pub(crate) struct Findings {
     limit: usize,
     kept: [Mutex<Vec<Finding>>; 3],
     counted: [AtomicU64; 3],
@@ -229,7 +229,7 @@ pub(super) struct Findings {
 }
 
 impl Findings {
-    pub(super) fn new(limit: usize) -> Self {
+    pub(crate) fn new(limit: usize) -> Self {
         Self {
             limit,
             kept: Default::default(),
@@ -244,7 +244,7 @@ impl Findings {
         }
     }
 
-    pub(super) fn add(&self, finding: Finding) {
+    pub(crate) fn add(&self, finding: Finding) {
         if matches!(finding.what, What::Malformed(_) | What::PastEnd { .. } | What::Unreadable { .. }) {
             self.damaged.store(true, Relaxed);
         }
@@ -267,13 +267,13 @@ impl Findings {
     }
 
     /// Adds a corruption that hides references: what could not be read may refer to anything.
-    pub(super) fn add_blind(&self, finding: Finding) {
+    pub(crate) fn add_blind(&self, finding: Finding) {
         self.incomplete.store(true, Relaxed);
         self.add(finding);
     }
 
     /// Adds what could not be read, once for each place.
-    pub(super) fn add_unread(&self, unread: Unread) {
+    pub(crate) fn add_unread(&self, unread: Unread) {
         let mut known = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
         if !known.insert((unread.structure, unread.offset)) {
             return;
@@ -289,38 +289,38 @@ impl Findings {
     }
 
     /// The first read that failed.
-    pub(super) fn take_unread(&self) -> Option<Unread> {
+    pub(crate) fn take_unread(&self) -> Option<Unread> {
         self.first_unread.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// How many there are of a severity, kept or not.
-    pub(super) fn count(&self, severity: Severity) -> u64 {
+    pub(crate) fn count(&self, severity: Severity) -> u64 {
         self.counted.get(severity as usize).map_or(0, |n| n.load(Relaxed))
     }
 
     /// Whether some references could not be followed.
-    pub(super) fn is_incomplete(&self) -> bool {
+    pub(crate) fn is_incomplete(&self) -> bool {
         self.incomplete.load(Relaxed)
     }
 
     /// Whether an entry or a structure is damaged, so that nobody knows what it meant.
-    pub(super) fn is_damaged(&self) -> bool {
+    pub(crate) fn is_damaged(&self) -> bool {
         self.damaged.load(Relaxed)
     }
 
     /// Whether something refers to what lies behind the end of the image file.
-    pub(super) fn is_past_end(&self) -> bool {
+    pub(crate) fn is_past_end(&self) -> bool {
         self.past_end.load(Relaxed)
     }
 
     /// Where the first structure begins that leaves the image file, in bytes: what of it lies inside is in
     /// use, though it is not counted.
-    pub(super) fn cut_from(&self) -> u64 {
+    pub(crate) fn cut_from(&self) -> u64 {
         self.cut_from.load(Relaxed)
     }
 
     /// Those that were kept: corruptions, errors, leaks, each in the order of host offsets.
-    pub(super) fn into_vec(self) -> Vec<Finding> {
+    pub(crate) fn into_vec(self) -> Vec<Finding> {
         let mut all: Vec<Finding> =
             self.kept.into_iter().flat_map(|kept| kept.into_inner().unwrap_or_default()).collect();
         all.sort_by_key(|f| (f.severity, f.host));
@@ -328,7 +328,7 @@ impl Findings {
     }
 
     /// Lets `visit` complete the findings that were kept.
-    pub(super) fn update(&self, mut visit: impl FnMut(&mut Finding)) {
+    pub(crate) fn update(&self, mut visit: impl FnMut(&mut Finding)) {
         for kept in &self.kept {
             if let Ok(mut kept) = kept.lock() {
                 kept.iter_mut().for_each(&mut visit);

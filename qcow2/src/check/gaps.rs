@@ -15,11 +15,11 @@ const KEPT: usize = 1000;
 /// [`Gaps::report`] a finding.
 #[derive(Debug, Default)]
 #[must_use]
-pub(super) struct Gaps(Mutex<Vec<Unread>>);
+pub(crate) struct Gaps(Mutex<Vec<Unread>>);
 
 impl Gaps {
     /// Notes that something could not be read.
-    pub(super) fn note(&self, unread: Unread) {
+    pub(crate) fn note(&self, unread: Unread) {
         let mut list = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if list.len() < KEPT {
             list.push(unread);
@@ -27,7 +27,7 @@ impl Gaps {
     }
 
     /// Notes those of another way as well.
-    pub(super) fn join(&self, other: Self) {
+    pub(crate) fn join(&self, other: Self) {
         other.into_list().into_iter().for_each(|unread| self.note(unread));
     }
 
@@ -35,7 +35,7 @@ impl Gaps {
     ///
     /// # Errors
     /// The first read that failed.
-    pub(super) fn none(self, path: &Path) -> Result<()> {
+    pub(crate) fn none(self, path: &Path) -> Result<()> {
         match self.into_list().into_iter().min_by_key(|unread| unread.offset) {
             None => Ok(()),
             Some(unread) => Err(unread.error(path)),
@@ -43,7 +43,7 @@ impl Gaps {
     }
 
     /// Makes findings of what could not be read.
-    pub(super) fn report(self, findings: &Findings) {
+    pub(crate) fn report(self, findings: &Findings) {
         self.into_list().into_iter().for_each(|unread| findings.add_unread(unread));
     }
 
@@ -55,14 +55,14 @@ impl Gaps {
 /// The references of a window of host clusters, of as many tables as could be read. They can only be had with a word
 /// on what happens if that was not all.
 #[derive(Debug)]
-pub(super) struct Counted<'a> {
+pub(crate) struct Counted<'a> {
     path: &'a Path,
     counts: &'a Counts,
     gaps: Gaps,
 }
 
 impl<'a> Counted<'a> {
-    pub(super) fn new(path: &'a Path, counts: &'a Counts, gaps: Gaps) -> Self {
+    pub(crate) fn new(path: &'a Path, counts: &'a Counts, gaps: Gaps) -> Self {
         Self { path, counts, gaps }
     }
 
@@ -70,13 +70,13 @@ impl<'a> Counted<'a> {
     ///
     /// # Errors
     /// The first read that failed.
-    pub(super) fn whole(self) -> Result<&'a Counts> {
+    pub(crate) fn whole(self) -> Result<&'a Counts> {
         self.gaps.none(self.path)?;
         Ok(self.counts)
     }
 
     /// The counts as far as they go; what is missing becomes a finding.
-    pub(super) fn noted(self, findings: &Findings) -> &'a Counts {
+    pub(crate) fn noted(self, findings: &Findings) -> &'a Counts {
         self.gaps.report(findings);
         self.counts
     }

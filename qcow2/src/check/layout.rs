@@ -17,20 +17,20 @@ const CHUNK: u64 = 1 << 20;
 
 /// Where the metadata lies.
 #[derive(Debug)]
-pub(super) struct Layout {
-    pub(super) scope: Scope,
+pub(crate) struct Layout {
+    pub(crate) scope: Scope,
     /// Host clusters that hold metadata which nothing else may share.
-    pub(super) metadata: Vec<Segment>,
-    pub(super) l1: L1Tables,
+    pub(crate) metadata: Vec<Segment>,
+    pub(crate) l1: L1Tables,
     /// The bytes of all bitmap tables.
-    pub(super) bitmap_tables: Vec<Segment>,
+    pub(crate) bitmap_tables: Vec<Segment>,
     /// The refcount table's entries as they stand on disk.
-    pub(super) refcount_table: Vec<u64>,
+    pub(crate) refcount_table: Vec<u64>,
 }
 
 /// Which structures are looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Scope {
+pub(crate) enum Scope {
     /// All.
     Everything,
     /// All but the refcount table and its blocks: what stays when they are made anew.
@@ -41,7 +41,7 @@ pub(super) enum Scope {
 ///
 /// # Errors
 /// Cancellation, and a header or memory that does not allow to go on.
-pub(super) fn lay_out(subject: &Subject<'_>, scope: Scope, findings: &Findings) -> Result<(Layout, Gaps)> {
+pub(crate) fn lay_out(subject: &Subject<'_>, scope: Scope, findings: &Findings) -> Result<(Layout, Gaps)> {
     let header = &subject.header;
     let mut survey = Survey { subject, findings, gaps: Gaps::default(), metadata: Vec::new() };
     survey.claim(Structure::Header, 0, subject.geometry.cluster_size());
@@ -183,7 +183,7 @@ impl Survey<'_> {
 ///
 /// # Errors
 /// Cancellation.
-pub(super) fn for_each_word(
+pub(crate) fn for_each_word(
     subject: &Subject<'_>,
     structure: Structure,
     bytes: Range<u64>,

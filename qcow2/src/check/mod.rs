@@ -1,6 +1,6 @@
 //! Whether an image is consistent: what its tables refer to, against what its refcounts say.
 //!
-//! The check only reads; [`repair`] acts on what it finds. It visits every table once (however often tables are shared or overlap), counts
+//! The check only reads; [`crate::repair`] acts on what it finds. It visits every table once (however often tables are shared or overlap), counts
 //! the references of each host cluster in a window of packed counters, and compares a whole window
 //! with the stored refcounts at once; an image with more clusters than the window takes several passes.
 //! Memory does not depend on the image: about 60 MiB at most, sized by the length of the file and never by
@@ -14,21 +14,20 @@
 //! - in an image with an external data file, data that does not lie where the guest sees it, or that lies
 //!   behind the end of the data file.
 
-mod census;
+pub(crate) mod census;
 mod compare;
-mod counts;
-mod finding;
-mod gaps;
-mod layout;
+pub(crate) mod counts;
+pub(crate) mod finding;
+pub(crate) mod gaps;
+pub(crate) mod layout;
 mod naming;
-pub mod repair;
-mod scan;
-mod snapshots;
-mod subject;
-mod sweep;
-mod tables;
+pub(crate) mod scan;
+pub(crate) mod snapshots;
+pub(crate) mod subject;
+pub(crate) mod sweep;
+pub(crate) mod tables;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -159,7 +158,7 @@ pub fn check_consistent(
 }
 
 /// Checks an image all of whose tables can be read.
-fn check_whole(subject: &Subject<'_>) -> Result<CheckReport> {
+pub(crate) fn check_whole(subject: &Subject<'_>) -> Result<CheckReport> {
     let census = census_of(subject, WINDOW_WORDS)?;
     match census.findings.take_unread() {
         None => Ok(report(subject, census)),
@@ -171,7 +170,7 @@ fn check_subject(subject: &Subject<'_>, window_words: u64) -> Result<CheckReport
     census_of(subject, window_words).map(|census| report(subject, census))
 }
 
-fn census_of(subject: &Subject<'_>, window_words: u64) -> Result<Census> {
+pub(crate) fn census_of(subject: &Subject<'_>, window_words: u64) -> Result<Census> {
     for width in [Width::Narrow, Width::Wide] {
         if let Some(census) = census::take(subject, width, window_words, KEPT_FINDINGS)? {
             return Ok(census);
@@ -180,7 +179,7 @@ fn census_of(subject: &Subject<'_>, window_words: u64) -> Result<Census> {
     Err(too_many_references(subject))
 }
 
-fn too_many_references(subject: &Subject<'_>) -> Error {
+pub(crate) fn too_many_references(subject: &Subject<'_>) -> Error {
     let error = FormatError::malformed("host cluster", 0, "2^28 references or more", "fewer references");
     Error::format(subject.path, error)
 }

@@ -17,7 +17,7 @@ use super::tables::{TableRef, Visitor, for_each_piece, read_piece, walk_l1};
 
 /// Walks the active tables once more, and tells each finding the first guest offset that refers to its
 /// clusters.
-pub(super) fn name_guests(subject: &Subject<'_>, layout: &Layout, findings: &Findings) -> Result<()> {
+pub(crate) fn name_guests(subject: &Subject<'_>, layout: &Layout, findings: &Findings) -> Result<()> {
     let mut ranges = Vec::new();
     findings.update(|finding| ranges.extend(unnamed(subject, finding)));
     if ranges.is_empty() {

@@ -12,19 +12,19 @@ use super::tables::TableRef;
 
 /// Clusters of the active disk, as `qemu-img check` counts them.
 #[derive(Debug, Default)]
-pub(super) struct Totals {
-    pub(super) allocated: AtomicU64,
-    pub(super) fragmented: AtomicU64,
-    pub(super) compressed: AtomicU64,
+pub(crate) struct Totals {
+    pub(crate) allocated: AtomicU64,
+    pub(crate) fragmented: AtomicU64,
+    pub(crate) compressed: AtomicU64,
 }
 
 /// Counts the references of L2 tables in a window of host clusters.
 #[derive(Debug)]
-pub(super) struct Scanner<'a> {
-    pub(super) subject: &'a Subject<'a>,
-    pub(super) counts: &'a Counts,
+pub(crate) struct Scanner<'a> {
+    pub(crate) subject: &'a Subject<'a>,
+    pub(crate) counts: &'a Counts,
     /// Where findings and totals go, when the tables are seen for the first time.
-    pub(super) first: Option<(&'a Findings, &'a Totals)>,
+    pub(crate) first: Option<(&'a Findings, &'a Totals)>,
 }
 
 /// The progress through one table.
@@ -41,7 +41,7 @@ struct Cursor<'a> {
 impl Scanner<'_> {
     /// Counts a reference to a range of clusters. If the range goes on behind the window, the number of
     /// the first window behind it that it touches is returned, otherwise [`u64::MAX`].
-    pub(super) fn count(&self, clusters: std::ops::Range<u64>, reference: Reference) -> u64 {
+    pub(crate) fn count(&self, clusters: std::ops::Range<u64>, reference: Reference) -> u64 {
         let window = self.counts.window();
         let slots = (window.end - window.start).max(1);
         let behind = clusters.start.max(window.end);
@@ -51,7 +51,7 @@ impl Scanner<'_> {
     }
 
     /// Goes through one table; returns the first later window that it refers to.
-    pub(super) fn scan(&self, table: &TableRef, bytes: &[u8]) -> u64 {
+    pub(crate) fn scan(&self, table: &TableRef, bytes: &[u8]) -> u64 {
         let mut cursor = Cursor {
             table,
             next_window: u64::MAX,

@@ -10,7 +10,7 @@ use super::subject::Subject;
 const CHUNK: u64 = 1 << 20;
 
 /// An entry of the table, or why there are no more of them.
-pub(super) enum Entry {
+pub(crate) enum Entry {
     /// An entry that can be read. `wrong` says what of it is not as it must be, though all that it means is known.
     Known {
         /// The entry; of too much extra data, the first 1024 bytes.
@@ -36,7 +36,7 @@ pub(super) enum Entry {
 ///
 /// # Errors
 /// Cancellation, and those of `visit`.
-pub(super) fn for_each_snapshot(
+pub(crate) fn for_each_snapshot(
     subject: &Subject<'_>,
     mut visit: impl FnMut(Entry) -> Result<()>,
 ) -> Result<u64> {

@@ -14,17 +14,17 @@ use super::finding::{Structure, Unread};
 
 /// The image under check.
 #[derive(Debug)]
-pub(super) struct Subject<'a> {
-    pub(super) path: &'a Path,
-    pub(super) file: &'a dyn Storage,
-    pub(super) header: Header,
-    pub(super) geometry: Geometry,
-    pub(super) bitmaps: Option<BitmapsExtension>,
+pub(crate) struct Subject<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) file: &'a dyn Storage,
+    pub(crate) header: Header,
+    pub(crate) geometry: Geometry,
+    pub(crate) bitmaps: Option<BitmapsExtension>,
     /// Where the encryption header lies, and its length in bytes.
-    pub(super) encryption: Option<(HostOffset, u64)>,
-    pub(super) file_len: u64,
+    pub(crate) encryption: Option<(HostOffset, u64)>,
+    pub(crate) file_len: u64,
     /// The length of the external data file, if the image has one that is open.
-    pub(super) data_len: Option<u64>,
+    pub(crate) data_len: Option<u64>,
     cancel: Option<&'a AtomicBool>,
 }
 
@@ -33,7 +33,7 @@ impl<'a> Subject<'a> {
     ///
     /// # Errors
     /// A header that does not allow to find the tables, a feature that is not supported, I/O.
-    pub(super) fn open(
+    pub(crate) fn open(
         path: &'a Path,
         file: &'a dyn Storage,
         data_file: Option<&dyn Storage>,
@@ -89,12 +89,12 @@ impl<'a> Subject<'a> {
     }
 
     /// How many clusters the file has, the last one perhaps in part.
-    pub(super) fn file_clusters(&self) -> u64 {
+    pub(crate) fn file_clusters(&self) -> u64 {
         self.geometry.clusters_for(self.file_len)
     }
 
     /// The clusters that a range of bytes touches.
-    pub(super) fn clusters(&self, host: u64, len: u64) -> Range<u64> {
+    pub(crate) fn clusters(&self, host: u64, len: u64) -> Range<u64> {
         let bits = self.geometry.cluster_bits();
         let end = host.saturating_add(len);
         if len == 0 { host >> bits..host >> bits } else { host >> bits..((end - 1) >> bits) + 1 }
@@ -102,12 +102,12 @@ impl<'a> Subject<'a> {
 
     /// Whether a range of bytes leaves the file by a cluster or more; the file may end inside the
     /// last cluster that is in use.
-    pub(super) fn is_past_end(&self, host: u64, len: u64) -> bool {
+    pub(crate) fn is_past_end(&self, host: u64, len: u64) -> bool {
         host.saturating_add(len) >= self.file_len.saturating_add(self.geometry.cluster_size())
     }
 
     /// Reads part of a structure; bytes behind the end of the file read as zeros.
-    pub(super) fn read(
+    pub(crate) fn read(
         &self,
         structure: Structure,
         buf: &mut [u8],
@@ -120,7 +120,7 @@ impl<'a> Subject<'a> {
     }
 
     /// Stops the check if the caller wants it to.
-    pub(super) fn may_go_on(&self) -> Result<()> {
+    pub(crate) fn may_go_on(&self) -> Result<()> {
         match self.cancel {
             Some(cancel) if cancel.load(Relaxed) => Err(Error::Cancelled),
             _ => Ok(()),

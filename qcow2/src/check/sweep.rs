@@ -4,15 +4,15 @@ use std::ops::Range;
 
 /// A range, and how many of the given ranges cover it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Segment {
-    pub(super) range: Range<u64>,
-    pub(super) times: u64,
+pub(crate) struct Segment {
+    pub(crate) range: Range<u64>,
+    pub(crate) times: u64,
 }
 
 /// Cuts `ranges` into disjoint segments in ascending order. There are at most twice as many, and their
 /// total length is that of the union: however often tables of an image overlap, each byte of them is
 /// read once.
-pub(super) fn sweep(ranges: &[Range<u64>]) -> Vec<Segment> {
+pub(crate) fn sweep(ranges: &[Range<u64>]) -> Vec<Segment> {
     let mut borders: Vec<(u64, bool)> = Vec::with_capacity(ranges.len() * 2);
     for range in ranges.iter().filter(|r| r.start < r.end) {
         borders.push((range.start, true));

@@ -29,19 +29,19 @@ const WORTH_ASKING: u64 = 1 << 18;
 
 /// An L2 table, and who refers to it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct TableRef {
-    pub(super) host: u64,
+pub(crate) struct TableRef {
+    pub(crate) host: u64,
     /// How many L1 entries refer to it, those of snapshots included.
-    pub(super) times: u64,
+    pub(crate) times: u64,
     /// How many entries of the active L1 table do.
-    pub(super) active: u32,
+    pub(crate) active: u32,
     /// The first of these.
-    pub(super) l1_index: u32,
+    pub(crate) l1_index: u32,
 }
 
 impl TableRef {
     /// The guest offset of entry `index`, if the table belongs to the active disk.
-    pub(super) fn guest(&self, subject: &Subject<'_>, index: u64) -> Option<GuestOffset> {
+    pub(crate) fn guest(&self, subject: &Subject<'_>, index: u64) -> Option<GuestOffset> {
         let g = subject.geometry;
         let table = u64::from(self.l1_index).checked_mul(g.l2_coverage())?;
         (self.active > 0).then(|| GuestOffset::new(table.saturating_add(index << g.cluster_bits())))
@@ -50,15 +50,15 @@ impl TableRef {
 
 /// The L1 tables of an image, cut so that each byte is read once.
 #[derive(Debug)]
-pub(super) struct L1Tables {
+pub(crate) struct L1Tables {
     /// The active table.
-    pub(super) active: Range<u64>,
+    pub(crate) active: Range<u64>,
     /// Those of snapshots.
-    pub(super) snapshots: Vec<Segment>,
+    pub(crate) snapshots: Vec<Segment>,
 }
 
 /// What the walk meets.
-pub(super) trait Visitor: Sync {
+pub(crate) trait Visitor: Sync {
     /// An L1 entry that refers to a table: from host offset `at`, `times` tables long.
     fn reference(&mut self, table: Range<u64>, reference: Reference);
 
@@ -67,7 +67,7 @@ pub(super) trait Visitor: Sync {
 }
 
 /// Walks all L1 tables. Damage goes to `findings`, if there is one; what could not be read is returned.
-pub(super) fn walk_l1(
+pub(crate) fn walk_l1(
     subject: &Subject<'_>,
     tables: &L1Tables,
     findings: Option<&Findings>,
@@ -174,13 +174,13 @@ fn flush(batch: &mut Vec<TableRef>, gaps: &Gaps, visitor: &mut dyn Visitor) -> R
 }
 
 /// How many tables make a piece.
-pub(super) fn tables_per_piece(subject: &Subject<'_>) -> usize {
+pub(crate) fn tables_per_piece(subject: &Subject<'_>) -> usize {
     (PIECE / subject.geometry.cluster_size()).max(1) as usize
 }
 
 /// Calls `work` for every piece of a batch, on all threads, with a buffer; collects the answers in
 /// the order of the pieces.
-pub(super) fn for_each_piece<T: Send>(
+pub(crate) fn for_each_piece<T: Send>(
     subject: &Subject<'_>,
     tables: &[TableRef],
     work: impl Fn(usize, &[TableRef], &mut Vec<u8>) -> T + Sync,
@@ -197,7 +197,7 @@ pub(super) fn for_each_piece<T: Send>(
 
 /// Reads the tables of a piece, neighbours at once, and calls `visit` with each that is not known to
 /// be all zeros. Where neighbours cannot be read, each is tried by itself; what cannot be read goes to `gaps`.
-pub(super) fn read_piece(
+pub(crate) fn read_piece(
     subject: &Subject<'_>,
     piece: &[TableRef],
     buf: &mut Vec<u8>,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::chain::differ::Differ;
 use crate::chain::view::{Supplied, Supply, View};
 use crate::error::Result;
-use crate::merge::Progress;
+use crate::transfer::Progress;
 use crate::units::{GuestOffset, GuestRange};
 
 /// What a comparison has found.
@@ -71,8 +71,8 @@ mod tests {
     use crate::chain::Chain;
     use crate::error::ErrorKind;
     use crate::image::{Image, ImageFormat};
-    use crate::merge::testing::{Dice, Silent, local, random_chain};
     use crate::storage::{MemFile, MemHost, Storage};
+    use crate::testing::{Dice, Silent, local, random_chain};
 
     /// Remembers the last report.
     #[derive(Default)]

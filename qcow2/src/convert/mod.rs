@@ -20,8 +20,8 @@ use crate::image::alloc::Allocator;
 use crate::image::create::{CreateOptions, Layout, dir_of, whole_sectors};
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, ImageFormat, Qcow2, Raw};
-use crate::merge::{Job, Progress, Question, Run, Totals, Writer, Zeros};
 use crate::storage::{Host, MemFile, Storage};
+use crate::transfer::{Job, Progress, Question, Run, Totals, Writer, Zeros};
 use target::Temporary;
 
 /// What a caller may ask of a flatten.

@@ -10,8 +10,8 @@ use crate::chain::{Policy, digest};
 use crate::check::{CheckOptions, Verdict, check};
 use crate::error::ErrorKind;
 use crate::image::{create, create_raw};
-use crate::merge::testing::{Dice, Silent, local, random_chain};
 use crate::storage::{Access, LockMode, MemHost, OsHost};
+use crate::testing::{Dice, Silent, local, random_chain};
 
 /// Whether QEMU's tools are there. A gate that sets `CI` must have them.
 fn qemu_is_here() -> bool {

@@ -13,8 +13,9 @@ use crate::chain::Chain;
 use crate::check::{CheckOptions, Verdict, check};
 use crate::format::{Cluster0, read_be_u64s};
 use crate::image::{Qcow2, read_bitmaps};
-use crate::merge::{Afterwards, BaseChoice, Commit, CommitOptions, Progress, Report, Totals};
+use crate::merge::{Afterwards, BaseChoice, Commit, CommitOptions, Report};
 use crate::storage::{Access, Host, MemHost};
+use crate::transfer::{Progress, Totals};
 
 /// The files of a host by name.
 type Files = BTreeMap<PathBuf, Vec<u8>>;

@@ -6,10 +6,11 @@ use std::path::Path;
 
 use super::sample::{Content, Image as Laid, Sample, field};
 use crate::Result;
-use crate::check::repair::{self as repairs, RepairMode, RepairPlan, RestoreOptions};
 use crate::check::{CheckOptions, CheckReport, Verdict, check};
 use crate::format::{Snapshot, decode_snapshots};
 use crate::image::{ClusterCache, Image, ImageFormat};
+use crate::repair as repairs;
+use crate::repair::{RepairMode, RepairPlan, RestoreOptions};
 use crate::storage::{Access, Host, MemHost, Storage};
 use crate::units::{GuestOffset, GuestRange};
 

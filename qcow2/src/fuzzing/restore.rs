@@ -6,9 +6,7 @@ use super::model::Input;
 use super::mutate::{Random, VALUES, mutate};
 use super::repair::seeds;
 use crate::check::CheckOptions;
-use crate::check::repair::{
-    RepairMode, RestoreOptions, plan_restore, repair_with_backup, restore as put_back,
-};
+use crate::repair::{RepairMode, RestoreOptions, plan_restore, repair_with_backup, restore as put_back};
 use crate::storage::{Access, Host, MemHost};
 
 const IMAGE: &str = "/image.qcow2";

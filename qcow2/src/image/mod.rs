@@ -21,6 +21,7 @@ mod qcow2;
 mod raw;
 mod read;
 pub(crate) mod refcounts;
+pub(crate) mod rewrite;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -10,10 +10,10 @@ use super::record::tests::header;
 use super::record::{BLOCK, Phase};
 use super::{Edit, Journal, Journaled, edit_headers, heal};
 use crate::error::{Error, ErrorKind, Holder, Refusal};
-use crate::merge::testing::Dice;
 use crate::storage::{
     Access, CopyError, FileId, FileStat, Host, LockError, LockMode, MemFile, MemHost, OsHost, Owner, Storage,
 };
+use crate::testing::Dice;
 
 fn journal(host: &dyn Host) -> Arc<Journal> {
     Arc::new(Journal::create(host, &at(host, "/journal"), header()).unwrap())

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::testing::{Dice, Silent, local, random_chain};
 use super::{BaseChoice, Commit, CommitOptions};
 use crate::chain::Chain;
 use crate::chain::view::View;
@@ -14,18 +13,19 @@ use crate::check::{CheckOptions, check};
 use crate::format::is_qcow2;
 use crate::image::bitmaps::tests::{ok, qemu};
 use crate::image::{ClusterCache, CreateOptions, create, create_raw};
-use crate::merge::put;
 use crate::storage::sim::{Cuts, Fault, FaultKind, Garbage, Op, SimHost, State, Tear, power_cuts};
 use crate::storage::{Access, Host, MemHost};
+use crate::testing::{Dice, Silent, local, random_chain};
+use crate::transfer::put;
 use crate::units::GuestOffset;
 
 /// All sets of up to four sectors that are not synced, some of the sets of more.
-pub(super) fn cuts(seed: u64) -> Cuts {
+pub(crate) fn cuts(seed: u64) -> Cuts {
     let (exhaustive, listed, random) = (4, 4, 4);
     Cuts { seed, tear: Tear::Sector, exhaustive, listed, random, garbage: Garbage::None, damaged: 0 }
 }
 
-pub(super) fn see(host: &MemHost, path: &Path) -> Vec<u8> {
+pub(crate) fn see(host: &MemHost, path: &Path) -> Vec<u8> {
     let chain = Chain::open(host, path, &local()).unwrap_or_else(|e| panic!("{e}"));
     let images = chain.images();
     let view = View::new(&images, 0, images.len() - 1);
@@ -34,7 +34,7 @@ pub(super) fn see(host: &MemHost, path: &Path) -> Vec<u8> {
     bytes
 }
 
-pub(super) fn assert_sound(state: &State, what: &str) {
+pub(crate) fn assert_sound(state: &State, what: &str) {
     let host = state.host();
     for path in state.names() {
         let content = state.content(path).unwrap_or_default();

@@ -16,19 +16,20 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::commit::Commit;
-use super::empty_onto::{NO_GROWTH, may_grow};
-use super::execute::{clear_autoclear, give_leaks_back, prepare};
-use super::options::{CommitOptions, Span};
+use super::options::CommitOptions;
 use super::plan::{Afterwards, Kept, Plan};
+use super::resume::work::{Work, data_file, describe};
 use super::safety::Searched;
-use super::work::{Work, data_file, describe};
-use super::{empty, link};
+use super::switch::empty::{NO_GROWTH, may_grow};
+use super::switch::{empty, relink};
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, FileOp, Result};
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, Qcow2, bitmaps, grow};
 use crate::journal::record::Header;
 use crate::storage::{Access, Host};
+use crate::transfer::ask::Span;
+use crate::transfer::target::{clear_autoclear, give_leaks_back, prepare};
 use crate::units::GuestOffset;
 
 /// Which of the merged layers below the active image become empty overlays on base, from the bottom up; and those that
@@ -222,9 +223,9 @@ impl Commit {
         }
         if let Image::Qcow2(image) = image {
             if marks {
-                link::mark_emptied(image, &base, name.map(|name| (name, format)))?;
+                relink::mark_emptied(image, &base, name.map(|name| (name, format)))?;
             } else if let Some(name) = name {
-                link::relink_journaled(image, name, format)?;
+                relink::relink_journaled(image, name, format)?;
             }
             clear_autoclear(image)?;
             if at != span.active {

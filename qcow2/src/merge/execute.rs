@@ -14,58 +14,31 @@
 //! 9, it is removed, from the top down; then the journal goes, and at last the active image, an empty overlay by then
 //! (see `removal.rs`). So as long as anything is left, the chain can be opened, and leads to the journal.
 
-use crate::error::shown;
-use std::path::PathBuf;
+use super::report::Report;
+use crate::transfer::target::{give_leaks_back, grow_raw, prepare};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::commit::{Commit, job};
-use super::job::{Job, Totals, Writer};
-use super::ops::{Progress, Run};
-use super::options::Span;
+use super::commit::Commit;
 use super::plan::Afterwards;
-use super::work::{Work, end_left};
-use super::workers::on_workers;
-use super::{link, record};
-use crate::chain::Layer;
-use crate::check::CheckOptions;
-use crate::check::repair::{self, RepairMode};
+use super::resume::work::{Work, end_left};
+use super::switch::relink;
 use crate::error::{Error, FileOp, Result};
-use crate::format::plan_feature_bits;
+use crate::image::Image;
 use crate::image::alloc::Allocator;
 use crate::image::bitmaps;
 use crate::image::refcounts::Refcounts;
-use crate::image::{Image, Qcow2, grow};
 use crate::journal::record::Phase;
 use crate::journal::{self, Journal};
 use crate::storage::Place;
-use crate::units::{GuestOffset, HostOffset};
-
-/// How a commit came out.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    /// What was moved and taken.
-    pub totals: Totals,
-    /// How long it took.
-    pub elapsed: Duration,
-    /// The digest (CRC-32) of the guest's view, if everything was verified and every layer can be read.
-    pub digest: Option<u32>,
-    /// The length of the base's file, in bytes.
-    pub base_file_size: u64,
-    /// Merged layers that are empty overlays on base now.
-    pub emptied: Vec<PathBuf>,
-    /// Bytes on disk that merged layers gave back, with those that were removed.
-    pub freed: u64,
-    /// Layers that were removed.
-    pub deleted: Vec<PathBuf>,
-    /// Layers that are no longer needed and are still there, marked as merged.
-    pub marked: Vec<PathBuf>,
-    /// Layers that are no longer needed and have no room for a mark in their header.
-    pub unmarked: Vec<PathBuf>,
-    /// Layers that were not removed, and why.
-    pub kept: Vec<(PathBuf, String)>,
-}
+use crate::transfer::ask::Span;
+use crate::transfer::ask::down;
+use crate::transfer::changes;
+use crate::transfer::job::{Job, Totals, Writer};
+use crate::transfer::ops::{Progress, Run};
+use crate::transfer::workers::on_workers;
+use crate::units::GuestOffset;
 
 impl Commit {
     /// Carries the plan out.
@@ -207,10 +180,6 @@ impl Commit {
         layers.into_iter().try_for_each(|at| end_left(&*self.host, &self.chain, at, &self.options, report))
     }
 
-    pub(super) fn layer(&self, at: usize) -> Result<&Layer> {
-        self.chain.layers().get(at).ok_or_else(|| Error::Usage("the chain has no such layer".into()))
-    }
-
     fn move_data(
         &mut self,
         journal: &Journal,
@@ -231,7 +200,7 @@ impl Commit {
                     grow_raw(raw, size)?;
                 }
                 let images = self.chain.images();
-                let mut job = job(&images, span)?;
+                let mut job = down(&images, span)?;
                 job.limit_to(size);
                 Job { from, ..job }.run(None, &run)
             }
@@ -262,7 +231,7 @@ impl Commit {
         self.note_spent(work.journal(), &marked)?;
         match self.plan.afterwards.clone() {
             Afterwards::Relink { name, .. } => {
-                link::relink(&*self.host, &self.chain, span, span.top + 1, &name, dir.as_deref())
+                relink::relink(&*self.host, &self.chain, span, span.top + 1, &name, dir.as_deref())
             }
             Afterwards::Empty { name, .. } | Afterwards::Delete { name, .. } => {
                 self.empty_active(name.as_deref(), dir.as_deref(), top_index)
@@ -281,12 +250,12 @@ fn move_into_qcow2(
     refcounts: &Refcounts,
     run: &Run<'_>,
 ) -> Result<(Totals, bitmaps::Growth)> {
-    let mut job = job(images, span)?;
+    let mut job = down(images, span)?;
     job.limit_to(size);
     let Some(Image::Qcow2(image)) = images.get(span.base) else {
         return Err(Error::Usage("the base is not a qcow2 image".into()));
     };
-    let growth = record::set_bits(bitmaps, &job, image, refcounts, run.cancel)?;
+    let growth = changes::set_bits(bitmaps, &job, image, refcounts, run.cancel)?;
     let mut writer = Writer { refcounts, allocator: Allocator::new(refcounts) };
     match (Job { from, ..job }).run(Some(&mut writer), run) {
         Ok(totals) => Ok((totals, growth)),
@@ -298,56 +267,6 @@ fn move_into_qcow2(
     }
 }
 
-/// Makes a raw base larger; what is new reads as zeros.
-fn grow_raw(raw: &mut crate::image::Raw, size: u64) -> Result<()> {
-    raw.file().set_len(size).map_err(|e| Error::io(raw.path(), FileOp::Grow, Some(size), e))?;
-    raw.file().sync().map_err(|e| Error::io(raw.path(), FileOp::Sync, None, e))
-}
-
-/// Prepares a qcow2 base: autoclear bits that are not known are cleared, as the specification asks of
-/// every writer; room is made in refcounts and in the L1 table. `side_by_side` of the clusters lie in
-/// one run.
-pub(super) fn prepare(image: &mut Qcow2, clusters: u64, side_by_side: u64, size: u64) -> Result<Refcounts> {
-    clear_autoclear(image)?;
-    let mut refcounts = Refcounts::load(image)?;
-    let l1 = grow::l1_growth(image, size)?.unwrap_or(0);
-    if let Some(switch) = grow::make_room(image, &mut refcounts, clusters + l1, side_by_side + l1)? {
-        switch.publish(image, &mut refcounts)?;
-    }
-    grow::grow_l1(image, &refcounts, size)?;
-    if image.has_data_file() && image.header().data_file_raw() && size > image.virtual_size() {
-        // A raw data file is the disk, byte for byte.
-        let io = |e| Error::io(image.path(), FileOp::GrowDataFile, Some(size), e);
-        let data = image.data_file();
-        if data.size().map_err(io)? < size {
-            data.set_len(size).map_err(io)?;
-        }
-    }
-    Ok(refcounts)
-}
-
-/// Gives back the clusters that a merge has leaked when it was stopped.
-pub(super) fn give_leaks_back(image: &mut Image, cancel: &AtomicBool) -> Result<()> {
-    let Image::Qcow2(qcow2) = image else { return Ok(()) };
-    let data = qcow2.has_data_file().then(|| &**qcow2.data_file());
-    let options = CheckOptions { cancel: Some(cancel) };
-    repair::repair(qcow2.path(), &**qcow2.file(), data, RepairMode::Leaks, &options)?;
-    qcow2.barrier()?;
-    qcow2.refresh_lengths()
-}
-
-pub(super) fn clear_autoclear(image: &Qcow2) -> Result<()> {
-    if image.header().version < 3 || image.header().unknown_autoclear() == 0 {
-        return Ok(());
-    }
-    let mut cluster = vec![0; image.geometry().cluster_size() as usize];
-    image.read_table(HostOffset::ZERO, &mut cluster)?;
-    let header = image.header();
-    let switch = plan_feature_bits(&cluster, header.incompatible, header.autoclear)
-        .map_err(|e| Error::Usage(format!("{}: {e}", shown(image.path()))))?;
-    link::apply(image, &switch)
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -357,8 +276,8 @@ mod tests {
     use crate::error::Refusal;
     use crate::image::bitmaps::tests::{ok, qemu};
     use crate::merge::CommitOptions;
-    use crate::merge::testing::local;
     use crate::storage::OsHost;
+    use crate::testing::local;
 
     /// Gives the name of an image to another file when the first bytes are written.
     struct Exchange<'a> {

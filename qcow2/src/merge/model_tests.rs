@@ -4,11 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use super::cluster::Base;
-use super::job::{Source, bring_to_disk, for_each_cluster};
-use super::needs::Need;
-use super::ops::{Ops, Progress, Run, Target};
-use super::origin::Origin;
 use super::{BaseChoice, Commit, CommitOptions};
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions, Policy};
@@ -18,6 +13,11 @@ use crate::image::edits::Batch;
 use crate::image::refcounts::Refcounts;
 use crate::image::{ClusterCache, CreateOptions, Image, ImageFormat, create, create_raw, grow};
 use crate::storage::{Access, Host, MemHost};
+use crate::transfer::cluster::Base;
+use crate::transfer::job::{Source, bring_to_disk, for_each_cluster};
+use crate::transfer::needs::Need;
+use crate::transfer::ops::{Ops, Progress, Run, Target};
+use crate::transfer::origin::Origin;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 struct Silent;
@@ -296,7 +296,8 @@ fn prepare(host: &MemHost, active: &str) -> crate::error::Result<Commit> {
 }
 
 fn write(host: &MemHost, path: &str, at: u64, bytes: &[u8]) {
-    super::put(host, Path::new(path), &options(), &[(GuestOffset::new(at), bytes.to_vec())]).unwrap();
+    crate::transfer::put(host, Path::new(path), &options(), &[(GuestOffset::new(at), bytes.to_vec())])
+        .unwrap();
 }
 
 #[test]
@@ -310,7 +311,7 @@ fn time_depends_on_what_layers_hold_and_not_on_the_size_of_the_disk() {
             write(&host, &format!("/{n}"), size - 4096, &[n as u8 + 1; 4096]);
         }
         let commit = prepare(&host, "/2").unwrap();
-        let windows = super::commit::job(&commit.chain().images(), commit.span())
+        let windows = crate::transfer::ask::down(&commit.chain().images(), commit.span())
             .unwrap()
             .question
             .windows(GuestOffset::ZERO)

@@ -46,11 +46,3 @@ pub struct CommitOptions {
     /// More directories to search for images that share layers.
     pub scan: Vec<PathBuf>,
 }
-
-/// Positions in a chain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Span {
-    pub(super) base: usize,
-    pub(super) top: usize,
-    pub(super) active: usize,
-}

@@ -5,9 +5,9 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 
-use super::job::Totals;
 use crate::chain::DataFileKept;
 use crate::journal::Stranger;
+use crate::transfer::job::Totals;
 
 /// The plan of a commit.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,65 +3,31 @@
 //! [`Commit::prepare`] opens and locks the whole chain, refuses what is not safe, and plans; nothing is
 //! written. [`Commit::execute`] carries the plan out (see `execute.rs`).
 
+use super::commit::{Commit, Gone};
 use crate::error::shown;
+use crate::transfer::ask::down;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::job::{Job, Totals};
-use super::needs::Question;
-use super::options::{BaseChoice, CommitOptions, Span};
+use super::options::{BaseChoice, CommitOptions};
 use super::plan::{Afterwards, BeginsAnew, DataFileFate, Plan, PlannedDataFile, Resumed, Signs};
-use super::remains::Remains;
-use super::work;
-use super::zeros::Zeros;
-use super::{before, emptying, link, record, safety};
-use crate::chain::view::View;
+use super::resume::before;
+use super::resume::remains::Remains;
+use super::resume::work;
+use super::switch::relink;
+use super::{emptying, safety};
 use crate::chain::{Chain, OpenOptions, index};
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::image::{Image, bitmaps, grow, read_snapshots};
+use crate::image::{Image, bitmaps, grow};
+use crate::journal;
+use crate::journal::Journal;
 use crate::journal::record::Header;
-use crate::journal::{self, Journal};
-use crate::storage::{Access, FileId, FileKind, Host};
+use crate::storage::{Access, FileKind, Host};
+use crate::transfer::ask::Span;
+use crate::transfer::changes;
+use crate::transfer::job::{Job, Totals};
 use crate::units::GuestOffset;
-
-/// A commit that is ready to be carried out: its chain is open and locked.
-#[derive(Debug)]
-pub struct Commit {
-    pub(super) host: Arc<dyn Host>,
-    pub(super) options: CommitOptions,
-    pub(super) chain: Chain,
-    pub(super) base: usize,
-    pub(super) top: usize,
-    pub(super) plan: Plan,
-    /// What the bitmaps of a qcow2 base need, until it is carried out.
-    pub(super) bitmaps: Option<bitmaps::Plan>,
-    /// Files that images outside the chain use: never removed.
-    pub(super) shared: Vec<FileId>,
-    /// Positions of the layers below the active image that become empty overlays on base, from the bottom up.
-    pub(super) empties: Vec<usize>,
-    /// What stopped merges have left in the images that are written, and these images under their journals.
-    pub(super) left: before::Leftovers,
-    /// What a journal says of this merge.
-    pub(super) header: Option<Header>,
-    /// Where the merge begins: what lies below was merged before.
-    pub(super) from: GuestOffset,
-    /// Clusters of base that nothing refers to.
-    pub(super) leaks: u64,
-    /// The journal of an active image that was removed before.
-    pub(super) gone: Option<Gone>,
-    /// The journal of an active image that is removed at the end.
-    pub(super) removing: Option<Arc<Journal>>,
-}
-
-/// An active image that was removed before.
-#[derive(Debug)]
-pub(super) struct Gone {
-    /// Its journal.
-    pub(super) journal: Journal,
-    /// The name by which the caller knows it: a symbolic link, perhaps.
-    pub(super) asked: PathBuf,
-}
 
 impl Commit {
     /// Opens, locks, judges and plans; nothing is written.
@@ -127,7 +93,7 @@ impl Commit {
         safety::layers(&chain, span, options, &|at| left.is_ours(at, span))?;
         let merged = left.base.as_ref().map_or_else(Vec::new, |left| left.merged(&*host));
         let found = safety::siblings(&*host, &chain, span, merged, options)?;
-        let afterwards = link::plan(&*host, &chain, span, options)?;
+        let afterwards = relink::plan(&*host, &chain, span, options)?;
         safety::journal_places(&*host, &chain, span, options, &afterwards)?;
         let leaks = safety::consistent(&chain, span.base, cancel)?;
         let (empties, kept) = emptying::plan(&chain, span, options, &found);
@@ -139,7 +105,7 @@ impl Commit {
         }
         let mut header = work::describe(&*host, &chain, span, span.base)?;
         let images = chain.images();
-        let mut job = job(&images, span)?;
+        let mut job = down(&images, span)?;
         if let Some(size) = left.base.as_ref().and_then(|left| left.size_of_same(&header))
             && span.top < span.active
             && job.question.view.next_allocated(GuestOffset::new(size))?.is_none()
@@ -157,7 +123,7 @@ impl Commit {
         header.total = totals.bytes_to_write;
         // The bitmaps record all of the merge, however often it begins.
         job.from = GuestOffset::ZERO;
-        let bitmaps = record::plan(&job, cancel)?;
+        let bitmaps = changes::plan(&job, cancel)?;
         let side_by_side = bitmaps.as_ref().map_or(0, bitmaps::Plan::side_by_side);
         totals.clusters_to_allocate += bitmaps.as_ref().map_or(0, bitmaps::Plan::clusters);
         let shared = found.shared.clone();
@@ -267,20 +233,6 @@ impl Commit {
         this.gone = Some(Gone { journal: gone, asked: asked.to_owned() });
         Ok(this)
     }
-
-    /// What will be done.
-    pub fn plan(&self) -> &Plan {
-        &self.plan
-    }
-
-    /// The chain, open and locked.
-    pub fn chain(&self) -> &Chain {
-        &self.chain
-    }
-
-    pub(super) fn span(&self) -> Span {
-        Span { base: self.base, top: self.top, active: self.chain.active() }
-    }
 }
 
 /// The guest offset below which all is done, and the bytes that were written for that.
@@ -315,35 +267,6 @@ fn resume(
         true => Err(work::written_since(base.path(), left)),
         false => Ok((None, Some(BeginsAnew::NotProved))),
     }
-}
-
-/// The merge of a span, as a job on the opened images.
-pub(super) fn job<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
-    let size = |at: usize| images.get(at).map_or(0, |image| image.virtual_size());
-    let (base, top) = (size(span.base), size(span.top));
-    // Behind the end of a short top the layer above it read zeros; it must not see base's old data.
-    let seen_above = if span.top < span.active { seen_through(images, span.top + 1)? } else { 0 };
-    let image = images.get(span.base).ok_or_else(|| Error::Usage("the chain has no such layer".into()))?;
-    let question = Question {
-        view: View::new(images, span.base + 1, span.top),
-        base: image,
-        below_size: span.base.checked_sub(1).map_or(0, size),
-        base_size: base,
-        zero_until: base.min(seen_above).max(top),
-        limit: u64::MAX,
-    };
-    let from = GuestOffset::ZERO;
-    Ok(Job { layers: images, base: span.base, question, new_size: base.max(top), from, zeros: Zeros::Mapped })
-}
-
-/// How far the overlay at `at` looks: its own disk, or that of an internal snapshot that is larger.
-fn seen_through(images: &[&Image], at: usize) -> Result<u64> {
-    let Some(image) = images.get(at) else { return Ok(0) };
-    let snapshots = match image.as_qcow2() {
-        Some(qcow2) => read_snapshots(qcow2.path(), &**qcow2.file(), qcow2.header())?,
-        None => Vec::new(),
-    };
-    Ok(snapshots.iter().filter_map(|s| s.disk_size).fold(image.virtual_size(), u64::max))
 }
 
 /// Finds the layers that the options name, and judges their order.

@@ -8,11 +8,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::commit::{Commit, Gone};
-use super::execute::Report;
+use super::emptying;
 use super::plan::Afterwards;
-use super::remains::{Remains, unlink};
-use super::work::spent;
-use super::{emptying, link};
+use super::report::Report;
+use super::resume::remains::Remains;
+use super::resume::work::spent;
+use super::switch::mark::unlink;
+use super::switch::relink;
 use crate::chain::Layer;
 use crate::error::{Error, FileOp, Result};
 use crate::journal::Journal;
@@ -112,7 +114,7 @@ impl Commit {
     pub(super) fn mark_obsolete(&self) -> Result<Vec<(PathBuf, bool)>> {
         let base = self.base_name()?;
         let layers: Vec<&Layer> = self.obsolete().collect();
-        link::mark_merging(&*self.host, &layers, &base, self.options.journal_dir.as_deref())
+        relink::mark_merging(&*self.host, &layers, &base, self.options.journal_dir.as_deref())
     }
 
     /// Merged layers that are empty overlays now.
@@ -187,13 +189,13 @@ impl Commit {
         for layer in layers {
             let image = layer.image.as_qcow2().filter(|_| emptied.contains(&layer.path));
             let name = match image {
-                Some(image) => link::name_of_base(&*self.host, (&layer.path, image.cluster0()), base)?,
+                Some(image) => relink::name_of_base(&*self.host, (&layer.path, image.cluster0()), base)?,
                 None => None,
             };
             named.push((*layer, name));
         }
         let layers = named;
-        for (path, marked) in link::mark_merged(&*self.host, &layers, &self.base_name()?, dir)? {
+        for (path, marked) in relink::mark_merged(&*self.host, &layers, &self.base_name()?, dir)? {
             if marked { &mut report.marked } else { &mut report.unmarked }.push(path);
         }
         Ok(())
@@ -228,8 +230,8 @@ mod tests {
     use super::*;
     use crate::image::bitmaps::tests::{ok, qemu};
     use crate::merge::CommitOptions;
-    use crate::merge::testing::{Silent, local};
     use crate::storage::OsHost;
+    use crate::testing::{Silent, local};
 
     fn delete(active: &Path, allow_shared_base: bool) -> Report {
         let options = CommitOptions { open: local(), delete: true, allow_shared_base, ..Default::default() };

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use super::options::{CommitOptions, Span};
+use super::options::CommitOptions;
 use super::plan::{Afterwards, Plan, Signs};
 use crate::chain::{
     BACKING_FILE, Chain, Layer, Lookalike, Search, Sibling, find_lookalikes, find_users_in, other_names,
@@ -13,6 +13,7 @@ use crate::error::{Error, FileOp, Refusal, Result, shown};
 use crate::image::{Image, bitmap_names};
 use crate::journal;
 use crate::storage::{Access, FileId, FileKind, Host};
+use crate::transfer::ask::Span;
 use crate::units::GuestOffset;
 
 /// Rules that the headers alone decide; `ours` tells whether the layer at a position is marked dirty by a

@@ -5,9 +5,9 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::format::RefcountWidth;
 
-use super::super::counts::{Counts, Slot};
 use super::disk::Disk;
 use super::survey::{Survey, for_each_block, for_each_window};
+use crate::check::counts::{Counts, Slot};
 
 /// Raises refcounts that are lower than the references; returns how many, when they are durable.
 ///

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use crate::error::{Error, FileOp, Result};
 use crate::storage::Storage;
 
-use super::super::subject::Subject;
+use crate::check::subject::Subject;
 
 /// Writes to the file of an image.
 #[derive(Debug)]

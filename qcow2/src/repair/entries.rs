@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::error::Result;
 use crate::format::{L2Entry, read_be_u64s};
 
-use super::super::counts::Reference;
-use super::super::gaps::Gaps;
-use super::super::tables::{TableRef, Visitor, for_each_piece, read_piece, walk_l1};
 use super::disk::Disk;
 use super::survey::Survey;
+use crate::check::counts::Reference;
+use crate::check::gaps::Gaps;
+use crate::check::tables::{TableRef, Visitor, for_each_piece, read_piece, walk_l1};
 
 /// Drops the offsets, in the tables of snapshots too; returns how many, when that is durable.
 ///

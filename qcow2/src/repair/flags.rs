@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::error::Result;
 use crate::format::{L1Entry, L2Entry, RefcountWidth, read_be_u64s};
 
-use super::super::counts::{Counts, Reference};
-use super::super::finding::Structure;
-use super::super::gaps::Gaps;
-use super::super::subject::Subject;
-use super::super::tables::{TableRef, Visitor, for_each_piece, read_piece, walk_l1};
 use super::disk::Disk;
 use super::survey::{Survey, for_each_block, for_each_slot, for_each_window};
+use crate::check::counts::{Counts, Reference};
+use crate::check::finding::Structure;
+use crate::check::gaps::Gaps;
+use crate::check::subject::Subject;
+use crate::check::tables::{TableRef, Visitor, for_each_piece, read_piece, walk_l1};
 
 const COPIED: u64 = 1 << 63;
 

@@ -33,6 +33,8 @@ mod rebuild;
 mod scratch;
 mod snapshots;
 mod survey;
+#[cfg(test)]
+pub(crate) mod tests;
 
 use std::path::Path;
 
@@ -47,8 +49,8 @@ use self::survey::Survey;
 pub use self::backup::{RestoreOptions, RestorePlan, plan_restore, restore};
 pub use self::plan::RepairPlan;
 
-use super::subject::Subject;
-use super::{CheckOptions, Verdict, check_whole};
+use crate::check::subject::Subject;
+use crate::check::{CheckOptions, Verdict, check_whole};
 
 /// Where the header holds the three words of feature bits.
 const FEATURES: u64 = 72;
@@ -63,7 +65,7 @@ pub enum RepairMode {
 }
 
 /// What a repair of the image in `file` would do; nothing is written. What would be written is held in
-/// memory meanwhile. The parameters are those of [`check`](super::check).
+/// memory meanwhile. The parameters are those of [`check`](crate::check::check).
 ///
 /// # Errors
 /// Those of a check.
@@ -80,7 +82,7 @@ pub fn plan(
 
 /// Repairs the image in `file`, which must be held under a writer's lock, and tells what was done. The
 /// guest's data and that of snapshots is not touched. The parameters are those of
-/// [`check`](super::check).
+/// [`check`](crate::check::check).
 ///
 /// # Errors
 /// Those of a check, and of writing. If anything cannot be read, nothing is written: what an unread table refers to

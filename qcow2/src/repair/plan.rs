@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use super::super::{CheckReport, Severity};
 use super::RepairMode;
+use crate::check::{CheckReport, Severity};
 
 /// What a repair does, or did.
 #[derive(Clone, Debug, PartialEq, Eq)]

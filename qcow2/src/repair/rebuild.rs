@@ -13,10 +13,10 @@ use crate::format::{MAX_REFCOUNT_TABLE_BYTES, RefcountTableEntry, RefcountWidth,
 use crate::storage::FileKind;
 use crate::units::HostOffset;
 
-use super::super::counts::Counts;
 use super::disk::Disk;
 use super::free::FreeRuns;
 use super::survey::{Survey, for_each_block, for_each_window};
+use crate::check::counts::Counts;
 
 /// Where the header names the refcount table: its offset and its length in clusters.
 const TABLE_FIELDS: u64 = 48;

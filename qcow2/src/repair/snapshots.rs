@@ -10,11 +10,11 @@ use crate::error::{Error, Result};
 use crate::format::FormatError;
 use crate::storage::FileKind;
 
-use super::super::snapshots::{Entry, for_each_snapshot};
 use super::adjust;
 use super::disk::Disk;
 use super::free::FreeRuns;
 use super::survey::{Survey, for_each_block, for_each_slot, for_each_window};
+use crate::check::snapshots::{Entry, for_each_snapshot};
 
 /// Where the header holds the offset of the snapshot table.
 const TABLE_OFFSET: u64 = 64;

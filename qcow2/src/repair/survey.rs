@@ -8,13 +8,14 @@ use crate::format::{RefcountTableEntry, RefcountWidth};
 use crate::storage::FileKind;
 use crate::units::HostOffset;
 
-use super::super::census::{self, WINDOW_WORDS};
-use super::super::counts::{Counts, Slot, Width};
-use super::super::finding::{Findings, Structure};
-use super::super::layout::{Layout, Scope, lay_out};
-use super::super::scan::Totals;
-use super::super::subject::Subject;
-use super::super::too_many_references;
+use crate::check::census;
+use crate::check::census::WINDOW_WORDS;
+use crate::check::counts::{Counts, Slot, Width};
+use crate::check::finding::{Findings, Structure};
+use crate::check::layout::{Layout, Scope, lay_out};
+use crate::check::scan::Totals;
+use crate::check::subject::Subject;
+use crate::check::too_many_references;
 
 /// An image as it is before a step of its repair.
 pub(super) struct Survey<'a> {

@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use super::empty_onto::{Emptied, EmptyOptions, empty_onto, is_empty_on};
-use super::retire::{Known, unused};
+use super::mark::unused;
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::ImageFormat;
+use crate::merge::switch::mark::Known;
 use crate::storage::{FileId, Host};
 
 /// Layers that a merge has left above base.

@@ -4,11 +4,13 @@ use crate::chain::view::View;
 use crate::check::{CheckOptions, check};
 use crate::image::{ClusterCache, CreateOptions, create};
 use crate::merge::crash_tests::{assert_sound, cuts, see};
-use crate::merge::empty_onto::tests::{base_through, format_of, just_merged, merged, never, options, reason};
-use crate::merge::put;
-use crate::merge::testing::local;
+use crate::retire::empty_onto::tests::{
+    base_through, format_of, just_merged, merged, never, options, reason,
+};
 use crate::storage::sim::{SimHost, power_cuts};
 use crate::storage::{Access, LockMode, MemHost};
+use crate::testing::local;
+use crate::transfer::put;
 use crate::units::GuestOffset;
 
 /// Layers of which the first is the active one.

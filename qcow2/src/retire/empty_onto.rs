@@ -10,13 +10,13 @@
 //! what it was, behind it it is the base; what the old table led to is given back when that is durable.
 
 use crate::error::shown;
+use crate::image::rewrite;
+use crate::merge::switch::empty::{NO_GROWTH, may_grow};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use super::retire::Known;
-use super::{empty, link};
 use crate::chain::{BackingName, Chain, OpenOptions, new_backing_name, open_data_file};
 use crate::check::{CheckOptions, check_consistent};
 use crate::error::{Error, FileOp, Refusal, Result};
@@ -24,6 +24,8 @@ use crate::format::{EmptyDisk, FormatError, Mark, Switch, features, plan_empty_s
 use crate::image::alloc::Allocator;
 use crate::image::refcounts::Refcounts;
 use crate::image::{ImageFormat, Qcow2, bitmap_names, bitmaps, grow};
+use crate::merge::switch::empty;
+use crate::merge::switch::mark::Known;
 use crate::storage::{Access, FileId, Host, LockMode};
 use crate::units::{GuestOffset, HostOffset};
 
@@ -112,7 +114,7 @@ pub fn empty_onto(
         move_down(&mut image, &refcounts)?;
     } else if !was_empty || mark.is_none() {
         let switch = plan(&image, &wanted, image.header().l1_offset, image.header().l1_entries)?;
-        link::apply(&image, &switch)?;
+        rewrite::apply(&image, &switch)?;
         image.reload_header()?;
     }
     empty::finish(&mut image, &mut refcounts)?;
@@ -193,15 +195,6 @@ fn open(host: &dyn Host, overlay: &Known, options: &OpenOptions) -> Result<Qcow2
     let mut image = Qcow2::open(&overlay.path, file, data_file.map(|(_, file)| file))?;
     image.own_data_file(owns);
     Ok(image)
-}
-
-/// Why an image of version 2 with internal snapshots keeps its size.
-pub(super) const NO_GROWTH: &str =
-    "it must grow, and in version 2 its internal snapshots do not say how large their disk was";
-
-/// Whether the disk of an image may become so large, in bytes.
-pub(super) fn may_grow(image: &Qcow2, size: u64) -> bool {
-    size <= image.virtual_size() || image.header().version >= 3 || image.header().snapshots == 0
 }
 
 /// The rules for the overlay.
@@ -287,12 +280,12 @@ fn switch(image: &mut Qcow2, refcounts: &mut Refcounts, wanted: &Wanted<'_>, ent
     }
     let table = new_table(image, refcounts, clusters)?;
     let switch = plan(image, wanted, table, entries)?;
-    link::apply(image, &switch)
+    rewrite::apply(image, &switch)
 }
 
 /// An edit that takes effect in one sector.
 fn plan(image: &Qcow2, wanted: &Wanted<'_>, l1_offset: HostOffset, l1_entries: u32) -> Result<Switch> {
-    let cluster = link::read_cluster(image)?;
+    let cluster = rewrite::read_cluster(image)?;
     let disk = EmptyDisk {
         name: wanted.name.as_bytes(),
         format: wanted.format.name(),
@@ -301,8 +294,8 @@ fn plan(image: &Qcow2, wanted: &Wanted<'_>, l1_offset: HostOffset, l1_entries: u
         size: wanted.size,
         mark: (wanted.mark, wanted.base.as_os_str().as_bytes()),
     };
-    let switch =
-        plan_empty_switch(&cluster, &disk).map_err(|e| link::rewrite_error(image.path(), wanted.name, e))?;
+    let switch = plan_empty_switch(&cluster, &disk)
+        .map_err(|e| rewrite::rewrite_error(image.path(), wanted.name, e))?;
     if !switch.atomic {
         return Err(Error::refused(image.path(), Refusal::HeaderRoom { name: wanted.name.to_owned() }));
     }

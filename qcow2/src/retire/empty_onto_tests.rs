@@ -6,10 +6,11 @@ use crate::check::check;
 use crate::image::bitmaps::tests::{ok, qemu};
 use crate::image::{CreateOptions, create};
 use crate::merge::crash_tests::{assert_sound, cuts, see};
-use crate::merge::testing::{Dice, Silent, local, random_chain};
-use crate::merge::{BaseChoice, Commit, CommitOptions, put};
+use crate::merge::{BaseChoice, Commit, CommitOptions};
 use crate::storage::sim::{SimHost, power_cuts};
 use crate::storage::{MemHost, OsHost};
+use crate::testing::{Dice, Silent, local, random_chain};
+use crate::transfer::put;
 
 pub(crate) fn options() -> EmptyOptions {
     EmptyOptions { open: local(), ..EmptyOptions::default() }

@@ -8,17 +8,17 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use super::commit::job;
-use super::link;
-use super::ops::{Progress, Run};
-use super::options::Span;
-use super::retire::Known;
-use super::workers::on_workers;
 use crate::chain::{BackingName, Chain, OpenOptions, open_data_file};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::plan_backing_switch;
+use crate::image::rewrite;
 use crate::image::{Image, ImageFormat, Qcow2};
+use crate::merge::switch::mark::Known;
 use crate::storage::{Access, FileId, Host, LockMode};
+use crate::transfer::ask::Span;
+use crate::transfer::ask::down;
+use crate::transfer::ops::{Progress, Run};
+use crate::transfer::workers::on_workers;
 use crate::units::GuestOffset;
 
 /// The layers of an interrupted merge, opened and locked: for reading, and the overlay for writing.
@@ -110,7 +110,7 @@ impl Interrupted {
         images.extend(self.overlay.as_ref().map(|overlay| &overlay.image));
         let span = Span { base: self.base, top, active: images.len().saturating_sub(1) };
         on_workers(|| {
-            let mut job = job(&images, span)?;
+            let mut job = down(&images, span)?;
             job.question.base_size = size_before;
             let total = job.question.end();
             match job.verify(&Run { progress, total, done: AtomicU64::new(0), cancel, journal: None }) {
@@ -144,12 +144,12 @@ impl Interrupted {
         let Image::Qcow2(image) = &mut overlay.image else {
             return refuse("it is raw, and has no backing name to change".into());
         };
-        let switch = plan_backing_switch(&link::read_cluster(image)?, name, format.name())
-            .map_err(|e| link::rewrite_error(&path, name.as_ref(), e))?;
+        let switch = plan_backing_switch(&rewrite::read_cluster(image)?, name, format.name())
+            .map_err(|e| rewrite::rewrite_error(&path, name.as_ref(), e))?;
         if !switch.atomic {
             return Err(Error::refused(&path, Refusal::HeaderRoom { name: name.into() }));
         }
-        link::apply(image, &switch)?;
+        rewrite::apply(image, &switch)?;
         image.reload_header()?;
         overlay.names = Some(top);
         Ok(())

@@ -3,10 +3,11 @@ use std::sync::Arc;
 
 use super::*;
 use crate::merge::crash_tests::{assert_sound, cuts, see};
-use crate::merge::testing::{Dice, Silent, local, random_chain};
-use crate::merge::{BaseChoice, Commit, CommitOptions, put};
+use crate::merge::{BaseChoice, Commit, CommitOptions};
 use crate::storage::MemHost;
 use crate::storage::sim::{SimHost, power_cuts};
+use crate::testing::{Dice, Silent, local, random_chain};
+use crate::transfer::put;
 
 /// A merge of the layers above `/BASE` up to `/TOP`, with the overlay `/TOP+1` above them.
 struct Case {

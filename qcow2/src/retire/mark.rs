@@ -4,76 +4,13 @@
 //! Nothing here opens the base for writing, or takes a lock on it. Every image that is changed is first
 //! locked as its only user, and then compared with what the caller knows of it.
 
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use super::remains::unlink;
 use crate::chain::{Search, find_users_in};
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::format::{Mark, is_qcow2, plan_mark};
-use crate::image::Qcow2;
-use crate::storage::{Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Place, Storage};
-
-/// An image that the caller has seen before, and what must still be true of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Known {
-    /// Its name.
-    pub path: PathBuf,
-    /// Which file it was.
-    pub id: FileId,
-    /// Its length in bytes, if it must be the same.
-    pub len: Option<u64>,
-    /// When it was last changed, in nanoseconds since 1970, if that must be the same.
-    pub modified_ns: Option<i128>,
-}
-
-impl Known {
-    /// The file that the name leads to now, as it is now.
-    ///
-    /// # Errors
-    /// A name that leads to nothing.
-    pub fn now(host: &dyn Host, path: &Path) -> Result<Self> {
-        let stat = host.stat(path).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
-        let (len, modified_ns) = (Some(stat.len), Some(stat.modified_ns));
-        Ok(Self { path: path.to_owned(), id: stat.id, len, modified_ns })
-    }
-
-    /// Opens the file and locks it; then it must be the known one, unchanged.
-    pub(super) fn open(&self, host: &dyn Host, mode: LockMode) -> Result<Arc<dyn Storage>> {
-        let access = match mode {
-            LockMode::Read => Access::Read,
-            LockMode::Write => Access::ReadWrite,
-        };
-        let io = |op| move |e| Error::io(&self.path, op, None, e);
-        let file = host.open(&self.path, access).map_err(io(FileOp::Open))?;
-        file.lock(mode).map_err(|e| match e {
-            LockError::Held { .. } => {
-                Error::InUse { path: self.path.clone(), holders: host.holders(self.id) }
-            }
-            LockError::Io(e) => Error::io(&self.path, FileOp::Lock, None, e),
-        })?;
-        self.judge(&file.stat().map_err(io(FileOp::Stat))?)?;
-        Ok(file)
-    }
-
-    /// Whether a file is the known one, unchanged.
-    ///
-    /// # Errors
-    /// [`Refusal::NotAsKnown`] with the first thing that is different.
-    pub(super) fn judge(&self, stat: &FileStat) -> Result<()> {
-        let what = if stat.id != self.id {
-            "its name leads to another file now".to_owned()
-        } else if let Some(len) = self.len.filter(|&len| len != stat.len) {
-            format!("it was {len} bytes long, and is {} bytes long now", stat.len)
-        } else if self.modified_ns.is_some_and(|then| then != stat.modified_ns) {
-            "it was written to since".to_owned()
-        } else {
-            return Ok(());
-        };
-        Err(Error::refused(&self.path, Refusal::NotAsKnown { what }))
-    }
-}
+use crate::merge::switch::mark::unlink;
+use crate::merge::switch::mark::{Known, mark};
+use crate::storage::{FileId, FileKind, Host, LockMode, Place};
 
 /// What became of images that are no longer needed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -100,32 +37,6 @@ pub fn mark_merged(host: &dyn Host, images: &[Known], base: &Path) -> Result<Ret
         if marked { &mut retired.marked } else { &mut retired.unmarked }.push(image.path.clone());
     }
     Ok(retired)
-}
-
-/// Marks an image, whose file is held under lock, as merged into `base`; false if its header has no room for that.
-///
-/// # Errors
-/// An I/O error; an image that is damaged.
-pub(super) fn mark(image: &Known, file: Arc<dyn Storage>, base: &Path) -> Result<bool> {
-    let mut magic = [0; 4];
-    file.read_exact_or_zero(&mut magic, 0).map_err(|e| Error::io(&image.path, FileOp::Read, Some(0), e))?;
-    if !is_qcow2(&magic) {
-        return Ok(false);
-    }
-    let header = Qcow2::read_cluster0(&image.path, &*file)?.header;
-    let mut cluster = vec![0; header.geometry().cluster_size() as usize];
-    let io = |op, at| move |e| Error::io(&image.path, op, Some(at), e);
-    file.read_exact_or_zero(&mut cluster, 0).map_err(io(FileOp::Read, 0))?;
-    let Ok(switch) = plan_mark(&cluster, base.as_os_str().as_bytes(), Mark::Merged) else { return Ok(false) };
-    // An image that nobody needs is not worth a write that a power cut may tear.
-    if !switch.atomic {
-        return Ok(false);
-    }
-    for write in &switch.writes {
-        file.write_all_at(&write.bytes, write.offset).map_err(io(FileOp::Write, write.offset))?;
-        file.sync().map_err(|e| Error::io(&image.path, FileOp::Sync, None, e))?;
-    }
-    Ok(true)
 }
 
 /// Removes images that nobody needs any more, in the order given: the uppermost first. Each must be a
@@ -199,7 +110,9 @@ fn users_of(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::Qcow2;
     use crate::image::{CreateOptions, create, create_raw};
+    use crate::storage::Access;
     use crate::storage::MemHost;
 
     /// `/0` to `/2`, each on the one before.

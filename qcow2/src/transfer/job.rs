@@ -80,12 +80,12 @@ pub(crate) struct Writer<'a> {
 
 impl<'a> Job<'a> {
     /// Has base's disk be no larger than `size` bytes when the merge is done.
-    pub(super) fn limit_to(&mut self, size: u64) {
+    pub(crate) fn limit_to(&mut self, size: u64) {
         self.new_size = self.new_size.min(size);
         self.question.limit = self.new_size;
     }
 
-    pub(super) fn image(&self) -> Result<&'a Image> {
+    pub(crate) fn image(&self) -> Result<&'a Image> {
         self.layers.get(self.base).copied().ok_or_else(|| Error::Usage("the chain has no such layer".into()))
     }
 
@@ -353,7 +353,7 @@ fn check(cancel: &AtomicBool) -> Result<()> {
 }
 
 /// Cuts sorted needs at cluster borders, and calls `f` once for each cluster with its parts.
-pub(super) fn for_each_cluster(
+pub(crate) fn for_each_cluster(
     needs: &[Need],
     cluster: u64,
     mut f: impl FnMut(GuestOffset, &[Need]) -> Result<()>,

@@ -124,7 +124,7 @@ impl Run<'_> {
     ///
     /// # Errors
     /// The journal cannot be written.
-    pub(super) fn note(&self, end: GuestOffset) -> Result<()> {
+    pub(crate) fn note(&self, end: GuestOffset) -> Result<()> {
         match self.journal {
             Some(journal) => journal.note(Phase::Moving, end.get(), self.done.load(Ordering::Relaxed)),
             None => Ok(()),

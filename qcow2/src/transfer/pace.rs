@@ -18,7 +18,7 @@ const TIME: Duration = Duration::from_secs(1);
 
 /// How much a batch takes, by the speed of the one before.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(crate) struct Pace {
     bytes: u64,
     since: Instant,
 }
@@ -31,17 +31,17 @@ impl Default for Pace {
 
 impl Pace {
     /// For a plan, which moves nothing.
-    pub(super) fn longest() -> Self {
+    pub(crate) fn longest() -> Self {
         Self { bytes: BYTES.end, ..Self::default() }
     }
 
     /// The bytes of data with which a batch is full.
-    pub(super) fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
 
     /// A batch of so many bytes is done.
-    pub(super) fn done(&mut self, bytes: u64) {
+    pub(crate) fn done(&mut self, bytes: u64) {
         self.bytes = next(self.bytes, bytes, self.since.elapsed());
         self.since = Instant::now();
     }

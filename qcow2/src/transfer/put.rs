@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use super::cluster::Base;
-use super::execute::prepare;
 use super::job::{Source, bring_to_disk, for_each_cluster};
 use super::needs::Need;
 use super::ops::{Ops, Progress, Run, Target};
 use super::origin::Origin;
+use super::target::prepare;
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, FileOp, Refusal, Result};
@@ -164,8 +164,8 @@ mod tests {
     use crate::check::{CheckOptions, check};
     use crate::error::ErrorKind;
     use crate::image::{ClusterCache, CreateOptions, create};
-    use crate::merge::testing::{Dice, local, random_chain};
     use crate::storage::MemHost;
+    use crate::testing::{Dice, local, random_chain};
 
     #[test]
     fn what_was_put_is_what_is_read() {

@@ -16,7 +16,7 @@ const BLOCK: u64 = 4096;
 const PIECE: u64 = 1 << 20;
 /// How much is looked at before it is copied, in bytes, so that it need not be read from the disk twice. A multiple of every
 /// cluster size.
-pub(super) const AHEAD: u64 = 64 << 20;
+pub(crate) const AHEAD: u64 = 64 << 20;
 
 static ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
@@ -34,7 +34,7 @@ pub(crate) enum Zeros {
 
 impl Zeros {
     /// The needs with the zeros that were looked for. What cannot be read is data: whoever copies it has the error.
-    pub(super) fn found_in(self, needs: Vec<Need>, layers: &[&Image]) -> Vec<Need> {
+    pub(crate) fn found_in(self, needs: Vec<Need>, layers: &[&Image]) -> Vec<Need> {
         if self == Self::Mapped {
             return needs;
         }
@@ -54,7 +54,7 @@ impl Zeros {
 }
 
 /// Cuts needs where those behind `end` begin.
-pub(super) fn split(needs: &mut Vec<Need>, end: GuestOffset) -> Vec<Need> {
+pub(crate) fn split(needs: &mut Vec<Need>, end: GuestOffset) -> Vec<Need> {
     let inside = GuestRange::between(GuestOffset::ZERO, end);
     let behind = GuestRange::between(end, GuestOffset::new(u64::MAX));
     let first = needs.partition_point(|need| need.range.end() <= end);

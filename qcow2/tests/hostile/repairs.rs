@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use qcow2::check::repair::{RepairMode, repair};
 use qcow2::check::{CheckOptions, What};
 use qcow2::fuzzing::sample::{Content, Image, Sample, field};
+use qcow2::repair::{RepairMode, repair};
 use qcow2::storage::{Access, Host, MemHost};
 
 use super::kit::IMAGE;

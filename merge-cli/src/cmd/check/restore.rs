@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use qcow2::ErrorKind;
-use qcow2::check::repair::{RestoreOptions, RestorePlan, plan_restore, restore};
+use qcow2::repair::{RestoreOptions, RestorePlan, plan_restore, restore};
 use qcow2::storage::OsHost;
 use serde_json::json;
 

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use qcow2::merge::Known;
+use qcow2::retire::Known;
 use qcow2::storage::FileId;
 use qmp_client::{FileIdentity, Kind, State};
 

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use qcow2::chain::{OpenOptions, Policy};
 use qcow2::image::ImageFormat;
-use qcow2::merge::{EmptyOptions, Known, LeftBehind, empty_all_onto, mark_merged, remove, unused};
+use qcow2::retire::{EmptyOptions, Known, LeftBehind, empty_all_onto, mark_merged, remove, unused};
 use qcow2::storage::{FileId, OsHost};
 use qcow2::{Error, Refusal};
 use qmp_client::{FileIdentity, Kind, State, StateLayer};

@@ -4,13 +4,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::super::repair::{RepairMode, RepairPlan, plan, repair};
 use super::super::subject::Subject;
 use super::super::{CheckOptions, CheckReport, Verdict, What, check, check_subject};
 use super::damaged_images;
-use super::repair::{assert_same_guest, guest};
 use crate::error::{ErrorKind, Result};
 use crate::fuzzing::sample::{Content, Sample};
+use crate::repair::tests::repair::{assert_same_guest, guest};
+use crate::repair::{RepairMode, RepairPlan, plan, repair};
 use crate::storage::sim::{Fault, FaultKind, SimHost};
 use crate::storage::{Access, Host, MemHost, Storage};
 

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use super::super::repair::{RepairMode, repair};
 use super::super::{CheckOptions, CheckReport, Structure, Verdict, What, check};
-use super::repair::{assert_same_guest, guest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Cluster0, Geometry, Header};
+use crate::repair::tests::repair::{assert_same_guest, guest};
+use crate::repair::{RepairMode, repair};
 use crate::storage::{Access, CopyError, FileStat, Host, LockError, LockMode, MemHost, Storage};
 use crate::units::HostOffset;
 

@@ -3,17 +3,11 @@
 mod damage;
 mod faults;
 mod memory;
-mod mends;
-mod qemu;
-mod random;
-mod repair;
-mod repair_crash;
-mod restore;
-mod restore_crash;
+pub(crate) mod qemu;
+pub(crate) mod random;
 
 use std::path::Path;
 
-use super::repair::{RepairMode, repair_with_backup};
 use super::{CheckOptions, CheckReport, check};
 use crate::fuzzing::repair::seeds as damaged_images;
 use crate::storage::{Access, Host, OsHost};
@@ -27,7 +21,7 @@ fn ours_with(path: &Path, data_file: Option<&Path>) -> CheckReport {
 }
 
 /// Our report of an image file.
-fn ours(path: &Path) -> CheckReport {
+pub(crate) fn ours(path: &Path) -> CheckReport {
     ours_with(path, None)
 }
 
@@ -42,11 +36,4 @@ fn ours_in_windows(path: &Path, words: u64) -> CheckReport {
 fn luks_header(path: &Path) -> u64 {
     let file = OsHost.open(path, Access::Read).unwrap();
     super::Subject::open(path, &*file, None, None).unwrap().encryption.unwrap().0.get()
-}
-
-/// Repairs the image of a host, with a backup.
-fn repaired(host: &dyn Host, mode: RepairMode) {
-    let (image, backup) = (Path::new(restore::IMAGE), Path::new(restore::BACKUP));
-    let file = host.open(image, Access::ReadWrite).unwrap();
-    repair_with_backup(image, &*file, None, mode, host, backup, &CheckOptions::default()).unwrap();
 }

@@ -11,12 +11,12 @@ use tempfile::TempDir;
 use super::super::{CheckReport, Verdict};
 
 /// A directory for one test's images; `None`, said loudly, where QEMU's tools are missing.
-pub(super) struct Bench {
+pub(crate) struct Bench {
     dir: TempDir,
 }
 
 impl Bench {
-    pub(super) fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         if Command::new("qemu-img").arg("--version").output().is_err() {
             assert!(std::env::var_os("CI").is_none(), "qemu-img is needed in CI");
             crate::skipped::skipped("qemu-img is not installed");
@@ -25,13 +25,13 @@ impl Bench {
         Some(Self { dir: TempDir::new().unwrap() })
     }
 
-    pub(super) fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// Runs a command line in the directory; it must succeed. Words are split at blanks, except inside
     /// single quotes.
-    pub(super) fn run(&self, line: &str) {
+    pub(crate) fn run(&self, line: &str) {
         let quoted = line.split('\'').enumerate();
         let words: Vec<String> = quoted
             .flat_map(|(n, part)| match n % 2 {
@@ -49,14 +49,14 @@ impl Bench {
     }
 
     /// Creates an image `name` with options, and fills it with qemu-io commands, one a line.
-    pub(super) fn image(&self, name: &str, create: &str, fill: &str) -> PathBuf {
+    pub(crate) fn image(&self, name: &str, create: &str, fill: &str) -> PathBuf {
         self.run(&format!("qemu-img create -q -f qcow2 {create}"));
         self.fill(name, fill);
         self.path(name)
     }
 
     /// Runs qemu-io commands, one a line, on an image.
-    pub(super) fn fill(&self, name: &str, commands: &str) {
+    pub(crate) fn fill(&self, name: &str, commands: &str) {
         let commands: Vec<_> = commands.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         if commands.is_empty() {
             return;
@@ -67,7 +67,7 @@ impl Bench {
 }
 
 /// What `qemu-img check` says: its exit code and its report, if it made one.
-pub(super) fn theirs(path: &Path) -> (i32, Option<Value>) {
+pub(crate) fn theirs(path: &Path) -> (i32, Option<Value>) {
     let output = Command::new("qemu-img")
         .args(["check", "-f", "qcow2", "--output=json"])
         .arg(path) // QEMU looks for a data file with a relative name here, not beside the image.
@@ -78,7 +78,7 @@ pub(super) fn theirs(path: &Path) -> (i32, Option<Value>) {
 }
 
 /// Demands that every number of our report is that of `qemu-img check`.
-pub(super) fn assert_same(path: &Path, ours: &CheckReport) {
+pub(crate) fn assert_same(path: &Path, ours: &CheckReport) {
     let (code, json) = theirs(path);
     let json = json.unwrap_or_else(|| panic!("{}: exit code {code}, no report", path.display()));
     let number = |key: &str| json.get(key).map_or(0, |value| value.as_u64().unwrap());
@@ -99,7 +99,7 @@ pub(super) fn assert_same(path: &Path, ours: &CheckReport) {
 }
 
 /// The exit code that stands for our verdict.
-pub(super) fn code_of(report: &CheckReport) -> i32 {
+pub(crate) fn code_of(report: &CheckReport) -> i32 {
     match report.verdict() {
         Verdict::Clean => 0,
         Verdict::Failed => 1,
@@ -109,32 +109,32 @@ pub(super) fn code_of(report: &CheckReport) -> i32 {
 }
 
 /// Overwrites bytes of a file.
-pub(super) fn patch(path: &Path, offset: u64, bytes: &[u8]) {
+pub(crate) fn patch(path: &Path, offset: u64, bytes: &[u8]) {
     OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, offset).unwrap();
 }
 
 /// Overwrites a 64-bit word.
-pub(super) fn patch_u64(path: &Path, offset: u64, value: u64) {
+pub(crate) fn patch_u64(path: &Path, offset: u64, value: u64) {
     patch(path, offset, &value.to_be_bytes());
 }
 
 /// A 64-bit word of a file.
-pub(super) fn word(path: &Path, offset: u64) -> u64 {
+pub(crate) fn word(path: &Path, offset: u64) -> u64 {
     let mut bytes = [0; 8];
     File::open(path).unwrap().read_exact_at(&mut bytes, offset).unwrap();
     u64::from_be_bytes(bytes)
 }
 
 /// Where things lie in an image, for those who damage them.
-pub(super) struct Places {
-    pub(super) l1: u64,
-    pub(super) l2: u64,
-    pub(super) refcount_table: u64,
-    pub(super) refcount_block: u64,
-    pub(super) snapshots: u64,
+pub(crate) struct Places {
+    pub(crate) l1: u64,
+    pub(crate) l2: u64,
+    pub(crate) refcount_table: u64,
+    pub(crate) refcount_block: u64,
+    pub(crate) snapshots: u64,
 }
 
-pub(super) fn places(path: &Path) -> Places {
+pub(crate) fn places(path: &Path) -> Places {
     let offset = |at| word(path, at) & 0x00ff_ffff_ffff_fe00;
     let (l1, refcount_table) = (offset(40), offset(48));
     Places {

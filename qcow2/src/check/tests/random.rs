@@ -13,7 +13,7 @@ use crate::storage::{Access, Host, OsHost};
 const CASES: u64 = 60;
 
 /// Creation options of images to damage.
-pub(super) const IMAGES: &[&str] = &[
+pub(crate) const IMAGES: &[&str] = &[
     "cluster_size=512",
     "cluster_size=512,refcount_bits=8",
     "cluster_size=512,compat=0.10",
@@ -23,10 +23,10 @@ pub(super) const IMAGES: &[&str] = &[
 ];
 
 /// A generator of random numbers (splitmix64).
-pub(super) struct Random(pub(super) u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub(super) fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -34,7 +34,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    pub(super) fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.next() % end.max(1)
     }
 
@@ -49,7 +49,7 @@ fn ours(path: &Path) -> Result<CheckReport> {
 }
 
 /// The places of all 64-bit words of metadata, except the header: all that are not zero, and some others.
-pub(super) fn metadata_words(path: &Path) -> Vec<u64> {
+pub(crate) fn metadata_words(path: &Path) -> Vec<u64> {
     let file = OsHost.open(path, Access::Read).unwrap();
     let subject = Subject::open(path, &*file, None, None).unwrap();
     let (layout, gaps) = lay_out(&subject, Scope::Everything, &Findings::new(0)).unwrap();
@@ -76,7 +76,7 @@ pub(super) fn metadata_words(path: &Path) -> Vec<u64> {
 }
 
 /// Damages one to three words of metadata.
-pub(super) fn damage(path: &Path, words: &[u64], random: &mut Random) {
+pub(crate) fn damage(path: &Path, words: &[u64], random: &mut Random) {
     for _ in 0..1 + random.below(3) {
         let at = random.of(words);
         let old = word(path, at);
@@ -123,7 +123,7 @@ fn reason(ours: &Result<CheckReport>, qemu: i32, extended: bool) -> Option<&'sta
 }
 
 /// An image of 4 MiB with clusters of every kind, snapshots, and a bitmap where the version allows it.
-pub(super) fn varied_image(bench: &Bench, name: &str, options: &str) -> PathBuf {
+pub(crate) fn varied_image(bench: &Bench, name: &str, options: &str) -> PathBuf {
     let fill = "write -P 1 0 256k\nwrite -c -P 2 1M 64k\nwrite -P 2 3M 70k";
     let path = bench.image(name, &format!("-o {options} {name} 4M"), fill);
     bench.run(&format!("qemu-img snapshot -c one {name}"));

@@ -3,39 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use super::safety;
-use super::work::{Left, percent};
+use super::unfinished::Pending;
+use super::work::Left;
 use crate::chain::{Chain, OpenOptions};
 use crate::check::CheckOptions;
-use crate::check::repair::{self, RepairMode};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::Image;
 use crate::journal;
-use crate::journal::record::{Phase, Purpose};
+use crate::merge::safety;
+use crate::repair;
+use crate::repair::RepairMode;
 use crate::storage::{Access, Host};
-
-/// A merge that was stopped, or is under way.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pending {
-    /// The image that takes the data.
-    pub base: PathBuf,
-    /// The uppermost layer that is merged.
-    pub top: PathBuf,
-    /// The active image of the chain.
-    pub active: PathBuf,
-    /// The bytes that were written, and those that will be in all.
-    pub done: u64,
-    /// All bytes that the merge writes.
-    pub total: u64,
-    /// The same in percent, at most 99.
-    pub percent: u64,
-    /// Whether base holds everything, and the chain above it is being changed, or was: it can only be finished.
-    pub is_switching: bool,
-    /// Whether layers are removed at the end.
-    pub removes: bool,
-    /// Whether all is done but that: base is as anybody else's image.
-    pub is_removing: bool,
-}
 
 /// What giving a merge up came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,37 +27,6 @@ pub struct Aborted {
     /// Whether base is not the file that the merge wrote to, or an older state of it, so that only the journal was
     /// removed, or base was made consistent without it.
     pub put_back: bool,
-}
-
-/// The merge into the image at `path` that is pending, by the journal beside it or in `dir`. Takes no lock, and
-/// opens nothing but the image and the journal.
-///
-/// # Errors
-/// The image cannot be opened, or the journal cannot be read.
-pub fn pending(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<Pending>> {
-    let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
-    let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
-    Ok(found.filter(|found| found.last.is_some()).and_then(|found| of(&found.journal)))
-}
-
-/// The merge that a journal is about, unless all of it is done.
-pub(super) fn of(journal: &journal::Journal) -> Option<Pending> {
-    let (header, state) = (journal.header(), journal.state());
-    let removes = journal.spent().is_some();
-    if header.purpose != Purpose::Merge || (state.phase == Phase::Done && !removes) {
-        return None;
-    }
-    Some(Pending {
-        base: header.base.clone(),
-        top: header.top.clone(),
-        active: header.active.clone(),
-        done: state.done,
-        total: header.total,
-        percent: percent(state.done, header.total),
-        is_switching: state.phase >= Phase::Switching,
-        removes,
-        is_removing: state.phase >= Phase::Done,
-    })
 }
 
 /// Gives up the merge that is pending into the image at `base`: what a power cut has torn is made whole,

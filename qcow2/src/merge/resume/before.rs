@@ -7,30 +7,33 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::options::{CommitOptions, Span};
 use super::remains::Remains;
-use super::work::{self, Left, Work};
+use super::work;
+use super::work::{Left, Work};
 use crate::chain::{Chain, index};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::Cluster0;
 use crate::image::Qcow2;
+use crate::journal;
+use crate::journal::Journal;
 use crate::journal::record::{Phase, Purpose};
-use crate::journal::{self, Journal};
+use crate::merge::options::CommitOptions;
 use crate::storage::{Access, FileId, Host, if_there};
+use crate::transfer::ask::Span;
 use crate::units::GuestOffset;
 
 /// What stopped merges have left.
 #[derive(Debug, Default)]
-pub(super) struct Leftovers {
-    pub(super) base: Option<Left>,
-    pub(super) base_work: Option<Work>,
+pub(crate) struct Leftovers {
+    pub(crate) base: Option<Left>,
+    pub(crate) base_work: Option<Work>,
     /// Of layers above base that were being emptied, by their positions.
-    pub(super) above: BTreeMap<usize, (Left, Option<Work>)>,
+    pub(crate) above: BTreeMap<usize, (Left, Option<Work>)>,
 }
 
 impl Leftovers {
     /// Whether the layer at a position is as a stopped merge has left it.
-    pub(super) fn is_ours(&self, at: usize, span: Span) -> bool {
+    pub(crate) fn is_ours(&self, at: usize, span: Span) -> bool {
         let left =
             if at == span.base { self.base.as_ref() } else { self.above.get(&at).map(|(left, _)| left) };
         left.is_some_and(Left::is_ours)
@@ -39,7 +42,7 @@ impl Leftovers {
 
 /// Finds what stopped merges have left in the images that are to be written, and has it read as it should
 /// be; nothing is written.
-pub(super) fn leftovers(
+pub(crate) fn leftovers(
     host: &dyn Host,
     chain: &mut Chain,
     span: Span,
@@ -94,7 +97,7 @@ fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &Leftovers) -> R
 }
 
 /// That an image was merged, in words; `base` may be empty.
-pub(super) fn was_merged(path: &Path, base: &Path) -> String {
+pub(crate) fn was_merged(path: &Path, base: &Path) -> String {
     let into = if base.as_os_str().is_empty() { "its base".to_owned() } else { shown(base) };
     format!("{} was already merged into {into}", shown(path))
 }
@@ -103,7 +106,7 @@ pub(super) fn was_merged(path: &Path, base: &Path) -> String {
 ///
 /// # Errors
 /// The system's.
-pub(super) fn removed(host: &dyn Host, active: &Path, options: &CommitOptions) -> Result<Option<Journal>> {
+pub(crate) fn removed(host: &dyn Host, active: &Path, options: &CommitOptions) -> Result<Option<Journal>> {
     let is_gone = matches!(host.stat(active), Err(e) if e.kind() == io::ErrorKind::NotFound);
     if !is_gone || !options.delete {
         return Ok(None);
@@ -130,7 +133,7 @@ fn journals<'a>(
 ///
 /// # Errors
 /// The system's.
-pub(super) fn meant(
+pub(crate) fn meant(
     host: &dyn Host,
     chain: &Chain,
     options: &CommitOptions,
@@ -158,7 +161,7 @@ pub(super) fn meant(
 ///
 /// # Errors
 /// The system's.
-pub(super) fn switched(
+pub(crate) fn switched(
     host: &dyn Host,
     chain: &Chain,
     options: &CommitOptions,
@@ -203,7 +206,7 @@ fn names(host: &dyn Host, top: &OsStr, merged: &Path) -> bool {
 ///
 /// # Errors
 /// A layer that is not there; the system's.
-pub(super) fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<String>> {
+pub(crate) fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<String>> {
     let either = |cluster0: &Cluster0| cluster0.merged_into().or_else(|| cluster0.merging_into());
     let reason = |path: &Path, base: PathBuf| Some(was_merged(path, &base));
     let Some(top) = &options.top else {

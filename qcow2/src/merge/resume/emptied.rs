@@ -4,15 +4,16 @@
 use std::io;
 use std::path::Path;
 
-use super::execute::Report;
-use super::link;
-use super::options::CommitOptions;
-use super::retire::Known;
 use crate::chain::Chain;
 use crate::error::{Error, FileOp, Result};
 use crate::format::{Cluster0, is_qcow2};
 use crate::image::Qcow2;
+use crate::image::rewrite;
 use crate::journal::{Edit, edit_headers};
+use crate::merge::options::CommitOptions;
+use crate::merge::report::Report;
+use crate::merge::switch::mark::Known;
+use crate::merge::switch::relink;
 use crate::storage::{Access, FileKind, Host, LockMode};
 use crate::units::GuestOffset;
 
@@ -21,7 +22,7 @@ use crate::units::GuestOffset;
 ///
 /// # Errors
 /// [`Error::InUse`]; the system's.
-pub(super) fn finish(
+pub(crate) fn finish(
     host: &dyn Host,
     path: &Path,
     base: &Path,
@@ -56,11 +57,11 @@ pub(super) fn finish(
     let base_id = host.stat(base).map_err(|e| Error::io(base, FileOp::Stat, None, e))?.id;
     let layer = chain.layers().iter().find(|layer| layer.id == base_id);
     let name = match layer {
-        Some(layer) => link::name_of_base(host, (path, image.cluster0()), layer)?,
+        Some(layer) => relink::name_of_base(host, (path, image.cluster0()), layer)?,
         None => None,
     };
     let backing = name.as_ref().map(|(name, format)| (name.as_os_str(), *format));
-    let planned = link::plan_merged(&link::read_cluster(&image)?, base, backing);
+    let planned = relink::plan_merged(&rewrite::read_cluster(&image)?, base, backing);
     let Some((switch, has_mark)) = planned else { return Ok(()) };
     let writes: Vec<_> = switch.writes.into_iter().map(|write| (write.offset, write.bytes)).collect();
     let edit = Edit { path, file: &**image.file(), writes, atomic: switch.atomic };
@@ -72,7 +73,7 @@ pub(super) fn finish(
 }
 
 /// Whether there is a qcow2 image at `path` that holds nothing. What cannot be read holds something.
-pub(super) fn is_empty(host: &dyn Host, path: &Path) -> bool {
+pub(crate) fn is_empty(host: &dyn Host, path: &Path) -> bool {
     let Ok(file) = host.open(path, Access::Read) else { return false };
     let mut magic = [0; 4];
     if file.read_exact_or_zero(&mut magic, 0).is_err() || !is_qcow2(&magic) {
@@ -84,7 +85,7 @@ pub(super) fn is_empty(host: &dyn Host, path: &Path) -> bool {
 }
 
 /// Whether an image bears the mark of a merge into base. Where there was no room for a name, it has none.
-pub(super) fn is_marked(cluster0: &Cluster0, base: &Path) -> bool {
+pub(crate) fn is_marked(cluster0: &Cluster0, base: &Path) -> bool {
     let into = cluster0.merged_into().or_else(|| cluster0.merging_into());
     into.is_some_and(|into| into.as_os_str().is_empty() || into == base)
 }

@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::emptied;
-use super::execute::Report;
-use super::options::CommitOptions;
-use super::retire::{Known, mark};
 use crate::chain::{Chain, Search, find_users_in};
 use crate::error::{Error, FileOp, Result};
 use crate::image::Qcow2;
 use crate::journal::Journal;
 use crate::journal::record::{Phase, Purpose, Spent, SpentKind};
+use crate::merge::options::CommitOptions;
+use crate::merge::report::Report;
+use crate::merge::switch::mark::{Known, mark};
 use crate::stamp::Stamp;
 use crate::storage::{
     Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner, Place, Storage, if_there,
@@ -25,7 +25,7 @@ use crate::storage::{
 
 /// What a stopped merge has left to be removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Remains {
+pub(crate) struct Remains {
     /// The image that the layers were merged into.
     base: PathBuf,
     /// To whom the journal belongs that says so.
@@ -61,7 +61,7 @@ impl Remains {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn of(
+    pub(crate) fn of(
         host: &dyn Host,
         journal: &Journal,
         chain: &Chain,
@@ -102,7 +102,7 @@ impl Remains {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn paths(&self, host: &dyn Host) -> Result<Vec<PathBuf>> {
+    pub(crate) fn paths(&self, host: &dyn Host) -> Result<Vec<PathBuf>> {
         let mut paths = Vec::new();
         for spent in &self.files {
             if stat_of(host, spent)?.is_some() {
@@ -117,7 +117,7 @@ impl Remains {
     ///
     /// # Errors
     /// [`Error::InUse`]; the system's.
-    pub(super) fn settle(
+    pub(crate) fn settle(
         &self,
         host: &dyn Host,
         chain: &Chain,
@@ -251,22 +251,13 @@ impl Remains {
     }
 }
 
-/// Removes what lies at a place; that is durable afterwards.
-///
-/// # Errors
-/// The system's.
-pub(super) fn unlink(host: &dyn Host, place: &Place) -> Result<()> {
-    place.unlink(host).map_err(|e| Error::io(&place.path(), FileOp::Remove, None, e))?;
-    place.sync(host).map_err(|e| Error::io(place.folder().path(), FileOp::Sync, None, e))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::chain::{OpenOptions, Policy};
     use crate::image::{CreateOptions, create, create_raw};
     use crate::journal::record::{Guard, Header, Purpose};
-    use crate::merge::mark_merged;
+    use crate::retire::mark_merged;
     use crate::storage::MemHost;
 
     /// A base, a layer `/vm/1` with the mark of a merge into `into`, and a file `/vm/1.data`.

@@ -3,25 +3,28 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::abort::{self, Pending};
 use super::emptied;
-use super::execute::Report;
-use super::options::{CommitOptions, Span};
-use super::plan::BeginsAnew;
 use super::remains::Remains;
+use super::unfinished;
+use super::unfinished::Pending;
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::features;
 use crate::image::Image;
+use crate::journal;
 use crate::journal::record::{BLOCK, Guard, Header, MAX_BLOCKS, Phase, Purpose, Record, Spent, SpentKind};
-use crate::journal::{self, Found, Journal, Journaled, Judgement, Now, Verdict};
+use crate::journal::{Found, Journal, Journaled, Judgement, Now, Verdict};
+use crate::merge::options::CommitOptions;
+use crate::merge::plan::BeginsAnew;
+use crate::merge::report::Report;
 use crate::stamp::Stamp;
 use crate::storage::{Access, FileId, Host, LockError, Place, Storage};
+use crate::transfer::ask::Span;
 use crate::units::GuestOffset;
 
 /// An image that is written under a journal.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(crate) struct Work {
     journal: Arc<Journal>,
     file: Arc<Journaled>,
     data: Option<Arc<Journaled>>,
@@ -29,7 +32,7 @@ pub(super) struct Work {
 
 /// What a work that was stopped has left.
 #[derive(Debug)]
-pub(super) struct Left {
+pub(crate) struct Left {
     journal: Arc<Journal>,
     judgement: Judgement,
     /// Whether the image is marked dirty.
@@ -42,7 +45,7 @@ impl Left {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn find(host: &dyn Host, layer: &Layer, dir: Option<&Path>) -> Result<Option<Self>> {
+    pub(crate) fn find(host: &dyn Host, layer: &Layer, dir: Option<&Path>) -> Result<Option<Self>> {
         let file = &**layer.image.file();
         let found = journal::find(host, &layer.path, file, dir, layer.access, journal::JOURNAL)?;
         let Some(Found { journal, last, .. }) = found else { return Ok(None) };
@@ -66,7 +69,7 @@ impl Left {
     }
 
     /// Whether the stopped work explains the image, dirty bit and all.
-    pub(super) fn is_ours(&self) -> bool {
+    pub(crate) fn is_ours(&self) -> bool {
         match self.judgement.verdict {
             Verdict::Pending | Verdict::Unsure | Verdict::Finished => true,
             Verdict::PutBack | Verdict::Copied => self.is_dirty,
@@ -75,13 +78,13 @@ impl Left {
     }
 
     /// Whether it is certain that the image is as the stopped work has left it.
-    pub(super) fn is_certain(&self) -> bool {
+    pub(crate) fn is_certain(&self) -> bool {
         self.judgement.verdict == Verdict::Pending && !self.needs_proof()
     }
 
     /// Whether the image may be another one than the stopped work has left. The times of a file that was put back within
     /// the second after a kill do not tell, so without a dirty bit only those that are known do.
-    pub(super) fn is_doubtful(&self) -> bool {
+    pub(crate) fn is_doubtful(&self) -> bool {
         match self.judgement.verdict {
             Verdict::Pending => self.needs_proof() && !self.judgement.is_as_known,
             Verdict::Finished => false,
@@ -90,7 +93,7 @@ impl Left {
     }
 
     /// Why nothing counts as done of what the stopped work did, if so.
-    pub(super) fn begins_anew(&self) -> Option<BeginsAnew> {
+    pub(crate) fn begins_anew(&self) -> Option<BeginsAnew> {
         match self.judgement.verdict {
             Verdict::PutBack => Some(BeginsAnew::PutBack),
             Verdict::Copied => Some(BeginsAnew::Copied),
@@ -101,31 +104,31 @@ impl Left {
     /// Whether what is done must be proved before it counts. Without a dirty bit nothing tells for certain that nobody
     /// has written to the image. With one, a copy that was made in the middle of the merge may have been put back within
     /// the second after a kill; and the bit says nothing of a data file.
-    pub(super) fn needs_proof(&self) -> bool {
+    pub(crate) fn needs_proof(&self) -> bool {
         self.judgement.verdict == Verdict::Unsure
             || self.journal.header().guard == Guard::Stamp
             || !self.judgement.is_as_known
     }
 
     /// Whether somebody may have written to the image since, as far as its times tell.
-    pub(super) fn may_be_newer(&self) -> bool {
+    pub(crate) fn may_be_newer(&self) -> bool {
         self.judgement.may_be_newer
     }
 
     /// Whether somebody has written to the image since.
-    pub(super) fn is_foreign(&self) -> bool {
+    pub(crate) fn is_foreign(&self) -> bool {
         // Whoever writes to an image that was being emptied writes to a disk that shows all it should.
         self.judgement.verdict == Verdict::Foreign && self.journal.header().purpose == Purpose::Merge
     }
 
     /// Whether base held everything when the work was stopped, and the layers above it were being changed.
-    pub(super) fn is_switching(&self) -> bool {
+    pub(crate) fn is_switching(&self) -> bool {
         self.journal.state().phase >= Phase::Switching
     }
 
     /// Whether base may lack what was merged into it, as one that was put back does: the layers above it must hold it. The
     /// times of a device tell nothing, and after a power cut base need not have the time of its last write.
-    pub(super) fn may_lack_merged(&self) -> bool {
+    pub(crate) fn may_lack_merged(&self) -> bool {
         let targets = &self.journal.header().targets;
         // The dirty bit is the merge's own, and nothing lies elsewhere.
         let has_bit = self.is_dirty && targets.len() == 1;
@@ -141,31 +144,31 @@ impl Left {
     }
 
     /// Whether the image is as an emptying that was stopped has left it.
-    pub(super) fn is_emptying(&self) -> bool {
+    pub(crate) fn is_emptying(&self) -> bool {
         let is_begun = self.journal.state().phase >= Phase::Moving;
         self.journal.header().purpose == Purpose::Empty && is_begun && self.is_ours()
     }
 
     /// Whether a layer that is as in `now` is not as it was when the merge began.
-    pub(super) fn has_changed(&self, now: &Stamp) -> bool {
+    pub(crate) fn has_changed(&self, now: &Stamp) -> bool {
         let then = self.journal.header().layers.iter().find(|then| then.is_same_file(now));
         then.is_none_or(|then| !then.is_unchanged(now))
     }
 
     /// How far the work was, in percent.
-    pub(super) fn percent(&self) -> u64 {
-        percent(self.journal.state().done, self.journal.header().total)
+    pub(crate) fn percent(&self) -> u64 {
+        unfinished::percent(self.journal.state().done, self.journal.header().total)
     }
 
     /// The merge that was stopped.
-    pub(super) fn pending(&self) -> Option<Pending> {
-        abort::of(&self.journal)
+    pub(crate) fn pending(&self) -> Option<Pending> {
+        unfinished::of(&self.journal)
             .filter(|pending| pending.is_removing || self.judgement.verdict != Verdict::Over)
     }
 
     /// The files of layers that the work has merged, and that nobody has written to since: not all of them have room for
     /// a mark that says so.
-    pub(super) fn merged(&self, host: &dyn Host) -> Vec<FileId> {
+    pub(crate) fn merged(&self, host: &dyn Host) -> Vec<FileId> {
         let header = self.journal.header();
         if header.purpose != Purpose::Merge || self.journal.state().phase < Phase::Switching {
             return Vec::new();
@@ -183,14 +186,14 @@ impl Left {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn remains(&self, host: &dyn Host, chain: &Chain) -> Result<Option<Remains>> {
+    pub(crate) fn remains(&self, host: &dyn Host, chain: &Chain) -> Result<Option<Remains>> {
         // What was merged into a base that was put back is nowhere else.
         let is_doubtful = self.judgement.verdict == Verdict::Foreign || self.judgement.is_older;
         Remains::of(host, &self.journal, chain, is_doubtful)
     }
 
     /// The layers that are restore points no more.
-    pub(super) fn restore_points_lost(&self) -> Vec<PathBuf> {
+    pub(crate) fn restore_points_lost(&self) -> Vec<PathBuf> {
         self.journal.header().restore_points_lost.clone()
     }
 
@@ -198,13 +201,13 @@ impl Left {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn discard(&self, host: &dyn Host) -> Result<()> {
+    pub(crate) fn discard(&self, host: &dyn Host) -> Result<()> {
         self.journal.remove(host)
     }
 
     /// Where the same work goes on: the guest offset below which all is done, and the bytes that were
     /// written for that; nowhere if this is another work, or a layer has changed since.
-    pub(super) fn resume(&self, wanted: &Header) -> Option<(u64, u64)> {
+    pub(crate) fn resume(&self, wanted: &Header) -> Option<(u64, u64)> {
         let then = self.journal.header();
         let state = self.journal.state();
         let same = then.purpose == wanted.purpose
@@ -216,7 +219,7 @@ impl Left {
     }
 
     /// How large the disk of base is to be, if the same merge was stopped: the layers may have grown since.
-    pub(super) fn size_of_same(&self, wanted: &Header) -> Option<u64> {
+    pub(crate) fn size_of_same(&self, wanted: &Header) -> Option<u64> {
         let then = self.journal.header();
         let same = then.purpose == wanted.purpose
             && (&then.base, &then.top, &then.active) == (&wanted.base, &wanted.top, &wanted.active);
@@ -229,7 +232,7 @@ impl Left {
     ///
     /// # Errors
     /// [`Error::InUse`]; a header that cannot be read even so.
-    pub(super) fn take_up(&self, host: &dyn Host, image: &mut Image, as_it_is: bool) -> Result<Work> {
+    pub(crate) fn take_up(&self, host: &dyn Host, image: &mut Image, as_it_is: bool) -> Result<Work> {
         self.journal.hold(host)?;
         let replays = self.judgement.replays && (self.judgement.is_torn || !as_it_is);
         let last = self.last.as_ref().filter(|_| replays);
@@ -243,11 +246,6 @@ impl Left {
             _ => None,
         }
     }
-}
-
-/// The part that is done, in percent; never 100 as long as the work is pending.
-pub(super) fn percent(done: u64, total: u64) -> u64 {
-    (u128::from(done) * 100 / u128::from(total.max(1))).min(99) as u64
 }
 
 impl Work {
@@ -274,7 +272,7 @@ impl Work {
     ///
     /// # Errors
     /// The system's; no place for a journal.
-    pub(super) fn begin(
+    pub(crate) fn begin(
         host: &dyn Host,
         image: &mut Image,
         mut header: Header,
@@ -316,7 +314,7 @@ impl Work {
     }
 
     /// The journal.
-    pub(super) fn journal(&self) -> &Arc<Journal> {
+    pub(crate) fn journal(&self) -> &Arc<Journal> {
         &self.journal
     }
 
@@ -325,7 +323,7 @@ impl Work {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn replay(&self, image: &Image, from: Option<GuestOffset>) -> Result<()> {
+    pub(crate) fn replay(&self, image: &Image, from: Option<GuestOffset>) -> Result<()> {
         let io = |e| Error::io(image.path(), FileOp::Sync, None, e);
         for file in [self.data.as_ref(), Some(&self.file)].into_iter().flatten() {
             file.sync().map_err(io)?;
@@ -342,13 +340,13 @@ impl Work {
     ///
     /// # Errors
     /// A header that cannot be read.
-    pub(super) fn unwrap(&self, image: &mut Image) -> Result<()> {
+    pub(crate) fn unwrap(&self, image: &mut Image) -> Result<()> {
         let data = self.data.as_ref().map(|data| Arc::clone(data.inner()));
         replace(image, Arc::clone(self.file.inner()), data)
     }
 
     /// Notes that the work stops in good order. Nothing depends on that.
-    pub(super) fn stop(&self) {
+    pub(crate) fn stop(&self) {
         // In the middle of an error, what cannot be noted is not noted. Nothing is synced: that may be what
         // has failed.
         let _ = self.journal.stop();
@@ -359,7 +357,7 @@ impl Work {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn release(&self, image: &mut Image) -> Result<()> {
+    pub(crate) fn release(&self, image: &mut Image) -> Result<()> {
         let state = self.journal.state();
         match (&mut *image, self.journal.header().guard) {
             (Image::Qcow2(qcow2), Guard::DirtyBit { lazy }) => {
@@ -385,7 +383,7 @@ impl Work {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn finish(&self, host: &dyn Host, image: &mut Image) -> Result<()> {
+    pub(crate) fn finish(&self, host: &dyn Host, image: &mut Image) -> Result<()> {
         self.release(image)?;
         self.journal.remove(host)
     }
@@ -403,7 +401,7 @@ fn replace(image: &mut Image, file: Arc<dyn Storage>, data: Option<Arc<dyn Stora
 ///
 /// # Errors
 /// The system's.
-pub(super) fn describe(host: &dyn Host, chain: &Chain, span: Span, at: usize) -> Result<Header> {
+pub(crate) fn describe(host: &dyn Host, chain: &Chain, span: Span, at: usize) -> Result<Header> {
     let layer =
         |at: usize| chain.layers().get(at).ok_or_else(|| Error::Usage("the chain has no such layer".into()));
     let written = layer(at)?;
@@ -453,7 +451,7 @@ fn stamps(host: &dyn Host, layer: &Layer) -> Result<Vec<Stamp>> {
     Ok(all)
 }
 
-pub(super) fn stamp(host: &dyn Host, layer: &Layer) -> Result<Stamp> {
+pub(crate) fn stamp(host: &dyn Host, layer: &Layer) -> Result<Stamp> {
     Stamp::of(host, &layer.path, &**layer.image.file())
 }
 
@@ -467,7 +465,7 @@ fn owns_data_file(layer: &Layer) -> bool {
 ///
 /// # Errors
 /// The system's.
-pub(super) fn spent(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec<Spent>> {
+pub(crate) fn spent(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec<Spent>> {
     let mut all = Vec::new();
     for (layer, is_marked) in layers {
         let mut kind = if *is_marked { SpentKind::Marked } else { SpentKind::Unmarked };
@@ -483,7 +481,7 @@ pub(super) fn spent(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec<Sp
 ///
 /// # Errors
 /// The system's.
-pub(super) fn data_file(host: &dyn Host, layer: &Layer) -> Result<Vec<Spent>> {
+pub(crate) fn data_file(host: &dyn Host, layer: &Layer) -> Result<Vec<Spent>> {
     let files = stamps(host, layer)?.into_iter().skip(1).filter(|_| owns_data_file(layer));
     Ok(files.map(|file| Spent { file, kind: SpentKind::DataFile }).collect())
 }
@@ -493,7 +491,7 @@ pub(super) fn data_file(host: &dyn Host, layer: &Layer) -> Result<Vec<Spent>> {
 ///
 /// # Errors
 /// [`Error::InUse`]; the system's.
-pub(super) fn end_left(
+pub(crate) fn end_left(
     host: &dyn Host,
     chain: &Chain,
     at: usize,
@@ -527,6 +525,6 @@ pub(super) fn end_left(
 }
 
 /// The refusal for an image that somebody has written to since a merge into it was stopped.
-pub(super) fn written_since(path: &Path, left: &Left) -> Error {
+pub(crate) fn written_since(path: &Path, left: &Left) -> Error {
     Error::refused(path, Refusal::WrittenSince { percent: left.percent() })
 }

@@ -17,11 +17,20 @@ use crate::units::{GuestOffset, GuestRange};
 /// How many references are collected before they are given back.
 const PIECE: usize = 1 << 18;
 
+/// Why an image of version 2 with internal snapshots keeps its size.
+pub(crate) const NO_GROWTH: &str =
+    "it must grow, and in version 2 its internal snapshots do not say how large their disk was";
+
+/// Whether the disk of an image may become so large, in bytes.
+pub(crate) fn may_grow(image: &Qcow2, size: u64) -> bool {
+    size <= image.virtual_size() || image.header().version >= 3 || image.header().snapshots == 0
+}
+
 /// Gives back everything that the active L1 table of the image leads to.
 ///
 /// # Errors
 /// An I/O error, or tables that are damaged.
-pub(super) fn empty(image: &mut Qcow2) -> Result<()> {
+pub(crate) fn empty(image: &mut Qcow2) -> Result<()> {
     let mut refcounts = Refcounts::load(image)?;
     give_back(image, &refcounts, Table::InUse)?;
     finish(image, &mut refcounts)
@@ -29,7 +38,7 @@ pub(super) fn empty(image: &mut Qcow2) -> Result<()> {
 
 /// Whose L1 table it is that everything is given back of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Table {
+pub(crate) enum Table {
     /// The one that the header on disk names.
     InUse,
     /// The one that the header on disk named before; `image` still knows that header.
@@ -40,7 +49,7 @@ pub(super) enum Table {
 ///
 /// # Errors
 /// As [`empty`].
-pub(super) fn give_back(image: &Qcow2, refcounts: &Refcounts, whose: Table) -> Result<()> {
+pub(crate) fn give_back(image: &Qcow2, refcounts: &Refcounts, whose: Table) -> Result<()> {
     let size = image.geometry().l2_coverage().saturating_mul(u64::from(image.header().l1_entries));
     let mut at = GuestOffset::ZERO;
     while let Some(start) = image.next_table(at)? {
@@ -69,7 +78,7 @@ pub(super) fn give_back(image: &Qcow2, refcounts: &Refcounts, whose: Table) -> R
 ///
 /// # Errors
 /// An I/O error.
-pub(super) fn finish(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
+pub(crate) fn finish(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
     image.unmap();
     if image.owns_data_file() {
         let data = image.data_file();

@@ -6,20 +6,19 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use super::options::{CommitOptions, Span};
-use super::plan::Afterwards;
 use crate::chain::{BackingName, Chain, Layer, new_backing_name};
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::format::{
-    Cluster0, Mark, RewriteError, Switch, plan_backing_switch, plan_mark, plan_mark_and_backing,
-};
+use crate::format::{Cluster0, Mark, Switch, plan_backing_switch, plan_mark, plan_mark_and_backing};
 use crate::image::Qcow2;
+use crate::image::rewrite::{apply, read_cluster, rewrite_error};
 use crate::journal::{Edit, edit_headers};
+use crate::merge::options::CommitOptions;
+use crate::merge::plan::Afterwards;
 use crate::storage::{Access, Host};
-use crate::units::HostOffset;
+use crate::transfer::ask::Span;
 
 /// Decides what happens above base, and whether it fits into the headers; nothing is written.
-pub(super) fn plan(
+pub(crate) fn plan(
     host: &dyn Host,
     chain: &Chain,
     span: Span,
@@ -69,7 +68,7 @@ fn plan_switch(overlay: &Layer, name: &OsStr, format: &str) -> Result<Switch> {
 
 /// Gives the layer at `at` base as its backing file. A record of the edit lies beside it or in `dir`
 /// meanwhile.
-pub(super) fn relink(
+pub(crate) fn relink(
     host: &dyn Host,
     chain: &Chain,
     span: Span,
@@ -84,7 +83,7 @@ pub(super) fn relink(
 }
 
 /// Gives an image that is written under a journal another backing file.
-pub(super) fn relink_journaled(image: &Qcow2, name: &OsStr, format: &str) -> Result<()> {
+pub(crate) fn relink_journaled(image: &Qcow2, name: &OsStr, format: &str) -> Result<()> {
     let cluster = read_cluster(image)?;
     let switch = plan_backing_switch(&cluster, name.as_bytes(), format)
         .map_err(|e| rewrite_error(image.path(), name, e))?;
@@ -93,7 +92,7 @@ pub(super) fn relink_journaled(image: &Qcow2, name: &OsStr, format: &str) -> Res
 
 /// Marks layers as being merged, side by side; says for each whether its header had room. One without room, or that
 /// cannot be written, stays as it is.
-pub(super) fn mark_merging(
+pub(crate) fn mark_merging(
     host: &dyn Host,
     layers: &[&Layer],
     base: &Path,
@@ -114,7 +113,7 @@ pub(super) fn mark_merging(
 
 /// Marks layers as merged, side by side, as [`mark_merging`] does. Those that come with a name for base, and its format,
 /// get it as their backing file; where that does not fit, they stay empty overlays on the layer below.
-pub(super) fn mark_merged(
+pub(crate) fn mark_merged(
     host: &dyn Host,
     layers: &[(&Layer, Option<(OsString, &str)>)],
     base: &Path,
@@ -139,7 +138,7 @@ pub(super) fn mark_merged(
 
 /// An edit that marks an image as merged into base and names that as its backing file; and whether it has room for the
 /// mark. Where it has none for the name, the image gets the mark alone.
-pub(super) fn plan_merged(
+pub(crate) fn plan_merged(
     cluster: &[u8],
     base: &Path,
     backing: Option<(&OsStr, &str)>,
@@ -165,7 +164,7 @@ fn is_written(layer: &Layer) -> bool {
 ///
 /// # Errors
 /// The system's.
-pub(super) fn name_of_base(
+pub(crate) fn name_of_base(
     host: &dyn Host,
     (path, cluster0): (&Path, &Cluster0),
     base: &Layer,
@@ -187,7 +186,7 @@ pub(super) fn name_of_base(
 }
 
 /// Marks an active image that is being emptied, and is written under a journal; with another backing file, if one is given.
-pub(super) fn mark_emptied(image: &Qcow2, base: &Path, backing: Option<(&OsStr, &str)>) -> Result<()> {
+pub(crate) fn mark_emptied(image: &Qcow2, base: &Path, backing: Option<(&OsStr, &str)>) -> Result<()> {
     let cluster = read_cluster(image)?;
     let base = base.as_os_str().as_bytes();
     let switch = match backing {
@@ -209,28 +208,4 @@ fn edit(layer: &Layer, switch: Switch) -> Option<Edit<'_>> {
     let writes: Vec<_> = switch.writes.into_iter().map(|write| (write.offset, write.bytes)).collect();
     let file = &**layer.image.file();
     (!writes.is_empty()).then_some(Edit { path: &layer.path, file, writes, atomic: switch.atomic })
-}
-
-/// Cluster 0 of an opened image, as bytes.
-pub(super) fn read_cluster(image: &Qcow2) -> Result<Vec<u8>> {
-    let mut cluster = vec![0; image.geometry().cluster_size() as usize];
-    image.read_table(HostOffset::ZERO, &mut cluster)?;
-    Ok(cluster)
-}
-
-/// Carries an edit of cluster 0 out, with a barrier behind each write, which the journal makes whole.
-pub(super) fn apply(image: &Qcow2, switch: &Switch) -> Result<()> {
-    for write in &switch.writes {
-        image.write(HostOffset::new(write.offset), &write.bytes)?;
-        image.barrier()?;
-    }
-    Ok(())
-}
-
-/// An edit of cluster 0 that cannot be planned.
-pub(super) fn rewrite_error(path: &Path, name: &OsStr, error: RewriteError) -> Error {
-    match error {
-        RewriteError::Format(source) => Error::format(path, source),
-        _ => Error::refused(path, Refusal::HeaderRoom { name: name.to_owned() }),
-    }
 }

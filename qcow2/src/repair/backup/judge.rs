@@ -3,10 +3,10 @@
 use std::ops::Range;
 use std::path::Path;
 
-use super::super::super::CheckOptions;
 use super::SECTOR;
 use super::saved::{Saved, Sector, halves};
 use super::sectors::Sectors;
+use crate::check::CheckOptions;
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::Cluster0;
 use crate::journal::are_names_clean;

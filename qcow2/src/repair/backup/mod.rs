@@ -37,7 +37,7 @@ mod sectors;
 
 use std::path::Path;
 
-use super::super::CheckOptions;
+use crate::check::CheckOptions;
 use crate::error::Result;
 use crate::storage::{Host, Storage};
 

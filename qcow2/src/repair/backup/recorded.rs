@@ -12,7 +12,7 @@ use crate::storage::{CopyError, FileStat, LockError, LockMode, Storage};
 /// A file, and the backup of what is written to it. Writes wait in memory, at most [`PIECE`] bytes of them, until
 /// a barrier, or until somebody reads what they are about.
 #[derive(Debug)]
-pub(in super::super) struct Recorded<'a> {
+pub(in crate::repair) struct Recorded<'a> {
     file: &'a dyn Storage,
     work: Mutex<Work>,
 }
@@ -55,7 +55,7 @@ impl<'a> Recorded<'a> {
     ///
     /// # Errors
     /// The system's.
-    pub(in super::super) fn end(self) -> io::Result<()> {
+    pub(in crate::repair) fn end(self) -> io::Result<()> {
         self.sync()?;
         let mut work = self.work();
         let records = work.records;
@@ -189,8 +189,8 @@ impl Storage for Recorded<'_> {
 mod tests {
     use std::path::Path;
 
-    use super::super::record::{Place, Reader};
     use super::*;
+    use crate::repair::backup::record::{Place, Reader};
     use crate::storage::{Access, Host, MemHost};
 
     #[test]

@@ -4,11 +4,11 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::super::super::CheckOptions;
 use super::SECTOR;
 use super::judge::{Differences, judge, marked};
 use super::record::{Kind, Reader, Writer};
 use super::saved::{Saved, halves};
+use crate::check::CheckOptions;
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::stamp::{SameFile, Stamp};
 use crate::storage::{Access, Host, Place, Storage};
@@ -45,7 +45,7 @@ impl RestorePlan {
     }
 }
 
-/// What it takes to put back the metadata of the image in `file`, as [`repair_with_backup`](super::super::repair_with_backup) kept it in the
+/// What it takes to put back the metadata of the image in `file`, as [`repair_with_backup`](crate::repair::repair_with_backup) kept it in the
 /// file `from`; nothing is written.
 ///
 /// # Errors

@@ -3,11 +3,11 @@
 
 use std::path::Path;
 
-use super::super::repair::{RepairMode, RepairPlan, repair};
-use super::super::{CheckOptions, Verdict};
-use super::qemu::{Bench, patch, patch_u64, places, theirs, word};
 use super::repair::{assert_same_guest, guest};
+use crate::check::tests::qemu::{Bench, patch, patch_u64, places, theirs, word};
+use crate::check::{CheckOptions, Verdict};
 use crate::format::{Snapshot, decode_snapshots, snapshot_table_bound};
+use crate::repair::{RepairMode, RepairPlan, repair};
 use crate::storage::sim::SimHost;
 use crate::storage::{Access, Host, MemHost, OsHost};
 
@@ -60,7 +60,7 @@ fn snapshot_tables_are_mended_as_qemu_does() {
         assert!(repaired(&path).is_empty(), "{stated}");
         // They can be gone back to.
         bench.run("qemu-img snapshot -a one i");
-        assert_eq!(super::qemu::theirs(&path).0, 0, "{stated}");
+        assert_eq!(crate::check::tests::qemu::theirs(&path).0, 0, "{stated}");
         std::fs::remove_file(&path).unwrap();
     }
 }

@@ -3,14 +3,14 @@
 
 use std::path::Path;
 
-use super::super::repair::{RepairMode, RepairPlan, plan, repair};
-use super::super::{CheckOptions, Verdict, What};
-use super::ours;
-use super::qemu::{Bench, patch, patch_u64, places, theirs, word};
-use super::random::{IMAGES, Random, damage, metadata_words, varied_image};
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions};
+use crate::check::tests::ours;
+use crate::check::tests::qemu::{Bench, patch, patch_u64, places, theirs, word};
+use crate::check::tests::random::{IMAGES, Random, damage, metadata_words, varied_image};
+use crate::check::{CheckOptions, Verdict, What};
 use crate::image::ClusterCache;
+use crate::repair::{RepairMode, RepairPlan, plan, repair};
 use crate::storage::{Access, Host, MemHost, OsHost};
 use crate::units::GuestOffset;
 
@@ -31,7 +31,7 @@ fn repaired(path: &Path, mode: RepairMode) -> RepairPlan {
 }
 
 /// What the guest sees, piece by piece; `None` where it cannot be read.
-pub(super) fn guest(image: &[u8]) -> Vec<Option<Vec<u8>>> {
+pub(crate) fn guest(image: &[u8]) -> Vec<Option<Vec<u8>>> {
     let host = MemHost::new();
     host.add("/image", image).unwrap();
     let Ok(chain) = Chain::open(&host, Path::new("/image"), &OpenOptions::default()) else {
@@ -48,7 +48,7 @@ pub(super) fn guest(image: &[u8]) -> Vec<Option<Vec<u8>>> {
 }
 
 /// Every piece that could be read before reads the same.
-pub(super) fn assert_same_guest(before: &[Option<Vec<u8>>], after: &[Option<Vec<u8>>], what: &str) {
+pub(crate) fn assert_same_guest(before: &[Option<Vec<u8>>], after: &[Option<Vec<u8>>], what: &str) {
     for (n, old) in before.iter().enumerate().filter(|(_, old)| old.is_some()) {
         assert!(after.get(n) == Some(old), "{what}: the guest's bytes changed at {}", n * 4096);
     }

@@ -4,11 +4,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::super::repair::{RepairMode, repair};
-use super::super::{CheckOptions, CheckReport, Severity, Verdict, What, check};
-use super::qemu::{Bench, patch, patch_u64, places, word};
-use super::random::{Random, varied_image};
 use super::repair::{assert_same_guest, guest};
+use crate::check::tests::qemu::{Bench, patch, patch_u64, places, word};
+use crate::check::tests::random::{Random, varied_image};
+use crate::check::{CheckOptions, CheckReport, Severity, Verdict, What, check};
+use crate::repair::{RepairMode, repair};
 use crate::storage::sim::{Cuts, Garbage, Op, SimHost, Tear, power_cuts};
 use crate::storage::{Access, Host, MemHost, Storage};
 

@@ -4,20 +4,18 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
 
-use super::super::CheckOptions;
-use super::super::repair::{
-    RepairMode, RestoreOptions, RestorePlan, plan_restore, repair_with_backup, restore,
-};
 use super::{damaged_images, repaired};
+use crate::check::CheckOptions;
 use crate::error::{Error, FileOp, Refusal, Result};
+use crate::repair::{RepairMode, RestoreOptions, RestorePlan, plan_restore, repair_with_backup, restore};
 use crate::storage::sim::{Fault, FaultKind, SimHost, State};
 use crate::storage::{Access, Host, MemHost};
 
-pub(super) const IMAGE: &str = "/image";
-pub(super) const BACKUP: &str = "/backup";
+pub(crate) const IMAGE: &str = "/image";
+pub(crate) const BACKUP: &str = "/backup";
 
 /// Puts an image back from its backup.
-pub(super) fn put_back(host: &dyn Host, image: &str) -> Result<RestorePlan> {
+pub(crate) fn put_back(host: &dyn Host, image: &str) -> Result<RestorePlan> {
     put_back_with(host, image, &RestoreOptions::default())
 }
 

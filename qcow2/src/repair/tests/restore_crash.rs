@@ -1,9 +1,9 @@
 //! Power cuts at every point of a repair with a backup, and of a restore: the image comes back byte for byte.
 
-use super::super::repair::RepairMode;
 use super::restore::{IMAGE, put_back};
 use super::{damaged_images, repaired};
 use crate::error::{Error, Refusal};
+use crate::repair::RepairMode;
 use crate::storage::MemHost;
 use crate::storage::sim::{Cuts, Garbage, SimHost, Tear, power_cuts};
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use qcow2::Result;
-use qcow2::merge::{Interrupted, Known};
+use qcow2::retire::{Interrupted, Known};
 use qcow2::storage::OsHost;
 use qcow2::{Error, ErrorKind, units::GuestOffset};
 use qmp_client::{Header, Phase, Qemu, StateLayer, Verdict};

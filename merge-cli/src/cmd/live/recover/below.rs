@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use qcow2::chain::{OpenOptions, Policy};
-use qcow2::merge::{BackingIs, Interrupted, Known};
+use qcow2::retire::{BackingIs, Interrupted, Known};
 use qcow2::storage::{Host, OsHost};
 use qcow2::{Error, Result};
 use qmp_client::{Header, Kind, Phase, Qemu, StateLayer, Verdict};

@@ -6,7 +6,7 @@ use qcow2::chain::BackingName;
 use qcow2::error::FileOp;
 use qcow2::format::{Cluster0, EXT_BITMAPS};
 use qcow2::image::{ImageFormat, Qcow2};
-use qcow2::merge::Known;
+use qcow2::retire::Known;
 use qcow2::storage::{Access, FileId, Host, OsHost};
 use qcow2::{Error, Result};
 use qmp_client::{FileIdentity, State, StateLayer};

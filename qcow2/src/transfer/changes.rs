@@ -13,7 +13,7 @@ use crate::image::{Image, Qcow2};
 /// # Errors
 /// Bitmaps that are damaged, or cannot be as large as the new disk asks for; what
 /// [`Job::for_each_change`] reports.
-pub(super) fn plan(job: &Job<'_>, cancel: &AtomicBool) -> Result<Option<Plan>> {
+pub(crate) fn plan(job: &Job<'_>, cancel: &AtomicBool) -> Result<Option<Plan>> {
     let Some(Image::Qcow2(image)) = job.layers.get(job.base) else { return Ok(None) };
     let mut plan = Plan::new(image, job.new_size)?;
     if plan.wants_ranges() {
@@ -26,7 +26,7 @@ pub(super) fn plan(job: &Job<'_>, cancel: &AtomicBool) -> Result<Option<Plan>> {
 ///
 /// # Errors
 /// An I/O error; what [`Job::for_each_change`] reports.
-pub(super) fn set_bits(
+pub(crate) fn set_bits(
     plan: Plan,
     job: &Job<'_>,
     image: &Qcow2,
@@ -56,9 +56,10 @@ mod tests {
     use crate::error::ErrorKind;
     use crate::image::bitmap_names;
     use crate::image::bitmaps::tests::{Fixture, ok, only, qemu, union};
-    use crate::merge::testing::Silent;
-    use crate::merge::{Commit, CommitOptions, put};
+    use crate::merge::{Commit, CommitOptions};
     use crate::storage::OsHost;
+    use crate::testing::Silent;
+    use crate::transfer::put;
     use crate::units::GuestOffset;
 
     const MIB: u64 = 1 << 20;

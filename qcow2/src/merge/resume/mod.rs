@@ -1,0 +1,8 @@
+//! Merges that were stopped: what their journals tell, and how they are taken up, or given up.
+
+pub(crate) mod abort;
+pub(crate) mod before;
+pub(crate) mod emptied;
+pub(crate) mod remains;
+pub(crate) mod unfinished;
+pub(crate) mod work;

@@ -1,0 +1,13 @@
+//! Images that somebody else has merged, while a virtual machine ran on them: marked, removed, made empty overlays on
+//! base, and compared with it. Base may be in use, and is only looked at.
+
+mod empty_all;
+mod empty_onto;
+mod interrupted;
+mod mark;
+
+pub use crate::merge::switch::mark::Known;
+pub use empty_all::{LeftBehind, empty_all_onto};
+pub use empty_onto::{Emptied, EmptyOptions, empty_onto};
+pub use interrupted::{BackingIs, Interrupted};
+pub use mark::{Retired, mark_merged, remove, unused};

@@ -1,0 +1,24 @@
+//! The road of bytes, for every direction: what is asked, what a target needs, what becomes of each cluster, and the
+//! operations, in batches on all cores.
+
+pub(crate) mod ask;
+pub(crate) mod changes;
+pub(crate) mod cluster;
+pub(crate) mod job;
+pub(crate) mod needs;
+pub(crate) mod ops;
+pub(crate) mod origin;
+mod pace;
+mod put;
+pub(crate) mod target;
+pub(crate) mod verify;
+pub(crate) mod workers;
+pub(crate) mod zeros;
+
+pub use job::Totals;
+pub(crate) use job::{Job, Writer};
+pub(crate) use needs::Question;
+pub use ops::Progress;
+pub(crate) use ops::Run;
+pub use put::put;
+pub(crate) use zeros::Zeros;
