@@ -59,6 +59,33 @@ fn refused(dir: &Path, args: &[&str], code: i32, file: &str) -> String {
     said
 }
 
+/// Half a megabyte of tables that are named again and again would be followed for hours.
+#[test]
+fn tables_that_the_file_has_no_room_for_are_not_followed() {
+    let mut endless = Sample::new(64 * 2000).with(0, Content::Data(1)).over("base.qcow2", "qcow2").build();
+    let (l1, table) = (endless.at.l1, endless.get_u64(endless.at.l1));
+    for entry in 1..2000 {
+        endless.put_u64(l1 + entry * 8, table);
+    }
+    let as_base = Sample::new(64 * 2000).with(0, Content::Data(1)).over("top.qcow2", "qcow2").build();
+    let dir = folder(&base().build(), &endless);
+    fs::write(dir.path().join("above.qcow2"), &as_base.bytes).unwrap();
+    for image in ["top.qcow2", "above.qcow2"] {
+        let flatten = ["flatten", image, "-o", "new.raw", "--to", "raw"];
+        for (args, code) in [
+            (&["commit", image][..], 9),
+            (&["commit", image, "--shallow", "--dry-run"], 9),
+            (&flatten, 9),
+            (&["compare", image, "base.qcow2"], 2),
+            (&["map", image], 9),
+            (&["info", "--chain", image], 9),
+        ] {
+            let said = refused(dir.path(), args, code, "top.qcow2");
+            assert!(said.contains("2000 L2 tables"), "{said}");
+        }
+    }
+}
+
 #[test]
 fn damage_ends_with_9() {
     type Damage = fn(&mut Image);

@@ -142,7 +142,7 @@ pub enum Error {
         /// Whether an NBD server that QEMU runs already could be a means.
         exports: bool,
     },
-    /// A state file that cannot be read, written or believed.
+    /// A state file that says nothing, or that is not believed.
     #[error("the state file {}: {}", printable(&.path.to_string_lossy()), printable(.why))]
     State {
         /// Its path, or that of its folder.
@@ -150,7 +150,7 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
-    /// A file that the system does not let this program look at, read or remove.
+    /// A file that the system does not let this program look at, read, write or remove.
     #[error("{}: {source}", printable(&.file.to_string_lossy()))]
     File {
         /// Its path.

@@ -101,7 +101,7 @@ fn whatever_command_the_daemon_is_killed_at_the_valid_top_is_known_and_whole() {
                     Some(state) => {
                         let header = chain.info(4, "backing file").unwrap();
                         let header = Header::Names(header.split(" (").next().unwrap().to_owned());
-                        let verdict = state.judge(&Seen::of(state, Qemu::Gone, header));
+                        let verdict = state.judge(&Seen::of(state, Qemu::Gone, header).unwrap());
                         let top = match verdict {
                             Verdict::NotSwitched => chain.name(4),
                             Verdict::Switched => state.left().next().unwrap().file.clone(),

@@ -141,6 +141,10 @@ pub(crate) struct RecoverArgs {
     /// Look in DIR too, where the merge kept its state
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
+
+    /// Change images although their file system has no locks, so that nobody can tell whether another process uses them
+    #[arg(long)]
+    pub(crate) no_lock: bool,
 }
 
 /// `DISK=FILE` of `snapshot`.

@@ -6,12 +6,12 @@ use qcow2::error::shown;
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2::chain::{OpenOptions, may_be_unlocked, open_data_file};
+use qcow2::chain::{OpenOptions, open_data_file};
 use qcow2::check::{self, CheckOptions, CheckReport, Severity, Verdict};
 use qcow2::error::FileOp;
 use qcow2::image::{ImageFormat, Qcow2};
 use qcow2::repair::{self, RepairMode, RepairPlan};
-use qcow2::storage::{Access, Host, LockError, LockMode, OsHost, Storage};
+use qcow2::storage::{Access, Host, LockError, LockMode, OsHost, Storage, may_be_unlocked};
 use qcow2::{Error, ErrorKind};
 use serde_json::{Map, Value, json};
 

@@ -27,9 +27,6 @@ pub(super) fn walk_above(
     mut f: impl FnMut(&Supplied) -> io::Result<()>,
 ) -> Result<(), Failure> {
     let images = chain.images();
-    for image in images.iter().filter_map(|image| image.as_qcow2()) {
-        image.check_number_of_tables().map_err(|e| Failure::engine(&e, call))?;
-    }
     let view = View::new(&images, first, chain.active());
     let window = view.window();
     let mut found = Vec::new();

@@ -131,6 +131,53 @@ fn without_locks_readers_go_on_and_writers_want_a_word() {
     folder.all_clean();
 }
 
+/// Whatever point a merge was stopped at: without locks nothing is healed, ended or tidied without a word.
+#[test]
+fn without_locks_a_stopped_merge_wants_the_same_word() {
+    if !qemu_present() || !needs_tools(&["strace"]) {
+        return;
+    }
+    let folder = Folder::new("no-locks-stopped");
+    folder.create("base.qcow2", M, "");
+    for (name, below) in [("mid.qcow2", "base.qcow2"), ("top.qcow2", "mid.qcow2")] {
+        folder.overlay(name, below, "qcow2", None, "");
+        folder.io("qcow2", name, &["write -P 3 128k 64k"]);
+    }
+    let gold = folder.view("qcow2", "top.qcow2");
+    let read = |name: String| (name.clone(), fs::read(folder.join(&name)).unwrap());
+    let start: Vec<(String, Vec<u8>)> = folder.names().into_iter().map(read).collect();
+    let inject = ["-e", "trace=fcntl", "-e", "inject=fcntl:error=ENOLCK"];
+    let mut stopped = 0;
+    for call in (1..).step_by(3) {
+        for name in folder.names() {
+            fs::remove_file(folder.join(&name)).unwrap();
+        }
+        for (name, bytes) in &start {
+            fs::write(folder.join(name), bytes).unwrap();
+        }
+        if !folder.killed_at_sync(call, &["commit", "top.qcow2"]) {
+            break;
+        }
+        stopped += 1;
+        let before = folder.files();
+        for args in
+            [&["commit", "top.qcow2"][..], &["commit", "top.qcow2", "--dry-run"], &["abort", "base.qcow2"]]
+        {
+            let run = folder.traced(&inject, args);
+            assert!(
+                run.code == 0 || (run.code == 6 && run.text().contains("--no-lock")),
+                "sync {call}: {run}"
+            );
+            folder.assert_unchanged(&before, &run);
+        }
+        folder.traced(&inject, &["info", "--chain", "top.qcow2"]).ok();
+        folder.traced(&inject, &["commit", "top.qcow2", "--no-lock"]).ok();
+        folder.view("qcow2", "top.qcow2").assert_same(&gold, &format!("stopped at sync {call}"));
+        folder.all_clean();
+    }
+    assert!(stopped > 3, "{stopped}");
+}
+
 #[test]
 fn chains_of_many_layers_are_merged() {
     if !qemu_present() {

@@ -27,13 +27,13 @@ pub use data_file::{DataFile, DataFileKept};
 pub use digest::digest;
 pub(crate) use find::index;
 pub use name::{BackingName, Spelling};
-pub use open::{OpenOptions, may_be_unlocked, open_data_file};
+pub use open::{OpenOptions, open_data_file};
 pub use policy::{DEFAULT_MAX_DEPTH, Policy};
 pub use relink::new_backing_name;
 pub use search::Search;
 pub use siblings::{BACKING_FILE, Sibling, Siblings, find_users, find_users_in};
 pub use signs::Lookalike;
-pub(crate) use signs::{find_lookalikes, other_names};
+pub(crate) use signs::{Looked, find_lookalikes, other_names};
 
 /// An opened chain, the bottom first, the active image last. The default is an empty one, for an image that is
 /// there no more; all others have one layer or more.

@@ -109,6 +109,10 @@ impl BackingName {
                 Self::path(Spelling::DevicePrefix, rest, true, FileDriver::HostDevice)
             }
             Some((b"json", rest)) => Self::from_json(rest),
+            // QEMU on Windows writes such names.
+            Some(([letter], [b'\\' | b'/', ..])) if letter.is_ascii_alphabetic() => {
+                Err("a path of Windows".to_owned())
+            }
             Some((other, _)) => Err(format!("protocol '{}'", String::from_utf8_lossy(other))),
         }
     }
@@ -374,6 +378,9 @@ mod tests {
         assert_eq!(why(":x"), "protocol ''");
         assert_eq!(why(" json:{}"), "protocol ' json'");
         assert_eq!(why("JSON:{}"), "protocol 'JSON'");
+        assert_eq!(why(r"C:\VMs\base.qcow2"), "a path of Windows");
+        assert_eq!(why("d:/VMs/base.qcow2"), "a path of Windows");
+        assert_eq!(why("d:base.qcow2"), "protocol 'd'");
     }
 
     #[test]

@@ -11,7 +11,9 @@ use crate::error::{Error, FileOp, Refusal, Result, shown};
 use crate::format::{Cluster0, EXT_BACKING_FORMAT, FormatError};
 use crate::image::{Image, ImageFormat, Qcow2};
 use crate::journal;
-use crate::storage::{Access, FileId, FileKind, Host, LockError, LockMode, Storage};
+use crate::storage::{
+    Access, FileId, FileKind, Host, LockError, LockMode, Storage, if_there, may_be_unlocked,
+};
 
 /// How a chain is opened. The default names no formats, opens everything for reading, takes no locks,
 /// and lets no image name other files.
@@ -76,29 +78,6 @@ pub fn open_data_file(
     Opener { host, options, layers: Vec::new() }.open_data_file(image, file, cluster0)
 }
 
-/// Lets a file pass that is locked, or that lies on a file system without locks: to be read, or if the caller `allowed`
-/// that and no process is seen that has it open. To be called when a lock was asked for.
-///
-/// # Errors
-/// [`Refusal::NoLocks`]; [`Error::InUse`].
-pub fn may_be_unlocked(
-    host: &dyn Host,
-    path: &Path,
-    id: FileId,
-    file: &dyn Storage,
-    access: Access,
-    allowed: bool,
-) -> Result<()> {
-    if file.has_locks() || access == Access::Read {
-        return Ok(());
-    }
-    if !allowed {
-        return Err(Error::refused(path, Refusal::NoLocks));
-    }
-    let holders = host.holders(id);
-    if holders.is_empty() { Ok(()) } else { Err(Error::InUse { path: path.to_owned(), holders }) }
-}
-
 /// A file that is about to become a layer.
 struct Found {
     path: PathBuf,
@@ -149,7 +128,10 @@ impl Opener<'_> {
 
     fn heal(&self, path: &Path) -> Result<()> {
         match self.options.heal {
-            true => journal::heal(self.host, path, self.options.journal_dir.as_deref()),
+            true => {
+                let dir = self.options.journal_dir.as_deref();
+                journal::heal(self.host, path, dir, self.options.no_locks)
+            }
             false => Ok(()),
         }
     }
@@ -191,6 +173,8 @@ impl Opener<'_> {
             if self.options.as_qemu {
                 qcow2.read_as_qemu();
             }
+            // Before anybody follows them: the work and the memory of a merge go with the number of tables.
+            qcow2.check_number_of_tables()?;
         }
         let access = self.access(id);
         self.layers.push(Layer { index: 0, path: path.clone(), written_name, id, access, data_file, image });
@@ -224,7 +208,7 @@ impl Opener<'_> {
         self.lock(&path, id, access, &*storage)?;
         let may_write = data_file::may_write(self.host, file, &*storage)
             .map_err(|e| Error::io(&path, FileOp::Stat, None, e))?
-            || self.options.policy.vouches(self.host, &path);
+            || self.options.policy.vouches(self.host, &path)?;
         let kept = data_file::kept(self.host, (image, file), (&path, &*storage), may_write)?;
         Ok(Some((DataFile { path, written_name: written.to_vec(), id, kept, may_write }, storage)))
     }
@@ -269,7 +253,7 @@ impl Opener<'_> {
                 return refuse(what.into());
             };
             let resolved = name.resolve(path);
-            let is_same = self.host.stat(&resolved).is_ok_and(|stat| stat.id == found.id)
+            let is_same = self.id_of(&resolved)? == Some(found.id)
                 && name.format().is_none_or(|format| format == found.format.name());
             if !is_same {
                 return refuse(format!(
@@ -291,12 +275,18 @@ impl Opener<'_> {
         found: Option<&DataFile>,
     ) -> Result<()> {
         let Some(name) = called.and_then(BackingName::data_file) else { return Ok(()) };
-        let id = self.host.stat(&name.resolve(path)).ok().map(|stat| stat.id);
+        let id = self.id_of(&name.resolve(path))?;
         if id.is_some() && id == found.map(|file| file.id) {
             return Ok(());
         }
         let what = "the name in the overlay above gives it another data file than it names".to_owned();
         Err(Error::refused(path, Refusal::Other(what)))
+    }
+
+    /// The file that a name leads to, if there is one.
+    fn id_of(&self, path: &Path) -> Result<Option<FileId>> {
+        let stat = if_there(self.host.stat(path)).map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
+        Ok(stat.map(|stat| stat.id))
     }
 
     /// Whether a layer, or a layer's data file, is this file.
@@ -319,7 +309,7 @@ impl Opener<'_> {
     ) -> Result<ImageFormat> {
         let Named { image, written, name, .. } = *named;
         let text = || String::from_utf8_lossy(written).into_owned();
-        let given = self.given_format(written, path, id);
+        let given = self.given_format(written, path, id)?;
         let Some(declared) = cluster0.backing_format().or_else(|| name.format().map(str::to_owned)) else {
             let missing = || Error::refused(image, Refusal::MissingFormat { name: text() });
             return match (given, ImageFormat::detect(path, storage)?) {
@@ -352,13 +342,14 @@ impl Opener<'_> {
         if is_right { Ok(format) } else { Err(mismatch(image, text(), format, found)) }
     }
 
-    fn given_format(&self, written: &[u8], path: &Path, id: FileId) -> Option<ImageFormat> {
-        let same = |key: &Path| {
-            key == path
-                || key.as_os_str().as_encoded_bytes() == written
-                || self.host.stat(key).is_ok_and(|stat| stat.id == id)
-        };
-        self.options.backing_formats.iter().find(|(key, _)| same(key)).map(|(_, &format)| format)
+    fn given_format(&self, written: &[u8], path: &Path, id: FileId) -> Result<Option<ImageFormat>> {
+        for (key, &format) in &self.options.backing_formats {
+            let is_named = key == path || key.as_os_str().as_encoded_bytes() == written;
+            if is_named || self.id_of(key)? == Some(id) {
+                return Ok(Some(format));
+            }
+        }
+        Ok(None)
     }
 
     fn finish(self) -> Result<Chain> {

@@ -124,9 +124,18 @@ impl Policy {
     }
 
     /// Whether the caller has allowed the folder of a file by name.
-    pub(super) fn vouches(&self, host: &dyn Host, file: &Path) -> bool {
-        matches!(self.scope, Scope::Inside(_))
-            && host.canonicalize(file).is_ok_and(|file| self.check_scope(host, &file, file.clone()).is_ok())
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn vouches(&self, host: &dyn Host, file: &Path) -> Result<bool> {
+        if !matches!(self.scope, Scope::Inside(_)) {
+            return Ok(false);
+        }
+        let real = host.canonicalize(file).map_err(|e| Error::io(file, FileOp::Resolve, None, e))?;
+        match self.check_scope(host, &real, real.clone()) {
+            Err(Error::Refused { .. }) => Ok(false),
+            checked => checked.map(|()| true),
+        }
     }
 
     fn check_scope(&self, host: &dyn Host, image: &Path, file: PathBuf) -> Result<()> {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::policy::KERNEL_FILES;
 use crate::error::{Error, FileOp, Result};
-use crate::storage::{Host, NameKind};
+use crate::storage::{Host, NameKind, if_there};
 
 /// How deep folders are searched below one that is to be searched with all that is in it.
 const MAX_DEPTH: usize = 32;
@@ -26,7 +26,7 @@ pub struct Search {
     pub folders: Vec<PathBuf>,
     /// Folders with all that is below them. Links to other folders are not followed.
     pub deep: Vec<PathBuf>,
-    /// Folders in whose sub-folders users are likely; what cannot be looked at there is passed over.
+    /// Folders in whose sub-folders users are likely; what the caller may not look at there is passed over.
     pub nearby: Vec<PathBuf>,
 }
 
@@ -37,7 +37,7 @@ pub(super) struct Walked {
     pub(super) files: Vec<PathBuf>,
     /// Those of `files` that lie only in folders nearby.
     pub(super) near: BTreeSet<PathBuf>,
-    /// Folders that could not be read.
+    /// Files and folders that could not be looked at.
     pub(super) unreadable: Vec<(PathBuf, io::Error)>,
     /// Folders that were left out, as there was too much.
     pub(super) left_out: Vec<PathBuf>,
@@ -73,6 +73,9 @@ impl Search {
         for dir in &self.nearby {
             walk.beside(dir);
         }
+        for (path, _) in &walk.out.unreadable {
+            walk.files.remove(path);
+        }
         let mut out = walk.out;
         out.files = walk.files.into_iter().collect();
         Ok(out)
@@ -81,13 +84,34 @@ impl Search {
 
 impl Walk<'_> {
     /// A folder by its real name, if it was not listed before.
-    fn first_time(&mut self, dir: &Path) -> Result<bool> {
-        let real = self.host.canonicalize(dir).map_err(|e| Error::io(dir, FileOp::List, None, e))?;
-        Ok(self.listed.insert(real))
+    fn first_time(&mut self, dir: &Path) -> io::Result<bool> {
+        Ok(self.listed.insert(self.host.canonicalize(dir)?))
+    }
+
+    /// The same for a folder that was found: false if it is gone, or nobody can tell; that is noted then.
+    fn is_new(&mut self, dir: &Path) -> bool {
+        match if_there(self.first_time(dir)) {
+            Ok(is_new) => is_new.unwrap_or(false),
+            Err(e) => {
+                self.out.unreadable.push((dir.to_owned(), e));
+                false
+            }
+        }
+    }
+
+    /// Whether a name that was found is a folder's: false if it is gone, or nobody can tell; that is noted then.
+    fn is_folder(&mut self, path: &Path) -> bool {
+        match if_there(self.host.name_kind(path)) {
+            Ok(kind) => kind == Some(NameKind::Folder),
+            Err(e) => {
+                self.out.unreadable.push((path.to_owned(), e));
+                false
+            }
+        }
     }
 
     fn only(&mut self, dir: &Path) -> Result<()> {
-        if self.first_time(dir)? {
+        if self.first_time(dir).map_err(|e| Error::io(dir, FileOp::List, None, e))? {
             match self.host.list(dir) {
                 Ok(names) => self.files.extend(names),
                 Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
@@ -100,14 +124,14 @@ impl Walk<'_> {
     }
 
     fn below(&mut self, dir: &Path) -> Result<()> {
-        if !self.first_time(dir)? {
+        if !self.first_time(dir).map_err(|e| Error::io(dir, FileOp::List, None, e))? {
             return Ok(());
         }
         let names = self.host.list(dir).map_err(|e| Error::io(dir, FileOp::List, None, e))?;
         let mut open = self.sort(names, 1);
         while let Some((dir, depth)) = open.pop() {
             let is_kernel = KERNEL_FILES.iter().any(|kernel| dir.starts_with(kernel));
-            if is_kernel || !self.first_time(&dir).unwrap_or(false) {
+            if is_kernel || !self.is_new(&dir) {
                 continue;
             }
             if depth > MAX_DEPTH || self.files.len() > MAX_NAMES || Instant::now() > self.end {
@@ -126,28 +150,39 @@ impl Walk<'_> {
 
     /// Keeps the files of a folder, and returns its folders.
     fn sort(&mut self, names: Vec<PathBuf>, depth: usize) -> Vec<(PathBuf, usize)> {
-        let is_folder = |path: &PathBuf| matches!(self.host.name_kind(path), Ok(NameKind::Folder));
-        let (folders, files): (Vec<_>, Vec<_>) = names.into_iter().partition(is_folder);
+        let (folders, files): (Vec<_>, Vec<_>) = names.into_iter().partition(|path| self.is_folder(path));
         self.files.extend(files);
         folders.into_iter().map(|folder| (folder, depth)).collect()
     }
 
-    /// The folders in `dir`, each without its own folders, as far as they can be listed.
+    /// The folders in `dir`, each without its own folders, as far as the caller may list them.
     fn beside(&mut self, dir: &Path) {
-        let Ok(names) = self.host.list(dir) else { return };
-        let is_folder = |path: &PathBuf| matches!(self.host.name_kind(path), Ok(NameKind::Folder));
-        let folders: Vec<_> = names.into_iter().filter(is_folder).take(NEAR_FOLDERS).collect();
+        let names = self.list_nearby(dir);
+        let folders: Vec<_> =
+            names.into_iter().filter(|path| self.is_folder(path)).take(NEAR_FOLDERS).collect();
         let mut left = NEAR_NAMES;
         for folder in folders {
-            if !self.first_time(&folder).unwrap_or(false) {
+            if !self.is_new(&folder) {
                 continue;
             }
-            let names = self.host.list(&folder).unwrap_or_default();
+            let names = self.list_nearby(&folder);
             for name in names.into_iter().take(left) {
                 left -= 1;
                 if self.files.insert(name.clone()) {
                     self.out.near.insert(name);
                 }
+            }
+        }
+    }
+
+    /// The names in a folder nearby; none if the caller may not list it, or it is gone.
+    fn list_nearby(&mut self, dir: &Path) -> Vec<PathBuf> {
+        match if_there(self.host.list(dir)) {
+            Ok(names) => names.unwrap_or_default(),
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Vec::new(),
+            Err(e) => {
+                self.out.unreadable.push((dir.to_owned(), e));
+                Vec::new()
             }
         }
     }

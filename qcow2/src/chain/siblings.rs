@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::Chain;
 use super::name::{possible_data_file_paths, possible_paths};
 use super::search::Search;
-use crate::error::Result;
+use crate::error::{Error, FileOp, Result};
 use crate::format::{Cluster0, Header, V2_HEADER_LENGTH, is_qcow2};
 use crate::image::Qcow2;
 use crate::storage::{Access, FileId, FileKind, Host, Storage, if_there};
@@ -42,26 +42,33 @@ pub struct Siblings {
     pub unreadable: Vec<(PathBuf, io::Error)>,
     /// Folders that were left out, as there was too much below the ones to be searched.
     pub left_out: Vec<PathBuf>,
-    /// All names that were looked at.
+    /// All names that were looked at; those of `unreadable` are none of them.
     pub files: Vec<PathBuf>,
 }
 
 impl Chain {
     /// The folders in which the layers and their data files lie, as named and with symbolic links
     /// followed: where a search for their users starts.
-    pub fn folders(&self, host: &dyn Host) -> Vec<PathBuf> {
+    ///
+    /// # Errors
+    /// [`Error::Io`] where a name cannot be followed, though it leads to something.
+    pub fn folders(&self, host: &dyn Host) -> Result<Vec<PathBuf>> {
         let data = self.layers.iter().filter_map(|layer| layer.data_file.as_ref());
         let paths = self.layers.iter().map(|layer| &layer.path).chain(data.map(|file| &file.path));
-        let with_real = paths.flat_map(|path| [Some(path.clone()), host.canonicalize(path).ok()]);
+        let real = |path: &Path| {
+            if_there(host.canonicalize(path)).map_err(|e| Error::io(path, FileOp::Resolve, None, e))
+        };
         let mut folders = BTreeSet::new();
-        for path in with_real.flatten() {
-            let folder = match path.parent() {
-                Some(folder) if !folder.as_os_str().is_empty() => folder,
-                _ => Path::new("."),
-            };
-            folders.insert(host.canonicalize(folder).unwrap_or_else(|_| folder.to_owned()));
+        for path in paths {
+            for name in [Some(path.clone()), real(path)?].into_iter().flatten() {
+                let folder = match name.parent() {
+                    Some(folder) if !folder.as_os_str().is_empty() => folder,
+                    _ => Path::new("."),
+                };
+                folders.insert(real(folder)?.unwrap_or_else(|| folder.to_owned()));
+            }
         }
-        folders.into_iter().collect()
+        Ok(folders.into_iter().collect())
     }
 }
 
@@ -97,19 +104,20 @@ pub fn find_users_in(
     chain: &[FileId],
 ) -> Result<Siblings> {
     let walked = search.walk(host)?;
-    let files = walked.files;
     let mut found = Siblings::default();
     (found.unreadable, found.left_out) = (walked.unreadable, walked.left_out);
-    let results: Vec<_> = files.par_iter().map(|path| (path, look(host, path, chain))).collect();
+    let looked: Vec<_> = walked.files.par_iter().map(|path| look(host, path, chain)).collect();
     let mut images = Vec::new();
-    for (path, result) in results {
+    for (path, result) in walked.files.into_iter().zip(looked) {
         match result {
-            Ok(image) => images.extend(image),
-            Err(_) if walked.near.contains(path) => {}
-            Err(e) => found.unreadable.push((path.clone(), e)),
+            Ok(image) => {
+                images.extend(image);
+                found.files.push(path);
+            }
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied && walked.near.contains(&path) => {}
+            Err(e) => found.unreadable.push((path, e)),
         }
     }
-    found.files = files;
     // What each file is that leads to a target: the target itself, or an image that others see it through.
     let mut roots: BTreeMap<FileId, FileId> = targets.iter().map(|target| (*target, *target)).collect();
     loop {
@@ -122,7 +130,7 @@ pub fn find_users_in(
         for image in users {
             let used = image.uses.iter().find_map(|(id, role)| Some((*roots.get(id)?, *role)));
             let Some((uses, role)) = used else { continue };
-            if image.is_merged || (image.is_emptied && image.is_empty(host)) {
+            if image.is_merged || (image.is_emptied && image.is_empty(host)?) {
                 roots.entry(image.id).or_insert(uses);
             } else {
                 found.users.push(Sibling { path: image.path, uses, role });
@@ -146,15 +154,19 @@ struct Image {
 }
 
 impl Image {
-    /// Whether the image holds nothing itself, and no internal snapshot does. What cannot be read holds something.
-    fn is_empty(&self, host: &dyn Host) -> bool {
-        let Ok(file) = host.open(&self.path, Access::Read) else { return false };
+    /// Whether the image holds nothing itself, and no internal snapshot does. What is damaged holds something.
+    fn is_empty(&self, host: &dyn Host) -> Result<bool> {
+        let file =
+            host.open(&self.path, Access::Read).map_err(|e| Error::io(&self.path, FileOp::Open, None, e))?;
         // Its tables tell that: its data file need not be opened.
         let image = Qcow2::open(&self.path, file.clone(), Some(file));
         let empty = image.and_then(|image| {
             Ok(image.header().snapshots == 0 && image.next_allocated(GuestOffset::ZERO)?.is_none())
         });
-        empty.unwrap_or(false)
+        match empty {
+            Err(e @ Error::Io { .. }) => Err(e),
+            empty => Ok(empty.unwrap_or(false)),
+        }
     }
 }
 

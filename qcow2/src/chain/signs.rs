@@ -1,6 +1,7 @@
 //! Signs that somebody else uses a file of a chain, where no image says so for certain.
 
 use std::ffi::OsString;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -21,45 +22,72 @@ pub struct Lookalike {
     pub fits: bool,
 }
 
-/// The images among `files` that may have used one of the layers before they, or it, were moved: the backing name leads
-/// nowhere and ends in the layer's name, and no file of that name lies beside the image.
-pub(crate) fn find_lookalikes(host: &dyn Host, files: &[PathBuf], layers: &[Layer]) -> Vec<Lookalike> {
-    let names: Vec<(OsString, &Layer)> =
-        layers.iter().filter_map(|layer| Some((layer.path.file_name()?.to_owned(), layer))).collect();
-    files.par_iter().filter_map(|path| lookalike(host, path, &names)).collect()
+/// What was found among files, and those that could not be looked at.
+#[derive(Debug)]
+pub(crate) struct Looked<T> {
+    pub(crate) found: Vec<T>,
+    pub(crate) unreadable: Vec<(PathBuf, io::Error)>,
 }
 
-fn lookalike(host: &dyn Host, path: &Path, names: &[(OsString, &Layer)]) -> Option<Lookalike> {
-    let stat = host.stat(path).ok()?;
+impl<T: Send> Looked<T> {
+    fn at(files: &[PathBuf], look: impl Fn(&Path) -> io::Result<Option<T>> + Sync) -> Self {
+        let mut all = Self { found: Vec::new(), unreadable: Vec::new() };
+        let looked: Vec<_> = files.par_iter().map(|path| (path, look(path))).collect();
+        for (path, result) in looked {
+            match result {
+                Ok(found) => all.found.extend(found),
+                Err(e) => all.unreadable.push((path.clone(), e)),
+            }
+        }
+        all
+    }
+}
+
+/// The images among `files` that may have used one of the layers before they, or it, were moved: the backing name leads
+/// nowhere and ends in the layer's name, and no file of that name lies beside the image.
+pub(crate) fn find_lookalikes(host: &dyn Host, files: &[PathBuf], layers: &[Layer]) -> Looked<Lookalike> {
+    let names: Vec<(OsString, &Layer)> =
+        layers.iter().filter_map(|layer| Some((layer.path.file_name()?.to_owned(), layer))).collect();
+    Looked::at(files, |path| lookalike(host, path, &names))
+}
+
+fn lookalike(host: &dyn Host, path: &Path, names: &[(OsString, &Layer)]) -> io::Result<Option<Lookalike>> {
+    // It may have been removed since the search listed it.
+    let Some(stat) = if_there(host.stat(path))? else { return Ok(None) };
     if stat.kind != FileKind::Regular || names.iter().any(|(_, layer)| layer.id == stat.id) {
-        return None;
+        return Ok(None);
     }
-    // What cannot be read was told by the search for users.
-    let cluster0 = read_names(&*host.open(path, Access::Read).ok()?).ok()??;
+    let Some(file) = if_there(host.open(path, Access::Read))? else { return Ok(None) };
+    let Some(cluster0) = read_names(&*file)? else { return Ok(None) };
     if cluster0.merged_into().or_else(|| cluster0.merging_into()).is_some() {
-        return None;
+        return Ok(None);
     }
-    let led_to = possible_paths(cluster0.backing_name.as_deref()?, path);
-    let (_, layer) = names.iter().find(|(name, _)| led_to.iter().any(|led| led.file_name() == Some(name)))?;
-    let name = layer.path.file_name()?;
-    // Where nobody can say whether there is a file, nothing leads nowhere.
-    let leads_nowhere = |path: &Path| matches!(if_there(host.stat(path)), Ok(None));
-    if !led_to.iter().all(|led| leads_nowhere(led)) || !leads_nowhere(&path.with_file_name(name)) {
-        return None;
+    let Some(backing) = cluster0.backing_name.as_deref() else { return Ok(None) };
+    let led_to = possible_paths(backing, path);
+    let layer = names.iter().find(|(name, _)| led_to.iter().any(|led| led.file_name() == Some(name)));
+    let Some((name, layer)) = layer else { return Ok(None) };
+    for place in led_to.iter().chain([&path.with_file_name(name)]) {
+        if if_there(host.stat(place))?.is_some() {
+            return Ok(None);
+        }
     }
     let stated = cluster0.backing_format();
     let fits = cluster0.header.size == layer.image.virtual_size()
         && stated.is_none_or(|stated| stated == layer.image.format().name());
-    Some(Lookalike { path: path.to_owned(), may_use: layer.id, fits })
+    Ok(Some(Lookalike { path: path.to_owned(), may_use: layer.id, fits }))
 }
 
 /// The other names of a layer's file among `files`: hard links.
-pub(crate) fn other_names(host: &dyn Host, files: &[PathBuf], layer: &Layer) -> Vec<PathBuf> {
-    let own = host.canonicalize(&layer.path).ok();
-    let is_other = |path: &&PathBuf| {
-        host.stat(path).is_ok_and(|stat| stat.id == layer.id)
-            && !matches!(host.name_kind(path), Ok(NameKind::Link))
-            && host.canonicalize(path).ok() != own
-    };
-    files.iter().filter(is_other).cloned().collect()
+///
+/// # Errors
+/// The layer's own name cannot be followed.
+pub(crate) fn other_names(host: &dyn Host, files: &[PathBuf], layer: &Layer) -> io::Result<Looked<PathBuf>> {
+    let own = host.canonicalize(&layer.path)?;
+    Ok(Looked::at(files, |path| {
+        let is_same = if_there(host.stat(path))?.is_some_and(|stat| stat.id == layer.id);
+        if !is_same || if_there(host.name_kind(path))? == Some(NameKind::Link) {
+            return Ok(None);
+        }
+        Ok(if_there(host.canonicalize(path))?.filter(|real| *real != own).map(|_| path.to_owned()))
+    }))
 }

@@ -58,6 +58,8 @@ pub struct FlattenPlan {
     pub totals: Totals,
     /// The most bytes that it will take on the disk. (A raw file is as long as its disk, with holes.)
     pub file_size_after: u64,
+    /// Whether the file system does not say how much is free.
+    pub is_room_unknown: bool,
 }
 
 /// How a flatten came out.
@@ -128,6 +130,7 @@ impl Flatten {
             virtual_size: 0,
             totals: Totals::default(),
             file_size_after: 0,
+            is_room_unknown: false,
         };
         let empty = new.write(output, Arc::new(MemFile::new()), 0)?;
         plan.virtual_size = empty.virtual_size();
@@ -135,11 +138,13 @@ impl Flatten {
         let zeros = if options.keep_zeros { Zeros::Mapped } else { Zeros::Holes };
         plan.totals = with_job(&chain, below, &empty, zeros, |job| job.plan(cancel))?;
         plan.file_size_after = new.file_size(output, &plan.totals)?;
-        if let Ok(Some(available)) = host.free_space(dir_of(output))
-            && available < plan.file_size_after
-        {
-            let needed = plan.file_size_after;
-            return Err(Error::NoSpace { path: output.clone(), needed, available });
+        let dir = dir_of(output);
+        match host.free_space(dir).map_err(|e| Error::io(dir, FileOp::Stat, None, e))? {
+            Some(available) if available < plan.file_size_after => {
+                let needed = plan.file_size_after;
+                return Err(Error::NoSpace { path: output.clone(), needed, available });
+            }
+            available => plan.is_room_unknown = available.is_none(),
         }
         Ok(Self { host, chain, below, new, keep_zeros: options.keep_zeros, plan })
     }

@@ -86,7 +86,17 @@ fn more_tables_than_the_file_can_hold_are_refused() {
     for entry in 1..2000 {
         built.put_u64(l1 + entry * 8, table);
     }
-    assert!(
-        open(&built.bytes).0.check_number_of_tables().unwrap_err().to_string().contains("2000 L2 tables")
-    );
+    let refused = |bytes: &[u8], as_qemu| {
+        let (mut image, _) = open(bytes);
+        if as_qemu {
+            image.read_as_qemu();
+        }
+        image.check_number_of_tables().is_err_and(|e| e.to_string().contains("2000 L2 tables"))
+    };
+    assert!(refused(&built.bytes, false) && refused(&built.bytes, true));
+    // QEMU reads tables behind the end of a file that was cut short as zeros: there are none to be followed.
+    for entry in 1..2000 {
+        built.put_u64(l1 + entry * 8, table + (entry << 32));
+    }
+    assert!(refused(&built.bytes, false) && !refused(&built.bytes, true));
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, FileOp, Result};
-use crate::format::{Cluster0, FormatError, Geometry, Header, read_be_u64s};
+use crate::format::{Cluster0, FormatError, Geometry, Header, L1Entry, read_be_u64s};
 use crate::storage::{Storage, View, first_unreadable};
 use crate::units::HostOffset;
 
@@ -301,7 +301,8 @@ impl Qcow2 {
     }
 
     /// Refuses an L1 table with more entries than the file has room for L2 tables: then tables are shared, and a small
-    /// file would make a map of any length.
+    /// file would make a map of any length. In an image that is read as QEMU does, tables behind the end of the file are
+    /// zeros, and do not count.
     ///
     /// # Errors
     /// [`Error::Format`]; a table that cannot be read.
@@ -316,7 +317,13 @@ impl Qcow2 {
         for first in (0..entries).step_by(piece) {
             buf.resize((entries - first).min(piece as u64) as usize * 8, 0);
             self.read_table(start + first * 8, &mut buf)?;
-            tables += read_be_u64s(&buf).filter(|&raw| raw != 0).count() as u64;
+            let counts = |raw: &u64| match L1Entry::decode(*raw, &self.geometry, 0) {
+                Ok(L1Entry::Table { host, .. }) if self.as_qemu => host.get() < self.file_len(),
+                Ok(L1Entry::Table { .. }) => true,
+                Ok(L1Entry::Unallocated) => false,
+                Err(_) => *raw != 0,
+            };
+            tables += read_be_u64s(&buf).filter(counts).count() as u64;
         }
         // A program that writes to the image may have made the file longer meanwhile.
         if tables <= room || tables <= self.file_size()?.div_ceil(self.geometry.cluster_size()) {

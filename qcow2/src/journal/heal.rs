@@ -15,7 +15,9 @@ use super::record::{BLOCK, Block, Guard, Header, MAX_BLOCKS, Phase, Purpose, Rec
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::is_qcow2;
 use crate::stamp::{Seen, Stamp};
-use crate::storage::{Access, Host, LockError, LockMode, Place, Storage, if_there, leads_nowhere};
+use crate::storage::{
+    Access, Host, LockError, LockMode, Place, Storage, if_there, leads_nowhere, may_be_unlocked,
+};
 
 /// An edit of the header of an image, whose file is held under lock.
 #[derive(Debug)]
@@ -108,9 +110,9 @@ pub(crate) fn nonce() -> u64 {
 /// edits that are done, or were not begun, are removed.
 ///
 /// # Errors
-/// [`Error::InUse`] if there is something to do, and somebody holds the image; [`Refusal::JournalOfAnother`];
-/// [`Refusal::JournalVersion`]; the system's.
-pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<()> {
+/// [`Error::InUse`] if there is something to do, and somebody holds the image; [`Refusal::NoLocks`] if nobody can hold
+/// it, unless `no_locks`; [`Refusal::JournalOfAnother`]; [`Refusal::JournalVersion`]; the system's.
+pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: bool) -> Result<()> {
     let file = match host.open(path, Access::Read) {
         Ok(file) => file,
         // Whoever uses the image says so.
@@ -118,7 +120,7 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<(
         Err(e) => return Err(Error::io(path, FileOp::Open, None, e)),
     };
     let image = Place::of_file(host, path, &*file)?;
-    let hold = || hold(host, path, &image, &*file);
+    let hold = || hold(host, path, &image, &*file, no_locks);
     if let Some(found) = find(host, path, &*file, dir, Access::Read, SWITCH)? {
         let file = hold()?;
         end_edit(host, path, &*file, &found)?;
@@ -192,11 +194,11 @@ fn end_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &Found) -> 
 
 /// Ends edits of headers that a power cut has left in `folders`, of images that nobody holds. What lies there is only
 /// believed about the image beside it, and from somebody who may write that: it may be anybody's, and could name any file.
-/// `dir` is the caller's own.
+/// `dir` is the caller's own. On file systems without locks nothing is done, unless `no_locks`.
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>) -> Result<()> {
+pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>, no_locks: bool) -> Result<()> {
     let folders = folders.iter().map(|folder| (folder.as_path(), false));
     for (folder, may_be_elsewhere) in folders.chain(dir.map(|dir| (dir, true))) {
         let failed = |op| move |e| Error::io(folder, op, None, e);
@@ -214,10 +216,11 @@ pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>) ->
         let folder = opened;
         for name in names.unwrap_or_default() {
             if name.as_bytes().ends_with(SWITCH.as_bytes()) {
-                match sweep_one(host, &Place::within(Arc::clone(&folder), name), may_be_elsewhere) {
+                match sweep_one(host, &Place::within(Arc::clone(&folder), name), may_be_elsewhere, no_locks) {
                     // It is nobody's of this chain, and stays where it is.
                     Err(Error::Refused {
-                        reason: Refusal::JournalVersion { .. } | Refusal::JournalOfAnother { .. },
+                        reason:
+                            Refusal::JournalVersion { .. } | Refusal::JournalOfAnother { .. } | Refusal::NoLocks,
                         ..
                     }) => {}
                     swept => swept?,
@@ -228,7 +231,7 @@ pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>) ->
     Ok(())
 }
 
-fn sweep_one(host: &dyn Host, record: &Place, may_be_elsewhere: bool) -> Result<()> {
+fn sweep_one(host: &dyn Host, record: &Place, may_be_elsewhere: bool, no_locks: bool) -> Result<()> {
     // Before it is opened: what nobody believes need not be able to be read.
     let failed = |e| Error::io(&record.path(), FileOp::Stat, None, e);
     let owner = match record.stat(host) {
@@ -238,7 +241,7 @@ fn sweep_one(host: &dyn Host, record: &Place, may_be_elsewhere: bool) -> Result<
     let Some(image) = image_of(host, record, may_be_elsewhere)? else { return Ok(()) };
     let path = image.path();
     // An image in use may be in the middle of its edit.
-    let file = match hold_at(host, &path, &image) {
+    let file = match hold_at(host, &path, &image, no_locks) {
         Ok(file) => file,
         Err(Error::InUse { .. }) => return Ok(()),
         Err(Error::Io { source, .. })
@@ -377,25 +380,36 @@ fn write_back(path: &Path, file: &dyn Storage, last: &Record) -> Result<()> {
 }
 
 /// Opens the image at `place` for writing, and locks it, if it is still the one in `opened`.
-fn hold(host: &dyn Host, path: &Path, place: &Place, opened: &dyn Storage) -> Result<Arc<dyn Storage>> {
+fn hold(
+    host: &dyn Host,
+    path: &Path,
+    place: &Place,
+    opened: &dyn Storage,
+    no_locks: bool,
+) -> Result<Arc<dyn Storage>> {
     let file = place.reopen(host, opened)?;
-    lock(host, path, &*file)?;
+    lock(host, path, &*file, no_locks)?;
     Ok(file)
 }
 
 /// Opens the image at `place` for writing, and locks it.
-fn hold_at(host: &dyn Host, path: &Path, place: &Place) -> Result<Arc<dyn Storage>> {
+fn hold_at(host: &dyn Host, path: &Path, place: &Place, no_locks: bool) -> Result<Arc<dyn Storage>> {
     let file = place.open(host, Access::ReadWrite).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
-    lock(host, path, &*file)?;
+    lock(host, path, &*file, no_locks)?;
     Ok(file)
 }
 
-fn lock(host: &dyn Host, path: &Path, file: &dyn Storage) -> Result<()> {
+fn lock(host: &dyn Host, path: &Path, file: &dyn Storage, no_locks: bool) -> Result<()> {
     file.lock(LockMode::Write).map_err(|e| match e {
         LockError::Held { .. } => {
             let holders = file.stat().map(|stat| host.holders(stat.id)).unwrap_or_default();
             Error::InUse { path: path.to_owned(), holders }
         }
         LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
-    })
+    })?;
+    if file.has_locks() {
+        return Ok(());
+    }
+    let id = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.id;
+    may_be_unlocked(host, path, id, file, Access::ReadWrite, no_locks)
 }

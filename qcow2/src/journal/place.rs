@@ -11,7 +11,7 @@ use super::file::Journal;
 use super::record::{Phase, Purpose, Record};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::stamp::{SameFile, Stamp};
-use crate::storage::{Access, FileKind, Folder, Host, Owner, Place, Storage};
+use crate::storage::{Access, FileKind, Folder, Host, Owner, Place, Storage, if_there};
 
 /// How the names of journals end.
 pub const JOURNAL: &str = ".qmerge-journal";
@@ -111,7 +111,8 @@ pub(crate) fn place(
     for place in [&place, &place.beside(fresh)] {
         refuse_stranger(host, path, place, stat.owner)?;
     }
-    if dir.is_none() || place.stat(host).is_err() {
+    let there = if_there(place.stat(host)).map_err(|e| Error::io(&place.path(), FileOp::Stat, None, e))?;
+    if dir.is_none() || there.is_none() {
         return Ok(place);
     }
     // Two images may have had the same name, as on file systems that were mounted there in turn.
@@ -252,7 +253,8 @@ pub(crate) fn find(
 /// The system's.
 pub(crate) fn find_removed(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<Journal>> {
     // A folder that is not there holds no journal.
-    let Ok(image) = Place::of_new(host, path) else { return Ok(None) };
+    let image = if_there(Place::of_new(host, path)).map_err(|e| Error::io(path, FileOp::Resolve, None, e))?;
+    let Some(image) = image else { return Ok(None) };
     for candidate in places(host, &image, dir, JOURNAL)? {
         let Some((journal, Some(last))) = Journal::open(host, &candidate, Access::Read)? else { continue };
         let header = journal.header();

@@ -297,7 +297,7 @@ fn torn(atomic: bool, tear: impl Fn(&mut Vec<u8>)) -> (MemHost, Vec<u8>, Vec<u8>
     let bytes = header.encode().unwrap();
     moved[..bytes.len()].copy_from_slice(&bytes);
     host.add(&path, &moved).unwrap();
-    heal(&host, Path::new("/i"), None).unwrap();
+    heal(&host, Path::new("/i"), None, false).unwrap();
     assert!(host.content(&path).is_err(), "the record is gone");
     let healed = host.content("/i").unwrap();
     (host, healed, if atomic { old } else { new })
@@ -339,7 +339,7 @@ fn records_that_a_power_cut_has_left_are_swept() {
     host.add("/.held.qmerge-switch", b"qmerge").unwrap();
     let held = host.open(Path::new("/held"), Access::Read).unwrap();
     held.lock(LockMode::Read).unwrap();
-    super::sweep(&host, &[PathBuf::from("/")], None).unwrap();
+    super::sweep(&host, &[PathBuf::from("/")], None, false).unwrap();
     assert_eq!(host.content("/whole").unwrap()[..4], *b"QFI\xfb", "made whole");
     let left: Vec<PathBuf> = host
         .list(Path::new("/"))
@@ -378,10 +378,10 @@ fn image() -> Vec<u8> {
 #[test]
 fn a_record_about_a_file_elsewhere_is_not_carried_out() {
     let (host, torn, planted) = torn_elsewhere(&image());
-    super::sweep(&host, &[PathBuf::from("/vm")], None).unwrap();
+    super::sweep(&host, &[PathBuf::from("/vm")], None, false).unwrap();
     assert!(host.content("/etc/conf").unwrap() == torn);
     // In a folder that the caller names for journals, it is believed.
-    super::sweep(&host, &[], Some(Path::new("/vm"))).unwrap();
+    super::sweep(&host, &[], Some(Path::new("/vm")), false).unwrap();
     assert_eq!(host.content("/etc/conf").unwrap()[24..30], *b"theirs");
     assert!(host.content(planted).is_err());
 }
@@ -389,14 +389,14 @@ fn a_record_about_a_file_elsewhere_is_not_carried_out() {
 #[test]
 fn a_record_makes_nothing_whole_that_is_no_image() {
     let (host, torn, _) = torn_elsewhere(&[b'#'; 4096]);
-    super::sweep(&host, &[], Some(Path::new("/vm"))).unwrap();
+    super::sweep(&host, &[], Some(Path::new("/vm")), false).unwrap();
     assert!(host.content("/etc/conf").unwrap() == torn);
     // Nor what differs where the record changes nothing.
     let (host, _, _) = torn_elsewhere(&image());
     let file = host.open(Path::new("/etc/conf"), Access::ReadWrite).unwrap();
     file.write_all_at(b"else", 1024).unwrap();
     let other = host.content("/etc/conf").unwrap();
-    super::sweep(&host, &[], Some(Path::new("/vm"))).unwrap();
+    super::sweep(&host, &[], Some(Path::new("/vm")), false).unwrap();
     assert!(host.content("/etc/conf").unwrap() == other);
 }
 
@@ -406,13 +406,13 @@ fn what_a_stranger_says_is_left_alone() {
     let eve = |mode| Owner { user: 7, group: 7, mode };
     let (host, torn, planted) = torn_elsewhere(&image());
     host.give(&planted, eve(0o600)).unwrap();
-    super::sweep(&host, &[], Some(Path::new("/vm"))).unwrap();
+    super::sweep(&host, &[], Some(Path::new("/vm")), false).unwrap();
     let path = Path::new("/etc/conf");
     let beside = Path::new("/etc/.conf.qmerge-switch");
     host.add(beside, &host.content(&planted).unwrap()).unwrap();
     host.give(beside, eve(0o644)).unwrap();
-    super::sweep(&host, &[PathBuf::from("/etc")], None).unwrap();
-    heal(&host, path, Some(Path::new("/vm"))).unwrap();
+    super::sweep(&host, &[PathBuf::from("/etc")], None, false).unwrap();
+    heal(&host, path, Some(Path::new("/vm")), false).unwrap();
     assert!(host.content(path).unwrap() == torn);
     assert!(host.content(beside).is_ok() && host.content(&planted).is_ok(), "nor is it removed");
     // It is in the way, and is named.
@@ -424,7 +424,7 @@ fn what_a_stranger_says_is_left_alone() {
     );
     // It is believed when it is somebody's who may write the image.
     host.give(path, eve(0o600)).unwrap();
-    heal(&host, path, None).unwrap();
+    heal(&host, path, None, false).unwrap();
     assert_eq!(host.content(path).unwrap()[24..30], *b"theirs");
 }
 
@@ -437,7 +437,7 @@ fn a_torn_header_is_not_touched_while_somebody_holds_the_image() {
     let edit = Edit { path: Path::new("/i"), file: &*file, writes: vec![(24, vec![0; 6])], atomic: true };
     super::heal::record(&host, &edit, None).unwrap();
     file.lock(LockMode::Write).unwrap();
-    assert_eq!(heal(&host, Path::new("/i"), None).unwrap_err().kind(), ErrorKind::InUse);
+    assert_eq!(heal(&host, Path::new("/i"), None, false).unwrap_err().kind(), ErrorKind::InUse);
 }
 
 #[test]

@@ -58,8 +58,8 @@ impl Commit {
             report.elapsed = start.elapsed();
             return Ok(report);
         }
-        let (folders, dir) = (self.chain.folders(&*self.host), self.options.journal_dir.clone());
-        journal::sweep(&*self.host, &folders, dir.as_deref())?;
+        let (folders, dir) = (self.chain.folders(&*self.host)?, self.options.journal_dir.clone());
+        journal::sweep(&*self.host, &folders, dir.as_deref(), self.options.open.no_locks)?;
         let left = self.left.base.as_ref();
         if let Some(remains) = left.map(|left| left.remains(&*self.host, &self.chain)).transpose()?.flatten()
         {

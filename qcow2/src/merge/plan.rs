@@ -57,6 +57,8 @@ pub struct Plan {
     pub signs: Signs,
     /// Files there that could not be read, so that it is not known what they use.
     pub unreadable: Vec<PathBuf>,
+    /// Files that the merge makes larger, on file systems that do not say how much is free: the merge may run out of room.
+    pub room_unknown: Vec<PathBuf>,
     /// Journals and records in the chain's folders that do not count, and are left alone.
     pub strangers: Vec<Stranger>,
     /// Set when there is nothing to do, with the reason.

@@ -91,7 +91,7 @@ impl Commit {
     ) -> Result<Self> {
         let left = before::leftovers(&*host, &mut chain, span, options)?;
         safety::layers(&chain, span, options, &|at| left.is_ours(at, span))?;
-        let merged = left.base.as_ref().map_or_else(Vec::new, |left| left.merged(&*host));
+        let merged = left.base.as_ref().map(|left| left.merged(&*host)).transpose()?.unwrap_or_default();
         let found = safety::siblings(&*host, &chain, span, merged, options)?;
         let afterwards = relink::plan(&*host, &chain, span, options)?;
         safety::journal_places(&*host, &chain, span, options, &afterwards)?;
@@ -131,7 +131,7 @@ impl Commit {
         let mut plan = make_plan(&chain, span, options, (new_size, totals, side_by_side), afterwards, found)?;
         plan.will_empty(&chain, span, &empties, kept)?;
         (plan.resumed, plan.begins_anew) = (resumed, begins_anew);
-        plan.strangers = journal::strangers(&*host, &chain.folders(&*host));
+        plan.strangers = journal::strangers(&*host, &chain.folders(&*host)?);
         if (span.base..=span.top).any(|at| left.is_ours(at, span)) {
             // The images are marked dirty, and must not stay so.
             plan.nothing_to_do = None;
@@ -139,7 +139,7 @@ impl Commit {
         header.restore_points_lost.clone_from(&plan.restore_points_lost);
         let remains = left.base.as_ref().map(|left| left.remains(&*host, &chain)).transpose()?.flatten();
         plan.remains = remains.map(|remains| remains.paths(&*host)).transpose()?.unwrap_or_default();
-        safety::space(&*host, &chain, span, &plan)?;
+        plan.room_unknown = safety::space(&*host, &chain, span, &plan)?;
         let (base, top) = (span.base, span.top);
         let options = options.clone();
         let header = Some(header);
@@ -197,6 +197,7 @@ impl Commit {
             searched: Vec::new(),
             signs: Signs::default(),
             unreadable: Vec::new(),
+            room_unknown: Vec::new(),
             strangers: Vec::new(),
             nothing_to_do: Some(reason),
             resumed: None,
@@ -351,6 +352,7 @@ fn make_plan(
         searched: found.searched,
         signs: found.signs,
         unreadable: found.unreadable,
+        room_unknown: Vec::new(),
         strangers: Vec::new(),
         nothing_to_do: nothing.then(|| {
             format!("{} is an empty overlay on {}", shown(path(span.active)), shown(path(span.base)))

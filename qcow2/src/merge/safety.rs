@@ -1,12 +1,14 @@
 //! The rules that a commit must pass before anything is written.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use super::options::CommitOptions;
 use super::plan::{Afterwards, Plan, Signs};
 use crate::chain::{
-    BACKING_FILE, Chain, Layer, Lookalike, Search, Sibling, find_lookalikes, find_users_in, other_names,
+    BACKING_FILE, Chain, Layer, Lookalike, Looked, Search, Sibling, find_lookalikes, find_users_in,
+    other_names,
 };
 use crate::check::{CheckOptions, check_consistent};
 use crate::error::{Error, FileOp, Refusal, Result, shown};
@@ -146,14 +148,15 @@ pub(super) fn siblings(
     merged: Vec<FileId>,
     options: &CommitOptions,
 ) -> Result<Searched> {
-    let folders = chain.folders(host);
-    let nearby = neighbours(host, chain, span);
+    let folders = chain.folders(host)?;
+    let is_elsewhere = is_elsewhere(host, chain, span)?;
+    let nearby = if is_elsewhere { neighbours(host, chain, span)? } else { Vec::new() };
     let search = Search { folders: folders.clone(), deep: options.scan.clone(), nearby: nearby.clone() };
     let touched = chain.layers().get(span.base..=span.top).unwrap_or_default();
     let targets: Vec<FileId> =
         touched.iter().flat_map(|l| [Some(l.id), l.data_file.as_ref().map(|d| d.id)]).flatten().collect();
     let theirs = [chain.files(), merged].concat();
-    let found = find_users_in(host, &search, &targets, &theirs)?;
+    let mut found = find_users_in(host, &search, &targets, &theirs)?;
     let is_harmed = |user: &&Sibling| !keeps_its_view(chain, span, options, user);
     let harmed: Vec<&Sibling> = found.users.iter().filter(is_harmed).collect();
     if let Some(first) = harmed.first()
@@ -166,7 +169,8 @@ pub(super) fn siblings(
         let users = harmed.iter().filter(|u| u.uses == first.uses).map(|u| u.path.clone()).collect();
         return Err(Error::refused(path, Refusal::SharedBase { users }));
     }
-    let possible = find_lookalikes(host, &found.files, touched);
+    let Looked { found: possible, unreadable } = find_lookalikes(host, &found.files, touched);
+    found.unreadable.extend(unreadable);
     if let Some(first) = possible.iter().find(|image| image.fits)
         && !options.allow_shared_base
     {
@@ -177,19 +181,25 @@ pub(super) fn siblings(
         return Err(Error::refused(path, Refusal::PossiblyShared { users }));
     }
     let shared = found.users.iter().map(|user| user.uses).collect();
-    let base = touched.first();
-    let owner = base.and_then(|base| Some(host.stat(&base.path).ok()?.owner));
-    let signs = Signs {
+    let mut signs = Signs {
         looked_at: found.files.len(),
         nearby,
         left_out: found.left_out,
-        links: base.and_then(|base| host.links(&base.path).ok()).unwrap_or(1),
-        other_names: base.map_or_else(Vec::new, |base| other_names(host, &found.files, base)),
-        is_read_only: owner.is_some_and(|owner| owner.mode & WRITABLE == 0),
-        is_elsewhere: is_elsewhere(host, chain, span),
+        links: 1,
+        is_elsewhere,
         possible_users: possible.into_iter().map(|image| image.path).collect(),
+        ..Signs::default()
     };
-    let unreadable = found.unreadable.into_iter().map(|(path, _)| path).collect();
+    if let Some(base) = touched.first() {
+        let failed = |e| Error::io(&base.path, FileOp::Stat, None, e);
+        signs.is_read_only = base.image.file().stat().map_err(failed)?.owner.mode & WRITABLE == 0;
+        signs.links = host.links(&base.path).map_err(failed)?;
+        let Looked { found: names, unreadable } = other_names(host, &found.files, base).map_err(failed)?;
+        signs.other_names = names;
+        found.unreadable.extend(unreadable);
+    }
+    let unreadable: BTreeSet<PathBuf> = found.unreadable.into_iter().map(|(path, _)| path).collect();
+    let unreadable = unreadable.into_iter().collect();
     let searched = [folders, options.scan.clone()].concat();
     Ok(Searched { searched, unreadable, shared, signs })
 }
@@ -205,22 +215,24 @@ fn keeps_its_view(chain: &Chain, span: Span, options: &CommitOptions, user: &Sib
 }
 
 /// The real folder of a layer.
-fn folder_of(host: &dyn Host, chain: &Chain, at: usize) -> Option<PathBuf> {
-    let real = host.canonicalize(&chain.layers().get(at)?.path).ok()?;
-    real.parent().map(Path::to_owned)
+fn folder_of(host: &dyn Host, chain: &Chain, at: usize) -> Result<Option<PathBuf>> {
+    let Some(layer) = chain.layers().get(at) else { return Ok(None) };
+    let real =
+        host.canonicalize(&layer.path).map_err(|e| Error::io(&layer.path, FileOp::Resolve, None, e))?;
+    Ok(real.parent().map(Path::to_owned))
 }
 
 /// Whether base and the active image lie in different folders, as templates and the disks made from them do.
-fn is_elsewhere(host: &dyn Host, chain: &Chain, span: Span) -> bool {
-    folder_of(host, chain, span.base) != folder_of(host, chain, span.active)
+fn is_elsewhere(host: &dyn Host, chain: &Chain, span: Span) -> Result<bool> {
+    Ok(folder_of(host, chain, span.base)? != folder_of(host, chain, span.active)?)
 }
 
 /// The folder in whose sub-folders other users of base are likely: where each machine has a folder of its own, and base
 /// lies in another.
-fn neighbours(host: &dyn Host, chain: &Chain, span: Span) -> Vec<PathBuf> {
-    let own = folder_of(host, chain, span.active).filter(|_| is_elsewhere(host, chain, span));
+fn neighbours(host: &dyn Host, chain: &Chain, span: Span) -> Result<Vec<PathBuf>> {
+    let own = folder_of(host, chain, span.active)?;
     let above = own.as_deref().and_then(Path::parent).filter(|above| above.parent().is_some());
-    above.map(Path::to_owned).into_iter().collect()
+    Ok(above.map(Path::to_owned).into_iter().collect())
 }
 
 /// Whether the file system can give base the blocks of the merged layers instead of a copy.
@@ -232,18 +244,18 @@ fn moves_by_sharing(host: &dyn Host, chain: &Chain, span: Span) -> bool {
         && touched.first().is_some_and(|base| host.shares_blocks(&base.path))
 }
 
-/// Room for what the merge writes.
-pub(super) fn space(host: &dyn Host, chain: &Chain, span: Span, plan: &Plan) -> Result<()> {
-    let Some(layer) = chain.layers().get(span.base) else { return Ok(()) };
+/// Room for what the merge writes. Returns the files on file systems that do not say how much is free.
+pub(super) fn space(host: &dyn Host, chain: &Chain, span: Span, plan: &Plan) -> Result<Vec<PathBuf>> {
+    let Some(layer) = chain.layers().get(span.base) else { return Ok(Vec::new()) };
     let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, FileOp::Stat, None, e))?;
     let no_space = |needed, available| Err(Error::NoSpace { path: layer.path.clone(), needed, available });
     if stat.kind == FileKind::Block {
         let needed = plan.base_file_size_after;
-        return if needed > stat.len { no_space(needed, stat.len) } else { Ok(()) };
+        return if needed > stat.len { no_space(needed, stat.len) } else { Ok(Vec::new()) };
     }
     if moves_by_sharing(host, chain, span) {
         // What really takes room is known only when it is done; running out then loses nothing.
-        return Ok(());
+        return Ok(Vec::new());
     }
     // Clusters inside the file may be holes; behind its end they are for certain.
     let metadata = match &layer.image {
@@ -251,13 +263,19 @@ pub(super) fn space(host: &dyn Host, chain: &Chain, span: Span, plan: &Plan) -> 
         Image::Qcow2(image) => (plan.totals.clusters_to_allocate * image.geometry().cluster_size())
             .max(plan.base_file_size_after.saturating_sub(stat.len)),
     };
-    let room = |path| host.free_space(path).ok().flatten().unwrap_or(u64::MAX);
-    let (needed, available) = match &layer.data_file {
-        Some(data) if room(&data.path) < plan.totals.hole_bytes => {
-            return no_space(plan.totals.hole_bytes, room(&data.path));
-        }
-        Some(_) => (metadata, room(&layer.path)),
-        None => (metadata + plan.totals.hole_bytes, room(&layer.path)),
+    let (of_image, of_data) = match &layer.data_file {
+        Some(_) => (metadata, plan.totals.hole_bytes),
+        None => (metadata + plan.totals.hole_bytes, 0),
     };
-    if needed > available { no_space(needed, available) } else { Ok(()) }
+    let data = layer.data_file.as_ref().map(|data| &data.path);
+    let mut unknown = Vec::new();
+    for (path, needed) in data.map(|path| (path, of_data)).into_iter().chain([(&layer.path, of_image)]) {
+        match host.free_space(path).map_err(|e| Error::io(path, FileOp::Stat, None, e))? {
+            Some(available) if needed > available => return no_space(needed, available),
+            Some(_) => {}
+            None if needed > 0 => unknown.push(path.clone()),
+            None => {}
+        }
+    }
+    Ok(unknown)
 }

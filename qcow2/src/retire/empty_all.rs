@@ -77,9 +77,11 @@ pub fn empty_all_onto(
 fn is_left_alone(host: &dyn Host, layer: &Known, base: FileId, options: &EmptyOptions) -> Result<()> {
     match is_empty_on(host, layer, base, &options.open) {
         Ok(true) => return Ok(()),
-        Err(error @ (Error::InUse { .. } | Error::Refused { reason: Refusal::NotAsKnown { .. }, .. })) => {
-            return Err(error);
-        }
+        Err(
+            error @ (Error::InUse { .. }
+            | Error::Io { .. }
+            | Error::Refused { reason: Refusal::NotAsKnown { .. }, .. }),
+        ) => return Err(error),
         // What else is wrong with it is told when it is its turn.
         Ok(false) | Err(_) => {}
     }

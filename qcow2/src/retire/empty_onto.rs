@@ -26,7 +26,7 @@ use crate::image::refcounts::Refcounts;
 use crate::image::{ImageFormat, Qcow2, bitmap_names, bitmaps, grow};
 use crate::merge::switch::empty;
 use crate::merge::switch::mark::Known;
-use crate::storage::{Access, FileId, Host, LockMode};
+use crate::storage::{Access, FileId, Host, LockMode, if_there};
 use crate::units::{GuestOffset, HostOffset};
 
 /// What a caller may ask when an image is emptied.
@@ -175,8 +175,15 @@ pub(super) fn is_empty_on(
         return Ok(true);
     }
     let name = image.cluster0().backing_name.as_deref().and_then(|name| BackingName::parse(name).ok());
-    let leads_to = name.and_then(|name| host.stat(&name.resolve(image.path())).ok());
-    Ok(leads_to.is_some_and(|stat| stat.id == base) && image.next_table(GuestOffset::ZERO)?.is_none())
+    let is_on_base = name.map(|name| leads_to(host, &name, &image, base)).transpose()?.unwrap_or(false);
+    Ok(is_on_base && image.next_table(GuestOffset::ZERO)?.is_none())
+}
+
+/// Whether a backing name of an image leads to the file `base`.
+fn leads_to(host: &dyn Host, name: &BackingName, image: &Qcow2, base: FileId) -> Result<bool> {
+    let path = name.resolve(image.path());
+    let stat = if_there(host.stat(&path)).map_err(|e| Error::io(&path, FileOp::Stat, None, e))?;
+    Ok(stat.is_some_and(|stat| stat.id == base))
 }
 
 fn open(host: &dyn Host, overlay: &Known, options: &OpenOptions) -> Result<Qcow2> {
@@ -265,8 +272,11 @@ fn look_at_base(
 fn backing_name(host: &dyn Host, image: &Qcow2, base: &Path, base_id: FileId) -> Result<(OsString, bool)> {
     let refuse = |what: &str| Error::refused(image.path(), Refusal::Other(what.to_owned()));
     let old = image.cluster0().backing_name.clone().ok_or_else(|| refuse("it has no backing file"))?;
-    let stands = BackingName::parse(&old)
-        .is_ok_and(|name| host.stat(&name.resolve(image.path())).is_ok_and(|stat| stat.id == base_id));
+    // A name that is no path leads to no file.
+    let stands = match BackingName::parse(&old) {
+        Ok(name) => leads_to(host, &name, image, base_id)?,
+        Err(_) => false,
+    };
     let name = if stands { old } else { new_backing_name(host, &old, image.path(), base)? };
     Ok((OsString::from_vec(name), stands))
 }

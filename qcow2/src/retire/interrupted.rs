@@ -14,7 +14,7 @@ use crate::format::plan_backing_switch;
 use crate::image::rewrite;
 use crate::image::{Image, ImageFormat, Qcow2};
 use crate::merge::switch::mark::Known;
-use crate::storage::{Access, FileId, Host, LockMode};
+use crate::storage::{Access, FileId, Host, LockMode, if_there};
 use crate::transfer::ask::Span;
 use crate::transfer::ask::down;
 use crate::transfer::ops::{Progress, Run};
@@ -138,7 +138,7 @@ impl Interrupted {
         if overlay.names.is_none() || overlay.names != base {
             return refuse("its backing file is not the base of the merge".into());
         }
-        if leads_to(host, name.as_bytes(), &path) != Some(top) {
+        if leads_to(host, name.as_bytes(), &path)? != Some(top) {
             return refuse(format!("the name '{name}' does not lead to the top of the merge"));
         }
         let Image::Qcow2(image) = &mut overlay.image else {
@@ -168,14 +168,16 @@ fn open_overlay(host: &dyn Host, known: &Known, options: &OpenOptions) -> Result
     let data_file = open_data_file(host, &known.path, &*file, &cluster0, &options)?;
     let image = Qcow2::open(&known.path, file, data_file.map(|(_, file)| file))?;
     let name = image.cluster0().backing_name.as_deref();
-    let names = name.and_then(|name| leads_to(host, name, &known.path));
+    let names = name.map(|name| leads_to(host, name, &known.path)).transpose()?.flatten();
     Ok(Overlay { image: Image::Qcow2(image), names })
 }
 
-/// The file that a backing name of `overlay` leads to.
-fn leads_to(host: &dyn Host, name: &[u8], overlay: &Path) -> Option<FileId> {
-    let path = BackingName::parse(name).ok()?.resolve(overlay);
-    host.stat(&path).ok().map(|stat| stat.id)
+/// The file that a backing name of `overlay` leads to, if it leads to one.
+fn leads_to(host: &dyn Host, name: &[u8], overlay: &Path) -> Result<Option<FileId>> {
+    let Ok(name) = BackingName::parse(name) else { return Ok(None) };
+    let path = name.resolve(overlay);
+    let stat = if_there(host.stat(&path)).map_err(|e| Error::io(&path, FileOp::Stat, None, e))?;
+    Ok(stat.map(|stat| stat.id))
 }
 
 #[cfg(test)]

@@ -2,10 +2,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::*;
+use crate::error::ErrorKind;
 use crate::merge::crash_tests::{assert_sound, cuts, see};
 use crate::merge::{BaseChoice, Commit, CommitOptions};
 use crate::storage::MemHost;
-use crate::storage::sim::{SimHost, power_cuts};
+use crate::storage::sim::{Fault, FaultKind, SimHost, power_cuts};
 use crate::testing::{Dice, Silent, local, random_chain};
 use crate::transfer::put;
 
@@ -63,9 +64,18 @@ impl Case {
     }
 
     fn open(&self, host: &dyn Host) -> Result<Interrupted> {
-        let merged: Vec<Known> = (self.base + 1..=self.top).rev().map(|at| self.known(host, at)).collect();
-        let overlay = self.known(host, self.top + 1);
-        let base = Known { len: None, modified_ns: None, ..self.known(host, self.base) };
+        self.open_as(host, host)
+    }
+
+    /// The files as they are known before `host` begins to fail.
+    fn open_known(&self, host: &SimHost) -> Result<Interrupted> {
+        self.open_as(host, &SimHost::over(&self.host))
+    }
+
+    fn open_as(&self, host: &dyn Host, known: &dyn Host) -> Result<Interrupted> {
+        let merged: Vec<Known> = (self.base + 1..=self.top).rev().map(|at| self.known(known, at)).collect();
+        let overlay = self.known(known, self.top + 1);
+        let base = Known { len: None, modified_ns: None, ..self.known(known, self.base) };
         Interrupted::open(host, Some(&overlay), &merged, &base, &local())
     }
 
@@ -187,4 +197,24 @@ fn an_active_image_is_compared_without_an_overlay() {
     let unlike = !case.model[at.get() as usize];
     put(&case.host, case.active(), &local(), &[(at, vec![unlike])]).unwrap();
     assert_eq!(difference(), Some(at));
+}
+
+#[test]
+fn a_name_that_cannot_be_looked_at_leads_nowhere_else() {
+    let case = merged(3);
+    let is_on_base = case.open(&case.host).unwrap().backing();
+    for nth in 1.. {
+        let disk = SimHost::over(&case.host);
+        disk.fail(Some(Fault { kind: FaultKind::Io, nth, for_ever: false }));
+        match case.open_known(&disk) {
+            Ok(opened) => assert_eq!(opened.backing(), is_on_base, "operation {nth}"),
+            Err(e) => assert!(
+                matches!(e.kind(), ErrorKind::Io) || matches!(e, Error::MissingLayer { .. }),
+                "operation {nth}: {e}"
+            ),
+        }
+        if disk.failed() == 0 {
+            break;
+        }
+    }
 }

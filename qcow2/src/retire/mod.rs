@@ -4,6 +4,8 @@
 mod empty_all;
 mod empty_onto;
 mod interrupted;
+#[cfg(test)]
+mod look_tests;
 mod mark;
 
 pub use crate::merge::switch::mark::Known;

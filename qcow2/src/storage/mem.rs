@@ -12,7 +12,7 @@ use crate::error::Holder;
 
 use super::copy::{CopyError, copy_plain, out_of_range};
 use super::os::not_a_file;
-use super::{Access, Boot, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner, Storage};
+use super::{Access, Boot, FileId, FileKind, FileStat, Host, LockError, LockMode, NameKind, Owner, Storage};
 
 /// A namespace of files in memory. Clones share it.
 ///
@@ -210,6 +210,10 @@ impl Host for MemHost {
         names.sort();
         names.dedup();
         Ok(names)
+    }
+
+    fn name_kind(&self, path: &Path) -> io::Result<NameKind> {
+        Ok(if self.is_dir(&absolute(path)) { NameKind::Folder } else { NameKind::File })
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

@@ -15,6 +15,7 @@ mod owner;
 mod rights;
 #[doc(hidden)]
 pub mod sim;
+mod unlocked;
 mod view;
 
 use std::ffi::{OsStr, OsString};
@@ -32,6 +33,7 @@ pub use folder::{Folder, Place};
 pub use mem::{MemFile, MemHost};
 pub use os::{OsFile, OsHost};
 pub use owner::Owner;
+pub use unlocked::may_be_unlocked;
 pub use view::View;
 
 /// One opened file, block device or memory buffer, shared by threads. All operations are positional.
@@ -154,7 +156,7 @@ pub(crate) fn if_there<T>(said: io::Result<T>) -> io::Result<Option<T>> {
 }
 
 /// Whether an error says that a name leads to no file that could be an image.
-pub(crate) fn leads_nowhere(error: &io::Error) -> bool {
+pub fn leads_nowhere(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let answers = [Errno::NOENT, Errno::NOTDIR, Errno::LOOP, Errno::NAMETOOLONG, Errno::INVAL, Errno::ISDIR];
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput)

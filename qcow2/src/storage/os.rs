@@ -19,7 +19,7 @@ use super::copy::{CopyError, copy_in_kernel, copy_plain, least_kernel_copy, out_
 use super::view::View;
 use super::{
     Access, Boot, FileId, FileKind, FileStat, Folder, Host, LockError, LockMode, NameKind, Owner, Storage,
-    holders, lock, os_folder, rights,
+    holders, leads_nowhere, lock, os_folder, rights,
 };
 
 /// The real file system.
@@ -68,7 +68,8 @@ impl OsHost {
 
     /// Creates a file like [`Host::create_new`], as its own type.
     pub fn create_file(&self, path: &Path) -> io::Result<OsFile> {
-        OsFile::new(OpenOptions::new().read(true).write(true).create_new(true).open(path)?)
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+        made(file, || fs::remove_file(path))
     }
 }
 
@@ -91,7 +92,7 @@ impl Host for OsHost {
     }
 
     fn create_in(&self, folder: &Folder, name: &OsStr) -> io::Result<Arc<dyn Storage>> {
-        Ok(Arc::new(OsFile::new(os_folder::create(folder, name)?)?))
+        Ok(Arc::new(made(os_folder::create(folder, name)?, || os_folder::unlink(folder, name))?))
     }
 
     fn stat_in(&self, folder: &Folder, name: &OsStr) -> io::Result<FileStat> {
@@ -155,7 +156,9 @@ impl Host for OsHost {
             real = fs::canonicalize(folder.unwrap_or(Path::new(".")))?.join(name);
             match fs::read_link(&real) {
                 Ok(target) => real = real.with_file_name(target),
-                Err(_) => return Ok(real),
+                // It is no link, or it is not there.
+                Err(e) if leads_nowhere(&e) => return Ok(real),
+                Err(e) => return Err(e),
             }
         }
         Err(ErrorKind::InvalidInput.into())
@@ -243,6 +246,15 @@ const SHARING: [u32; 3] = [0x9123_683e, 0x5846_5342, 0xca45_1a4e];
 /// File systems whose identity in `statfs(2)` is made from one that is kept on the disk, and not from the device's number:
 /// ext2 to ext4, btrfs, bcachefs, ZFS; that of tmpfs lasts as long as its files.
 const IDENTIFIED: [u32; 5] = [0xef53, 0x9123_683e, 0xca45_1a4e, 0x2fc1_2fc1, 0x0102_1994];
+
+/// Wraps a file that was just created. If it cannot be looked at, it is removed again: an empty file in its place would be in
+/// the way of the next attempt.
+fn made(file: File, remove: impl FnOnce() -> io::Result<()>) -> io::Result<OsFile> {
+    OsFile::new(file).inspect_err(|_| {
+        // The first error is the one to tell.
+        let _ = remove();
+    })
+}
 
 impl OsFile {
     /// Wraps an opened file; refuses what is not a regular file or a block device.

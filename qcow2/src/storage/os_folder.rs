@@ -155,3 +155,29 @@ fn link_or(error: Errno) -> io::Error {
         error => error.into(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_link_on_the_way_is_refused_both_ways() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(dir.path()).unwrap();
+        fs::create_dir_all(root.join("real/deep")).unwrap();
+        symlink("real", root.join("link")).unwrap();
+        symlink("deep", root.join("real/last")).unwrap();
+        for open in [open_at_once, open_stepwise] {
+            for how in [OFlags::RDONLY, OFlags::PATH] {
+                let opened = open(&root.join("real/deep"), how).unwrap();
+                let named = rustix::fs::stat(root.join("real/deep")).unwrap();
+                assert_eq!(rustix::fs::fstat(&opened).unwrap().st_ino, named.st_ino);
+                for link in ["link/deep", "real/last", "link", "gone"] {
+                    assert!(open(&root.join(link), how).is_err(), "{link}");
+                }
+            }
+        }
+    }
+}

@@ -52,7 +52,7 @@ pub(super) fn is_written_while_held(monitor: &(impl Monitor + ?Sized), state: &S
 fn settle(state: &State) {
     let layers = [state.active(), state.target()].into_iter().flatten();
     let known = layers.filter(|layer| layer.identity.is_some());
-    let last = known.filter_map(|layer| FileIdentity::of(Path::new(&layer.file)));
+    let last = known.filter_map(|layer| FileIdentity::of(Path::new(&layer.file)).ok().flatten());
     let last = last.map(|identity| identity.modified_ns).max().unwrap_or(0);
     let age = Duration::from_nanos(now_ns().saturating_sub(last));
     if let Some(rest) = CLOCK_STEP.checked_sub(age) {

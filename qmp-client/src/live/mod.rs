@@ -57,7 +57,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// Writes the state file, and then starts the job. The commit or pull must have passed its preflight.
     ///
     /// # Errors
-    /// [`Error::State`] if the file cannot be written, and [`Error::Refused`] if it speaks of a merge that has switched
+    /// [`Error::File`] if the file cannot be written, and [`Error::Refused`] if it speaks of a merge that has switched
     /// and is not cleaned up after: nothing is begun then. Those of the start: the file is removed again.
     pub fn begin(
         monitor: &'m M,
@@ -72,7 +72,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
             let state_file = file.path().to_owned();
             return Err(Refusal::NotCleanedUp { state_file, disk: left.disk }.into());
         }
-        let mut state = new_state(&procedure, address, wishes);
+        let mut state = new_state(&procedure, address, wishes)?;
         let pointer = Pointer::of(address);
         file.save(&mut state)?;
         pointer.add(&file);
@@ -218,7 +218,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// Everything is done, what was merged is cleaned up: removes the state file.
     ///
     /// # Errors
-    /// [`Error::State`] if it cannot be removed; those of [`Merge::relax`].
+    /// [`Error::File`] if it cannot be removed; those of [`Merge::relax`].
     pub fn done(&mut self) -> Result<()> {
         self.relax()?;
         self.file.remove()?;
@@ -340,7 +340,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     }
 }
 
-fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> State {
+fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> Result<State> {
     let chain = procedure.chain();
     let span = procedure.span();
     let address = match address {
@@ -349,7 +349,8 @@ fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> State
         }
         tcp @ Address::Tcp { .. } => tcp.to_string(),
     };
-    State {
+    let layers = chain.iter().map(|layer| StateLayer::of(layer, !wishes.files_are_elsewhere));
+    Ok(State {
         version: crate::state::VERSION,
         created_ns: now_ns(),
         changed_ns: now_ns(),
@@ -361,7 +362,7 @@ fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> State
         kind: procedure.kind(),
         phase: Phase::Copying,
         valid_top: chain.first().map(|layer| layer.file.clone()).unwrap_or_default(),
-        layers: chain.iter().map(|layer| StateLayer::of(layer, !wishes.files_are_elsewhere)).collect(),
+        layers: layers.collect::<Result<_>>()?,
         base: span.base,
         top: span.top,
         backing: procedure.rename(),
@@ -372,7 +373,7 @@ fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> State
         keep_overlay: wishes.keep_overlay,
         nbd_socket: procedure.options().nbd_socket.clone(),
         throttled: None,
-    }
+    })
 }
 
 fn has_chain<'a>(disk: &Disk, layers: impl Iterator<Item = &'a StateLayer>) -> bool {

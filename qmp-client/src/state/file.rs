@@ -7,7 +7,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::{State, failed, litter, now_ns, pointer};
+use super::identity::if_there;
+use super::{State, failed, litter, now_ns, pointer, unreadable};
 use crate::error::Result;
 use crate::qmp::address::Address;
 
@@ -60,8 +61,9 @@ impl StateFile {
     /// Reads the state; `None` if there is no such file.
     ///
     /// # Errors
-    /// [`crate::Error::State`] if it cannot be read, holds no state, or was perhaps written by anybody but root and the
-    /// caller: it names files to be written and removed, and what it says may then be somebody's trap.
+    /// [`crate::Error::File`] if it cannot be read; [`crate::Error::State`] if it holds no state, or was perhaps written by
+    /// anybody but root and the caller: it names files to be written and removed, and what it says may then be somebody's
+    /// trap.
     pub fn load(&self) -> Result<Option<State>> {
         let fail = |why: &dyn ToString| failed(&self.path, why.to_string());
         // Merely opening a device can have effects; a link that is laid behind this look is not followed.
@@ -69,15 +71,16 @@ impl StateFile {
             Ok(meta) if meta.is_file() => {}
             Ok(_) => return Err(fail(&"it is no plain file")),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(fail(&error)),
+            Err(error) => return Err(unreadable(&self.path, error)),
         }
+        let io = |error| unreadable(&self.path, error);
         let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
         let file = File::options()
             .read(true)
             .custom_flags(flags.bits().cast_signed())
             .open(&self.path)
-            .map_err(|e| fail(&e))?;
-        let opened = file.metadata().map_err(|e| fail(&e))?;
+            .map_err(io)?;
+        let opened = file.metadata().map_err(io)?;
         if !opened.is_file() {
             return Err(fail(&"it is no plain file"));
         }
@@ -93,14 +96,14 @@ impl StateFile {
             ));
         }
         let mut text = Vec::new();
-        file.take(LONGEST).read_to_end(&mut text).map_err(|e| fail(&e))?;
+        file.take(LONGEST).read_to_end(&mut text).map_err(io)?;
         State::parse(&text).map(Some).map_err(|why| fail(&why))
     }
 
     /// Replaces what the file says, durably: once this returns, a power cut does not bring the old text back.
     ///
     /// # Errors
-    /// [`crate::Error::State`] if the file or its folder cannot be written or synced. The old text may stand, or the
+    /// [`crate::Error::File`] if the file or its folder cannot be written or synced. The old text may stand, or the
     /// new one.
     pub fn save(&self, state: &mut State) -> Result<()> {
         state.changed_ns = now_ns();
@@ -110,17 +113,17 @@ impl StateFile {
     /// The same, with the time that the state names.
     pub(crate) fn save_as_it_is(&self, state: &State) -> Result<()> {
         let text = serde_json::to_vec_pretty(state).map_err(|e| failed(&self.path, e))?;
-        replace(&self.path, &text).map_err(|e| failed(&self.path, e))
+        replace(&self.path, &text).map_err(|e| unreadable(&self.path, e))
     }
 
     /// Removes the file, durably; it is no error if there is none.
     ///
     /// # Errors
-    /// [`crate::Error::State`] if it cannot be removed.
+    /// [`crate::Error::File`] if it cannot be removed.
     pub fn remove(&self) -> Result<()> {
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            done => done.and_then(|()| sync_folder(self.folder())).map_err(|e| failed(&self.path, e)),
+            done => done.and_then(|()| sync_folder(self.folder())).map_err(|e| unreadable(&self.path, e)),
         }
     }
 
@@ -162,9 +165,9 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
 /// All states in a folder, by the names of their files.
 ///
 /// # Errors
-/// [`crate::Error::State`], which names the folder or the file that cannot be read.
+/// [`crate::Error::File`] for the folder or a file that cannot be read; [`crate::Error::State`] for a file that says nothing.
 pub fn states_in(folder: &Path) -> Result<Vec<(StateFile, State)>> {
-    let fail = |error: io::Error| failed(folder, error);
+    let fail = |error: io::Error| unreadable(folder, error);
     let mut paths = Vec::new();
     for entry in fs::read_dir(folder).map_err(fail)? {
         let entry = entry.map_err(fail)?;
@@ -200,13 +203,18 @@ pub fn find_states<'a>(
 ) -> Result<Vec<(StateFile, State)>> {
     let mut found = address.map_or(Ok(Vec::new()), pointer::states_of)?;
     for folder in folders {
-        if !folder.is_absolute() || !folder.is_dir() {
+        let there = if_there(fs::metadata(folder)).map_err(|e| unreadable(folder, e))?;
+        if !folder.is_absolute() || !there.is_some_and(|meta| meta.is_dir()) {
             continue;
         }
+        let real = |path: &Path| fs::canonicalize(path).map_err(|e| unreadable(path, e));
         for (file, state) in states_in(folder)? {
-            let same =
-                |other: &StateFile| fs::canonicalize(other.path()).ok() == fs::canonicalize(file.path()).ok();
-            if !found.iter().any(|(other, _)| same(other)) {
+            let path = real(file.path())?;
+            let mut is_known = false;
+            for (other, _) in &found {
+                is_known |= real(other.path())? == path;
+            }
+            if !is_known {
                 found.push((file, state));
             }
         }

@@ -19,7 +19,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use crate::block::graph::Layer;
-use crate::error::Error;
+use crate::error::{Error, Result};
 
 pub use file::{StateFile, find_states, states_in};
 pub use identity::FileIdentity;
@@ -259,8 +259,13 @@ impl State {
 
 impl StateLayer {
     /// The layer as it is now, its file looked at if `here`.
-    pub(crate) fn of(layer: &Layer, here: bool) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// [`Error::File`] if that cannot be looked at.
+    pub(crate) fn of(layer: &Layer, here: bool) -> Result<Self> {
+        let path = std::path::Path::new(&layer.file);
+        let identity = if here { FileIdentity::of(path).map_err(|e| unreadable(path, e))? } else { None };
+        Ok(Self {
             index: layer.index,
             node: layer.node.clone(),
             protocol_node: layer.protocol_node.clone(),
@@ -271,13 +276,14 @@ impl StateLayer {
             encrypted: layer.encrypted,
             part: layer.part,
             virtual_size: layer.virtual_size,
-            identity: here.then(|| FileIdentity::of(std::path::Path::new(&layer.file))).flatten(),
-        }
+            identity,
+        })
     }
 
-    /// Takes the file's identity anew, if it is still the same file.
+    /// Takes the file's identity anew, if it is still the same file. Where nobody can tell, the old one stays, and the file
+    /// looks as if it was written since: that is in doubt later, and safe.
     pub(crate) fn look_again(&mut self) {
-        let now = FileIdentity::of(std::path::Path::new(&self.file));
+        let now = FileIdentity::of(std::path::Path::new(&self.file)).ok().flatten();
         if let (Some(before), Some(now)) = (&mut self.identity, now)
             && now.is_same_file(before)
         {
@@ -312,7 +318,12 @@ pub(crate) fn now_ns() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// An error about the state file at `path`.
+/// The error for a file or a folder that the system does not let be looked at, read or written.
+fn unreadable(path: &std::path::Path, source: std::io::Error) -> Error {
+    Error::File { file: path.to_owned(), source }
+}
+
+/// An error about what the state file at `path` says.
 fn failed(path: &std::path::Path, why: impl ToString) -> Error {
     Error::State { path: path.to_owned(), why: why.to_string() }
 }

@@ -70,7 +70,7 @@ impl Pointer {
 /// The states of a monitor's merges, from the list beside its socket; QEMU need not run any more.
 ///
 /// # Errors
-/// [`crate::Error::State`] for one that cannot be read.
+/// [`crate::Error::File`], [`crate::Error::State`] for one that cannot be read.
 pub fn states_of(address: &Address) -> Result<Vec<(StateFile, State)>> {
     load_all(Pointer::of(address).read())
 }

@@ -7,7 +7,7 @@ use qapi::qmp::JobStatus;
 use super::{FileIdentity, Kind, Phase, State, StateLayer};
 use crate::block::graph::{Disk, Graph};
 use crate::block::jobs::jobs;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::qmp::monitor::Monitor;
 
 /// What is true, or why that cannot be told.
@@ -97,15 +97,22 @@ impl Qemu {
 
 impl Seen {
     /// Looks at the files; what QEMU says and what headers hold come from those who can ask.
-    pub fn of(state: &State, qemu: Qemu, header: Header) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// [`crate::Error::File`] for one that cannot be looked at: it is not gone.
+    pub fn of(state: &State, qemu: Qemu, header: Header) -> Result<Self> {
+        let look = |layer: &StateLayer| {
+            let path = Path::new(&layer.file);
+            FileIdentity::of(path).map_err(|source| Error::File { file: path.to_owned(), source })
+        };
+        Ok(Self {
             qemu,
             header,
-            identities: state.layers.iter().map(|layer| FileIdentity::of(Path::new(&layer.file))).collect(),
+            identities: state.layers.iter().map(look).collect::<Result<_>>()?,
             retired: false,
             closing_writes_base: true,
             same_boot: state.is_of_this_boot(),
-        }
+        })
     }
 
     /// The file of this layer, by index, does not tell when its image was written: the bytes go to another file.

@@ -123,7 +123,7 @@ fn at_the_pivot_the_file_that_was_written_tells_where_the_guest_went() {
     let late = PENDING + 10_000_000_000;
     let soon = PENDING + 1_000;
     let doubt = "cannot be seen";
-    type Expected = Result<Verdict, &'static str>;
+    type Expected = std::result::Result<Verdict, &'static str>;
     let switched = || -> Expected { Ok(Verdict::Switched) };
     // Base, the old active layer, whether the host ran on, and what is true.
     let table: [(u64, u64, bool, Expected); 18] = [

@@ -98,6 +98,10 @@ pub(crate) struct CommitArgs {
     #[arg(long, help_heading = "Safety")]
     pub(crate) allow_stale: bool,
 
+    /// Empty or remove merged layers although their file system has no locks, so that nobody can tell whether another process uses them
+    #[arg(long, help_heading = "Safety")]
+    pub(crate) no_lock: bool,
+
     /// Merge although an encrypted layer's data goes into a base that is not encrypted
     #[arg(long, help_heading = "Safety")]
     pub(crate) allow_plaintext: bool,
@@ -185,6 +189,10 @@ pub(crate) struct EndArgs {
     /// Also search DIR for images that use those files, beside the folders that `live commit` searched (repeatable)
     #[arg(long, value_name = "DIR")]
     pub(crate) scan: Vec<PathBuf>,
+
+    /// Empty or remove those files although their file system has no locks, so that nobody can tell whether another process uses them
+    #[arg(long)]
+    pub(crate) no_lock: bool,
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

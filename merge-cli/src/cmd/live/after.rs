@@ -58,6 +58,7 @@ fn known(path: PathBuf, id: FileId, identity: &FileIdentity) -> Known {
         id,
         len: (identity.size > 0).then_some(identity.size),
         modified_ns: (identity.modified_ns > 0).then_some(identity.modified_ns.into()),
+        no_locks: false,
     }
 }
 

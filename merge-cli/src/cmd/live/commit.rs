@@ -128,7 +128,7 @@ pub(super) fn plan(
     checks::plaintext(session, &merged, range.base, args.allow_plaintext)?;
     let searched: Searched =
         siblings::search(session, files, disk, &touched, &args.scan, args.allow_shared_base)?;
-    let leaves = obstacle::of_merged(files, disk, range.base, &merged, &searched.users);
+    let leaves = obstacle::of_merged(files, disk, range.base, &merged, &searched.users, args.no_lock);
     let end = end(range.above.is_none(), args);
     if end != End::KeepOverlay && range.above.is_none() && !args.allow_stale {
         checks::old_active(session, &leaves, args.delete)?;

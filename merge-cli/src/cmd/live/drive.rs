@@ -212,7 +212,11 @@ impl Drive<'_> {
         }
         let left_waiting = matches!(
             error,
-            Error::Refused { .. } | Error::NotFlushed { .. } | Error::Command { .. } | Error::State { .. }
+            Error::Refused { .. }
+                | Error::NotFlushed { .. }
+                | Error::Command { .. }
+                | Error::State { .. }
+                | Error::File { .. }
         );
         if left_waiting {
             let disk = shell_word(&merge.state().disk);

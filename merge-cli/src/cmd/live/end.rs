@@ -38,7 +38,7 @@ pub(super) fn run(
     let mut merge = match Merge::attach(&monitor, graph, disk, &known).map_err(|e| session.failure(&e))? {
         Some(merge) => merge,
         None if left.switched(&fitting).is_some() => {
-            let wishes = Wishes { delete: args.delete, scan: args.scan.clone() };
+            let wishes = wishes(args, args.delete);
             return left.finish_meant(&fitting, wishes, false).map(|exit| exit.unwrap_or(Exit::DONE));
         }
         None => return foreign::end(session, &monitor, graph, disk, end, console),
@@ -56,7 +56,7 @@ pub(super) fn run(
         state_dir: None,
         end,
         owns: false,
-        wishes: Wishes { delete: args.delete || state.delete, scan: args.scan.clone() },
+        wishes: wishes(args, args.delete || state.delete),
         throttle: None,
         said_stalled: Cell::new(false),
     };
@@ -64,6 +64,10 @@ pub(super) fn run(
     drop(merge);
     drop(monitor);
     drive.take_turns(step)
+}
+
+fn wishes(args: &EndArgs, delete: bool) -> Wishes {
+    Wishes { delete, scan: args.scan.clone(), no_lock: args.no_lock }
 }
 
 /// Whether this verb ends such a merge.

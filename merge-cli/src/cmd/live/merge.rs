@@ -46,6 +46,7 @@ pub(super) fn commit(
         end: commit::end(state.kind == Kind::ActiveCommit, args),
         delete: args.delete || state.delete,
         converge: args.converge,
+        no_lock: args.no_lock,
     };
     // Before the chain is looked at: it may be the one that the merge has left.
     if let Some(state) = under_way(session, &monitor, graph, disk, &known)?.filter(is_meant) {
@@ -63,7 +64,7 @@ pub(super) fn commit(
         };
         return start.pick_up(monitor);
     }
-    let wishes = Wishes { delete: args.delete, scan: siblings::absolute(&args.scan) };
+    let wishes = Wishes { delete: args.delete, scan: siblings::absolute(&args.scan), no_lock: args.no_lock };
     if let Some(exit) = left.finish_meant(&is_meant, wishes, args.job.dry_run)? {
         return Ok(exit);
     }
@@ -83,6 +84,7 @@ pub(super) fn commit(
         end: commit::end(range.above.is_none(), args),
         delete: args.delete,
         converge: args.converge,
+        no_lock: args.no_lock,
     };
     let job = &args.job;
     let start =
@@ -114,6 +116,7 @@ pub(super) fn pull(
         end: if args.job.async_ { End::WaitForFinish } else { End::Finish },
         delete: false,
         converge: false,
+        no_lock: false,
     };
     let start = |wanted: Wanted| {
         let job = &args.job;
@@ -144,6 +147,7 @@ struct Wanted {
     end: End,
     delete: bool,
     converge: bool,
+    no_lock: bool,
 }
 
 /// A merge that is about to start, or has been started by an earlier call.
@@ -274,7 +278,11 @@ impl Start<'_> {
             state_dir: self.job.state_dir.as_deref(),
             end: self.wanted.end,
             owns: true,
-            wishes: Wishes { delete: self.wanted.delete, scan: self.scan.to_vec() },
+            wishes: Wishes {
+                delete: self.wanted.delete,
+                scan: self.scan.to_vec(),
+                no_lock: self.wanted.no_lock,
+            },
             throttle,
             said_stalled: Cell::new(false),
         })

@@ -118,6 +118,7 @@ pub(super) fn of_merged(
     base: &Layer,
     merged: &[Layer],
     users: &[(usize, PathBuf)],
+    no_lock: bool,
 ) -> Vec<Leaves> {
     let of_base = disk.layers().iter().filter(|layer| layer.index <= base.index).find_map(|layer| {
         if layer.part && layer.index == base.index {
@@ -132,17 +133,17 @@ pub(super) fn of_merged(
         // Who uses a layer reads through those below it.
         shared = shared.take().or_else(|| users.iter().find(|(index, _)| *index == layer.index));
         let shared = shared.map(|(_, user)| Obstacle::Shared { user: user.clone() });
-        let obstacle = of_base.clone().or(shared).or_else(|| of_layer(files, layer));
+        let obstacle = of_base.clone().or(shared).or_else(|| of_layer(files, layer, no_lock));
         Leaves { layer: layer.clone(), obstacle }
     });
     leaves.collect()
 }
 
-fn of_layer(files: &Files, layer: &Layer) -> Option<Obstacle> {
+fn of_layer(files: &Files, layer: &Layer, no_lock: bool) -> Option<Obstacle> {
     if layer.format != "qcow2" {
         return Some(Obstacle::Format { file: layer.file.clone(), format: layer.format.clone() });
     }
-    not_local(files, layer).or_else(|| unwritable(Path::new(&layer.file)))
+    not_local(files, layer).or_else(|| unwritable(Path::new(&layer.file), no_lock))
 }
 
 fn not_local(files: &Files, layer: &Layer) -> Option<Obstacle> {
@@ -186,10 +187,13 @@ fn contradicted(layer: &Layer) -> Option<Obstacle> {
     })
 }
 
-fn unwritable(path: &Path) -> Option<Obstacle> {
+fn unwritable(path: &Path, no_lock: bool) -> Option<Obstacle> {
     let opened = OsHost.open(path, Access::ReadWrite);
     let why = match opened {
         Err(error) => format!("{} cannot be written: {error}", path.display()),
+        Ok(file) if !no_lock && file.used_by_others().is_ok() && !file.has_locks() => {
+            format!("the file system of {} has no locks (--no-lock empties it all the same)", path.display())
+        }
         Ok(file) => {
             let header = Qcow2::read_cluster0(path, &*file);
             let valid = header.and_then(|c| c.validate().map_err(|e| qcow2::Error::format(path, e)));

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use qcow2::chain::{Search, find_users_in};
+use qcow2::error::FileOp;
 use qcow2::storage::{FileId, OsHost};
 use qcow2::{Error, Refusal};
 use qmp_client::{Disk, Layer};
@@ -44,7 +45,8 @@ pub(super) fn search(
     let chain: Vec<(PathBuf, FileId)> = disk.layers().iter().filter_map(here).collect();
     let targets: Vec<(PathBuf, FileId)> = touched.iter().filter_map(|layer| here(layer)).collect();
     let ids = |files: &[(PathBuf, FileId)]| files.iter().map(|(_, id)| *id).collect::<Vec<_>>();
-    let folders: Vec<PathBuf> = folders(&chain).into_iter().collect();
+    let folders = folders(&chain).map_err(|e| unsearched(session, &e))?;
+    let folders: Vec<PathBuf> = folders.into_iter().collect();
     let search = Search { folders: folders.clone(), deep: scan.to_vec(), ..Search::default() };
     let folders = [folders, scan.to_vec()].concat();
     let found =
@@ -69,14 +71,15 @@ pub(super) fn absolute(folders: &[PathBuf]) -> Vec<PathBuf> {
 }
 
 /// The folders of files, as named and with links followed.
-fn folders(files: &[(PathBuf, FileId)]) -> BTreeSet<PathBuf> {
-    let real = files.iter().filter_map(|(path, _)| path.canonicalize().ok());
-    let paths = files.iter().map(|(path, _)| path.clone()).chain(real);
-    paths
-        .filter_map(|path| {
-            path.parent().map(|folder| folder.canonicalize().unwrap_or_else(|_| folder.into()))
-        })
-        .collect()
+fn folders(files: &[(PathBuf, FileId)]) -> Result<BTreeSet<PathBuf>, Error> {
+    let real = |path: &Path| path.canonicalize().map_err(|e| Error::io(path, FileOp::Resolve, None, e));
+    let mut folders = BTreeSet::new();
+    for (path, _) in files {
+        for name in [path.clone(), real(path)?] {
+            folders.extend(name.parent().map(real).transpose()?);
+        }
+    }
+    Ok(folders)
 }
 
 fn shared(session: &Session<'_>, disk: &Disk, used: &Path, users: Vec<PathBuf>) -> Failure {

@@ -22,6 +22,8 @@ pub(super) struct Wishes {
     pub(super) delete: bool,
     /// Where else to look for images that use them, beside the folders that the merge noted.
     pub(super) scan: Vec<PathBuf>,
+    /// Change files also where the file system has no locks.
+    pub(super) no_lock: bool,
 }
 
 /// What became of them.
@@ -53,13 +55,15 @@ pub(super) struct Tidy<'a> {
 impl Tidy<'_> {
     /// Deals with layers that are still what they were, from the top.
     pub(super) fn run(&self, left: &[(&StateLayer, Known)], tidied: &mut Tidied) {
+        let allow = |known: &Known| Known { no_locks: self.wishes.no_lock, ..known.clone() };
+        let left: Vec<_> = left.iter().map(|(layer, known)| (*layer, allow(known))).collect();
         let known: Vec<Known> = left.iter().map(|(_, known)| known.clone()).collect();
         let scan = [&self.state.scan[..], &self.wishes.scan[..]].concat();
         let ids: Vec<FileId> = self.state.layers.iter().filter_map(id).collect();
         if self.wishes.delete {
             self.delete(&known, &ids, &scan, tidied);
         } else {
-            self.empty(left, &ids, &scan, tidied);
+            self.empty(&left, &ids, &scan, tidied);
         }
     }
 
@@ -121,7 +125,8 @@ impl Tidy<'_> {
             return self.would_empty(&going, ids, scan, tidied);
         }
         // What is lost has been accepted before the merge began.
-        let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+        let no_locks = self.wishes.no_lock;
+        let open = OpenOptions { policy: Policy::local_files(), no_locks, ..OpenOptions::default() };
         let size = self.state.active().map_or(0, |active| active.virtual_size);
         let options =
             EmptyOptions { open, drop_bitmaps: true, allow_snapshot_change: true, size, mark: false };
@@ -171,10 +176,10 @@ impl Tidy<'_> {
 
 const BELOW: &str = "a layer above it is kept";
 
-/// The file of a layer, if its name still leads to it.
+/// The file of a layer, if its name leads to it still, for certain.
 pub(super) fn id(layer: &StateLayer) -> Option<FileId> {
     let path = Path::new(&layer.file);
-    let same = FileIdentity::of(path)?.is_same_file(layer.identity.as_ref()?);
+    let same = FileIdentity::of(path).ok()??.is_same_file(layer.identity.as_ref()?);
     same.then(|| identity(path)).flatten()
 }
 

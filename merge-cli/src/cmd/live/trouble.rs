@@ -10,7 +10,7 @@ use crate::call::without;
 use crate::cli::LiveVerb;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Command, folder_word};
+use crate::hint::{Command, folder_word, word};
 use crate::output::human::{printable, shell_word};
 
 /// One call of `qmerge live`.
@@ -91,6 +91,10 @@ impl Session<'_> {
                 )
             }
             Error::Command { .. } => format!("see how it stands: qmerge live jobs {qmp}"),
+            Error::File { file: path, source } => match source.kind() {
+                io::ErrorKind::PermissionDenied => format!("see who may: ls -ld {}", word(path)),
+                _ => "look for the system's reason: dmesg".to_owned(),
+            },
             Error::State { path, .. } => format!(
                 "that file notes how far a merge is; see what is there and who may write it: ls -la {}",
                 folder_word(path)
@@ -221,6 +225,10 @@ fn class(error: &Error) -> (&'static str, Exit) {
             ("refused", Exit::REFUSED)
         }
         Error::Managed { .. } => ("managed", Exit::REFUSED),
+        Error::File { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+            ("no-space", Exit::NO_SPACE)
+        }
+        Error::File { .. } => ("io", Exit::FAILED),
         Error::State { .. } => ("state-file", Exit::FAILED),
         Error::Command { failure, .. } if failure.class == "CommandNotFound" => {
             ("unsupported", Exit::UNSUPPORTED)

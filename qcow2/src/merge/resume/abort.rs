@@ -43,7 +43,7 @@ pub fn abort(
     dir: Option<&Path>,
     cancel: &AtomicBool,
 ) -> Result<Aborted> {
-    journal::heal(host, base, dir)?;
+    journal::heal(host, base, dir, open.no_locks)?;
     let id = host.stat(base).map_err(|e| Error::io(base, FileOp::Open, None, e))?.id;
     let access = [(id, Access::ReadWrite)].into();
     let mut chain = Chain::open(host, base, &OpenOptions { lock: true, access, ..open.clone() })?;

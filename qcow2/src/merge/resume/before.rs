@@ -224,7 +224,7 @@ pub(crate) fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) ->
             // A layer that was merged is not in the chain any more.
             let path = Path::new(top);
             // A power cut may have torn its last mark.
-            journal::heal(host, path, options.journal_dir.as_deref())?;
+            journal::heal(host, path, options.journal_dir.as_deref(), options.open.no_locks)?;
             let opened = if_there(host.open(path, Access::Read));
             let Some(file) = opened.map_err(|e| Error::io(path, FileOp::Open, None, e))? else {
                 return Err(not_found);

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::chain::Chain;
 use crate::error::{Error, FileOp, Result};
@@ -14,7 +15,7 @@ use crate::merge::options::CommitOptions;
 use crate::merge::report::Report;
 use crate::merge::switch::mark::Known;
 use crate::merge::switch::relink;
-use crate::storage::{Access, FileKind, Host, LockMode};
+use crate::storage::{Access, FileKind, Host, LockMode, Storage};
 use crate::units::GuestOffset;
 
 /// Gives the image at `path` base as its backing file, and the last mark. Only an image that bears the first mark of this
@@ -45,7 +46,8 @@ pub(crate) fn finish(
         return Ok(());
     }
     drop(look);
-    let file = Known::now(host, path)?.open(host, LockMode::Write)?;
+    let known = Known { no_locks: options.open.no_locks, ..Known::now(host, path)? };
+    let file = known.open(host, LockMode::Write)?;
     // Its tables tell whether it is empty: its data file need not be opened.
     let image = Qcow2::open(path, file.clone(), Some(file))?;
     if image.header().is_dirty()
@@ -72,16 +74,22 @@ pub(crate) fn finish(
     Ok(())
 }
 
-/// Whether there is a qcow2 image at `path` that holds nothing. What cannot be read holds something.
-pub(crate) fn is_empty(host: &dyn Host, path: &Path) -> bool {
-    let Ok(file) = host.open(path, Access::Read) else { return false };
+/// Whether there is a qcow2 image in `file`, at `path`, that holds nothing. What is damaged holds something.
+///
+/// # Errors
+/// It cannot be read.
+pub(crate) fn is_empty(path: &Path, file: Arc<dyn Storage>) -> Result<bool> {
     let mut magic = [0; 4];
-    if file.read_exact_or_zero(&mut magic, 0).is_err() || !is_qcow2(&magic) {
-        return false;
+    file.read_exact_or_zero(&mut magic, 0).map_err(|e| Error::io(path, FileOp::Read, Some(0), e))?;
+    if !is_qcow2(&magic) {
+        return Ok(false);
     }
     // Its tables tell: its data file need not be opened.
     let image = Qcow2::open(path, file.clone(), Some(file));
-    image.is_ok_and(|image| matches!(image.next_allocated(GuestOffset::ZERO), Ok(None)))
+    match image.and_then(|image| image.next_allocated(GuestOffset::ZERO)) {
+        Err(e @ Error::Io { .. }) => Err(e),
+        next => Ok(matches!(next, Ok(None))),
+    }
 }
 
 /// Whether an image bears the mark of a merge into base. Where there was no room for a name, it has none.

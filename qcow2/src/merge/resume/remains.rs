@@ -20,7 +20,7 @@ use crate::merge::switch::mark::{Known, mark};
 use crate::stamp::Stamp;
 use crate::storage::{
     Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner, Place, Storage, if_there,
-    leads_nowhere,
+    leads_nowhere, may_be_unlocked,
 };
 
 /// What a stopped merge has left to be removed.
@@ -179,7 +179,7 @@ impl Remains {
         if targets.is_empty() {
             return Ok(targets);
         }
-        let mut folders = chain.folders(host);
+        let mut folders = chain.folders(host)?;
         folders.extend(there.iter().filter_map(|(path, _)| Some(path.parent()?.to_owned())));
         let search = Search { folders, deep: options.scan.clone(), ..Search::default() };
         let mut theirs = chain.files();
@@ -236,6 +236,7 @@ impl Remains {
             LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(stat.id) },
             LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
         })?;
+        may_be_unlocked(host, path, stat.id, &*file, Access::ReadWrite, options.open.no_locks)?;
         if !spent.file.is_unwritten(&Stamp::of(host, path, &*file)?) {
             return kept("it was written to since the merge was stopped");
         }

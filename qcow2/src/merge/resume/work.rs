@@ -18,7 +18,7 @@ use crate::merge::options::CommitOptions;
 use crate::merge::plan::BeginsAnew;
 use crate::merge::report::Report;
 use crate::stamp::Stamp;
-use crate::storage::{Access, FileId, Host, LockError, Place, Storage};
+use crate::storage::{Access, FileId, Host, LockError, Place, Storage, if_there, may_be_unlocked};
 use crate::transfer::ask::Span;
 use crate::units::GuestOffset;
 
@@ -168,18 +168,26 @@ impl Left {
 
     /// The files of layers that the work has merged, and that nobody has written to since: not all of them have room for
     /// a mark that says so.
-    pub(crate) fn merged(&self, host: &dyn Host) -> Vec<FileId> {
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn merged(&self, host: &dyn Host) -> Result<Vec<FileId>> {
         let header = self.journal.header();
+        let mut merged = Vec::new();
         if header.purpose != Purpose::Merge || self.journal.state().phase < Phase::Switching {
-            return Vec::new();
+            return Ok(merged);
         }
-        let now = |path: &Path| Stamp::of(host, path, &*host.open(path, Access::Read).ok()?).ok();
-        // What the merge has emptied has changed since, and holds nothing.
-        let is_merged = |was: &Stamp, now: &Stamp| {
-            was.is_unwritten(now) || (was.is_same_file(now) && emptied::is_empty(host, &was.path))
-        };
-        let as_merged = |was: &Stamp| now(&was.path).filter(|now| is_merged(was, now)).map(|now| now.id);
-        header.layers.iter().filter_map(as_merged).collect()
+        for was in &header.layers {
+            let opened = if_there(host.open(&was.path, Access::Read));
+            let opened = opened.map_err(|e| Error::io(&was.path, FileOp::Open, None, e))?;
+            let Some(file) = opened else { continue };
+            let now = Stamp::of(host, &was.path, &*file)?;
+            // What the merge has emptied has changed since, and holds nothing.
+            if was.is_unwritten(&now) || (was.is_same_file(&now) && emptied::is_empty(&was.path, file)?) {
+                merged.push(now.id);
+            }
+        }
+        Ok(merged)
     }
 
     /// The files that the work was to remove when it was stopped, and that are no part of `chain`.
@@ -510,6 +518,7 @@ pub(crate) fn end_left(
         LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(layer.id) },
         LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
     })?;
+    may_be_unlocked(host, path, layer.id, &*file, Access::ReadWrite, options.open.no_locks)?;
     let found = journal::find(host, path, &*file, dir, Access::ReadWrite, journal::JOURNAL)?;
     let Some(Found { journal, last, .. }) = found else { return Ok(()) };
     let data = layer.image.as_qcow2().filter(|q| q.has_data_file()).map(|q| q.data_file().clone());

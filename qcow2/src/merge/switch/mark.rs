@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{Mark, is_qcow2, plan_mark};
 use crate::image::Qcow2;
-use crate::storage::{Access, FileId, FileStat, Host, LockError, LockMode, Place, Storage};
+use crate::storage::{Access, FileId, FileStat, Host, LockError, LockMode, Place, Storage, may_be_unlocked};
 
 /// An image that the caller has seen before, and what must still be true of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +20,8 @@ pub struct Known {
     pub len: Option<u64>,
     /// When it was last changed, in nanoseconds since 1970, if that must be the same.
     pub modified_ns: Option<i128>,
+    /// Whether it may be changed though its file system has no locks: then only the caller knows that nobody else uses it.
+    pub no_locks: bool,
 }
 
 impl Known {
@@ -30,7 +32,7 @@ impl Known {
     pub fn now(host: &dyn Host, path: &Path) -> Result<Self> {
         let stat = host.stat(path).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
         let (len, modified_ns) = (Some(stat.len), Some(stat.modified_ns));
-        Ok(Self { path: path.to_owned(), id: stat.id, len, modified_ns })
+        Ok(Self { path: path.to_owned(), id: stat.id, len, modified_ns, no_locks: false })
     }
 
     /// Opens the file and locks it; then it must be the known one, unchanged.
@@ -47,6 +49,7 @@ impl Known {
             }
             LockError::Io(e) => Error::io(&self.path, FileOp::Lock, None, e),
         })?;
+        may_be_unlocked(host, &self.path, self.id, &*file, access, self.no_locks)?;
         self.judge(&file.stat().map_err(io(FileOp::Stat))?)?;
         Ok(file)
     }

@@ -12,7 +12,8 @@ use super::record::{Op, fragments};
 use super::state::State;
 use crate::error::Holder;
 use crate::storage::{
-    Access, Boot, CopyError, FileId, FileKind, FileStat, Host, LockError, LockMode, MemHost, Storage,
+    Access, Boot, CopyError, FileId, FileKind, FileStat, Host, LockError, LockMode, MemHost, NameKind,
+    Storage,
 };
 
 /// What a hole that was made holds afterwards: blocks that were given back may hold anything, so nobody may
@@ -180,6 +181,16 @@ impl Host for SimHost {
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
         self.shared.strike(Action::Open)?;
         self.host.list(dir)
+    }
+
+    fn name_kind(&self, path: &Path) -> io::Result<NameKind> {
+        self.shared.strike(Action::Look)?;
+        self.host.name_kind(path)
+    }
+
+    fn links(&self, path: &Path) -> io::Result<u64> {
+        self.shared.strike(Action::Look)?;
+        self.host.links(path)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

@@ -4,9 +4,10 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use qcow2::Result;
 use qcow2::chain::find_users;
+use qcow2::error::FileOp;
 use qcow2::storage::{Access, FileId, Host, OsHost};
+use qcow2::{Error, Result};
 
 use super::Case;
 use super::look;
@@ -69,13 +70,15 @@ impl Case<'_> {
 
     fn above(&self, top: &Path) -> Result<Above> {
         let mut at = top.to_owned();
-        let mut ours: Vec<FileId> =
-            self.state.layers.iter().filter_map(|layer| id(Path::new(&layer.file))).collect();
+        let mut ours = Vec::new();
+        for layer in &self.state.layers {
+            ours.extend(look::id(Path::new(&layer.file))?);
+        }
         let mut folders: BTreeSet<PathBuf> =
             self.state.layers.iter().flat_map(|layer| look::folders_of(Path::new(&layer.file))).collect();
         folders.extend(self.state.scan.iter().filter(|folder| folder.is_dir()).cloned());
         folders.extend(look::folders_of(self.file.path()));
-        while let Some(below) = id(&at) {
+        while let Some(below) = look::id(&at)? {
             let all: Vec<PathBuf> = folders.iter().cloned().collect();
             let users_of = |file: FileId| -> Result<Vec<PathBuf>> {
                 let found = find_users(&OsHost, &all, &[file], &ours)?.users;
@@ -83,9 +86,11 @@ impl Case<'_> {
             };
             let mut users = Vec::new();
             for user in users_of(below)? {
-                let has_users =
-                    || id(&user).is_some_and(|file| users_of(file).is_ok_and(|all| !all.is_empty()));
-                if !is_idle(&user, below) || has_users() {
+                let has_users = || -> Result<bool> {
+                    let Some(file) = look::id(&user)? else { return Ok(false) };
+                    Ok(!users_of(file)?.is_empty())
+                };
+                if !is_idle(&user, below)? || has_users()? {
                     users.push(user);
                 }
             }
@@ -95,22 +100,19 @@ impl Case<'_> {
                 _ => return Ok(Above::Forks(at, users)),
             }
             // Files that name each other in a circle end here.
-            ours.extend(id(&at));
+            ours.extend(look::id(&at)?);
             folders.extend(look::folders_of(&at));
         }
         Ok(Above::In(at))
     }
 }
 
-fn id(path: &Path) -> Option<FileId> {
-    OsHost.stat(path).ok().map(|stat| stat.id)
-}
-
 /// Whether an overlay holds nothing, and nobody has it open: it shows what the image below it shows.
-fn is_idle(overlay: &Path, below: FileId) -> bool {
-    let held = || {
-        let file = OsHost.open(overlay, Access::Read).ok()?;
-        file.used_by_others().ok()?
-    };
-    look::is_empty_on(overlay, below).unwrap_or(false) && held().is_none()
+fn is_idle(overlay: &Path, below: FileId) -> Result<bool> {
+    if !look::is_empty_on(overlay, below)? {
+        return Ok(false);
+    }
+    let file = OsHost.open(overlay, Access::Read).map_err(|e| Error::io(overlay, FileOp::Open, None, e))?;
+    let used = file.used_by_others().map_err(|e| Error::io(overlay, FileOp::ReadLocks, None, e))?;
+    Ok(used.is_none())
 }

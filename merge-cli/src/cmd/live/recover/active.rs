@@ -50,7 +50,7 @@ impl Case<'_> {
         let mut seen = qmp_client::Seen {
             retired: emptied,
             closing_writes_base: look::is_written_by_closing(base)?,
-            ..qmp_client::Seen::of(state, qemu, Header::Unread)
+            ..look::all(state, qemu, Header::Unread)?
         };
         for (layer, file) in [(old, &same), (base, &below)] {
             if file.written.is_none() {
@@ -116,7 +116,7 @@ impl Case<'_> {
             Seen::Other if old.identity.is_none() => None,
             Seen::Other => return Ok(self.moved(&format!("{} is not the file that it was", old.file))),
         };
-        match state.judge(&qmp_client::Seen::of(state, qemu, Header::Unread)) {
+        match state.judge(&look::all(state, qemu, Header::Unread)?) {
             Verdict::NotSwitched => self.not_switched(),
             Verdict::Switched => self.retired(same.as_ref().map(|(layer, same)| (*layer, same)), &rest),
             Verdict::InDoubt { why, .. } => Ok(self.in_doubt(why)),

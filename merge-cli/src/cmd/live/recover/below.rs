@@ -83,7 +83,7 @@ impl<'a> Case<'a> {
             Some(name) => Header::Names(name),
             None => Header::Nothing,
         };
-        match state.judge(&qmp_client::Seen::of(state, Qemu::Gone, header)) {
+        match state.judge(&look::all(state, Qemu::Gone, header)?) {
             Verdict::NotSwitched => self.not_switched(),
             Verdict::Switched => match self.merged(state.merged())? {
                 Ok(merged) => self.complete(&merged),
@@ -117,7 +117,8 @@ impl<'a> Case<'a> {
     ) -> Result<Finding> {
         let state = self.state;
         let known: Vec<Known> = merged.left.iter().map(|(_, same)| same.known.clone()).collect();
-        let any = |known: &Known| Known { len: None, modified_ns: None, ..known.clone() };
+        let any =
+            |known: &Known| Known { len: None, modified_ns: None, no_locks: self.no_lock, ..known.clone() };
         let options = self.options();
         let opened =
             Interrupted::open(&OsHost, Some(&any(&above.known)), &known, &any(&below.known), &options);
@@ -219,7 +220,7 @@ impl<'a> Case<'a> {
     pub(super) fn clean(&self, left: &[(&StateLayer, Same)], finding: &mut Finding) -> Result<()> {
         let state = self.state;
         let base = state.layer(state.base).map_or("", |layer| layer.file.as_str());
-        let wishes = Wishes { delete: state.delete, scan: Vec::new() };
+        let wishes = Wishes { delete: state.delete, scan: Vec::new(), no_lock: self.no_lock };
         let known: Vec<_> = left.iter().map(|(layer, same)| (*layer, same.known.clone())).collect();
         let mut tidied = Tidied::default();
         let tidy = Tidy { state, wishes: &wishes, dry_run: self.dry_run, cancel: self.stop.flag() };
@@ -343,7 +344,8 @@ impl<'a> Case<'a> {
     /// How images are opened: as their headers say, wherever that leads. The format of top is known.
     pub(super) fn options(&self) -> OpenOptions {
         let active_format = self.state.layer(self.state.top).map(look::format);
-        OpenOptions { policy: Policy::local_files(), active_format, ..OpenOptions::default() }
+        let no_locks = self.no_lock;
+        OpenOptions { policy: Policy::local_files(), active_format, no_locks, ..OpenOptions::default() }
     }
 
     /// The image that was active, as one types it.

@@ -107,12 +107,10 @@ fn is_meant(what: &What<'_>, file: &StateFile, state: &State) -> bool {
     }
 }
 
-/// A state file that says nothing, or that is not to be trusted; or a folder that cannot be listed, which says nothing
-/// about any image.
+/// A state file that says nothing, or that is not to be trusted; or a file or a folder that cannot be read, which says
+/// nothing about any image.
 fn damaged(error: &Error) -> Failure {
-    if let Error::State { path, .. } = error
-        && path.is_dir()
-    {
+    if let Error::File { file: path, .. } = error {
         let command = Command::of("ls").word("-ld").file(path);
         let hint = Hint::command(
             HintKind::Advice,

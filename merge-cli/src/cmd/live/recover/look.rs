@@ -9,7 +9,7 @@ use qcow2::image::{ImageFormat, Qcow2};
 use qcow2::retire::Known;
 use qcow2::storage::{Access, FileId, Host, OsHost};
 use qcow2::{Error, Result};
-use qmp_client::{FileIdentity, State, StateLayer};
+use qmp_client::{FileIdentity, Header, Qemu, State, StateLayer};
 
 /// What a layer's name leads to now.
 #[derive(Debug)]
@@ -37,7 +37,8 @@ pub(super) struct Same {
 pub(super) fn layer(state: &State, layer: &StateLayer) -> Result<Seen> {
     let path = Path::new(&layer.file);
     let Some(then) = &layer.identity else { return Ok(Seen::Other) };
-    let Some(now) = FileIdentity::of(path) else { return Ok(Seen::Gone) };
+    let now = FileIdentity::of(path).map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
+    let Some(now) = now else { return Ok(Seen::Gone) };
     // The numbers of devices may change when the host starts again.
     let same_device = now.device == then.device || !state.is_of_this_boot();
     if now.inode != then.inode || !same_device {
@@ -80,8 +81,28 @@ pub(super) fn backing(path: &Path) -> Result<(Option<String>, Option<FileId>)> {
     let Some(name) = header(path)?.and_then(|cluster0| cluster0.backing_name) else {
         return Ok((None, None));
     };
-    let leads_to = BackingName::parse(&name).ok().and_then(|n| OsHost.stat(&n.resolve(path)).ok());
-    Ok((Some(String::from_utf8_lossy(&name).into_owned()), leads_to.map(|stat| stat.id)))
+    let leads_to = match BackingName::parse(&name) {
+        Ok(name) => id(&name.resolve(path))?,
+        Err(_) => None,
+    };
+    Ok((Some(String::from_utf8_lossy(&name).into_owned()), leads_to))
+}
+
+/// The file that a name leads to, if there is one.
+pub(super) fn id(path: &Path) -> Result<Option<FileId>> {
+    match OsHost.stat(path) {
+        Ok(stat) => Ok(Some(stat.id)),
+        Err(e) if qcow2::storage::leads_nowhere(&e) => Ok(None),
+        Err(e) => Err(Error::io(path, FileOp::Stat, None, e)),
+    }
+}
+
+/// What the files of a merge tell, with what QEMU and the overlay's header say.
+pub(super) fn all(state: &State, qemu: Qemu, header: Header) -> Result<qmp_client::Seen> {
+    qmp_client::Seen::of(state, qemu, header).map_err(|error| match error {
+        qmp_client::Error::File { file: path, source } => Error::io(&path, FileOp::Stat, None, source),
+        other => Error::io(Path::new(&state.valid_top), FileOp::Stat, None, std::io::Error::other(other)),
+    })
 }
 
 /// Whether an image is an overlay on the file `base` that holds nothing: an earlier clean-up has emptied it. Only its header
@@ -141,7 +162,10 @@ pub(super) fn is_marked(path: &Path) -> Result<bool> {
 pub(super) fn free<'a>(layers: impl Iterator<Item = &'a StateLayer>) -> Result<()> {
     for layer in layers {
         let path = Path::new(&layer.file);
-        let Ok(file) = OsHost.open(path, Access::Read) else { continue };
+        let file = match OsHost.open(path, Access::Read) {
+            Err(e) if qcow2::storage::leads_nowhere(&e) => continue,
+            opened => opened.map_err(|e| Error::io(path, FileOp::Open, None, e))?,
+        };
         let used = file.used_by_others().map_err(|e| Error::io(path, FileOp::ReadLocks, None, e))?;
         if used.is_some() {
             let id = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.id;

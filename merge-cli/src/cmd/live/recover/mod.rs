@@ -32,6 +32,7 @@ struct Case<'a> {
     file: &'a StateFile,
     state: &'a State,
     dry_run: bool,
+    no_lock: bool,
     meter: &'a Meter<'a>,
     stop: &'a Stop,
     call: &'a Call,
@@ -54,7 +55,16 @@ pub(super) fn run(
     let meter = Meter::without_events(console, "comparing");
     let mut findings = Vec::new();
     for (file, state) in &states {
-        let case = Case { file, state, dry_run: args.dry_run, meter: &meter, stop: &stop, call: &call };
+        let case = Case {
+            file,
+            state,
+            dry_run: args.dry_run,
+            // Who only looks is kept from nothing.
+            no_lock: args.no_lock || args.dry_run,
+            meter: &meter,
+            stop: &stop,
+            call: &call,
+        };
         let finding = case.judge(qmp);
         meter.clear();
         findings.push(finding);
@@ -116,7 +126,7 @@ impl Case<'_> {
             && let Err(error) = self.file.forget(self.state)
         {
             finding.trouble = Some(Report {
-                kind: "state",
+                kind: "io",
                 message: error.to_string(),
                 hint: format!("all else is done; remove it: rm {}", crate::hint::word(self.file.path()))
                     .into(),

@@ -1,0 +1,29 @@
+//! Files on file systems without locks.
+
+use std::path::Path;
+
+use super::{Access, FileId, Host, Storage};
+use crate::error::{Error, Refusal, Result};
+
+/// Lets a file pass that is locked, or that lies on a file system without locks: to be read, or if the caller `allowed`
+/// that and no process is seen that has it open. To be called when a lock was asked for.
+///
+/// # Errors
+/// [`Refusal::NoLocks`]; [`Error::InUse`].
+pub fn may_be_unlocked(
+    host: &dyn Host,
+    path: &Path,
+    id: FileId,
+    file: &dyn Storage,
+    access: Access,
+    allowed: bool,
+) -> Result<()> {
+    if file.has_locks() || access == Access::Read {
+        return Ok(());
+    }
+    if !allowed {
+        return Err(Error::refused(path, Refusal::NoLocks));
+    }
+    let holders = host.holders(id);
+    if holders.is_empty() { Ok(()) } else { Err(Error::InUse { path: path.to_owned(), holders }) }
+}
