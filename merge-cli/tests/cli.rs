@@ -2,9 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -303,4 +304,55 @@ fn a_signal_stops_tidily() {
         assert!(err.lines().last().unwrap().starts_with("hint: "), "{err}");
         assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0, "the folder is left behind");
     }
+}
+
+/// The words between back quotes.
+fn quoted(text: &str) -> BTreeSet<String> {
+    text.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+/// The kinds of errors that a source file names.
+fn kinds_in(file: &Path, found: &mut BTreeSet<String>) {
+    let text = fs::read_to_string(file).unwrap();
+    let code = text.split("#[cfg(test)]").next().unwrap();
+    let mut starts = vec!["kind: \"", "refuse(\""];
+    if file.ends_with("failure.rs") {
+        starts.push("=> \"");
+    }
+    for start in starts {
+        found.extend(code.split(start).skip(1).filter_map(|rest| rest.split('"').next()).map(str::to_owned));
+    }
+    // Pairs of a kind and an exit code.
+    let before = code.split("\", Exit::").map(|before| before.rsplit("(\"").next().unwrap_or_default());
+    found.extend(before.filter(|word| is_kind(word)).map(str::to_owned));
+    found.retain(|word| is_kind(word));
+}
+
+fn is_kind(word: &str) -> bool {
+    !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-')
+}
+
+/// Scripts decide by the kind of an error.
+#[test]
+fn the_readme_lists_every_kind_of_error() {
+    let mut found = BTreeSet::new();
+    let mut folders = vec![PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => kinds_in(&path, &mut found),
+            }
+        }
+    }
+    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).unwrap();
+    let table = readme.split("| `kind` |").nth(1).unwrap().split("\n\n").next().unwrap();
+    let listed: BTreeSet<String> =
+        table.lines().skip(2).flat_map(|line| quoted(line.split(" | ").next().unwrap())).collect();
+    let listed: BTreeSet<String> = listed.into_iter().filter(|word| is_kind(word)).collect();
+    let missing: Vec<_> = found.difference(&listed).collect();
+    let gone: Vec<_> = listed.difference(&found).collect();
+    assert!(missing.is_empty() && gone.is_empty(), "not in the README: {missing:?}; only there: {gone:?}");
+    assert!(found.len() > 50, "{found:?}");
 }

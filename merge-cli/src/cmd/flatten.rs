@@ -43,6 +43,12 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
     open::warn_unlocked(&flatten.chain().unlocked(), console);
     let plan = flatten.plan().clone();
     console.event("plan", common(&plan, &plan.totals, plan.file_size_after))?;
+    if plan.is_room_unknown {
+        console.warn(&format!(
+            "warning: the file system of {} does not say how much is free; when it is full, no file is left behind",
+            shown(&plan.output)
+        ));
+    }
     let cut_short = flatten.cut_short();
     for file in &cut_short {
         console.warn(&format!(
@@ -88,5 +94,6 @@ fn common(plan: &FlattenPlan, totals: &Totals, file_size: u64) -> Value {
         "bytes-to-zero": totals.bytes_to_zero,
         "clusters-to-allocate": totals.clusters_to_allocate,
         "file-size-after": file_size,
+        "room-unknown": plan.is_room_unknown,
     })
 }

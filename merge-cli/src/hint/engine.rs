@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use qcow2::chain::BackingName;
 use qcow2::error::shown;
@@ -152,6 +152,16 @@ fn info_above(call: &Call) -> Hint {
     Hint::command(HintKind::InfoChain, why, Command::qmerge(["info", "--chain"]).file(&call.image))
 }
 
+/// When the users of a layer are no reason to refuse. An empty overlay may be a new disk of another machine, or what a merge
+/// of QEMU's has left: only the user can tell.
+fn needless(users: &[PathBuf]) -> String {
+    match users.iter().all(|user| files::holds_nothing(user)) {
+        true => "or, if nobody needs those images any more (they hold nothing: new disks, or left by a merge of QEMU's)",
+        false => "or, if nobody needs those images any more",
+    }
+    .to_owned()
+}
+
 /// A plain backing name for the named image, whose `json:` name repeats what lies below: that stays true in its header.
 fn plain_name(call: &Call) -> Option<Hint> {
     let backing = Backing::of(&call.image)?;
@@ -163,7 +173,7 @@ fn plain_name(call: &Call) -> Option<Hint> {
         .options(["rebase", "-u", "-f", "qcow2", "-F", format.name(), "-b"])
         .word(std::fs::canonicalize(&backing.path).ok()?)
         .file(&call.image);
-    let why = "its json: name says what lies below its backing file, too, and is wrong once that changes; a plain one";
+    let why = "besides, its json: name says what lies below its backing file, too, and is wrong once that changes; a plain one";
     Some(Hint::command(HintKind::NewName, why, command))
 }
 
@@ -190,14 +200,9 @@ fn missing(image: &Path, role: &str, resolved: &Path, call: &Call) -> Hints {
 
 fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
     match reason {
-        Refusal::SharedBase { .. } | Refusal::PossiblyShared { .. } => Hints::default()
+        Refusal::SharedBase { users } | Refusal::PossiblyShared { users } => Hints::default()
             .or(flatten("make a file of its own", call))
-            .or(allowed(
-                HintKind::AllowSharedBase,
-                "or, if nobody needs those images any more",
-                call,
-                &["--allow-shared-base"],
-            ))
+            .or(allowed(HintKind::AllowSharedBase, &needless(users), call, &["--allow-shared-base"]))
             .or(plain_name(call)),
         Refusal::MissingFormat { .. } => missing_format(path, call),
         Refusal::FormatMismatch { .. } => mismatch(path, call),

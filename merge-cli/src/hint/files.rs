@@ -156,3 +156,16 @@ pub(crate) fn can_be_flattened(image: &Path) -> bool {
 fn local() -> OpenOptions {
     OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() }
 }
+/// Whether there is a qcow2 image at `path` that holds nothing itself, as far as it can be read.
+pub(super) fn holds_nothing(path: &Path) -> bool {
+    let look = || -> qcow2::Result<bool> {
+        let file = OsHost
+            .open(path, Access::Read)
+            .map_err(|e| qcow2::Error::io(path, qcow2::FileOp::Open, None, e))?;
+        // Its tables tell: its data file need not be opened.
+        let image = Qcow2::open(path, file.clone(), Some(file))?;
+        image.check_number_of_tables()?;
+        Ok(image.header().snapshots == 0 && image.next_allocated(GuestOffset::ZERO)?.is_none())
+    };
+    look().unwrap_or(false)
+}

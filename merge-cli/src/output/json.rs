@@ -1,7 +1,10 @@
 //! The shapes of JSON that programs read; keys are kebab-case as in QEMU.
 
+use std::borrow::Cow;
+use std::fmt::Write;
 use std::path::Path;
 
+use qcow2::error::is_harmful;
 use serde_json::{Map, Value, json};
 
 use crate::failure::Report;
@@ -35,4 +38,40 @@ pub(crate) fn path(path: &Path) -> Value {
 /// An array of paths.
 pub(crate) fn paths<P: AsRef<Path>>(list: &[P]) -> Value {
     list.iter().map(|p| path(p.as_ref())).collect()
+}
+
+/// JSON text with what a terminal would obey written as `\u202e`: a reader of JSON reads the same, and a person who looks at it
+/// is not deceived. (JSON itself escapes only the control characters below the blank.) Such characters stand in strings
+/// alone, and all of them lie in the first plane; the ends of lines are the layout's.
+pub(crate) fn escaped(text: &str) -> Cow<'_, str> {
+    if !text.contains(|c| c != '\n' && is_harmful(c)) {
+        return text.into();
+    }
+    let mut out = String::with_capacity(text.len() + 64);
+    for c in text.chars() {
+        if c != '\n' && is_harmful(c) {
+            // Writing to a string cannot fail.
+            let _ = write!(out, "\\u{:04x}", u32::from(c));
+        } else {
+            out.push(c);
+        }
+    }
+    out.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_obeys_no_string_and_a_reader_reads_the_same() {
+        let value =
+            json!({ "file": "a\u{202e}b\u{9b}31m\u{7f}\u{200b}\u{feff}\n\u{1b}", "plain": "K\u{f6}ln" });
+        for text in [value.to_string(), format!("{value:#}")] {
+            let shown = escaped(&text);
+            assert!(!shown.contains(|c| c != '\n' && is_harmful(c)), "{shown}");
+            assert!(shown.contains("K\u{f6}ln") && shown.contains("a\\u202eb\\u009b31m\\u007f"), "{shown}");
+            assert_eq!(serde_json::from_str::<Value>(&shown).unwrap(), value);
+        }
+    }
 }

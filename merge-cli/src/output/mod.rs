@@ -55,7 +55,7 @@ impl Console {
     /// Prints one JSON document, indented, as the whole result.
     pub(crate) fn document(&self, value: &Value) -> Result<(), Failure> {
         self.document_begun.store(true, Ordering::Relaxed);
-        write_stdout(&format!("{value:#}"))
+        write_stdout(&json::escaped(&format!("{value:#}")))
     }
 
     /// Prints one line of a stream of events; `fields` must be an object.
@@ -63,7 +63,7 @@ impl Console {
         if !self.json {
             return Ok(());
         }
-        write_stdout(&json::event(name, fields).to_string())
+        write_stdout(&json::escaped(&json::event(name, fields).to_string()))
     }
 
     /// Standard output for a document that is written piece by piece.

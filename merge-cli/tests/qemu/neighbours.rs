@@ -56,7 +56,11 @@ fn a_journal_of_somebody_else_is_not_believed_and_not_removed() {
         let run = folder.qmerge(args).expect(6).says(".base.qmerge-journal").says("user 65534");
         folder.assert_unchanged(&before, &run);
     }
-    folder.qmerge(&["info", "-f", "raw", "base"]).ok();
+    folder.qmerge(&["info", "-f", "raw", "base"]).ok().says("not believed").says("user 65534");
+    folder.qmerge(&["info", "--chain", "a.qcow2"]).ok().says("[1] not believed: ");
+    let told = folder.qmerge(&["info", "-f", "raw", "base", "--json"]).ok().stdout;
+    let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+    assert_eq!(told["strangers"][0]["user"], EVE);
     // One that is not in the way is named, and left alone.
     folder.create("other", MIB, "");
     let record = folder.join(".other.qmerge-switch");
@@ -152,56 +156,85 @@ fn base_is_not_merged_into_a_data_file_that_its_owner_may_not_write() {
     folder.qmerge(&["commit", "a.qcow2"]).ok();
 }
 
-/// Everything below a folder, by names, with what it is.
-fn tree(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+/// Everything in a folder, by names, with what it is: whose, with which rights, and its bytes.
+fn tree(folder: &Path) -> Vec<(PathBuf, [u32; 3], Vec<u8>)> {
     let mut all = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
-        all.push((path.clone(), fs::read(&path).unwrap()));
+        let meta = fs::symlink_metadata(&path).unwrap();
+        all.push((path.clone(), [meta.uid(), meta.gid(), meta.mode()], fs::read(&path).unwrap()));
     }
     all.sort();
     all
 }
 
-/// Exchanges what lies in `shared` for what lies outside of it, until it is told to stop.
-fn exchange(shared: &Path, outside: &Path, journal: &Path, stop: &AtomicBool, times: &AtomicU64) {
-    let at = |name: &str| shared.join(name);
-    let link = |name: &str, to: &Path| {
-        let _ = fs::remove_file(at(".link"));
-        let _ = symlink(to, at(".link")).and_then(|()| fs::rename(at(".link"), at(name)));
-    };
-    while !stop.load(Ordering::Relaxed) {
-        for (round, name) in
-            [".base.qmerge-journal", ".a.qcow2.qmerge-switch", ".base.qmerge-journal.new"].iter().enumerate()
-        {
+/// A folder in which names are exchanged for those of what lies outside of it.
+struct Shared<'a> {
+    path: &'a Path,
+    outside: &'a Path,
+    /// A journal of somebody else, and the backup of a repair.
+    planted: [&'a Path; 2],
+}
+
+impl Shared<'_> {
+    fn at(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    fn link(&self, name: &str, to: &Path) {
+        let _ = fs::remove_file(self.at(".link"));
+        let _ = symlink(to, self.at(".link")).and_then(|()| fs::rename(self.at(".link"), self.at(name)));
+    }
+
+    /// A folder is a link to one outside for a moment, while names in it are used.
+    fn flip_folder(&self, name: &str) {
+        let aside = format!("{name}-aside");
+        let moved =
+            fs::rename(self.at(name), self.at(&aside)).and_then(|()| symlink(self.outside, self.at(name)));
+        std::thread::yield_now();
+        let _ = moved.and_then(|()| fs::remove_file(self.at(name)));
+        let _ = fs::rename(self.at(&aside), self.at(name));
+    }
+
+    /// A file is a link to one outside for a moment.
+    fn flip_file(&self, name: &str) {
+        let kept = format!("{name}-kept");
+        let _ = fs::rename(self.at(name), self.at(&kept));
+        self.link(name, &self.outside.join(Path::new(name).file_name().unwrap()));
+        std::thread::yield_now();
+        let _ = fs::rename(self.at(&kept), self.at(name));
+    }
+
+    /// One exchange of each kind.
+    fn exchange(&self) {
+        for (kind, name) in PLANTED.iter().enumerate() {
             // The folder of the chain becomes a link to one outside, and back.
-            link("d", Path::new("../outside"));
-            link("d", Path::new("vm"));
+            self.link("d", Path::new("../outside"));
+            self.link("d", Path::new("vm"));
             let real = format!("vm/{name}");
-            // A link, or the journal of somebody else.
-            match round {
-                0 => {
-                    let planted = at(".planted");
-                    let made =
-                        fs::copy(journal, &planted).and_then(|_| chown(&planted, Some(EVE), Some(EVE)));
-                    let _ = made.and_then(|()| fs::rename(planted, at(&real)));
+            // A link, or a file of somebody else.
+            match self.planted.get(kind) {
+                Some(file) => {
+                    let planted = self.at(".planted");
+                    let made = fs::copy(file, &planted).and_then(|_| chown(&planted, Some(EVE), Some(EVE)));
+                    let _ = made.and_then(|()| fs::rename(planted, self.at(&real)));
                 }
-                _ => link(&real, &outside.join("secret")),
+                None => self.link(&real, &self.outside.join("secret")),
             }
-            // The folder itself, while names in it are used.
-            let moved = fs::rename(at("vm"), at("vm2")).and_then(|()| symlink(outside, at("vm")));
-            std::thread::yield_now();
-            let _ = moved.and_then(|()| fs::remove_file(at("vm")));
-            let _ = fs::rename(at("vm2"), at("vm"));
-            // A layer.
-            let _ = fs::rename(at("vm/a.qcow2"), at("vm/kept"));
-            link("vm/a.qcow2", &outside.join("a.qcow2"));
-            let _ = fs::rename(at("vm/kept"), at("vm/a.qcow2"));
-            let _ = fs::remove_file(at(&real));
-            times.fetch_add(1, Ordering::Relaxed);
+            for folder in ["vm", "new"] {
+                self.flip_folder(folder);
+            }
+            for image in ["vm/a.qcow2", "vm/leaky"] {
+                self.flip_file(image);
+            }
+            let _ = fs::remove_file(self.at(&real));
         }
     }
 }
+
+/// Names that the program writes or reads beside images: a journal, the backup of a repair, the record of an edit, a new journal.
+const PLANTED: [&str; 4] =
+    [".base.qmerge-journal", "backup", ".a.qcow2.qmerge-switch", ".base.qmerge-journal.new"];
 
 #[test]
 fn nothing_outside_is_touched_while_names_are_exchanged() {
@@ -211,34 +244,47 @@ fn nothing_outside_is_touched_while_names_are_exchanged() {
     let rounds = std::env::var("QMERGE_TEST_RACES").ok().and_then(|text| text.parse().ok()).unwrap_or(ROUNDS);
     let folder = stopped("races", "raw");
     let journal = folder.join(".base.qmerge-journal");
-    let (shared, outside, made) = (folder.join("shared"), folder.join("outside"), folder.join("made"));
-    for new in [&shared, &outside, &made] {
+    let (shared, outside) = (folder.join("shared"), folder.join("outside"));
+    for new in [&shared, &outside] {
         fs::create_dir(new).unwrap();
     }
-    for name in ["base", "a.qcow2", "b.qcow2", ".base.qmerge-journal", "new", "backup"] {
+    for name in ["base", "a.qcow2", "b.qcow2", "leaky", ".base.qmerge-journal", "backup", "disk"] {
         fs::write(outside.join(name), vec![b'#'; 70_000]).unwrap();
     }
     fs::write(outside.join("secret"), b"of somebody else\n".repeat(1000)).unwrap();
     let before = tree(&outside);
-    folder.create("q", 4 * MIB, "");
     folder.overlay("b.qcow2", "a.qcow2", "qcow2", None, "");
     folder.io("qcow2", "b.qcow2", &["write -P 5 2M 1M"]);
+    folder.create("leaky", 4 * MIB, "");
+    folder.io("qcow2", "leaky", &["write -P 6 0 1M"]);
+    leak(&folder.join("leaky"));
+    folder.qmerge(&["check", "leaky", "--repair", "all", "--backup", "backup"]);
+    leak(&folder.join("leaky"));
+    let backup = folder.join("backup");
+    let files = Shared { path: &shared, outside: &outside, planted: [&journal, &backup] };
     let times = AtomicU64::new(0);
     let shown = shared.to_str().unwrap();
     for round in 0..rounds {
-        let vm = shared.join("vm");
-        let _ = fs::remove_dir_all(&vm);
-        fs::create_dir(&vm).unwrap();
-        for name in ["base", "a.qcow2", "b.qcow2"] {
-            fs::copy(folder.join(name), vm.join(name)).unwrap();
+        for name in ["vm", "new"] {
+            let _ = fs::remove_dir_all(shared.join(name));
+            fs::create_dir(shared.join(name)).unwrap();
+        }
+        for name in ["base", "a.qcow2", "b.qcow2", "leaky"] {
+            fs::copy(folder.join(name), shared.join("vm").join(name)).unwrap();
         }
         let _ = symlink("vm", shared.join("d"));
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| exchange(&shared, &outside, &journal, &stop, &times));
-            let new = made.join(round.to_string()).display().to_string();
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    files.exchange();
+                    times.fetch_add(PLANTED.len() as u64, Ordering::Relaxed);
+                }
+            });
             for args in [
-                &["flatten", "shared/d/b.qcow2", "-o", &new][..],
+                &["flatten", "shared/d/b.qcow2", "-o", "shared/new/disk"][..],
+                &["check", "shared/vm/leaky", "--repair", "all", "--backup", "shared/vm/backup"],
+                &["check", "shared/d/leaky", "--restore", "shared/vm/backup"],
                 &["commit", "shared/d/b.qcow2", "--top", "shared/d/a.qcow2"],
                 &["abort", "shared/d/base", "-f", "raw"],
                 &["commit", "shared/vm/b.qcow2", "--delete"],
@@ -251,8 +297,49 @@ fn nothing_outside_is_touched_while_names_are_exchanged() {
         });
         assert!(tree(&outside) == before, "round {round}: something outside was written or removed");
     }
-    println!(
-        "races: {rounds} rounds, {} exchanges, nothing outside was touched",
-        times.load(Ordering::Relaxed)
-    );
+    let times = times.load(Ordering::Relaxed);
+    assert!(times >= rounds, "names were exchanged meanwhile: {times}");
+    println!("races: {rounds} rounds, {times} exchanges, nothing outside was touched");
+}
+
+/// Linux before 5.6, and filters of system calls, do not have `openat2`.
+#[test]
+fn without_openat2_no_link_is_followed_either() {
+    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+        return;
+    }
+    for errno in ["ENOSYS", "EPERM"] {
+        let folder = Folder::new("no-openat2");
+        for name in ["vm", "outside"] {
+            fs::create_dir(folder.join(name)).unwrap();
+        }
+        folder.create("vm/base", MIB, "");
+        folder.overlay("vm/a.qcow2", "base", "qcow2", None, "");
+        folder.io("qcow2", "vm/a.qcow2", &["write -P 2 0 512k"]);
+        fs::write(folder.join("outside/secret"), vec![b'#'; 70_000]).unwrap();
+        symlink("../outside/secret", folder.join("vm/.base.qmerge-journal")).unwrap();
+        symlink("vm", folder.join("d")).unwrap();
+        let (gold, before) = (folder.view("qcow2", "vm/a.qcow2"), tree(&folder.join("outside")));
+        let inject = format!("inject=openat2:error={errno}");
+        let run = |args: &[&str]| folder.traced(&["-e", "trace=openat2", "-e", &inject], args);
+        let refused = run(&["commit", "d/a.qcow2"]);
+        assert!(refused.code != 0 && tree(&folder.join("outside")) == before, "{refused}");
+        fs::remove_file(folder.join("vm/.base.qmerge-journal")).unwrap();
+        run(&["commit", "d/a.qcow2"]).ok();
+        folder.view("qcow2", "vm/a.qcow2").assert_same(&gold, "merged without openat2");
+        assert!(
+            !folder.join("vm").read_dir().unwrap().any(|e| e.unwrap().file_name() == ".base.qmerge-journal")
+        );
+    }
+}
+
+/// Leaks a cluster: its refcount becomes one, and nothing refers to it.
+fn leak(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    let word = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let block = word(&bytes, word(&bytes, 48));
+    let free = (0..1000).find(|n| bytes[block + 2 * n..block + 2 * n + 2] == [0, 0]).unwrap();
+    bytes[block + 2 * free + 1] = 1;
+    bytes.resize((free + 1) << 16, 0);
+    fs::write(path, bytes).unwrap();
 }

@@ -30,8 +30,8 @@ pub(crate) use judge::{Judgement, Now, Verdict, are_names_clean, judge};
 pub use place::JOURNAL;
 pub(crate) use place::SWITCH;
 pub(crate) use place::{Found, find, find_removed, place, refuse_strangers};
-pub use strangers::Stranger;
 pub(crate) use strangers::strangers;
+pub use strangers::{Stranger, strangers_about};
 
 #[cfg(test)]
 mod tests;

@@ -35,6 +35,9 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, Str
         fields.add("to allocate", plural(plan.totals.clusters_to_allocate, "cluster", "clusters"));
     }
     fields.add("base's file", format!("at most {} afterwards", size::exact(plan.base_file_size_after)));
+    if !plan.room_unknown.is_empty() {
+        fields.add("not known", format!("whether there is room: {}", room_unknown(&plan.room_unknown)));
+    }
     if plan.base_size_after > plan.base_size_before {
         let change = size::change(plan.base_size_before, plan.base_size_after);
         fields.add("base's disk", format!("grows {change}"));
@@ -259,6 +262,13 @@ fn old_tail(plan: &Plan) -> String {
         "base is larger: behind the end of {} the machine will see {} of base's old content",
         show(&plan.active),
         size::exact(plan.old_tail)
+    )
+}
+
+fn room_unknown(files: &[PathBuf]) -> String {
+    format!(
+        "the file system of {} does not say how much is free; when it is full, nothing is lost",
+        list(files)
     )
 }
 

@@ -13,6 +13,7 @@ pub(super) fn plan(plan: &Plan) -> Value {
     fields["restore-points-lost"] = paths(&plan.restore_points_lost);
     fields["searched"] = paths(&plan.searched);
     fields["unreadable"] = paths(&plan.unreadable);
+    fields["room-unknown"] = paths(&plan.room_unknown);
     fields["signs"] = signs(&plan.signs);
     fields["obsolete"] = paths(&plan.obsolete);
     let data_files = plan.data_files.iter().map(|data| {

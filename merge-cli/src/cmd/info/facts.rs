@@ -6,6 +6,7 @@ use qcow2::chain::BackingName;
 use qcow2::error::{FileOp, Holder};
 use qcow2::format::{Bitmap, Cluster0, Snapshot};
 use qcow2::image::{ImageFormat, Qcow2, read_bitmaps, read_snapshots};
+use qcow2::journal::{Stranger, strangers_about};
 use qcow2::merge::{self, Pending};
 use qcow2::storage::{Access, FileStat, Host, LockMode};
 use qcow2::{Error, Result};
@@ -34,6 +35,8 @@ pub(super) struct Facts {
     pub(super) holders: Vec<Holder>,
     /// The merge into it that was stopped, or is under way.
     pub(super) pending: Option<Pending>,
+    /// Journals and records beside it that are about it, and are not believed: they belong to somebody else.
+    pub(super) strangers: Vec<Stranger>,
     /// A merge of a running virtual machine of which this was the active image, and that has not come to its end:
     /// its state file, and what that says if it can be read.
     pub(super) live_merge: Option<(PathBuf, Option<State>)>,
@@ -73,6 +76,7 @@ impl Facts {
             has_locks: file.has_locks(),
             holders,
             pending: merge::pending(host, path, journal_dir)?,
+            strangers: strangers_about(host, path),
             live_merge: live_merge(path),
             problem: None,
         };

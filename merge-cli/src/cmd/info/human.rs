@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use qcow2::ErrorKind;
 use qcow2::error::shown;
 use qcow2::format::{Bitmap, Cluster0, FeatureKind, Snapshot, features};
+use qcow2::journal::Stranger;
 use qcow2::merge::Pending;
 use qcow2::storage::LockMode;
 
@@ -52,6 +53,7 @@ fn remarks(facts: &Facts) -> impl Iterator<Item = String> {
         facts.cluster0.as_ref().and_then(merged),
         facts.pending.as_ref().map(pending),
         live_merge(facts),
+        (!facts.strangers.is_empty()).then(|| format!("not believed: {}", strangers(facts).join("; "))),
         (!facts.snapshots.is_empty())
             .then(|| plural(facts.snapshots.len() as u64, "internal snapshot", "internal snapshots")),
         (!facts.bitmaps.is_empty())
@@ -76,6 +78,18 @@ fn pending(pending: &Pending) -> String {
         shown(&pending.top),
         shown(&pending.base)
     )
+}
+
+/// Files beside the image that are not believed.
+fn strangers(facts: &Facts) -> Vec<String> {
+    let tell = |stranger: &Stranger| {
+        format!(
+            "{}: it belongs to the user {}, who may not write the image",
+            shown(&stranger.file),
+            stranger.user
+        )
+    };
+    facts.strangers.iter().map(tell).collect()
 }
 
 /// Whether a merge that was stopped has set the dirty bit.
@@ -126,6 +140,9 @@ pub(super) fn image(facts: &Facts) -> String {
     }
     if let Some(merge) = &facts.pending {
         fields.add("pending", pending(merge));
+    }
+    for stranger in strangers(facts) {
+        fields.add("not believed", stranger);
     }
     fields.add("in use", in_use(facts));
     if let Some(live) = live_merge(facts) {

@@ -53,6 +53,12 @@ pub(super) fn image(facts: &Facts) -> Value {
         });
         out.insert("merge-pending".into(), fields);
     }
+    if !facts.strangers.is_empty() {
+        let strangers = facts.strangers.iter();
+        let strangers =
+            strangers.map(|stranger| json!({ "file": path(&stranger.file), "user": stranger.user }));
+        out.insert("strangers".into(), strangers.collect());
+    }
     if let Some((file, state)) = &facts.live_merge {
         let state = state.as_ref();
         let live = json!({
