@@ -483,3 +483,6 @@ fn held_by(holders: &[Holder]) -> String {
 fn list(paths: &[PathBuf]) -> String {
     paths.iter().map(shown).collect::<Vec<_>>().join(", ")
 }
+
+#[cfg(test)]
+mod tests;
