@@ -120,6 +120,7 @@ fn kind(error: &Error) -> &'static str {
             ErrorKind::NoSpace => "no-space",
             ErrorKind::Cancelled => "interrupted",
             ErrorKind::Usage => "usage",
+            ErrorKind::Broken => "internal",
             _ => "io",
         },
     }

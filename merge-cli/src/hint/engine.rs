@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use qcow2::chain::BackingName;
-use qcow2::error::shown;
+use qcow2::error::{Role, shown};
 use qcow2::format::Container;
 use qcow2::image::ImageFormat;
 use qcow2::journal::has_edit;
@@ -23,6 +23,7 @@ use crate::call::{Call, VerbName};
 pub(crate) fn hints(error: &Error, call: &Call) -> Hints {
     match error {
         Error::Io { path, op, source, .. } => io_hints(path, *op, source, call),
+        Error::Barrier { path, source } => io_hints(path, FileOp::Write, source, call),
         Error::Unreadable { path, source, .. } => io_hints(path, FileOp::Read, source, call),
         Error::Format { path, .. } if is_torn(path) => torn(path, call),
         Error::Format { path, source } | Error::Mapping { path, source, .. } => {
@@ -31,7 +32,7 @@ pub(crate) fn hints(error: &Error, call: &Call) -> Hints {
         Error::Foreign { path, container } => foreign(path, *container, call),
         Error::MissingLayer { image, role, resolved, source, .. } => {
             if source.kind() == io::ErrorKind::NotFound {
-                missing(image, role, resolved, call)
+                missing(image, *role, resolved, call)
             } else {
                 io_hints(resolved, FileOp::Open, source, call)
             }
@@ -46,6 +47,7 @@ pub(crate) fn hints(error: &Error, call: &Call) -> Hints {
             "nothing was switched or deleted, the overlays still hold everything; look for disk errors (dmesg)",
         ))
         .or(check("then see how base is", path)),
+        Error::Broken { .. } => Hint::advice("report it with the command line and what it printed; nothing was written behind it").into(),
         _ => help(call),
     }
 }
@@ -178,9 +180,9 @@ fn plain_name(call: &Call) -> Option<Hint> {
 }
 
 /// A file that an image names is not there.
-fn missing(image: &Path, role: &str, resolved: &Path, call: &Call) -> Hints {
+fn missing(image: &Path, role: Role, resolved: &Path, call: &Call) -> Hints {
     let put = |what| Hint::advice(format!("put {} back where the image names it{what}", shown(resolved)));
-    if role == "data file" {
+    if role == Role::DataFile {
         return put("; it holds the guest's data").into();
     }
     let again = Hint::command(HintKind::Again, "when it is there again", call.again());
@@ -308,7 +310,7 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
         )
         .into(),
         Refusal::TooDeep { limit } => too_deep(*limit, call),
-        Refusal::Other(_) if call.verb == VerbName::Flatten && path != call.image => other_output(path, call),
+        Refusal::Exists => other_output(path, call),
         _ => info_chain("its layers", call),
     }
 }
@@ -429,11 +431,11 @@ mod tests {
             source: io::Error::from_raw_os_error(code),
         };
         for (role, errno) in [
-            ("backing file", rustix::io::Errno::MFILE),
-            ("backing file", rustix::io::Errno::ACCESS),
-            ("backing file", rustix::io::Errno::NOSPC),
-            ("backing file", rustix::io::Errno::IO),
-            ("data file", rustix::io::Errno::NOENT),
+            (Role::BackingFile, rustix::io::Errno::MFILE),
+            (Role::BackingFile, rustix::io::Errno::ACCESS),
+            (Role::BackingFile, rustix::io::Errno::NOSPC),
+            (Role::BackingFile, rustix::io::Errno::IO),
+            (Role::DataFile, rustix::io::Errno::NOENT),
         ] {
             let text = hints(&missing(role, errno.raw_os_error()), &commit()).to_string();
             assert!(!text.is_empty() && !text.contains("rebase"), "{role} {errno}: {text}");

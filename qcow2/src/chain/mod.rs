@@ -31,7 +31,7 @@ pub use open::{OpenOptions, open_data_file};
 pub use policy::{DEFAULT_MAX_DEPTH, Policy};
 pub use relink::new_backing_name;
 pub use search::Search;
-pub use siblings::{BACKING_FILE, Sibling, Siblings, find_users, find_users_in};
+pub use siblings::{Sibling, Siblings, find_users, find_users_in};
 pub use signs::Lookalike;
 pub(crate) use signs::{Looked, find_lookalikes, other_names};
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::name::{BackingName, Stated};
 use super::policy::{Named, Opened, Policy, not_writable};
 use super::{Chain, DataFile, Layer, data_file};
-use crate::error::{Error, FileOp, Refusal, Result, shown};
+use crate::error::{Contradiction, Error, FileOp, Refusal, Result, Role, shown};
 use crate::format::{Cluster0, EXT_BACKING_FORMAT, FormatError};
 use crate::image::{Image, ImageFormat, Qcow2};
 use crate::journal;
@@ -193,7 +193,7 @@ impl Opener<'_> {
         let Some(written) = cluster0.data_file_name().filter(|_| cluster0.header.has_data_file()) else {
             return Ok(None);
         };
-        let role = "data file";
+        let role = Role::DataFile;
         let name =
             BackingName::parse_data_file(written).map_err(|why| not_local(image, role, written, why))?;
         let named = Named { image, role, written, name: &name };
@@ -201,9 +201,7 @@ impl Opener<'_> {
         let access = self.access(image_id);
         let Opened { path, id, storage } = self.options.policy.open(self.host, &named, |_| access)?;
         if id == image_id || self.holds(id) {
-            let reason =
-                Refusal::Other(format!("its data file {} is also another file of the chain", shown(&path)));
-            return Err(Error::refused(image, reason));
+            return Err(Error::refused(image, Refusal::DataFileIsLayer { file: path }));
         }
         self.lock(&path, id, access, &*storage)?;
         let may_write = data_file::may_write(self.host, file, &*storage)
@@ -214,7 +212,7 @@ impl Opener<'_> {
     }
 
     fn open_backing(&self, image: &Path, written: Vec<u8>, cluster0: &Cluster0) -> Result<Found> {
-        let role = "backing file";
+        let role = Role::BackingFile;
         let name = BackingName::parse(&written).map_err(|why| not_local(image, role, &written, why))?;
         let limit = self.options.policy.max_depth();
         if self.layers.len() >= limit {
@@ -238,29 +236,23 @@ impl Opener<'_> {
     /// What a name says of the backing file of the image at `path` must be what that image says. What it says of the
     /// layers further below is left to these.
     fn judge_stated(&self, path: &Path, stated: Vec<Stated>, found: Option<&mut Found>) -> Result<()> {
-        let refuse = |what: String| Err(Error::refused(path, Refusal::Other(what)));
+        let refuse = |what| Err(Error::refused(path, Refusal::Contradicted(what)));
         let Some(found) = found else {
             return match stated.iter().find(|stated| **stated != Stated::Nothing) {
-                Some(_) => {
-                    refuse("the name in the overlay above gives it a backing file, but it has none".into())
-                }
+                Some(_) => refuse(Contradiction::Backing),
                 None => Ok(()),
             };
         };
         for stated in stated {
             let Stated::File(name) = stated else {
-                let what = "the name in the overlay above says that it has no backing file, but it has one";
-                return refuse(what.into());
+                return refuse(Contradiction::NoBacking);
             };
             let resolved = name.resolve(path);
             let is_same = self.id_of(&resolved)? == Some(found.id)
                 && name.format().is_none_or(|format| format == found.format.name());
             if !is_same {
-                return refuse(format!(
-                    "the name in the overlay above says that its backing file is {}, but it names {}",
-                    shown(&resolved),
-                    shown(&found.path)
-                ));
+                let named = found.path.clone();
+                return refuse(Contradiction::OtherBacking { stated: resolved, named });
             }
             found.stated.extend(name.backing().cloned());
         }
@@ -279,8 +271,7 @@ impl Opener<'_> {
         if id.is_some() && id == found.map(|file| file.id) {
             return Ok(());
         }
-        let what = "the name in the overlay above gives it another data file than it names".to_owned();
-        Err(Error::refused(path, Refusal::Other(what)))
+        Err(Error::refused(path, Refusal::Contradicted(Contradiction::OtherDataFile)))
     }
 
     /// The file that a name leads to, if there is one.
@@ -379,7 +370,7 @@ fn mismatch(image: &Path, name: String, declared: ImageFormat, found: ImageForma
     Error::refused(image, Refusal::FormatMismatch { name, declared: declared.name(), found })
 }
 
-fn not_local(image: &Path, role: &'static str, written: &[u8], why: String) -> Error {
+fn not_local(image: &Path, role: Role, written: &[u8], why: String) -> Error {
     let name = String::from_utf8_lossy(written).into_owned();
     Error::refused(image, Refusal::NotLocal { role, name, why })
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::name::BackingName;
-use crate::error::{Error, FileOp, Refusal, Result};
+use crate::error::{Error, FileOp, Refusal, Result, Role};
 use crate::storage::{Access, FileId, Host, Place, Storage};
 
 /// How many layers a chain may have when the caller does not say: as many as there are. A chain cannot come back to one
@@ -111,8 +111,7 @@ impl Policy {
         let storage = opened.map_err(|e| not_writable(&path, access, e, missing))?;
         let opened = storage.stat().map_err(|e| Error::io(&path, FileOp::Stat, None, e))?;
         if opened.id != stat.id {
-            let reason = Refusal::Other("the name was given to another file while it was opened".to_owned());
-            return Err(Error::refused(&path, reason));
+            return Err(Error::refused(&path, Refusal::NameMoved));
         }
         Ok(Opened { path, id: opened.id, storage })
     }
@@ -155,8 +154,8 @@ impl Policy {
 pub(super) struct Named<'a> {
     /// The image, as named.
     pub(super) image: &'a Path,
-    /// "backing file" or "data file".
-    pub(super) role: &'static str,
+    /// As what it is named.
+    pub(super) role: Role,
     /// The name as it stands in the image.
     pub(super) written: &'a [u8],
     /// What it means.
@@ -198,13 +197,8 @@ fn refuse_ambiguous(host: &dyn Host, named: &Named<'_>, found: Option<FileId>) -
     let beside = named.name.resolve_beside(named.image);
     match host.stat(&beside) {
         Ok(other) if Some(other.id) != found => {
-            let reason = Refusal::Other(format!(
-                "its {} '{}' starts at the working directory, as in QEMU, but a different file of that name \
-                 lies beside the image ({}): run the command in the directory where the VM is started",
-                named.role,
-                String::from_utf8_lossy(named.written),
-                shown(&beside),
-            ));
+            let name = String::from_utf8_lossy(named.written).into_owned();
+            let reason = Refusal::WorkingDirectory { role: named.role, name, beside };
             Err(Error::refused(named.image, reason))
         }
         _ => Ok(()),
@@ -220,7 +214,7 @@ mod tests {
 
     fn try_open(host: &dyn Host, policy: &Policy, image: &Path, name: &str) -> Result<Opened> {
         let parsed = BackingName::parse(name.as_bytes()).unwrap();
-        let named = Named { image, role: "backing file", written: name.as_bytes(), name: &parsed };
+        let named = Named { image, role: Role::BackingFile, written: name.as_bytes(), name: &parsed };
         policy.open(host, &named, |_| Access::Read)
     }
 

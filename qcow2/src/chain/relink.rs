@@ -1,6 +1,5 @@
 //! The name by which an overlay calls its new backing file.
 
-use crate::error::shown;
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -40,7 +39,7 @@ pub fn new_backing_name(host: &dyn Host, old: &[u8], overlay: &Path, base: &Path
             Err(e) => failed = Some(e),
         }
     }
-    let reason = Refusal::Other(format!("no backing name leads from it to {}", shown(base)));
+    let reason = Refusal::NoNameFor { base: base.to_owned() };
     // A name that could not be looked at may lead there.
     Err(failed.map_or_else(|| Error::refused(overlay, reason), |e| Error::io(base, FileOp::Stat, None, e)))
 }

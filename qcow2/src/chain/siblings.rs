@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::Chain;
 use super::name::{possible_data_file_paths, possible_paths};
 use super::search::Search;
-use crate::error::{Error, FileOp, Result};
+use crate::error::{Error, FileOp, Result, Role};
 use crate::format::{Cluster0, Header, V2_HEADER_LENGTH, is_qcow2};
 use crate::image::Qcow2;
 use crate::storage::{Access, FileId, FileKind, Host, Storage, if_there};
@@ -19,9 +19,6 @@ use crate::units::GuestOffset;
 /// names of nearly every image.
 const HEAD: usize = 4096;
 
-/// The role of a file that an image reads through where it holds nothing itself.
-pub const BACKING_FILE: &str = "backing file";
-
 /// An image that uses a file that it must share with the chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sibling {
@@ -29,8 +26,8 @@ pub struct Sibling {
     pub path: PathBuf,
     /// The file that it uses.
     pub uses: FileId,
-    /// As what: "backing file" or "data file".
-    pub role: &'static str,
+    /// As what.
+    pub role: Role,
 }
 
 /// What a search for users found.
@@ -146,7 +143,7 @@ struct Image {
     path: PathBuf,
     id: FileId,
     /// The files that it may use, and as what.
-    uses: Vec<(FileId, &'static str)>,
+    uses: Vec<(FileId, Role)>,
     /// An earlier merge has made it obsolete and marked it so, or was about to.
     is_merged: bool,
     /// A merge has made it an empty overlay, and marked it so: a fresh overlay of somebody else looks the same.
@@ -195,7 +192,7 @@ fn look(host: &dyn Host, path: &Path, chain: &[FileId]) -> io::Result<Option<Ima
         .filter(|_| cluster0.header.has_data_file())
         .map(|name| possible_data_file_paths(name, path));
     let mut uses = Vec::new();
-    for (paths, role) in [(backing, BACKING_FILE), (data, "data file")] {
+    for (paths, role) in [(backing, Role::BackingFile), (data, Role::DataFile)] {
         for named in paths.into_iter().flatten() {
             // A name that cannot be followed may lead to a target.
             uses.extend(if_there(host.stat(&named))?.map(|stat| (stat.id, role)));

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::error::{Error, ErrorKind, Refusal, Result};
+use crate::error::{Error, ErrorKind, Refusal, Result, Role};
 use crate::format::{Cluster0, Container, Geometry, Header};
 use crate::image::ImageFormat;
 use crate::storage::Access;
@@ -132,7 +132,7 @@ fn a_name_that_two_layers_have_is_ambiguous() {
 #[test]
 fn the_library_follows_no_name_unless_told() {
     let result = Chain::open(&four(), Path::new("/e/c"), &OpenOptions::default());
-    assert!(matches!(refusal(result), Refusal::NamesDenied { role: "backing file", .. }));
+    assert!(matches!(refusal(result), Refusal::NamesDenied { role: Role::BackingFile, .. }));
     let alone = host(&[("/a", overlay("", ""))]);
     assert!(Chain::open(&alone, Path::new("/a"), &OpenOptions::default()).is_ok());
 }
@@ -355,7 +355,7 @@ fn network_names_are_refused_before_anything_is_tried() {
         let host = host(&[("/d/a", overlay(name, "raw"))]);
         assert!(matches!(
             refusal(open(&host, "/d/a")),
-            Refusal::NotLocal { role: "backing file", name: found, .. } if found == name
+            Refusal::NotLocal { role: Role::BackingFile, name: found, .. } if found == name
         ));
     }
 }
@@ -368,7 +368,7 @@ fn data_files_go_through_the_policy_too() {
     assert_eq!(chain.layers()[0].data_file.as_ref().unwrap().path, Path::new("/d/a.data"));
     assert_eq!(chain.files().len(), 2);
     let denied = Chain::open(&host, Path::new("/d/a"), &OpenOptions::default());
-    assert!(matches!(refusal(denied), Refusal::NamesDenied { role: "data file", .. }));
+    assert!(matches!(refusal(denied), Refusal::NamesDenied { role: Role::DataFile, .. }));
     let elsewhere = OpenOptions { policy: Policy::deny().allow_dir("/e"), ..local() };
     host.add("/e/x", b"").unwrap();
     let outside = Chain::open(&host, Path::new("/d/a"), &elsewhere);
@@ -379,7 +379,7 @@ fn data_files_go_through_the_policy_too() {
 fn a_missing_data_file_is_a_missing_layer() {
     let host = host(&[("/d/a", with_data_file("/d/gone"))]);
     let error = open(&host, "/d/a").unwrap_err();
-    assert!(matches!(error, Error::MissingLayer { role: "data file", .. }), "{error}");
+    assert!(matches!(error, Error::MissingLayer { role: Role::DataFile, .. }), "{error}");
 }
 
 #[test]

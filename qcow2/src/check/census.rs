@@ -70,10 +70,8 @@ pub(crate) fn count(
     visit: &mut dyn FnMut(Counted<'_>) -> Result<()>,
 ) -> Result<bool> {
     let slots = (subject.file_clusters() + 1).min(window_words.saturating_mul(width.lanes()));
-    let mut counts = Counts::new(slots, width).ok_or_else(|| {
-        let why = format!("there is no memory for {slots} refcounts");
-        Error::refused(subject.path, Refusal::Other(why))
-    })?;
+    let mut counts = Counts::new(slots, width)
+        .ok_or_else(|| Error::refused(subject.path, Refusal::NoMemory { counters: slots }))?;
     let mut memory = Memory::default();
     let mut window = 0;
     let mut is_first = true;

@@ -194,7 +194,7 @@ impl Flatten {
                 job.run(Some(&mut Writer { refcounts: &refcounts, allocator }), &run)
             }
         })?;
-        file.sync().map_err(|e| Error::io(output, FileOp::Sync, None, e))?;
+        file.sync().map_err(|e| Error::barrier(output, e))?;
         let stat = file.stat().map_err(|e| Error::io(output, FileOp::Stat, None, e))?;
         temporary.give_name(output, &self.inputs())?;
         Ok(FlattenReport { totals, file_size: stat.len, allocated: stat.allocated, elapsed: start.elapsed() })
@@ -301,7 +301,7 @@ fn with_job<T>(
 
 /// The refusal of an output that exists.
 fn exists(output: &Path) -> Error {
-    Error::refused(output, Refusal::Other("it exists already, and is never replaced".to_owned()))
+    Error::refused(output, Refusal::Exists)
 }
 
 #[cfg(test)]

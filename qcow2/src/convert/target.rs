@@ -79,7 +79,7 @@ impl<'a> Temporary<'a> {
         self.place.sync(self.host).map_err(|e| {
             // Without a durable name it is no result, and would be in the way of the same call.
             let _ = self.place.beside(name).unlink_file(self.host, &*self.file);
-            Error::io(dir_of(output), FileOp::Sync, None, e)
+            Error::barrier(dir_of(output), e)
         })
     }
 }

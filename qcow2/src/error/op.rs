@@ -16,8 +16,6 @@ pub enum FileOp {
     Write,
     /// Keeping bytes in memory that are meant for it.
     WriteInMemory,
-    /// Making it durable.
-    Sync,
     /// Taking QEMU's byte locks.
     Lock,
     /// Looking at the locks of others.
@@ -73,7 +71,6 @@ impl fmt::Display for FileOp {
             Self::Read => "read",
             Self::Write => "write",
             Self::WriteInMemory => "write in memory",
-            Self::Sync => "sync",
             Self::Lock => "lock",
             Self::ReadLocks => "look at the locks of",
             Self::Stat => "read the state of",

@@ -8,7 +8,6 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::chain::{assert_same, host_with, view};
 use super::commit::{Case, Silent};
-use super::journal::is_journal;
 use super::model::{Input, Layer, chain as layers, guest};
 use crate::Result;
 use crate::check::{CheckOptions, check};
@@ -181,4 +180,13 @@ impl Merge {
             Err(error) => unreachable!("{}: {error}", path.display()),
         }
     }
+}
+
+/// How the names of journals and of records of single edits end.
+pub(super) const ENDINGS: [&str; 2] = [".qmerge-journal", ".qmerge-switch"];
+
+/// Whether a file is a journal, or a record of a single edit, by its name.
+pub(super) fn is_journal(path: &Path) -> bool {
+    let name = path.to_string_lossy();
+    ENDINGS.iter().any(|ending| name.ends_with(ending))
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::bodies::image;
+use super::image::image;
 use super::model::{Input, sample};
 use super::mutate::VALUES;
 use super::repair::repair;

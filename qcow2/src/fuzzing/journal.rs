@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::chain::options;
-use super::crash::{Merge, on_one_thread};
+use super::crash::{ENDINGS, Merge, is_journal, on_one_thread};
 use super::model::Input;
 use super::mutate::{Random, VALUES, mutate};
 use crate::journal::record::{BLOCK, Guard, Header, Phase, Purpose, Record};
@@ -18,8 +18,6 @@ use crate::storage::sim::{Fault, FaultKind, State};
 
 /// The bytes of an input that say what becomes of the journals; the chain is made from the others.
 const HEAD: usize = 32;
-/// How the names of journals and of records of single edits end.
-const ENDINGS: [&str; 2] = [".qmerge-journal", ".qmerge-switch"];
 /// What a record begins with.
 const RECORD: &[u8; 8] = b"qmgJR002";
 
@@ -51,12 +49,6 @@ fn stopped(merge: &Merge, input: &mut Input<'_>) -> State {
     // Refused, stopped or finished: all of it is a state to begin with.
     let _ = merge.run(Arc::new(disk.clone()));
     disk.now()
-}
-
-/// Whether a file is a journal, or a record of a single edit, by its name.
-pub(super) fn is_journal(path: &Path) -> bool {
-    let name = path.to_string_lossy();
-    ENDINGS.iter().any(|ending| name.ends_with(ending))
 }
 
 /// The journals that are there.

@@ -92,10 +92,8 @@ fn make(host: &dyn Host, path: &Path, fill: impl FnOnce(&dyn Storage) -> Result<
     let file = host.create_new(path).map_err(|e| Error::io(path, FileOp::Create, None, e))?;
     let filled = lock_new(host, path, &*file)
         .and_then(|()| fill(&*file))
-        .and_then(|()| file.sync().map_err(|e| Error::io(path, FileOp::Sync, None, e)))
-        .and_then(|()| {
-            host.sync_dir(dir_of(path)).map_err(|e| Error::io(dir_of(path), FileOp::Sync, None, e))
-        });
+        .and_then(|()| file.sync().map_err(|e| Error::barrier(path, e)))
+        .and_then(|()| host.sync_dir(dir_of(path)).map_err(|e| Error::barrier(dir_of(path), e)));
     if filled.is_err() {
         // The first error is the one to tell.
         let _ = host.unlink(path);

@@ -231,7 +231,7 @@ impl Qcow2 {
 
     /// A barrier: everything written to the image and its data file is durable when it returns.
     pub(crate) fn barrier(&self) -> Result<()> {
-        let io = |e| Error::io(&self.path, FileOp::Sync, None, e);
+        let io = |e| Error::barrier(&self.path, e);
         if let Some(data) = &self.data_file {
             data.sync().map_err(io)?;
         }

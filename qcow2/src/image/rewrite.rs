@@ -31,3 +31,11 @@ pub(crate) fn rewrite_error(path: &Path, name: &OsStr, error: RewriteError) -> E
         _ => Error::refused(path, Refusal::HeaderRoom { name: name.to_owned() }),
     }
 }
+
+/// An edit of feature bits that cannot be planned.
+pub(crate) fn header_error(path: &Path, error: RewriteError) -> Error {
+    match error {
+        RewriteError::Format(source) => Error::format(path, source),
+        why => Error::refused(path, Refusal::Header { why }),
+    }
+}

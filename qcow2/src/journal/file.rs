@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::place::NEW;
 use super::record::{
     BLOCK, Block, ENVELOPE, Header, Phase, Record, Spent, VERSION, header_len, other_version, record_len,
     record_room,
@@ -17,6 +16,9 @@ use super::record::{
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::stamp::Times;
 use crate::storage::{Access, FileKind, Host, LockError, LockMode, Owner, Place, Storage};
+
+/// What is behind the name of a journal that is not whole yet.
+pub(super) const NEW: &str = ".new";
 
 /// How often there is a sign of life.
 const BEAT_EVERY: Duration = Duration::from_millis(200);
@@ -473,7 +475,7 @@ fn piece(file: &dyn Storage, at: u64, len: impl Fn(&[u8]) -> Option<usize>) -> i
 /// Makes the names in the folder of a place durable.
 pub(super) fn sync_folder(host: &dyn Host, place: &Place) -> Result<()> {
     let folder = place.folder();
-    host.sync_folder(folder).map_err(|e| Error::io(folder.path(), FileOp::Sync, None, e))
+    host.sync_folder(folder).map_err(|e| Error::barrier(folder.path(), e))
 }
 
 /// Removes what an earlier work has left at a place where a file is to be made.

@@ -46,8 +46,9 @@ pub(crate) fn edit_headers(host: &dyn Host, edits: &[Edit<'_>], dir: Option<&Pat
     sync_names()?;
     edits.par_iter().try_for_each(|edit| {
         edit.writes.iter().try_for_each(|(at, bytes)| {
-            let written = edit.file.write_all_at(bytes, *at).and_then(|()| edit.file.sync());
-            written.map_err(|e| Error::io(edit.path, FileOp::Write, Some(*at), e))
+            let written = edit.file.write_all_at(bytes, *at);
+            written.map_err(|e| Error::io(edit.path, FileOp::Write, Some(*at), e))?;
+            edit.file.sync().map_err(|e| Error::barrier(edit.path, e))
         })
     })?;
     records.iter().try_for_each(|record| record.remove_name(host))?;
@@ -376,7 +377,7 @@ fn write_back(path: &Path, file: &dyn Storage, last: &Record) -> Result<()> {
             }
         }
     }
-    file.sync().map_err(failed(FileOp::Sync))
+    file.sync().map_err(|e| Error::barrier(path, e))
 }
 
 /// Opens the image at `place` for writing, and locks it, if it is still the one in `opened`.

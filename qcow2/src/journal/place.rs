@@ -7,7 +7,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::file::Journal;
+use super::file::{Journal, NEW};
 use super::record::{Phase, Purpose, Record};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::stamp::{SameFile, Stamp};
@@ -17,8 +17,6 @@ use crate::storage::{Access, FileKind, Folder, Host, Owner, Place, Storage, if_t
 pub const JOURNAL: &str = ".qmerge-journal";
 /// How the names of the records of single edits of a header end.
 pub(crate) const SWITCH: &str = ".qmerge-switch";
-/// What is behind the name of a journal that is not whole yet.
-pub(super) const NEW: &str = ".new";
 /// The longest name that file systems have, in bytes.
 const LONGEST: usize = 255;
 

@@ -78,7 +78,7 @@ impl Commit {
                 Err(e) => {
                     // A failed barrier is final: nothing may be written, or called durable, behind it.
                     let of_journal = matches!(&e, Error::Io { path, .. } if path == work.journal().path());
-                    if !of_journal && !matches!(e, Error::Io { op: FileOp::Sync, .. }) {
+                    if !of_journal && !matches!(e, Error::Barrier { .. }) {
                         work.stop();
                     }
                     return Err(e);
@@ -115,11 +115,14 @@ impl Commit {
         let host = Arc::clone(&self.host);
         let (left, work) = (self.left.base.take(), self.left.base_work.take());
         let (resumed, leaks) = (self.plan.resumed.is_some(), self.leaks);
-        let header = self.header.take().ok_or_else(|| Error::Usage("there is nothing to merge".into()))?;
+        let header =
+            self.header.take().ok_or_else(|| Error::Broken { invariant: "what is merged has a plan" })?;
         let dir = self.options.journal_dir.clone();
         let (base, from) = (self.base, self.from);
-        let image =
-            self.chain.image_mut(base).ok_or_else(|| Error::Usage("the chain has no such layer".into()))?;
+        let image = self
+            .chain
+            .image_mut(base)
+            .ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })?;
         let work = match work {
             Some(work) => {
                 match resumed {
@@ -253,7 +256,7 @@ fn move_into_qcow2(
     let mut job = down(images, span)?;
     job.limit_to(size);
     let Some(Image::Qcow2(image)) = images.get(span.base) else {
-        return Err(Error::Usage("the base is not a qcow2 image".into()));
+        return Err(Error::Broken { invariant: "the base is the image that was planned for" });
     };
     let growth = changes::set_bits(bitmaps, &job, image, refcounts, run.cancel)?;
     let mut writer = Writer { refcounts, allocator: Allocator::new(refcounts) };

@@ -73,10 +73,7 @@ impl Commit {
         drop(scout);
         let chain = Chain::open(&*host, active, &open)?;
         if chain.files() != before {
-            return Err(Error::refused(
-                active,
-                Refusal::Other("its chain changed while it was opened".into()),
-            ));
+            return Err(Error::refused(active, Refusal::ChainChanged));
         }
         Self::judge_and_plan(host, options, chain, span, asked, cancel)
     }

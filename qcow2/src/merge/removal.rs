@@ -217,7 +217,7 @@ fn unlink_dangling(host: &dyn Host, path: &Path, real: &Path) -> Result<bool> {
         Err(e) => return Err(Error::io(path, FileOp::Stat, None, e)),
     }
     host.unlink_in(link.folder(), link.name()).map_err(io(FileOp::Remove))?;
-    host.sync_folder(link.folder()).map_err(io(FileOp::Sync))?;
+    host.sync_folder(link.folder()).map_err(|e| Error::barrier(path, e))?;
     Ok(true)
 }
 

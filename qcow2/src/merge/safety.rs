@@ -7,11 +7,10 @@ use std::sync::atomic::AtomicBool;
 use super::options::CommitOptions;
 use super::plan::{Afterwards, Plan, Signs};
 use crate::chain::{
-    BACKING_FILE, Chain, Layer, Lookalike, Looked, Search, Sibling, find_lookalikes, find_users_in,
-    other_names,
+    Chain, Layer, Lookalike, Looked, Search, Sibling, find_lookalikes, find_users_in, other_names,
 };
 use crate::check::{CheckOptions, check_consistent};
-use crate::error::{Error, FileOp, Refusal, Result, shown};
+use crate::error::{Error, FileOp, Refusal, Result, Role};
 use crate::image::{Image, bitmap_names};
 use crate::journal;
 use crate::storage::{Access, FileId, FileKind, Host};
@@ -44,13 +43,11 @@ pub(super) fn layers(
         }
         let grows = at == span.base && size(span.top) > image.virtual_size();
         if grows && image.header().snapshots > 0 && image.header().version < 3 {
-            let what =
-                "it must grow, and in version 2 its internal snapshots do not say how large their disk was";
-            return refuse(Refusal::Other(what.into()));
+            return refuse(Refusal::SnapshotsWithoutSize);
         }
         if image.has_data_file() && image.header().snapshots > 0 && (at == span.base || emptied) {
             // QEMU makes no such images: a data file has one place for a cluster, and snapshots share it.
-            return refuse(Refusal::Other("its internal snapshots share its data file".into()));
+            return refuse(Refusal::SnapshotsInDataFile);
         }
         if !merged {
             continue;
@@ -61,11 +58,7 @@ pub(super) fn layers(
         if let Some(base) = image.cluster0().merged_into()
             && image.next_allocated(GuestOffset::ZERO)?.is_some()
         {
-            let what = format!(
-                "it was merged into {} before; merging it again could bring old data back",
-                shown(base)
-            );
-            return refuse(Refusal::Other(what));
+            return refuse(Refusal::MergedBefore { base });
         }
     }
     let lost = bitmaps(chain, span, options)?;
@@ -210,7 +203,7 @@ const WRITABLE: u32 = 0o222;
 /// Whether what an image sees does not change: it reads through the active image, which becomes an empty overlay on base
 /// as large as before, or stays as it is.
 fn keeps_its_view(chain: &Chain, span: Span, options: &CommitOptions, user: &Sibling) -> bool {
-    let reads_through = |layer: &Layer| layer.id == user.uses && user.role == BACKING_FILE;
+    let reads_through = |layer: &Layer| layer.id == user.uses && user.role == Role::BackingFile;
     span.top == span.active && !options.delete && chain.layers().get(span.active).is_some_and(reads_through)
 }
 

@@ -37,7 +37,7 @@ impl<'a> Disk<'a> {
     /// The system's.
     pub(super) fn barrier(&self) -> Result<()> {
         if self.is_dirty.swap(false, Relaxed) {
-            self.file.sync().map_err(|e| Error::io(self.subject.path, FileOp::Sync, None, e))?;
+            self.file.sync().map_err(|e| Error::barrier(self.subject.path, e))?;
         }
         Ok(())
     }

@@ -63,11 +63,9 @@ pub fn empty_all_onto(
         empty_onto(host, layer, base, format, &options, cancel)
     });
     let emptied: Vec<_> = emptied.collect();
-    let kept = below.iter().map(|layer| {
-        Err(needed.take().unwrap_or_else(|| {
-            Error::refused(&layer.path, Refusal::Other("an image that is kept reads through it".to_owned()))
-        }))
-    });
+    let kept = below
+        .iter()
+        .map(|layer| Err(needed.take().unwrap_or_else(|| Error::refused(&layer.path, Refusal::ReadThrough))));
     let kept: Vec<_> = kept.collect();
     let paths = left.layers.iter().map(|layer| layer.path.clone());
     Ok(paths.zip(emptied.into_iter().rev().chain(kept)).collect())

@@ -11,7 +11,7 @@
 
 use crate::error::shown;
 use crate::image::rewrite;
-use crate::merge::switch::empty::{NO_GROWTH, may_grow};
+use crate::merge::switch::empty::may_grow;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -190,8 +190,7 @@ fn open(host: &dyn Host, overlay: &Known, options: &OpenOptions) -> Result<Qcow2
     let any = Known { len: None, modified_ns: None, ..overlay.clone() };
     let file = any.open(host, LockMode::Write)?;
     if ImageFormat::detect(&overlay.path, &*file)? != ImageFormat::Qcow2 {
-        let what = "it is raw, and has no backing name to change".to_owned();
-        return Err(Error::refused(&overlay.path, Refusal::Other(what)));
+        return Err(Error::refused(&overlay.path, Refusal::Raw));
     }
     let cluster0 = Qcow2::read_cluster0(&overlay.path, &*file)?;
     cluster0.validate().map_err(|e| Error::format(&overlay.path, e))?;
@@ -218,10 +217,10 @@ fn judge(image: &Qcow2, options: &EmptyOptions, wanted: &Wanted<'_>, cancel: &At
         return refuse(Refusal::Snapshots { count: header.snapshots as usize });
     }
     if header.snapshots > 0 && image.has_data_file() {
-        return refuse(Refusal::Other("its internal snapshots share its data file".into()));
+        return refuse(Refusal::SnapshotsInDataFile);
     }
     if !may_grow(image, wanted.size) {
-        return refuse(Refusal::Other(NO_GROWTH.into()));
+        return refuse(Refusal::SnapshotsWithoutSize);
     }
     let names: Vec<String> = bitmap_names(image)?.into_iter().map(|bitmap| bitmap.name).collect();
     if !names.is_empty() && !options.drop_bitmaps {
@@ -251,7 +250,8 @@ fn look_at_base(
     if chain.files().contains(&overlay_id) {
         return Err(Error::refused(overlay.path(), Refusal::Loop { file: base.to_owned() }));
     }
-    let layer = chain.layers().last().ok_or_else(|| Error::Usage("the chain has no such layer".into()))?;
+    let layer =
+        chain.layers().last().ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })?;
     let found = ImageFormat::detect(base, &**layer.image.file())?;
     if !format.agrees_with(found) {
         let name = shown(base);
@@ -262,16 +262,15 @@ fn look_at_base(
     let (size, needed) = (layer.image.virtual_size(), overlay.virtual_size());
     // A layer below the active image may be larger than all that was merged.
     if size < needed && !options.mark {
-        let what = format!("its disk of {needed} bytes cannot have been merged into one of {size} bytes");
-        return Err(Error::refused(overlay.path(), Refusal::Other(what)));
+        return Err(Error::refused(overlay.path(), Refusal::LargerThanBase { size: needed, base: size }));
     }
     Ok(layer.id)
 }
 
 /// The name by which the overlay calls, or will call, base; and whether it stands there already.
 fn backing_name(host: &dyn Host, image: &Qcow2, base: &Path, base_id: FileId) -> Result<(OsString, bool)> {
-    let refuse = |what: &str| Error::refused(image.path(), Refusal::Other(what.to_owned()));
-    let old = image.cluster0().backing_name.clone().ok_or_else(|| refuse("it has no backing file"))?;
+    let old = image.cluster0().backing_name.clone();
+    let old = old.ok_or_else(|| Error::refused(image.path(), Refusal::NoBackingFile))?;
     // A name that is no path leads to no file.
     let stands = match BackingName::parse(&old) {
         Ok(name) => leads_to(host, &name, image, base_id)?,

@@ -130,19 +130,19 @@ impl Interrupted {
     pub fn point_back(&mut self, host: &dyn Host, name: &str) -> Result<()> {
         let top = self.chain.layers().last().map(|layer| (layer.id, layer.image.format()));
         let (Some(overlay), Some((top, format))) = (&mut self.overlay, top) else {
-            return Err(Error::Usage("there is no overlay to re-point".into()));
+            return Err(Error::Broken { invariant: "only an overlay that was found is relinked" });
         };
         let path = overlay.image.path().to_owned();
-        let refuse = |what: String| Err(Error::refused(&path, Refusal::Other(what)));
+        let refuse = |why| Err(Error::refused(&path, why));
         let base = self.chain.layers().get(self.base).map(|layer| layer.id);
         if overlay.names.is_none() || overlay.names != base {
-            return refuse("its backing file is not the base of the merge".into());
+            return refuse(Refusal::NotOnBase);
         }
         if leads_to(host, name.as_bytes(), &path)? != Some(top) {
-            return refuse(format!("the name '{name}' does not lead to the top of the merge"));
+            return refuse(Refusal::NotTop { name: name.to_owned() });
         }
         let Image::Qcow2(image) = &mut overlay.image else {
-            return refuse("it is raw, and has no backing name to change".into());
+            return refuse(Refusal::Raw);
         };
         let switch = plan_backing_switch(&rewrite::read_cluster(image)?, name, format.name())
             .map_err(|e| rewrite::rewrite_error(&path, name.as_ref(), e))?;

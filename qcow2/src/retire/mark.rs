@@ -55,8 +55,7 @@ pub fn remove(host: &dyn Host, images: &[Known], chain: &[FileId], scan: &[PathB
         let stat = place.stat(host).map_err(io(FileOp::Stat))?;
         image.judge(&stat)?;
         if stat.kind != FileKind::Regular {
-            let what = "it is not a regular file".to_owned();
-            return Err(Error::refused(&image.path, Refusal::Other(what)));
+            return Err(Error::refused(&image.path, Refusal::NotRegular));
         }
         let users = users_of(host, image, images, chain, scan)?;
         if !users.is_empty() {

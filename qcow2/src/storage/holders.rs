@@ -1,13 +1,13 @@
 //! Which processes have a file open, as far as `/proc` tells.
 
 use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::error::Holder;
 
 use super::FileId;
-use super::os::id_of;
 
 /// The longest time that a search takes. The answer only makes a message more helpful.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -32,6 +32,14 @@ pub(super) fn holders(id: FileId) -> Vec<Holder> {
     }
     found.sort_by_key(|h| h.pid);
     found
+}
+
+/// The identity of a file, from what the system says about it. A block device has one, whatever node leads to it.
+pub(super) fn id_of(meta: &fs::Metadata) -> FileId {
+    if meta.file_type().is_block_device() {
+        return FileId { device: 0, inode: meta.rdev() };
+    }
+    FileId { device: meta.dev(), inode: meta.ino() }
 }
 
 fn has_open(process: &Path, id: FileId) -> bool {

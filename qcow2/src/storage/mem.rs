@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use crate::error::Holder;
 
 use super::copy::{CopyError, copy_plain, out_of_range};
-use super::os::not_a_file;
+use super::os_folder::not_a_file;
 use super::{Access, Boot, FileId, FileKind, FileStat, Host, LockError, LockMode, NameKind, Owner, Storage};
 
 /// A namespace of files in memory. Clones share it.

@@ -16,6 +16,8 @@ use rustix::io::Errno;
 use crate::error::Holder;
 
 use super::copy::{CopyError, copy_in_kernel, copy_plain, least_kernel_copy, out_of_range};
+use super::holders::id_of;
+use super::os_folder::not_a_file;
 use super::view::View;
 use super::{
     Access, Boot, FileId, FileKind, FileStat, Folder, Host, LockError, LockMode, NameKind, Owner, Storage,
@@ -528,14 +530,6 @@ impl Storage for OsFile {
     }
 }
 
-/// The identity of a file, from what the system says about it.
-pub(super) fn id_of(meta: &Metadata) -> FileId {
-    match kind_of(meta) {
-        FileKind::Block => FileId { device: 0, inode: meta.rdev() },
-        _ => FileId { device: meta.dev(), inode: meta.ino() },
-    }
-}
-
 fn kind_of(meta: &Metadata) -> FileKind {
     let kind = meta.file_type();
     if kind.is_file() {
@@ -562,12 +556,6 @@ fn refuse_other(meta: &Metadata) -> io::Result<FileKind> {
         FileKind::Other(what) => Err(not_a_file(what)),
         kind => Ok(kind),
     }
-}
-
-/// The error for opening what is not a regular file or a block device.
-pub(super) fn not_a_file(what: &str) -> io::Error {
-    let text = format!("{what}, not a regular file or a block device");
-    io::Error::new(ErrorKind::InvalidInput, text)
 }
 
 fn stat_of(meta: &Metadata, len: u64) -> FileStat {

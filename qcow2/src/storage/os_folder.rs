@@ -151,9 +151,15 @@ fn single(name: &OsStr) -> io::Result<&OsStr> {
 /// The error for a symbolic link, where one is not followed.
 fn link_or(error: Errno) -> io::Error {
     match error {
-        Errno::LOOP => super::os::not_a_file("a symbolic link"),
+        Errno::LOOP => not_a_file("a symbolic link"),
         error => error.into(),
     }
+}
+
+/// The error for opening what is not a regular file or a block device.
+pub(super) fn not_a_file(what: &str) -> io::Error {
+    let text = format!("{what}, not a regular file or a block device");
+    io::Error::new(ErrorKind::InvalidInput, text)
 }
 
 #[cfg(test)]

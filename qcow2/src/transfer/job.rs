@@ -86,7 +86,10 @@ impl<'a> Job<'a> {
     }
 
     pub(crate) fn image(&self) -> Result<&'a Image> {
-        self.layers.get(self.base).copied().ok_or_else(|| Error::Usage("the chain has no such layer".into()))
+        self.layers
+            .get(self.base)
+            .copied()
+            .ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })
     }
 
     /// A qcow2 base as the cluster steps see it.
@@ -270,7 +273,7 @@ impl<'a> Job<'a> {
             let bytes = ops.bytes();
             std::mem::take(ops).run(self.layers, &target, run)?;
             // Also when nothing was written: what a merge that was killed has written need not be durable.
-            raw.file().sync().map_err(|e| Error::io(raw.path(), FileOp::Sync, None, e))?;
+            raw.file().sync().map_err(|e| Error::barrier(raw.path(), e))?;
             Ok(bytes)
         };
         self.for_each_window(|needs, end| {

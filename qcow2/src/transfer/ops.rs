@@ -180,7 +180,7 @@ impl Op {
 
 /// An operation that its layer cannot supply: nothing may be left out in silence.
 fn not_planned() -> Error {
-    Error::Usage("an operation does not fit its layer".into())
+    Error::Broken { invariant: "an operation fits the layer that it reads" }
 }
 
 #[cfg(test)]

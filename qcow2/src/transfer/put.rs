@@ -105,7 +105,7 @@ fn put_raw(raw: &Raw, writes: &[(GuestOffset, Vec<u8>)]) -> Result<()> {
         let at = start.get();
         raw.file().write_all_at(bytes, at).map_err(|e| Error::io(raw.path(), FileOp::Write, Some(at), e))?;
     }
-    raw.file().sync().map_err(|e| Error::io(raw.path(), FileOp::Sync, None, e))
+    raw.file().sync().map_err(|e| Error::barrier(raw.path(), e))
 }
 
 fn writable(image: &Qcow2) -> Result<()> {

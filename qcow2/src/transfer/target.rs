@@ -3,10 +3,10 @@
 use std::sync::atomic::AtomicBool;
 
 use crate::check::CheckOptions;
-use crate::error::{Error, FileOp, Result, shown};
+use crate::error::{Error, FileOp, Result};
 use crate::format::plan_feature_bits;
 use crate::image::refcounts::Refcounts;
-use crate::image::rewrite::apply;
+use crate::image::rewrite::{apply, header_error};
 use crate::image::{Image, Qcow2, Raw, grow};
 use crate::repair::{self, RepairMode};
 use crate::units::HostOffset;
@@ -14,7 +14,7 @@ use crate::units::HostOffset;
 /// Makes a raw base larger; what is new reads as zeros.
 pub(crate) fn grow_raw(raw: &mut Raw, size: u64) -> Result<()> {
     raw.file().set_len(size).map_err(|e| Error::io(raw.path(), FileOp::Grow, Some(size), e))?;
-    raw.file().sync().map_err(|e| Error::io(raw.path(), FileOp::Sync, None, e))
+    raw.file().sync().map_err(|e| Error::barrier(raw.path(), e))
 }
 
 /// Prepares a qcow2 base: autoclear bits that are not known are cleared, as the specification asks of
@@ -57,6 +57,6 @@ pub(crate) fn clear_autoclear(image: &Qcow2) -> Result<()> {
     image.read_table(HostOffset::ZERO, &mut cluster)?;
     let header = image.header();
     let switch = plan_feature_bits(&cluster, header.incompatible, header.autoclear)
-        .map_err(|e| Error::Usage(format!("{}: {e}", shown(image.path()))))?;
+        .map_err(|e| header_error(image.path(), e))?;
     apply(image, &switch)
 }

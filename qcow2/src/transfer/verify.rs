@@ -94,6 +94,8 @@ impl Job<'_> {
 /// Opens an image again on the same files, with nothing of it in the system's cache.
 pub(crate) fn reopen(image: &Image) -> Result<Image> {
     let drop_cache = |file: &dyn Storage| {
+        // What is not written yet stays in the cache. That it cannot be written is a failed barrier like any other.
+        file.sync().map_err(|e| Error::barrier(image.path(), e))?;
         file.drop_cache().map_err(|e| Error::io(image.path(), FileOp::DropCache, None, e))
     };
     drop_cache(&**image.file())?;

@@ -89,9 +89,9 @@ fn overlay(
     let file = OsHost.open(path, Access::ReadWrite).map_err(io(FileOp::Open))?;
     let mut cluster0 = Qcow2::read_cluster0(path, &*file)?;
     let bytes = cluster0.set_backing(backing.as_bytes(), format).and_then(|()| cluster0.encode());
-    let bytes = bytes.map_err(|e| Error::refused(path, Refusal::Other(e.to_string())))?;
+    let bytes = bytes.map_err(|e| Error::refused(path, Refusal::Header { why: e }))?;
     file.write_all_at(&bytes, 0).map_err(io(FileOp::Write))?;
-    file.sync().map_err(io(FileOp::Sync))
+    file.sync().map_err(|e| Error::barrier(path, e))
 }
 
 fn flatten(active: &str, output: &str, to: ImageFormat, cancel: &AtomicBool) -> Result<()> {

@@ -196,7 +196,7 @@ fn keep(tidied: &mut Tidied, images: &[Known], error: Error) {
 fn may_pass(error: &Error) -> bool {
     match error {
         Error::InUse { .. } | Error::Cancelled => true,
-        Error::Io { source, .. } => {
+        Error::Io { source, .. } | Error::Barrier { source, .. } => {
             !matches!(source.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem)
         }
         Error::Refused { reason, .. } => matches!(reason, Refusal::NotAsKnown { .. }),

@@ -77,7 +77,7 @@ impl<'a> Marker<'a> {
     /// An I/O error, a table entry that breaks the format's rules, or a range out of order.
     pub(crate) fn add(&mut self, range: GuestRange) -> Result<()> {
         if range.start < self.end {
-            return Err(Error::Usage(format!("bitmaps: range {range} comes after one up to {}", self.end)));
+            return Err(Error::Broken { invariant: "a bitmap is told of changes in their order" });
         }
         self.end = range.end();
         for marked in self.marked.iter_mut().filter(|marked| records(&marked.bitmap)) {

@@ -65,13 +65,10 @@ impl Plan {
                 let most =
                     u64::from(MAX_BITMAP_TABLE_ENTRIES).min(MAX_BITMAP_BYTES / geometry.cluster_size());
                 if moves && needed > most {
-                    let reason = format!(
-                        "its persistent bitmap '{}' cannot grow to a disk of {new_size} bytes: more than \
-                         512 MiB of bits would be needed (remove it, or make it coarser)",
-                        bitmap.display_name(),
-                    );
+                    let (name, size) = (bitmap.display_name(), new_size);
+                    let reason = Refusal::BitmapTooLarge { name: name.to_string(), size };
                     let path = image.path().to_owned();
-                    return Err(Error::Refused { path, reason: Refusal::Other(reason) });
+                    return Err(Error::Refused { path, reason });
                 }
                 Ok(Planned { bitmap, moves, table, next_live: 0, next_new: 0 })
             })

@@ -2,13 +2,12 @@
 
 use super::load;
 use super::table::Table;
-use crate::error::{Error, Refusal, Result};
-use crate::format::{
-    BitmapTableEntry, Cluster0, RewriteError, Switch, features, plan_drop_bitmaps, plan_feature_bits,
-};
+use crate::error::{Error, Result};
+use crate::format::{BitmapTableEntry, Cluster0, Switch, features, plan_drop_bitmaps, plan_feature_bits};
 use crate::image::Qcow2;
 use crate::image::edits::Batch;
 use crate::image::refcounts::Refcounts;
+use crate::image::rewrite::header_error;
 use crate::units::HostOffset;
 
 /// Removes all bitmaps, and gives back their clusters. Where the extension cannot be taken out of the
@@ -44,10 +43,7 @@ pub(crate) fn drop_all(image: &mut Qcow2, refcounts: &Refcounts) -> Result<()> {
 }
 
 fn plan(image: &Qcow2) -> Result<Switch> {
-    let failed = |e| match e {
-        RewriteError::Format(e) => Error::format(image.path(), e),
-        e => Error::Refused { path: image.path().to_owned(), reason: Refusal::Other(e.to_string()) },
-    };
+    let failed = |e| header_error(image.path(), e);
     let mut cluster = vec![0; image.geometry().cluster_size() as usize];
     image.read_table(HostOffset::ZERO, &mut cluster)?;
     let whole = plan_drop_bitmaps(&cluster).map_err(failed)?;

@@ -69,9 +69,7 @@ pub(crate) fn leftovers(
     }
     let (Some(left), Some(base)) = (&all.base, chain.layers().get(span.base)) else { return Ok(all) };
     if left.is_switching() && left.may_lack_merged() && has_emptied(host, chain, span, &all)? {
-        let what = "somebody has written to it or put it back since a merge into it was stopped, and layers above it \
-                    were emptied by then: only base as it was holds their data";
-        return Err(Error::refused(&base.path, Refusal::Other(what.into())));
+        return Err(Error::refused(&base.path, Refusal::MergedDataLost));
     }
     if left.is_foreign() && !options.restart {
         return Err(work::written_since(&base.path, left));

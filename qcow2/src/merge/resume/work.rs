@@ -332,7 +332,7 @@ impl Work {
     /// # Errors
     /// The system's.
     pub(crate) fn replay(&self, image: &Image, from: Option<GuestOffset>) -> Result<()> {
-        let io = |e| Error::io(image.path(), FileOp::Sync, None, e);
+        let io = |e| Error::barrier(image.path(), e);
         for file in [self.data.as_ref(), Some(&self.file)].into_iter().flatten() {
             file.sync().map_err(io)?;
         }
@@ -410,8 +410,9 @@ fn replace(image: &mut Image, file: Arc<dyn Storage>, data: Option<Arc<dyn Stora
 /// # Errors
 /// The system's.
 pub(crate) fn describe(host: &dyn Host, chain: &Chain, span: Span, at: usize) -> Result<Header> {
-    let layer =
-        |at: usize| chain.layers().get(at).ok_or_else(|| Error::Usage("the chain has no such layer".into()));
+    let layer = |at: usize| {
+        chain.layers().get(at).ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })
+    };
     let written = layer(at)?;
     let guard = match &written.image {
         Image::Qcow2(image) if image.header().version >= 3 => {

@@ -93,7 +93,7 @@ pub(crate) fn mark(image: &Known, file: Arc<dyn Storage>, base: &Path) -> Result
     }
     for write in &switch.writes {
         file.write_all_at(&write.bytes, write.offset).map_err(io(FileOp::Write, write.offset))?;
-        file.sync().map_err(|e| Error::io(&image.path, FileOp::Sync, None, e))?;
+        file.sync().map_err(|e| Error::barrier(&image.path, e))?;
     }
     Ok(true)
 }
@@ -104,5 +104,5 @@ pub(crate) fn mark(image: &Known, file: Arc<dyn Storage>, base: &Path) -> Result
 /// The system's.
 pub(crate) fn unlink(host: &dyn Host, place: &Place) -> Result<()> {
     place.unlink(host).map_err(|e| Error::io(&place.path(), FileOp::Remove, None, e))?;
-    place.sync(host).map_err(|e| Error::io(place.folder().path(), FileOp::Sync, None, e))
+    place.sync(host).map_err(|e| Error::barrier(place.folder().path(), e))
 }

@@ -42,12 +42,11 @@ pub(crate) fn plan(
 }
 
 fn layer(chain: &Chain, at: usize) -> Result<&Layer> {
-    chain.layers().get(at).ok_or_else(|| Error::Usage("the chain has no such layer".into()))
+    chain.layers().get(at).ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })
 }
 
 fn qcow2(layer: &Layer) -> Result<&Qcow2> {
-    let not =
-        || Error::refused(&layer.path, Refusal::Other("it is raw, and has no backing name to change".into()));
+    let not = || Error::refused(&layer.path, Refusal::Raw);
     layer.image.as_qcow2().ok_or_else(not)
 }
 

@@ -40,7 +40,7 @@ pub(super) fn keep(
     let durable = keeper.all(&image).and_then(|()| {
         // Who may read the image may read what it was.
         out.take_rights(&[file]);
-        place.sync(host).map_err(|e| Error::io(place.folder().path(), FileOp::Sync, None, e))
+        place.sync(host).map_err(|e| Error::barrier(place.folder().path(), e))
     });
     match durable {
         Ok(()) => Ok(keeper.out),

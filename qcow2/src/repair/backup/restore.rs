@@ -192,6 +192,6 @@ impl Work<'_> {
     }
 
     fn barrier(&self) -> Result<()> {
-        self.file.sync().map_err(|e| Error::io(self.path, FileOp::Sync, None, e))
+        self.file.sync().map_err(|e| Error::barrier(self.path, e))
     }
 }

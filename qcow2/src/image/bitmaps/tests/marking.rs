@@ -121,7 +121,7 @@ fn ranges_out_of_order_are_refused() {
     fixture.bitmap("b", "512");
     let mut image = fixture.open();
     let ranges = [range(MIB, 2 * MIB), range(0, 512)];
-    assert_eq!(merge(&mut image, &ranges, 8 * MIB).unwrap_err().kind(), ErrorKind::Usage);
+    assert_eq!(merge(&mut image, &ranges, 8 * MIB).unwrap_err().kind(), ErrorKind::Broken);
 }
 
 #[test]
