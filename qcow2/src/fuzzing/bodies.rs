@@ -69,7 +69,3 @@ fn without_places(cluster: &Cluster0) -> (Header, Vec<Extension>, Option<Vec<u8>
     let extensions = cluster.extensions.iter().map(|e| Extension { offset: 0, ..e.clone() }).collect();
     (header, extensions, cluster.backing_name.clone())
 }
-
-/// The windows of guest range that are mapped, and the bytes that are read, at most: what lies behind
-/// them is more of the same, and an input must not take long.
-const WINDOWS: usize = 16;

@@ -10,6 +10,10 @@ use crate::units::{GuestOffset, GuestRange};
 
 const READ: usize = 1 << 20;
 
+/// The windows of guest range that are mapped, and the bytes that are read, at most: what lies behind
+/// them is more of the same, and an input must not take long.
+const WINDOWS: usize = 16;
+
 /// A whole image: opened, mapped, read, checked. The extents must tile the disk, lie inside the file, and
 /// say the same when a part is asked for; what cannot be mapped, the check must have found; nothing may
 /// be written.

@@ -69,6 +69,6 @@ impl Commit {
     }
 
     pub(super) fn layer(&self, at: usize) -> Result<&Layer> {
-        self.chain.layers().get(at).ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })
+        self.chain.layers().get(at).ok_or(Error::Broken { invariant: "a merge has all its layers" })
     }
 }

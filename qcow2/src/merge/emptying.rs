@@ -185,7 +185,7 @@ impl Commit {
     }
 
     fn image_mut(&mut self, at: usize) -> Result<&mut Image> {
-        self.chain.image_mut(at).ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })
+        self.chain.image_mut(at).ok_or(Error::Broken { invariant: "a merge has all its layers" })
     }
 
     /// Empties the layer at `at`, which gets base as its backing file if `name` is given. Gives the work, which is still

@@ -115,14 +115,11 @@ impl Commit {
         let host = Arc::clone(&self.host);
         let (left, work) = (self.left.base.take(), self.left.base_work.take());
         let (resumed, leaks) = (self.plan.resumed.is_some(), self.leaks);
-        let header =
-            self.header.take().ok_or_else(|| Error::Broken { invariant: "what is merged has a plan" })?;
+        let header = self.header.take().ok_or(Error::Broken { invariant: "what is merged has a plan" })?;
         let dir = self.options.journal_dir.clone();
         let (base, from) = (self.base, self.from);
-        let image = self
-            .chain
-            .image_mut(base)
-            .ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })?;
+        let image =
+            self.chain.image_mut(base).ok_or(Error::Broken { invariant: "a merge has all its layers" })?;
         let work = match work {
             Some(work) => {
                 match resumed {

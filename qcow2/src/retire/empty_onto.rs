@@ -250,8 +250,7 @@ fn look_at_base(
     if chain.files().contains(&overlay_id) {
         return Err(Error::refused(overlay.path(), Refusal::Loop { file: base.to_owned() }));
     }
-    let layer =
-        chain.layers().last().ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })?;
+    let layer = chain.layers().last().ok_or(Error::Broken { invariant: "a merge has all its layers" })?;
     let found = ImageFormat::detect(base, &**layer.image.file())?;
     if !format.agrees_with(found) {
         let name = shown(base);

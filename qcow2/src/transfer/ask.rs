@@ -25,8 +25,7 @@ pub(crate) fn down<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
     let (base, top) = (size(span.base), size(span.top));
     // Behind the end of a short top the layer above it read zeros; it must not see base's old data.
     let seen_above = if span.top < span.active { seen_through(images, span.top + 1)? } else { 0 };
-    let image =
-        images.get(span.base).ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })?;
+    let image = images.get(span.base).ok_or(Error::Broken { invariant: "a merge has all its layers" })?;
     let question = Question {
         view: View::new(images, span.base + 1, span.top),
         base: image,

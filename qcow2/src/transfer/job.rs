@@ -86,10 +86,7 @@ impl<'a> Job<'a> {
     }
 
     pub(crate) fn image(&self) -> Result<&'a Image> {
-        self.layers
-            .get(self.base)
-            .copied()
-            .ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })
+        self.layers.get(self.base).copied().ok_or(Error::Broken { invariant: "a merge has all its layers" })
     }
 
     /// A qcow2 base as the cluster steps see it.

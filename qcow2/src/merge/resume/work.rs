@@ -410,9 +410,8 @@ fn replace(image: &mut Image, file: Arc<dyn Storage>, data: Option<Arc<dyn Stora
 /// # Errors
 /// The system's.
 pub(crate) fn describe(host: &dyn Host, chain: &Chain, span: Span, at: usize) -> Result<Header> {
-    let layer = |at: usize| {
-        chain.layers().get(at).ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })
-    };
+    let layer =
+        |at: usize| chain.layers().get(at).ok_or(Error::Broken { invariant: "a merge has all its layers" });
     let written = layer(at)?;
     let guard = match &written.image {
         Image::Qcow2(image) if image.header().version >= 3 => {

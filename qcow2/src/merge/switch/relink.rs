@@ -42,7 +42,7 @@ pub(crate) fn plan(
 }
 
 fn layer(chain: &Chain, at: usize) -> Result<&Layer> {
-    chain.layers().get(at).ok_or_else(|| Error::Broken { invariant: "a merge has all its layers" })
+    chain.layers().get(at).ok_or(Error::Broken { invariant: "a merge has all its layers" })
 }
 
 fn qcow2(layer: &Layer) -> Result<&Qcow2> {
