@@ -162,9 +162,9 @@ impl Disk<'_> {
     }
 
     /// Cuts the power now.
-    fn visit<'p>(&mut self, pending: &[Pending<'p>], reached: usize, f: &mut impl FnMut(&Cut<'_>)) {
+    fn visit<'p>(&mut self, all: &[Pending<'p>], reached: usize, f: &mut impl FnMut(&Cut<'_>)) {
         self.digests.learn(&self.durable);
-        let pending = self.effective(pending);
+        let pending = self.effective(all);
         let (exhaustive, sets) = self.sets(&pending);
         for kept in sets {
             let lengths: &[Length] = match self.dice.below(2) {
@@ -188,7 +188,7 @@ impl Disk<'_> {
             }
         }
         if self.cuts.garbage != Garbage::None {
-            self.damage(&pending, reached, f);
+            self.damage(&pending, all, reached, f);
         }
     }
 
@@ -301,18 +301,27 @@ impl Disk<'_> {
         state
     }
 
-    /// Power cuts that leave garbage where something was being written.
-    fn damage(&mut self, pending: &[Pending<'_>], reached: usize, f: &mut impl FnMut(&Cut<'_>)) {
+    /// Power cuts that leave garbage where something was being written: also in sectors that are written with what they
+    /// hold already, as `all` has them.
+    fn damage(
+        &mut self,
+        pending: &[Pending<'_>],
+        all: &[Pending<'_>],
+        reached: usize,
+        f: &mut impl FnMut(&Cut<'_>),
+    ) {
         let unit = if self.cuts.garbage == Garbage::Blocks { BLOCK } else { SECTOR };
-        let places: BTreeSet<(u64, u64)> = pending
-            .iter()
-            .filter_map(|p| p.op.sector())
-            .map(|(file, at)| (file, at * SECTOR / unit * unit))
-            .collect();
-        let places: Vec<_> = places.into_iter().collect();
-        let singles = positions(places.len(), self.cuts.damaged / 2, &mut self.dice);
-        let mut some: Vec<Vec<(u64, u64)>> =
-            singles.into_iter().filter_map(|at| Some(vec![*places.get(at)?])).collect();
+        let places = |pending: &[Pending<'_>]| -> BTreeSet<(u64, u64)> {
+            let sectors = pending.iter().filter_map(|p| p.op.sector());
+            sectors.map(|(file, at)| (file, at * SECTOR / unit * unit)).collect()
+        };
+        let (changed, written) = (places(pending), places(all));
+        let mut some: Vec<Vec<(u64, u64)>> = Vec::new();
+        for of in [changed.iter().collect::<Vec<_>>(), written.difference(&changed).collect()] {
+            let singles = positions(of.len(), self.cuts.damaged / 2, &mut self.dice);
+            some.extend(singles.into_iter().filter_map(|at| Some(vec![**of.get(at)?])));
+        }
+        let places: Vec<_> = written.into_iter().collect();
         while some.len() < self.cuts.damaged && !places.is_empty() {
             let mut two = || places.get(self.dice.below(places.len() as u64) as usize).copied();
             some.push([two(), two()].into_iter().flatten().collect());

@@ -170,6 +170,22 @@ fn garbage_lies_only_where_something_was_written() {
     }
 }
 
+/// A request that writes four sectors, one of which changes: each of them may be torn.
+#[test]
+fn sectors_that_are_written_with_what_they_hold_may_be_torn() {
+    let disk = disk(&[("/a", &[7; 4096])]);
+    let mut bytes = [7; 2048];
+    bytes[512..1024].fill(1);
+    open(&disk, "/a").write_all_at(&bytes, 1024).unwrap();
+    let cuts = Cuts { garbage: Garbage::Sectors, damaged: 8, ..ALL };
+    let found = contents(&disk, "/a", &cuts);
+    let is_torn = |sector: usize| {
+        let torn = |byte: &u8| *byte != 7 && *byte != 1;
+        found.iter().flatten().any(|bytes| bytes[sector * 512..][..512].iter().any(torn))
+    };
+    assert_eq!((0..8).map(is_torn).collect::<Vec<_>>(), [0, 0, 1, 1, 1, 1, 0, 0].map(|torn| torn == 1));
+}
+
 #[test]
 fn a_state_keeps_identities_and_the_same_seed_gives_the_same_states() {
     let disk = disk(&[("/a", &[0; 8192]), ("/b", b"b")]);
