@@ -148,6 +148,8 @@ fn refusal_kind(reason: &Refusal) -> &'static str {
         Refusal::NotAsKnown { .. } => "changed",
         Refusal::JournalPlace { .. } => "journal-place",
         Refusal::Stranger { .. } => "stranger",
+        Refusal::InTheWay { .. } => "in-the-way",
+        Refusal::MergedDataLost => "merged-data-lost",
         Refusal::DataFileOwner { .. } => "data-file-owner",
         Refusal::BackupOwner { .. } => "backup-owner",
         Refusal::JournalVersion { .. } => "journal-version",

@@ -22,6 +22,10 @@ const SLACK_NS: i128 = 1_000_000_000;
 /// last one that is known for certain is the one behind the last barrier.
 const SLACK_AFTER_RESTART_NS: i128 = 30_000_000_000;
 
+/// By how much the start of one run of the system may differ between two looks at it, in nanoseconds, without anybody
+/// having set the clock: it is told to a hundredth of a second.
+const CLOCK_JITTER_NS: i128 = 500_000_000;
+
 /// A file as it was when somebody looked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stamp {
@@ -60,8 +64,8 @@ pub struct Work {
     /// The last sign of life of the work, in nanoseconds since 1970; `None` if it ended in good order, with
     /// the file as in `known`.
     pub alive_ns: Option<i128>,
-    /// The run of the system in which the work wrote, by its number, where that is known.
-    pub boot: Option<u64>,
+    /// The run of the system in which the work wrote, where that is known.
+    pub boot: Option<Boot>,
     /// The run of the system now.
     pub now: Option<Boot>,
 }
@@ -106,7 +110,18 @@ impl Times {
 impl Work {
     /// Whether the system has started again since the work was stopped; `None` if that is not known.
     fn is_other_boot(&self) -> Option<bool> {
-        Some(self.boot? != self.now?.id)
+        Some(self.boot?.id != self.now?.id)
+    }
+
+    /// Whether somebody has set the clock back since the work was stopped: then what is written later may bear an earlier
+    /// time. In one run of the system its start seems earlier then; a later run has begun after the last sign of life.
+    pub fn clock_was_set_back(&self) -> bool {
+        let (Some(then), Some(now)) = (self.boot, self.now) else { return false };
+        let last = self.alive_ns.unwrap_or(self.known.changed_ns).max(self.known.changed_ns);
+        match then.id == now.id {
+            true => now.started_ns.saturating_add(CLOCK_JITTER_NS) < then.started_ns,
+            false => now.started_ns.saturating_add(CLOCK_JITTER_NS) < last,
+        }
     }
 
     /// The last moment at which the work may have written, in nanoseconds since 1970.
@@ -200,6 +215,9 @@ impl Stamp {
             return if is_newer { Seen::Newer } else { Seen::Unsure };
         }
         let as_known = times == known;
+        if !as_known && work.clock_was_set_back() {
+            return Seen::Unsure;
+        }
         if times.changed_ns < known.changed_ns {
             // A power cut takes times that were not written yet. Else the file system itself was put back.
             return if is_other_boot == Some(false) { Seen::Older } else { Seen::Unsure };

@@ -23,7 +23,7 @@ fn at(modified: i128, changed: i128) -> Times {
 /// A work that was killed at 110 s, had noted the file at 100 s, in the run of the system that is on.
 fn killed() -> Work {
     let now = Some(Boot { id: 1, started_ns: 10 * SECOND });
-    Work { known: at(100, 100), alive_ns: Some(110 * SECOND), boot: Some(1), now }
+    Work { known: at(100, 100), alive_ns: Some(110 * SECOND), boot: now, now }
 }
 
 /// The same, and the power failed then; the system started again at 125 s.
@@ -64,6 +64,29 @@ fn times_tell_who_has_written() {
     ] {
         assert_eq!(stamp().judge(&work, &Stamp { times: now, ..stamp() }), seen, "{what}");
     }
+}
+
+/// Somebody sets the clock back, and writes: that may look older than the work's last sign of life.
+#[test]
+fn what_is_written_when_the_clock_was_set_back_is_not_untouched() {
+    // The system has run for 100 s when it seems to have begun 8 s earlier: its clock goes 8 s behind.
+    let set_back = |work: Work| Work { now: Some(Boot { id: 1, started_ns: 2 * SECOND }), ..work };
+    let restarted = Work { now: Some(Boot { id: 2, started_ns: 104 * SECOND }), ..killed() };
+    for (what, work, now, seen) in [
+        ("between the last record and the kill", set_back(killed()), at(105, 105), Seen::Unsure),
+        ("before the last record", set_back(killed()), at(98, 98), Seen::Unsure),
+        ("stopped in order", set_back(stopped()), at(98, 98), Seen::Unsure),
+        ("nothing was written", set_back(killed()), at(100, 100), Seen::Untouched),
+        ("a run that began before the last one ended", restarted, at(106, 106), Seen::Unsure),
+        ("within what two looks may differ", jitter(killed()), at(105, 105), Seen::Untouched),
+    ] {
+        assert_eq!(stamp().judge(&work, &Stamp { times: now, ..stamp() }), seen, "{what}");
+    }
+    assert!(set_back(killed()).clock_was_set_back() && !killed().clock_was_set_back());
+}
+
+fn jitter(work: Work) -> Work {
+    Work { now: Some(Boot { id: 1, started_ns: 10 * SECOND - SECOND / 100 }), ..work }
 }
 
 #[test]

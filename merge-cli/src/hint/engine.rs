@@ -254,6 +254,19 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
         )))
         .or(Hint::command(HintKind::Again, "then", call.again()))
         .or(Hint::advice("or keep the journal in a folder of your own, with --journal-dir")),
+        Refusal::InTheWay { file, .. } => {
+            let away = files::free_name_behind(file).map(|free| Command::of("mv").word("-T").file(file).file(free));
+            let away = away.map(|command| Hint::command(HintKind::Advice, "if nothing needs it there, move it away", command));
+            Hints::from(away.unwrap_or_else(|| Hint::advice("move it away")))
+                .or(Hint::command(HintKind::Again, "then", call.again()))
+                .or(Hint::advice("or keep the journal elsewhere, with --journal-dir"))
+        }
+        Refusal::MergedDataLost => Hint::advice(format!(
+            "put {} back as it was when the merge was stopped, and type the same command again; without that file, restore the \
+             whole chain from a backup, and remove the journals beside it",
+            shown(path)
+        ))
+        .into(),
         Refusal::DataFileOwner { file } => {
             let folders = [files::folder(path), files::folder(file)];
             let [image, data] = folders.each_ref().map(|folder| folder.as_os_str());

@@ -43,6 +43,16 @@ pub(crate) fn free_name(image: &Path) -> Option<PathBuf> {
     })
 }
 
+/// A name for `file` when it is moved away: its own with a number behind it, which nothing has.
+pub(super) fn free_name_behind(file: &Path) -> Option<PathBuf> {
+    (1..100).find_map(|n| {
+        let mut name = file.file_name()?.to_owned();
+        name.push(format!(".{n}"));
+        let path = file.with_file_name(name);
+        fs::symlink_metadata(&path).is_err().then_some(path)
+    })
+}
+
 /// Whether a file is marked so that even root cannot change it.
 pub(super) fn is_immutable(path: &Path) -> bool {
     let flags = File::open(path).ok().and_then(|file| ioctl_getflags(&file).ok());

@@ -159,6 +159,17 @@ pub enum Refusal {
         /// The number of the user to whom it belongs.
         user: u32,
     },
+    /// Where a file about the image is to be made there is something that is no file.
+    #[error(
+        "{} is in the way of the journal: it is {what}, which no version of qmerge makes, and it was not touched",
+        shown(file)
+    )]
+    InTheWay {
+        /// Its name.
+        file: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
     /// An image names a data file that its owner may not write.
     #[error(
         "it names {} as its data file, which its owner may not write: whoever wrote the image may have named any file",

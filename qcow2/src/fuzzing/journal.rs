@@ -13,13 +13,13 @@ use crate::journal::record::{BLOCK, Guard, Header, Phase, Purpose, Record};
 use crate::merge::abort;
 use crate::merge::{CommitOptions, pending};
 use crate::stamp::{Stamp, Times};
-use crate::storage::MemHost;
 use crate::storage::sim::{Fault, FaultKind, State};
+use crate::storage::{Boot, MemHost};
 
 /// The bytes of an input that say what becomes of the journals; the chain is made from the others.
 const HEAD: usize = 32;
 /// What a record begins with.
-const RECORD: &[u8; 8] = b"qmgJR002";
+const RECORD: &[u8; 8] = b"qmgJR003";
 
 /// The files of a disk by name.
 type Files = BTreeMap<PathBuf, Vec<u8>>;
@@ -105,7 +105,7 @@ fn value(input: &mut Input<'_>, old: u64) -> u64 {
 /// Changes what the header says, with a right checksum.
 fn change_header(bytes: &mut [u8], input: &mut Input<'_>) {
     let Some(mut header) = Header::parse(bytes) else { return };
-    match input.below(12) {
+    match input.below(14) {
         0 => header.nonce = value(input, header.nonce),
         1 => header.purpose = [Purpose::Merge, Purpose::Empty][input.below(2) as usize],
         2 => header.purpose = Purpose::Header { atomic: input.one_in(2) },
@@ -119,6 +119,8 @@ fn change_header(bytes: &mut [u8], input: &mut Input<'_>) {
         7 => header.total = value(input, header.total),
         8 => header.layers.clear(),
         9 => header.layers.iter_mut().for_each(|layer| change_stamp(layer, input)),
+        10 => header.has_emptied = !header.has_emptied,
+        11 => header.samples.iter_mut().for_each(|sample| sample.offset = value(input, sample.offset)),
         _ => header.targets.iter_mut().for_each(|target| change_stamp(target, input)),
     }
     put(bytes, 0, header.encode());
@@ -164,7 +166,10 @@ fn change_records(bytes: &mut [u8], input: &mut Input<'_>) {
             3 => record.done = value(input, record.done),
             4 => match input.below(3) {
                 0 => record.stopped = !record.stopped,
-                1 => record.boot = record.boot.is_none().then(|| value(input, 0)),
+                1 => {
+                    let boot = || Boot { id: value(input, 0), started_ns: 0 };
+                    record.boot = record.boot.is_none().then(boot);
+                }
                 _ => record.known.iter_mut().for_each(|known| *known = times(*known, input)),
             },
             5 => record.target = input.byte(),

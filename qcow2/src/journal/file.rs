@@ -15,7 +15,7 @@ use super::record::{
 };
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::stamp::Times;
-use crate::storage::{Access, FileKind, Host, LockError, LockMode, Owner, Place, Storage};
+use crate::storage::{Access, Boot, FileKind, Host, LockError, LockMode, Owner, Place, Storage};
 
 /// What is behind the name of a journal that is not whole yet.
 pub(super) const NEW: &str = ".new";
@@ -38,7 +38,7 @@ pub(crate) struct Journal {
     /// The files that are written under it, and how they were when somebody last looked.
     watched: Mutex<Watched>,
     /// This run of the system.
-    boot: Option<u64>,
+    boot: Option<Boot>,
     opened: Instant,
     /// When the last sign of life was, in milliseconds since `opened`.
     beaten: AtomicU64,
@@ -59,13 +59,15 @@ pub(crate) struct State {
     pub(crate) phase: Phase,
     pub(crate) watermark: u64,
     pub(crate) done: u64,
+    /// Whether a torn header was made whole since the work went on, of a file that may be another one.
+    is_doubtful: bool,
     sequence: u64,
 }
 
 impl State {
     fn of(last: &Record) -> Self {
-        let Record { phase, watermark, done, sequence, .. } = *last;
-        Self { phase, watermark, done, sequence }
+        let Record { phase, watermark, done, is_doubtful, sequence, .. } = *last;
+        Self { phase, watermark, done, is_doubtful, sequence }
     }
 }
 
@@ -206,7 +208,7 @@ impl Journal {
         header: Header,
         header_len: usize,
     ) -> Self {
-        let state = State { phase: Phase::Arming, watermark: 0, done: 0, sequence: 0 };
+        let state = State { phase: Phase::Arming, watermark: 0, done: 0, is_doubtful: false, sequence: 0 };
         Self {
             path: place.path(),
             place: place.clone(),
@@ -216,7 +218,7 @@ impl Journal {
             state: Mutex::new(state),
             spent: Mutex::default(),
             watched: Mutex::default(),
-            boot: host.boot().map(|boot| boot.id),
+            boot: host.boot(),
             opened: Instant::now(),
             beaten: AtomicU64::new(0),
             failed: AtomicBool::new(false),
@@ -334,22 +336,25 @@ impl Journal {
     pub(crate) fn note(&self, phase: Phase, watermark: u64, done: u64) -> Result<()> {
         let mut state = self.turn();
         (state.phase, state.watermark, state.done) = (phase, watermark, done);
+        // What was doubtful was proved, or does not count.
+        state.is_doubtful = false;
         let noted = self.look().and_then(|()| self.append(&mut state, 0, 0, false, Vec::new()));
         noted.map_err(|e| Error::io(&self.path, FileOp::Write, None, e))
     }
 
     /// Notes, durably, that the blocks of the last record were written to the first target again, which is otherwise as
-    /// the work has left it.
+    /// the work has left it; unless `is_doubtful`: then it may be another file, and its times prove nothing from now on.
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn note_healed(&self, target: &dyn Storage, last: &Record) -> Result<()> {
+    pub(super) fn note_healed(&self, target: &dyn Storage, last: &Record, is_doubtful: bool) -> Result<()> {
         let failed = |op| move |e| Error::io(&self.path, op, None, e);
         let times = Times::of(&target.stat().map_err(failed(FileOp::Stat))?);
         if let Some(known) = self.watched().known.first_mut() {
             *known = times;
         }
         let mut state = self.turn();
+        state.is_doubtful |= is_doubtful;
         self.append(&mut state, last.target, last.len, last.stopped, last.blocks.clone())
             .map_err(failed(FileOp::Write))
     }
@@ -381,6 +386,7 @@ impl Journal {
             done: state.done,
             stopped,
             known: self.watched().known.clone(),
+            is_doubtful: state.is_doubtful,
             boot: self.boot,
             spent: self.spent(),
             target,

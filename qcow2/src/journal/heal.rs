@@ -16,7 +16,8 @@ use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::is_qcow2;
 use crate::stamp::{Seen, Stamp};
 use crate::storage::{
-    Access, Host, LockError, LockMode, Place, Storage, if_there, leads_nowhere, may_be_unlocked,
+    Access, FileKind, FileStat, Host, LockError, LockMode, Place, Storage, if_there, leads_nowhere,
+    may_be_unlocked,
 };
 
 /// An edit of the header of an image, whose file is held under lock.
@@ -67,7 +68,7 @@ pub(super) fn record(host: &dyn Host, edit: &Edit<'_>, dir: Option<&Path>) -> Re
         purpose: Purpose::Header { atomic: edit.atomic },
         max_blocks: blocks.len().clamp(1, MAX_BLOCKS) as u32,
         guard: Guard::Stamp,
-        boot: host.boot().map(|boot| boot.id),
+        boot: host.boot(),
         targets: vec![now],
         layers: Vec::new(),
         base: PathBuf::new(),
@@ -78,6 +79,8 @@ pub(super) fn record(host: &dyn Host, edit: &Edit<'_>, dir: Option<&Path>) -> Re
         zero_until: 0,
         total: 0,
         restore_points_lost: Vec::new(),
+        has_emptied: false,
+        samples: Vec::new(),
     };
     Journal::create_with(host, &place, header, blocks, len)
 }
@@ -131,9 +134,9 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: b
     for record in places(host, &image, dir, SWITCH)? {
         let stat =
             if_there(record.stat(host)).map_err(|e| Error::io(&record.path(), FileOp::Stat, None, e))?;
-        if stat.is_some_and(|stat| stat.owner.may_speak_for(&owner, host.user()))
-            && Journal::open(host, &record, Access::Read)?.is_none()
-        {
+        let may =
+            |stat: FileStat| stat.kind == FileKind::Regular && stat.owner.may_speak_for(&owner, host.user());
+        if stat.is_some_and(may) && Journal::open(host, &record, Access::Read)?.is_none() {
             let _held = hold()?;
             remove(host, &record)?;
         }
@@ -160,7 +163,11 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: b
         if matches!(was, Seen::Untouched | Seen::Moved | Seen::Unsure)
             && let Some((journal, Some(last))) = Journal::open(host, journal.place(), Access::ReadWrite)?
         {
-            journal.note_healed(&*file, &last)?;
+            // Whether it was as the work left it, its times cannot tell any more.
+            let known = last.known.first().is_some_and(|known| {
+                (known.len, known.modified_ns) == (found.now.times.len, found.now.times.modified_ns)
+            });
+            journal.note_healed(&*file, &last, was == Seen::Unsure || !known)?;
         }
     }
     Ok(())
@@ -237,7 +244,11 @@ fn sweep_one(host: &dyn Host, record: &Place, may_be_elsewhere: bool, no_locks: 
     let failed = |e| Error::io(&record.path(), FileOp::Stat, None, e);
     let owner = match record.stat(host) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        stat => stat.map_err(failed)?.owner,
+        stat => match stat.map_err(failed)? {
+            stat if stat.kind == FileKind::Regular => stat.owner,
+            // A record is a file: this is not ours.
+            _ => return Ok(()),
+        },
     };
     let Some(image) = image_of(host, record, may_be_elsewhere)? else { return Ok(()) };
     let path = image.path();

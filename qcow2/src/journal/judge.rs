@@ -73,13 +73,20 @@ pub(crate) fn judge(
     let is_not_newer = |(at, stamp): (usize, &Stamp)| {
         !stamp.is_device && known(at).is_some_and(|known| stamp.times.modified_ns <= known.modified_ns)
     };
-    let may_be_newer = !now.stamps.iter().enumerate().all(is_not_newer);
+    let is_doubtful = last.is_some_and(|last| last.is_doubtful);
+    let all_as_known = |at: usize, stamp: &Stamp| known(at).is_some_and(|known| *known == stamp.times);
+    let mut may_be_newer = is_doubtful || !now.stamps.iter().enumerate().all(is_not_newer);
+    for (at, stamp) in now.stamps.iter().enumerate() {
+        // What is written when the clock was set back looks older than it is.
+        may_be_newer |= !all_as_known(at, stamp)
+            && work(journal, last, at, boot)?.is_some_and(|work| work.clock_was_set_back());
+    }
     let has_known_times = |(at, stamp): (usize, &Stamp)| {
         let same =
             |known: &Times| (known.len, known.modified_ns) == (stamp.times.len, stamp.times.modified_ns);
         !stamp.is_device && known(at).is_some_and(same)
     };
-    let is_as_known = now.stamps.iter().enumerate().all(has_known_times);
+    let is_as_known = !is_doubtful && now.stamps.iter().enumerate().all(has_known_times);
     let as_judged = |verdict, replays, is_torn| Judgement {
         verdict,
         replays,
@@ -137,7 +144,7 @@ pub(crate) fn judge(
 
 /// Whether the system has not started again since a record was written.
 fn is_same(last: &Record, boot: Option<Boot>) -> bool {
-    last.boot.zip(boot).is_some_and(|(then, now)| then == now.id)
+    last.boot.zip(boot).is_some_and(|(then, now)| then.id == now.id)
 }
 
 /// What has become of one of the targets of a journal, which is as `now` says.
@@ -152,13 +159,20 @@ pub(super) fn seen(
     boot: Option<Boot>,
 ) -> Result<Seen> {
     let Some(then) = journal.header().targets.get(at) else { return Ok(Seen::Other) };
+    let work = work(journal, last, at, boot)?;
+    Ok(work.map_or(Seen::Other, |work| then.judge(&work, now)))
+}
+
+/// What a journal knows of the work on one of its targets; `None` if it has no such target.
+fn work(journal: &Journal, last: Option<&Record>, at: usize, boot: Option<Boot>) -> Result<Option<Work>> {
+    let Some(then) = journal.header().targets.get(at) else { return Ok(None) };
     let alive_ns = match last {
         Some(last) if last.stopped => None,
         _ => Some(journal.modified_ns()?),
     };
     let known = last.and_then(|last| last.known.get(at)).copied().unwrap_or(then.times);
     let run = last.map_or(journal.header().boot, |last| last.boot);
-    Ok(then.judge(&Work { known, alive_ns, boot: run, now: boot }, now))
+    Ok(Some(Work { known, alive_ns, boot: run, now: boot }))
 }
 
 /// What has become of the targets of a journal: of all, what is most against going on.

@@ -22,7 +22,7 @@ impl Case {
         host.add("/i", &[0; BLOCK as usize]).unwrap();
         let file = host.open(Path::new("/i"), Access::ReadWrite).unwrap();
         let targets = vec![Stamp::of(&host, Path::new("/i"), &*file).unwrap()];
-        let boot = host.boot().map(|boot| boot.id);
+        let boot = host.boot();
         let header = Header { guard, targets, boot, ..header() };
         let journal = Journal::create(&host, &at(&host, "/j"), header).unwrap();
         Self { host, journal, file }
@@ -41,7 +41,8 @@ impl Case {
             done: 0,
             stopped: false,
             known: vec![now.times],
-            boot: self.host.boot().map(|boot| boot.id),
+            is_doubtful: false,
+            boot: self.host.boot(),
             spent: None,
             target: 0,
             len: BLOCK,
@@ -149,6 +150,33 @@ fn what_is_not_certain_is_unsure() {
     assert_eq!(case.verdict(&record, true), Verdict::Foreign);
 }
 
+/// What was written to make a torn header whole is noted, and yet it is not known whether the rest is as it was left.
+#[test]
+fn an_image_that_was_made_whole_is_as_certain_as_it_was_before() {
+    for (guard, dirty) in [(DIRTY_BIT, true), (Guard::Stamp, false)] {
+        let case = Case::new(guard);
+        let mut record = case.record(Phase::Moving);
+        let judged = case.judge(Some(&record), dirty);
+        assert!(judged.is_as_known && !judged.may_be_newer, "{guard:?}");
+        record.is_doubtful = true;
+        let judged = case.judge(Some(&record), dirty);
+        assert_eq!((judged.verdict, judged.is_as_known), (Verdict::Pending, false), "{guard:?}");
+        assert!(judged.may_be_newer, "a proof that fails is no reason to write over it");
+    }
+}
+
+#[test]
+fn a_clock_that_was_set_back_makes_nothing_older() {
+    let case = Case::new(Guard::Stamp);
+    let mut record = case.record(Phase::Moving);
+    let now = case.host.boot().unwrap();
+    record.boot = Some(Boot { started_ns: now.started_ns + (1 << 40), ..now });
+    assert_eq!(case.verdict(&record, false), Verdict::Pending, "nobody has written");
+    record.known[0] = Times { modified_ns: 1 << 50, changed_ns: 1 << 50, ..record.known[0] };
+    let judged = case.judge(Some(&record), false);
+    assert_eq!((judged.verdict, judged.may_be_newer), (Verdict::Unsure, true));
+}
+
 #[test]
 fn another_file_of_the_name_is_known_for_it() {
     let case = Case::new(DIRTY_BIT);
@@ -172,7 +200,7 @@ fn a_merge_that_had_not_begun_is_no_reason_to_write_over_newer_bytes() {
     let host = case.host.clone();
     assert_eq!(case.judge(None, false).verdict, Verdict::Over);
     // The journal's last sign of life was long before.
-    let header = Header { boot: host.boot().map(|boot| boot.id), ..case.journal.header().clone() };
+    let header = Header { boot: host.boot(), ..case.journal.header().clone() };
     case.journal = Journal::create(&host, &at(&host, "/j"), header).unwrap();
     host.set_modified("/j", -1 << 60).unwrap();
     let late = case.journal.header().targets[0].times.changed_ns + (1 << 40);

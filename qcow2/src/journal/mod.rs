@@ -19,6 +19,7 @@ mod heal;
 mod judge;
 mod place;
 pub mod record;
+mod sample;
 mod spent;
 mod strangers;
 

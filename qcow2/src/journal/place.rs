@@ -11,7 +11,7 @@ use super::file::{Journal, NEW};
 use super::record::{Phase, Purpose, Record};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::stamp::{SameFile, Stamp};
-use crate::storage::{Access, FileKind, Folder, Host, Owner, Place, Storage, if_there};
+use crate::storage::{Access, FileKind, FileStat, Folder, Host, Owner, Place, Storage, if_there};
 
 /// How the names of journals end.
 pub const JOURNAL: &str = ".qmerge-journal";
@@ -76,7 +76,8 @@ pub(super) fn is_beside(place: &Place, image: &OsStr, ending: &str) -> bool {
 ///
 /// # Errors
 /// [`Refusal::JournalPlace`] if the image is a block device or its folder cannot be written, and `dir` was
-/// not given, or cannot be written either; [`Refusal::Stranger`] if somebody else has put a file there.
+/// not given, or cannot be written either; [`Refusal::Stranger`] if somebody else has put a file there;
+/// [`Refusal::InTheWay`] for what is no file.
 pub(crate) fn place(
     host: &dyn Host,
     path: &Path,
@@ -107,7 +108,7 @@ pub(crate) fn place(
     let mut fresh = place.name().to_owned();
     fresh.push(NEW);
     for place in [&place, &place.beside(fresh)] {
-        refuse_stranger(host, path, place, stat.owner)?;
+        refuse_what_is_in_the_way(host, path, place, stat.owner)?;
     }
     let there = if_there(place.stat(host)).map_err(|e| Error::io(&place.path(), FileOp::Stat, None, e))?;
     if dir.is_none() || there.is_none() {
@@ -148,12 +149,19 @@ impl Found {
     }
 }
 
-/// Refuses a place for a file about an image of this owner, if somebody who may not write the image has put a file there.
+/// Refuses a place for a file about an image of this owner, if somebody who may not write the image has put a file there,
+/// or if there is something that is no file.
 ///
 /// # Errors
-/// [`Refusal::Stranger`]; the system's.
-fn refuse_stranger(host: &dyn Host, path: &Path, place: &Place, image: Owner) -> Result<()> {
+/// [`Refusal::Stranger`]; [`Refusal::InTheWay`]; the system's.
+fn refuse_what_is_in_the_way(host: &dyn Host, path: &Path, place: &Place, image: Owner) -> Result<()> {
     match place.stat(host) {
+        Ok(FileStat { kind: FileKind::Other(what), .. }) => {
+            Err(Error::refused(path, Refusal::InTheWay { file: place.path(), what }))
+        }
+        Ok(FileStat { kind: FileKind::Block, .. }) => {
+            Err(Error::refused(path, Refusal::InTheWay { file: place.path(), what: "a block device" }))
+        }
         Ok(stat) if !stat.owner.may_speak_for(&image, host.user()) => {
             let reason = Refusal::Stranger { file: place.path(), user: stat.owner.user };
             Err(Error::refused(path, reason))
@@ -163,11 +171,11 @@ fn refuse_stranger(host: &dyn Host, path: &Path, place: &Place, image: Owner) ->
     }
 }
 
-/// Refuses an image about which somebody who may not write it has put a journal where ours would lie: whoever wants to
-/// give up a merge is not told that there is none.
+/// Refuses an image about which somebody who may not write it has put a journal where ours would lie, or something that is
+/// no file: whoever wants to give up a merge is not told that there is none.
 ///
 /// # Errors
-/// [`Refusal::Stranger`]; the system's.
+/// [`Refusal::Stranger`]; [`Refusal::InTheWay`]; the system's.
 pub(crate) fn refuse_strangers(
     host: &dyn Host,
     path: &Path,
@@ -177,7 +185,8 @@ pub(crate) fn refuse_strangers(
 ) -> Result<()> {
     let owner = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.owner;
     let image = Place::of_file(host, path, file)?;
-    places(host, &image, dir, ending)?.iter().try_for_each(|place| refuse_stranger(host, path, place, owner))
+    let places = places(host, &image, dir, ending)?;
+    places.iter().try_for_each(|place| refuse_what_is_in_the_way(host, path, place, owner))
 }
 
 /// The journal about the image in `file`, if there is one that is believed, in `dir` or beside it: one about this very

@@ -8,8 +8,10 @@
 use std::path::PathBuf;
 
 use super::bytes::{Reader, Writer};
+pub use super::sample::Sample;
 pub use super::spent::{Spent, SpentKind};
 use crate::stamp::{Stamp, Times};
+use crate::storage::Boot;
 
 /// What a journal keeps whole: the blocks in which disks are written, in bytes.
 pub const BLOCK: u64 = 4096;
@@ -23,9 +25,9 @@ const MAX_TARGETS: usize = 2;
 pub const MAX_BLOCKS: usize = 2048;
 
 /// The version of the format, which its magics hold.
-pub const VERSION: u32 = 2;
-const HEADER_MAGIC: &[u8; 8] = b"qmgJH002";
-const RECORD_MAGIC: &[u8; 8] = b"qmgJR002";
+pub const VERSION: u32 = 3;
+const HEADER_MAGIC: &[u8; 8] = b"qmgJH003";
+const RECORD_MAGIC: &[u8; 8] = b"qmgJR003";
 /// What the header of any version but the first begins with; three digits follow.
 const HEADER_OF_ANY: &[u8; 5] = b"qmgJH";
 /// The header of version 1.
@@ -79,8 +81,8 @@ pub struct Header {
     pub max_blocks: u32,
     /// How foreign writes are noticed.
     pub guard: Guard,
-    /// The run of the system in which the journal was made, by its number, where that is known.
-    pub boot: Option<u64>,
+    /// The run of the system in which the journal was made, where that is known.
+    pub boot: Option<Boot>,
     /// The image that is written, as it was before; then its external data file, if it has one.
     pub targets: Vec<Stamp>,
     /// The layers above it, from the one above it up to top, with their data files.
@@ -101,6 +103,11 @@ pub struct Header {
     pub total: u64,
     /// The layers that are restore points no more.
     pub restore_points_lost: Vec<PathBuf>,
+    /// Whether layers were empty already when the work began, as an earlier run of it had emptied them: what they held
+    /// is nowhere but in the image.
+    pub has_emptied: bool,
+    /// Samples of what the image holds when the work is done.
+    pub samples: Vec<Sample>,
 }
 
 /// How far the work is.
@@ -146,8 +153,11 @@ pub struct Record {
     pub stopped: bool,
     /// Length and times of each target when the work last looked, behind a barrier; nothing if it has not yet.
     pub known: Vec<Times>,
-    /// The run of the system in which the work wrote this, by its number, where that is known.
-    pub boot: Option<u64>,
+    /// Whether the files may be others than those that the work knew, although `known` says how they are now: they were
+    /// written since to make a torn header whole.
+    pub is_doubtful: bool,
+    /// The run of the system in which the work wrote this, where that is known.
+    pub boot: Option<Boot>,
     /// The files to be removed when all is done, the uppermost layer first; `None` if they are to stay, or if
     /// it is not known yet how the work leaves them.
     pub spent: Option<Vec<Spent>>,
@@ -238,8 +248,7 @@ impl Header {
             Guard::DirtyBit { lazy: true } => 2,
         });
         out.u32(self.max_blocks);
-        out.u8(self.boot.is_some().into());
-        out.u64(self.boot.unwrap_or_default());
+        out.boot(self.boot);
         for list in [&self.targets, &self.layers] {
             out.u32(u32::try_from(list.len()).ok()?);
             list.iter().for_each(|identity| identity.encode(&mut out));
@@ -253,6 +262,9 @@ impl Header {
         out.u64(self.total);
         out.u32(u32::try_from(self.restore_points_lost.len()).ok()?);
         self.restore_points_lost.iter().for_each(|path| out.path(path));
+        out.u8(self.has_emptied.into());
+        out.u32(u32::try_from(self.samples.len()).ok()?);
+        self.samples.iter().for_each(|sample| sample.encode(&mut out));
         let payload = out.into_bytes();
         (payload.len() <= MAX_HEADER).then(|| seal(HEADER_MAGIC, payload))
     }
@@ -275,7 +287,7 @@ impl Header {
             _ => return None,
         };
         let max_blocks = from.u32().filter(|&most| (1..=MAX_BLOCKS as u32).contains(&most))?;
-        let (has_boot, boot) = (from.flag()?, from.u64()?);
+        let boot = from.boot()?;
         let targets = from.list(Stamp::decode)?;
         let layers = from.list(Stamp::decode)?;
         if targets.is_empty() || targets.len() > MAX_TARGETS {
@@ -286,7 +298,7 @@ impl Header {
             purpose,
             max_blocks,
             guard,
-            boot: has_boot.then_some(boot),
+            boot,
             targets,
             layers,
             base: from.path()?,
@@ -297,6 +309,8 @@ impl Header {
             zero_until: from.u64()?,
             total: from.u64()?,
             restore_points_lost: from.list(Reader::path)?,
+            has_emptied: from.flag()?,
+            samples: from.list(Sample::decode)?,
         };
         from.is_empty().then_some(header)
     }
@@ -314,8 +328,8 @@ impl Record {
         out.u8(self.stopped.into());
         out.u32(self.known.len() as u32);
         self.known.iter().for_each(|times| times.encode(&mut out));
-        out.u8(self.boot.is_some().into());
-        out.u64(self.boot.unwrap_or_default());
+        out.u8(self.is_doubtful.into());
+        out.boot(self.boot);
         out.u8(self.spent.is_some().into());
         let spent = self.spent.as_deref().unwrap_or_default();
         out.u32(spent.len() as u32);
@@ -350,7 +364,7 @@ impl Record {
         let (watermark, done) = (from.u64()?, from.u64()?);
         let stopped = from.flag()?;
         let known = from.list(Times::decode)?;
-        let (has_boot, boot) = (from.flag()?, from.u64()?);
+        let (is_doubtful, boot) = (from.flag()?, from.boot()?);
         let has_spent = from.flag()?;
         let spent = from.list(Spent::decode)?;
         let (target, len) = (from.u8()?, from.u64()?);
@@ -367,7 +381,8 @@ impl Record {
                 done,
                 stopped,
                 known,
-                boot: has_boot.then_some(boot),
+                is_doubtful,
+                boot,
                 spent: has_spent.then_some(spent),
                 target,
                 len,
@@ -392,6 +407,8 @@ pub(super) mod tests {
     use super::*;
     use crate::storage::FileId;
 
+    const BOOT: Boot = Boot { id: 6, started_ns: -7 };
+
     pub(crate) fn stamp(name: &str) -> Stamp {
         Stamp {
             path: name.into(),
@@ -410,7 +427,7 @@ pub(super) mod tests {
             purpose: Purpose::Merge,
             max_blocks: 7,
             guard: Guard::DirtyBit { lazy: true },
-            boot: Some(6),
+            boot: Some(BOOT),
             targets: vec![stamp("/base"), stamp("/data")],
             layers: vec![stamp("/a"), stamp("/b")],
             base: "/base".into(),
@@ -421,6 +438,8 @@ pub(super) mod tests {
             zero_until: 1 << 39,
             total: 99,
             restore_points_lost: vec!["/base".into(), "/a".into()],
+            has_emptied: true,
+            samples: vec![Sample { offset: 1 << 40, len: Sample::MOST, crc: 8, was_held: true }],
         }
     }
 
@@ -443,7 +462,8 @@ pub(super) mod tests {
             done: 1 << 29,
             stopped: true,
             known: vec![Times { len: 1, modified_ns: -2, changed_ns: 3 }; 2],
-            boot: Some(6),
+            is_doubtful: true,
+            boot: Some(BOOT),
             spent: Some(spent()),
             target: 1,
             len: 1 << 20,
@@ -499,6 +519,15 @@ pub(super) mod tests {
             Record { len: u64::MAX, ..record() },
         ] {
             assert_eq!(Record::parse(&endless.encode(), 42), None, "a number that cannot be counted on from");
+        }
+        for (offset, len) in [(0, Sample::MOST + 1), (u64::MAX, 1)] {
+            let sample = Sample { offset, len, crc: 0, was_held: false };
+            let endless = Header { samples: vec![sample], ..header() };
+            assert_eq!(
+                Header::parse(&endless.encode().unwrap()),
+                None,
+                "a sample of {len} bytes at {offset:#x}"
+            );
         }
         let none = Header { targets: Vec::new(), ..header() };
         assert_eq!(Header::parse(&none.encode().unwrap()), None);

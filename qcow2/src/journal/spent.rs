@@ -2,7 +2,7 @@
 
 use super::bytes::{Reader, Writer};
 use crate::stamp::{Stamp, Times};
-use crate::storage::FileId;
+use crate::storage::{Boot, FileId};
 
 /// A file that nobody needs when the work is done, and that is removed then.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +53,22 @@ impl Stamp {
             times: Times::decode(from)?,
             head_crc: from.u32()?,
         })
+    }
+}
+
+impl Writer {
+    pub(super) fn boot(&mut self, boot: Option<Boot>) {
+        self.u8(boot.is_some().into());
+        self.u64(boot.map_or(0, |boot| boot.id));
+        self.i128(boot.map_or(0, |boot| boot.started_ns));
+    }
+}
+
+impl Reader<'_> {
+    pub(super) fn boot(&mut self) -> Option<Option<Boot>> {
+        let is_known = self.flag()?;
+        let boot = Boot { id: self.u64()?, started_ns: self.i128()? };
+        Some(is_known.then_some(boot))
     }
 }
 

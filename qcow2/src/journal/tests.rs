@@ -428,6 +428,59 @@ fn what_a_stranger_says_is_left_alone() {
     assert_eq!(host.content(path).unwrap()[24..30], *b"theirs");
 }
 
+/// A version 3 base whose header was torn, and that somebody may have touched since.
+#[test]
+fn a_header_that_is_made_whole_proves_nothing_of_the_rest() {
+    let host = MemHost::new();
+    let path = Path::new("/i");
+    crate::image::create(&host, path, &crate::image::CreateOptions::new(1 << 20)).unwrap();
+    let file = host.open(path, Access::ReadWrite).unwrap();
+    let targets = vec![crate::stamp::Stamp::of(&host, path, &*file).unwrap()];
+    let place = super::place(&host, path, &*file, None, super::JOURNAL).unwrap();
+    let made = super::record::Header { targets, ..header() };
+    let journal = Arc::new(Journal::create(&host, &place, made).unwrap());
+    journal.watch(vec![file.clone()]);
+    journal.note(Phase::Moving, 0, 0).unwrap();
+    let image = Journaled::new(file.clone(), journal.clone(), 0);
+    image.write_live(&[9], 300).unwrap();
+    image.sync().unwrap();
+    drop((image, journal));
+    file.write_all_at(&[0xa5; 4], 0).unwrap();
+    drop(file);
+    let last = || Journal::open(&host, &place, Access::ReadWrite).unwrap().unwrap();
+    assert!(!last().1.unwrap().is_doubtful);
+    heal(&host, path, None).unwrap();
+    assert_eq!(host.content(path).unwrap()[..4], *b"QFI\xfb");
+    let (journal, record) = last();
+    assert!(record.unwrap().is_doubtful);
+    // What is proved, or begun anew, is certain again.
+    journal.note(Phase::Moving, 0, 0).unwrap();
+    assert!(!last().1.unwrap().is_doubtful);
+}
+
+/// Something that no version of this program has put there is named, and never removed.
+#[test]
+fn what_is_no_file_is_in_the_way() {
+    for ending in [super::JOURNAL, super::SWITCH] {
+        for new in ["", ".new"] {
+            let host = MemHost::new();
+            let path = Path::new("/vm/i");
+            crate::image::create(&host, path, &crate::image::CreateOptions::new(1 << 20)).unwrap();
+            let folder = format!("/vm/.i{ending}{new}");
+            host.add(Path::new(&folder).join("theirs"), b"x").unwrap();
+            let file = host.open(path, Access::ReadWrite).unwrap();
+            heal(&host, path, None).unwrap();
+            super::sweep(&host, &[PathBuf::from("/vm")], None).unwrap();
+            let refused = super::place(&host, path, &*file, None, ending).unwrap_err();
+            assert!(
+                matches!(&refused, Error::Refused { reason: Refusal::InTheWay { file, what: "a directory" }, .. } if *file == Path::new(&folder)),
+                "{refused}"
+            );
+            assert!(host.content(Path::new(&folder).join("theirs")).is_ok());
+        }
+    }
+}
+
 #[test]
 fn a_torn_header_is_not_touched_while_somebody_holds_the_image() {
     let host = MemHost::new();

@@ -22,7 +22,8 @@ use std::time::Instant;
 
 use super::commit::Commit;
 use super::plan::Afterwards;
-use super::resume::work::{Work, end_left};
+use super::resume::samples;
+use super::resume::work::{Left, Work, end_left};
 use super::switch::relink;
 use crate::error::{Error, FileOp, Result};
 use crate::image::Image;
@@ -115,7 +116,17 @@ impl Commit {
         let host = Arc::clone(&self.host);
         let (left, work) = (self.left.base.take(), self.left.base_work.take());
         let (resumed, leaks) = (self.plan.resumed.is_some(), self.leaks);
-        let header = self.header.take().ok_or(Error::Broken { invariant: "what is merged has a plan" })?;
+        let mut header =
+            self.header.take().ok_or(Error::Broken { invariant: "what is merged has a plan" })?;
+        let has_emptied = self.left.has_emptied;
+        if !resumed {
+            let images = self.chain.images();
+            let mut job = down(&images, self.span())?;
+            job.limit_to(self.plan.base_size_after);
+            let before = left.as_ref().filter(|_| has_emptied).map_or(&[][..], Left::samples);
+            header.samples = samples::take(&job, self.top, before)?;
+            header.has_emptied = has_emptied;
+        }
         let dir = self.options.journal_dir.clone();
         let (base, from) = (self.base, self.from);
         let image =
@@ -124,6 +135,7 @@ impl Commit {
             Some(work) => {
                 match resumed {
                     true => work.replay(image, Some(from))?,
+                    false if has_emptied => work.replay_emptied(image)?,
                     false => work.replay(image, None)?,
                 }
                 if resumed {

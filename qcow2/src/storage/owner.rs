@@ -16,6 +16,8 @@ const ROOT: u32 = 0;
 /// The permission of the group, and of everybody, to write.
 const BY_GROUP: u32 = 0o020;
 const BY_ALL: u32 = 0o002;
+/// In such a folder a file is removed only by its own owner or the folder's.
+const STICKY: u32 = 0o1000;
 
 impl Owner {
     /// Whether a file of this owner may say what is to be written to a file of `target`, or that it is to be
@@ -28,6 +30,20 @@ impl Owner {
         let group_may = target.mode & BY_GROUP != 0 && target.group == self.group;
         let is_theirs = [ROOT, caller, target.user].contains(&self.user);
         let others_may_not = self.mode & BY_ALL == 0 && (group_may || self.mode & BY_GROUP == 0);
+        all_may || (is_theirs && others_may_not)
+    }
+
+    /// Whether a file of this owner may say that a file of `target` in `folder` is to be removed: whoever could have
+    /// written this file could have removed that one, by the rules of unlink(2). To remove a file takes no right to the file,
+    /// but one to its folder. `caller` is the user who runs the program.
+    ///
+    /// A right that only a group gives counts for the file's own owner alone: what that one could empty is not lost by it.
+    pub fn may_remove(&self, target: &Self, folder: &Self, caller: u32) -> bool {
+        let all_may = folder.mode & (BY_ALL | STICKY) == BY_ALL;
+        let others_may_not = self.mode & (BY_GROUP | BY_ALL) == 0
+            || (self.mode & BY_ALL == 0 && self.group == folder.group && folder.mode & BY_GROUP != 0);
+        let owns_file = self.user == target.user && folder.mode & (BY_GROUP | BY_ALL) != 0;
+        let is_theirs = [ROOT, caller, folder.user].contains(&self.user) || owns_file;
         all_may || (is_theirs && others_may_not)
     }
 }
@@ -70,5 +86,36 @@ mod tests {
         // A file system that gives all files the same mode.
         assert!(owner(1, 10, 0o660).may_speak_for(&owner(1, 10, 0o660), 1));
         assert!(!owner(1, 11, 0o660).may_speak_for(&owner(1, 10, 0o660), 1));
+    }
+
+    #[test]
+    fn the_right_to_write_a_file_is_no_right_to_remove_it() {
+        let (alice, eve) = (1, 2);
+        let note = |user| owner(user, 10, 0o600);
+        let shared = owner(alice, 10, 0o666);
+        for (folder, believed) in [
+            // Only its owner may change the names in it.
+            (owner(ROOT, 0, 0o755), false),
+            (owner(ROOT, 0, 0o1777), false),
+            // A right that a group gives is not looked up.
+            (owner(ROOT, 10, 0o775), false),
+            (owner(ROOT, 0, 0o777), true),
+            (owner(eve, 10, 0o700), true),
+        ] {
+            assert_eq!(note(eve).may_remove(&shared, &folder, ROOT), believed, "{folder:?}");
+            assert!(
+                note(ROOT).may_remove(&shared, &folder, ROOT)
+                    && note(alice).may_remove(&shared, &folder, alice)
+            );
+        }
+        // Its own file, where the folder lets more than its owner remove something.
+        for (folder, believed) in
+            [(owner(ROOT, 0, 0o1777), true), (owner(ROOT, 10, 0o775), true), (owner(ROOT, 0, 0o755), false)]
+        {
+            assert_eq!(note(eve).may_remove(&owner(eve, 10, 0o600), &folder, ROOT), believed, "{folder:?}");
+        }
+        // Others may have written the note.
+        assert!(!owner(ROOT, 0, 0o666).may_remove(&shared, &owner(ROOT, 0, 0o1777), ROOT));
+        assert!(owner(alice, 10, 0o660).may_remove(&shared, &owner(alice, 10, 0o770), ROOT));
     }
 }

@@ -62,7 +62,8 @@ pub(crate) fn whole_digest(images: &[&Image], size: u64, cancel: &AtomicBool) ->
     digest(View::new(images, 0, top), size, cancel).map(Some)
 }
 
-fn has_foreign_bottom(images: &[&Image]) -> bool {
+/// Whether the lowest layer is of a format that is not read here.
+pub(crate) fn has_foreign_bottom(images: &[&Image]) -> bool {
     matches!(images.first(), Some(Image::Foreign(_)))
 }
 

@@ -29,6 +29,8 @@ pub(crate) struct Leftovers {
     pub(crate) base_work: Option<Work>,
     /// Of layers above base that were being emptied, by their positions.
     pub(crate) above: BTreeMap<usize, (Left, Option<Work>)>,
+    /// Whether layers were emptied: what they held is nowhere but in base.
+    pub(crate) has_emptied: bool,
 }
 
 impl Leftovers {
@@ -54,7 +56,7 @@ pub(crate) fn leftovers(
     for at in span.base..=emptied {
         let Some(layer) = chain.layers().get(at) else { continue };
         let Some(left) = Left::find(host, layer, dir)? else { continue };
-        if left.is_foreign() && at == span.base && !options.restart && !left.is_switching() {
+        if left.is_foreign() && at == span.base && !options.restart && !left.may_have_emptied() {
             return Err(work::written_since(&layer.path, &left));
         }
         // As long as it is not certain that base holds everything, the active image counts for what it holds.
@@ -67,8 +69,10 @@ pub(crate) fn leftovers(
             all.above.insert(at, (left, work));
         }
     }
+    all.has_emptied = has_emptied(host, chain, span, &all)?;
     let (Some(left), Some(base)) = (&all.base, chain.layers().get(span.base)) else { return Ok(all) };
-    if left.is_switching() && left.may_lack_merged() && has_emptied(host, chain, span, &all)? {
+    // Whatever the options say: nothing else holds the data.
+    if all.has_emptied && (left.may_lack_merged() || !left.holds_samples(&chain.images(), span.base)?) {
         return Err(Error::refused(&base.path, Refusal::MergedDataLost));
     }
     if left.is_foreign() && !options.restart {
@@ -80,7 +84,10 @@ pub(crate) fn leftovers(
 /// Whether a merge that was stopped has emptied a layer, or has begun to: then the overlays do not hold everything any
 /// more. Not every header has room for a mark that says so.
 fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &Leftovers) -> Result<bool> {
-    let Some(base) = &all.base else { return Ok(false) };
+    let Some(base) = all.base.as_ref().filter(|base| base.may_have_emptied()) else { return Ok(false) };
+    if base.journal_has_emptied() {
+        return Ok(true);
+    }
     for (at, layer) in chain.layers().iter().enumerate().take(span.top + 1).skip(span.base + 1) {
         if all.above.get(&at).is_some_and(|(left, _)| left.is_emptying()) {
             return Ok(true);

@@ -4,5 +4,6 @@ pub(crate) mod abort;
 pub(crate) mod before;
 pub(crate) mod emptied;
 pub(crate) mod remains;
+pub(crate) mod samples;
 pub(crate) mod unfinished;
 pub(crate) mod work;

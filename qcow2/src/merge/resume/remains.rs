@@ -219,7 +219,12 @@ impl Remains {
         if stat.kind != FileKind::Regular {
             return kept("it is not a regular file");
         }
-        if !self.owner.may_speak_for(&stat.owner, host.user()) {
+        // What is not removed is marked as merged.
+        let (owner, user) = (self.owner, host.user());
+        if options.delete && !owner.may_remove(&stat.owner, &place.folder().owner(), user) {
+            return kept("the owner of the journal that lists it may not remove it");
+        }
+        if !options.delete && !owner.may_speak_for(&stat.owner, user) {
             return kept("the owner of the journal that lists it may not write it");
         }
         if !options.open.policy.allows(host, path) {
@@ -303,6 +308,8 @@ mod tests {
             zero_until: 0,
             total: 0,
             restore_points_lost: Vec::new(),
+            has_emptied: false,
+            samples: Vec::new(),
         };
         let journal =
             Journal::create(host, &Place::of_new(host, Path::new("/vm/journal")).unwrap(), header).unwrap();
@@ -365,6 +372,47 @@ mod tests {
         host.add("/else/where", b"").unwrap();
         let report = settle(&host, noted(&host), Policy::deny().allow_dir("/else"), |_| {});
         assert!(why(&report).contains("outside the allowed folders"), "{report:?}");
+    }
+
+    /// Everybody may write a file, and not everybody may remove it: that takes a right to the folder.
+    #[test]
+    fn a_journal_removes_only_what_its_owner_may_remove() {
+        let eve = Owner { user: 7, group: 7, mode: 0o600 };
+        for (owner, removed) in [(eve, 0), (Owner { user: 0, group: 0, mode: 0o600 }, 2)] {
+            let host = merged("/vm/0");
+            for name in ["/vm/0", "/vm/1", "/vm/1.data"] {
+                host.give(name, Owner { user: 0, group: 0, mode: 0o666 }).unwrap();
+            }
+            let report = settle(&host, noted(&host), Policy::local_files(), |host| {
+                host.give("/vm/journal", owner).unwrap();
+            });
+            assert_eq!(report.deleted.len(), removed, "{report:?}");
+            assert!(removed > 0 || why(&report).contains("may not remove it"), "{report:?}");
+        }
+    }
+
+    /// A journal that lists no files to remove names the layers that the merge has emptied: they get the last mark and
+    /// the name of base, if its owner may write them.
+    #[test]
+    fn a_journal_finishes_only_layers_that_its_owner_may_write() {
+        for (user, is_believed) in [(0, true), (7, false)] {
+            let host = merged("/vm/0");
+            let journal = {
+                let journal = stopped(&host, Phase::Switching, Vec::new());
+                let layers = vec![spent(&host, "/vm/1", SpentKind::Marked).file];
+                let header = Header { layers, ..journal.header().clone() };
+                let place = Place::of_new(&host, Path::new("/vm/journal")).unwrap();
+                let journal = Journal::create(&host, &place, header).unwrap();
+                journal.note(Phase::Switching, 0, 0).unwrap();
+                journal
+            };
+            host.give("/vm/journal", Owner { user, group: 7, mode: 0o600 }).unwrap();
+            let options = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+            let chain = Chain::open(&host, Path::new("/vm/0"), &options).unwrap();
+            let remains = Remains::of(&host, &journal, &chain, false).unwrap();
+            let emptied = remains.map_or_else(Vec::new, |remains| remains.emptied);
+            assert_eq!(emptied == [Path::new("/vm/1")], is_believed, "{emptied:?}");
+        }
     }
 
     #[test]

@@ -55,7 +55,7 @@ pub(crate) fn of(journal: &journal::Journal) -> Option<Pending> {
         done: state.done,
         total: header.total,
         percent: percent(state.done, header.total),
-        is_switching: state.phase >= Phase::Switching,
+        is_switching: state.phase >= Phase::Switching || header.has_emptied,
         removes,
         is_removing: state.phase >= Phase::Done,
     })

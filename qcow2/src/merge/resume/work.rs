@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::emptied;
 use super::remains::Remains;
+use super::samples;
 use super::unfinished;
 use super::unfinished::Pending;
 use crate::chain::{Chain, Layer};
@@ -12,7 +13,9 @@ use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::features;
 use crate::image::Image;
 use crate::journal;
-use crate::journal::record::{BLOCK, Guard, Header, MAX_BLOCKS, Phase, Purpose, Record, Spent, SpentKind};
+use crate::journal::record::{
+    BLOCK, Guard, Header, MAX_BLOCKS, Phase, Purpose, Record, Sample, Spent, SpentKind,
+};
 use crate::journal::{Found, Journal, Journaled, Judgement, Now, Verdict};
 use crate::merge::options::CommitOptions;
 use crate::merge::plan::BeginsAnew;
@@ -126,6 +129,30 @@ impl Left {
         self.journal.state().phase >= Phase::Switching
     }
 
+    /// Whether the work may have emptied layers by then, or an earlier run of it has: a merge that goes on moves what
+    /// was written since.
+    pub(crate) fn may_have_emptied(&self) -> bool {
+        (self.is_switching() || self.journal_has_emptied()) && self.judgement.verdict != Verdict::Over
+    }
+
+    /// Whether layers were empty already when the journal was made.
+    pub(crate) fn journal_has_emptied(&self) -> bool {
+        self.journal.header().has_emptied
+    }
+
+    /// The samples of what the image holds when the work is done.
+    pub(crate) fn samples(&self) -> &[Sample] {
+        &self.journal.header().samples
+    }
+
+    /// Whether the layer at `base` shows what the work's samples say, as far as it was.
+    ///
+    /// # Errors
+    /// Whatever reading reports.
+    pub(crate) fn holds_samples(&self, images: &[&Image], base: usize) -> Result<bool> {
+        samples::are_held(images, base, self.samples(), self.is_switching())
+    }
+
     /// Whether base may lack what was merged into it, as one that was put back does: the layers above it must hold it. The
     /// times of a device tell nothing, and after a power cut base need not have the time of its last write.
     pub(crate) fn may_lack_merged(&self) -> bool {
@@ -141,6 +168,16 @@ impl Left {
             }
             Verdict::Over | Verdict::Finished => false,
         }
+    }
+
+    /// Whether a base that held everything when the work was stopped is an older one now.
+    fn was_put_back(&self) -> bool {
+        self.journal.header().purpose == Purpose::Merge
+            && match self.judgement.verdict {
+                Verdict::PutBack => true,
+                Verdict::Copied => !self.judgement.is_as_known,
+                _ => false,
+            }
     }
 
     /// Whether the image is as an emptying that was stopped has left it.
@@ -299,8 +336,10 @@ impl Work {
         {
             return Err(theirs.in_use(host));
         }
-        // Without a record of its own, a journal does not explain a dirty bit that is set already.
-        let make = if inherited.is_some() { Journal::take_over } else { Journal::create };
+        // Without a record of its own, a journal does not explain a dirty bit that is set already, nor say of which base the
+        // data of empty layers depends.
+        let begun = inherited.is_some() || (header.has_emptied && header.guard == Guard::Stamp);
+        let make = if begun { Journal::take_over } else { Journal::create };
         let journal = Arc::new(make(host, &place, header)?);
         if let (Some(_), Some(left)) = (old, left) {
             left.journal.remove(host)?;
@@ -332,16 +371,29 @@ impl Work {
     /// # Errors
     /// The system's.
     pub(crate) fn replay(&self, image: &Image, from: Option<GuestOffset>) -> Result<()> {
-        let io = |e| Error::barrier(image.path(), e);
-        for file in [self.data.as_ref(), Some(&self.file)].into_iter().flatten() {
-            file.sync().map_err(io)?;
-        }
+        self.write_back(image)?;
         let state = self.journal.state();
         match from {
             Some(from) => self.journal.note(state.phase.max(Phase::Moving), from.get(), state.done),
             // Now the image is as the journal knows it, whatever it holds: nothing must count as done.
             None => self.journal.note(Phase::Moving, 0, 0),
         }
+    }
+
+    /// As [`Work::replay`], where layers were emptied: nothing counts as done, and yet base holds everything that they held.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn replay_emptied(&self, image: &Image) -> Result<()> {
+        self.write_back(image)?;
+        self.journal.note(self.journal.state().phase, 0, 0)
+    }
+
+    /// Writes what a power cut may have torn.
+    fn write_back(&self, image: &Image) -> Result<()> {
+        let io = |e| Error::barrier(image.path(), e);
+        let files = [self.data.as_ref(), Some(&self.file)].into_iter().flatten();
+        files.into_iter().try_for_each(|file| file.sync().map_err(io))
     }
 
     /// Gives the image its own files back; nothing more is written under the journal.
@@ -429,7 +481,7 @@ pub(crate) fn describe(host: &dyn Host, chain: &Chain, span: Span, at: usize) ->
         max_blocks: max_blocks(chain, span),
         purpose: if at == span.base { Purpose::Merge } else { Purpose::Empty },
         guard,
-        boot: host.boot().map(|boot| boot.id),
+        boot: host.boot(),
         targets: stamps(host, written)?,
         layers,
         base: real(span.base)?,
@@ -440,6 +492,8 @@ pub(crate) fn describe(host: &dyn Host, chain: &Chain, span: Span, at: usize) ->
         zero_until: 0,
         total: 0,
         restore_points_lost: Vec::new(),
+        has_emptied: false,
+        samples: Vec::new(),
     })
 }
 
@@ -513,6 +567,9 @@ pub(crate) fn end_left(
         return Ok(());
     }
     let path = &layer.path;
+    if left.was_put_back() {
+        return Err(Error::refused(path, Refusal::MergedDataLost));
+    }
     let file = Place::of_file(host, path, &**layer.image.file())?.reopen(host, &**layer.image.file())?;
     file.lock(crate::storage::LockMode::Write).map_err(|e| match e {
         LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(layer.id) },
