@@ -21,5 +21,7 @@ mod power;
 mod run;
 #[path = "crash/scenarios.rs"]
 mod scenarios;
+#[path = "crash/table.rs"]
+mod table;
 #[path = "crash/verbs.rs"]
 mod verbs;

@@ -20,6 +20,7 @@ mod deletion;
 mod devices;
 mod differential;
 mod engines;
+mod fates;
 mod faults;
 mod formats;
 mod hints;

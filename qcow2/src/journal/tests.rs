@@ -449,7 +449,7 @@ fn a_header_that_is_made_whole_proves_nothing_of_the_rest() {
     drop(file);
     let last = || Journal::open(&host, &place, Access::ReadWrite).unwrap().unwrap();
     assert!(!last().1.unwrap().is_doubtful);
-    heal(&host, path, None).unwrap();
+    heal(&host, path, None, false).unwrap();
     assert_eq!(host.content(path).unwrap()[..4], *b"QFI\xfb");
     let (journal, record) = last();
     assert!(record.unwrap().is_doubtful);
@@ -469,8 +469,8 @@ fn what_is_no_file_is_in_the_way() {
             let folder = format!("/vm/.i{ending}{new}");
             host.add(Path::new(&folder).join("theirs"), b"x").unwrap();
             let file = host.open(path, Access::ReadWrite).unwrap();
-            heal(&host, path, None).unwrap();
-            super::sweep(&host, &[PathBuf::from("/vm")], None).unwrap();
+            heal(&host, path, None, false).unwrap();
+            super::sweep(&host, &[PathBuf::from("/vm")], None, false).unwrap();
             let refused = super::place(&host, path, &*file, None, ending).unwrap_err();
             assert!(
                 matches!(&refused, Error::Refused { reason: Refusal::InTheWay { file, what: "a directory" }, .. } if *file == Path::new(&folder)),

@@ -126,6 +126,14 @@ impl MemHost {
         Ok(())
     }
 
+    /// Makes a file one that was written so many nanoseconds from now.
+    pub fn write_later(&self, path: impl AsRef<Path>, later_ns: u64) -> io::Result<()> {
+        let inode = self.inode(path.as_ref())?;
+        let mut content = inode.content.write().unwrap_or_else(PoisonError::into_inner);
+        (content.changed, content.set) = (now().saturating_add(later_ns), None);
+        Ok(())
+    }
+
     /// Puts a file there that has this inode and content.
     pub(super) fn restore(&self, path: &Path, id: u64, content: Content) {
         let (content, owner) = (RwLock::new(content), RwLock::new(PRIVATE));

@@ -19,7 +19,7 @@ use crate::chain::{After, JOURNALS, Scenario, options};
 use crate::power::disk;
 
 /// Nobody is told.
-struct Silent;
+pub(crate) struct Silent;
 
 impl Progress for Silent {
     fn written(&self, _done: u64, _total: u64) {}

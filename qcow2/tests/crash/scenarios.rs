@@ -15,6 +15,7 @@ mod shape;
 #[path = "scenarios/tables.rs"]
 mod tables;
 
+pub(crate) use shape::{SHAPE, Shape, overlay};
 pub(crate) use tables::full_records;
 
 use crate::chain::Scenario;

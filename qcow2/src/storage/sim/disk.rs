@@ -123,6 +123,22 @@ impl SimHost {
         Ok(())
     }
 
+    /// Sets a file's time of modification, as [`MemHost::set_modified`].
+    ///
+    /// # Errors
+    /// There is no such file.
+    pub fn set_modified(&self, path: &Path, modified_ns: i128) -> io::Result<()> {
+        self.host.set_modified(path, modified_ns)
+    }
+
+    /// Makes a file one that was written later, as [`MemHost::write_later`].
+    ///
+    /// # Errors
+    /// There is no such file.
+    pub fn write_later(&self, path: &Path, later_ns: u64) -> io::Result<()> {
+        self.host.write_later(path, later_ns)
+    }
+
     fn file(&self, file: Arc<dyn Storage>) -> io::Result<Arc<dyn Storage>> {
         let inode = file.stat()?.id.inode;
         Ok(Arc::new(SimFile { inode, file, shared: Arc::clone(&self.shared) }))

@@ -6,20 +6,20 @@ use crate::chain::{After, Layer, Room, Scenario};
 
 /// An image format, in short.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Shape {
-    pub(super) name: &'static str,
-    pub(super) version: u32,
-    pub(super) cluster_bits: u32,
-    pub(super) refcount_order: u32,
-    pub(super) extended_l2: bool,
-    pub(super) zstd: bool,
+pub(crate) struct Shape {
+    pub(crate) name: &'static str,
+    pub(crate) version: u32,
+    pub(crate) cluster_bits: u32,
+    pub(crate) refcount_order: u32,
+    pub(crate) extended_l2: bool,
+    pub(crate) zstd: bool,
 }
 
-pub(super) const SHAPE: Shape =
+pub(crate) const SHAPE: Shape =
     Shape { name: "512", version: 3, cluster_bits: 9, refcount_order: 4, extended_l2: false, zstd: false };
 
 impl Shape {
-    pub(super) fn sample(self, clusters: u64) -> Sample {
+    pub(crate) fn sample(self, clusters: u64) -> Sample {
         let mut sample = Sample::new(0).with_clusters(self.cluster_bits, clusters);
         sample.version = self.version;
         sample.refcount_order = self.refcount_order;
@@ -44,7 +44,7 @@ pub(super) fn name(n: usize) -> String {
 }
 
 /// An overlay on layer `n - 1`.
-pub(super) fn overlay(sample: Sample, below: &Layer, n: usize) -> Layer {
+pub(crate) fn overlay(sample: Sample, below: &Layer, n: usize) -> Layer {
     let backing = below.path.file_name().unwrap().to_str().unwrap().to_owned();
     let sample = sample.over(&backing, below.format());
     Layer::qcow2(&name(n), &sample, Room::Dirty(0))
