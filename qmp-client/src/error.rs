@@ -164,6 +164,12 @@ pub enum Error {
         /// The node.
         node: String,
     },
+    /// A live merge that would do harm, or could not end well, as this host sees it; it was not begun.
+    #[error("{0}")]
+    Hindered(Box<crate::live::Hindrance>),
+    /// An image that could not be looked at or tidied.
+    #[error("{0}")]
+    Engine(#[from] qcow2::Error),
     /// A line that QMP does not allow.
     #[error("QEMU sent a line that is no QMP message: {why}: {}", printable(.line))]
     Protocol {
@@ -193,6 +199,12 @@ pub enum Error {
 impl From<Refusal> for Error {
     fn from(reason: Refusal) -> Self {
         Self::Refused { reason }
+    }
+}
+
+impl From<crate::live::Hindrance> for Error {
+    fn from(hindrance: crate::live::Hindrance) -> Self {
+        Self::Hindered(Box::new(hindrance))
     }
 }
 

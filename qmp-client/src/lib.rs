@@ -53,7 +53,15 @@ pub use block::merge::{Direction, MergeOptions, Merged, Procedure};
 pub use block::servers::nbd_server;
 pub use block::snapshot::{UnfinishedSnapshot, snapshot, unfinished_snapshots};
 pub use error::{Error, Refusal, Result};
-pub use live::{Merge, Throttle, Wishes};
+pub use live::discover::{Files, Searched, Unfinished, folders_of_disks, folders_of_image, sweep_folders};
+pub use live::machine::{Machine, Settled};
+pub use live::outline::{Outline, OutlineLayer, Relink};
+pub use live::plan::{Amounts, End, Leaves, Nothing, Obstacle, Plan, Planned, Prepared, Request, Room};
+pub use live::recover::{Deed, Fact, Finding, Found, Next, Recovery, Trouble};
+pub use live::run::{Copying, Driver, Ended, Event as RunEvent, How, Left, Run, Step, Stopped};
+pub use live::tidy::{Tidied, TidyOptions};
+pub use live::verdict::{Compared, Doubt, Header, Leads, Seen, Treated, Verdict};
+pub use live::{Hindrance, Merge, Throttle, Wishes};
 pub use qapi;
 pub use qmp::address::Address;
 pub use qmp::connection::{Connection, Options};
@@ -61,6 +69,6 @@ pub use qmp::message::{Event, Failure, Message, reply, request};
 pub use qmp::monitor::{Execute, Monitor, patience};
 pub use qmp::owner::Owner;
 pub use state::{
-    FileIdentity, Header, Kind, Phase, Qemu, Rename, Seen, State, StateFile, StateLayer, Throttled, Verdict,
-    find_states, states_in, states_of, sweep,
+    FileIdentity, Kind, Phase, Qemu, Rename, State, StateFile, StateLayer, Throttled, find_states, states_in,
+    states_of, sweep,
 };

@@ -59,6 +59,28 @@ pub(crate) enum HintKind {
     LiveMerge,
     /// Disks of a running QEMU, or how things stand there.
     LiveLook,
+    /// The same command, allowed to write encrypted data in plain text.
+    AllowPlaintext,
+    /// The same command, allowed to leave an old image as it is.
+    AllowStale,
+    /// The same command, which removes what nobody needs any more.
+    Delete,
+    /// The same command, the active layer included.
+    Active,
+    /// The same command, the active layer left out.
+    BelowActive,
+    /// The same command, which slows the guest down.
+    Converge,
+    /// The same merge when the machine is stopped.
+    Offline,
+    /// A merge upwards instead.
+    LivePull,
+    /// A merge that runs brought to its end.
+    LiveEnd,
+    /// A job ended without its effect.
+    LiveCancel,
+    /// A state file removed, because the chain is right as it stands.
+    Forget,
     /// A command of libvirt's, for a machine that is libvirt's.
     Virsh,
 }
@@ -66,7 +88,7 @@ pub(crate) enum HintKind {
 impl HintKind {
     /// All of them.
     #[allow(dead_code, reason = "the tests read it")]
-    pub(crate) const ALL: [Self; 29] = [
+    pub(crate) const ALL: [Self; 40] = [
         Self::Advice,
         Self::Again,
         Self::AgainAsRoot,
@@ -95,6 +117,17 @@ impl HintKind {
         Self::Recover,
         Self::LiveMerge,
         Self::LiveLook,
+        Self::AllowPlaintext,
+        Self::AllowStale,
+        Self::Delete,
+        Self::Active,
+        Self::BelowActive,
+        Self::Converge,
+        Self::Offline,
+        Self::LivePull,
+        Self::LiveEnd,
+        Self::LiveCancel,
+        Self::Forget,
         Self::Virsh,
     ];
 
@@ -129,6 +162,17 @@ impl HintKind {
             Self::Recover => "recover",
             Self::LiveMerge => "live-merge",
             Self::LiveLook => "live-look",
+            Self::AllowPlaintext => "allow-plaintext",
+            Self::AllowStale => "allow-stale",
+            Self::Delete => "delete",
+            Self::Active => "active",
+            Self::BelowActive => "below-active",
+            Self::Converge => "converge",
+            Self::Offline => "offline",
+            Self::LivePull => "live-pull",
+            Self::LiveEnd => "live-end",
+            Self::LiveCancel => "live-cancel",
+            Self::Forget => "forget",
             Self::Virsh => "virsh",
         }
     }

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 pub(crate) use self::command::{Command, file_word, quoted};
 pub(crate) use self::engine::hints;
-pub(crate) use self::files::{can_be_flattened, free_name};
+pub(crate) use self::files::{can_be_flattened, folder, free_name};
 pub(crate) use self::kind::HintKind;
 
 /// One thing to do next.
@@ -37,6 +37,14 @@ impl Hint {
     /// What to do, in words alone.
     pub(crate) fn advice(words: impl Into<String>) -> Self {
         Self { kind: HintKind::Advice, words: words.into(), command: None }
+    }
+
+    /// The same, with other words.
+    pub(crate) fn with_words(self, words: &str) -> Self {
+        match self.command {
+            Some(_) => Self { words: words.to_owned(), ..self },
+            None => Self { words: format!("{words}: {}", self.words), ..self },
+        }
     }
 
     /// A command, and why it or what before it.
@@ -86,12 +94,6 @@ impl From<Hint> for Hints {
     }
 }
 
-impl From<String> for Hints {
-    fn from(words: String) -> Self {
-        Hint::advice(words).into()
-    }
-}
-
 impl fmt::Display for Hint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.command {
@@ -115,9 +117,4 @@ impl fmt::Display for Hints {
 /// A path as one types it in a shell.
 pub(crate) fn word(path: &Path) -> String {
     quoted(&file_word(path))
-}
-
-/// The folder of a file, as one types it in a shell.
-pub(crate) fn folder_word(file: &Path) -> String {
-    word(&files::folder(file))
 }

@@ -137,6 +137,16 @@ fn provoke(kind: HintKind, chain: &Chain) -> Tried {
             assert!(text.contains("qmerge live ") && text.contains("q.sock"), "{text}");
             Tried::By("live")
         }
+        HintKind::AllowPlaintext
+        | HintKind::AllowStale
+        | HintKind::Delete
+        | HintKind::Active
+        | HintKind::BelowActive
+        | HintKind::Converge
+        | HintKind::LivePull
+        | HintKind::LiveEnd
+        | HintKind::LiveCancel => Tried::By("live::hints"),
+        HintKind::Offline | HintKind::Forget => Tried::By("recover"),
         HintKind::NoLock => Tried::By("formats"),
         HintKind::Virsh => Tried::By("libvirt"),
         HintKind::Recover => Tried::By("recover"),

@@ -1,7 +1,8 @@
 //! The file that describes a merge under way.
 
 use super::assert_short;
-use crate::state::{FileIdentity, Header, Kind, Qemu, Seen, State, StateLayer, Verdict};
+use crate::live::verdict::{Compared, Header, Leads, Seen, Treated, Verdict};
+use crate::state::{FileIdentity, Kind, Qemu, State, StateLayer};
 
 /// Any text as a state file: refused in few words, or a state whose parts fit together, and which reads the same
 /// when it is written again. Whatever is seen of such a merge, a verdict on it keeps to what was seen.
@@ -44,33 +45,69 @@ fn assert_judged(state: &State) {
     let header = |name: Option<String>| name.map_or(Header::Nothing, Header::Names);
     let switches = header(new);
     let headers = [Header::Unread, header(old), switches.clone()];
+    let compared =
+        [Compared::NotYet, Compared::Equal, Compared::Differs(9), Compared::InUse, Compared::Unsupported];
+    // A name in the state may lead to what nobody may look at.
+    let Ok(mut seen) = Seen::of(state, Qemu::Gone, Header::Unread) else { return };
+    let as_seen = seen.clone();
     for identities in [&as_they_were, &written, &others, &gone] {
+        seen.identities.clone_from(identities);
         for header in &headers {
+            seen.header.clone_from(header);
             for qemu in [Qemu::Gone, Qemu::ShowsBefore, Qemu::ShowsAfter, Qemu::ShowsNeither] {
-                for flags in 0..8 {
+                for (flags, compared) in (0..8).flat_map(|flags| compared.map(|compared| (flags, compared))) {
                     let [retired, closing_writes_base, same_boot] = [1, 2, 4].map(|flag| flags & flag != 0);
-                    let (header, identities) = (header.clone(), identities.clone());
-                    let seen = Seen { qemu, header, identities, retired, closing_writes_base, same_boot };
+                    let begun = if closing_writes_base { Treated::Sealed } else { Treated::Emptied };
+                    seen.treated.fill(if retired { begun } else { Treated::Not });
+                    (seen.qemu, seen.compared) = (qemu, compared);
+                    (seen.closing_writes_base, seen.same_boot) = (closing_writes_base, same_boot);
                     assert_verdict(state, &seen, &switches);
                 }
             }
         }
     }
-    // A name in the state may lead to what nobody may look at.
-    let Ok(seen) = Seen::of(state, Qemu::Gone, Header::Unread) else { return };
-    assert!(state.touched(&Seen { identities: as_they_were, ..seen }).is_empty(), "touched, and as it was");
+    let seen = Seen { identities: as_they_were, ..as_seen };
+    assert!(state.touched(&seen).is_empty(), "touched, and as it was");
+    // A name that leads to a file is that file, whatever its letters are.
+    for layer in &state.layers {
+        let leads = Leads::To(layer.index);
+        let seen = Seen { header: switches.clone(), leads, compared: Compared::Equal, ..seen.clone() };
+        let verdict = state.judge(&seen);
+        let is_switched = verdict == Verdict::Switched;
+        assert!(
+            state.kind == Kind::ActiveCommit
+                || switches == Header::Nothing
+                || layer.index == state.base
+                || !is_switched,
+            "switched, and the overlay leads to layer {}",
+            layer.index
+        );
+    }
 }
 
 fn assert_verdict(state: &State, seen: &Seen, switches: &Header) {
     let verdict = state.judge(seen);
     let needed: Vec<usize> = match &verdict {
         Verdict::AtWork => unreachable!("QEMU has no job"),
-        Verdict::InDoubt { why, likely } => {
+        Verdict::InDoubt { doubt, likely } => {
             assert_eq!(likely, &state.valid_top);
-            return assert_short(why);
+            return assert_short(&doubt.to_string());
         }
         Verdict::Switched => state.left().map(|layer| layer.index).collect(),
         Verdict::NotSwitched => state.layers.iter().map(|layer| layer.index).collect(),
+        Verdict::PointBack { .. } => {
+            assert!(matches!(seen.compared, Compared::Differs(_)), "pointed back without a difference");
+            assert_ne!(state.kind, Kind::Pull, "a pull has no layer to point back to");
+            state.layers.iter().map(|layer| layer.index).filter(|index| *index >= state.base).collect()
+        }
+        Verdict::Compare => {
+            assert_eq!(seen.compared, Compared::NotYet, "asked to compare again");
+            Vec::new()
+        }
+        Verdict::NotComparable => {
+            assert!(matches!(seen.compared, Compared::InUse | Compared::Unsupported));
+            Vec::new()
+        }
     };
     let is_there = |(layer, now): (&StateLayer, &Option<FileIdentity>)| {
         let same = |before: FileIdentity| now.is_some_and(|now| now.inode == before.inode);
@@ -82,7 +119,7 @@ fn assert_verdict(state: &State, seen: &Seen, switches: &Header) {
     );
     if state.kind != Kind::ActiveCommit {
         let says_switched = seen.header == *switches;
-        assert_eq!(verdict == Verdict::Switched, says_switched, "not what the header says");
+        assert_eq!(verdict != Verdict::NotSwitched, says_switched, "not what the header says");
     }
 }
 

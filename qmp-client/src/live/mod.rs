@@ -1,10 +1,19 @@
 //! A live merge as a whole: its procedure, its job in QEMU, and its state file, always in the right order.
 
+pub(crate) mod discover;
 mod held;
+mod hindrance;
+pub(crate) mod machine;
+pub(crate) mod outline;
+pub(crate) mod plan;
 mod procedure;
+pub(crate) mod recover;
+pub(crate) mod run;
 #[cfg(test)]
 mod tests;
 mod throttle;
+pub(crate) mod tidy;
+pub(crate) mod verdict;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,6 +29,7 @@ use crate::qmp::monitor::Monitor;
 use crate::state::{Kind, Phase, Pointer, State, StateFile, StateLayer, boot, now_ns};
 
 use held::{is_written_while_held, note_switching};
+pub use hindrance::Hindrance;
 pub use throttle::Throttle;
 
 /// What a user wants of a merge, beyond the merge itself.
@@ -138,6 +148,11 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// What is merged.
     pub fn procedure(&self) -> &Procedure {
         &self.procedure
+    }
+
+    /// The monitor of that QEMU.
+    pub(crate) fn monitor(&self) -> &'m M {
+        self.monitor
     }
 
     /// The job in QEMU.

@@ -8,11 +8,9 @@ mod file;
 mod identity;
 mod litter;
 mod pointer;
+mod shown;
 #[cfg(test)]
 pub(crate) mod tests;
-mod verdict;
-#[cfg(test)]
-mod verdict_tests;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -27,7 +25,7 @@ pub(crate) use identity::boot;
 pub use litter::sweep;
 pub(crate) use pointer::Pointer;
 pub use pointer::states_of;
-pub use verdict::{Header, Qemu, Seen, Verdict};
+pub use shown::Qemu;
 
 /// The version of the file's content that is written, and the only one that is read.
 pub(crate) const VERSION: u32 = 1;
@@ -233,7 +231,7 @@ impl State {
     }
 
     /// What any file must fulfil before its numbers are used.
-    fn check(&self) -> std::result::Result<(), String> {
+    pub(crate) fn check(&self) -> std::result::Result<(), String> {
         if self.version != VERSION {
             return Err(format!("it has version {}, expected {VERSION}", self.version));
         }

@@ -107,13 +107,6 @@ pub(crate) struct CommitArgs {
     pub(crate) allow_plaintext: bool,
 }
 
-impl CommitArgs {
-    /// Whether the active layer may be merged.
-    pub(crate) fn allows_active(&self) -> bool {
-        self.active || self.pivot || self.keep_overlay
-    }
-}
-
 /// `qmerge live pull`
 #[derive(Debug, Args)]
 pub(crate) struct PullArgs {

@@ -15,7 +15,7 @@ use qmp_client::{Address, Connection, Disk, Graph, Layer, Options};
 use super::libvirt;
 use crate::call::Call;
 use crate::cli::CommitArgs;
-use crate::cmd::live::recover::{find, tell};
+use crate::cmd::live::recover::{of_image, tell};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind};
@@ -25,8 +25,8 @@ use crate::monitors;
 /// settled first. Where somebody holds it, the merge may well be under way.
 pub(super) fn refuse_interrupted(args: &CommitArgs, call: &Call) -> Result<(), Failure> {
     let active = &args.active;
-    let found = find::of_image(active)?;
-    let Some((file, state)) = found.first() else { return Ok(()) };
+    let found = of_image(active)?;
+    let Some(merge) = found.first().map(qmp_client::Unfinished::outline) else { return Ok(()) };
     let used = OsHost.open(active, Access::Read).and_then(|image| image.used_by_others());
     if let (Ok(Some(_)), Some(id)) = (used, id(active)) {
         return Err(in_use(active, &OsHost.holders(id), args, call));
@@ -36,8 +36,8 @@ pub(super) fn refuse_interrupted(args: &CommitArgs, call: &Call) -> Result<(), F
         message: format!(
             "{}: {} was interrupted, as {} says; nothing was changed",
             shown(active),
-            tell::what(state),
-            shown(file.path())
+            tell::what(&merge),
+            shown(merge.state_file())
         ),
         hint: Hint::command(HintKind::Recover, "", Command::qmerge(["live", "recover"]).file(active)).into(),
         exit: Exit::REFUSED,

@@ -10,7 +10,7 @@ use qcow2::journal::{Stranger, strangers_about};
 use qcow2::merge::{self, Pending};
 use qcow2::storage::{Access, FileStat, Host, LockMode};
 use qcow2::{Error, Result};
-use qmp_client::{State, StateFile};
+use qmp_client::{Outline, Unfinished};
 
 /// What one image is.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ pub(super) struct Facts {
     pub(super) strangers: Vec<Stranger>,
     /// A merge of a running virtual machine of which this was the active image, and that has not come to its end:
     /// its state file, and what that says if it can be read.
-    pub(super) live_merge: Option<(PathBuf, Option<State>)>,
+    pub(super) live_merge: Option<(PathBuf, Option<Outline>)>,
     /// What makes the image unusable, if anything does.
     pub(super) problem: Option<Error>,
 }
@@ -111,13 +111,13 @@ impl Facts {
     }
 }
 
-fn live_merge(path: &Path) -> Option<(PathBuf, Option<State>)> {
-    let file = StateFile::beside(&std::path::absolute(path).ok()?)?;
-    let state = file.load();
-    let found = |state| Some((file.path().to_owned(), state));
-    match state {
-        Ok(None) => None,
-        Ok(state) => found(state),
-        Err(_) => found(None),
+fn live_merge(path: &Path) -> Option<(PathBuf, Option<Outline>)> {
+    match Unfinished::beside(path) {
+        Ok(merge) => merge.map(|merge| {
+            let merge = merge.outline();
+            (merge.state_file().to_owned(), Some(merge))
+        }),
+        Err(qmp_client::Error::State { path, .. }) => Some((path, None)),
+        Err(_) => None,
     }
 }

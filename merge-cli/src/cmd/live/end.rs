@@ -1,22 +1,17 @@
 //! `qmerge live finish` and `pivot`: the end of a merge that an earlier call has started, or another client.
 
-use std::cell::Cell;
-use std::time::Instant;
+use qmp_client::{Connection, Driver, End, Kind, Outline, Run, TidyOptions};
 
-use qmp_client::{Connection, Graph, Kind, Merge, State};
-
-use super::drive::Drive;
-use super::files::Files;
-use super::left::Left;
-use super::plan::End;
-use super::tidy::Wishes;
+use super::follow::Follow;
+use super::outcome::Outcome;
 use super::trouble::{self, Session};
-use super::{find, foreign, guard, states};
+use super::{find, foreign, guard, look};
 use crate::cli::EndArgs;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
+use crate::hint::{Hint, HintKind};
 use crate::output::Console;
-use crate::output::human::{printable, shell_word};
+use crate::output::human::printable;
 use crate::output::progress::Meter;
 use crate::signals::Stop;
 
@@ -24,55 +19,45 @@ use crate::signals::Stop;
 pub(super) fn run(
     session: &Session<'_>,
     monitor: Connection,
-    graph: &Graph,
     args: &EndArgs,
     end: End,
     console: &Console,
 ) -> Result<Exit, Failure> {
-    let disk = find(graph, &args.disk, session)?;
+    let machine = look(session, &monitor)?;
+    let disk = find(&machine, &args.disk, session)?;
     guard::disk(session, disk)?;
-    let known = states::of(session, std::slice::from_ref(disk), None)?;
-    let files = Files::of(&monitor);
-    let left = Left { session, monitor: &monitor, graph, disk, files: &files, known: &known, console };
-    let fitting = |state: &State| (state.kind == Kind::ActiveCommit) == (end == End::Pivot);
-    let mut merge = match Merge::attach(&monitor, graph, disk, &known).map_err(|e| session.failure(&e))? {
-        Some(merge) => merge,
-        None if left.switched(&fitting).is_some() => {
-            let wishes = wishes(args, args.delete);
-            return left.finish_meant(&fitting, wishes, false).map(|exit| exit.unwrap_or(Exit::DONE));
-        }
-        None => return foreign::end(session, &monitor, graph, disk, end, console),
+    let mut options = TidyOptions::new(args.delete, &args.scan);
+    options.no_lock = args.no_lock;
+    let found = machine.attach(disk, None).map_err(|e| session.failure(&e))?;
+    let Some(mut merge) = found else {
+        let left = machine.left_by(disk, end == End::Pivot).map_err(|e| session.failure(&e))?;
+        let Some(left) = left else { return foreign::end(session, &machine, disk, end, console) };
+        Outcome::of_left(session, &machine, disk, &left, &options, console)?.tell(console)?;
+        return Ok(Exit::DONE);
     };
-    let state = merge.state();
-    fits(session, state, end)?;
-    let drive = Drive {
+    let outline = merge.outline();
+    fits(session, &outline, end)?;
+    let mut run = Run::new(session.address, &args.disk, end);
+    run.timeout = args.timeout;
+    run.tidy = options;
+    let what = if outline.kind == Kind::Pull { "pulling" } else { "merging" };
+    let mut follow = Follow {
         session,
         console,
-        meter: Meter::new(console, if state.kind == Kind::Pull { "pulling" } else { "merging" }),
+        meter: Meter::new(console, what),
         stop: Stop::watch().map_err(|e| trouble::no_signals(session, &e))?,
-        began: Instant::now(),
-        timeout: args.timeout,
-        disk: &args.disk,
-        state_dir: None,
-        end,
-        owns: false,
-        wishes: wishes(args, args.delete || state.delete),
-        throttle: None,
-        said_stalled: Cell::new(false),
+        run,
     };
-    let step = drive.follow(&monitor, &mut merge)?;
+    let step = follow.step(&mut merge)?;
     drop(merge);
+    drop(machine);
     drop(monitor);
-    drive.take_turns(step)
-}
-
-fn wishes(args: &EndArgs, delete: bool) -> Wishes {
-    Wishes { delete, scan: args.scan.clone(), no_lock: args.no_lock }
+    follow.until_over(step)
 }
 
 /// Whether this verb ends such a merge.
-fn fits(session: &Session<'_>, state: &State, end: End) -> Result<(), Failure> {
-    let (is, other) = match (state.kind, end) {
+fn fits(session: &Session<'_>, merge: &Outline, end: End) -> Result<(), Failure> {
+    let (is, other) = match (merge.kind, end) {
         (Kind::ActiveCommit, End::Finish) => ("merges the active layer, so it ends with a pivot", "pivot"),
         (Kind::Commit | Kind::Pull, End::Pivot) => {
             ("leaves the active layer where it is, so there is no pivot", "finish")
@@ -81,8 +66,8 @@ fn fits(session: &Session<'_>, state: &State, end: End) -> Result<(), Failure> {
     };
     Err(Report {
         kind: "usage",
-        message: format!("the job {} of {} {is}", printable(&state.job), printable(&state.disk)),
-        hint: session.other(&format!("{other} {}", shell_word(&state.disk))).into(),
+        message: format!("the job {} of {} {is}", printable(&merge.job), printable(&merge.disk)),
+        hint: Hint::command(HintKind::LiveEnd, "", session.other(&[other, &merge.disk])).into(),
         exit: Exit::USAGE,
     }
     .into())

@@ -1,25 +1,25 @@
 //! The end of a merge that another client has started.
 
 use qmp_client::qapi::qmp::JobStatus;
-use qmp_client::{Connection, Disk, Graph, Job, conclude};
+use qmp_client::{Disk, End, Job, Machine, conclude};
 use serde_json::json;
 
-use super::plan::End;
 use super::trouble::{self, Session};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
+use crate::hint::{Hint, HintKind};
 use crate::output::Console;
-use crate::output::human::{printable, shell_word};
+use crate::output::human::printable;
 
 /// Has it do what it is for, and says from the graph what came of it.
 pub(super) fn end(
     session: &Session<'_>,
-    monitor: &Connection,
-    graph: &Graph,
+    machine: &Machine<'_>,
     disk: &Disk,
     end: End,
     console: &Console,
 ) -> Result<Exit, Failure> {
+    let (graph, monitor) = (machine.graph(), machine.monitor());
     let jobs = graph.jobs(monitor).map_err(|e| session.failure(&e))?;
     let found = jobs.iter().find(|(_, of)| of.is_some_and(|of| of.name() == disk.name()));
     let Some((state, _)) = found else { return Err(trouble::no_job(session, disk)) };
@@ -32,7 +32,7 @@ pub(super) fn end(
                 "the job {id} of {name}, which another client started, is {:?}, not {wanted}",
                 state.status
             ),
-            hint: format!("see how far it is: {}", session.other("jobs")).into(),
+            hint: Hint::command(HintKind::LiveLook, "see how far it is", session.other(&["jobs"])).into(),
             exit: Exit::FAILED,
         }
         .into());
@@ -47,7 +47,7 @@ pub(super) fn end(
             "active": is, "layers": layers,
         }),
     )?;
-    let chain = session.other(&format!("chain {}", shell_word(disk.name())));
+    let chain = session.other(&["chain", disk.name()]);
     console.result(&format!(
         "the job {id} is done: {name} writes to {} now, and its chain has {layers} {}\nthe chain: {chain}",
         printable(is),

@@ -2,10 +2,9 @@
 
 use std::slice;
 
-use qmp_client::{Connection, Disk, Graph, Owner};
+use qmp_client::{Connection, Disk, Graph, Machine, Owner};
 
-use super::files::Files;
-use super::managed::Machine;
+use super::managed::Managed;
 use super::trouble::Session;
 use crate::cli::LiveVerb;
 use crate::exit::Exit;
@@ -24,9 +23,9 @@ pub(super) fn process(session: &Session<'_>, monitor: &Connection) -> Result<(),
         return Ok(());
     }
     // Its disks tell what the layers are called that the user has named by their numbers.
-    let files = Files::of(monitor);
-    let graph = Graph::ask(monitor).ok().map(|graph| graph.with_files(&|name| files.absolute(name)));
-    refuse(session, owner, monitor.peer(), graph.as_ref().map_or(&[], Graph::disks))
+    let machine = Machine::look(monitor, session.address).ok();
+    let disks = machine.as_ref().map_or(&[][..], |machine| Graph::disks(machine.graph()));
+    refuse(session, owner, monitor.peer(), disks)
 }
 
 /// Refuses to change a disk whose nodes a manager has named.
@@ -48,7 +47,7 @@ fn refuse(
         session.address
     );
     let hint = match owner {
-        Owner::Libvirt => Machine::find(session, process, disks)
+        Owner::Libvirt => Managed::find(session, process, disks)
             .map_or_else(list_domains, |machine| machine.instead(session.verb)),
         other => Hint::advice(instead(other, session.verb)),
     };
@@ -78,12 +77,12 @@ fn instead(owner: Owner, verb: &LiveVerb) -> String {
 }
 
 /// What shows the same there.
-pub(super) fn look_instead(session: &Session<'_>, owner: Owner) -> String {
+pub(super) fn look_instead(session: &Session<'_>, owner: Owner) -> Hint {
     match owner {
-        Owner::Libvirt => Machine::find(session, None, &[])
-            .map_or_else(list_domains, |machine| machine.look(session.verb))
-            .to_string(),
-        Owner::Proxmox => "qm config VMID".to_owned(),
-        Owner::Incus => "incus config show --expanded INSTANCE".to_owned(),
+        Owner::Libvirt => {
+            Managed::find(session, None, &[]).map_or_else(list_domains, |machine| machine.look(session.verb))
+        }
+        Owner::Proxmox => Hint::advice("qm config VMID"),
+        Owner::Incus => Hint::advice("incus config show --expanded INSTANCE"),
     }
 }

@@ -1,42 +1,38 @@
 //! The verbs about jobs, whoever started them.
 
 use qmp_client::qapi::qmp::JobStatus;
-use qmp_client::{Connection, Disk, Graph, Job, JobState, Phase, State, StateFile};
+use qmp_client::{Disk, Job, JobState, Machine, Outline, Phase};
 use serde_json::{Value, json};
 
-use super::states;
 use super::trouble::{self, Session};
 use crate::cli::LiveVerb;
 use crate::failure::Failure;
 use crate::output::Console;
-use crate::output::human::{Table, printable, shell_word};
+use crate::output::human::{Table, printable};
 use crate::output::json::path;
 use crate::output::size;
 
 /// Prints all jobs.
-pub(super) fn list(
-    session: &Session<'_>,
-    monitor: &Connection,
-    graph: &Graph,
-    console: &Console,
-) -> Result<(), Failure> {
+pub(super) fn list(session: &Session<'_>, machine: &Machine<'_>, console: &Console) -> Result<(), Failure> {
+    let (graph, monitor) = (machine.graph(), machine.monitor());
     let jobs = graph.jobs(monitor).map_err(|e| session.failure(&e))?;
-    let known = states::of(session, graph.disks(), None)?;
-    let (under_way, left): (Vec<_>, Vec<_>) =
-        known.iter().partition(|(_, state)| jobs.iter().any(|(job, _)| job.id == state.job));
+    let known = machine.unfinished(graph.disks(), None).map_err(|e| session.failure(&e))?;
+    let (under_way, left): (Vec<Outline>, Vec<Outline>) = known
+        .iter()
+        .map(qmp_client::Unfinished::outline)
+        .partition(|merge| jobs.iter().any(|(job, _)| job.id == merge.job));
     if console.is_json() {
-        let merge = |job: &JobState| under_way.iter().find(|(_, state)| state.job == job.id);
-        return console
-            .document(&jobs.iter().map(|(job, disk)| json(job, *disk, merge(job).copied())).collect());
+        let merge = |job: &JobState| under_way.iter().find(|merge| merge.job == job.id);
+        return console.document(&jobs.iter().map(|(job, disk)| json(job, *disk, merge(job))).collect());
     }
     // A switched merge has files to clean up after; one that was only copied has lost nothing.
-    for (file, state) in left.iter().filter(|(_, state)| state.phase != Phase::Copying) {
-        let disk = printable(&state.disk);
+    for merge in left.iter().filter(|merge| merge.phase != Phase::Copying) {
+        let disk = printable(&merge.disk);
         console.note(&format!(
             "an earlier merge of {disk} is not cleaned up after ({}); its disk is {}: {}",
-            file.path().display(),
-            printable(&state.valid_top),
-            session.other(&format!("recover {}", shell_word(&state.disk)))
+            merge.state_file().display(),
+            printable(&merge.valid_top),
+            session.other(&["recover", &merge.disk])
         ));
     }
     if jobs.is_empty() {
@@ -56,12 +52,12 @@ pub(super) fn list(
         ];
         table.row(cells.map(printable).into());
     }
-    let merges: String = under_way.iter().map(|(_, state)| format!("\n{}", in_words(state))).collect();
+    let merges: String = under_way.iter().map(|merge| format!("\n{}", in_words(merge))).collect();
     console.result(&(table.render() + &merges))
 }
 
 /// `vda: b.qcow2, a.qcow2 into base.raw, not switched yet; the image that holds the disk is c.qcow2`
-fn in_words(state: &State) -> String {
+fn in_words(state: &Outline) -> String {
     let merged: Vec<_> = state.merged().map(|layer| printable(&layer.file)).collect();
     let target = state.target().map_or(String::new(), |layer| printable(&layer.file));
     let phase = match state.phase {
@@ -76,11 +72,11 @@ fn in_words(state: &State) -> String {
 /// Pauses, resumes, cancels or slows the job of a disk.
 pub(super) fn steer(
     session: &Session<'_>,
-    monitor: &Connection,
-    graph: &Graph,
+    machine: &Machine<'_>,
     disk: &Disk,
     console: &Console,
 ) -> Result<(), Failure> {
+    let (graph, monitor) = (machine.graph(), machine.monitor());
     let fail = |e: qmp_client::Error| session.failure(&e);
     let of_this = |(_, of): &(JobState, Option<&Disk>)| of.is_some_and(|of| of.name() == disk.name());
     let all = graph.jobs(monitor).map_err(fail)?;
@@ -108,7 +104,7 @@ pub(super) fn steer(
     };
     let done = done.map_err(fail)?;
     if matches!(session.verb, LiveVerb::Cancel { .. }) {
-        forget(session, disk, &state.id)?;
+        machine.forget_cancelled(disk, &state.id).map_err(fail)?;
     }
     if console.is_json() {
         let now = job.state().map_err(fail)?;
@@ -120,15 +116,6 @@ pub(super) fn steer(
         return console.document(&out);
     }
     console.result(&done)
-}
-
-/// Removes what was noted about a merge that will never be switched.
-fn forget(session: &Session<'_>, disk: &Disk, job: &str) -> Result<(), Failure> {
-    let known = states::of(session, std::slice::from_ref(disk), None)?;
-    for (file, state) in known.iter().filter(|(_, state)| state.job == job) {
-        file.forget(state).map_err(|e| session.failure(&e))?;
-    }
-    Ok(())
 }
 
 /// `running`, or why it stands still.
@@ -149,7 +136,7 @@ fn word(status: JobStatus) -> String {
 }
 
 /// A job with the fields of `query-jobs` and `query-block-jobs`, and its disk.
-fn json(job: &JobState, disk: Option<&Disk>, merge: Option<&(StateFile, State)>) -> Value {
+fn json(job: &JobState, disk: Option<&Disk>, merge: Option<&Outline>) -> Value {
     let mut out = json!({
         "disk": disk.map(Disk::name),
         "id": job.id,
@@ -164,14 +151,14 @@ fn json(job: &JobState, disk: Option<&Disk>, merge: Option<&(StateFile, State)>)
         out["auto-finalize"] = block.auto_finalize.into();
         out["auto-dismiss"] = block.auto_dismiss.into();
     }
-    if let Some((file, state)) = merge {
+    if let Some(merge) = merge {
         out["merge"] = json!({
-            "kind": state.kind,
-            "phase": state.phase,
-            "base": state.layer(state.base).map(|layer| &layer.file),
-            "obsolete": state.merged().map(|layer| layer.file.as_str()).collect::<Value>(),
-            "valid-top": state.valid_top,
-            "state-file": path(file.path()),
+            "kind": merge.kind,
+            "phase": merge.phase,
+            "base": merge.layer(merge.base).map(|layer| &layer.file),
+            "obsolete": merge.merged().map(|layer| layer.file.as_str()).collect::<Value>(),
+            "valid-top": merge.valid_top,
+            "state-file": path(merge.state_file()),
         });
     }
     if let Some(error) = &job.error {

@@ -15,7 +15,7 @@ use crate::domains::{self, command};
 use crate::hint::{Hint, HintKind};
 
 /// What is known of a machine of libvirt's.
-pub(super) struct Machine<'a> {
+pub(super) struct Managed<'a> {
     virsh: Virsh,
     /// As its definition tells, where that may be read.
     domain: Option<Domain>,
@@ -23,7 +23,7 @@ pub(super) struct Machine<'a> {
     disks: &'a [Disk],
 }
 
-impl<'a> Machine<'a> {
+impl<'a> Managed<'a> {
     /// Finds the domain by the process at the other end, by the monitor's place, or by its disks.
     pub(super) fn find(session: &Session<'_>, process: Option<u32>, disks: &'a [Disk]) -> Option<Self> {
         let definitions = domains::read();

@@ -1,319 +1,215 @@
-//! The verbs that start a merge, step by step.
-
-use std::cell::Cell;
-use std::path::PathBuf;
-use std::time::Instant;
+//! `qmerge live commit` and `qmerge live pull`: arguments become a request, and what is to be done is told.
 
 use qcow2::error::shown;
-use qmp_client::{Connection, Disk, Graph, Kind, Merge, Procedure, State, StateFile, Throttle};
+use qmp_client::{Connection, End, Nothing, Planned, Prepared, Request, Room, Run, TidyOptions};
 
-use super::drive::Drive;
-use super::files::Files;
-use super::left::{self, Left};
+use super::follow::Follow;
 use super::outcome::Outcome;
-use super::plan::{End, Plan, fields, show, text};
-use super::tidy::Wishes;
+use super::plan::{fields, show, text};
 use super::trouble::{self, Session};
-use super::{checks, commit, find, guard, pull, siblings, states};
+use super::{find, guard, look};
 use crate::cli::{JobArgs, LiveCommitArgs, PullArgs};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Console;
-use crate::output::human::{printable, shell_word};
+use crate::output::human::printable;
 use crate::output::progress::Meter;
+use crate::output::size;
 use crate::signals::Stop;
 
 /// `live commit`.
 pub(super) fn commit(
     session: &Session<'_>,
     monitor: Connection,
-    graph: &Graph,
     args: &LiveCommitArgs,
     console: &Console,
 ) -> Result<Exit, Failure> {
-    let files = Files::of(&monitor);
-    let disk = find(graph, &args.disk, session)?;
-    guard::disk(session, disk)?;
-    let (disks, state_dir) = (std::slice::from_ref(disk), args.job.state_dir.as_deref());
-    if !args.job.dry_run {
-        states::sweep(session, disks, state_dir);
-    }
-    let known = states::of(session, disks, state_dir)?;
-    let is_meant = |state: &State| left::is_this_commit(state, disk, args);
-    let left = Left { session, monitor: &monitor, graph, disk, files: &files, known: &known, console };
-    let of_state = |state: &State| Wanted {
-        kind: state.kind,
-        end: commit::end(state.kind == Kind::ActiveCommit, args),
-        delete: args.delete || state.delete,
-        converge: args.converge,
-        no_lock: args.no_lock,
-    };
-    // Before the chain is looked at: it may be the one that the merge has left.
-    if let Some(state) = under_way(session, &monitor, graph, disk, &known)?.filter(is_meant) {
-        let (job, wanted) = (&args.job, of_state(&state));
-        let start = Start {
-            session,
-            graph,
-            disk,
-            files: &files,
-            job,
-            scan: &args.scan,
-            console,
-            known: &known,
-            wanted,
-        };
-        return start.pick_up(monitor);
-    }
-    let wishes = Wishes { delete: args.delete, scan: siblings::absolute(&args.scan), no_lock: args.no_lock };
-    if let Some(exit) = left.finish_meant(&is_meant, wishes, args.job.dry_run)? {
-        return Ok(exit);
-    }
-    if let Some(base) = args.top.as_ref().and_then(|top| commit::merged_before(disk, top)) {
-        let why =
-            format!("{} was already merged into {}", args.top.as_deref().unwrap_or_default(), shown(base));
-        return nothing_to_do(console, disk.name(), &why);
-    }
-    let Some(range) = commit::range(session, disk, args)? else {
-        return match left.switched(&|_| true) {
-            Some((file, state)) => Err(states::recover_first(session, file, state)),
-            None => nothing_to_do(console, disk.name(), "its chain has one layer"),
-        };
-    };
-    let wanted = Wanted {
-        kind: if range.above.is_none() { Kind::ActiveCommit } else { Kind::Commit },
-        end: commit::end(range.above.is_none(), args),
-        delete: args.delete,
-        converge: args.converge,
-        no_lock: args.no_lock,
-    };
-    let job = &args.job;
-    let start =
-        Start { session, graph, disk, files: &files, job, scan: &args.scan, console, known: &known, wanted };
-    start.no_other_job(&monitor)?;
-    let (commit, plan) = commit::plan(session, &files, disk, &range, args)?;
-    start.carry_out(monitor, commit, &plan)
+    let mut request = Request::commit();
+    of_job(&mut request, &args.job);
+    request.base.clone_from(&args.base);
+    request.top.clone_from(&args.top);
+    request.shallow = args.shallow;
+    request.active = args.active;
+    request.pivot = args.pivot;
+    request.keep_overlay = args.keep_overlay;
+    request.converge = args.converge;
+    request.delete = args.delete;
+    request.backing_file.clone_from(&args.backing_file);
+    request.scan.clone_from(&args.scan);
+    request.allow_shared_base = args.allow_shared_base;
+    request.allow_stale = args.allow_stale;
+    request.allow_plaintext = args.allow_plaintext;
+    request.drop_bitmaps = args.drop_bitmaps;
+    request.no_lock = args.no_lock;
+    let call = Call { session, disk: &args.disk, job: &args.job, request, what: "merging", console };
+    call.run(monitor)
 }
 
 /// `live pull`.
 pub(super) fn pull(
     session: &Session<'_>,
     monitor: Connection,
-    graph: &Graph,
     args: &PullArgs,
     console: &Console,
 ) -> Result<Exit, Failure> {
-    let files = Files::of(&monitor);
-    let disk = find(graph, &args.disk, session)?;
-    guard::disk(session, disk)?;
-    let (disks, state_dir) = (std::slice::from_ref(disk), args.job.state_dir.as_deref());
-    if !args.job.dry_run {
-        states::sweep(session, disks, state_dir);
-    }
-    let known = states::of(session, disks, state_dir)?;
-    let is_meant = |state: &State| left::is_this_pull(state, disk, args);
-    let wanted = || Wanted {
-        kind: Kind::Pull,
-        end: if args.job.async_ { End::WaitForFinish } else { End::Finish },
-        delete: false,
-        converge: false,
-        no_lock: false,
-    };
-    let start = |wanted: Wanted| {
-        let job = &args.job;
-        Start { session, graph, disk, files: &files, job, scan: &[], console, known: &known, wanted }
-    };
-    if under_way(session, &monitor, graph, disk, &known)?.is_some_and(|state| is_meant(&state)) {
-        return start(wanted()).pick_up(monitor);
-    }
-    let left = Left { session, monitor: &monitor, graph, disk, files: &files, known: &known, console };
-    if let Some(exit) = left.finish_meant(&is_meant, Wishes::default(), args.job.dry_run)? {
-        return Ok(exit);
-    }
-    let Some(base) = pull::base(session, disk, args)? else {
-        return match left.switched(&|_| true) {
-            Some((file, state)) => Err(states::recover_first(session, file, state)),
-            None => nothing_to_do(console, disk.name(), "no layer lies between"),
-        };
-    };
-    let start = start(wanted());
-    start.no_other_job(&monitor)?;
-    let (pull, plan) = pull::plan(session, &files, disk, base, args)?;
-    start.carry_out(monitor, pull, &plan)
+    let mut request = Request::pull();
+    of_job(&mut request, &args.job);
+    request.base.clone_from(&args.base);
+    request.backing_file.clone_from(&args.backing_file);
+    request.allow_plaintext = args.allow_plaintext;
+    request.drop_bitmaps = args.drop_bitmaps;
+    let call = Call { session, disk: &args.disk, job: &args.job, request, what: "pulling", console };
+    call.run(monitor)
 }
 
-/// What the user asks for, in the words of a state file.
-struct Wanted {
-    kind: Kind,
-    end: End,
-    delete: bool,
-    converge: bool,
-    no_lock: bool,
+fn of_job(request: &mut Request, args: &JobArgs) {
+    request.speed = args.bandwidth.unwrap_or(0);
+    request.wait = args.async_;
+    request.nbd_socket.clone_from(&args.nbd_socket);
+    request.state_dir.clone_from(&args.state_dir);
+    request.dry_run = args.dry_run;
 }
 
-/// A merge that is about to start, or has been started by an earlier call.
-struct Start<'a> {
+/// A call that begins a merge, or goes on with it.
+struct Call<'a> {
     session: &'a Session<'a>,
-    graph: &'a Graph,
-    disk: &'a Disk,
-    files: &'a Files,
+    disk: &'a str,
     job: &'a JobArgs,
-    scan: &'a [PathBuf],
+    request: Request,
+    /// What is being done, as a participle.
+    what: &'static str,
     console: &'a Console,
-    /// All states that may speak of the disk.
-    known: &'a [(StateFile, State)],
-    wanted: Wanted,
 }
 
-/// The state of the merge of this disk whose job QEMU has, or of which only the end is not noted.
-fn under_way(
-    session: &Session<'_>,
-    monitor: &Connection,
-    graph: &Graph,
-    disk: &Disk,
-    known: &[(StateFile, State)],
-) -> Result<Option<State>, Failure> {
-    let found = Merge::attach(monitor, graph, disk, known).map_err(|e| session.failure(&e))?;
-    Ok(found.map(|merge| merge.state().clone()))
-}
-
-impl Start<'_> {
-    /// Refuses another job on the disk.
-    fn no_other_job(&self, monitor: &Connection) -> Result<(), Failure> {
-        let jobs = self.graph.jobs(monitor).map_err(|e| self.session.failure(&e))?;
-        checks::no_other_job(self.session, self.disk, &jobs)
-    }
-
-    /// Goes on with a merge that is under way.
-    fn pick_up(&self, monitor: Connection) -> Result<Exit, Failure> {
-        let found = Merge::attach(&monitor, self.graph, self.disk, self.known);
-        let merge = found.map_err(|e| self.session.failure(&e))?;
-        let mut merge = merge.ok_or_else(|| trouble::no_job(self.session, self.disk))?;
-        if self.job.dry_run || self.job.async_ {
-            Outcome::started(self.session, merge.state()).tell(self.console)?;
-            return Ok(Exit::DONE);
-        }
-        self.console
-            .note(&format!("picked up again: the merge of {} is under way", printable(self.disk.name())));
-        let drive = self.drive(self.throttle(&monitor)?)?;
-        let step = drive.follow(&monitor, &mut merge)?;
-        drop(merge);
-        drop(monitor);
-        drive.take_turns(step)
-    }
-
-    /// Shows the plan, and does what it says.
-    fn carry_out(&self, monitor: Connection, mut procedure: Procedure, plan: &Plan) -> Result<Exit, Failure> {
-        let warning = checks::room(self.session, plan)?;
-        let throttle = self.throttle(&monitor)?;
-        let file = states::place(self.session, self.files, self.disk, self.job.state_dir.as_deref())?;
-        states::left_over(self.session, self.graph, self.disk, self.known, &file, self.console)?;
-        announce(plan, self.job, self.console)?;
-        if let Some(warning) = warning {
-            self.console.note(&warning);
-        }
-        if self.job.dry_run {
-            self.console.note("dry run: nothing was changed");
-            return Ok(Exit::DONE);
-        }
-        procedure.preflight(&monitor).map_err(|e| self.not_begun(&e, plan))?;
-        let wishes = qmp_client::Wishes {
-            delete: self.wanted.delete,
-            allow_stale: plan.stale().next().is_some(),
-            scan: siblings::absolute(self.scan),
-            pivot: self.wanted.end == End::Pivot,
-            keep_overlay: self.wanted.end == End::KeepOverlay,
-            files_are_elsewhere: !self.files.strangers(self.disk).is_empty(),
+impl Call<'_> {
+    fn run(&self, monitor: Connection) -> Result<Exit, Failure> {
+        let (session, console) = (self.session, self.console);
+        let machine = look(session, &monitor)?;
+        let disk = find(&machine, self.disk, session)?;
+        guard::disk(session, disk)?;
+        let prepared = machine.prepare(disk, &self.request);
+        let mut merge = match prepared.map_err(|e| session.unplanned(&e, disk, &self.request))? {
+            Prepared::Nothing(why) => return self.nothing_to_do(disk.name(), &why),
+            Prepared::Finish(left) => {
+                let options = self.tidy();
+                Outcome::of_left(session, &machine, disk, &left, &options, console)?.tell(console)?;
+                return Ok(Exit::DONE);
+            }
+            Prepared::UnderWay(merge) => *merge,
+            Prepared::Merge(planned) => {
+                self.announce(&planned)?;
+                if self.request.dry_run {
+                    console.note("dry run: nothing was changed");
+                    return Ok(Exit::DONE);
+                }
+                let (throttle, end) = (planned.throttle.clone(), planned.plan.end);
+                let written = planned.plan.relink.iter().map(|(overlay, _)| &overlay.file);
+                let written: Vec<String> = written.chain([&planned.plan.receiver().file]).cloned().collect();
+                let mut merge = planned.begin().map_err(|e| session.not_begun(&e, &written))?;
+                if self.request.wait {
+                    Outcome::started(session, &qmp_client::Driver::outline(&merge)).tell(console)?;
+                    return Ok(Exit::DONE);
+                }
+                let mut follow = self.follow(end)?;
+                follow.run.throttle = throttle;
+                let step = follow.step(&mut merge)?;
+                drop(merge);
+                drop(machine);
+                drop(monitor);
+                return follow.until_over(step);
+            }
+            _ => return Ok(Exit::DONE),
         };
-        let drive = self.drive(throttle)?;
-        let merge = Merge::begin(&monitor, procedure, file, self.session.address, &wishes);
-        let mut merge = merge.map_err(|e| self.not_begun(&e, plan))?;
-        if self.job.async_ {
-            Outcome::started(self.session, merge.state()).tell(self.console)?;
+        let outline = qmp_client::Driver::outline(&merge);
+        if self.request.dry_run || self.request.wait {
+            Outcome::started(session, &outline).tell(console)?;
             return Ok(Exit::DONE);
         }
-        let step = drive.follow(&monitor, &mut merge)?;
+        console.note(&format!("picked up again: the merge of {} is under way", printable(disk.name())));
+        let mut follow = self.follow(self.request.end(outline.merges_active()))?;
+        follow.run.throttle = match self.request.converge {
+            true => Some(machine.throttle(disk).map_err(|e| session.failure(&e))?),
+            false => None,
+        };
+        let step = follow.step(&mut merge)?;
         drop(merge);
+        drop(machine);
         drop(monitor);
-        drive.take_turns(step)
+        follow.until_over(step)
     }
 
-    /// QEMU refused what the merge needs, before anything was changed.
-    fn not_begun(&self, error: &qmp_client::Error, plan: &Plan) -> Failure {
-        if !matches!(error, qmp_client::Error::Command { .. }) {
-            return self.session.failure(error);
-        }
-        let written = plan.relink.iter().map(|(overlay, _)| overlay).chain([plan.receiver()]);
-        let files: Vec<_> = written.map(|layer| shell_word(&layer.file)).collect();
-        let hint = format!(
-            "nothing was changed; QEMU must be able to write these: ls -l {}; then again: {}",
-            files.join(" "),
-            self.session.again()
-        );
-        self.session.failure_with(error, hint)
+    /// What to do with the files that are no longer needed.
+    fn tidy(&self) -> TidyOptions {
+        let mut options = TidyOptions::new(self.request.delete, &self.request.scan);
+        options.no_lock = self.request.no_lock;
+        options
     }
 
-    /// What can slow the guest down, if the user allows that.
-    fn throttle(&self, monitor: &Connection) -> Result<Option<Throttle>, Failure> {
-        if !self.wanted.converge {
-            return Ok(None);
-        }
-        Throttle::of(monitor, self.disk).map(Some).map_err(|e| {
-            let hint = "leave --converge out; the merge gets ready when the guest writes less";
-            self.session.failure_with(&e, hint.to_owned())
-        })
-    }
-
-    fn drive(&self, throttle: Option<Throttle>) -> Result<Drive<'_>, Failure> {
-        Ok(Drive {
+    fn follow(&self, end: End) -> Result<Follow<'_>, Failure> {
+        let mut run = Run::new(self.session.address, self.disk, end);
+        run.owns = true;
+        run.timeout = self.job.timeout;
+        run.state_dir.clone_from(&self.job.state_dir);
+        run.tidy = self.tidy();
+        Ok(Follow {
             session: self.session,
             console: self.console,
-            meter: Meter::new(
-                self.console,
-                if self.wanted.kind == Kind::Pull { "pulling" } else { "merging" },
-            ),
+            meter: Meter::new(self.console, self.what),
             stop: Stop::watch().map_err(|e| trouble::no_signals(self.session, &e))?,
-            began: Instant::now(),
-            timeout: self.job.timeout,
-            disk: self.disk.name(),
-            state_dir: self.job.state_dir.as_deref(),
-            end: self.wanted.end,
-            owns: true,
-            wishes: Wishes {
-                delete: self.wanted.delete,
-                scan: self.scan.to_vec(),
-                no_lock: self.wanted.no_lock,
-            },
-            throttle,
-            said_stalled: Cell::new(false),
+            run,
         })
     }
-}
 
-fn nothing_to_do(console: &Console, disk: &str, why: &str) -> Result<Exit, Failure> {
-    console.event(
-        "result",
-        serde_json::json!({ "disk": disk, "status": "nothing-to-do", "nothing-to-do": why }),
-    )?;
-    console.result(&format!("nothing to do for {}: {why}", printable(disk)))?;
-    Ok(Exit::DONE)
-}
-
-/// Shows the plan, to people on standard error unless it is all that is asked for.
-fn announce(plan: &Plan, args: &JobArgs, console: &Console) -> Result<(), Failure> {
-    console.event("plan", fields(plan))?;
-    if args.dry_run {
-        // An active commit makes base durable itself.
-        let flush = match &plan.relink {
-            Some(_) => format!(" ({} is flushed before job-finalize)", show(plan.receiver())),
-            None => String::new(),
+    fn nothing_to_do(&self, disk: &str, why: &Nothing) -> Result<Exit, Failure> {
+        let why = match why {
+            Nothing::MergedBefore { into } => {
+                let top = self.request.top.as_deref().unwrap_or_default();
+                format!("{top} was already merged into {}", shown(into))
+            }
+            Nothing::NothingBetween => "no layer lies between".to_owned(),
+            _ => "its chain has one layer".to_owned(),
         };
-        let commands = plan.commands.iter().map(|(name, arguments)| {
-            format!("  {}\n", printable(&format!(r#"{{"execute": "{name}", "arguments": {arguments}}}"#)))
-        });
-        let commands: String = commands.collect();
-        console.result(&format!("{}\n\ncommands for QEMU{flush}:\n{commands}", text(plan)))?;
-    } else if !console.is_json() {
-        console.note(&text(plan));
+        self.console.event(
+            "result",
+            serde_json::json!({ "disk": disk, "status": "nothing-to-do", "nothing-to-do": why }),
+        )?;
+        self.console.result(&format!("nothing to do for {}: {why}", printable(disk)))?;
+        Ok(Exit::DONE)
     }
-    Ok(())
+
+    /// Shows the plan, to people on standard error unless it is all that is asked for.
+    fn announce(&self, planned: &Planned<'_>) -> Result<(), Failure> {
+        let (plan, console) = (&planned.plan, self.console);
+        for job in &planned.begins_anew {
+            console.note(&format!(
+                "an earlier merge (job {}) ended without a switch; nothing is lost, it begins anew",
+                printable(job)
+            ));
+        }
+        console.event("plan", fields(plan))?;
+        if self.request.dry_run {
+            // An active commit makes base durable itself.
+            let flush = match &plan.relink {
+                Some(_) => format!(" ({} is flushed before job-finalize)", show(plan.receiver())),
+                None => String::new(),
+            };
+            let commands = plan.commands.iter().map(|(name, arguments)| {
+                format!("  {}\n", printable(&format!(r#"{{"execute": "{name}", "arguments": {arguments}}}"#)))
+            });
+            let commands: String = commands.collect();
+            console.result(&format!("{}\n\ncommands for QEMU{flush}:\n{commands}", text(plan)))?;
+        } else if !console.is_json() {
+            console.note(&text(plan));
+        }
+        if let (Room::Scarce, Some((folder, free))) = (planned.room, &plan.room) {
+            console.note(&format!(
+                "the room may not be enough: {} grows by up to {}, and {} are free in {}; if it is full, the job waits for room",
+                show(plan.receiver()),
+                size::exact(plan.growth()),
+                size::exact(*free),
+                folder.display()
+            ));
+        }
+        Ok(())
+    }
 }

@@ -1,16 +1,16 @@
 //! What came out of a merge: for people and for programs.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use qmp_client::{Connection, Kind, State, StateLayer};
+use qmp_client::{Disk, Kind, Machine, Outline, OutlineLayer, Tidied, TidyOptions, Unfinished};
 use serde_json::{Value, json};
 
-use super::after;
-use super::tidy::Tidied;
 use super::trouble::Session;
+use super::words;
 use crate::failure::Failure;
 use crate::output::Console;
-use crate::output::human::{printable, shell_word};
+use crate::output::human::printable;
 use crate::output::json::{path, paths};
 use crate::output::size;
 
@@ -20,15 +20,14 @@ pub(super) struct Outcome {
     /// Advice, which is no result.
     notes: Vec<String>,
     fields: Value,
-    complete: bool,
 }
 
 impl Outcome {
     /// The disk has its shorter chain.
     pub(super) fn switched(
         session: &Session<'_>,
-        monitor: &Connection,
-        state: &State,
+        process: Option<u32>,
+        state: &Outline,
         tidied: &Tidied,
         copied: Option<u64>,
         seconds: f64,
@@ -42,7 +41,7 @@ impl Outcome {
             Kind::Commit => format!("merged into {target}, in {time}"),
             Kind::Pull => format!("pulled into {target}, in {time}"),
         }];
-        if let Some(rename) = &state.backing {
+        if let Some(rename) = &state.relink {
             let overlay = printable(&rename.overlay);
             lines.push(match &rename.new {
                 Some(new) => format!("{overlay} now has {} as its backing file", printable(new)),
@@ -51,7 +50,7 @@ impl Outcome {
         }
         let mut notes = Vec::new();
         if state.kind == Kind::ActiveCommit {
-            notes.push(configuration(monitor, state, &mut fields));
+            notes.push(configuration(process, state, &mut fields));
         }
         add_files(session, state, tidied, &mut lines, &mut fields);
         fields["active"] = state.valid_top.as_str().into();
@@ -60,11 +59,27 @@ impl Outcome {
             fields["bytes-copied"] = copied.into();
         }
         fields["seconds"] = seconds.into();
-        Self { lines, notes, fields, complete: tidied.kept.is_empty() }
+        Self { lines, notes, fields }
+    }
+
+    /// What an earlier call has left, whose client was killed when QEMU had switched, is dealt with.
+    pub(super) fn of_left(
+        session: &Session<'_>,
+        machine: &Machine<'_>,
+        disk: &Disk,
+        left: &Unfinished,
+        options: &TidyOptions,
+        console: &Console,
+    ) -> Result<Self, Failure> {
+        let began = Instant::now();
+        say_left(disk, console);
+        let tidied = machine.tidy_up(left, options).map_err(|e| session.failure(&e))?;
+        let (process, seconds) = (machine.monitor().peer(), began.elapsed().as_secs_f64());
+        Ok(Self::switched(session, process, &left.outline(), &tidied, None, seconds))
     }
 
     /// The guest stays; base holds what the disk showed.
-    pub(super) fn kept_overlay(state: &State, copied: u64, seconds: f64) -> Self {
+    pub(super) fn kept_overlay(state: &Outline, copied: u64, seconds: f64) -> Self {
         let mut fields = fields(state, "overlay-kept");
         fields["active"] = state.valid_top.as_str().into();
         fields["bytes-copied"] = copied.into();
@@ -78,44 +93,39 @@ impl Outcome {
             ),
             format!("{} goes on writing to {active}, with its whole chain below", printable(&state.disk)),
         ];
-        Self { lines, notes: Vec::new(), fields, complete: true }
+        Self { lines, notes: Vec::new(), fields }
     }
 
     /// Everything is copied; the user decides.
-    pub(super) fn ready(session: &Session<'_>, state: &State, copied: u64, seconds: f64) -> Self {
+    pub(super) fn ready(session: &Session<'_>, state: &Outline, copied: u64, seconds: f64) -> Self {
         let mut fields = fields(state, "ready");
         fields["active"] = state.valid_top.as_str().into();
         fields["bytes-copied"] = copied.into();
         fields["seconds"] = seconds.into();
-        let (disk, word) = (printable(&state.disk), shell_word(&state.disk));
+        let disk = printable(&state.disk);
         let lines = vec![
             format!(
                 "everything is copied into {}, in {}; what {disk} writes goes to both",
                 target(state),
                 size::duration(seconds)
             ),
-            format!("to go over to it:  {}", session.other(&format!("pivot {word}"))),
-            format!("to stay:           {}", session.other(&format!("cancel {word}"))),
+            format!("to go over to it:  {}", session.other(&["pivot", &state.disk])),
+            format!("to stay:           {}", session.other(&["cancel", &state.disk])),
         ];
-        Self { lines, notes: Vec::new(), fields, complete: true }
+        Self { lines, notes: Vec::new(), fields }
     }
 
     /// The job goes on without this client.
-    pub(super) fn started(session: &Session<'_>, state: &State) -> Self {
-        let (disk, word) = (printable(&state.disk), shell_word(&state.disk));
+    pub(super) fn started(session: &Session<'_>, state: &Outline) -> Self {
+        let disk = printable(&state.disk);
         let end = if state.kind == Kind::ActiveCommit { "pivot" } else { "finish" };
         let lines = vec![
             format!("the merge of {disk} goes on in QEMU (job {})", printable(&state.job)),
-            format!("to see how far it is:  {}", session.other("jobs")),
-            format!("to end it:             {}", session.other(&format!("{end} {word}"))),
-            format!("to give it up:         {}", session.other(&format!("cancel {word}"))),
+            format!("to see how far it is:  {}", session.other(&["jobs"])),
+            format!("to end it:             {}", session.other(&[end, &state.disk])),
+            format!("to give it up:         {}", session.other(&["cancel", &state.disk])),
         ];
-        Self { lines, notes: Vec::new(), fields: fields(state, "started"), complete: true }
-    }
-
-    /// Whether nothing is left to be done, so that the state file can go.
-    pub(super) fn is_complete(&self) -> bool {
-        self.complete
+        Self { lines, notes: Vec::new(), fields: fields(state, "started") }
     }
 
     /// Prints it.
@@ -129,8 +139,16 @@ impl Outcome {
     }
 }
 
+/// Says that the end of an earlier call is made up for.
+pub(super) fn say_left(disk: &Disk, console: &Console) {
+    console.note(&format!(
+        "picked up again: the merge of {} had switched; what it left is dealt with now",
+        printable(disk.name())
+    ));
+}
+
 /// What a program is told of every merge.
-fn fields(state: &State, status: &str) -> Value {
+fn fields(state: &Outline, status: &str) -> Value {
     let file = |index: usize| state.layer(index).map(|layer| layer.file.as_str());
     let obsolete =
         if status == "overlay-kept" { json!([]) } else { state.merged().map(|l| l.file.as_str()).collect() };
@@ -145,13 +163,13 @@ fn fields(state: &State, status: &str) -> Value {
     })
 }
 
-fn target(state: &State) -> String {
+fn target(state: &Outline) -> String {
     printable(state.target().map_or("", |layer| &layer.file))
 }
 
 fn add_files(
     session: &Session<'_>,
-    state: &State,
+    state: &Outline,
     tidied: &Tidied,
     lines: &mut Vec<String>,
     fields: &mut Value,
@@ -184,7 +202,7 @@ fn add_files(
         lines.push(format!("not touched: {}: {}", printable(&file.to_string_lossy()), printable(why)));
     }
     if !tidied.kept.is_empty() {
-        let later = session.other(&format!("recover {}", shell_word(&state.disk)));
+        let later = session.other(&["recover", &state.disk]);
         lines.push(format!("to deal with them later: {later}"));
     }
     fields["deleted"] = paths(&tidied.deleted);
@@ -197,13 +215,13 @@ fn add_files(
 }
 
 /// What the configuration of the virtual machine should name from now on.
-fn configuration(monitor: &Connection, state: &State, fields: &mut Value) -> String {
-    let name = |layer: Option<&StateLayer>| layer.map_or("", |layer| layer.file.as_str()).to_owned();
+fn configuration(process: Option<u32>, state: &Outline, fields: &mut Value) -> String {
+    let name = |layer: Option<&OutlineLayer>| layer.map_or("", |layer| layer.file.as_str()).to_owned();
     let (old, new) = (name(state.active()), name(state.target()));
     let format = state.target().map_or("", |layer| layer.format.as_str());
-    let words = monitor.peer().map_or(Vec::new(), |pid| after::words_that_name(pid, Path::new(&old)));
+    let words = process.map_or(Vec::new(), |pid| words::that_name(pid, Path::new(&old)));
     fields["configuration"] = json!({ "old": old, "new": new, "format": format, "words": words });
-    let named_now = monitor.peer().map_or(Vec::new(), |pid| after::words_that_name(pid, Path::new(&new)));
+    let named_now = process.map_or(Vec::new(), |pid| words::that_name(pid, Path::new(&new)));
     if words.is_empty() && !named_now.is_empty() {
         let (new, named_now) = (printable(&new), printable(&named_now.join(" ")));
         return format!("the virtual machine was started with {new}, which is right again: {named_now}");

@@ -3,28 +3,29 @@
 use std::path::Path;
 
 use qcow2::storage::{Host, OsHost};
-use qmp_client::{JobState, Kind, State};
+use qmp_client::{JobState, Outline};
 use serde_json::json;
 
-use super::drive::Drive;
-use crate::failure::Failure;
-use crate::output::human::{printable, shell_word};
+use super::trouble::Session;
+use crate::output::Console;
+use crate::output::human::printable;
 use crate::output::size;
 
 /// Tells it once for each time that the job comes to a halt.
-pub(super) fn explain(drive: &Drive<'_>, state: &State, job: &JobState) -> Result<(), Failure> {
+pub(super) fn explain(session: &Session<'_>, console: &Console, merge: &Outline, job: &JobState) {
     let why = job.block.as_ref().map_or("failed", |block| block.io_status.as_str());
-    let file = state.target().map_or("", |layer| layer.file.as_str());
+    let file = merge.target().map_or("", |layer| layer.file.as_str());
     let folder = Path::new(file).parent().filter(|_| file.starts_with('/'));
     let free = folder.and_then(|folder| OsHost.free_space(folder).ok().flatten());
-    drive.console.event(
+    // A reader that went away must not stop a merge; the result will tell.
+    let _ = console.event(
         "stalled",
         json!({ "io-status": why, "file": file, "done": job.done, "total": job.total, "free-space": free }),
-    )?;
-    if drive.console.is_json() {
-        return Ok(());
+    );
+    if console.is_json() {
+        return;
     }
-    let resume = drive.session.other(&format!("resume {}", shell_word(&state.disk)));
+    let resume = session.other(&["resume", &merge.disk]);
     let what = match (why, folder) {
         ("nospace", Some(folder)) => format!(
             "no space is left in {} for {} ({} free)",
@@ -36,25 +37,24 @@ pub(super) fn explain(drive: &Drive<'_>, state: &State, job: &JobState) -> Resul
         _ => format!("QEMU met an input/output error while it copied to {}", printable(file)),
     };
     // QEMU counts holes for the other kinds.
-    let rest = if state.kind == Kind::ActiveCommit {
+    let rest = if merge.merges_active() {
         format!("; {} are still to be copied", size::short(job.total.saturating_sub(job.done)))
     } else {
         String::new()
     };
     let remedy = if why == "nospace" { "make room" } else { "mend that" };
-    drive.console.warn(&format!(
+    console.warn(&format!(
         "the job stands still: {what}{rest}\n\
          nothing is lost, and the guest goes on; {remedy}, then in another terminal: {resume}\n\
          this command waits for it"
     ));
-    Ok(())
 }
 
 /// Tells that the job goes on.
-pub(super) fn over(drive: &Drive<'_>) {
+pub(super) fn over(console: &Console) {
     // A reader that went away must not stop a merge; the result will tell.
-    let _ = drive.console.event("resumed", json!({}));
-    if !drive.console.is_json() {
-        drive.console.note("the job goes on");
+    let _ = console.event("resumed", json!({}));
+    if !console.is_json() {
+        console.note("the job goes on");
     }
 }

@@ -3,15 +3,15 @@
 use std::ffi::OsString;
 use std::io;
 
-use qmp_client::{Address, Disk, Error, Owner, Range};
+use qmp_client::{Address, Disk, Error, Hindrance, Owner, Request};
 
-use super::{guard, option};
+use super::{guard, refused};
 use crate::call::without;
 use crate::cli::LiveVerb;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Command, folder_word, word};
-use crate::output::human::{printable, shell_word};
+use crate::hint::{Command, Hint, HintKind, Hints, folder};
+use crate::output::human::printable;
 
 /// One call of `qmerge live`.
 pub(super) struct Session<'a> {
@@ -24,126 +24,139 @@ pub(super) struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// The failure that an error is, with the hint that fits most often.
+    /// The failure that an error is, with the hints that fit most often.
     pub(super) fn failure(&self, error: &Error) -> Failure {
-        self.failure_with(error, self.hint(error))
+        match error {
+            Error::Hindered(hindrance) => refused::failure(self, hindrance),
+            _ => self.failure_with(error, self.hints(error)),
+        }
     }
 
     /// The failure that an error is.
-    pub(super) fn failure_with(&self, error: &Error, hint: String) -> Failure {
+    pub(super) fn failure_with(&self, error: &Error, hint: Hints) -> Failure {
         let (kind, exit) = class(error);
-        Report { kind, message: error.to_string(), hint: hint.into(), exit }.into()
+        Report { kind, message: error.to_string(), hint, exit }.into()
     }
 
-    /// The failure of a name or a range that the chain does not have.
-    pub(super) fn layer(&self, error: &Error, disk: &Disk) -> Failure {
+    /// The failure of a merge that cannot be planned. Where QEMU would do it wrong, a stopped machine's can be merged,
+    /// perhaps.
+    pub(super) fn unplanned(&self, error: &Error, disk: &Disk, request: &Request) -> Failure {
         match error {
             Error::Layer { .. } => {
-                let chain = self.other(&format!("chain {}", shell_word(disk.name())));
-                self.failure_with(error, format!("name layers as this prints them: {chain}"))
+                let chain = self.other(&["chain", disk.name()]);
+                let hint = Hint::command(HintKind::LiveLook, "name layers as this prints them", chain);
+                self.failure_with(error, hint.into())
             }
+            Error::Refused { .. } if !request.pull => match offline(disk, request) {
+                Some(command) => {
+                    let why = "shut the virtual machine down, then";
+                    self.failure_with(error, Hint::command(HintKind::Offline, why, command).into())
+                }
+                None => self.failure(error),
+            },
             _ => self.failure(error),
         }
     }
 
-    /// The failure of a merge that cannot be planned as QEMU would do it: a stopped machine's can, perhaps.
-    pub(super) fn unplanned(&self, error: &Error, disk: &Disk, range: &Range<'_>) -> Failure {
-        if !matches!(error, Error::Refused { .. }) {
-            return self.layer(error, disk);
+    /// QEMU refused what the merge needs, before anything was changed: it must be able to write these files.
+    pub(super) fn not_begun(&self, error: &Error, written: &[String]) -> Failure {
+        if !matches!(error, Error::Command { .. }) {
+            return self.failure(error);
         }
-        let file = |layer: &qmp_client::Layer| shell_word(&layer.file);
-        let top = range.above.map_or(String::new(), |_| format!(" --top {}", file(range.top)));
-        let hint = format!(
-            "shut the virtual machine down, then: qmerge commit {}{top} --base {}",
-            file(disk.active()),
-            file(range.base)
-        );
-        self.failure_with(error, hint)
+        let look = written.iter().fold(Command::of("ls").word("-l"), Command::file);
+        let why = "nothing was changed; QEMU must be able to write these";
+        let hints = Hints::from(Hint::command(HintKind::Advice, why, look));
+        self.failure_with(error, hints.or(self.again_hint("then again")))
     }
 
-    fn hint(&self, error: &Error) -> String {
-        let again = self.again();
-        let qmp = option(self.address);
+    fn hints(&self, error: &Error) -> Hints {
+        let jobs = |why: &str| Hint::command(HintKind::LiveLook, why, self.other(&["jobs"]));
+        let go_on = "if QEMU still runs, its jobs go on";
         match error {
-            Error::Connect { source, .. } => self.unreachable(source),
+            Error::Connect { source, .. } => return self.unreachable(source),
             Error::NoGreeting { .. } => match Owner::of(self.address, None) {
                 Some(owner) => {
-                    format!("ask {}, which holds it: {}", owner.name(), guard::look_instead(self, owner))
+                    let ask = format!("ask {}, which holds it", owner.name());
+                    guard::look_instead(self, owner).with_words(&ask)
                 }
-                None => format!("end the other client, or give QEMU a second monitor; then again: {again}"),
+                None => self.again_hint("end the other client, or give QEMU a second monitor; then again"),
             },
-            Error::NoSuchDisk { .. } | Error::Layer { .. } => format!("qmerge live list {qmp}"),
-            Error::Job { .. } | Error::TimedOut { .. } | Error::Unreadable { .. } => {
-                format!("see how it stands: qmerge live jobs {qmp}")
+            Error::NoSuchDisk { .. } | Error::Layer { .. } => {
+                Hint::command(HintKind::LiveLook, "", self.other(&["list"]))
             }
             Error::Disconnected { .. } if self.verb.is_merge() => {
-                format!(
-                    "if QEMU still runs, its jobs go on: qmerge live jobs {qmp}; if it has ended, this says which image \
-                     holds the disk: qmerge live recover {qmp}"
-                )
+                let why = "if it has ended, this says which image holds the disk";
+                let recover = Hint::command(HintKind::Recover, why, self.other(&["recover"]));
+                return Hints::from(jobs(go_on)).or(recover);
             }
-            Error::Disconnected { .. } => {
-                format!("if QEMU still runs, its jobs go on: qmerge live jobs {qmp}")
+            Error::Disconnected { .. } => jobs(go_on),
+            Error::Command { .. } if matches!(self.verb, LiveVerb::Snapshot { .. }) => Hint::command(
+                HintKind::LiveLook,
+                "every disk is as it was; QEMU must be able to write the new files' folders",
+                self.other(&["list"]),
+            ),
+            Error::Job { .. } | Error::TimedOut { .. } | Error::Unreadable { .. } | Error::Command { .. } => {
+                jobs("see how it stands")
             }
-            Error::Command { .. } if matches!(self.verb, LiveVerb::Snapshot { .. }) => {
-                format!(
-                    "every disk is as it was: qmerge live list {qmp}; QEMU must be able to write the new files' folders"
-                )
-            }
-            Error::Command { .. } => format!("see how it stands: qmerge live jobs {qmp}"),
-            Error::File { file: path, source } => match source.kind() {
-                io::ErrorKind::PermissionDenied => format!("see who may: ls -ld {}", word(path)),
-                _ => "look for the system's reason: dmesg".to_owned(),
+            Error::File { file, source } => match source.kind() {
+                io::ErrorKind::PermissionDenied => {
+                    Hint::command(HintKind::Advice, "see who may", Command::of("ls").word("-ld").file(file))
+                }
+                _ => Hint::advice("look for the system's reason: dmesg"),
             },
-            Error::State { path, .. } => format!(
-                "that file notes how far a merge is; see what is there and who may write it: ls -la {}",
-                folder_word(path)
+            Error::State { path, .. } => Hint::command(
+                HintKind::Advice,
+                "that file notes how far a merge is; see what is there and who may write it",
+                Command::of("ls").word("-la").file(folder(path)),
             ),
             Error::Managed { .. } => guard::look_instead(self, Owner::Libvirt),
-            Error::NotFlushed { exports: true, .. } => {
-                format!(
-                    "name the socket of its NBD server: {}",
-                    self.again_with_values(&[("--nbd-socket", "PATH")])
-                )
-            }
+            Error::NotFlushed { exports: true, .. } => Hint::advice(format!(
+                "name the socket of its NBD server: {}",
+                self.again_with_values(&[("--nbd-socket", "PATH")])
+            )),
             Error::NotFlushed { exports: false, .. } => {
-                "merge it as a whole with --active, or with qmerge commit when nobody uses it".to_owned()
+                Hint::advice("merge it as a whole with --active, or with qmerge commit when nobody uses it")
             }
-            Error::BackingName { takes_another: true, .. } => {
-                let again = self.again_with_values(&[("--backing-file", "NAME")]);
-                format!("say what base is called there: {again}")
-            }
+            Error::BackingName { takes_another: true, .. } => Hint::advice(format!(
+                "say what base is called there: {}",
+                self.again_with_values(&[("--backing-file", "NAME")])
+            )),
             Error::BackingName { takes_another: false, .. } => {
-                let words = without(self.words, "--backing-file");
-                format!("without that name: {}", Command::qmerge(words))
+                let command = Command::qmerge(without(self.words, "--backing-file"));
+                Hint::command(HintKind::Again, "without that name", command)
             }
-            Error::Refused { .. } if self.verb.is_merge() => {
-                format!("see how things stand: {}", self.other("jobs"))
+            Error::Refused { .. } if self.verb.is_merge() => jobs("see how things stand"),
+            _ => {
+                let command = Command::qmerge(["live", self.verb.as_str()]).word("--help");
+                Hint::command(HintKind::Help, "", command)
             }
-            _ => format!("qmerge live {} --help", self.verb.as_str()),
         }
+        .into()
     }
 
-    fn unreachable(&self, error: &io::Error) -> String {
-        let again = self.again();
+    fn unreachable(&self, error: &io::Error) -> Hints {
         let path = match self.address {
             Address::Unix(path) => path,
             Address::Tcp { port, .. } => {
-                return format!(
-                    "start QEMU with -qmp tcp:127.0.0.1:{port},server=on,wait=off, then again: {again}"
-                );
+                let why = format!("start QEMU with -qmp tcp:127.0.0.1:{port},server=on,wait=off, then again");
+                return self.again_hint(&why).into();
             }
         };
         match error.kind() {
-            io::ErrorKind::NotFound => format!(
-                "see which sockets there are (ls -l {}; ss -xlp), or start QEMU with -qmp unix:PATH,server=on,wait=off",
-                folder_word(path)
+            io::ErrorKind::NotFound => Hint::command(
+                HintKind::Advice,
+                "see which sockets there are (ss -xlp), or start QEMU with -qmp unix:PATH,server=on,wait=off",
+                Command::of("ls").word("-l").file(folder(path)),
             ),
-            io::ErrorKind::PermissionDenied => format!("as root: sudo {again}"),
-            _ => "see what listens: ss -xlp; a QEMU that has ended leaves its socket behind, and its images can be merged \
-                  with qmerge commit"
-                .to_owned(),
+            io::ErrorKind::PermissionDenied => {
+                Hint::command(HintKind::AgainAsRoot, "as root", self.again().with_sudo())
+            }
+            _ => Hint::advice(
+                "see what listens: ss -xlp; a QEMU that has ended leaves its socket behind, and its images can be merged \
+                 with qmerge commit",
+            ),
         }
+        .into()
     }
 
     /// Whether the command was given this option.
@@ -152,26 +165,64 @@ impl Session<'_> {
     }
 
     /// The same command, to be typed again.
-    pub(super) fn again(&self) -> String {
-        Command::qmerge(self.words).to_string()
+    pub(super) fn again(&self) -> Command {
+        Command::qmerge(self.words)
     }
 
-    /// The same command with more words at its end, which the shell must not change.
-    pub(super) fn again_with(&self, more: &str) -> String {
-        self.again() + " " + more
+    /// The same command as a hint.
+    pub(super) fn again_hint(&self, words: &str) -> Hint {
+        Hint::command(HintKind::Again, words, self.again())
+    }
+
+    /// The same command with more options.
+    pub(super) fn again_with(&self, more: &[&str]) -> Command {
+        self.again().options(more)
     }
 
     /// The same command with other values of options, each of which may be given once.
-    pub(super) fn again_with_values(&self, options: &[(&str, &str)]) -> String {
+    pub(super) fn again_with_values(&self, options: &[(&str, &str)]) -> Command {
         let words = options.iter().fold(self.words.to_vec(), |words, (option, _)| without(&words, option));
-        let line = Session { address: self.address, verb: self.verb, words: &words }.again();
-        options.iter().fold(line, |line, (option, value)| format!("{line} {option} {}", shell_word(value)))
+        let again = Command::qmerge(words);
+        options.iter().fold(again, |again, (option, value)| again.option(option, value))
     }
 
     /// Another live command for the same monitor: `qmerge live WORDS --qmp ADDRESS`.
-    pub(super) fn other(&self, words: &str) -> String {
-        format!("qmerge live {words} {}", option(self.address))
+    pub(super) fn other(&self, words: &[&str]) -> Command {
+        live(words, self.address)
     }
+
+    /// A job is to end first.
+    pub(super) fn end_first(&self, disk: &str) -> Hints {
+        let end = Hint::command(
+            HintKind::LiveLook,
+            format!("a job works on {}; let it end, see how far it is", printable(disk)),
+            self.other(&["jobs"]),
+        );
+        let cancel = self.other(&["cancel", disk]);
+        Hints::from(end).or(Hint::command(HintKind::LiveCancel, "or end it without its effect", cancel))
+    }
+}
+
+/// `qmerge live WORDS --qmp ADDRESS`.
+pub(super) fn live(words: &[&str], address: &Address) -> Command {
+    let command = words.iter().fold(Command::qmerge(["live"]), |command, word| command.word(word));
+    command.option("--qmp", address.to_string())
+}
+
+/// The same commit of the stopped machine; none where the layers are not known.
+fn offline(disk: &Disk, request: &Request) -> Option<Command> {
+    let layer = |name: &Option<String>| name.as_ref().map(|name| disk.layer(name)).transpose().ok();
+    let (top, base) = (layer(&request.top)?.unwrap_or(disk.active()), layer(&request.base)?);
+    let base = match base {
+        Some(base) => base,
+        None if request.shallow => disk.below(top)?,
+        None => disk.layers().last()?,
+    };
+    let mut command = Command::qmerge(["commit"]).file(&disk.active().file);
+    if top.index < disk.active().index {
+        command = command.option("--top", &top.file);
+    }
+    Some(command.option("--base", &base.file))
 }
 
 /// Nobody said which QEMU is meant.
@@ -179,10 +230,11 @@ pub(super) fn no_address(verb: &LiveVerb) -> Failure {
     Report {
         kind: "usage",
         message: "--qmp ADDRESS is missing: which QEMU is meant?".to_owned(),
-        hint: format!(
+        hint: Hint::advice(format!(
             "qmerge live {} --qmp PATH, the path of its option -qmp unix:PATH,server=on,wait=off (ss -xlp lists sockets)",
             verb.as_str()
-        ).into(),
+        ))
+        .into(),
         exit: Exit::USAGE,
     }
     .into()
@@ -193,7 +245,7 @@ pub(super) fn no_job(session: &Session<'_>, disk: &Disk) -> Failure {
     Report {
         kind: "no-job",
         message: format!("no job works on the disk {}", printable(disk.name())),
-        hint: format!("qmerge live jobs {} lists all jobs", option(session.address)).into(),
+        hint: Hint::command(HintKind::LiveLook, "this lists all jobs", session.other(&["jobs"])).into(),
         exit: Exit::FAILED,
     }
     .into()
@@ -204,14 +256,14 @@ pub(super) fn no_signals(session: &Session<'_>, error: &io::Error) -> Failure {
     Report {
         kind: "io",
         message: format!("cannot watch for signals: {error}"),
-        hint: format!("nothing was changed; again: {}", session.again()).into(),
+        hint: session.again_hint("nothing was changed; again").into(),
         exit: Exit::FAILED,
     }
     .into()
 }
 
 /// The stable word for an error, and its exit code.
-fn class(error: &Error) -> (&'static str, Exit) {
+pub(super) fn class(error: &Error) -> (&'static str, Exit) {
     match error {
         Error::Address { .. } | Error::TcpNotAllowed { .. } => ("usage", Exit::USAGE),
         Error::NoSuchDisk { .. } => ("no-such-disk", Exit::USAGE),
@@ -230,6 +282,10 @@ fn class(error: &Error) -> (&'static str, Exit) {
         }
         Error::File { .. } => ("io", Exit::FAILED),
         Error::State { .. } => ("state-file", Exit::FAILED),
+        Error::Hindered(hindrance) => match &**hindrance {
+            Hindrance::NotSlowed { source } => class(source),
+            _ => ("refused", Exit::REFUSED),
+        },
         Error::Command { failure, .. } if failure.class == "CommandNotFound" => {
             ("unsupported", Exit::UNSUPPORTED)
         }
@@ -249,7 +305,8 @@ mod tests {
         let hint = |line: &str| {
             let words: Vec<OsString> = line.split(' ').map(Into::into).collect();
             let session = Session { address: &address, verb: &LiveVerb::List, words: &words };
-            session.hint(&Error::NotFlushed { node: "base".into(), why: "no".into(), exports: true })
+            let error = Error::NotFlushed { node: "base".into(), why: "no".into(), exports: true };
+            session.hints(&error).to_string()
         };
         for given in ["", " --nbd-socket old.sock", " --nbd-socket=old.sock"] {
             assert_eq!(
@@ -260,7 +317,7 @@ mod tests {
         let words = ["live", "--backing-file", "x", "commit", "--state-dir=y"].map(OsString::from);
         let session = Session { address: &address, verb: &LiveVerb::List, words: &words };
         assert_eq!(
-            session.again_with_values(&[("--backing-file", "NAME"), ("--state-dir", "DIR")]),
+            session.again_with_values(&[("--backing-file", "NAME"), ("--state-dir", "DIR")]).to_string(),
             "qmerge live commit --backing-file NAME --state-dir DIR"
         );
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use qcow2::image::{ImageFormat, Qcow2};
 use qcow2::storage::{Access, FileKind, OsHost, Place, Storage};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::maker::Maker;
 use crate::block::jobs::{Goal, Job, LONGEST_STEP, Waited, Watch, jobs, stuck};
@@ -50,7 +50,7 @@ pub fn unfinished_snapshots(monitor: &(impl Monitor + ?Sized)) -> Result<Vec<Unf
         } else {
             trace.node = Some(name.to_owned());
             // The transaction gives it a backing node; a disk that was unplugged since keeps that.
-            trace.is_switched = node["backing_file_depth"] != Value::from(0);
+            trace.is_switched = node["backing_file_depth"] != 0;
         }
     }
     let left = found.into_iter().filter(|(maker, trace)| !trace.is_switched && !maker.lives());

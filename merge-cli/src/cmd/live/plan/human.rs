@@ -1,10 +1,8 @@
 //! Plan and result of a live merge in words.
 
-use qmp_client::Layer;
-
-use super::{End, Plan};
 use crate::output::human::{Fields, printable};
 use crate::output::size;
+use qmp_client::{End, Layer, Plan};
 
 /// The plan.
 pub(in crate::cmd::live) fn text(plan: &Plan) -> String {

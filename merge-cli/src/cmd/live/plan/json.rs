@@ -1,9 +1,8 @@
 //! Plan and result of a live merge as JSON.
 
-use qmp_client::Layer;
+use qmp_client::{End, Layer, Plan};
 use serde_json::{Value, json};
 
-use super::{End, Plan};
 use crate::output::json::paths;
 
 /// The fields of the plan event.

@@ -1,14 +1,13 @@
-//! Which state files are meant.
+//! Which merges are meant.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use qmp_client::{Address, Error, State, StateFile, find_states};
+use qmp_client::{Address, Error, Unfinished, folders_of_image, sweep_folders};
 
 use crate::cli::RecoverArgs;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Command, Hint, HintKind, word};
+use crate::hint::{Command, Hint, HintKind, Hints, word};
 
 /// What the first argument names.
 enum What<'a> {
@@ -35,31 +34,21 @@ impl<'a> What<'a> {
     }
 }
 
-/// The states that are meant.
-pub(super) fn states(args: &RecoverArgs, qmp: Option<&Address>) -> Result<Vec<(StateFile, State)>, Failure> {
-    let folders = folders(args);
-    let all = find_states(qmp, folders.iter().map(PathBuf::as_path)).map_err(|e| damaged(&e))?;
+/// The merges that are meant.
+pub(super) fn merges(args: &RecoverArgs, qmp: Option<&Address>) -> Result<Vec<Unfinished>, Failure> {
+    let all = Unfinished::find(qmp, &folders(args)).map_err(|e| damaged(&e))?;
     let what = What::of(args);
-    Ok(all.into_iter().filter(|(file, state)| is_meant(&what, file, state)).collect())
+    Ok(all.into_iter().filter(|merge| is_meant(&what, merge)).collect())
 }
 
-/// The states that lie beside an image, and speak of it.
-pub(in crate::cmd) fn of_image(image: &Path) -> Result<Vec<(StateFile, State)>, Failure> {
-    let folders = folders_of(image);
-    let all = find_states(None, folders.iter().map(PathBuf::as_path)).map_err(|e| damaged(&e))?;
-    Ok(all.into_iter().filter(|(file, state)| is_meant(&What::File(image), file, state)).collect())
+/// The merges of which an image is a part, noted beside it.
+pub(in crate::cmd) fn of_image(image: &Path) -> Result<Vec<Unfinished>, Failure> {
+    Unfinished::of_image(image).map_err(|e| damaged(&e))
 }
 
 /// Removes the files that clients have left there which were killed while they wrote a state.
 pub(super) fn sweep(args: &RecoverArgs, qmp: Option<&Address>) {
-    let socket = match qmp {
-        Some(Address::Unix(path)) => absolute(path).parent().map(Path::to_owned),
-        _ => None,
-    };
-    let all: BTreeSet<PathBuf> = folders(args).into_iter().chain(socket).collect();
-    for folder in all {
-        qmp_client::sweep(&folder);
-    }
+    sweep_folders(qmp, &folders(args));
 }
 
 /// Where was looked, in words.
@@ -75,17 +64,11 @@ fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
-/// The state lies in the folder of the image itself; the name may be a link from elsewhere.
-fn folders_of(image: &Path) -> BTreeSet<PathBuf> {
-    let names = [std::fs::canonicalize(image).ok(), Some(absolute(image))];
-    names.into_iter().flatten().filter_map(|path| Some(path.parent()?.to_owned())).collect()
-}
-
 fn folders(args: &RecoverArgs) -> Vec<PathBuf> {
     let mut folders = Vec::new();
     match What::of(args) {
         What::Folder(folder) => folders.push(absolute(folder)),
-        What::File(file) => folders.extend(folders_of(file)),
+        What::File(file) => folders.extend(folders_of_image(file)),
         What::All | What::Disk(_) => folders.push(absolute(Path::new("."))),
     }
     folders.extend(args.state_dir.as_deref().map(absolute));
@@ -94,16 +77,11 @@ fn folders(args: &RecoverArgs) -> Vec<PathBuf> {
     folders
 }
 
-fn is_meant(what: &What<'_>, file: &StateFile, state: &State) -> bool {
+fn is_meant(what: &What<'_>, merge: &Unfinished) -> bool {
     match what {
         What::All | What::Folder(_) => true,
-        What::Disk(disk) => state.disk == *disk,
-        What::File(path) => {
-            let real = |path: &Path| std::fs::canonicalize(path).ok();
-            let meant = real(path);
-            let is = |other: &Path| other == *path || (meant.is_some() && real(other) == meant);
-            is(file.path()) || state.layers.iter().any(|layer| is(Path::new(&layer.file)))
-        }
+        What::Disk(disk) => merge.outline().disk == *disk,
+        What::File(path) => merge.is_about(path),
     }
 }
 
@@ -125,13 +103,16 @@ fn damaged(error: &Error) -> Failure {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let image = name.strip_prefix('.').and_then(|n| n.strip_suffix(".qmerge-live"));
             let image = image.map_or_else(|| path.clone(), |image| path.with_file_name(image));
-            format!(
-                "a merge of {image} was under way; see its chain (qmerge info --chain {image}), and when it is right: rm {}",
-                word(path),
-                image = word(&image)
-            )
+            let look = format!("a merge of {} was under way; see its chain", word(&image));
+            let chain = Command::qmerge(["info", "--chain"]).file(&image);
+            let remove = Command::of("rm").file(path);
+            Hints::from(Hint::command(HintKind::InfoChain, look, chain)).or(Hint::command(
+                HintKind::Forget,
+                "when it is right",
+                remove,
+            ))
         }
-        _ => "qmerge live recover --help".to_owned(),
+        _ => Hint::command(HintKind::Help, "", Command::qmerge(["live", "recover", "--help"])).into(),
     };
-    Report { kind: "state", message: error.to_string(), hint: hint.into(), exit: Exit::DAMAGED }.into()
+    Report { kind: "state", message: error.to_string(), hint, exit: Exit::DAMAGED }.into()
 }

@@ -1,5 +1,5 @@
 //! What becomes of the layers that a merge of QEMU's has left: they are removed, become empty overlays on base, or keep what they
-//! hold, and why. For the end of a merge and for `live recover` alike.
+//! hold, and why. For the end of a merge and for its recovery alike.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -10,57 +10,71 @@ use qcow2::image::ImageFormat;
 use qcow2::retire::{EmptyOptions, Known, LeftBehind, empty_all_onto, mark_merged, remove, unused};
 use qcow2::storage::{FileId, OsHost};
 use qcow2::{Error, Refusal};
-use qmp_client::{FileIdentity, Kind, State, StateLayer};
 
-use super::files::identity;
-use super::obstacle::Obstacle;
+use crate::live::discover::identity;
+use crate::live::plan::Obstacle;
+use crate::live::verdict::Switched;
+use crate::state::{FileIdentity, Kind, State, StateLayer};
 
 /// What to do with files that are no longer needed.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Wishes {
+#[non_exhaustive]
+pub struct TidyOptions {
     /// Remove them.
-    pub(super) delete: bool,
+    pub delete: bool,
     /// Where else to look for images that use them, beside the folders that the merge noted.
-    pub(super) scan: Vec<PathBuf>,
+    pub scan: Vec<PathBuf>,
     /// Change files also where the file system has no locks.
-    pub(super) no_lock: bool,
+    pub no_lock: bool,
+}
+
+impl TidyOptions {
+    /// The files are removed if `delete`; images that use them are looked for in `scan` too.
+    pub fn new(delete: bool, scan: &[PathBuf]) -> Self {
+        Self { delete, scan: scan.to_vec(), no_lock: false }
+    }
 }
 
 /// What became of them.
 #[derive(Debug, Default)]
-pub(super) struct Tidied {
+#[non_exhaustive]
+pub struct Tidied {
     /// Files that were removed.
-    pub(super) deleted: Vec<PathBuf>,
+    pub deleted: Vec<PathBuf>,
     /// Files that are empty overlays on base now, from the top.
-    pub(super) emptied: Vec<PathBuf>,
+    pub emptied: Vec<PathBuf>,
     /// Files that the disk no longer needs, and that are what they were.
-    pub(super) unneeded: Vec<PathBuf>,
+    pub unneeded: Vec<PathBuf>,
     /// Files that keep what they hold for good, each with the reason.
-    pub(super) stale: Vec<(PathBuf, String)>,
+    pub stale: Vec<(PathBuf, String)>,
     /// Files that could not be treated now, each with the reason.
-    pub(super) kept: Vec<(PathBuf, String)>,
+    pub kept: Vec<(PathBuf, String)>,
     /// The first error for which a file was kept.
-    pub(super) error: Option<Error>,
+    pub error: Option<Error>,
 }
 
 /// Tidies up after a merge that has switched, whose base is durable.
-pub(super) struct Tidy<'a> {
-    pub(super) state: &'a State,
-    pub(super) wishes: &'a Wishes,
+pub(crate) struct Tidy<'a> {
+    pub(crate) switched: Switched<'a>,
+    pub(crate) options: &'a TidyOptions,
     /// Only say what would be done.
-    pub(super) dry_run: bool,
-    pub(super) cancel: &'a AtomicBool,
+    pub(crate) dry_run: bool,
+    pub(crate) cancel: &'a AtomicBool,
 }
 
 impl Tidy<'_> {
+    fn state(&self) -> &State {
+        self.switched.state()
+    }
+
     /// Deals with layers that are still what they were, from the top.
-    pub(super) fn run(&self, left: &[(&StateLayer, Known)], tidied: &mut Tidied) {
-        let allow = |known: &Known| Known { no_locks: self.wishes.no_lock, ..known.clone() };
+    pub(crate) fn run(&self, left: &[(&StateLayer, Known)], tidied: &mut Tidied) {
+        let allow = |known: &Known| Known { no_locks: self.options.no_lock, ..known.clone() };
         let left: Vec<_> = left.iter().map(|(layer, known)| (*layer, allow(known))).collect();
         let known: Vec<Known> = left.iter().map(|(_, known)| known.clone()).collect();
-        let scan = [&self.state.scan[..], &self.wishes.scan[..]].concat();
-        let ids: Vec<FileId> = self.state.layers.iter().filter_map(id).collect();
-        if self.wishes.delete {
+        let scan = [&self.state().scan[..], &self.options.scan[..]].concat();
+        let ids: Vec<FileId> = self.state().layers.iter().filter_map(id).collect();
+        if self.options.delete {
             self.delete(&known, &ids, &scan, tidied);
         } else {
             self.empty(&left, &ids, &scan, tidied);
@@ -93,11 +107,11 @@ impl Tidy<'_> {
     }
 
     fn empty(&self, left: &[(&StateLayer, Known)], ids: &[FileId], scan: &[PathBuf], tidied: &mut Tidied) {
-        let Some(base) = self.state.layer(self.state.base) else { return };
+        let Some(base) = self.state().layer(self.state().base) else { return };
         let of_base = Obstacle::of_base(base);
         let is_active = |layer: &StateLayer| {
-            self.state.kind == Kind::ActiveCommit
-                && self.state.active().is_some_and(|a| a.index == layer.index)
+            self.state().kind == Kind::ActiveCommit
+                && self.state().active().is_some_and(|a| a.index == layer.index)
         };
         let mut all_stay = of_base.map(|obstacle| obstacle.to_string());
         let mut going = Vec::new();
@@ -125,9 +139,9 @@ impl Tidy<'_> {
             return self.would_empty(&going, ids, scan, tidied);
         }
         // What is lost has been accepted before the merge began.
-        let no_locks = self.wishes.no_lock;
+        let no_locks = self.options.no_lock;
         let open = OpenOptions { policy: Policy::local_files(), no_locks, ..OpenOptions::default() };
-        let size = self.state.active().map_or(0, |active| active.virtual_size);
+        let size = self.state().active().map_or(0, |active| active.virtual_size);
         let options =
             EmptyOptions { open, drop_bitmaps: true, allow_snapshot_change: true, size, mark: false };
         let active = left.iter().find(|(layer, _)| is_active(layer)).map(|(_, known)| known.id);
@@ -165,7 +179,7 @@ impl Tidy<'_> {
 
     /// Leaves an image as it is, for good. A mark keeps it from being merged again, where it can carry one.
     fn leave(&self, image: &Known, why: String, tidied: &mut Tidied) {
-        let base = self.state.layer(self.state.base).map_or(Path::new(""), |base| Path::new(&base.file));
+        let base = self.state().layer(self.state().base).map_or(Path::new(""), |base| Path::new(&base.file));
         if !self.dry_run {
             // What cannot be marked is named all the same.
             let _ = mark_merged(&OsHost, std::slice::from_ref(image), base);
@@ -177,7 +191,7 @@ impl Tidy<'_> {
 const BELOW: &str = "a layer above it is kept";
 
 /// The file of a layer, if its name leads to it still, for certain.
-pub(super) fn id(layer: &StateLayer) -> Option<FileId> {
+pub(crate) fn id(layer: &StateLayer) -> Option<FileId> {
     let path = Path::new(&layer.file);
     let same = FileIdentity::of(path).ok()??.is_same_file(layer.identity.as_ref()?);
     same.then(|| identity(path)).flatten()

@@ -1,15 +1,17 @@
-//! The files that the QEMU at the other end has open, and whether they are the ones that lie here.
+//! The files that a QEMU has open, and whether they are the ones that lie here.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::block::graph::{Disk, Layer};
+use crate::block::servers::nbd_server;
+use crate::qmp::connection::Connection;
 use qcow2::storage::{FileId, Host, OsHost};
-use qmp_client::{Connection, Disk, Layer, nbd_server};
 
 /// What is known about a QEMU's files.
 #[derive(Debug, Default)]
-pub(super) struct Files {
+pub struct Files {
     /// The process, where it runs on this host.
     process: Option<u32>,
     /// The files that it has open, by their names in its own view; `None` where that may not be read.
@@ -18,7 +20,7 @@ pub(super) struct Files {
 
 /// Whether a layer's file can be reached from here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(crate) enum Place {
     /// It is this file.
     Here(PathBuf, FileId),
     /// A file of its name lies here, but QEMU has another one open: it runs in a container, perhaps.
@@ -29,18 +31,18 @@ pub(super) enum Place {
 
 impl Files {
     /// The files of the process that answers a monitor.
-    pub(super) fn of(monitor: &Connection) -> Self {
+    pub fn of(monitor: &Connection) -> Self {
         let process = monitor.peer();
         Self { process, open: process.and_then(open_files) }
     }
 
     /// The socket of the NBD server that QEMU runs already.
-    pub(super) fn nbd_server(&self) -> Option<PathBuf> {
+    pub fn nbd_server(&self) -> Option<PathBuf> {
         self.process.and_then(nbd_server)
     }
 
     /// The absolute name of a file that QEMU opened by a relative one: the only open one that ends like it.
-    pub(super) fn absolute(&self, name: &str) -> Option<String> {
+    pub fn absolute(&self, name: &str) -> Option<String> {
         let is_plain = !name.starts_with('/') && !name.contains(':');
         let relative = Path::new(name.trim_start_matches("./"));
         let open = self.open.as_ref().filter(|_| is_plain)?;
@@ -53,7 +55,7 @@ impl Files {
     }
 
     /// Where the file of a layer is.
-    pub(super) fn place(&self, layer: &Layer) -> Place {
+    pub(crate) fn place(&self, layer: &Layer) -> Place {
         let path = Path::new(&layer.file);
         let Some(id) = path.is_absolute().then(|| identity(path)).flatten() else { return Place::Elsewhere };
         match &self.open {
@@ -63,18 +65,18 @@ impl Files {
     }
 
     /// Whether the process is seen to have this file open.
-    pub(super) fn has_open(&self, id: FileId) -> bool {
+    pub(crate) fn has_open(&self, id: FileId) -> bool {
         self.open.iter().flatten().any(|(_, open)| *open == id)
     }
 
     /// The layers of a disk whose names lead to other files here than in QEMU.
-    pub(super) fn strangers<'a>(&self, disk: &'a Disk) -> Vec<&'a Layer> {
+    pub(crate) fn strangers<'a>(&self, disk: &'a Disk) -> Vec<&'a Layer> {
         disk.layers().iter().filter(|layer| self.place(layer) == Place::Other).collect()
     }
 }
 
 /// What a name leads to here.
-pub(super) fn identity(path: &Path) -> Option<FileId> {
+pub(crate) fn identity(path: &Path) -> Option<FileId> {
     OsHost.stat(path).ok().map(|stat| stat.id)
 }
 

@@ -1,4 +1,4 @@
-//! What the files of a merge are now, beside what the state says that they were.
+//! What the headers of a merge's images say, read without locks.
 
 use std::path::{Path, PathBuf};
 
@@ -6,54 +6,10 @@ use qcow2::chain::BackingName;
 use qcow2::error::FileOp;
 use qcow2::format::{Cluster0, EXT_BITMAPS};
 use qcow2::image::{ImageFormat, Qcow2};
-use qcow2::retire::Known;
-use qcow2::storage::{Access, FileId, Host, OsHost};
+use qcow2::storage::{Access, FileId, Host, OsHost, leads_nowhere};
 use qcow2::{Error, Result};
-use qmp_client::{FileIdentity, Header, Qemu, State, StateLayer};
 
-/// What a layer's name leads to now.
-#[derive(Debug)]
-pub(super) enum Seen {
-    /// Nothing.
-    Gone,
-    /// Another file, or one that was no file here when the merge began.
-    Other,
-    /// The file of the merge.
-    Same(Same),
-}
-
-/// The file of a layer.
-#[derive(Clone, Debug)]
-pub(super) struct Same {
-    /// As it is now.
-    pub(super) known: Known,
-    /// Whether it was written to since the state was noted; `None` where no time tells.
-    pub(super) written: Option<bool>,
-    /// When it was last written to, in nanoseconds since 1970; 0 where no time tells.
-    pub(super) modified_ns: u64,
-}
-
-/// Looks at the file of a layer.
-pub(super) fn layer(state: &State, layer: &StateLayer) -> Result<Seen> {
-    let path = Path::new(&layer.file);
-    let Some(then) = &layer.identity else { return Ok(Seen::Other) };
-    let now = FileIdentity::of(path).map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
-    let Some(now) = now else { return Ok(Seen::Gone) };
-    // The numbers of devices may change when the host starts again.
-    let same_device = now.device == then.device || !state.is_of_this_boot();
-    if now.inode != then.inode || !same_device {
-        return Ok(Seen::Other);
-    }
-    let known = Known::now(&OsHost, path)?;
-    if is_sealed(path)? {
-        // An earlier clean-up has begun to empty it, and nobody else has written to it.
-        return Ok(Seen::Same(Same { known, written: Some(false), modified_ns: now.modified_ns }));
-    }
-    if has_data_file(layer)? {
-        return Ok(Seen::Same(Same { known, written: None, modified_ns: 0 }));
-    }
-    Ok(Seen::Same(Same { known, written: now.is_written_since(then), modified_ns: now.modified_ns }))
-}
+use crate::state::StateLayer;
 
 /// The folders in which a file lies, as it is named and with links followed, as far as they are there.
 pub(super) fn folders_of(path: &Path) -> Vec<PathBuf> {
@@ -92,17 +48,9 @@ pub(super) fn backing(path: &Path) -> Result<(Option<String>, Option<FileId>)> {
 pub(super) fn id(path: &Path) -> Result<Option<FileId>> {
     match OsHost.stat(path) {
         Ok(stat) => Ok(Some(stat.id)),
-        Err(e) if qcow2::storage::leads_nowhere(&e) => Ok(None),
+        Err(e) if leads_nowhere(&e) => Ok(None),
         Err(e) => Err(Error::io(path, FileOp::Stat, None, e)),
     }
-}
-
-/// What the files of a merge tell, with what QEMU and the overlay's header say.
-pub(super) fn all(state: &State, qemu: Qemu, header: Header) -> Result<qmp_client::Seen> {
-    qmp_client::Seen::of(state, qemu, header).map_err(|error| match error {
-        qmp_client::Error::File { file: path, source } => Error::io(&path, FileOp::Stat, None, source),
-        other => Error::io(Path::new(&state.valid_top), FileOp::Stat, None, std::io::Error::other(other)),
-    })
 }
 
 /// Whether an image is an overlay on the file `base` that holds nothing: an earlier clean-up has emptied it. Only its header
@@ -141,7 +89,7 @@ pub(super) fn is_written_by_closing(layer: &StateLayer) -> Result<bool> {
 }
 
 /// Whether what a guest writes to an image goes to another file: the image's own time does not tell of it then.
-fn has_data_file(layer: &StateLayer) -> Result<bool> {
+pub(super) fn has_data_file(layer: &StateLayer) -> Result<bool> {
     Ok(header_of(layer)?.is_some_and(|cluster0| cluster0.header.has_data_file()))
 }
 
@@ -163,7 +111,7 @@ pub(super) fn free<'a>(layers: impl Iterator<Item = &'a StateLayer>) -> Result<(
     for layer in layers {
         let path = Path::new(&layer.file);
         let file = match OsHost.open(path, Access::Read) {
-            Err(e) if qcow2::storage::leads_nowhere(&e) => continue,
+            Err(e) if leads_nowhere(&e) => continue,
             opened => opened.map_err(|e| Error::io(path, FileOp::Open, None, e))?,
         };
         let used = file.used_by_others().map_err(|e| Error::io(path, FileOp::ReadLocks, None, e))?;

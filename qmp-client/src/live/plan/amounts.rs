@@ -2,31 +2,31 @@
 
 use std::path::PathBuf;
 
+use crate::block::graph::{Disk, Layer};
+use crate::live::discover::{Files, Place};
 use qcow2::chain::view::{Supplied, Supply, View};
 use qcow2::chain::{Chain, OpenOptions, Policy};
 use qcow2::image::{Image, ImageFormat, Mapping};
 use qcow2::storage::OsHost;
 use qcow2::units::{GuestOffset, GuestRange};
-use qmp_client::{Disk, Layer};
-
-use super::files::{Files, Place};
 
 /// Bytes that a merge moves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Amounts {
+#[non_exhaustive]
+pub struct Amounts {
     /// Bytes of data.
-    pub(super) copy: u64,
+    pub copy: u64,
     /// Bytes that the merged layers show as zeros.
-    pub(super) zero: u64,
+    pub zero: u64,
     /// Bytes of data for which the layer that receives them has no room allocated yet.
-    pub(super) new: u64,
+    pub new: u64,
     /// Whether this was counted in the images' maps; otherwise `copy` is what the layers hold on disk, at most.
-    pub(super) counted: bool,
+    pub counted: bool,
 }
 
 /// The bytes that `from` (the layers that are given up) supply to what lies above, seen from `top`, the highest
 /// of them, and that `into` does not hold yet.
-pub(super) fn amounts(disk: &Disk, files: &Files, from: &[Layer], into: &Layer) -> Amounts {
+pub(crate) fn amounts(disk: &Disk, files: &Files, from: &[Layer], into: &Layer) -> Amounts {
     counted(disk, files, from, into).unwrap_or_else(|| {
         let held = from.iter().filter_map(|layer| layer.actual_size).fold(0, u64::saturating_add);
         Amounts { copy: held, ..Amounts::default() }
@@ -109,7 +109,7 @@ fn data_in(held: &Supplied, range: &GuestRange) -> Option<u64> {
 }
 
 /// Bytes that may still be written to the file system of a layer, where that is known.
-pub(super) fn free_space(files: &Files, layer: &Layer) -> Option<(PathBuf, u64)> {
+pub(crate) fn free_space(files: &Files, layer: &Layer) -> Option<(PathBuf, u64)> {
     use qcow2::storage::{FileKind, Host};
     let Place::Here(path, _) = files.place(layer) else { return None };
     // A block device has the room that it has.

@@ -3,57 +3,80 @@
 
 use std::path::{Path, PathBuf};
 
+use qcow2::error::shown;
 use qcow2::image::{ImageFormat, Qcow2};
 use qcow2::storage::{Access, Host, OsHost};
-use qmp_client::{Disk, Layer, StateLayer};
 
-use super::files::{Files, Place};
-use crate::exit::Exit;
-use crate::output::human::printable;
+use crate::block::graph::{Disk, Layer};
+use crate::live::discover::{Files, Place};
+use crate::state::StateLayer;
 
 /// Drivers whose nodes are files or devices of the host.
 const LOCAL: [&str; 3] = ["file", "host_device", "host_cdrom"];
 
 /// Why a layer cannot become an empty overlay on base.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Obstacle {
+#[non_exhaustive]
+pub enum Obstacle {
     /// An image is reached over a protocol.
-    Protocol { file: String, protocol: String },
+    Protocol {
+        /// The image, as QEMU calls it.
+        file: String,
+        /// The protocol's driver.
+        protocol: String,
+    },
     /// An image is no file here: another host's, or another root's.
-    Elsewhere { file: String },
+    Elsewhere {
+        /// The image, as QEMU calls it.
+        file: String,
+    },
     /// An image has a format that the engine does not write.
-    Format { file: String, format: String },
+    Format {
+        /// The image.
+        file: String,
+        /// The format.
+        format: String,
+    },
     /// An image is encrypted.
-    Encrypted { file: String },
+    Encrypted {
+        /// The image.
+        file: String,
+    },
     /// An image is a part of its file only, which a backing name cannot say.
-    Part { file: String },
+    Part {
+        /// The file.
+        file: String,
+    },
     /// An image's first bytes contradict the format that QEMU was told.
-    Contradicted { file: String, declared: String, found: String },
+    Contradicted {
+        /// The image.
+        file: String,
+        /// The format that QEMU was told.
+        declared: String,
+        /// The format that its first bytes say.
+        found: String,
+    },
     /// The image may not be written, or is damaged.
-    Unwritable { why: String },
+    Unwritable {
+        /// Why, in the system's or the engine's words.
+        why: String,
+    },
     /// An image outside the chain reads through the layer.
-    Shared { user: PathBuf },
-}
-
-impl Obstacle {
-    /// The exit code of a refusal for it.
-    pub(super) fn exit(&self) -> Exit {
-        match self {
-            Self::Format { .. } | Self::Encrypted { .. } => Exit::UNSUPPORTED,
-            _ => Exit::REFUSED,
-        }
-    }
+    Shared {
+        /// That image.
+        user: PathBuf,
+    },
 }
 
 impl Obstacle {
     /// Why no layer can become an empty overlay on this base of a merge that was begun.
-    pub(super) fn of_base(base: &StateLayer) -> Option<Self> {
+    pub(crate) fn of_base(base: &StateLayer) -> Option<Self> {
         let part = base.part.then(|| Self::Part { file: base.file.clone() });
         part.or_else(|| Self::of_state(base))
     }
 
     /// Why this layer of a merge that was begun cannot become an empty overlay.
-    pub(super) fn of_overlay(layer: &StateLayer) -> Option<Self> {
+    pub(crate) fn of_overlay(layer: &StateLayer) -> Option<Self> {
         let format = || Self::Format { file: layer.file.clone(), format: layer.format.clone() };
         Self::of_state(layer).or_else(|| (layer.format != "qcow2").then(format))
     }
@@ -67,7 +90,7 @@ impl Obstacle {
     }
 
     /// Whether the file of this layer cannot even be removed, because it is none here.
-    pub(super) fn hides(&self, layer: &Layer) -> bool {
+    pub(crate) fn hides(&self, layer: &Layer) -> bool {
         matches!(self, Self::Protocol { file, .. } | Self::Elsewhere { file } if *file == layer.file)
     }
 }
@@ -76,26 +99,26 @@ impl std::fmt::Display for Obstacle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Protocol { file, protocol } => {
-                write!(f, "{} is reached over {}", printable(file), printable(protocol))
+                write!(f, "{} is reached over {}", shown(file), shown(protocol))
             }
-            Self::Elsewhere { file } => write!(f, "{} is no file here", printable(file)),
+            Self::Elsewhere { file } => write!(f, "{} is no file here", shown(file)),
             Self::Format { file, format } => {
-                write!(f, "{} has the format {}, which is not supported", printable(file), printable(format))
+                write!(f, "{} has the format {}, which is not supported", shown(file), shown(format))
             }
-            Self::Encrypted { file } => write!(f, "{} is encrypted, which is not supported", printable(file)),
+            Self::Encrypted { file } => write!(f, "{} is encrypted, which is not supported", shown(file)),
             Self::Part { file } => {
                 write!(
                     f,
                     "QEMU was given an offset or a size in {}, which a backing name cannot say",
-                    printable(file)
+                    shown(file)
                 )
             }
             Self::Contradicted { file, declared, found } => {
-                write!(f, "QEMU takes {} for {declared}, and its first bytes say {found}", printable(file))
+                write!(f, "QEMU takes {} for {declared}, and its first bytes say {found}", shown(file))
             }
-            Self::Unwritable { why } => f.write_str(&printable(why)),
+            Self::Unwritable { why } => f.write_str(&shown(why)),
             Self::Shared { user } => {
-                write!(f, "{} reads through it", printable(&user.to_string_lossy()))
+                write!(f, "{} reads through it", shown(user))
             }
         }
     }
@@ -103,16 +126,17 @@ impl std::fmt::Display for Obstacle {
 
 /// A layer that a merge leaves behind.
 #[derive(Clone, Debug)]
-pub(super) struct Leaves {
+#[non_exhaustive]
+pub struct Leaves {
     /// The layer.
-    pub(super) layer: Layer,
+    pub layer: Layer,
     /// Why it keeps its data; none if it becomes an empty overlay on base.
-    pub(super) obstacle: Option<Obstacle>,
+    pub obstacle: Option<Obstacle>,
 }
 
 /// What becomes of each merged layer, from the top. `users` are images outside the chain, each with the index of the layer
 /// that it uses.
-pub(super) fn of_merged(
+pub(crate) fn of_merged(
     files: &Files,
     disk: &Disk,
     base: &Layer,

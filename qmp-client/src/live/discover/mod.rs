@@ -1,0 +1,13 @@
+//! What is there before anything is planned: QEMU's files, merges that have not come to their end, and the images of others
+//! that read through a disk's layers.
+
+mod files;
+mod unfinished;
+mod users;
+
+pub use files::Files;
+pub(crate) use files::{Place, identity};
+pub(crate) use unfinished::states;
+pub use unfinished::{Unfinished, folders_of_disks, folders_of_image, sweep_folders};
+pub use users::Searched;
+pub(crate) use users::{absolute, search};

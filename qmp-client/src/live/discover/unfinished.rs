@@ -1,0 +1,115 @@
+//! Merges that were begun and have not come to their end, found by their state files.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use crate::block::graph::{Disk, Graph};
+use crate::error::Result;
+use crate::live::outline::Outline;
+use crate::qmp::address::Address;
+use crate::state::{State, StateFile, find_states, sweep};
+
+/// A merge that was begun and has not come to its end: its job runs, or was interrupted, or what it left is not tidied.
+#[derive(Clone, Debug)]
+pub struct Unfinished {
+    pub(crate) file: StateFile,
+    pub(crate) state: State,
+}
+
+impl Unfinished {
+    /// All that are noted in these folders, and beside this monitor's socket, each once. Folders that are not here are passed
+    /// over.
+    ///
+    /// # Errors
+    /// [`crate::Error::State`], which names the folder or the state file that cannot be read or believed.
+    pub fn find(address: Option<&Address>, folders: &[PathBuf]) -> Result<Vec<Self>> {
+        let found = find_states(address, folders.iter().map(PathBuf::as_path))?;
+        Ok(found.into_iter().map(|(file, state)| Self { file, state }).collect())
+    }
+
+    /// Those that may speak of these disks: noted beside their images, in `state_dir`, or beside the monitor's socket.
+    ///
+    /// # Errors
+    /// As [`Unfinished::find`].
+    pub fn of_disks(address: &Address, disks: &[Disk], state_dir: Option<&Path>) -> Result<Vec<Self>> {
+        Self::find(Some(address), &folders_of_disks(disks, state_dir))
+    }
+
+    /// Those of which an image is a part, noted beside it.
+    ///
+    /// # Errors
+    /// As [`Unfinished::find`].
+    pub fn of_image(image: &Path) -> Result<Vec<Self>> {
+        let all = Self::find(None, &folders_of_image(image))?;
+        Ok(all.into_iter().filter(|merge| merge.is_about(image)).collect())
+    }
+
+    /// The one whose state file lies beside an active image; none if there is no such file.
+    ///
+    /// # Errors
+    /// As [`Unfinished::find`].
+    pub fn beside(active: &Path) -> Result<Option<Self>> {
+        let active = std::path::absolute(active).unwrap_or_else(|_| active.to_owned());
+        let Some(file) = StateFile::beside(&active) else { return Ok(None) };
+        Ok(file.load()?.map(|state| Self { file, state }))
+    }
+
+    /// What it is.
+    pub fn outline(&self) -> Outline {
+        Outline::of(&self.file, &self.state)
+    }
+
+    /// Whether this file is its state file or one of its layers; links are followed.
+    pub fn is_about(&self, path: &Path) -> bool {
+        let real = |path: &Path| std::fs::canonicalize(path).ok();
+        let meant = real(path);
+        let is = |other: &Path| other == path || (meant.is_some() && real(other) == meant);
+        is(self.file.path()) || self.state.layers.iter().any(|layer| is(Path::new(&layer.file)))
+    }
+
+    /// The disk in a graph of just now that has the chain from before it, or the one that it leaves.
+    pub(crate) fn disk<'g>(&self, graph: &'g Graph) -> Option<&'g Disk> {
+        self.state.disk_after(graph).or_else(|| self.state.disk_before(graph))
+    }
+}
+
+/// Removes the files that clients have left in these folders, and beside the monitor's socket, which were killed while they
+/// wrote a state file. It is a convenience, and tells no errors.
+pub fn sweep_folders(address: Option<&Address>, folders: &[PathBuf]) {
+    let socket = match address {
+        Some(Address::Unix(path)) => {
+            std::path::absolute(path).ok().and_then(|path| path.parent().map(Path::to_owned))
+        }
+        _ => None,
+    };
+    let all: BTreeSet<PathBuf> = folders.iter().cloned().chain(socket).collect();
+    for folder in all {
+        sweep(&folder);
+    }
+}
+
+/// The folders in which states of these disks may lie: those of their images, links followed, and the one that the user
+/// named.
+pub fn folders_of_disks(disks: &[Disk], state_dir: Option<&Path>) -> Vec<PathBuf> {
+    let images = disks.iter().flat_map(Disk::layers).map(|layer| PathBuf::from(&layer.file));
+    let images = images.filter(|image| image.is_absolute());
+    let both = images.flat_map(|image| [image.canonicalize().ok(), Some(image)]).flatten();
+    let mut folders: BTreeSet<PathBuf> =
+        both.filter_map(|image| image.parent().map(Path::to_owned)).collect();
+    folders.extend(state_dir.and_then(|dir| std::path::absolute(dir).ok()));
+    folders.into_iter().collect()
+}
+
+/// The folders in which a state of this image may lie: its own, as it is named and with links followed.
+pub fn folders_of_image(image: &Path) -> Vec<PathBuf> {
+    let absolute = std::path::absolute(image).unwrap_or_else(|_| image.to_owned());
+    let names = [std::fs::canonicalize(image).ok(), Some(absolute)];
+    let folders: BTreeSet<PathBuf> =
+        names.into_iter().flatten().filter_map(|path| Some(path.parent()?.to_owned())).collect();
+    folders.into_iter().collect()
+}
+
+/// Merges of which a disk shows one of the two chains, and the state of each.
+pub(crate) fn states(all: &[Unfinished]) -> Vec<(StateFile, State)> {
+    all.iter().map(|merge| (merge.file.clone(), merge.state.clone())).collect()
+}

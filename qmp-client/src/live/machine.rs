@@ -1,0 +1,190 @@
+//! A running QEMU as it is now: where every live merge begins.
+
+use std::path::Path;
+
+use super::discover::{Files, Unfinished, folders_of_disks, states, sweep_folders};
+use super::hindrance::Hindrance;
+use super::plan::recover_first;
+use super::tidy::{self, Tidied, TidyOptions};
+use super::verdict::{NotSwitched, Switched};
+use super::{Merge, Throttle};
+use crate::block::graph::{Disk, Graph};
+use crate::error::Result;
+use crate::qmp::address::Address;
+use crate::qmp::connection::Connection;
+use crate::state::{Phase, State};
+
+/// A running QEMU: its disks as they were when it was looked at, and the files that it has open.
+#[derive(Debug)]
+pub struct Machine<'m> {
+    monitor: &'m Connection,
+    address: &'m Address,
+    graph: Graph,
+    files: Files,
+}
+
+/// A merge that was found open, and what has become of the files that it left.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Settled {
+    /// The merge.
+    pub merge: super::outline::Outline,
+    /// What became of its files.
+    pub tidied: Tidied,
+}
+
+impl<'m> Machine<'m> {
+    /// Asks QEMU for its disks, with names of files as they are from here.
+    ///
+    /// # Errors
+    /// Those of the queries.
+    pub fn look(monitor: &'m Connection, address: &'m Address) -> Result<Self> {
+        let files = Files::of(monitor);
+        let graph = Graph::ask(monitor)?.with_files(&|name| files.absolute(name));
+        Ok(Self { monitor, address, graph, files })
+    }
+
+    /// The monitor.
+    pub fn monitor(&self) -> &'m Connection {
+        self.monitor
+    }
+
+    /// Where the monitor listens.
+    pub fn address(&self) -> &'m Address {
+        self.address
+    }
+
+    /// The disks.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// The files that QEMU has open.
+    pub fn files(&self) -> &Files {
+        &self.files
+    }
+
+    /// The merges that have not come to their end, and may speak of these disks; `state_dir` is a folder that is looked in,
+    /// beside those of the images.
+    ///
+    /// # Errors
+    /// [`crate::Error::State`] for a state file that cannot be read or believed.
+    pub fn unfinished(&self, disks: &[Disk], state_dir: Option<&Path>) -> Result<Vec<Unfinished>> {
+        Unfinished::of_disks(self.address, disks, state_dir)
+    }
+
+    /// Removes what clients have left that were killed while they wrote a state file.
+    pub(crate) fn sweep(&self, disks: &[Disk], state_dir: Option<&Path>) {
+        sweep_folders(Some(self.address), &folders_of_disks(disks, state_dir));
+    }
+
+    /// Finds the merge of this disk whose job QEMU has, or of which only the end is not noted; see [`Merge::attach`].
+    ///
+    /// # Errors
+    /// Those of the queries.
+    pub fn attach(&self, disk: &Disk, state_dir: Option<&Path>) -> Result<Option<Merge<'m, Connection>>> {
+        let known = self.unfinished(std::slice::from_ref(disk), state_dir)?;
+        Merge::attach(self.monitor, &self.graph, disk, &states(&known))
+    }
+
+    /// The merge of this disk that has switched, and is not tidied up after.
+    pub(crate) fn switched<'u>(
+        &self,
+        disk: &Disk,
+        known: &'u [Unfinished],
+        is_meant: &dyn Fn(&State) -> bool,
+    ) -> Option<&'u Unfinished> {
+        let is_it = |state: &State| {
+            let shows = state.disk_after(&self.graph).is_some_and(|on| on.name() == disk.name());
+            shows && Switched::seen_in(state, &self.graph).is_some() && is_meant(state)
+        };
+        known.iter().find(|merge| is_it(&merge.state))
+    }
+
+    /// The same, for whoever ends it: one that merges the active layer, or one that does not.
+    ///
+    /// # Errors
+    /// As [`Machine::unfinished`].
+    pub fn left_by(&self, disk: &Disk, merges_active: bool) -> Result<Option<Unfinished>> {
+        let known = self.unfinished(std::slice::from_ref(disk), None)?;
+        let fits = |state: &State| (state.kind == crate::state::Kind::ActiveCommit) == merges_active;
+        Ok(self.switched(disk, &known, &fits).cloned())
+    }
+
+    /// Tidies up after a merge that has switched: its files are removed if that was wished for then or now, or become empty
+    /// overlays on base. When nothing is left to be done, it is forgotten.
+    ///
+    /// # Errors
+    /// [`Hindrance::RecoverFirst`] if QEMU does not show the chain that it leaves; [`crate::Error::State`].
+    pub fn tidy_up(&self, merge: &Unfinished, options: &TidyOptions) -> Result<Tidied> {
+        let Some(leave) = Switched::seen_in(&merge.state, &self.graph) else {
+            return Err(recover_first(merge));
+        };
+        let options = TidyOptions { delete: options.delete || merge.state.delete, ..options.clone() };
+        let tidied = tidy::after(leave, &self.files, &options);
+        if tidied.kept.is_empty() {
+            merge.file.forget(&merge.state)?;
+        }
+        Ok(tidied)
+    }
+
+    /// Ends what is left of earlier merges of a disk, so that their states do not speak of a chain that grows now.
+    ///
+    /// # Errors
+    /// [`Hindrance::UnderWay`] while the job of one runs; [`Hindrance::RecoverFirst`] where one cannot be ended now; those of
+    /// the queries.
+    pub fn settle(&self, disk: &Disk) -> Result<Option<Settled>> {
+        let disks = std::slice::from_ref(disk);
+        self.sweep(disks, None);
+        let known = self.unfinished(disks, None)?;
+        let mut settled = None;
+        if let Some(open) = self.switched(disk, &known, &|_| true) {
+            let tidied = self.tidy_up(open, &TidyOptions::default())?;
+            if !tidied.kept.is_empty() {
+                return Err(recover_first(open));
+            }
+            settled = Some(Settled { merge: open.outline(), tidied });
+        }
+        let jobs = self.graph.jobs(self.monitor)?;
+        for merge in &known {
+            let state = &merge.state;
+            let of_disk = state.disk_before(&self.graph).or_else(|| state.disk_after(&self.graph));
+            if of_disk.is_none_or(|of| of.name() != disk.name()) || state.phase == Phase::Switched {
+                continue;
+            }
+            let has_job = jobs.iter().any(|(job, _)| job.id == state.job);
+            if has_job {
+                return Err(Hindrance::UnderWay { merge: Box::new(merge.outline()) }.into());
+            }
+            match NotSwitched::seen_in(state, &self.graph, has_job) {
+                // The job is gone, and nothing was switched: there is nothing left to know.
+                Some(leave) => merge.file.forget(leave.state())?,
+                None => return Err(recover_first(merge)),
+            }
+        }
+        Ok(settled)
+    }
+
+    /// What can slow a guest down.
+    ///
+    /// # Errors
+    /// [`Hindrance::NotSlowed`].
+    pub fn throttle(&self, disk: &Disk) -> Result<Throttle> {
+        Throttle::of(self.monitor, disk)
+            .map_err(|error| Hindrance::NotSlowed { source: Box::new(error) }.into())
+    }
+
+    /// Forgets the merge of a job that has been cancelled: it will never be switched.
+    ///
+    /// # Errors
+    /// [`crate::Error::State`].
+    pub fn forget_cancelled(&self, disk: &Disk, job: &str) -> Result<()> {
+        let known = self.unfinished(std::slice::from_ref(disk), None)?;
+        for merge in &known {
+            if let Some(leave) = NotSwitched::cancelled(&merge.state, job) {
+                merge.file.forget(leave.state())?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,65 @@
+//! What can be seen from this host before a live merge starts, and would make it harmful or futile.
+
+use super::obstacle::{Leaves, Obstacle};
+use super::{Plan, Room};
+use crate::block::graph::{Disk, Graph, Layer};
+use crate::error::Result;
+use crate::live::discover::Files;
+use crate::live::hindrance::Hindrance;
+use crate::qmp::monitor::Monitor;
+
+/// Refuses to lose the persistent bitmaps of layers that are given up.
+pub(super) fn bitmaps(merged: &[Layer], drop: bool) -> Result<()> {
+    let names: Vec<_> = merged.iter().flat_map(|layer| layer.bitmaps.clone()).collect();
+    if drop || names.is_empty() {
+        return Ok(());
+    }
+    Err(Hindrance::Bitmaps { names }.into())
+}
+
+/// Refuses to write the data of an encrypted layer to an image that is not encrypted.
+pub(super) fn plaintext(from: &[Layer], into: &Layer, allowed: bool) -> Result<()> {
+    let Some(layer) = from.iter().find(|layer| layer.encrypted && !into.encrypted && !allowed) else {
+        return Ok(());
+    };
+    Err(Hindrance::Plaintext { from: layer.file.clone(), into: into.file.clone() }.into())
+}
+
+/// Refuses a pivot after which the old active image would stay as it is: bootable, with old data.
+pub(super) fn old_active(leaves: &[Leaves], delete: bool) -> Result<()> {
+    let Some(active) = leaves.first() else { return Ok(()) };
+    let stays = |obstacle: &&Obstacle| {
+        // What is removed need not be understood.
+        !delete || matches!(obstacle, Obstacle::Shared { .. }) || obstacle.hides(&active.layer)
+    };
+    let Some(obstacle) = active.obstacle.as_ref().filter(stays) else { return Ok(()) };
+    Err(Hindrance::StaleActive { file: active.layer.file.clone(), obstacle: obstacle.clone() }.into())
+}
+
+/// Refuses a chain whose names lead to other files here than in QEMU, unless the name to be written is given.
+pub(super) fn same_files(files: &Files, disk: &Disk, named: bool) -> Result<()> {
+    let strangers = files.strangers(disk);
+    let Some(first) = strangers.first().filter(|_| !named) else { return Ok(()) };
+    Err(Hindrance::NotHere { file: first.file.clone() }.into())
+}
+
+/// Refuses while another job works on the disk.
+pub(super) fn no_other_job(monitor: &(impl Monitor + ?Sized), graph: &Graph, disk: &Disk) -> Result<()> {
+    let jobs = graph.jobs(monitor)?;
+    let mut theirs = jobs.iter().filter(|(_, of)| of.is_some_and(|of| of.name() == disk.name()));
+    let Some((job, _)) = theirs.next() else { return Ok(()) };
+    let disk = disk.name().to_owned();
+    Err(Hindrance::JobExists { job: job.id.clone(), kind: job.kind.clone(), disk }.into())
+}
+
+/// Whether the receiving file system has room; refuses where it surely has too little.
+pub(super) fn room(plan: &Plan) -> Result<Room> {
+    let Some((folder, free)) = &plan.room else { return Ok(Room::Unknown) };
+    // What has no place yet in the receiving image needs one; zeros may be found there already.
+    let needed = if plan.amounts.counted { plan.amounts.new } else { 0 };
+    if needed > *free {
+        let (file, folder) = (plan.receiver().file.clone(), folder.clone());
+        return Err(Hindrance::NoSpace { file, needed, free: *free, folder }.into());
+    }
+    Ok(if plan.growth() > *free { Room::Scarce } else { Room::Enough })
+}

@@ -1,0 +1,106 @@
+//! New overlays above the image that a merge has left as the disk's top: somebody took a snapshot behind the switch, and what
+//! the guest wrote last is there.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use qcow2::chain::find_users;
+use qcow2::error::FileOp;
+use qcow2::storage::{Access, FileId, Host, OsHost};
+use qcow2::{Error, Result};
+
+use super::finding::{Fact, Finding, Found, Next, Trouble};
+use super::look;
+use crate::live::discover::Unfinished;
+
+/// Where the disk is.
+enum Above {
+    /// In this image, the uppermost of the only chain that there is.
+    In(PathBuf),
+    /// More than one image has this one as its backing file.
+    Forks(PathBuf, Vec<PathBuf>),
+}
+
+/// Corrects what a finding says of the top. `live` are the files of the disk in a QEMU that runs, from the active one
+/// down.
+pub(super) fn look_above(merge: &Unfinished, finding: &mut Finding, live: &[String]) {
+    let Some(top) = finding.valid_top.clone() else { return };
+    let above = match live.first().filter(|_| live.contains(&top)) {
+        Some(live) => Ok(Above::In(live.into())),
+        None => find_above(merge, Path::new(&top)),
+    };
+    match above {
+        Ok(Above::In(above)) if above == Path::new(&top) => {}
+        Ok(Above::In(above)) => {
+            let above = above.to_string_lossy().into_owned();
+            finding.facts.push(Fact::LiesAbove { above: above.clone(), top });
+            if let Some(Next::Offline { active }) = &mut finding.next {
+                active.clone_from(&above);
+            }
+            finding.valid_top = Some(above);
+        }
+        Ok(Above::Forks(image, users)) => {
+            finding.valid_top = None;
+            if finding.trouble.is_some() {
+                finding.facts.push(Fact::Fork { image, users });
+            } else {
+                finding.trouble = Some(Trouble::Fork { image, users });
+            }
+        }
+        Err(error) => finding.facts.push(Fact::AboveNotSeen { top, error }),
+    }
+    if let (true, Found::Completed, Some(top)) =
+        (finding.merge.merges_active(), finding.outcome, &finding.valid_top)
+    {
+        finding.facts.push(Fact::ShouldBeNamed(top.clone()));
+    }
+}
+
+fn find_above(merge: &Unfinished, top: &Path) -> Result<Above> {
+    let state = &merge.state;
+    let mut at = top.to_owned();
+    let mut ours = Vec::new();
+    for layer in &state.layers {
+        ours.extend(look::id(Path::new(&layer.file))?);
+    }
+    let mut folders: BTreeSet<PathBuf> =
+        state.layers.iter().flat_map(|layer| look::folders_of(Path::new(&layer.file))).collect();
+    folders.extend(state.scan.iter().filter(|folder| folder.is_dir()).cloned());
+    folders.extend(look::folders_of(merge.file.path()));
+    while let Some(below) = look::id(&at)? {
+        let all: Vec<PathBuf> = folders.iter().cloned().collect();
+        let users_of = |file: FileId| -> Result<Vec<PathBuf>> {
+            let found = find_users(&OsHost, &all, &[file], &ours)?.users;
+            Ok(found.into_iter().map(|user| user.path).collect())
+        };
+        let mut users = Vec::new();
+        for user in users_of(below)? {
+            let has_users = || -> Result<bool> {
+                let Some(file) = look::id(&user)? else { return Ok(false) };
+                Ok(!users_of(file)?.is_empty())
+            };
+            if !is_idle(&user, below)? || has_users()? {
+                users.push(user);
+            }
+        }
+        match users.as_slice() {
+            [] => break,
+            [user] => at = user.clone(),
+            _ => return Ok(Above::Forks(at, users)),
+        }
+        // Files that name each other in a circle end here.
+        ours.extend(look::id(&at)?);
+        folders.extend(look::folders_of(&at));
+    }
+    Ok(Above::In(at))
+}
+
+/// Whether an overlay holds nothing, and nobody has it open: it shows what the image below it shows.
+fn is_idle(overlay: &Path, below: FileId) -> Result<bool> {
+    if !look::is_empty_on(overlay, below)? {
+        return Ok(false);
+    }
+    let file = OsHost.open(overlay, Access::Read).map_err(|e| Error::io(overlay, FileOp::Open, None, e))?;
+    let used = file.used_by_others().map_err(|e| Error::io(overlay, FileOp::ReadLocks, None, e))?;
+    Ok(used.is_none())
+}

@@ -1,0 +1,109 @@
+//! What is done about an interrupted merge: each deed needs the leave that only the judge gives.
+
+use std::path::{Path, PathBuf};
+
+use qcow2::Result;
+use qcow2::retire::{Interrupted, Known};
+use qcow2::storage::OsHost;
+
+use super::finding::{Deed, Fact, Finding, Found, Next, Trouble};
+use super::{Case, look};
+use crate::live::tidy::{Tidied, Tidy, TidyOptions};
+use crate::live::verdict::{NotSwitched, PointBack, Switched};
+use crate::state::{Kind, StateLayer};
+
+impl Case<'_> {
+    /// Nothing was switched: the chain is as it was.
+    pub(super) fn not_switched(&self, leave: NotSwitched<'_>) -> Result<Finding> {
+        let state = leave.state();
+        look::free(state.layers.iter())?;
+        let mut finding = self.finding(Found::NotSwitched);
+        finding.valid_top = state.active().map(|layer| layer.file.clone());
+        finding.facts.push(Fact::NothingSwitched);
+        self.forget(&mut finding);
+        if state.kind != Kind::Pull {
+            finding.next = Some(self.offline());
+        }
+        Ok(finding)
+    }
+
+    /// The merge is complete: what it left becomes empty overlays on base, or is removed if that was the wish.
+    pub(super) fn switched(&self, leave: Switched<'_>, left: &[(&StateLayer, Known)]) -> Result<Finding> {
+        let state = leave.state();
+        let mut finding = self.finding(Found::Completed);
+        finding.valid_top = state.left().next().map(|layer| layer.file.clone());
+        match state.kind {
+            Kind::Pull => {
+                finding.facts.push(Fact::Pulled(state.merged().map(|layer| layer.file.clone()).collect()));
+            }
+            Kind::Commit => finding.facts.push(Fact::Complete),
+            Kind::ActiveCommit => finding.facts.push(Fact::GuestMoved),
+        }
+        if state.kind != Kind::Pull {
+            self.clean(leave, left, &mut finding)?;
+        }
+        self.forget(&mut finding);
+        Ok(finding)
+    }
+
+    /// Gives the overlay its former backing file back. `opened` are the images, as they were compared.
+    pub(super) fn point_back(&self, leave: PointBack<'_>, mut opened: Interrupted) -> Result<Finding> {
+        let state = leave.state();
+        let (overlay, name) = state
+            .backing
+            .as_ref()
+            .map(|rename| (rename.overlay.clone(), rename.old.clone()))
+            .unwrap_or_default();
+        if !self.options.dry_run {
+            opened.point_back(&OsHost, &name)?;
+        }
+        drop(opened);
+        let mut finding = self.finding(Found::PointedBack);
+        finding.valid_top = state.active().map(|layer| layer.file.clone());
+        let base = state.layer(state.base).map(|base| base.file.clone()).unwrap_or_default();
+        finding.facts.push(Fact::BaseLacks { base, at: leave.at });
+        finding.did.push(Deed::PointBack { overlay, name });
+        self.forget(&mut finding);
+        finding.next = Some(self.offline());
+        Ok(finding)
+    }
+
+    /// Removes layers, or makes them empty overlays on base: from the top, as they were seen.
+    fn clean(&self, leave: Switched<'_>, left: &[(&StateLayer, Known)], finding: &mut Finding) -> Result<()> {
+        let state = leave.state();
+        let mut options = TidyOptions::new(state.delete, &[]);
+        options.no_lock = self.options.no_lock || self.options.dry_run;
+        let mut tidied = Tidied::default();
+        let (dry_run, cancel) = (self.options.dry_run, self.options.cancel);
+        Tidy { switched: leave, options: &options, dry_run, cancel }.run(left, &mut tidied);
+        if let Some(error) = tidied.error {
+            return Err(error);
+        }
+        if !tidied.deleted.is_empty() {
+            finding.did.push(Deed::Remove(tidied.deleted));
+        }
+        if !tidied.emptied.is_empty() {
+            let base = state.layer(state.base).map(|base| base.file.clone()).unwrap_or_default();
+            finding.did.push(Deed::Empty { files: tidied.emptied, base });
+        }
+        let stays = |(file, why): (PathBuf, String)| Fact::Stays { file, why };
+        finding.facts.extend(tidied.stale.into_iter().map(stays));
+        Ok(())
+    }
+
+    /// Takes the state file away, because all that it spoke of is done.
+    fn forget(&self, finding: &mut Finding) {
+        let file = &self.merge.file;
+        if !self.options.dry_run
+            && let Err(error) = file.forget(&self.merge.state)
+        {
+            finding.trouble = Some(Trouble::StateFile(error));
+            return;
+        }
+        finding.did.push(Deed::Forget(Path::to_owned(file.path())));
+    }
+
+    fn offline(&self) -> Next {
+        Next::Offline { active: self.merge.state.top_before() }
+    }
+}

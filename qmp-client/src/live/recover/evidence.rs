@@ -1,0 +1,190 @@
+//! What is seen of the files of an interrupted merge: all that the judge is given.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use qcow2::chain::{OpenOptions, Policy};
+use qcow2::error::FileOp;
+use qcow2::merge::Progress;
+use qcow2::retire::{BackingIs, Interrupted, Known};
+use qcow2::storage::OsHost;
+use qcow2::{Error, ErrorKind, Refusal, Result};
+
+use super::look;
+use crate::live::verdict::{Compared, Header, Leads, Seen, Treated};
+use crate::state::{Kind, Qemu, State, StateLayer};
+
+/// What is seen, and the files as they were then.
+pub(super) struct Evidence {
+    /// For the judge.
+    pub(super) seen: Seen,
+    /// The files, in the order of the state's layers: what is changed later must still be so.
+    pub(super) known: Vec<Option<Known>>,
+    /// Why something could not be read that matters only when something is to be changed.
+    pub(super) unread: Option<Error>,
+    /// Why nothing could be compared.
+    pub(super) not_compared: Option<Error>,
+}
+
+impl Evidence {
+    /// Looks at all files of a merge, without locks.
+    ///
+    /// # Errors
+    /// A file cannot be looked at, or the header that tells which chain stands cannot be read.
+    pub(super) fn of(state: &State, qemu: Qemu) -> Result<Self> {
+        // First: what is written between this and the next look must be seen as a change.
+        let known = state.layers.iter().map(known_now).collect::<Result<_>>()?;
+        let seen = Seen::of(state, qemu, Header::Unread).map_err(|error| match error {
+            crate::Error::File { file, source } => Error::io(&file, FileOp::Stat, None, source),
+            other => Error::io(Path::new(&state.valid_top), FileOp::Stat, None, std::io::Error::other(other)),
+        })?;
+        let mut evidence = Self { seen, known, unread: None, not_compared: None };
+        evidence.read_header(state)?;
+        if state.kind != Kind::Pull {
+            for (place, layer) in state.layers.iter().enumerate() {
+                if let Err(error) = evidence.read_layer(state, place, layer) {
+                    evidence.unread.get_or_insert(error);
+                }
+            }
+        }
+        Ok(evidence)
+    }
+
+    fn read_header(&mut self, state: &State) -> Result<()> {
+        let Some(rename) = &state.backing else { return Ok(()) };
+        let is_there = |layer: &&StateLayer| layer.index == rename.index && layer.identity.is_some();
+        if state.layers.iter().find(is_there).is_none_or(|layer| !Path::new(&layer.file).exists()) {
+            return Ok(());
+        }
+        let (name, leads_to) = look::backing(Path::new(&rename.overlay))?;
+        let is_it =
+            |known: &Option<Known>| leads_to.is_some() && known.as_ref().map(|known| known.id) == leads_to;
+        let mut layers = state.layers.iter().zip(&self.known);
+        self.seen.leads = match layers.find(|(_, known)| is_it(known)) {
+            Some((layer, _)) => Leads::To(layer.index),
+            None if leads_to.is_some() => Leads::Elsewhere,
+            None => Leads::Nowhere,
+        };
+        self.seen.header = name.map_or(Header::Nothing, Header::Names);
+        Ok(())
+    }
+
+    fn read_layer(&mut self, state: &State, place: usize, layer: &StateLayer) -> Result<()> {
+        let is_merged = layer.index > state.base && layer.index <= state.top;
+        let is_base = layer.index == state.base;
+        let is_here =
+            layer.identity.is_some() && self.seen.identities.get(place).is_some_and(Option::is_some);
+        if !is_here || !(is_merged || is_base) {
+            return Ok(());
+        }
+        if look::has_data_file(layer)? {
+            self.seen.tells_no_time(state, layer.index);
+        }
+        if is_base {
+            self.seen.closing_writes_base = look::is_written_by_closing(layer)?;
+            return Ok(());
+        }
+        let treated = treated(state, Path::new(&layer.file))?;
+        if let Some(place) = self.seen.treated.get_mut(place) {
+            *place = treated;
+        }
+        Ok(())
+    }
+
+    /// The layers that the merge leaves behind and that are still there, from the top, as they were seen.
+    pub(super) fn left<'s>(&self, state: &'s State) -> Vec<(&'s StateLayer, Known)> {
+        let merged = state.layers.iter().zip(&self.known).filter(|(layer, _)| {
+            layer.index > state.base && layer.index <= state.top && layer.identity.is_some()
+        });
+        merged.filter_map(|(layer, known)| Some((layer, known.clone()?))).collect()
+    }
+
+    /// Compares base with what was merged into it, and notes what that shows. Returns the images, opened and locked, where
+    /// they differ, so that nobody changes them before something is done about it.
+    ///
+    /// # Errors
+    /// The images cannot be read, or are not what was seen.
+    pub(super) fn compare(
+        &mut self,
+        state: &State,
+        no_lock: bool,
+        progress: &dyn Progress,
+        cancel: &AtomicBool,
+    ) -> Result<Option<Interrupted>> {
+        let opened = self.open(state, no_lock).and_then(|opened| {
+            let size = state.layer(state.base).map_or(0, |layer| layer.virtual_size);
+            let is_switched = state.kind == Kind::ActiveCommit || opened.backing() == BackingIs::Base;
+            let difference =
+                if is_switched { opened.first_difference(size, progress, cancel)? } else { None };
+            Ok((opened, is_switched, difference))
+        });
+        let (opened, is_switched, difference) = match opened {
+            Ok(opened) => opened,
+            Err(error @ Error::InUse { .. }) => {
+                self.seen.compared = Compared::InUse;
+                self.not_compared = Some(error);
+                return Ok(None);
+            }
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                self.seen.compared = Compared::Unsupported;
+                self.not_compared = Some(error);
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        if !is_switched {
+            let overlay = state.backing.as_ref().map(|rename| rename.overlay.as_str()).unwrap_or_default();
+            let what = "its backing file changed while it was looked at".to_owned();
+            return Err(Error::refused(Path::new(overlay), Refusal::NotAsKnown { what }));
+        }
+        self.seen.compared = difference.map_or(Compared::Equal, |at| Compared::Differs(at.get()));
+        Ok(difference.is_some().then_some(opened))
+    }
+
+    fn open(&self, state: &State, no_lock: bool) -> Result<Interrupted> {
+        let known = |index: usize| {
+            let mut all = state.layers.iter().zip(&self.known);
+            all.find(|(layer, _)| layer.index == index).and_then(|(_, known)| known.clone())
+        };
+        // QEMU may close them meanwhile; the merged layers must be as they were seen.
+        let any = |known: Known| Known { len: None, modified_ns: None, no_locks: no_lock, ..known };
+        let merged: Vec<Known> = self.left(state).into_iter().map(|(_, known)| known).collect();
+        let overlay = match state.kind {
+            Kind::ActiveCommit => None,
+            Kind::Commit | Kind::Pull => known(state.top + 1).map(any),
+        };
+        let base = match known(state.base) {
+            Some(base) => any(base),
+            None => Known::now(&OsHost, Path::new(state.layer(state.base).map_or("", |base| &base.file)))?,
+        };
+        // As their headers say, wherever that leads. The format of top is known.
+        let active_format = state.layer(state.top).map(look::format);
+        let (policy, no_locks) = (Policy::local_files(), no_lock);
+        let options = OpenOptions { policy, active_format, no_locks, ..OpenOptions::default() };
+        Interrupted::open(&OsHost, overlay.as_ref(), &merged, &base, &options)
+    }
+}
+
+/// The file of a layer as it is now, if it is there.
+fn known_now(layer: &StateLayer) -> Result<Option<Known>> {
+    let path = Path::new(&layer.file);
+    // A relative name is QEMU's, whose folder is another.
+    match path.is_absolute() && look::id(path)?.is_some() {
+        true => Known::now(&OsHost, path).map(Some),
+        false => Ok(None),
+    }
+}
+
+/// What an earlier clean-up has done to a merged layer.
+fn treated(state: &State, path: &Path) -> Result<Treated> {
+    if look::is_sealed(path)? {
+        return Ok(Treated::Sealed);
+    }
+    let base = state.layer(state.base).map(|base| look::id(Path::new(&base.file))).transpose()?.flatten();
+    if let Some(base) = base
+        && look::is_empty_on(path, base)?
+    {
+        return Ok(Treated::Emptied);
+    }
+    Ok(if look::is_marked(path)? { Treated::Marked } else { Treated::Not })
+}

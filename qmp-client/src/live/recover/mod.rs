@@ -1,0 +1,140 @@
+//! What a merge left whose QEMU, client or host has gone, put right.
+//!
+//! A state file says how far the merge was; the images say what they are. The judge ([`crate::State::judge`]) is given both,
+//! and says what is true. Where that is certain, what is left to do is done. Where somebody has written to an image that
+//! the merge left behind, nobody but the user can know which bytes are wanted: that is only told.
+
+mod above;
+mod act;
+mod evidence;
+mod finding;
+mod look;
+mod qemu;
+
+use std::sync::atomic::AtomicBool;
+
+use qcow2::merge::Progress;
+use qcow2::{Error, Result};
+
+use super::discover::Unfinished;
+use super::verdict::Ruling;
+use crate::qmp::address::Address;
+use crate::state::Qemu;
+use evidence::Evidence;
+
+pub use finding::{Deed, Fact, Finding, Found, Next, Trouble};
+
+/// How an interrupted merge is put right.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub struct Recovery<'a> {
+    /// Only find out what would be done.
+    pub dry_run: bool,
+    /// Images are changed also where the file system has no locks.
+    pub no_lock: bool,
+    /// A monitor to ask, beside the one that the merge noted.
+    pub address: Option<&'a Address>,
+    /// Told how far a comparison is.
+    pub progress: &'a dyn Progress,
+    /// Ends a comparison, or the emptying of layers, at a safe point; the same call goes on later.
+    pub cancel: &'a AtomicBool,
+}
+
+impl std::fmt::Debug for Recovery<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Recovery").field("dry_run", &self.dry_run).field("address", &self.address).finish()
+    }
+}
+
+impl<'a> Recovery<'a> {
+    /// With no monitor but the one that the merge noted.
+    pub fn new(progress: &'a dyn Progress, cancel: &'a AtomicBool) -> Self {
+        Self { dry_run: false, no_lock: false, address: None, progress, cancel }
+    }
+}
+
+/// One merge that is dealt with.
+struct Case<'a> {
+    merge: &'a Unfinished,
+    options: Recovery<'a>,
+}
+
+impl Unfinished {
+    /// Says which image holds the disk, and does what is left to do, or would be. QEMU need not run. Failures are part of what is
+    /// said: what was known before one came is worth as much.
+    pub fn recover(&self, options: Recovery<'_>) -> Finding {
+        let case = Case { merge: self, options };
+        let (asked, live) = qemu::ask(self, options.address);
+        let mut finding = match asked {
+            Ok(qemu) => case.judge(qemu).unwrap_or_else(|error| case.failed(error)),
+            Err(in_hand) => *in_hand,
+        };
+        above::look_above(self, &mut finding, &live);
+        finding
+    }
+}
+
+impl Case<'_> {
+    fn judge(&self, qemu: Qemu) -> Result<Finding> {
+        let state = &self.merge.state;
+        let mut evidence = Evidence::of(state, qemu)?;
+        let mut compared = None;
+        let mut ruling = state.rule(&evidence.seen);
+        if let Ruling::Compare = ruling {
+            if let Some(error) = evidence.unread.take() {
+                return Err(error);
+            }
+            let Recovery { progress, cancel, .. } = self.options;
+            // Who only looks is kept from nothing.
+            let no_lock = self.options.no_lock || self.options.dry_run;
+            compared = evidence.compare(state, no_lock, progress, cancel)?;
+            ruling = state.rule(&evidence.seen);
+        }
+        let unread = evidence.unread.take().map_or(Ok(()), Err);
+        match ruling {
+            Ruling::NotSwitched(leave) => {
+                drop(compared);
+                self.not_switched(leave)
+            }
+            Ruling::Switched(leave) => {
+                unread?;
+                drop(compared);
+                self.switched(leave, &evidence.left(state))
+            }
+            Ruling::PointBack(leave) => {
+                unread?;
+                match compared {
+                    Some(opened) => self.point_back(leave, opened),
+                    None => Err(not_compared(evidence)),
+                }
+            }
+            Ruling::Compare | Ruling::NotComparable => Err(not_compared(evidence)),
+            // The job came back between two questions; the same call finds it.
+            Ruling::AtWork => Ok(self.finding(Found::Running)),
+            Ruling::InDoubt(doubt) => {
+                let mut finding = self.finding(Found::Unclear);
+                finding.valid_top = None;
+                finding.trouble = Some(Trouble::InDoubt(doubt));
+                Ok(finding)
+            }
+        }
+    }
+
+    fn finding(&self, outcome: Found) -> Finding {
+        Finding::new(self.merge.outline(), outcome)
+    }
+
+    /// An error of the engine: nothing was changed, or the same call goes on.
+    fn failed(&self, error: Error) -> Finding {
+        let outcome = if matches!(error, Error::InUse { .. }) { Found::InUse } else { Found::Failed };
+        let mut finding = self.finding(outcome);
+        finding.trouble = Some(Trouble::Engine(error));
+        finding
+    }
+}
+
+/// Why the images were not compared.
+fn not_compared(evidence: Evidence) -> Error {
+    let broken = Error::Broken { invariant: "who judges by a comparison has compared" };
+    evidence.not_compared.unwrap_or(broken)
+}

@@ -1,0 +1,115 @@
+//! Whether the QEMU that ran the merge still runs, and has it in hand.
+
+use std::time::Duration;
+
+use super::finding::{Fact, Finding, Found, Next, Trouble};
+use crate::block::graph::{Disk, Graph};
+use crate::block::jobs::jobs;
+use crate::error::Error;
+use crate::live::discover::{Files, Unfinished};
+use crate::qmp::address::Address;
+use crate::qmp::connection::{Connection, Options};
+use crate::qmp::owner::Owner;
+use crate::state::{Phase, Qemu, State};
+
+/// How long a monitor may take to greet: one that another client holds never does.
+const GREETING: Duration = Duration::from_secs(2);
+
+/// What answers at the address of a merge.
+enum Answer {
+    /// Nothing.
+    Nobody,
+    /// QEMU, but another client holds its monitor.
+    Silence,
+    /// QEMU.
+    Says(Said),
+}
+
+/// What QEMU says of a merge.
+struct Said {
+    qemu: Qemu,
+    /// Whether a disk has the nodes that the merge leaves, so that the merge can be found again and ended.
+    has_nodes: bool,
+    /// The files of the disk, from the active one down.
+    files: Vec<String>,
+}
+
+/// What the QEMUs say that may have the merge: the one at its own address, and the one at `address`. An error is what there is
+/// to say where one of them has it in hand and nothing is to be changed. The files are those of its disk, from the active
+/// one down, if one shows it.
+pub(super) fn ask(
+    merge: &Unfinished,
+    address: Option<&Address>,
+) -> (Result<Qemu, Box<Finding>>, Vec<String>) {
+    let recorded = merge.state.address.parse::<Address>().ok();
+    let mut addresses: Vec<&Address> = recorded.iter().chain(address).collect();
+    addresses.dedup_by_key(|address| address.to_string());
+    let mut said = (Qemu::Gone, Vec::new());
+    for address in addresses {
+        match ask_one(address, &merge.state) {
+            Answer::Nobody => {}
+            Answer::Silence => {
+                let mut finding = Finding::new(merge.outline(), Found::Running);
+                finding.trouble = Some(Trouble::MonitorInUse(address.clone()));
+                return (Err(Box::new(finding)), Vec::new());
+            }
+            Answer::Says(now) => match in_hand(merge, address, &now) {
+                Some(finding) => return (Err(Box::new(finding)), now.files),
+                None => said = (now.qemu, now.files),
+            },
+        }
+    }
+    (Ok(said.0), said.1)
+}
+
+fn in_hand(merge: &Unfinished, address: &Address, said: &Said) -> Option<Finding> {
+    let mut finding = Finding::new(merge.outline(), Found::Running);
+    match (said.qemu, merge.state.phase) {
+        (Qemu::HasJob(status), _) => {
+            finding.facts.push(Fact::JobIs(status));
+            finding.facts.push(Fact::CanBeCancelled(address.clone()));
+            finding.next = Some(Next::End(address.clone()));
+        }
+        (Qemu::ShowsBefore, Phase::Copying) => {
+            finding.facts.push(Fact::JobIsGone);
+            finding.next = Some(Next::Begin(address.clone()));
+        }
+        (Qemu::ShowsAfter, Phase::Switching) if said.has_nodes => {
+            finding.facts.push(Fact::HasSwitched);
+            finding.next = Some(Next::End(address.clone()));
+        }
+        // Only files are left to put right, and their locks tell who has them.
+        _ => return None,
+    }
+    Some(finding)
+}
+
+fn ask_one(address: &Address, state: &State) -> Answer {
+    // A manager's monitor is not for us; such a merge was not begun through it.
+    if Owner::of(address, None).is_some() {
+        return Answer::Nobody;
+    }
+    let options = Options { allow_tcp: true, greeting_timeout: GREETING, ..Options::default() };
+    let monitor = match Connection::connect(address, &options) {
+        Ok(monitor) => monitor,
+        Err(Error::NoGreeting { .. }) => return Answer::Silence,
+        Err(_) => return Answer::Nobody,
+    };
+    // Not every job leaves QEMU fit to be asked for its disks.
+    let Ok(all) = jobs(&monitor) else { return Answer::Silence };
+    if let Some(job) = all.into_iter().find(|job| job.id == state.job) {
+        return Answer::Says(Said { qemu: Qemu::HasJob(job.status), has_nodes: true, files: Vec::new() });
+    }
+    let files = Files::of(&monitor);
+    let Ok(graph) = Graph::ask(&monitor) else { return Answer::Silence };
+    let graph = graph.with_files(&|name| files.absolute(name));
+    let Ok(qemu) = Qemu::ask(&monitor, &graph, state) else { return Answer::Silence };
+    let has_nodes = |disk: &Disk| {
+        let now = disk.layers().iter().map(|layer| layer.node.as_str());
+        now.eq(state.left().map(|layer| layer.node.as_str()))
+    };
+    let shown = state.disk_after(&graph).or_else(|| state.disk_before(&graph));
+    let layers = shown.map_or(&[][..], Disk::layers);
+    let files = layers.iter().map(|layer| layer.file.clone()).collect();
+    Answer::Says(Said { qemu, has_nodes: graph.disks().iter().any(has_nodes), files })
+}

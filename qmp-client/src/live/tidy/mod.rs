@@ -1,0 +1,67 @@
+//! What a live merge leaves: files that nobody needs any more.
+
+mod layers;
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use qcow2::retire::Known;
+use qcow2::storage::FileId;
+
+use super::discover::Files;
+use super::verdict::Switched;
+use crate::state::{FileIdentity, Kind};
+
+pub use layers::{Tidied, TidyOptions};
+pub(crate) use layers::{Tidy, id};
+
+/// Removes or empties what a merge left, as far as QEMU has let go of it. Base is durable then, and the merge is
+/// switched.
+pub(crate) fn after(switched: Switched<'_>, files: &Files, options: &TidyOptions) -> Tidied {
+    let state = switched.state();
+    let mut tidied = Tidied::default();
+    let mut left = Vec::new();
+    for layer in state.merged() {
+        let path = PathBuf::from(&layer.file);
+        if state.kind == Kind::Pull {
+            // They were not written, and others may use them.
+            tidied.unneeded.push(path);
+        } else if !tidied.kept.is_empty() {
+            // Whoever uses the layer that is kept reads through those below it.
+            tidied.kept.push((path, "a layer above it is kept".to_owned()));
+        } else if let Some(identity) = &layer.identity {
+            if is_gone(&path) {
+                // An earlier call has removed it, or the user.
+                continue;
+            }
+            match id(layer) {
+                None => tidied.kept.push((path, "it is another file by now".to_owned())),
+                Some(id) if files.has_open(id) => {
+                    tidied.kept.push((path, "QEMU still has it open".to_owned()));
+                }
+                Some(id) => left.push((layer, known(path, id, identity))),
+            }
+        } else {
+            tidied.stale.push((path, "it is no file here".to_owned()));
+        }
+    }
+    // It is short work, and half of it would have to be done again.
+    let cancel = AtomicBool::new(false);
+    Tidy { switched, options, dry_run: false, cancel: &cancel }.run(&left, &mut tidied);
+    tidied
+}
+
+fn is_gone(path: &Path) -> bool {
+    path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound)
+}
+
+fn known(path: PathBuf, id: FileId, identity: &FileIdentity) -> Known {
+    Known {
+        path,
+        id,
+        len: (identity.size > 0).then_some(identity.size),
+        modified_ns: (identity.modified_ns > 0).then_some(identity.modified_ns.into()),
+        no_locks: false,
+    }
+}

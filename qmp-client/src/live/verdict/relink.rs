@@ -1,0 +1,97 @@
+//! Merges that leave the active layer where it is: the header of the overlay above top says which chain stands.
+
+use super::{Compared, Doubt, Doubtful, Header, Leads, Seen, Verdict};
+use crate::live::plan::Obstacle;
+use crate::state::{Kind, Phase, Qemu, Rename, State};
+
+impl State {
+    /// A commit of layers below the active one, or a pull.
+    pub(super) fn judge_relink(&self, seen: &Seen) -> Doubtful<Verdict> {
+        let Some(rename) = &self.backing else { return Err(Doubt::NoHeader) };
+        self.are_there(seen, self.layer(rename.index))?;
+        if self.kind == Kind::Commit {
+            self.are_there(seen, self.layer(self.base))?;
+        }
+        let overlay = || rename.overlay.clone();
+        let old = names(seen, Some(&rename.old), self.top);
+        let new = names(seen, rename.new.as_deref(), self.base);
+        match (self.phase, old, new) {
+            (_, false, false) => Err(names_other(seen, rename)),
+            (_, true, true) => Err(Doubt::SameName { overlay: overlay() }),
+            (_, true, _) if seen.qemu == Qemu::ShowsAfter => {
+                Err(Doubt::QemuDisagrees { overlay: overlay(), shows_after: true })
+            }
+            (_, _, true) if seen.qemu == Qemu::ShowsBefore => {
+                Err(Doubt::QemuDisagrees { overlay: overlay(), shows_after: false })
+            }
+            // Somebody has given the overlay its old name back: the merged layers are the disk again, if they are whole.
+            (Phase::Switched, true, _)
+                if self.touched(seen).iter().any(|index| (self.base + 1..=self.top).contains(index)) =>
+            {
+                Err(Doubt::NamesAgain { overlay: overlay() })
+            }
+            (_, true, _) => self.are_there(seen, &self.layers).map(|()| Verdict::NotSwitched),
+            (_, _, true) => {
+                self.are_there(seen, self.left())?;
+                self.judge_switched(seen, rename)
+            }
+        }
+    }
+
+    /// The overlay names base. Whether base holds all is not certain yet: QEMU writes the name before base's tables, and only
+    /// this client flushes between the two.
+    fn judge_switched(&self, seen: &Seen, rename: &Rename) -> Doubtful<Verdict> {
+        let by_another = self.phase == Phase::Copying && seen.qemu != Qemu::ShowsAfter;
+        let unproved = || match by_another {
+            true => Err(Doubt::OtherClient { overlay: rename.overlay.clone() }),
+            // QEMU has gone on from there, or base was flushed before the switch was noted.
+            false => Ok(Verdict::Switched),
+        };
+        if self.kind == Kind::Pull {
+            return unproved();
+        }
+        let merged = self.look_at_merged(seen, self.merged())?;
+        if merged.treated + merged.gone > 0 {
+            // A clean-up begins only when base is known to be whole; but a layer may have been removed by hand.
+            let certain = self.phase == Phase::Switched || merged.gone == 0;
+            return if certain { Ok(Verdict::Switched) } else { Err(Doubt::LayersMissing) };
+        }
+        if self.layer(self.base).is_none_or(|base| Obstacle::of_base(base).is_some()) {
+            return unproved();
+        }
+        match seen.compared {
+            Compared::NotYet => Ok(Verdict::Compare),
+            Compared::Equal => Ok(Verdict::Switched),
+            // QEMU called it a success, and has the base of a disk that runs.
+            Compared::InUse if self.phase == Phase::Switched => Ok(Verdict::Switched),
+            Compared::InUse | Compared::Unsupported => Ok(Verdict::NotComparable),
+            // Where base may have been written after a switch that QEMU called a success, the difference may be wanted.
+            Compared::Differs(at)
+                if merged.is_timeless
+                    || (self.phase == Phase::Switched && self.written(seen, self.base) != Some(None)) =>
+            {
+                Err(Doubt::BaseDiffers { at })
+            }
+            Compared::Differs(at) => Ok(Verdict::PointBack { at }),
+        }
+    }
+}
+
+/// Whether the header names this file: by where the name leads, or by its letters where it leads to no file here.
+fn names(seen: &Seen, name: Option<&str>, index: usize) -> bool {
+    match (&seen.header, seen.leads) {
+        (Header::Names(_), Leads::To(layer)) => layer == index,
+        (Header::Names(_), Leads::Elsewhere) | (Header::Unread, _) => false,
+        (Header::Names(now), Leads::Nowhere) => Some(now.as_str()) == name,
+        (Header::Nothing, _) => name.is_none(),
+    }
+}
+
+fn names_other(seen: &Seen, rename: &Rename) -> Doubt {
+    let overlay = rename.overlay.clone();
+    match &seen.header {
+        Header::Unread => Doubt::Unread { overlay },
+        Header::Nothing => Doubt::NamesOther { overlay, name: None },
+        Header::Names(name) => Doubt::NamesOther { overlay, name: Some(name.clone()) },
+    }
+}
