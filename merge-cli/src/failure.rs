@@ -153,7 +153,7 @@ fn refusal_kind(reason: &Refusal) -> &'static str {
         Refusal::DataFileOwner { .. } => "data-file-owner",
         Refusal::BackupOwner { .. } => "backup-owner",
         Refusal::JournalVersion { .. } => "journal-version",
-        Refusal::JournalOfAnother { .. } => "journal-of-another",
+        Refusal::JournalOfAnother { .. } | Refusal::JournalOfRenamed { .. } => "journal-of-another",
         Refusal::WrittenSince { .. } => "written-since",
         Refusal::MergeDone { .. } => "merge-done",
         Refusal::BackupDamaged { .. } => "backup-damaged",

@@ -300,6 +300,15 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
              them, and type the same command again",
         )
         .into(),
+        Refusal::JournalOfRenamed { journal, image, wanted } => Hints::from(Hint::command(
+            HintKind::Advice,
+            format!("have it go with {}, and type the same command again", shown(image)),
+            Command::of("mv").word("-n").file(journal).file(wanted),
+        ))
+        .or((call.verb == VerbName::Commit).then(|| {
+            let why = "or, if the merge that was stopped is not to go on";
+            allowed(HintKind::Restart, why, call, &["--restart"])
+        })),
         Refusal::MergeDone { top, active, removes } => {
             let command = Command::qmerge(["commit"]).file(active).word("--base").file(path);
             let command = if top == active { command } else { command.word("--top").file(top) };

@@ -453,3 +453,48 @@ fn the_nth_request_fails_and_the_same_command_finishes() {
         wrong[..wrong.len().min(8)].join("\n")
     );
 }
+
+/// Whichever look at a file fails, a call that makes a new one leaves nothing behind that would be in the way of the next.
+#[test]
+fn a_failed_look_leaves_no_new_file() {
+    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+        return;
+    }
+    let folder = Folder::new("failed-looks");
+    folder.create("a.qcow2", 1 << 20, "");
+    folder.io("qcow2", "a.qcow2", &["write -P 3 0 64k"]);
+    let before = folder.names();
+    let mut failed = 0;
+    for nth in 1.. {
+        let inject = format!("inject=statx:error=EIO:when={nth}");
+        let run = folder.traced(&["-e", "trace=statx", "-e", &inject], &["flatten", "a.qcow2", "-o", "new"]);
+        if run.code == 0 {
+            fs::remove_file(folder.join("new")).unwrap();
+        }
+        assert_eq!(folder.names(), before, "look {nth}: {run}");
+        failed += u32::from(run.code != 0);
+        // The libraries of the program look at files, too, before it begins.
+        if run.code == 0 && nth > 60 {
+            break;
+        }
+    }
+    assert!(failed > 3, "{failed}");
+}
+
+/// A state file that cannot be read says nothing of its merge, and is not to be removed for that.
+#[test]
+fn a_state_file_that_cannot_be_read_is_no_damaged_one() {
+    if !needs_tools(&["qemu-img", "strace"]) {
+        return;
+    }
+    let folder = Folder::new("unreadable-state");
+    folder.create("a.qcow2", 1 << 20, "");
+    let state = folder.join(".a.qcow2.qmerge-live");
+    fs::write(&state, "{}").unwrap();
+    let path = state.to_str().unwrap();
+    let recover = ["live", "recover", "a.qcow2"];
+    let options = ["-P", path, "-e", "trace=read", "-e", "inject=read:error=EIO"];
+    let unread = folder.traced(&options, &recover).expect(1).says("Input/output error");
+    assert!(!unread.text().contains("rm "), "{unread}");
+    folder.qmerge(&recover).expect(9).says("rm ");
+}

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::support::{Folder, qemu_present};
+use crate::support::{Folder, command, qemu_present, type_line};
 
 const M: u64 = 1 << 20;
 
@@ -288,4 +288,42 @@ fn signs_of_other_users_are_told() {
     assert!(run.text().contains("1 other name, by a hard link"), "{run}");
     let run = folder.qmerge(&["commit", "c.qcow2", "-n", "--scan", "backup"]).ok();
     assert!(run.text().contains("backup/base.qcow2"), "{run}");
+}
+
+/// An empty overlay that nobody has marked may be a new disk of another machine: it is a user, which the refusal says. QEMU's
+/// own `json:` name of the active image has nothing to do with it.
+#[test]
+fn an_empty_user_is_told_and_every_way_out_can_be_typed() {
+    if !qemu_present() {
+        return;
+    }
+    let folder = Folder::new("empty-user");
+    folder.create("base.qcow2", 4 << 20, "");
+    folder.overlay("a.qcow2", "base.qcow2", "qcow2", None, "");
+    folder.io("qcow2", "a.qcow2", &["write -P 2 0 64k"]);
+    folder.overlay("b.qcow2", "a.qcow2", "qcow2", None, "");
+    folder.overlay("c.qcow2", "b.qcow2", "qcow2", None, "");
+    folder.io("qcow2", "c.qcow2", &["write -P 4 128k 64k"]);
+    let file = |name: &str| {
+        let path = folder.arg(name);
+        format!(r#""driver":"qcow2","file":{{"driver":"file","filename":"{path}"}}"#)
+    };
+    let name = format!("json:{{{},\"backing\":{{{}}}}}", file("a.qcow2"), file("base.qcow2"));
+    folder.img(&["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", &name, "c.qcow2"]);
+    let gold = folder.view("qcow2", "c.qcow2");
+    let run = folder.refused(&["commit", "c.qcow2"], &[6]).says("b.qcow2").says("they hold nothing");
+    let hints: Vec<&str> =
+        run.stderr.lines().filter_map(|line| command(line.strip_prefix("hint: ")?)).collect();
+    assert!(hints.len() == 3 && hints.iter().any(|hint| hint.contains("rebase -u")), "{run}");
+    for hint in &hints {
+        if let Some(typed) = type_line(folder.path(), hint) {
+            assert_eq!(typed.code, 0, "{typed:?}");
+        }
+    }
+    // A plain name changes nothing of that; the user's word does.
+    folder.img(&["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "a.qcow2", "c.qcow2"]);
+    let run = folder.refused(&["commit", "c.qcow2"], &[6]).says("b.qcow2");
+    assert!(!run.text().contains("rebase"), "{run}");
+    folder.qmerge(&["commit", "c.qcow2", "--allow-shared-base"]).ok();
+    folder.view("qcow2", "c.qcow2").assert_same(&gold, "the disk");
 }

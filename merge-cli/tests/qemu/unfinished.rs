@@ -1,6 +1,7 @@
 //! Unfinished work goes on only where nobody else wrote: a base that is put back at once, whenever the merge was stopped. The table
 //! of what may become of a base is in `fates.rs`.
 
+use std::fs;
 use std::process::Command;
 
 use crate::support::{Folder, needs_tools};
@@ -110,4 +111,44 @@ fn images_of_long_names_are_merged() {
             assert_eq!(folder.names().len(), 2, "{:?}", folder.names());
         }
     }
+}
+
+/// Base is renamed while a merge is stopped, and another base takes its name: the journal is the renamed one's.
+#[test]
+fn a_second_base_does_not_take_the_journal_of_a_renamed_one() {
+    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+        return;
+    }
+    let folder = Folder::new("second-base");
+    folder.create("base", 8 << 20, "");
+    folder.overlay("top", "base", "qcow2", None, "");
+    folder.io("qcow2", "top", &["write -P 7 0 4M"]);
+    let gold = folder.view("qcow2", "top");
+    let journal = folder.join(".base.qmerge-journal");
+    let mut call = 4;
+    while !journal.exists() {
+        assert!(folder.killed_at_sync(call, &["commit", "top"]), "the merge was over");
+        call += 1;
+    }
+    fs::rename(folder.join("base"), folder.join("old")).unwrap();
+    folder.create("base", 8 << 20, "");
+    folder.overlay("second", "base", "qcow2", None, "");
+    folder.io("qcow2", "second", &["write -P 8 0 1M"]);
+    let second = folder.view("qcow2", "second");
+    folder.img(&["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "old", "top"]);
+    for args in [&["commit", "second"][..], &["abort", "base"]] {
+        let run = folder.refused(args, &[6]).says("old, which had this name");
+        assert!(
+            run.text().contains("mv -n .base.qmerge-journal .old.qmerge-journal")
+                || run.text().contains("/.old.qmerge-journal"),
+            "{run}"
+        );
+    }
+    // As the hint says.
+    fs::rename(&journal, folder.join(".old.qmerge-journal")).unwrap();
+    folder.qmerge(&["commit", "second"]).ok();
+    folder.view("qcow2", "second").assert_same(&second, "the second disk");
+    folder.qmerge(&["commit", "top"]).ok();
+    folder.view("qcow2", "top").assert_same(&gold, "the first disk");
+    folder.all_clean();
 }

@@ -201,6 +201,16 @@ pub enum Refusal {
         /// The journal.
         journal: PathBuf,
     },
+    /// The journal beside the image is about another file, which had the image's name and lies beside it under another one.
+    #[error("{} is about {}, which had this name when a merge into it was stopped", shown(journal), shown(image))]
+    JournalOfRenamed {
+        /// The journal.
+        journal: PathBuf,
+        /// The image that it is about.
+        image: PathBuf,
+        /// Where the journal would lie to be found with that image.
+        wanted: PathBuf,
+    },
     /// A merge into the image is pending, and somebody has written to the image since it was stopped.
     #[error(
         "a merge into it was stopped at {percent} %, and somebody has opened it for writing since: what the \

@@ -30,7 +30,7 @@ pub(crate) use heal::{Edit, edit_headers, heal, nonce, sweep};
 pub(crate) use judge::{Judgement, Now, Verdict, are_names_clean, judge};
 pub use place::JOURNAL;
 pub(crate) use place::SWITCH;
-pub(crate) use place::{Found, find, find_removed, place, refuse_strangers};
+pub(crate) use place::{Found, find, find_removed, place, refuse_renamed, refuse_strangers};
 pub(crate) use strangers::strangers;
 pub use strangers::{Stranger, strangers_about};
 

@@ -253,6 +253,36 @@ pub(crate) fn find(
     Ok(by_name)
 }
 
+/// Refuses if the image that a journal is about lies beside `image`, under another name than it had: the two belong
+/// together, and whoever takes the journal for the one of `image` leaves the other without.
+///
+/// # Errors
+/// [`Refusal::JournalOfRenamed`]; the system's.
+pub(crate) fn refuse_renamed(host: &dyn Host, image: &Path, journal: &Journal) -> Result<()> {
+    let Some(target) = journal.header().targets.first() else { return Ok(()) };
+    let Some(dir) = target.path.parent() else { return Ok(()) };
+    let failed = |e| Error::io(dir, FileOp::List, None, e);
+    let Some(folder) = if_there(host.folder(dir)).map_err(failed)?.map(Arc::new) else { return Ok(()) };
+    for name in host.list_in(&folder).map_err(failed)? {
+        let other = Place::within(Arc::clone(&folder), name);
+        let failed = |e| Error::io(&other.path(), FileOp::Stat, None, e);
+        let stat = if_there(other.stat(host)).map_err(failed)?;
+        if !stat.is_some_and(|stat| stat.kind == FileKind::Regular && stat.id == target.id) {
+            continue;
+        }
+        let Some(file) = if_there(other.open(host, Access::Read)).map_err(failed)? else { continue };
+        if target.is_same_file(&Stamp::of(host, &other.path(), &*file)?) {
+            let wanted = match journal.place().folder().path() == dir {
+                true => dir.join(named(&other.path(), JOURNAL)),
+                false => journal.place().folder().path().join(named_apart(&other.path(), JOURNAL)),
+            };
+            let (journal, of) = (journal.path().to_owned(), other.path());
+            return Err(Error::refused(image, Refusal::JournalOfRenamed { journal, image: of, wanted }));
+        }
+    }
+    Ok(())
+}
+
 /// The journal about an image at `path` that is there no more, in `dir` or beside where it was: the last thing
 /// that it says is that the image was to be removed. It counts if its owner may remove files there.
 ///

@@ -34,7 +34,7 @@ pub struct Aborted {
 /// that they held. If somebody has written to base since, only the journal is removed.
 ///
 /// # Errors
-/// [`Refusal::MergeDone`] if the chain has been changed already; [`Error::InUse`]; a base that cannot be
+/// [`Refusal::MergeDone`] if the chain has been changed already; [`Refusal::JournalOfRenamed`]; [`Error::InUse`]; a base that cannot be
 /// opened or written.
 pub fn abort(
     host: &dyn Host,
@@ -56,6 +56,7 @@ pub fn abort(
         journal::refuse_strangers(host, &path, &**layer.image.file(), dir, journal::JOURNAL)?;
         return Ok(nothing);
     };
+    left.refuse_renamed(host, &path)?;
     let pending = left.pending();
     if let Some(Pending { is_switching: true, top, active, removes, .. }) = pending.clone() {
         return Err(Error::refused(&path, Refusal::MergeDone { top, active, removes }));

@@ -56,6 +56,9 @@ pub(crate) fn leftovers(
     for at in span.base..=emptied {
         let Some(layer) = chain.layers().get(at) else { continue };
         let Some(left) = Left::find(host, layer, dir)? else { continue };
+        if !options.restart {
+            left.refuse_renamed(host, &layer.path)?;
+        }
         if left.is_foreign() && at == span.base && !options.restart && !left.may_have_emptied() {
             return Err(work::written_since(&layer.path, &left));
         }

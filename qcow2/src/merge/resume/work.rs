@@ -104,6 +104,17 @@ impl Left {
         }
     }
 
+    /// Refuses if what was left belongs to another file, which was renamed and lies beside the image at `path`.
+    ///
+    /// # Errors
+    /// [`Refusal::JournalOfRenamed`]; the system's.
+    pub(crate) fn refuse_renamed(&self, host: &dyn Host, path: &Path) -> Result<()> {
+        match self.judgement.verdict {
+            Verdict::Copied => journal::refuse_renamed(host, path, &self.journal),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether what is done must be proved before it counts. Without a dirty bit nothing tells for certain that nobody
     /// has written to the image. With one, a copy that was made in the middle of the merge may have been put back within
     /// the second after a kill; and the bit says nothing of a data file.
