@@ -195,6 +195,29 @@ pub(crate) fn for_each_piece<T: Send>(
         .collect()
 }
 
+/// Calls `visit` with each table of a batch that is not known to be all zeros, on all threads. What cannot be read goes to
+/// `gaps`.
+///
+/// # Errors
+/// The first of `visit`, and of the user who ends it.
+pub(crate) fn for_each_table(
+    subject: &Subject<'_>,
+    tables: &[TableRef],
+    gaps: &Gaps,
+    visit: impl Fn(&TableRef, &[u8]) -> Result<()> + Sync,
+) -> Result<()> {
+    let results = for_each_piece(subject, tables, |_, piece, buf| {
+        let mut result = Ok(());
+        read_piece(subject, piece, buf, gaps, |table, bytes| {
+            if result.is_ok() {
+                result = visit(table, bytes);
+            }
+        });
+        result
+    })?;
+    results.into_iter().collect()
+}
+
 /// Reads the tables of a piece, neighbours at once, and calls `visit` with each that is not known to
 /// be all zeros. Where neighbours cannot be read, each is tried by itself; what cannot be read goes to `gaps`.
 pub(crate) fn read_piece(

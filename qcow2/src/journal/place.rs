@@ -259,8 +259,10 @@ pub(crate) fn find(
 /// # Errors
 /// [`Refusal::JournalOfRenamed`]; the system's.
 pub(crate) fn refuse_renamed(host: &dyn Host, image: &Path, journal: &Journal) -> Result<()> {
-    let Some(target) = journal.header().targets.first() else { return Ok(()) };
-    let Some(dir) = target.path.parent() else { return Ok(()) };
+    let real = host.canonicalize(image).map_err(|e| Error::io(image, FileOp::Resolve, None, e))?;
+    // Where its folder was copied, the other one has a journal of its own.
+    let target = journal.header().targets.first().filter(|target| target.path == real);
+    let (Some(target), Some(dir)) = (target, real.parent()) else { return Ok(()) };
     let failed = |e| Error::io(dir, FileOp::List, None, e);
     let Some(folder) = if_there(host.folder(dir)).map_err(failed)?.map(Arc::new) else { return Ok(()) };
     for name in host.list_in(&folder).map_err(failed)? {

@@ -13,7 +13,7 @@ use super::disk::Disk;
 use super::survey::Survey;
 use crate::check::counts::Reference;
 use crate::check::gaps::Gaps;
-use crate::check::tables::{TableRef, Visitor, for_each_piece, read_piece, walk_l1};
+use crate::check::tables::{TableRef, Visitor, for_each_table, walk_l1};
 
 /// Drops the offsets, in the tables of snapshots too; returns how many, when that is durable.
 ///
@@ -59,16 +59,6 @@ impl Visitor for Fixer<'_> {
     fn reference(&mut self, _: Range<u64>, _: Reference) {}
 
     fn batch(&mut self, tables: &[TableRef], gaps: &Gaps) -> Result<()> {
-        let this = &*self;
-        let results = for_each_piece(this.survey.subject, tables, |_, piece, buf| {
-            let mut result = Ok(());
-            read_piece(this.survey.subject, piece, buf, gaps, |table, bytes| {
-                if result.is_ok() {
-                    result = this.table(table, bytes);
-                }
-            });
-            result
-        })?;
-        results.into_iter().collect()
+        for_each_table(self.survey.subject, tables, gaps, |table, bytes| self.table(table, bytes))
     }
 }

@@ -15,7 +15,7 @@ use crate::check::counts::{Counts, Reference};
 use crate::check::finding::Structure;
 use crate::check::gaps::Gaps;
 use crate::check::subject::Subject;
-use crate::check::tables::{TableRef, Visitor, for_each_piece, read_piece, walk_l1};
+use crate::check::tables::{TableRef, Visitor, for_each_table, walk_l1};
 
 const COPIED: u64 = 1 << 63;
 
@@ -204,16 +204,6 @@ impl Visitor for Fixer<'_> {
     fn reference(&mut self, _: Range<u64>, _: Reference) {}
 
     fn batch(&mut self, tables: &[TableRef], gaps: &Gaps) -> Result<()> {
-        let this = &*self;
-        let results = for_each_piece(this.survey.subject, tables, |_, piece, buf| {
-            let mut result = Ok(());
-            read_piece(this.survey.subject, piece, buf, gaps, |table, bytes| {
-                if result.is_ok() {
-                    result = this.table(table, bytes);
-                }
-            });
-            result
-        })?;
-        results.into_iter().collect()
+        for_each_table(self.survey.subject, tables, gaps, |table, bytes| self.table(table, bytes))
     }
 }

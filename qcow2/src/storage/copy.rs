@@ -157,6 +157,11 @@ fn copy_through(
     Ok(())
 }
 
+/// Where a range ends, if all of it fits into the offsets of a file.
+pub(super) fn checked_end(offset: u64, len: u64) -> io::Result<u64> {
+    offset.checked_add(len).filter(|&end| i64::try_from(end).is_ok()).ok_or_else(out_of_range)
+}
+
 /// The error for a range that does not fit into the offsets of a file.
 pub(super) fn out_of_range() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, "the range reaches past the largest offset of a file")

@@ -9,6 +9,7 @@ mod folder;
 mod holders;
 mod lock;
 mod mem;
+mod mem_content;
 mod os;
 mod os_file;
 mod os_folder;

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use rustix::fs::{Advice, FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::copy::{CopyError, copy_in_kernel, copy_plain, least_kernel_copy, out_of_range};
+use super::copy::{CopyError, checked_end, copy_in_kernel, copy_plain, least_kernel_copy, out_of_range};
 use super::holders::id_of;
 use super::os_folder::not_a_file;
 use super::view::View;
@@ -365,8 +365,4 @@ pub(super) fn since_1970(time: SystemTime) -> Option<i128> {
         Ok(after) => i128::try_from(after.as_nanos()).ok(),
         Err(before) => i128::try_from(before.duration().as_nanos()).ok().map(|before| -before),
     }
-}
-
-fn checked_end(offset: u64, len: u64) -> io::Result<u64> {
-    offset.checked_add(len).filter(|&end| i64::try_from(end).is_ok()).ok_or_else(out_of_range)
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::record::Op;
 use crate::storage::MemHost;
-use crate::storage::mem::{Content, Page};
+use crate::storage::mem_content::{Content, Page};
 
 /// All files of a disk with their names and identities. Clones share what does not change.
 #[derive(Clone, Debug, Default)]
