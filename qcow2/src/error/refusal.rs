@@ -202,7 +202,11 @@ pub enum Refusal {
         journal: PathBuf,
     },
     /// The journal beside the image is about another file, which had the image's name and lies beside it under another one.
-    #[error("{} is about {}, which had this name when a merge into it was stopped", shown(journal), shown(image))]
+    #[error(
+        "{} is about {}, which had this name when a merge into it was stopped",
+        shown(journal),
+        shown(image)
+    )]
     JournalOfRenamed {
         /// The journal.
         journal: PathBuf,
