@@ -10,19 +10,19 @@ use crate::support::{Folder, merge_binary, qemu_present};
 
 const M: u64 = 1 << 20;
 
-/// Stops a merge of 192 MiB with `signal` some time after its plan; it must end with `code`, or be done before.
+/// Stops a merge of 96 MiB with `signal` some time after its plan; it must end with `code`, or be done before.
 fn stopped(signal: Signal, code: i32) {
     if !qemu_present() {
         return;
     }
     for format in ["raw", "qcow2"] {
         let folder = Folder::new("interrupt");
-        folder.img(&["create", "-q", "-f", format, "base", "192M"]);
-        folder.io(format, "base", &["write -P 1 0 96M"]);
+        folder.img(&["create", "-q", "-f", format, "base", "96M"]);
+        folder.io(format, "base", &["write -P 1 0 48M"]);
         folder.overlay("top.qcow2", "base", format, None, "");
-        folder.io("qcow2", "top.qcow2", &["write -P 2 32M 160M", "write -z 8M 8M"]);
+        folder.io("qcow2", "top.qcow2", &["write -P 2 16M 80M", "write -z 4M 4M"]);
         let before = folder.view("qcow2", "top.qcow2");
-        for delay in [0, 20, 60] {
+        for delay in [0, 10, 30] {
             let mut merge = Command::new(merge_binary())
                 .args(["commit", "top.qcow2", "--json"])
                 .current_dir(folder.path())
@@ -55,7 +55,7 @@ fn stopped(signal: Signal, code: i32) {
         folder.qmerge(&["commit", "top.qcow2"]).ok();
         folder.view("qcow2", "top.qcow2").assert_same(&before, "the view when the merge is done");
         folder.view(format, "base").assert_same(&before, "base when the merge is done");
-        assert_eq!(before.len(), 192 * M);
+        assert_eq!(before.len(), 96 * M);
     }
 }
 

@@ -30,7 +30,7 @@ pub(crate) fn tier() -> Tier {
 /// One of how many scenarios is run: each with `QMERGE_CRASH=all` or `full`, a sample of them in a run that was not asked
 /// for more.
 pub(crate) fn share() -> usize {
-    if std::env::var_os("QMERGE_CRASH").is_some() { 1 } else { 5 }
+    if std::env::var_os("QMERGE_CRASH").is_some() { 1 } else { 9 }
 }
 
 /// Whether the numbers of a whole run are to be expected.

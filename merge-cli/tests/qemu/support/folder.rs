@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::hash_map::DefaultHasher;
 use std::fs::{self, File};
 use std::hash::Hasher;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -232,8 +233,9 @@ impl Folder {
     #[track_caller]
     pub(crate) fn all_clean(&self) {
         for name in self.names() {
-            let head = fs::read(self.join(&name)).map(|bytes| bytes.starts_with(b"QFI\xfb"));
-            if head.unwrap_or(false) {
+            let mut magic = [0; 4];
+            let head = fs::File::open(self.join(&name)).and_then(|mut file| file.read_exact(&mut magic));
+            if head.is_ok() && &magic == b"QFI\xfb" {
                 self.check_clean(&name);
             }
         }
