@@ -1,11 +1,15 @@
 //! What can go wrong between this side of a monitor and QEMU.
 
+mod fault;
+mod refusal;
+
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::qmp::message::Failure;
-pub use crate::refusal::Refusal;
+pub use fault::StateFault;
+pub use refusal::Refusal;
 
 /// The result of every fallible operation of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -143,12 +147,12 @@ pub enum Error {
         exports: bool,
     },
     /// A state file that says nothing, or that is not believed.
-    #[error("the state file {}: {}", printable(&.path.to_string_lossy()), printable(.why))]
+    #[error("the state file {}: {}", printable(&.path.to_string_lossy()), printable(&.why.to_string()))]
     State {
         /// Its path, or that of its folder.
         path: PathBuf,
         /// What is wrong with it.
-        why: String,
+        why: StateFault,
     },
     /// A file that the system does not let this program look at, read, write or remove.
     #[error("{}: {source}", printable(&.file.to_string_lossy()))]

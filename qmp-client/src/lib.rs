@@ -40,7 +40,6 @@ pub mod fuzzing;
 pub mod libvirt;
 mod live;
 mod qmp;
-mod refusal;
 #[cfg(test)]
 #[path = "../../testdata/skipped.rs"]
 mod skipped;
@@ -52,7 +51,7 @@ pub use block::jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watc
 pub use block::merge::{Direction, MergeOptions, Merged, Procedure};
 pub use block::servers::nbd_server;
 pub use block::snapshot::{UnfinishedSnapshot, snapshot, unfinished_snapshots};
-pub use error::{Error, Refusal, Result};
+pub use error::{Error, Refusal, Result, StateFault};
 pub use live::discover::{Files, Searched, Unfinished, folders_of_disks, folders_of_image, sweep_folders};
 pub use live::machine::{Machine, Settled};
 pub use live::outline::{Outline, OutlineLayer, Relink};

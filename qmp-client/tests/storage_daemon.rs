@@ -124,7 +124,7 @@ fn a_pivot_whose_hook_fails_leaves_the_guest_where_it_was() {
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();
     wait(&job, Goal::Ready);
-    let full = || Error::State { path: "/full".into(), why: "the disk is full".into() };
+    let full = || Error::File { file: "/full".into(), source: std::io::Error::other("the disk is full") };
     let hook = &mut || Err(full());
     let error = commit.finish(&job, &monitor, hook).unwrap_err().to_string();
     assert!(error.contains("disk is full"), "{error}");

@@ -155,7 +155,7 @@ fn a_state_file_that_cannot_be_written_stops_the_switch_before_it_begins() {
         // The folder of the file is gone.
         std::fs::remove_dir_all(folder.path()).unwrap();
         let error = if top == Some("[5]") { merge.pivot() } else { merge.finish() }.unwrap_err();
-        assert!(matches!(error, Error::State { .. }), "{error}");
+        assert!(matches!(error, Error::File { .. }), "{error}");
         // A guest that is held is let go; otherwise the job waits, and can be finished later.
         let expected = if top == Some("[5]") { None } else { Some("pending") };
         assert_eq!(qemu.status.get(), expected, "{top:?}");

@@ -1,22 +1,19 @@
 //! The state file itself: written as a whole, read with suspicion.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use qcow2::storage::Place;
 
 use super::identity::if_there;
-use super::{State, failed, litter, now_ns, pointer, unreadable};
-use crate::error::Result;
+use super::{State, Trouble, failed, folder, now_ns, pointer, unreadable};
+use crate::error::{Result, StateFault};
 use crate::qmp::address::Address;
 
 const SUFFIX: &str = ".qmerge-live";
-/// The permission of the group, or of everybody, to write.
-const BY_OTHERS: u32 = 0o022;
-/// A state takes some hundred bytes for each layer; nothing longer is one.
-const LONGEST: u64 = 16 << 20;
 
 /// The place of a state file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,39 +62,11 @@ impl StateFile {
     /// anybody but root and the caller: it names files to be written and removed, and what it says may then be somebody's
     /// trap.
     pub fn load(&self) -> Result<Option<State>> {
-        let fail = |why: &dyn ToString| failed(&self.path, why.to_string());
-        // Merely opening a device can have effects; a link that is laid behind this look is not followed.
-        match fs::symlink_metadata(&self.path) {
-            Ok(meta) if meta.is_file() => {}
-            Ok(_) => return Err(fail(&"it is no plain file")),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(unreadable(&self.path, error)),
-        }
-        let io = |error| unreadable(&self.path, error);
-        let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
-        let file = File::options()
-            .read(true)
-            .custom_flags(flags.bits().cast_signed())
-            .open(&self.path)
-            .map_err(io)?;
-        let opened = file.metadata().map_err(io)?;
-        if !opened.is_file() {
-            return Err(fail(&"it is no plain file"));
-        }
-        if ![0, rustix::process::geteuid().as_raw()].contains(&opened.uid()) {
-            let whose = opened.uid();
-            return Err(fail(&format!(
-                "it belongs to the user {whose}, who is not trusted here: run the command as that user, or remove it"
-            )));
-        }
-        if opened.mode() & BY_OTHERS != 0 {
-            return Err(fail(
-                &"others may write it, so it is not trusted: take that right away, or remove it",
-            ));
-        }
-        let mut text = Vec::new();
-        file.take(LONGEST).read_to_end(&mut text).map_err(io)?;
-        State::parse(&text).map(Some).map_err(|why| fail(&why))
+        let load = || match folder::place(&self.path)? {
+            Some(place) => load_at(&place),
+            None => Ok(None),
+        };
+        load().map_err(|why| failed(&self.path, why))
     }
 
     /// Replaces what the file says, durably: once this returns, a power cut does not bring the old text back.
@@ -112,19 +81,22 @@ impl StateFile {
 
     /// The same, with the time that the state names.
     pub(crate) fn save_as_it_is(&self, state: &State) -> Result<()> {
-        let text = serde_json::to_vec_pretty(state).map_err(|e| failed(&self.path, e))?;
-        replace(&self.path, &text).map_err(|e| unreadable(&self.path, e))
+        let save = || {
+            let text = serde_json::to_vec_pretty(state).map_err(StateFault::Unwritable)?;
+            let place = folder::place(&self.path)?;
+            let place = place.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+            folder::replace(&place, &text)
+        };
+        save().map_err(|why| failed(&self.path, why))
     }
 
     /// Removes the file, durably; it is no error if there is none.
     ///
     /// # Errors
-    /// [`crate::Error::File`] if it cannot be removed.
+    /// [`crate::Error::File`] if it cannot be removed; [`crate::Error::State`] if it belongs to somebody else.
     pub fn remove(&self) -> Result<()> {
-        match fs::remove_file(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            done => done.and_then(|()| sync_folder(self.folder())).map_err(|e| unreadable(&self.path, e)),
-        }
+        let remove = || folder::place(&self.path)?.map_or(Ok(()), |place| folder::remove(&place));
+        remove().map_err(|why| failed(&self.path, why))
     }
 
     /// Removes the file of a merge that is done with, and its line in the list beside the monitor's socket.
@@ -138,46 +110,28 @@ impl StateFile {
         }
         Ok(())
     }
-
-    fn folder(&self) -> &Path {
-        folder_of(&self.path)
-    }
 }
 
-fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// Puts a file with this text in the place of another: it is whole whenever somebody looks.
-pub(super) fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
-    let folder = folder_of(path);
-    let mut new = litter::new_file(folder)?;
-    new.write_all(text)?;
-    new.as_file().sync_all()?;
-    new.persist(path)?;
-    sync_folder(folder)
-}
-
-fn sync_folder(folder: &Path) -> io::Result<()> {
-    File::open(folder)?.sync_all()
+fn load_at(place: &Place) -> std::result::Result<Option<State>, Trouble> {
+    Ok(folder::read(place)?.map(|text| State::parse(&text)).transpose()?)
 }
 
 /// All states in a folder, by the names of their files.
 ///
 /// # Errors
 /// [`crate::Error::File`] for the folder or a file that cannot be read; [`crate::Error::State`] for a file that says nothing.
-pub fn states_in(folder: &Path) -> Result<Vec<(StateFile, State)>> {
-    let fail = |error: io::Error| unreadable(folder, error);
-    let mut paths = Vec::new();
-    for entry in fs::read_dir(folder).map_err(fail)? {
-        let entry = entry.map_err(fail)?;
-        let name = entry.file_name();
-        if name.as_bytes().starts_with(b".") && name.as_bytes().ends_with(SUFFIX.as_bytes()) {
-            paths.push(entry.path());
+pub fn states_in(path: &Path) -> Result<Vec<(StateFile, State)>> {
+    let opened = folder::open(path).map_err(|e| unreadable(path, e))?;
+    let names = folder::names(&opened, ".", SUFFIX).map_err(|e| unreadable(path, e))?;
+    let mut found = Vec::new();
+    for name in names {
+        let file = StateFile::at(path.join(&name));
+        let place = Place::within(Arc::clone(&opened), name);
+        if let Some(state) = load_at(&place).map_err(|why| failed(file.path(), why))? {
+            found.push((file, state));
         }
     }
-    paths.sort();
-    load_all(paths)
+    Ok(found)
 }
 
 /// Loads those that are there.

@@ -1,30 +1,77 @@
 //! New files that are not in their place yet, and those that a client left which was killed before it put them there.
 
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rustix::fs::{FlockOperation, OFlags, flock};
-use tempfile::NamedTempFile;
+use qcow2::storage::{Access, FileKind, Host, OsHost, Place, Storage};
+use rustix::fs::{FlockOperation, flock};
+
+use super::folder;
+use crate::block::ids::unique;
 
 /// What the names of such files begin with; a few letters follow.
 const PREFIX: &str = ".qmerge-new-";
-/// How often a new file may be taken away by a client that sweeps, in the moment before it is locked.
+/// How often a new file may be taken away by a client that sweeps, in the moment before it is locked, or its name be
+/// somebody's already.
 const TRIES: u32 = 16;
 
-/// A new file in this folder. It is locked as long as it is open, so that no other client takes it for litter.
-pub(super) fn new_file(folder: &Path) -> io::Result<NamedTempFile> {
-    for _ in 0..TRIES {
-        let new = tempfile::Builder::new().prefix(PREFIX).tempfile_in(folder)?;
-        // Where locks are not supported, nobody can sweep either.
-        let _ = flock(new.as_file(), FlockOperation::NonBlockingLockExclusive);
-        if new.as_file().metadata()?.nlink() > 0 {
-            return Ok(new);
+/// A new file that has no place yet. It is locked as long as it is open, so that no other client takes it for litter; and it is
+/// removed again, unless it is put into its place.
+pub(super) struct NewFile {
+    place: Place,
+    file: Arc<dyn Storage>,
+    is_put: bool,
+}
+
+impl NewFile {
+    /// A new file in the folder of another one.
+    pub(super) fn beside(other: &Place) -> io::Result<Self> {
+        for _ in 0..TRIES {
+            let place = other.beside(format!("{PREFIX}{}", unique()));
+            let file = match place.create(&OsHost) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
+                created => created?,
+            };
+            let new = Self { place, file, is_put: false };
+            // Where locks are not supported, nobody can sweep either.
+            let _ = lock(&*new.file);
+            if system_file(&*new.file)?.metadata()?.nlink() > 0 {
+                return Ok(new);
+            }
+        }
+        Err(io::Error::other("other clients remove every new file"))
+    }
+
+    /// Writes it, durably.
+    pub(super) fn write_all(&self, text: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(text, 0)?;
+        self.file.sync()
+    }
+
+    /// Gives it a name in its folder, which takes the place of what has that.
+    pub(super) fn put(mut self, name: &OsStr) -> io::Result<()> {
+        self.place.rename(&OsHost, name)?;
+        self.is_put = true;
+        Ok(())
+    }
+
+    #[cfg(test)]
+    fn path(&self) -> PathBuf {
+        self.place.path()
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if !self.is_put {
+            // It does no harm where it stays, and the next client sweeps it.
+            let _ = self.place.unlink_file(&OsHost, &*self.file);
         }
     }
-    Err(io::Error::other("other clients remove every new file"))
 }
 
 /// Removes the files that a client has left in this folder which was killed before they were in their place: those of this
@@ -32,35 +79,39 @@ pub(super) fn new_file(folder: &Path) -> io::Result<NamedTempFile> {
 ///
 /// It is a convenience, and reports no errors: such a file does no harm.
 pub fn sweep(folder: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let names = entries.filter(|entry| entry.file_name().as_bytes().starts_with(PREFIX.as_bytes()));
-    names.map(|entry| entry.path()).filter(|path| take_away(path).unwrap_or(false)).collect()
+    let Ok(opened) = folder::open(folder) else { return Vec::new() };
+    let names = folder::names(&opened, PREFIX, "").unwrap_or_default();
+    let places = names.into_iter().map(|name| Place::within(Arc::clone(&opened), name));
+    places.filter(|place| take_away(place).unwrap_or(false)).map(|place| folder.join(place.name())).collect()
 }
 
-fn take_away(path: &Path) -> io::Result<bool> {
-    let user = rustix::process::geteuid().as_raw();
-    let named = fs::symlink_metadata(path)?;
-    if !named.is_file() || named.uid() != user || named.nlink() != 1 {
+fn take_away(place: &Place) -> io::Result<bool> {
+    let named = place.stat(&OsHost)?;
+    if named.kind != FileKind::Regular || named.owner.user != OsHost.user() {
         return Ok(false);
     }
     // Not through a link, and not into a pipe, that somebody puts there meanwhile.
-    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits();
-    let file = File::options().read(true).custom_flags(flags.cast_signed()).open(path)?;
-    let opened = file.metadata()?;
-    let same = |other: &fs::Metadata| (other.dev(), other.ino()) == (opened.dev(), opened.ino());
-    if !same(&named) || flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+    let file = place.open(&OsHost, Access::Read)?;
+    let has_one_name = system_file(&*file)?.metadata()?.nlink() == 1;
+    if !has_one_name || file.stat()?.id != named.id || lock(&*file).is_err() {
         return Ok(false);
     }
-    // Its maker may have put it into its place before it was locked here.
-    if !fs::symlink_metadata(path).is_ok_and(|now| same(&now)) {
-        return Ok(false);
-    }
-    fs::remove_file(path).map(|()| true)
+    // Its maker may have put it into its place before it was locked here: then the name is gone.
+    place.unlink_file(&OsHost, &*file)
+}
+
+fn lock(file: &dyn Storage) -> io::Result<()> {
+    Ok(flock(system_file(file)?, FlockOperation::NonBlockingLockExclusive)?)
+}
+
+fn system_file(file: &dyn Storage) -> io::Result<&File> {
+    file.as_file().ok_or_else(|| ErrorKind::Unsupported.into())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::os::unix::fs::symlink;
 
     #[test]
@@ -74,9 +125,8 @@ mod tests {
         fs::write(at("keep"), "x").unwrap();
         fs::hard_link(at("keep"), at(".qmerge-new-linked")).unwrap();
         fs::write(at(".qmerge-newer"), "x").unwrap();
-        let held = new_file(folder.path()).unwrap();
+        let held = NewFile::beside(&folder::place(&at("state")).unwrap().unwrap()).unwrap();
         assert_eq!(sweep(folder.path()), [at(".qmerge-new-dead01")]);
-        let held_path = held.path().to_owned();
         let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().path()).collect();
         left.sort();
         let mut expected: Vec<_> = [
@@ -89,10 +139,11 @@ mod tests {
         ]
         .map(at)
         .into();
-        expected.push(held_path);
+        expected.push(at(held.path().file_name().unwrap().to_str().unwrap()));
         expected.sort();
         assert_eq!(left, expected);
         drop(held);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), expected.len() - 1, "it removes itself");
         assert!(sweep(&at("nothing")).is_empty());
     }
 }

@@ -5,6 +5,7 @@
 //! replaced as a whole and synced, so a crash leaves the old text or the new one.
 
 mod file;
+mod folder;
 mod identity;
 mod litter;
 mod pointer;
@@ -12,12 +13,13 @@ mod shown;
 #[cfg(test)]
 pub(crate) mod tests;
 
+use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
 use crate::block::graph::Layer;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, StateFault};
 
 pub use file::{StateFile, find_states, states_in};
 pub use identity::FileIdentity;
@@ -223,18 +225,26 @@ impl State {
         self.left().next().map(|layer| layer.file.clone()).unwrap_or_default()
     }
 
-    /// Reads a file's text; what is wrong with it, in words, if it describes no merge.
-    pub(crate) fn parse(text: &[u8]) -> std::result::Result<Self, String> {
-        let state: Self = serde_json::from_slice(text).map_err(|e| e.to_string())?;
-        state.check()?;
+    /// Reads a file's text.
+    pub(crate) fn parse(text: &[u8]) -> std::result::Result<Self, StateFault> {
+        /// What every version has.
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u64,
+        }
+        let no_state = |error: serde_json::Error| StateFault::NoState(error.to_string());
+        // First, for other versions may have other fields.
+        let Versioned { version: found } = serde_json::from_slice(text).map_err(no_state)?;
+        if found != u64::from(VERSION) {
+            return Err(StateFault::OtherVersion { found, expected: VERSION });
+        }
+        let state: Self = serde_json::from_slice(text).map_err(no_state)?;
+        state.check().map_err(StateFault::NoState)?;
         Ok(state)
     }
 
     /// What any file must fulfil before its numbers are used.
     pub(crate) fn check(&self) -> std::result::Result<(), String> {
-        if self.version != VERSION {
-            return Err(format!("it has version {}, expected {VERSION}", self.version));
-        }
         let depth = self.layers.len();
         if !self.layers.iter().enumerate().all(|(place, layer)| layer.index == depth - place) {
             return Err("its layers are not numbered from the active one down to 1".into());
@@ -321,7 +331,31 @@ fn unreadable(path: &std::path::Path, source: std::io::Error) -> Error {
     Error::File { file: path.to_owned(), source }
 }
 
-/// An error about what the state file at `path` says.
-fn failed(path: &std::path::Path, why: impl ToString) -> Error {
-    Error::State { path: path.to_owned(), why: why.to_string() }
+/// Why a state file does not help.
+#[derive(Debug)]
+enum Trouble {
+    /// The system refused.
+    Io(io::Error),
+    /// It is not believed, or says nothing.
+    Fault(StateFault),
+}
+
+impl From<io::Error> for Trouble {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<StateFault> for Trouble {
+    fn from(fault: StateFault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+/// The error about the state file at `path`.
+fn failed(path: &std::path::Path, trouble: Trouble) -> Error {
+    match trouble {
+        Trouble::Io(source) => unreadable(path, source),
+        Trouble::Fault(why) => Error::State { path: path.to_owned(), why },
+    }
 }

@@ -3,12 +3,11 @@
 //! It is a convenience. Nothing relies on it being there, so a socket's folder that cannot be written is no error.
 
 use std::ffi::OsString;
-use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use super::file::{load_all, replace};
-use super::{State, StateFile};
+use super::file::load_all;
+use super::{State, StateFile, folder};
 use crate::error::Result;
 use crate::qmp::address::Address;
 
@@ -48,21 +47,21 @@ impl Pointer {
     }
 
     fn read(&self) -> Vec<PathBuf> {
-        // Not through a link, which somebody may have laid where everybody may write.
-        let plain = |path: &&PathBuf| fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file());
-        let text = self.path.as_ref().filter(plain).and_then(|path| fs::read(path).ok()).unwrap_or_default();
+        // What somebody else has written there counts as nothing.
+        let place = self.path.as_deref().and_then(|path| folder::place(path).ok().flatten());
+        let text = place.and_then(|place| folder::read(&place).ok().flatten()).unwrap_or_default();
         let lines = text.split(|byte| *byte == b'\n').filter(|line| line.starts_with(b"/"));
         lines.map(|line| OsString::from_vec(line.to_vec()).into()).collect()
     }
 
     fn write(&self, paths: &[PathBuf]) {
-        let Some(path) = &self.path else { return };
+        let Some(Ok(Some(place))) = self.path.as_deref().map(folder::place) else { return };
         // Best effort, as said above: the state files themselves are what counts.
         let _ = if paths.is_empty() {
-            fs::remove_file(path)
+            folder::remove(&place)
         } else {
             let lines = paths.iter().flat_map(|p| [p.as_os_str().as_bytes(), b"\n"]).flatten();
-            replace(path, &lines.copied().collect::<Vec<u8>>())
+            folder::replace(&place, &lines.copied().collect::<Vec<u8>>())
         };
     }
 }

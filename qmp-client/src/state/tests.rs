@@ -57,7 +57,7 @@ pub(crate) fn state(folder: &str) -> State {
 
 fn why<T: std::fmt::Debug>(result: Result<T>) -> String {
     match result.unwrap_err() {
-        Error::State { why, .. } => why,
+        Error::State { why, .. } => why.to_string(),
         other => panic!("{other}"),
     }
 }
@@ -163,7 +163,7 @@ fn a_state_that_a_stranger_left_is_not_believed() {
 #[test]
 fn a_folder_that_cannot_be_written_is_an_error() {
     let file = StateFile::in_folder(Path::new("/proc"), Path::new("/vm/a.img"));
-    assert!(matches!(file.save(&mut state("/vm")), Err(Error::State { .. })));
+    assert!(matches!(file.save(&mut state("/vm")), Err(Error::File { .. })));
 }
 
 #[test]
@@ -199,4 +199,39 @@ fn the_pointer_beside_the_socket_leads_to_all_states_until_the_last_is_gone() {
     let tcp = Address::Tcp { host: "localhost".into(), port: 1 };
     Pointer::of(&tcp).add(&files[0]);
     assert_eq!(states_of(&tcp).unwrap(), []);
+}
+
+/// Somebody exchanges the folder of a state file for a link to another folder while it is written, read and removed: nothing
+/// changes there, and nothing that a link leads to is read.
+#[test]
+fn links_in_the_place_of_a_state_file_lead_nowhere() {
+    let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let theirs = other.path().join("theirs");
+    fs::write(&theirs, "x").unwrap();
+    let file = StateFile::in_folder(folder.path(), Path::new("/vm/a.img"));
+    std::os::unix::fs::symlink(&theirs, file.path()).unwrap();
+    assert!(why(file.load()).contains("no plain file"));
+    assert!(why(file.remove()).contains("no plain file"));
+    // A new text takes the place of the link, and does not follow it.
+    file.save(&mut state("/vm")).unwrap();
+    assert!(fs::symlink_metadata(file.path()).unwrap().is_file());
+    assert_eq!(fs::read_to_string(&theirs).unwrap(), "x");
+    file.remove().unwrap();
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+/// A build with another version of the description is told from damage, whatever else it writes.
+#[test]
+fn a_state_of_another_build_is_known_for_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = StateFile::in_folder(folder.path(), Path::new("/vm/a.img"));
+    for (text, version) in [(r#"{"version": 7, "merge": []}"#, 7), (r#"{"version": 0}"#, 0)] {
+        fs::write(file.path(), text).unwrap();
+        fs::set_permissions(file.path(), fs::Permissions::from_mode(0o600)).unwrap();
+        let error = file.load().unwrap_err();
+        let Error::State { why: StateFault::OtherVersion { found, .. }, .. } = error else {
+            panic!("{error}")
+        };
+        assert_eq!(found, version);
+    }
 }

@@ -1,0 +1,105 @@
+//! State files in folders that are opened once: names are looked up there by descriptor, no link is followed, and only what
+//! root or the caller has written is believed.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use qcow2::storage::{Access, FileKind, Folder, Host, OsHost, Owner, Place, Storage};
+
+use super::Trouble;
+use super::identity::if_there;
+use super::litter::NewFile;
+use crate::error::StateFault;
+
+/// A state takes some hundred bytes for each layer; nothing longer is one.
+const LONGEST: u64 = 16 << 20;
+/// The permission of the group, or of everybody, to write.
+const BY_OTHERS: u32 = 0o022;
+
+type Answer<T> = Result<T, Trouble>;
+
+/// The place that a path names: the links of its folder are followed, but none that has its last name. `None` if there
+/// is no such folder.
+pub(super) fn place(path: &Path) -> Answer<Option<Place>> {
+    Ok(if_there(Place::named(&OsHost, path))?)
+}
+
+/// Opens a folder, links followed.
+pub(super) fn open(path: &Path) -> io::Result<Arc<Folder>> {
+    OsHost.folder(&OsHost.canonicalize(path)?).map(Arc::new)
+}
+
+/// What a file holds that root or the caller wrote, and nobody else can have; `None` if there is no such file.
+///
+/// Whoever may write it could have root write and remove files elsewhere, so this is the owner's word or nothing.
+pub(super) fn read(place: &Place) -> Answer<Option<Vec<u8>>> {
+    let Some(file) = opened(place)? else { return Ok(None) };
+    let len = usize::try_from(file.size()?.min(LONGEST)).unwrap_or(usize::MAX);
+    let mut text = vec![0; len];
+    file.read_exact_or_zero(&mut text, 0)?;
+    Ok(Some(text))
+}
+
+/// Puts a file with this text in the place of another: it is whole whenever somebody looks, and durable at the end.
+pub(super) fn replace(place: &Place, text: &[u8]) -> Answer<()> {
+    let new = NewFile::beside(place)?;
+    new.write_all(text)?;
+    new.put(place.name())?;
+    Ok(place.sync(&OsHost)?)
+}
+
+/// Removes a file that root or the caller wrote, durably; nothing if there is none.
+pub(super) fn remove(place: &Place) -> Answer<()> {
+    let Some(file) = opened(place)? else { return Ok(()) };
+    if place.unlink_file(&OsHost, &*file)? {
+        place.sync(&OsHost)?;
+    }
+    Ok(())
+}
+
+/// Opens a file, if it is a plain one whose owner is believed.
+fn opened(place: &Place) -> Answer<Option<Arc<dyn Storage>>> {
+    // Merely opening a device can have effects; a link that is laid behind this look is not followed.
+    match unless_gone(place.stat(&OsHost))? {
+        None => return Ok(None),
+        Some(stat) if stat.kind == FileKind::Regular => {}
+        Some(_) => return Err(StateFault::NoPlainFile.into()),
+    }
+    let Some(file) = unless_gone(place.open(&OsHost, Access::Read))? else { return Ok(None) };
+    let stat = file.stat()?;
+    if stat.kind != FileKind::Regular {
+        return Err(StateFault::NoPlainFile.into());
+    }
+    believe(stat.owner)?;
+    Ok(Some(file))
+}
+
+/// `None` if nothing has the name. Other errors are none: a link that is laid in the place of a file is no absent file.
+fn unless_gone<T>(said: io::Result<T>) -> io::Result<Option<T>> {
+    match said {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn believe(owner: Owner) -> Answer<()> {
+    if ![0, OsHost.user()].contains(&owner.user) {
+        return Err(StateFault::OfStranger { user: owner.user }.into());
+    }
+    if owner.mode & BY_OTHERS != 0 { Err(StateFault::OthersMayWrite.into()) } else { Ok(()) }
+}
+
+/// The names in a folder that have this beginning and this end, sorted.
+pub(super) fn names(folder: &Folder, begin: &str, end: &str) -> io::Result<Vec<std::ffi::OsString>> {
+    let is_meant = |name: &OsStr| {
+        let name = name.as_encoded_bytes();
+        name.starts_with(begin.as_bytes()) && name.ends_with(end.as_bytes())
+    };
+    let mut names = OsHost.list_in(folder)?;
+    names.retain(|name| is_meant(name));
+    names.sort();
+    Ok(names)
+}
