@@ -2,8 +2,11 @@
 
 mod merge;
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Subcommand};
 use qmp_client::Address;
 
@@ -49,7 +52,7 @@ pub(crate) enum LiveVerb {
     )]
     Snapshot {
         /// A disk, and the overlay to make for it; the file must not exist
-        #[arg(required = true, value_name = "DISK=FILE", value_parser = overlay)]
+        #[arg(required = true, value_name = "DISK=FILE", value_parser = OsStringValueParser::new().try_map(overlay))]
         overlays: Vec<Overlay>,
 
         /// Make overlays that are not encrypted on disks that are
@@ -196,14 +199,17 @@ fn address(text: &str) -> Result<Address, String> {
     text.parse().map_err(|error: qmp_client::Error| error.to_string())
 }
 
-fn overlay(text: &str) -> Result<Overlay, String> {
-    match text.split_once('=') {
-        Some((disk, file)) if !disk.is_empty() && !file.is_empty() => {
-            Ok(Overlay { disk: disk.to_owned(), file: file.into() })
-        }
-        _ => Err("write DISK=FILE, as in vda=/vm/new.qcow2".to_owned()),
-    }
+fn overlay(text: OsString) -> Result<Overlay, &'static str> {
+    let bytes = text.as_bytes();
+    let sign = bytes.iter().position(|byte| *byte == b'=').filter(|at| (1..bytes.len() - 1).contains(at));
+    let (disk, file) = sign.and_then(|at| bytes.split_at_checked(at)).ok_or(FORM)?;
+    let disk = str::from_utf8(disk).map_err(|_| "no disk has such a name: QEMU's are UTF-8")?;
+    // A file may have any name; whether QEMU can be told of it is another question.
+    let file = OsStr::from_bytes(file.strip_prefix(b"=").unwrap_or_default());
+    Ok(Overlay { disk: disk.to_owned(), file: file.into() })
 }
+
+const FORM: &str = "write DISK=FILE, as in vda=/vm/new.qcow2";
 
 #[cfg(test)]
 mod tests {
@@ -211,9 +217,12 @@ mod tests {
 
     #[test]
     fn overlays_split_at_the_first_sign() {
-        assert_eq!(overlay("vda=/a=b"), Ok(Overlay { disk: "vda".into(), file: "/a=b".into() }));
-        for bad in ["vda", "=/a", "vda=", ""] {
-            assert!(overlay(bad).is_err(), "{bad}");
+        let overlay = |text: &[u8]| overlay(OsStr::from_bytes(text).to_owned());
+        assert_eq!(overlay(b"vda=/a=b"), Ok(Overlay { disk: "vda".into(), file: "/a=b".into() }));
+        let latin1 = PathBuf::from(OsStr::from_bytes(b"\xe4.img"));
+        assert_eq!(overlay(b"vda=\xe4.img"), Ok(Overlay { disk: "vda".into(), file: latin1 }));
+        for bad in [&b"vda"[..], b"=/a", b"vda=", b"", b"=", b"\xe4=/a"] {
+            assert!(overlay(bad).is_err(), "{bad:?}");
         }
     }
 }

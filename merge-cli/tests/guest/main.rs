@@ -14,6 +14,7 @@ mod article;
 mod convergence;
 mod instants;
 mod killed;
+mod recorded;
 #[path = "../../../testdata/skipped.rs"]
 mod skipped;
 mod styles;

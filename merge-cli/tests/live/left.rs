@@ -24,7 +24,7 @@ fn dies(machine: &Machine, args: &[&str], calls: &str, count: u32, file: Option<
     !output.status.success()
 }
 
-fn strace_is_here() -> bool {
+pub(crate) fn strace_is_here() -> bool {
     let here = Command::new("strace").arg("-V").stdout(Stdio::null()).status().is_ok();
     if !here {
         eprintln!("SKIPPED: strace is not installed, so no client was killed at a system call");

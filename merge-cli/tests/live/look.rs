@@ -314,6 +314,53 @@ fn a_managers_monitor_is_not_gone_around() {
 }
 
 /// As libvirt describes a domain that runs.
+/// libvirt's own commands do not ask whether an encrypted disk may lie in plain text; so they are printed only where that is
+/// allowed.
+#[test]
+fn a_line_for_libvirt_waits_for_the_word_that_plain_text_is_meant() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("libvirt/qemu/domain-1-vm");
+    fs::create_dir_all(&dir).unwrap();
+    let socket = dir.join("monitor.sock");
+    let definitions = folder.path().join("definitions");
+    fs::create_dir(&definitions).unwrap();
+    let here = folder.path().display().to_string();
+    let definition = DEFINITION.replace("/vm/", &format!("{here}/"));
+    fs::write(definitions.join("vm.xml"), definition).unwrap();
+    fs::write(folder.path().join("base.raw"), "plain").unwrap();
+    // Their formats are told by their first bytes.
+    for secret in ["c.qcow2", "b c.qcow2"] {
+        fs::write(folder.path().join(secret), b"LUKS\xba\xbe\0\x01").unwrap();
+    }
+    let allow = "--allow-plaintext";
+    for (args, tells) in [
+        (&["snapshot", "vda=n.img"][..], true),
+        (&["commit", "vda", "--pivot"], true),
+        (&["commit", "vda", "--top", "[2]"], true),
+        (&["commit", "vda", "--base", "[2]", "--pivot"], false),
+        (&["commit", "vda", "--shallow", "--pivot"], false),
+        (&["pull", "vda"], false),
+        (&["snapshot", "vdb=n.img"], false),
+    ] {
+        let live = |more: &[&str]| {
+            Command::new(env!("CARGO_BIN_EXE_qmerge"))
+                .args([&["live"], args, more, &["--qmp", socket.to_str().unwrap()]].concat())
+                .current_dir(folder.path())
+                .env("QMERGE_LIBVIRT_DIR", &definitions)
+                .output()
+                .unwrap()
+        };
+        let without = live(&[]);
+        if tells {
+            failed(&without, 6, &["plain text", allow]);
+            assert!(!text(&without.stderr).contains("virsh"), "{args:?}");
+            failed(&live(&[allow]), 6, &["virsh -c qemu:///system "]);
+        } else {
+            failed(&without, 6, &["virsh -c qemu:///system "]);
+        }
+    }
+}
+
 const DEFINITION: &str = "<domstatus state='running'><domain type='qemu' id='1'><name>vm</name><devices>
 <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/vm/c.qcow2' index='4'/>
 <backingStore type='file' index='3'><format type='qcow2'/><source file='/vm/b c.qcow2'/>

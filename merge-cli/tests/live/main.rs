@@ -18,5 +18,6 @@ mod pull;
 mod refusals;
 #[path = "../../../testdata/skipped.rs"]
 mod skipped;
+mod snapshots;
 mod space;
 mod support;

@@ -5,6 +5,7 @@
 mod after;
 mod definitions;
 mod domain;
+mod encrypted;
 mod name;
 #[cfg(test)]
 mod tests;
@@ -13,5 +14,6 @@ mod virsh;
 pub use after::{After, Fate};
 pub use definitions::{Definitions, Folders, Mention};
 pub use domain::{Domain, DomainDisk, Recorded};
+pub use encrypted::is_encrypted;
 pub use name::{DomainName, domain_of_arguments, domain_of_socket};
 pub use virsh::{BlockCommit, Virsh};

@@ -125,6 +125,9 @@ pub struct StateLayer {
     /// The node that held the external data file.
     #[serde(default)]
     pub data_file_node: Option<String>,
+    /// The name of that file as QEMU had it.
+    #[serde(default)]
+    pub data_file: Option<String>,
     /// The file's name as QEMU had it, or the address of what is no file.
     pub file: String,
     /// The driver of that node, such as `file` or `nbd`.
@@ -278,6 +281,7 @@ impl StateLayer {
             node: layer.node.clone(),
             protocol_node: layer.protocol_node.clone(),
             data_file_node: layer.data_file_node.clone(),
+            data_file: layer.data_file.clone(),
             file: layer.file.clone(),
             protocol: layer.protocol.clone(),
             format: layer.format.clone(),
@@ -306,6 +310,7 @@ impl StateLayer {
             node: self.node.clone(),
             protocol_node: self.protocol_node.clone(),
             data_file_node: self.data_file_node.clone(),
+            data_file: self.data_file.clone(),
             protocol: self.protocol.clone(),
             file: self.file.clone(),
             format: self.format.clone(),

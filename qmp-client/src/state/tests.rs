@@ -15,6 +15,7 @@ pub(crate) fn state(folder: &str) -> State {
         node: format!("n{index}"),
         protocol_node: Some(format!("f{index}")),
         data_file_node: None,
+        data_file: None,
         file: format!("{folder}/{index}.img"),
         protocol: Some("file".into()),
         format: "qcow2".into(),

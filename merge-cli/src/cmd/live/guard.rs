@@ -48,7 +48,7 @@ fn refuse(
     );
     let hint = match owner {
         Owner::Libvirt => Managed::find(session, process, disks)
-            .map_or_else(list_domains, |machine| machine.instead(session.verb)),
+            .map_or_else(list_domains, |machine| machine.instead(session)),
         other => Hint::advice(instead(other, session.verb)),
     };
     Err(Report { kind: "managed", message, hint: hint.into(), exit: Exit::REFUSED }.into())

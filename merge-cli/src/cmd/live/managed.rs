@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{self, Path, PathBuf};
 
 use qmp_client::libvirt::{
-    BlockCommit, Domain, DomainName, Recorded, Virsh, domain_of_arguments, domain_of_socket,
+    BlockCommit, Domain, DomainName, Recorded, Virsh, domain_of_arguments, domain_of_socket, is_encrypted,
 };
 use qmp_client::{Address, Disk};
 
@@ -47,8 +47,16 @@ impl<'a> Managed<'a> {
     }
 
     /// The command for this verb.
-    pub(super) fn instead(&self, verb: &LiveVerb) -> Hint {
-        let virsh = &self.virsh;
+    pub(super) fn instead(&self, session: &Session<'_>) -> Hint {
+        let (verb, virsh) = (session.verb, &self.virsh);
+        if let Some((from, into)) = self.plaintext(verb) {
+            let why = format!(
+                "{} is encrypted, and {} would not be: what the guest wrote would lie there in plain text; if that is meant",
+                from.display(),
+                into.display()
+            );
+            return Hint::command(HintKind::AllowPlaintext, why, session.again_with(&["--allow-plaintext"]));
+        }
         let target = |disk: &str| self.target(disk);
         let words = match verb {
             LiveVerb::Snapshot { overlays, .. } => return self.snapshot(overlays),
@@ -139,6 +147,48 @@ impl<'a> Managed<'a> {
         }
     }
 
+    /// An encrypted image, and one that is not and would hold its data: what virsh does not ask about.
+    fn plaintext(&self, verb: &LiveVerb) -> Option<(PathBuf, PathBuf)> {
+        match verb {
+            LiveVerb::Snapshot { overlays, allow_plaintext: false } => overlays.iter().find_map(|overlay| {
+                let (active, _) =
+                    self.chain(&overlay.disk).into_iter().next().filter(|(_, secret)| *secret)?;
+                Some((active, overlay.file.clone()))
+            }),
+            LiveVerb::Commit(args) if !args.allow_plaintext => {
+                let chain = self.chain(&args.disk);
+                let at = |layer: &Option<String>| {
+                    let path = self.layer(&args.disk, layer.as_ref()?)?;
+                    chain.iter().position(|(file, _)| *file == path)
+                };
+                let top = at(&args.top).unwrap_or(0);
+                let bottom = if args.shallow { top + 1 } else { chain.len().saturating_sub(1) };
+                let base = at(&args.base).unwrap_or(bottom);
+                into_plain(chain.get(top..base)?, chain.get(base)?)
+            }
+            LiveVerb::Pull(args) if !args.allow_plaintext => {
+                let chain = self.chain(&args.disk);
+                let base = args.base.as_ref().and_then(|base| self.layer(&args.disk, base));
+                let end = base.and_then(|base| chain.iter().position(|(file, _)| *file == base));
+                into_plain(chain.get(1..end.unwrap_or(chain.len()))?, chain.first()?)
+            }
+            _ => None,
+        }
+    }
+
+    /// The layers of a disk from the top, as far as they are known, each with whether it is encrypted.
+    fn chain(&self, name: &str) -> Vec<(PathBuf, bool)> {
+        if let Some(disk) = self.disk(name) {
+            let layers = disk.layers().iter();
+            return layers.map(|layer| (PathBuf::from(&layer.file), layer.encrypted)).collect();
+        }
+        let target = self.target(name);
+        let disks = self.domain.as_ref().map_or(&[][..], |domain| &domain.disks);
+        let images =
+            disks.iter().find(|disk| disk.target == target).into_iter().flat_map(|disk| &disk.images);
+        images.flatten().map(|image| (image.clone(), is_encrypted(image))).collect()
+    }
+
     /// The disk as libvirt names it, from what the user or QEMU calls it.
     fn target(&self, name: &str) -> String {
         let Some(domain) = &self.domain else { return name.to_owned() };
@@ -178,6 +228,11 @@ impl<'a> Managed<'a> {
         let is_known = is_this && disk.recorded == Recorded::Whole;
         disk.images.get(from_top)?.clone().filter(|_| is_known)
     }
+}
+
+fn into_plain(from: &[(PathBuf, bool)], into: &(PathBuf, bool)) -> Option<(PathBuf, PathBuf)> {
+    let (secret, _) = from.iter().find(|(_, is_encrypted)| *is_encrypted)?;
+    (!into.1).then(|| (secret.clone(), into.0.clone()))
 }
 
 fn hint(why: &str, words: &[String]) -> Hint {

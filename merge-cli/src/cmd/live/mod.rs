@@ -5,6 +5,7 @@ mod follow;
 mod foreign;
 mod guard;
 mod jobs;
+mod leftover;
 mod look;
 mod managed;
 mod merge;
@@ -51,7 +52,10 @@ pub(super) fn run(args: &LiveArgs, words: &[OsString], console: &Console) -> Res
         LiveVerb::Snapshot { overlays, allow_plaintext } => {
             snapshot::run(&session, &machine, overlays, *allow_plaintext, console)
         }
-        LiveVerb::Jobs => jobs::list(&session, &machine, console),
+        LiveVerb::Jobs => {
+            jobs::list(&session, &machine, console)?;
+            leftover::tell(&session, machine.monitor(), console)
+        }
         LiveVerb::Pause { disk }
         | LiveVerb::Resume { disk }
         | LiveVerb::Cancel { disk }

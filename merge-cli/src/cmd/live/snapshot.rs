@@ -2,11 +2,11 @@
 
 use std::path::{self, Path, PathBuf};
 
-use qmp_client::{Disk, Error, Machine};
+use qmp_client::{Disk, Error, Machine, Refusal};
 
 use super::outcome::say_left;
 use super::trouble::Session;
-use super::{find, guard, look};
+use super::{find, guard, leftover, look};
 use crate::cli::Overlay;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
@@ -33,6 +33,10 @@ pub(super) fn run(
     if !allow_plaintext && let Some((disk, file)) = encrypted.next() {
         return Err(plaintext(session, disk, file));
     }
+    if let Some((disk, file)) = wanted.iter().find(|(disk, file)| is_there(disk, file)) {
+        return Err(taken(session, disk, file));
+    }
+    leftover::undo(session, machine.monitor(), console)?;
     for (disk, _) in &wanted {
         if machine.settle(disk).map_err(|e| session.failure(&e))?.is_some() {
             say_left(disk, console);
@@ -40,6 +44,8 @@ pub(super) fn run(
     }
     let pairs: Vec<_> = wanted.iter().map(|(disk, file)| (*disk, file.as_path())).collect();
     let disks = qmp_client::snapshot(machine.monitor(), &pairs).map_err(|error| match &error {
+        Error::Refused { reason: Refusal::NotUtf8 { .. } } => session
+            .failure_with(&error, Hint::advice("give the files, and their folders, names in UTF-8").into()),
         Error::Refused { .. } => match wanted.iter().find(|(_, file)| file.symlink_metadata().is_ok()) {
             Some((_, file)) => session.failure_with(
                 &error,
@@ -71,6 +77,29 @@ pub(super) fn run(
     console.result(&lines.collect::<Vec<_>>().join("\n"))?;
     console.note("what starts the virtual machine must name the new files the next time");
     Ok(())
+}
+
+/// Whether the disk writes to this file since a snapshot: an earlier call has taken it, and was killed, perhaps, before it
+/// said so.
+fn is_there(disk: &Disk, file: &Path) -> bool {
+    Path::new(&disk.active().file) == file && qmp_client::is_of_a_snapshot(disk.active())
+}
+
+/// A snapshot is of one moment, so one of an earlier moment is no success.
+fn taken(session: &Session<'_>, disk: &Disk, file: &Path) -> Failure {
+    let (name, file) = (printable(disk.name()), file.display());
+    Report {
+        kind: "snapshot-taken",
+        message: format!("{name} writes to {file} already: an earlier call has taken that snapshot"),
+        hint: Hint::command(
+            HintKind::LiveLook,
+            "for another snapshot, choose another name; the chain",
+            session.other(&["chain", disk.name()]),
+        )
+        .into(),
+        exit: Exit::REFUSED,
+    }
+    .into()
 }
 
 /// The overlay would take what the guest writes in plain text.

@@ -38,6 +38,18 @@ impl Graph {
     }
 }
 
+/// The nodes of new overlays that no disk has yet: each pair is a node and the one that holds its file.
+///
+/// # Errors
+/// Those of the query.
+pub(crate) fn are_alone(monitor: &(impl Monitor + ?Sized), pairs: &[(String, String)]) -> Result<Vec<bool>> {
+    let command = "x-debug-query-block-graph";
+    let edges: Edges = read(command, monitor.query(command, json!({}))?)?;
+    let alone =
+        |(node, storage): &(String, String)| edges.is_alone(node, "") && edges.is_alone(storage, node);
+    Ok(pairs.iter().map(alone).collect())
+}
+
 /// Whether a job holds all requests to its disk while it is pending.
 ///
 /// # Errors

@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use super::Root;
 use super::nodes::{Below, NamedNode};
-use crate::error::{Error, Result, printable};
+use crate::error::{Error, Refusal, Result, printable};
 
 /// A disk and its chain.
 #[derive(Clone, Debug)]
@@ -32,6 +33,8 @@ pub struct Layer {
     pub protocol_node: Option<String>,
     /// The node that holds the external data file, where the image has one.
     pub data_file_node: Option<String>,
+    /// The name of that file as QEMU has it.
+    pub data_file: Option<String>,
     /// The driver of [`Layer::protocol_node`], such as `file`, `host_device` or `nbd`.
     pub protocol: Option<String>,
     /// The file's name as QEMU has it, or the address of what is no file.
@@ -99,6 +102,7 @@ impl Disk {
             node: node.node_name.clone(),
             protocol_node: files.file.clone(),
             data_file_node: files.data_file.clone(),
+            data_file: files.data_file.as_ref().and_then(known).map(|n| n.file.clone()),
             protocol: files.file.as_ref().and_then(known).map(|n| n.drv.clone()),
             file: file_of(node, files.file.as_ref().and_then(known)),
             format: node.drv.clone(),
@@ -180,6 +184,9 @@ impl Disk {
             if let Some(name) = rename(&layer.file) {
                 layer.file = name;
             }
+            if let Some(name) = layer.data_file.as_deref().and_then(rename) {
+                layer.data_file = Some(name);
+            }
         }
     }
 
@@ -234,6 +241,16 @@ impl Disk {
     /// The layer directly below another one.
     pub fn below(&self, layer: &Layer) -> Option<&Layer> {
         self.layers.iter().find(|l| l.index + 1 == layer.index)
+    }
+
+    /// Refuses names that QEMU could not tell as they are: JSON is UTF-8, and QEMU puts U+FFFD in the place of other bytes. What is
+    /// written with such a name, into a header perhaps, leads nowhere.
+    pub(crate) fn is_told(layer: &Layer) -> Result<()> {
+        let file = Path::new(&layer.file);
+        if layer.file.contains(char::REPLACEMENT_CHARACTER) && file.symlink_metadata().is_err() {
+            return Err(Refusal::NotUtf8 { file: file.to_owned() }.into());
+        }
+        Ok(())
     }
 
     pub(crate) fn refusal(&self, why: String) -> Error {

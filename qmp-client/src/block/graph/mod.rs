@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Refusal, Result};
 use crate::qmp::monitor::{Execute, Monitor, read};
-pub(crate) use attached::holds_requests;
+pub(crate) use attached::{are_alone, holds_requests};
 pub use disk::{Backing, Disk, Layer, Range};
 use nodes::{Below, Edges, NamedNode};
 

@@ -173,4 +173,5 @@ fn an_external_data_file_is_not_taken_for_the_image() {
     assert_eq!(layer.file, "/vm/d.qcow2");
     assert_eq!(layer.protocol_node.as_deref(), Some("image"));
     assert_eq!(layer.data_file_node.as_deref(), Some("data"));
+    assert_eq!(layer.data_file.as_deref(), Some("/vm/d.data"));
 }

@@ -4,7 +4,7 @@ use qapi::qmp;
 use serde_json::json;
 
 use super::{Direction, Procedure};
-use crate::block::graph::Layer;
+use crate::block::graph::{Disk, Layer};
 use crate::block::ids::{MERGES, job_prefix};
 use crate::block::jobs::jobs;
 use crate::error::{Error, Refusal, Result};
@@ -12,7 +12,10 @@ use crate::qmp::monitor::{Execute, Monitor};
 
 /// Checks that need only the graph.
 pub(super) fn plan(merge: &Procedure) -> Result<()> {
-    ownership(&merge.chain())?;
+    let chain = merge.chain();
+    ownership(&chain)?;
+    let takes_part = |layer: &&Layer| layer.index >= merge.span.base && layer.index <= merge.span.top + 1;
+    chain.iter().filter(takes_part).try_for_each(Disk::is_told)?;
     if let (Direction::Down, Some(top)) = (merge.direction, merge.merged.first()) {
         sizes(merge, top)?;
     }

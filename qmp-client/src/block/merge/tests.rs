@@ -141,6 +141,27 @@ fn bitmaps_of_merged_layers_are_kept_unless_they_may_go() {
     assert!(plan(&disk, 2, 3, MergeOptions::default()).is_ok(), "those of base stay");
 }
 
+/// QEMU tells U+FFFD for what is not UTF-8: a header with that name would lead nowhere.
+#[test]
+fn a_layer_whose_name_cannot_be_told_takes_no_part() {
+    let lossy = BLOCKDEV.replace("/vm/a/base.qcow2", "/vm/a/b\u{fffd}se.qcow2");
+    for result in [
+        plan(&disk(&lossy), 1, 3, MergeOptions::default()),
+        plan(&disk(&lossy), 1, 5, MergeOptions::default()),
+        pull(&lossy, Some("[1]"), MergeOptions::default()),
+    ] {
+        let error = result.unwrap_err();
+        assert!(matches!(error, Error::Refused { reason: Refusal::NotUtf8 { .. } }), "{error}");
+    }
+    assert!(plan(&disk(&lossy), 2, 3, MergeOptions::default()).is_ok(), "it takes no part");
+    let error = crate::snapshot(
+        &Replay::default(),
+        &[(&disk(&BLOCKDEV.replace("active.qcow2", "\u{fffd}.qcow2")), std::path::Path::new("/tmp/new.img"))],
+    );
+    let error = error.unwrap_err();
+    assert!(matches!(error, Error::Refused { reason: Refusal::NotUtf8 { .. } }), "{error}");
+}
+
 #[test]
 fn nothing_starts_before_the_preflight() {
     let commit = plan(&disk(BLOCKDEV), 1, 3, MergeOptions::default()).unwrap();

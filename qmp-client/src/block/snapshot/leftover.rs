@@ -10,6 +10,7 @@ use qcow2::storage::{Access, FileKind, OsHost, Place, Storage};
 use serde_json::json;
 
 use super::maker::Maker;
+use crate::block::graph::are_alone;
 use crate::block::jobs::{Goal, Job, LONGEST_STEP, Waited, Watch, jobs, stuck};
 use crate::error::{Error, Result};
 use crate::qmp::monitor::{Execute, Monitor};
@@ -45,32 +46,36 @@ pub fn unfinished_snapshots(monitor: &(impl Monitor + ?Sized)) -> Result<Vec<Unf
         let Some((maker, is_storage)) = Maker::of_node(name) else { continue };
         let trace = found.entry(maker).or_default();
         if is_storage {
-            trace.storage = Some(name.to_owned());
             trace.file = trace.file.take().or_else(|| node["file"].as_str().map(str::to_owned));
-        } else {
-            trace.node = Some(name.to_owned());
-            // The transaction gives it a backing node; a disk that was unplugged since keeps that.
-            trace.is_switched = node["backing_file_depth"] != 0;
         }
+        trace.nodes.push(name.to_owned());
     }
-    let left = found.into_iter().filter(|(maker, trace)| !trace.is_switched && !maker.lives());
-    Ok(left.filter_map(|(_, trace)| trace.unfinished()).collect())
+    found.retain(|maker, _| !maker.lives());
+    if found.is_empty() {
+        return Ok(Vec::new());
+    }
+    // Behind the transaction a disk has them; one that was unplugged since has left them with a backing node.
+    let pairs: Vec<_> = found.keys().map(|maker| (maker.node(), maker.storage())).collect();
+    let alone = are_alone(monitor, &pairs)?;
+    // As long as there is a job, there is no overlay that a disk could have; and the job may hold the file's node.
+    let is_left = |(trace, alone): (Trace, bool)| (alone || !trace.jobs.is_empty()).then_some(trace);
+    let left = found.into_values().zip(alone).filter_map(is_left);
+    Ok(left.filter_map(Trace::unfinished).collect())
 }
 
 /// What QEMU shows of one new overlay.
 #[derive(Default)]
 struct Trace {
     file: Option<String>,
-    node: Option<String>,
-    storage: Option<String>,
+    nodes: Vec<String>,
     jobs: Vec<String>,
-    is_switched: bool,
 }
 
 impl Trace {
-    fn unfinished(self) -> Option<UnfinishedSnapshot> {
-        let nodes = [self.node, self.storage].into_iter().flatten().collect();
-        Some(UnfinishedSnapshot { file: self.file?.into(), nodes, jobs: self.jobs })
+    fn unfinished(mut self) -> Option<UnfinishedSnapshot> {
+        // The name of the node that holds the file is the longer one, and goes last.
+        self.nodes.sort_by_key(String::len);
+        Some(UnfinishedSnapshot { file: self.file?.into(), nodes: self.nodes, jobs: self.jobs })
     }
 }
 
@@ -155,37 +160,50 @@ mod tests {
     use super::*;
     use crate::qmp::replay::Replay;
 
-    fn answers(jobs: &str, nodes: &str) -> Replay {
-        let answer = |id: u64, name: &str, value: &str| {
-            format!("{{\"execute\":\"{name}\",\"id\":{id}}}\n{{\"return\":{value},\"id\":{id}}}\n")
-        };
-        Replay::of(
-            &(answer(1, "query-jobs", jobs)
-                + &answer(2, "query-block-jobs", "[]")
-                + &answer(3, "query-named-block-nodes", nodes)),
-        )
-    }
-
     #[test]
     fn only_what_a_dead_client_has_left_and_no_disk_has_is_found() {
         let living = Maker::next();
-        let jobs = r#"[{"id":"create-ffffffff.1.0-_2fvm_2fa","type":"create","status":"concluded","current-progress":0,
-            "total-progress":0}]"#
-            .replace('\n', "");
-        let node = |name: &str, file: &str, depth: u32| {
-            format!(r#"{{"node-name":"{name}","file":"{file}","backing_file_depth":{depth}}}"#)
-        };
-        let nodes = [
-            node("snap-ffffffff.1.1-file", "/vm/b", 0),
-            node("snap-ffffffff.1.1", "/vm/b", 0),
-            // It is a disk's, or was.
-            node("snap-ffffffff.1.2-file", "/vm/c", 0),
-            node("snap-ffffffff.1.2", "/vm/c", 1),
-            // Its client is at work.
-            node(&living.storage(), "/vm/d", 0),
-            node("theirs", "/vm/e", 0),
+        let jobs = json!([{
+            "id": "create-ffffffff.1.0-_2fvm_2fa", "type": "create", "status": "concluded",
+            "current-progress": 0, "total-progress": 0,
+        }]);
+        let names = [
+            ("snap-ffffffff.1.1-file", "/vm/b"),
+            ("snap-ffffffff.1.1", "json:{}"),
+            ("snap-ffffffff.1.2-file", "/vm/c"),
+            ("snap-ffffffff.1.2", "/vm/c"),
+            ("snap-ffffffff.1.3-file", "/vm/d"),
+            ("snap-ffffffff.1.3", "/vm/d"),
+            (&living.storage(), "/vm/e"),
+            ("theirs", "/vm/f"),
         ];
-        let found = unfinished_snapshots(&answers(&jobs, &format!("[{}]", nodes.join(",")))).unwrap();
+        let nodes = names.map(|(name, file)| json!({"node-name": name, "file": file}));
+        let drivers = names
+            .iter()
+            .zip(1..)
+            .map(|((name, _), id)| json!({"id": id, "name": name, "type": "block-driver"}));
+        let disk = json!({"id": 90, "name": "", "type": "block-backend"});
+        let edge =
+            |parent: u32, child: u32, name: &str| json!({"parent": parent, "child": child, "name": name});
+        // The second was unplugged, the third is a disk's.
+        let edges = [
+            edge(2, 1, "file"),
+            edge(4, 3, "file"),
+            edge(4, 8, "backing"),
+            edge(6, 5, "file"),
+            edge(90, 6, "root"),
+        ];
+        let graph = json!({"nodes": drivers.chain([disk]).collect::<Vec<_>>(), "edges": edges});
+        let answers = [
+            ("query-jobs", jobs),
+            ("query-block-jobs", json!([])),
+            ("query-named-block-nodes", json!(nodes)),
+            ("x-debug-query-block-graph", graph),
+        ];
+        let told = answers.iter().zip(1..).map(|((name, value), id)| {
+            format!("{}\n{}\n", json!({"execute": name, "id": id}), json!({"return": value, "id": id}))
+        });
+        let found = unfinished_snapshots(&Replay::of(&told.collect::<String>())).unwrap();
         let files: Vec<_> = found.iter().map(|left| left.file.to_str().unwrap()).collect();
         assert_eq!(files, ["/vm/a", "/vm/b"]);
         assert_eq!(found[1].nodes, ["snap-ffffffff.1.1", "snap-ffffffff.1.1-file"]);

@@ -11,7 +11,7 @@ use std::{fs, io};
 
 use serde_json::{Value, json};
 
-use crate::block::graph::{Disk, Graph};
+use crate::block::graph::{Disk, Graph, Layer};
 use crate::block::jobs::{Goal, Job, LONGEST_STEP, Waited, Watch, failed, jobs, stuck};
 use crate::error::{Error, Refusal, Result};
 use crate::qmp::monitor::{Execute, Monitor};
@@ -45,6 +45,11 @@ pub fn snapshot(monitor: &(impl Monitor + ?Sized), overlays: &[(&Disk, &Path)]) 
         .collect()
 }
 
+/// Whether a layer was made by [`snapshot`], in this QEMU.
+pub fn is_of_a_snapshot(layer: &Layer) -> bool {
+    Maker::of_node(&layer.node).is_some()
+}
+
 /// An overlay as far as it was made.
 struct Overlay {
     path: PathBuf,
@@ -75,6 +80,7 @@ fn check(overlays: &[(&Disk, &Path)]) -> Result<()> {
         if !path.parent().is_some_and(Path::is_dir) {
             return Err(Refusal::NoFolder { file }.into());
         }
+        Disk::is_told(disk.active())?;
         backing_name(disk)?;
     }
     Ok(())

@@ -6,10 +6,12 @@ mod find;
 pub(in crate::cmd) mod tell;
 
 use std::ffi::OsString;
+use std::time::Duration;
 
-use qmp_client::{Address, Recovery};
+use qmp_client::{Address, Connection, Monitor, Options, Owner, Recovery};
 
 use self::tell::Told;
+use super::leftover;
 use crate::call::{Call, VerbName};
 use crate::cli::RecoverArgs;
 use crate::exit::Exit;
@@ -33,6 +35,7 @@ pub(super) fn run(
     let merges = find::merges(args, qmp)?;
     if !args.dry_run {
         find::sweep(args, qmp);
+        snapshots(qmp, &call, console)?;
     }
     let meter = Meter::without_events(console, "comparing");
     let mut all = Vec::new();
@@ -58,4 +61,23 @@ pub(super) fn run(
         }
     }
     first.map_or(Ok(Exit::DONE), |report| Err(report.into()))
+}
+
+/// Undoes what snapshots have left in a QEMU that still runs, and that no manager owns.
+fn snapshots(qmp: Option<&Address>, call: &Call, console: &Console) -> Result<(), Failure> {
+    let Some(address) = qmp.filter(|address| Owner::of(address, None).is_none()) else { return Ok(()) };
+    let options = Options { allow_tcp: true, greeting_timeout: Duration::from_secs(2), ..Options::default() };
+    let Ok(monitor) = Connection::connect(address, &options) else { return Ok(()) };
+    if Owner::of(address, monitor.peer()).is_some() {
+        return Ok(());
+    }
+    leftover::undo_all(&monitor, console).map_err(|error| {
+        Report {
+            kind: "qemu-refused",
+            message: format!("what a snapshot has left stays: {error}"),
+            hint: format!("again: {}", call.again()).into(),
+            exit: Exit::FAILED,
+        }
+        .into()
+    })
 }

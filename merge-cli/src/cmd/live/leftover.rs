@@ -1,0 +1,39 @@
+//! What a snapshot has left whose client was killed before the switch.
+
+use qmp_client::{Connection, Error, UnfinishedSnapshot, unfinished_snapshots};
+
+use super::trouble::Session;
+use crate::failure::Failure;
+use crate::output::Console;
+
+/// Undoes it, and says so.
+pub(super) fn undo(session: &Session<'_>, monitor: &Connection, console: &Console) -> Result<(), Failure> {
+    undo_all(monitor, console).map_err(|e| session.failure(&e))
+}
+
+/// The same, where there is no session.
+pub(super) fn undo_all(monitor: &Connection, console: &Console) -> Result<(), Error> {
+    for left in unfinished_snapshots(monitor)? {
+        let file = left.file.display();
+        let what = "a snapshot was stopped before any disk wrote there";
+        if left.undo(monitor)? {
+            console.note(&format!("removed {file}: {what}"));
+        } else {
+            console.note(&format!("closed {file} in QEMU: {what}"));
+        }
+    }
+    Ok(())
+}
+
+/// Says what is left, and changes nothing.
+pub(super) fn tell(session: &Session<'_>, monitor: &Connection, console: &Console) -> Result<(), Failure> {
+    let left = unfinished_snapshots(monitor).map_err(|e| session.failure(&e))?;
+    for UnfinishedSnapshot { file, .. } in left {
+        console.note(&format!(
+            "a snapshot into {} was stopped before any disk wrote there; to undo it: {}",
+            file.display(),
+            session.other(&["recover"])
+        ));
+    }
+    Ok(())
+}
