@@ -45,8 +45,9 @@ impl Graph {
 pub(crate) fn are_alone(monitor: &(impl Monitor + ?Sized), pairs: &[(String, String)]) -> Result<Vec<bool>> {
     let command = "x-debug-query-block-graph";
     let edges: Edges = read(command, monitor.query(command, json!({}))?)?;
-    let alone =
-        |(node, storage): &(String, String)| edges.is_alone(node, "") && edges.is_alone(storage, node);
+    let alone = |(node, storage): &(String, String)| {
+        edges.is_alone(node, None) && edges.is_alone(storage, Some(node))
+    };
     Ok(pairs.iter().map(alone).collect())
 }
 

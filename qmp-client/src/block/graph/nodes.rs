@@ -139,9 +139,9 @@ impl Edges {
         chain
     }
 
-    /// Whether nothing uses a node but, perhaps, one of the `own`, and it has no backing node: no disk has it, or had it.
-    pub(super) fn is_alone(&self, node: &str, own: &str) -> bool {
-        let is_other = |id: u64| !self.nodes.iter().any(|n| n.id == id && n.name == own);
+    /// Whether nothing uses a node but, perhaps, the node `own`, and it has no backing node: no disk has it, or had it.
+    pub(super) fn is_alone(&self, node: &str, own: Option<&str>) -> bool {
+        let is_other = |id: u64| !self.nodes.iter().any(|n| n.id == id && Some(n.name.as_str()) == own);
         let Some(id) = self.drivers().find(|n| n.name == node).map(|n| n.id) else { return true };
         let uses = |edge: &Edge| edge.child == id && is_other(edge.parent);
         !self.edges.iter().any(|edge| uses(edge) || (edge.parent == id && edge.name == "backing"))
