@@ -55,7 +55,9 @@ pub use error::{Error, Refusal, Result, StateFault};
 pub use live::discover::{Files, Searched, Unfinished, folders_of_disks, folders_of_image, sweep_folders};
 pub use live::machine::{Machine, Settled};
 pub use live::outline::{Outline, OutlineLayer, Relink};
-pub use live::plan::{Amounts, End, Leaves, Nothing, Obstacle, Plan, Planned, Prepared, Request, Room};
+pub use live::plan::{
+    Amounts, DataFate, End, Leaves, Nothing, Obstacle, Plan, Planned, Prepared, Request, Room,
+};
 pub use live::recover::{Deed, Fact, Finding, Found, Next, Recovery, Trouble};
 pub use live::run::{Copying, Driver, Ended, Event as RunEvent, How, Left, Run, Step, Stopped};
 pub use live::tidy::{Tidied, TidyOptions};

@@ -48,6 +48,18 @@ pub enum Room {
     Unknown,
 }
 
+/// What becomes of an external data file, which only its image names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DataFate {
+    /// It takes the data.
+    Written,
+    /// Its image becomes an empty overlay: it is emptied too, if it lies beside its image and the image's owner may write it.
+    Emptied,
+    /// Its image is removed, and it stays.
+    Stays,
+}
+
 /// A live merge before it starts.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -118,6 +130,16 @@ impl Plan {
     pub fn emptied(&self) -> impl Iterator<Item = &Layer> {
         let stays = !self.delete && self.end != End::KeepOverlay;
         self.leaves.iter().filter(move |left| stays && left.obstacle.is_none()).map(|left| &left.layer)
+    }
+
+    /// The external data files that the merge has to do with, by QEMU's names, each with its image and what becomes of it.
+    pub fn data_files(&self) -> impl Iterator<Item = (&str, &Layer, DataFate)> {
+        let written = [(self.receiver(), DataFate::Written)].into_iter();
+        let emptied = self.emptied().map(|layer| (layer, DataFate::Emptied));
+        let goes = self.delete && self.end != End::KeepOverlay;
+        let stays = self.merged.iter().filter(move |_| goes).map(|layer| (layer, DataFate::Stays));
+        let all = written.chain(emptied).chain(stays);
+        all.filter_map(|(layer, fate)| Some((layer.data_file.as_deref()?, layer, fate)))
     }
 
     /// The layers that keep their data, each with the reason.

@@ -2,7 +2,7 @@
 
 use crate::output::human::{Fields, printable};
 use crate::output::size;
-use qmp_client::{End, Layer, Plan};
+use qmp_client::{DataFate, End, Layer, Plan};
 
 /// The plan.
 pub(in crate::cmd::live) fn text(plan: &Plan) -> String {
@@ -35,6 +35,17 @@ pub(in crate::cmd::live) fn text(plan: &Plan) -> String {
         let what = if lost.len() == 1 { "a restore point" } else { "restore points" };
         let lost = list(lost.into_iter());
         fields.add("restore points", format!("{lost} will be {what} no more, as soon as the job starts"));
+    }
+    for (file, image, fate) in plan.data_files() {
+        let what = match fate {
+            DataFate::Written => "it takes the data",
+            DataFate::Emptied => {
+                "it is emptied, if it lies beside its image and the image's owner may write it"
+            }
+            DataFate::Stays => "it stays",
+            _ => continue,
+        };
+        fields.add("data file", format!("{} of {}: {what}", printable(file), show(image)));
     }
     for (layer, name) in plan.bitmaps_lost() {
         fields.add("lost", format!("the persistent bitmap {} of {}", printable(name), show(layer)));

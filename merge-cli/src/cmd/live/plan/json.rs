@@ -1,6 +1,6 @@
 //! Plan and result of a live merge as JSON.
 
-use qmp_client::{End, Layer, Plan};
+use qmp_client::{DataFate, End, Layer, Plan};
 use serde_json::{Value, json};
 
 use crate::output::json::paths;
@@ -11,6 +11,15 @@ pub(in crate::cmd::live) fn fields(plan: &Plan) -> Value {
         plan.commands.iter().map(|(name, arguments)| json!({"execute": name, "arguments": arguments}));
     let bitmaps =
         plan.bitmaps_lost().map(|(layer, name)| json!({"file": layer.file, "name": name})).collect::<Value>();
+    let data_files = plan.data_files().map(|(file, image, fate)| {
+        let action = match fate {
+            DataFate::Written => "write",
+            DataFate::Emptied => "empty",
+            DataFate::Stays => "keep",
+            _ => "unknown",
+        };
+        json!({"file": file, "image": image.file, "action": action})
+    });
     let mut out = json!({
         "disk": plan.disk.name(),
         "kind": if plan.pull { "pull" } else if plan.merges_active() { "active-commit" } else { "commit" },
@@ -29,6 +38,7 @@ pub(in crate::cmd::live) fn fields(plan: &Plan) -> Value {
         "stale": plan.stale().map(|(layer, why)| json!({"file": layer.file, "reason": why.to_string()})).collect::<Value>(),
         "restore-points-lost": plan.restore_points_lost().iter().map(|layer| layer.file.as_str()).collect::<Value>(),
         "bitmaps-lost": bitmaps,
+        "data-files": data_files.collect::<Value>(),
         "searched": paths(&plan.searched.folders),
         "unreadable": paths(&plan.searched.unreadable),
         "broken": paths(&plan.searched.broken),

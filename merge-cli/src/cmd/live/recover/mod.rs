@@ -8,7 +8,7 @@ pub(in crate::cmd) mod tell;
 use std::ffi::OsString;
 use std::time::Duration;
 
-use qmp_client::{Address, Connection, Monitor, Options, Owner, Recovery};
+use qmp_client::{Address, Connection, Options, Owner, Recovery};
 
 use self::tell::Told;
 use super::leftover;
@@ -16,6 +16,7 @@ use crate::call::{Call, VerbName};
 use crate::cli::RecoverArgs;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
+use crate::hint::{Hint, HintKind};
 use crate::output::Console;
 use crate::output::progress::Meter;
 use crate::signals::Stop;
@@ -75,7 +76,7 @@ fn snapshots(qmp: Option<&Address>, call: &Call, console: &Console) -> Result<()
         Report {
             kind: "qemu-refused",
             message: format!("what a snapshot has left stays: {error}"),
-            hint: format!("again: {}", call.again()).into(),
+            hint: Hint::command(HintKind::Again, "then again", call.again()).into(),
             exit: Exit::FAILED,
         }
         .into()
