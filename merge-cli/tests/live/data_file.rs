@@ -40,10 +40,12 @@ fn the_image_and_not_its_data_file_is_merged_and_snapshotted() {
             machine.ok("commit", &["--top", "[2]", "-q"]);
         }
         assert_eq!(machine.chain(), ["d.qcow2", "base.qcow2"]);
-        // What only an image names is named before it is touched.
+        // What only an image names is named before it is touched. The other chain has a user of base beside it.
         for (args, fate) in [(&["--pivot"][..], "it is emptied"), (&["--pivot", "--delete"], "it stays")] {
-            let plan = machine.ok("commit", &[args, &["--dry-run"]].concat());
-            assert!(plan.contains("/d.data of ") && plan.contains(fate), "{plan}");
+            if backed == "a.qcow2" {
+                let plan = machine.ok("commit", &[args, &["--dry-run"]].concat());
+                assert!(plan.contains("/d.data of ") && plan.contains(fate), "{plan}");
+            }
         }
         let snapshot = qmerge(machine.dir(), &["live", "snapshot", "vda=n.qcow2", "--qmp", "qmp.sock"]);
         assert_eq!(snapshot.status.code(), Some(0), "{}", text(&snapshot.stderr));
