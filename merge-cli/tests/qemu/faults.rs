@@ -493,7 +493,7 @@ fn a_state_file_that_cannot_be_read_is_no_damaged_one() {
     fs::write(&state, "{}").unwrap();
     let path = state.to_str().unwrap();
     let recover = ["live", "recover", "a.qcow2"];
-    let options = ["-P", path, "-e", "trace=read", "-e", "inject=read:error=EIO"];
+    let options = ["-P", path, "-e", "trace=read,pread64", "-e", "inject=read,pread64:error=EIO"];
     let unread = folder.traced(&options, &recover).expect(1).says("Input/output error");
     assert!(!unread.text().contains("rm "), "{unread}");
     folder.qmerge(&recover).expect(9).says("rm ");
