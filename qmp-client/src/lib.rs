@@ -64,6 +64,7 @@ pub use live::tidy::{Tidied, TidyOptions};
 pub use live::verdict::{Compared, Doubt, Header, Leads, Seen, Treated, Verdict};
 pub use live::{Hindrance, Merge, Throttle, Wishes};
 pub use qapi;
+pub use qcow2;
 pub use qmp::address::Address;
 pub use qmp::connection::{Connection, Options};
 pub use qmp::message::{Event, Failure, Message, reply, request};

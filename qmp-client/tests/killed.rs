@@ -6,13 +6,14 @@ mod common;
 
 use std::cell::Cell;
 use std::process::{Command, Stdio};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use common::cut::{Cut, Lost};
 use common::{Chain, Daemon, Make, tools_are_here};
 use qmp_client::{
-    Error, Graph, Header, Merge, MergeOptions, Monitor, Phase, Procedure, Qemu, Result, Seen, Verdict, Watch,
-    Wishes,
+    Error, Finding, Found, Graph, Merge, MergeOptions, Monitor, Phase, Procedure, Recovery, Result,
+    Unfinished, Watch, Wishes,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -65,6 +66,20 @@ fn write_then_kill(daemon: &Daemon, chain: &Chain) -> bool {
     writer.wait().unwrap().success()
 }
 
+struct Silent;
+
+impl qmp_client::qcow2::merge::Progress for Silent {
+    fn written(&self, _: u64, _: u64) {}
+}
+
+/// What is found out about a merge, and done about it unless `dry_run`.
+fn recovered(merge: &Unfinished, dry_run: bool) -> Finding {
+    let cancel = AtomicBool::new(false);
+    let mut how = Recovery::new(&Silent, &cancel);
+    how.dry_run = dry_run;
+    merge.recover(how)
+}
+
 #[test]
 fn whatever_command_the_daemon_is_killed_at_the_valid_top_is_known_and_whole() {
     if !tools_are_here() {
@@ -95,47 +110,52 @@ fn whatever_command_the_daemon_is_killed_at_the_valid_top_is_known_and_whole() {
                 drop(connection);
                 daemon.kill();
 
-                let state = chain.state_file().load().unwrap();
-                let (verdict, top) = match &state {
-                    None => (Verdict::NotSwitched, chain.name(4)),
-                    Some(state) => {
-                        let header = chain.info(4, "backing file").unwrap();
-                        let header = Header::Names(header.split(" (").next().unwrap().to_owned());
-                        let verdict = state.judge(&Seen::of(state, Qemu::Gone, header).unwrap());
-                        let top = match verdict {
-                            Verdict::NotSwitched => chain.name(4),
-                            Verdict::Switched => state.left().next().unwrap().file.clone(),
-                            ref other => panic!("{case}: {other:?}"),
-                        };
-                        (verdict, top)
-                    }
-                };
-                let bytes = chain.bytes(if top == chain.name(1) { 1 } else { 4 });
+                let mut found = Unfinished::of_image(&chain.path(4)).unwrap();
+                assert!(found.len() <= 1, "{case}: {found:?}");
+                let merge = found.pop();
+                // Without a state file nothing was begun.
+                let dry = merge.as_ref().map(|merge| recovered(merge, true));
+                let outcome = dry.as_ref().map_or(Found::NotSwitched, |finding| finding.outcome);
+                let top = dry.map_or_else(
+                    || chain.name(4),
+                    |finding| finding.valid_top.clone().unwrap_or_else(|| panic!("{case}: {finding:?}")),
+                );
+                let n = if top == chain.name(1) { 1 } else { 4 };
+                let bytes = chain.bytes(n);
                 let acknowledged = acknowledged.get();
                 assert!(
                     bytes == written || (!acknowledged && bytes == before),
-                    "{case}: {verdict:?}, a write was acknowledged: {acknowledged}, and {top} has other bytes"
+                    "{case}: {outcome:?}, a write was acknowledged: {acknowledged}, and {top} has other bytes"
                 );
-                seen.push((kind, state.map(|state| state.phase), verdict, acknowledged));
+                if let Some(merge) = &merge {
+                    // What is put right shows the same, and nothing is left to be done.
+                    assert_eq!(recovered(merge, false).outcome, outcome, "{case}");
+                    assert!(
+                        chain.bytes(n) == bytes,
+                        "{case}: {outcome:?}, and the recovery has changed {top}"
+                    );
+                    assert!(Unfinished::of_image(&chain.path(4)).unwrap().is_empty(), "{case}");
+                }
+                seen.push((kind, merge.map(|merge| merge.outline().phase), outcome, acknowledged));
             }
         }
     }
     // What the loop is for has come up.
-    let came_up = |kind, phase, verdict: Verdict, acknowledged: Option<bool>| {
+    let came_up = |kind, phase, outcome: Found, acknowledged: Option<bool>| {
         seen.iter().any(|(k, p, v, a)| {
-            (*k, *p, v) == (kind, Some(phase), &verdict) && acknowledged.is_none_or(|wanted| wanted == *a)
+            (*k, *p, *v) == (kind, Some(phase), outcome) && acknowledged.is_none_or(|wanted| wanted == *a)
         })
     };
     for kind in [Kind::Commit, Kind::Active, Kind::Pull] {
-        assert!(came_up(kind, Phase::Copying, Verdict::NotSwitched, Some(true)), "{kind:?} {seen:?}");
-        assert!(came_up(kind, Phase::Switching, Verdict::Switched, Some(true)), "{kind:?} {seen:?}");
+        assert!(came_up(kind, Phase::Copying, Found::NotSwitched, Some(true)), "{kind:?} {seen:?}");
+        assert!(came_up(kind, Phase::Switching, Found::Completed, Some(true)), "{kind:?} {seen:?}");
     }
-    assert!(came_up(Kind::Commit, Phase::Switching, Verdict::NotSwitched, None), "{seen:?}");
+    assert!(came_up(Kind::Commit, Phase::Switching, Found::NotSwitched, None), "{seen:?}");
     // A guest is held at that moment, but a client that connects to an NBD export only then is not (QEMU 10.0.2): what it
     // writes goes to the active layer, and the files tell that too.
     let held = seen.iter().any(|(kind, phase, _, acknowledged)| {
         (*kind, *phase) == (Kind::Active, Some(Phase::Switching)) && !acknowledged
     });
-    let not_held = came_up(Kind::Active, Phase::Switching, Verdict::NotSwitched, Some(true));
+    let not_held = came_up(Kind::Active, Phase::Switching, Found::NotSwitched, Some(true));
     assert!(held || not_held, "{seen:?}");
 }
