@@ -1,37 +1,53 @@
-//! The library that drives a running QEMU over QMP, its control socket.
+//! Live merges of disk image chains, in QEMUs and storage daemons that run, over QMP, their control socket.
 //!
-//! From the ground up, each floor usable by itself:
+//! # A merge
 //!
-//! - [`Address`]: where a monitor listens, as a user writes it.
-//! - [`Message`], [`request`], [`reply`]: lines of QMP. Unknown events, fields and error classes are
-//!   data, never a reason to lose the connection.
-//! - [`Connection`]: numbered commands; each reply goes to the command whose number it carries, and a late
-//!   one is recognised and dropped. [`Monitor`] is its trait, which a test can implement; [`Execute`] adds
-//!   the typed commands.
-//! - [`Owner`]: whether a monitor belongs to libvirt or another manager, whose own commands are to be used.
-//! - [`Graph`]: the disks, and the chain of each, with layers counted from the bottom.
-//! - [`Job`]: a job as a state machine, whoever started it. Events are hints; the query is the truth.
+//! [`Machine::look`] asks QEMU for its disks. [`Machine::prepare`] makes a [`Plan`] of a [`Request`], or says what hinders it
+//! ([`Hindrance`]). [`Planned::begin`] notes the merge in a state file and starts it. [`Run::follow`] stays with it to its end: the
+//! disk has its shorter chain then, and the merged layers are empty overlays on base, or removed.
 //!
 //! ```no_run
-//! use qmp_client::{Address, Connection, Graph, Options};
+//! use qmp_client::{Address, Connection, Machine, Options, Prepared, Request, Run, Watch};
 //!
 //! let address: Address = "/run/vm1/qmp.sock".parse()?;
 //! let monitor = Connection::connect(&address, &Options::default())?;
-//! for layer in Graph::ask(&monitor)?.disk("vda")?.layers() {
-//!     println!("[{}] {}", layer.index, layer.file);
+//! let machine = Machine::look(&monitor, &address)?;
+//! let mut request = Request::commit();
+//! request.top = Some("[3]".into());
+//! if let Prepared::Merge(planned) = machine.prepare(machine.graph().disk("vda")?, &request)? {
+//!     println!("{} bytes are copied", planned.plan.amounts.copy);
+//!     let mut run = Run::new(&address, "vda", planned.plan.end);
+//!     let mut merge = planned.begin()?;
+//!     run.follow(&mut merge, &mut |_| Watch::GoOn)?;
 //! }
-//! # Ok::<(), qmp_client::Error>(())
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! The types of commands and answers are those of the `qapi` crate ([`qapi::qmp`]). Its transports are
-//! not used: a QMP connection of theirs is lost on an unknown event, and out of step after a time-out.
+//! # When something dies
 //!
+//! QEMU, this program or the host may end at any moment. The state file beside the active image says how far the merge was.
+//! [`Machine::prepare`] finds it, and goes on where the merge was, if QEMU runs. [`Unfinished::recover`] needs no QEMU: it says
+//! which image holds the disk, and puts right what is left, or says why only the user can know ([`Doubt`]). One judge decides
+//! that, [`State::judge`], and fuzzers judge it.
+//!
+//! The examples `live-merge` and `live-recover` show both, whole.
+//!
+//! # The floors below
+//!
+//! Each is usable by itself:
+//!
+//! - [`Address`], [`Connection`]: numbered commands; each reply goes to the command whose number it carries, and a late one is
+//!   dropped. Unknown events, fields and error classes are data. [`Monitor`] is its trait, which a test can implement;
+//!   [`Execute`] adds the typed commands of the `qapi` crate ([`qapi::qmp`]).
+//! - [`Owner`]: whether a monitor belongs to libvirt or another manager, whose own commands are to be used.
+//! - [`Graph`]: the disks, and the chain of each, with layers counted from the bottom.
+//! - [`Job`]: a job as a state machine, whoever started it. Events are hints; the query is the truth.
 //! - [`snapshot()`]: new overlays for several disks in one transaction, undone if anything fails.
-//! - [`Procedure`]: the live merge, down into a base ([`Procedure::commit`]) or up into the active layer
+//! - [`Procedure`]: the live merge itself, down into a base ([`Procedure::commit`]) or up into the active layer
 //!   ([`Procedure::pull`]), with the hazards of QEMU 10.0.2 fenced.
 //! - [`State`], [`StateFile`]: what must be known of a merge after its client, or QEMU, has gone.
+//! - [`Merge`]: a procedure with its job and its state file, each step in the right order.
 //! - [`libvirt`]: which domains of libvirt name an image, and what to type where libvirt owns the machine.
-//! - [`Merge`]: a commit or pull with its job and its state file, each step in the right order.
 
 mod block;
 mod error;

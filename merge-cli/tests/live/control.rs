@@ -91,7 +91,7 @@ fn an_active_merge_is_left_ready_and_then_pivoted_or_cancelled() {
         );
         assert_eq!(machine.job()["status"], "ready");
         let snapshot = qmerge(machine.dir(), &["live", "snapshot", "vda=d.img", "--qmp", "qmp.sock"]);
-        failed(&snapshot, 6, &["is under way", "let it end first", "qmerge live pivot vda --qmp qmp.sock"]);
+        failed(&snapshot, 6, &["is under way", "a job works on vda", "qmerge live pivot vda --qmp qmp.sock"]);
         assert!(!machine.has("d.img"));
         machine.guest_writes(55, "2M", "128k");
         machine.fails("finish", &[], 2, &["ends with a pivot", "qmerge live pivot vda"]);

@@ -322,6 +322,11 @@ fn a_damaged_state_file_is_named_and_blocks_the_merge() {
         let info = lab.ok(&["info", "4.img"]);
         assert!(info.contains("cannot be read"), "{info}");
     }
+    // The way out that is printed.
+    let err = text(&lab.qmerge(&["live", "recover"]).stderr);
+    let hint = err.lines().last().unwrap();
+    lab.type_in(&hint[hint.find("rm ").unwrap()..]);
+    assert!(lab.ok(&["live", "recover", "4.img"]).starts_with("nothing to recover: "));
 }
 
 #[test]

@@ -47,6 +47,7 @@ pub(super) fn run(
         meter: Meter::new(console, what),
         stop: Stop::watch().map_err(|e| trouble::no_signals(session, &e))?,
         run,
+        can_converge: false,
     };
     let step = follow.step(&mut merge)?;
     drop(merge);

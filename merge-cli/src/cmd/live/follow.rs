@@ -29,6 +29,8 @@ pub(super) struct Follow<'a> {
     pub(super) stop: Stop,
     /// The merge, as it is driven.
     pub(super) run: Run<'a>,
+    /// Whether the guest can be slowed down.
+    pub(super) can_converge: bool,
 }
 
 impl Follow<'_> {
@@ -143,11 +145,15 @@ impl Follow<'_> {
              bytes{changed}"
         );
         let hint = match (signal, after) {
-            (None, Some(_)) if merge.merges_active() && !session.words_have("--converge") => Hint::command(
-                HintKind::Converge,
-                "nothing is lost; if the guest writes faster than QEMU copies",
-                session.again_with(&["--converge"]),
-            ),
+            (None, Some(_))
+                if merge.merges_active() && self.can_converge && !session.words_have("--converge") =>
+            {
+                Hint::command(
+                    HintKind::Converge,
+                    "nothing is lost; if the guest writes faster than QEMU copies",
+                    session.again_with(&["--converge"]),
+                )
+            }
             (None, Some(_)) => again("nothing is lost; again, with more time or without --timeout"),
             _ => again("nothing is lost; to begin anew"),
         };

@@ -87,6 +87,8 @@ impl Call<'_> {
         let machine = look(session, &monitor)?;
         let disk = find(&machine, self.disk, session)?;
         guard::disk(session, disk)?;
+        // Only the writes of a guest's device can be limited.
+        let can_converge = disk.qdev().is_some();
         let prepared = machine.prepare(disk, &self.request);
         let mut merge = match prepared.map_err(|e| session.unplanned(&e, disk, &self.request))? {
             Prepared::Nothing(why) => return self.nothing_to_do(disk.name(), &why),
@@ -105,12 +107,15 @@ impl Call<'_> {
                 let (throttle, end) = (planned.throttle.clone(), planned.plan.end);
                 let written = planned.plan.relink.iter().map(|(overlay, _)| &overlay.file);
                 let written: Vec<String> = written.chain([&planned.plan.receiver().file]).cloned().collect();
-                let mut merge = planned.begin().map_err(|e| session.not_begun(&e, &written))?;
+                let mut merge = planned.begin().map_err(|e| match &e {
+                    qmp_client::Error::Refused { .. } => session.unplanned(&e, disk, &self.request),
+                    _ => session.not_begun(&e, &written),
+                })?;
                 if self.request.wait {
                     Outcome::started(session, &qmp_client::Driver::outline(&merge)).tell(console)?;
                     return Ok(Exit::DONE);
                 }
-                let mut follow = self.follow(end)?;
+                let mut follow = self.follow(end, can_converge)?;
                 follow.run.throttle = throttle;
                 let step = follow.step(&mut merge)?;
                 drop(merge);
@@ -126,7 +131,7 @@ impl Call<'_> {
             return Ok(Exit::DONE);
         }
         console.note(&format!("picked up again: the merge of {} is under way", printable(disk.name())));
-        let mut follow = self.follow(self.request.end(outline.merges_active()))?;
+        let mut follow = self.follow(self.request.end(outline.merges_active()), can_converge)?;
         follow.run.throttle = match self.request.converge {
             true => Some(machine.throttle(disk).map_err(|e| session.failure(&e))?),
             false => None,
@@ -145,7 +150,7 @@ impl Call<'_> {
         options
     }
 
-    fn follow(&self, end: End) -> Result<Follow<'_>, Failure> {
+    fn follow(&self, end: End, can_converge: bool) -> Result<Follow<'_>, Failure> {
         let mut run = Run::new(self.session.address, self.disk, end);
         run.owns = true;
         run.timeout = self.job.timeout;
@@ -157,6 +162,7 @@ impl Call<'_> {
             meter: Meter::new(self.console, self.what),
             stop: Stop::watch().map_err(|e| trouble::no_signals(self.session, &e))?,
             run,
+            can_converge,
         })
     }
 

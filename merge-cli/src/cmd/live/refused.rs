@@ -89,7 +89,8 @@ fn hints(session: &Session<'_>, hindrance: &Hindrance) -> Hints {
             let end = if merge.merges_active() { "pivot" } else { "finish" };
             let end = session.other(&[end, &merge.disk]);
             let cancel = session.other(&["cancel", &merge.disk]);
-            Hints::from(Hint::command(HintKind::LiveEnd, "let it end first", end)).or(Hint::command(
+            let why = format!("a job works on {}; let it end", printable(&merge.disk));
+            Hints::from(Hint::command(HintKind::LiveEnd, why, end)).or(Hint::command(
                 HintKind::LiveCancel,
                 "or end it without its effect",
                 cancel,

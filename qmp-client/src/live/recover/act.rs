@@ -97,7 +97,7 @@ impl Case<'_> {
         if !self.options.dry_run
             && let Err(error) = file.forget(&self.merge.state)
         {
-            finding.trouble = Some(Trouble::StateFile(error));
+            finding.trouble = Some(Trouble::NotForgotten(error));
             return;
         }
         finding.did.push(Deed::Forget(Path::to_owned(file.path())));

@@ -164,7 +164,7 @@ pub enum Trouble {
     /// The images could not be looked at or changed.
     Engine(qcow2::Error),
     /// All is done, and the state file could not be removed.
-    StateFile(crate::Error),
+    NotForgotten(crate::Error),
 }
 
 impl Finding {

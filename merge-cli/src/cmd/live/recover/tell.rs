@@ -217,7 +217,7 @@ fn trouble(merge: &Outline, trouble: &Trouble, call: &Call, stop: &Stop) -> Opti
                 Failure::PipeClosed => return None,
             }
         }
-        Trouble::StateFile(error) => {
+        Trouble::NotForgotten(error) => {
             let remove = Command::of("rm").file(merge.state_file());
             Report {
                 kind: "io",
