@@ -29,7 +29,9 @@
 //! let options = CommitOptions { open, verify: true, ..CommitOptions::default() };
 //! let cancel = AtomicBool::new(false);
 //! let commit = Commit::prepare(Arc::new(OsHost), Path::new("vm.qcow2"), &options, &cancel)?;
-//! println!("{}", commit.plan());
+//! if let Some(plan) = commit.plan() {
+//!     println!("{plan}");
+//! }
 //! let report = commit.execute(&Silent, &cancel)?;
 //! println!("{} bytes were copied", report.totals.bytes_to_copy);
 //! # Ok::<(), qcow2::Error>(())

@@ -5,11 +5,14 @@ mod json;
 mod libvirt;
 mod live;
 
+use std::path::Path;
 use std::sync::Arc;
 
-use qcow2::merge::{self, BaseChoice, Commit, CommitOptions, Pending, Plan};
+use qcow2::chain::Chain;
+use qcow2::merge::{self, BaseChoice, Commit, CommitOptions, Pending, Plan, Prepared, Settled};
 use qcow2::storage::OsHost;
 use qcow2::{Error, ErrorKind};
+use serde_json::Value;
 
 use super::open;
 use crate::call::Call;
@@ -33,32 +36,85 @@ pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &St
     if let Err(Error::InUse { path, holders }) = &prepared {
         return Err(live::in_use(path, holders, args, call));
     }
-    let commit = prepared.map_err(|e| unchanged(&e, stop, call))?;
-    open::warn_unlocked(&commit.chain().unlocked(), console);
-    let plan = commit.plan().clone();
+    let prepared = prepared.map_err(|e| unchanged(&e, stop, call))?;
+    open::warn_unlocked(&prepared.chain().map(Chain::unlocked).unwrap_or_default(), console);
+    let planned = Planned::of(&prepared);
     let definitions = domains::read();
-    let (naming, unread) = libvirt::json(&definitions, &plan, args);
-    let mut fields = json::plan(&plan);
+    let images = planned.images(args);
+    let (naming, unread) = libvirt::json(&definitions, &images);
+    let mut fields = planned.json();
     fields["libvirt"] = naming;
     fields["libvirt-unread"] = unread;
     console.event("plan", fields)?;
-    let domains = libvirt::text(&definitions, &plan, args);
+    let domains = libvirt::text(&definitions, &images);
+    let words = planned.words(args, &domains);
     if args.dry_run {
-        console.result(&human::plan(&plan, args, &domains))?;
+        console.result(&words)?;
         console.note("dry run: nothing was changed");
         return Ok(Exit::DONE);
     }
-    if plan.nothing_to_do.is_none() && !console.is_json() {
-        console.note(&human::plan(&plan, args, &domains));
+    if matches!(planned, Planned::Merge(_)) && !console.is_json() {
+        console.note(&words);
     }
     let meter = Meter::new(console, "merging");
-    let report = commit
+    let report = prepared
         .execute(&meter, stop.flag())
-        .map_err(|e| halfway(&e, stop, &meter, call, &kept(&plan, args)))?;
+        .map_err(|e| halfway(&e, stop, &meter, call, &kept(planned.base(), args)))?;
     drop(meter);
-    console.event("result", json::result(&plan, &report))?;
-    console.result(&human::result(&plan, &report))?;
+    let (json, words) = match &planned {
+        Planned::Merge(plan) => (json::result(plan, &report), human::result(plan, &report)),
+        Planned::Settled(settled) => {
+            (json::settled_result(settled, &report), human::settled_result(settled, &report))
+        }
+    };
+    console.event("result", json)?;
+    console.result(&words)?;
     Ok(Exit::DONE)
+}
+
+/// What is shown before anything is done.
+enum Planned {
+    Merge(Box<Plan>),
+    /// Nothing is merged, and why.
+    Settled(Settled),
+}
+
+impl Planned {
+    fn of(prepared: &Prepared) -> Self {
+        match prepared {
+            Prepared::Merge(commit) => Self::Merge(Box::new(commit.plan().clone())),
+            Prepared::Finish(finish) => Self::Settled(finish.settled().clone()),
+            Prepared::Nothing(nothing) => Self::Settled(nothing.settled().clone()),
+        }
+    }
+
+    fn base(&self) -> &Path {
+        match self {
+            Self::Merge(plan) => &plan.base,
+            Self::Settled(settled) => &settled.base,
+        }
+    }
+
+    fn images(&self, args: &CommitArgs) -> libvirt::Images<'_> {
+        match self {
+            Self::Merge(plan) => libvirt::Images::of(plan, args),
+            Self::Settled(settled) => libvirt::Images::settled(settled),
+        }
+    }
+
+    fn json(&self) -> Value {
+        match self {
+            Self::Merge(plan) => json::plan(plan),
+            Self::Settled(settled) => json::settled(settled),
+        }
+    }
+
+    fn words(&self, args: &CommitArgs, domains: &[(&'static str, String)]) -> String {
+        match self {
+            Self::Merge(plan) => human::plan(plan, args, domains),
+            Self::Settled(settled) => human::settled(settled, args),
+        }
+    }
 }
 
 fn options(args: &CommitArgs) -> CommitOptions {
@@ -93,9 +149,9 @@ fn unchanged(error: &Error, stop: &Stop, call: &Call) -> Failure {
 
 /// How far a merge that was stopped is, of the whole merge and as `info` tells it: what is durable counts, and what was
 /// done before it went on.
-fn kept(plan: &Plan, args: &CommitArgs) -> String {
+fn kept(base: &Path, args: &CommitArgs) -> String {
     // Where it cannot be read, nothing is said.
-    match merge::pending(&OsHost, &plan.base, args.journal_dir.as_deref()) {
+    match merge::pending(&OsHost, base, args.journal_dir.as_deref()) {
         Ok(Some(Pending { is_removing: true, .. })) => {
             "behind the merge, while layers were removed".to_owned()
         }

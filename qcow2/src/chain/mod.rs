@@ -20,6 +20,7 @@ pub mod view;
 
 use std::path::PathBuf;
 
+use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::storage::{Access, FileId};
 
@@ -70,6 +71,23 @@ impl Chain {
     /// The images of the layers, the bottom first.
     pub fn images(&self) -> Vec<&Image> {
         self.layers.iter().map(|layer| &layer.image).collect()
+    }
+
+    /// A layer by its position.
+    ///
+    /// # Errors
+    /// [`Error::Broken`]: positions come from the chain itself.
+    pub(crate) fn layer(&self, at: usize) -> Result<&Layer> {
+        self.layers.get(at).ok_or(Error::Broken { invariant: "a chain has the layers that were found in it" })
+    }
+
+    /// The image of a layer, to be changed.
+    ///
+    /// # Errors
+    /// As [`Chain::layer`].
+    pub(crate) fn image_at(&mut self, at: usize) -> Result<&mut Image> {
+        let broken = Error::Broken { invariant: "a chain has the layers that were found in it" };
+        self.image_mut(at).ok_or(broken)
     }
 
     /// The image of a layer, to be changed.

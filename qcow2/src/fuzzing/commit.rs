@@ -13,7 +13,7 @@ use crate::chain::Chain;
 use crate::check::{CheckOptions, Verdict, check};
 use crate::format::{Cluster0, read_be_u64s};
 use crate::image::{Qcow2, read_bitmaps};
-use crate::merge::{Afterwards, BaseChoice, Commit, CommitOptions, Report};
+use crate::merge::{Afterwards, BaseChoice, Commit, CommitOptions, Prepared, Report};
 use crate::storage::{Access, Host, MemHost};
 use crate::transfer::{Progress, Totals};
 
@@ -98,12 +98,12 @@ impl Before {
         &self.layers[self.case.active].path
     }
 
-    fn prepare(&self, host: &MemHost) -> Result<Commit> {
+    fn prepare(&self, host: &MemHost) -> Result<Prepared> {
         let never = AtomicBool::new(false);
         Commit::prepare(Arc::new(host.clone()), self.active(), &self.case.options(&self.layers), &never)
     }
 
-    fn execute(commit: Commit) -> Result<Report> {
+    fn execute(commit: Prepared) -> Result<Report> {
         commit.execute(&Silent, &AtomicBool::new(false))
     }
 
@@ -133,9 +133,9 @@ impl Before {
             }
         };
         assert_eq!(files(host, &self.layers), self.files, "planning has written");
-        let relinked = matches!(commit.plan().afterwards, Afterwards::Relink { .. });
+        let relinked = commit.plan().is_some_and(|plan| matches!(plan.afterwards, Afterwards::Relink { .. }));
         assert_eq!(relinked, self.case.top < self.case.active, "the overlay above top is re-pointed");
-        let planned = commit.plan().totals;
+        let planned = commit.plan().map(|plan| plan.totals).unwrap_or_default();
         match Self::execute(commit) {
             Ok(report) => {
                 let exact = |t: &Totals| (t.bytes_to_copy, t.clusters_to_allocate);
@@ -338,7 +338,9 @@ mod tests {
             let host = host_with(&layers);
             let before = Before { files: files(&host, &layers), layers, case };
             // A version 2 base with snapshots must not grow: a refusal is no merge.
-            before.prepare(&host).map_or(true, |commit| commit.plan().totals.is_empty())
+            before
+                .prepare(&host)
+                .map_or(true, |commit| commit.plan().is_none_or(|plan| plan.totals.is_empty()))
         });
         assert!(idle.count() < 20);
     }

@@ -12,7 +12,7 @@ use super::model::{Input, Layer, chain as layers, guest};
 use crate::Result;
 use crate::check::{CheckOptions, check};
 use crate::format::is_qcow2;
-use crate::merge::{Commit, CommitOptions};
+use crate::merge::{Commit, CommitOptions, Prepared};
 use crate::storage::sim::{Cuts, Fault, FaultKind, Garbage, SimHost, State, Tear, power_cuts};
 use crate::storage::{Access, Host, MemHost};
 
@@ -61,7 +61,7 @@ impl Merge {
         &self.layers[self.case.active].path
     }
 
-    pub(super) fn prepare(&self, host: Arc<dyn Host>) -> Result<Commit> {
+    pub(super) fn prepare(&self, host: Arc<dyn Host>) -> Result<Prepared> {
         Commit::prepare(host, self.active(), &self.options, &AtomicBool::new(false))
     }
 

@@ -1,13 +1,13 @@
 //! A commit that is ready: its chain, open and locked, and its plan.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::options::CommitOptions;
 use super::plan::Plan;
 use super::resume::before;
-use crate::chain::{Chain, Layer};
-use crate::error::{Error, Result};
+use super::stack::Stack;
+use crate::chain::Chain;
+use crate::error::Result;
 use crate::image::bitmaps;
 use crate::journal::Journal;
 use crate::journal::record::Header;
@@ -33,24 +33,13 @@ pub struct Commit {
     /// What stopped merges have left in the images that are written, and these images under their journals.
     pub(super) left: before::Leftovers,
     /// What a journal says of this merge.
-    pub(super) header: Option<Header>,
+    pub(super) header: Header,
     /// Where the merge begins: what lies below was merged before.
     pub(super) from: GuestOffset,
     /// Clusters of base that nothing refers to.
     pub(super) leaks: u64,
-    /// The journal of an active image that was removed before.
-    pub(super) gone: Option<Gone>,
     /// The journal of an active image that is removed at the end.
     pub(super) removing: Option<Arc<Journal>>,
-}
-
-/// An active image that was removed before.
-#[derive(Debug)]
-pub(super) struct Gone {
-    /// Its journal.
-    pub(super) journal: Journal,
-    /// The name by which the caller knows it: a symbolic link, perhaps.
-    pub(super) asked: PathBuf,
 }
 
 impl Commit {
@@ -68,7 +57,11 @@ impl Commit {
         Span { base: self.base, top: self.top, active: self.chain.active() }
     }
 
-    pub(super) fn layer(&self, at: usize) -> Result<&Layer> {
-        self.chain.layers().get(at).ok_or(Error::Broken { invariant: "a merge has all its layers" })
+    /// The layers of the merge.
+    ///
+    /// # Errors
+    /// [`Error::Broken`](crate::Error::Broken): they were found when it was prepared.
+    pub(super) fn stack(&self) -> Result<Stack<'_>> {
+        Stack::of(&self.chain, self.span())
     }
 }

@@ -20,35 +20,32 @@ use super::options::CommitOptions;
 use super::plan::{Afterwards, Kept, Plan};
 use super::resume::work::{Work, data_file, describe};
 use super::safety::Searched;
+use super::stack::Stack;
 use super::switch::empty::{NO_GROWTH, may_grow};
 use super::switch::{empty, relink};
-use crate::chain::{Chain, Layer};
+use crate::chain::Layer;
 use crate::error::{Error, FileOp, Result};
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, Qcow2, bitmaps, grow};
 use crate::journal::record::Header;
 use crate::storage::{Access, Host};
-use crate::transfer::ask::Span;
 use crate::transfer::target::{clear_autoclear, give_leaks_back, prepare};
 use crate::units::GuestOffset;
 
 /// Which of the merged layers below the active image become empty overlays on base, from the bottom up; and those that
 /// keep their data, and why.
-pub(super) fn plan(
-    chain: &Chain,
-    span: Span,
-    options: &CommitOptions,
-    found: &Searched,
-) -> (Vec<usize>, Vec<Kept>) {
+pub(super) fn plan(stack: &Stack<'_>, options: &CommitOptions, found: &Searched) -> (Vec<usize>, Vec<Kept>) {
     let (mut empties, mut kept) = (Vec::new(), Vec::new());
-    if span.top == span.active && options.keep_active {
+    if stack.has_active() && options.keep_active {
         // It reads through all of them.
         return (empties, kept);
     }
-    let size = chain.layers().get(span.active).map_or(0, |active| active.image.virtual_size());
+    let size = stack.active.image.virtual_size();
     let mut read_through = false;
-    for at in (span.base + 1..=span.top).rev().filter(|at| *at != span.active) {
-        let Some(layer) = chain.layers().get(at) else { continue };
+    let first = stack.span.base + 1;
+    let merged = stack.merged.iter().enumerate().map(|(n, layer)| (first + n, layer));
+    let below_active = merged.rev().filter(|(at, _)| *at != stack.span.active);
+    for (at, layer) in below_active {
         let is_shared = found.shared.contains(&layer.id)
             || layer.data_file.as_ref().is_some_and(|data| found.shared.contains(&data.id));
         let why = match () {
@@ -87,19 +84,10 @@ impl Plan {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn will_empty(
-        &mut self,
-        chain: &Chain,
-        span: Span,
-        empties: &[usize],
-        kept: Vec<Kept>,
-    ) -> Result<()> {
-        if self.nothing_to_do.is_some() {
-            return Ok(());
-        }
+    pub(super) fn will_empty(&mut self, stack: &Stack<'_>, empties: &[usize], kept: Vec<Kept>) -> Result<()> {
         let active = matches!(self.afterwards, Afterwards::Empty { .. } | Afterwards::Delete { .. });
-        let active = active.then_some(span.active);
-        for (at, layer) in chain.layers().iter().enumerate() {
+        let active = active.then_some(stack.span.active);
+        for (at, layer) in stack.chain.layers().iter().enumerate() {
             let is_removed = self.removes && self.obsolete.contains(&layer.path);
             let is_emptied = empties.contains(&at) || active == Some(at);
             if is_emptied && !is_removed {
@@ -147,7 +135,7 @@ impl Commit {
         for at in self.empties.clone() {
             let Some(work) = self.empty_layer(at, None, dir, top_index)? else { continue };
             let host = Arc::clone(&self.host);
-            work.finish(&*host, self.image_mut(at)?)?;
+            work.finish(&*host, self.chain.image_at(at)?)?;
         }
         let active = self.chain.active();
         // What a merge that was stopped has begun in a layer that is kept now is made whole.
@@ -156,7 +144,7 @@ impl Commit {
         for (at, (_, work)) in kept {
             let host = Arc::clone(&self.host);
             let Some(work) = work else { continue };
-            let image = self.image_mut(at)?;
+            let image = self.chain.image_at(at)?;
             work.replay(image, Some(GuestOffset::ZERO))?;
             give_leaks_back(image, &AtomicBool::new(false))?;
             work.finish(&*host, image)?;
@@ -175,17 +163,13 @@ impl Commit {
         let host = Arc::clone(&self.host);
         let Some(work) = self.empty_layer(active, name, dir, top_index)? else { return Ok(()) };
         if !self.removes_active() {
-            return work.finish(&*host, self.image_mut(active)?);
+            return work.finish(&*host, self.chain.image_at(active)?);
         }
         // Its journal outlives it: then the same command knows what became of it.
-        let data_file = self.layer(active).and_then(|layer| data_file(&*host, layer))?;
+        let data_file = data_file(&*host, self.stack()?.active)?;
         work.journal().set_spent(Some(data_file));
         self.removing = Some(Arc::clone(work.journal()));
-        work.release(self.image_mut(active)?)
-    }
-
-    fn image_mut(&mut self, at: usize) -> Result<&mut Image> {
-        self.chain.image_mut(at).ok_or(Error::Broken { invariant: "a merge has all its layers" })
+        work.release(self.chain.image_at(active)?)
     }
 
     /// Empties the layer at `at`, which gets base as its backing file if `name` is given. Gives the work, which is still
@@ -201,12 +185,12 @@ impl Commit {
         let host = Arc::clone(&self.host);
         let (left, work) =
             self.left.above.remove(&at).map_or((None, None), |(left, work)| (Some(left), work));
-        let format = self.layer(span.base)?.image.format().name();
+        let format = self.stack()?.base.image.format().name();
         let base = self.base_name()?;
         let marks = at == span.active && !self.removes_active();
-        let size = self.layer(span.active)?.image.virtual_size();
+        let size = self.stack()?.active.image.virtual_size();
         let header = Header { top_index, ..describe(&*host, &self.chain, span, at)? };
-        let image = self.image_mut(at)?;
+        let image = self.chain.image_at(at)?;
         if !matches!(image, Image::Qcow2(_)) {
             return Ok(None);
         }

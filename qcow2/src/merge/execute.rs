@@ -23,7 +23,9 @@ use std::time::Instant;
 use super::commit::Commit;
 use super::plan::Afterwards;
 use super::resume::samples;
-use super::resume::work::{Left, Work, end_left};
+use super::resume::work::{Left, Work};
+use super::settled::remains_of;
+use super::stack::Stack;
 use super::switch::relink;
 use crate::error::{Error, FileOp, Result};
 use crate::image::Image;
@@ -54,57 +56,41 @@ impl Commit {
     fn carry_out(mut self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Report> {
         let start = Instant::now();
         let mut report = Report::default();
-        if let Some(gone) = self.gone.take() {
-            self.finish_removed(&gone, &mut report)?;
-            report.elapsed = start.elapsed();
-            return Ok(report);
-        }
         let (folders, dir) = (self.chain.folders(&*self.host)?, self.options.journal_dir.clone());
         journal::sweep(&*self.host, &folders, dir.as_deref(), self.options.open.no_locks)?;
-        let left = self.left.base.as_ref();
-        if let Some(remains) = left.map(|left| left.remains(&*self.host, &self.chain)).transpose()?.flatten()
-        {
+        if let Some(remains) = remains_of(&*self.host, &self.chain, &self.left)? {
             // Base's journal, which tells of them, is there until a new one takes its place.
             remains.settle(&*self.host, &self.chain, &self.options, &mut report)?;
         }
-        if self.plan.nothing_to_do.is_some() {
-            self.end_left(&mut report)?;
-            if self.options.verify {
-                report.digest = self.read_back(progress, cancel)?;
-            }
-        } else {
-            let work = self.begin(cancel)?;
-            match self.fill(&work, &mut report, progress, cancel) {
-                Ok(()) => {}
-                Err(e) => {
-                    // A failed barrier is final: nothing may be written, or called durable, behind it.
-                    let of_journal = matches!(&e, Error::Io { path, .. } if path == work.journal().path());
-                    if !of_journal && !matches!(e, Error::Barrier { .. }) {
-                        work.stop();
-                    }
-                    return Err(e);
+        let work = self.begin(cancel)?;
+        match self.fill(&work, &mut report, progress, cancel) {
+            Ok(()) => {}
+            Err(e) => {
+                // A failed barrier is final: nothing may be written, or called durable, behind it.
+                let of_journal = matches!(&e, Error::Io { path, .. } if path == work.journal().path());
+                if !of_journal && !matches!(e, Error::Barrier { .. }) {
+                    work.stop();
                 }
+                return Err(e);
             }
-            let held = self.held_above()?;
-            self.link(&work)?;
-            report.freed = held.saturating_sub(self.held_above()?);
-            report.emptied = self.emptied();
-            // Until base is finished, its journal tells that an index of the same command meant another chain.
-            if !self.options.delete {
-                self.mark_merged(&mut report)?;
-            }
-            // A file is only removed when nothing is left to be written that a power cut may tear.
-            if let Some(image) = self.chain.image_mut(self.base) {
-                work.release(image)?;
-            }
-            if self.options.delete {
-                self.remove_layers(&mut report)?;
-            }
-            work.journal().remove(&*self.host)?;
-            self.remove_active(&mut report)?;
-            report.emptied.retain(|path| !report.deleted.contains(path));
         }
-        let base = self.layer(self.base)?;
+        let held = self.held_above()?;
+        self.link(&work)?;
+        report.freed = held.saturating_sub(self.held_above()?);
+        report.emptied = self.emptied();
+        // Until base is finished, its journal tells that an index of the same command meant another chain.
+        if !self.options.delete {
+            self.mark_merged(&mut report)?;
+        }
+        // A file is only removed when nothing is left to be written that a power cut may tear.
+        work.release(self.chain.image_at(self.base)?)?;
+        if self.options.delete {
+            self.remove_layers(&mut report)?;
+        }
+        work.journal().remove(&*self.host)?;
+        self.remove_active(&mut report)?;
+        report.emptied.retain(|path| !report.deleted.contains(path));
+        let base = self.stack()?.base;
         report.base_file_size =
             base.image.file().size().map_err(|e| Error::io(&base.path, FileOp::Stat, None, e))?;
         report.elapsed = start.elapsed();
@@ -116,8 +102,7 @@ impl Commit {
         let host = Arc::clone(&self.host);
         let (left, work) = (self.left.base.take(), self.left.base_work.take());
         let (resumed, leaks) = (self.plan.resumed.is_some(), self.leaks);
-        let mut header =
-            self.header.take().ok_or(Error::Broken { invariant: "what is merged has a plan" })?;
+        let mut header = self.header.clone();
         let has_emptied = self.left.has_emptied;
         if !resumed {
             let images = self.chain.images();
@@ -129,8 +114,7 @@ impl Commit {
         }
         let dir = self.options.journal_dir.clone();
         let (base, from) = (self.base, self.from);
-        let image =
-            self.chain.image_mut(base).ok_or(Error::Broken { invariant: "a merge has all its layers" })?;
+        let image = self.chain.image_at(base)?;
         let work = match work {
             Some(work) => {
                 match resumed {
@@ -181,17 +165,6 @@ impl Commit {
         Ok(())
     }
 
-    /// Ends what merges have left that were stopped when they had changed the chain.
-    fn end_left(&self, report: &mut Report) -> Result<()> {
-        if self.header.is_some() {
-            // The images are locked, and not marked dirty: only the journals are there still.
-            let above = self.left.above.values().map(|(left, _)| left);
-            return self.left.base.iter().chain(above).try_for_each(|left| left.discard(&*self.host));
-        }
-        let layers = 0..self.chain.layers().len();
-        layers.into_iter().try_for_each(|at| end_left(&*self.host, &self.chain, at, &self.options, report))
-    }
-
     fn move_data(
         &mut self,
         journal: &Journal,
@@ -206,8 +179,8 @@ impl Commit {
         let total = self.plan.totals.bytes_to_write.saturating_add(before);
         let run = Run { progress, total, done: AtomicU64::new(before), cancel, journal: Some(journal) };
         let grows = size > self.plan.base_size_before;
-        match self.chain.image_mut(span.base) {
-            Some(Image::Raw(raw)) => {
+        match self.chain.image_at(span.base)? {
+            Image::Raw(raw) => {
                 if grows {
                     grow_raw(raw, size)?;
                 }
@@ -216,25 +189,23 @@ impl Commit {
                 job.limit_to(size);
                 Job { from, ..job }.run(None, &run)
             }
-            Some(Image::Qcow2(image)) => {
+            Image::Qcow2(image) => {
                 let Some(bitmaps) = self.bitmaps.take() else { return Ok(Totals::default()) };
                 let bitmap_clusters = bitmaps.clusters();
                 let refcounts = prepare(image, clusters, bitmaps.side_by_side(), size)?;
                 let (mut totals, growth) =
                     move_into_qcow2(&self.chain.images(), span, (from, size), bitmaps, &refcounts, &run)?;
                 totals.clusters_to_allocate += bitmap_clusters;
-                if let Some(Image::Qcow2(image)) = self.chain.image_mut(span.base) {
+                if let Image::Qcow2(image) = self.chain.image_at(span.base)? {
                     growth.publish(image, &refcounts)?;
                 }
                 Ok(totals)
             }
-            Some(Image::Foreign(foreign)) => Err(foreign.refuse()),
-            None => Ok(Totals::default()),
+            Image::Foreign(foreign) => Err(foreign.refuse()),
         }
     }
 
     fn link(&mut self, work: &Work) -> Result<()> {
-        let span = self.span();
         // A power cut behind the switch must not leave old layers that nobody knows for what they are.
         let marked = self.mark_obsolete()?;
         let dir = self.options.journal_dir.clone();
@@ -243,7 +214,10 @@ impl Commit {
         self.note_spent(work.journal(), &marked)?;
         match self.plan.afterwards.clone() {
             Afterwards::Relink { name, .. } => {
-                relink::relink(&*self.host, &self.chain, span, span.top + 1, &name, dir.as_deref())
+                let Stack { base, overlay, .. } = self.stack()?;
+                let overlay =
+                    overlay.ok_or(Error::Broken { invariant: "what is relinked lies above top" })?;
+                relink::relink(&*self.host, base, overlay, &name, dir.as_deref())
             }
             Afterwards::Empty { name, .. } | Afterwards::Delete { name, .. } => {
                 self.empty_active(name.as_deref(), dir.as_deref(), top_index)

@@ -5,6 +5,7 @@ mod commit;
 pub(crate) mod crash_tests;
 mod emptying;
 mod execute;
+mod make_plan;
 #[cfg(test)]
 mod model_tests;
 mod options;
@@ -15,6 +16,8 @@ mod removal;
 mod report;
 mod resume;
 mod safety;
+mod settled;
+mod stack;
 pub(crate) mod switch;
 
 pub use crate::transfer::{Progress, Totals, put};
@@ -24,3 +27,4 @@ pub use plan::{Afterwards, BeginsAnew, DataFileFate, Kept, Plan, PlannedDataFile
 pub use report::Report;
 pub use resume::abort::{Aborted, abort};
 pub use resume::unfinished::{Pending, pending};
+pub use settled::{Finish, Nothing, Prepared, Settled};

@@ -61,8 +61,6 @@ pub struct Plan {
     pub room_unknown: Vec<PathBuf>,
     /// Journals and records in the chain's folders that do not count, and are left alone.
     pub strangers: Vec<Stranger>,
-    /// Set when there is nothing to do, with the reason.
-    pub nothing_to_do: Option<String>,
     /// Set when an earlier run of the same merge was stopped, and this one goes on where it was.
     pub resumed: Option<Resumed>,
     /// Set when an earlier run was stopped, and nothing counts of what it has done: base is not as it left it.
@@ -196,9 +194,6 @@ pub enum Afterwards {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(why) = &self.nothing_to_do {
-            return write!(f, "nothing to do: {why}");
-        }
         writeln!(f, "merge {} into {}", shown(&self.top), shown(&self.base))?;
         writeln!(f, "  copy {} bytes, zero {} bytes", self.totals.bytes_to_copy, self.totals.bytes_to_zero)?;
         writeln!(f, "  allocate {} clusters", self.totals.clusters_to_allocate)?;

@@ -18,22 +18,18 @@ impl Commit {
     /// # Errors
     /// As [`Job::verify`]; [`Error::Refused`] for an inconsistent base.
     pub(super) fn read_back(&self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Option<u32>> {
-        let span = self.span();
+        let (stack, span) = (self.stack()?, self.span());
         let images = self.chain.images();
-        let size = images.get(span.active).map_or(0, |image| image.virtual_size());
-        if self.plan.nothing_to_do.is_some() {
-            return whole_digest(&images, size, cancel);
-        }
+        let size = stack.active.image.virtual_size();
         let mut job = down(&images, span)?;
         job.question.base_size = self.plan.base_size_before;
         let total = self.plan.totals.bytes_to_copy + self.plan.totals.bytes_to_zero;
         job.verify(&Run { progress, total, done: AtomicU64::new(0), cancel, journal: None })?;
-        safety::consistent(&self.chain, span.base, cancel)?;
+        safety::consistent(stack.base, cancel)?;
         let base = reopen(job.image()?)?;
-        let above = images.get(span.top + 1..).unwrap_or_default();
-        let mut then: Vec<&Image> = images.get(..span.base).unwrap_or_default().to_vec();
-        then.push(&base);
-        then.extend(above);
+        let below = images.iter().take(span.base).copied();
+        let above = images.iter().skip(span.top + 1).copied();
+        let then: Vec<&Image> = below.chain([&base]).chain(above).collect();
         whole_digest(&then, size, cancel)
     }
 }
@@ -50,7 +46,7 @@ mod tests {
     use crate::compare::compare;
     use crate::error::Error;
     use crate::image::{CreateOptions, create, create_raw};
-    use crate::merge::{BaseChoice, CommitOptions};
+    use crate::merge::{BaseChoice, CommitOptions, Prepared};
     use crate::storage::{Access, Host, MemHost};
     use crate::testing::{Dice, Silent, local, random_chain};
     use crate::transfer::put;
@@ -65,7 +61,7 @@ mod tests {
         (host, model, PathBuf::from(format!("/{}", layers - 1)))
     }
 
-    fn prepare(host: &MemHost, active: &Path, options: &CommitOptions) -> Commit {
+    fn prepare(host: &MemHost, active: &Path, options: &CommitOptions) -> Prepared {
         Commit::prepare(Arc::new(host.clone()), active, options, &AtomicBool::new(false)).unwrap()
     }
 
@@ -90,7 +86,7 @@ mod tests {
                 drop(after);
                 // Again, with nothing to do.
                 let commit = prepare(&host, &active, &options);
-                assert!(commit.plan().nothing_to_do.is_some(), "seed {seed}, {:?}", options.base);
+                assert!(commit.plan().is_none(), "seed {seed}, {:?}", options.base);
                 let report = commit.execute(&Silent, &AtomicBool::new(false)).unwrap();
                 assert_eq!(report.digest, Some(now), "seed {seed}, {:?}", options.base);
             }
@@ -103,6 +99,7 @@ mod tests {
         for seed in 0..20 {
             let (host, model, active) = chain(seed);
             let commit = prepare(&host, &active, &options(BaseChoice::Bottom));
+            let Prepared::Merge(commit) = commit else { continue };
             if commit.plan().totals.bytes_to_copy == 0 {
                 continue;
             }
@@ -129,7 +126,8 @@ mod tests {
         let bytes = vec![7; 3 << 20];
         put(&host, Path::new("/1"), &local(), &[(GuestOffset::new(1 << 20), bytes)]).unwrap();
         let (never, at) = (AtomicBool::new(false), (3 << 20) + 12345);
-        let commit = prepare(&host, Path::new("/1"), &options(BaseChoice::Bottom));
+        let prepared = prepare(&host, Path::new("/1"), &options(BaseChoice::Bottom));
+        let Prepared::Merge(commit) = prepared else { panic!("there is data to merge") };
         let file = host.open(Path::new("/0"), Access::ReadWrite).unwrap();
         file.write_all_at(&vec![7; 3 << 20], 1 << 20).unwrap();
         commit.read_back(&Silent, &never).unwrap();

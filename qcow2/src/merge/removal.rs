@@ -7,18 +7,28 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::commit::{Commit, Gone};
+use super::commit::Commit;
 use super::emptying;
+use super::options::CommitOptions;
 use super::plan::Afterwards;
 use super::report::Report;
 use super::resume::remains::Remains;
 use super::resume::work::spent;
 use super::switch::mark::unlink;
 use super::switch::relink;
-use crate::chain::Layer;
+use crate::chain::{Chain, Layer};
 use crate::error::{Error, FileOp, Result};
 use crate::journal::Journal;
 use crate::storage::{FileId, FileKind, Host, Place};
+
+/// An active image that was removed before.
+#[derive(Debug)]
+pub(super) struct Gone {
+    /// Its journal.
+    pub(super) journal: Journal,
+    /// The name by which the caller knows it: a symbolic link, perhaps.
+    pub(super) asked: PathBuf,
+}
 
 /// A file that was removed.
 struct Removed {
@@ -84,27 +94,14 @@ impl Commit {
     /// Removes the active image, an empty overlay by now, if it is to go; then its journal.
     pub(super) fn remove_active(&self, report: &mut Report) -> Result<()> {
         let Some(journal) = &self.removing else { return Ok(()) };
-        let active = self.layer(self.chain.active())?;
+        let active = self.stack()?.active;
         let removed = self.delete(active, report)?;
         journal.remove(&*self.host)?;
         self.delete_links(removed.unwrap_or_default(), report)
     }
 
-    /// Ends a merge that was stopped when it had removed the active image.
-    pub(super) fn finish_removed(&self, gone: &Gone, report: &mut Report) -> Result<()> {
-        let journal = &gone.journal;
-        if let Some(remains) = Remains::of(&*self.host, journal, &self.chain, false)? {
-            remains.settle(&*self.host, &self.chain, &self.options, report)?;
-        }
-        journal.remove(&*self.host)?;
-        if unlink_dangling(&*self.host, &gone.asked, &journal.header().active)? {
-            report.deleted.push(gone.asked.clone());
-        }
-        Ok(())
-    }
-
     pub(super) fn base_name(&self) -> Result<PathBuf> {
-        let base = self.layer(self.base)?;
+        let base = self.stack()?.base;
         Ok(self.host.canonicalize(&base.path).unwrap_or_else(|_| base.path.clone()))
     }
 
@@ -129,8 +126,7 @@ impl Commit {
 
     /// Bytes that the layers above base hold on disk, up to top.
     pub(super) fn held_above(&self) -> Result<u64> {
-        let layers = self.chain.layers().get(self.base + 1..=self.top).unwrap_or_default();
-        layers.iter().map(emptying::held).sum()
+        self.stack()?.merged.iter().map(emptying::held).sum()
     }
 
     /// Removes a layer, and then its data file, if its name still leads to the file of the plan, and that is a
@@ -183,7 +179,7 @@ impl Commit {
     /// Marks layers as merged. Those that are empty get base as their backing file: who uses one that is not reads
     /// through what lies below it.
     fn mark(&self, layers: &[&Layer], report: &mut Report) -> Result<()> {
-        let (dir, base) = (self.options.journal_dir.as_deref(), self.layer(self.base)?);
+        let (dir, base) = (self.options.journal_dir.as_deref(), self.stack()?.base);
         let emptied = self.emptied();
         let mut named = Vec::new();
         for layer in layers {
@@ -200,6 +196,27 @@ impl Commit {
         }
         Ok(())
     }
+}
+
+/// Ends a merge that was stopped when it had removed the active image.
+///
+/// # Errors
+/// [`Error::InUse`]; the system's.
+pub(super) fn finish_removed(
+    host: &dyn Host,
+    gone: &Gone,
+    options: &CommitOptions,
+    report: &mut Report,
+) -> Result<()> {
+    let (journal, chain) = (&gone.journal, Chain::default());
+    if let Some(remains) = Remains::of(host, journal, &chain, false)? {
+        remains.settle(host, &chain, options, report)?;
+    }
+    journal.remove(host)?;
+    if unlink_dangling(host, &gone.asked, &journal.header().active)? {
+        report.deleted.push(gone.asked.clone());
+    }
+    Ok(())
 }
 
 /// Removes the symbolic link at `path` that led to the file `real`, which is there no more; false if there is none. What

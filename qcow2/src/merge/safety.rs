@@ -6,27 +6,20 @@ use std::sync::atomic::AtomicBool;
 
 use super::options::CommitOptions;
 use super::plan::{Afterwards, Plan, Signs};
-use crate::chain::{
-    Chain, Layer, Lookalike, Looked, Search, Sibling, find_lookalikes, find_users_in, other_names,
-};
+use super::stack::Stack;
+use crate::chain::{Layer, Lookalike, Looked, Search, Sibling, find_lookalikes, find_users_in, other_names};
 use crate::check::{CheckOptions, check_consistent};
 use crate::error::{Error, FileOp, Refusal, Result, Role};
 use crate::image::{Image, bitmap_names};
 use crate::journal;
 use crate::storage::{Access, FileId, FileKind, Host};
-use crate::transfer::ask::Span;
 use crate::units::GuestOffset;
 
 /// Rules that the headers alone decide; `ours` tells whether the layer at a position is marked dirty by a
 /// merge that was stopped, and is taken up again.
-pub(super) fn layers(
-    chain: &Chain,
-    span: Span,
-    options: &CommitOptions,
-    ours: &dyn Fn(usize) -> bool,
-) -> Result<()> {
-    let size = |at: usize| chain.layers().get(at).map_or(0, |layer| layer.image.virtual_size());
-    for (at, layer) in chain.layers().iter().enumerate() {
+pub(super) fn layers(stack: &Stack<'_>, options: &CommitOptions, ours: &dyn Fn(usize) -> bool) -> Result<()> {
+    let span = stack.span;
+    for (at, layer) in stack.chain.layers().iter().enumerate() {
         let merged = span.base < at && at <= span.top;
         let Some(image) = layer.image.as_qcow2() else { continue };
         let refuse = |reason| Err(Error::refused(&layer.path, reason));
@@ -41,7 +34,7 @@ pub(super) fn layers(
         if image.header().is_dirty() && (at == span.base || written) && !ours(at) {
             return refuse(Refusal::Dirty);
         }
-        let grows = at == span.base && size(span.top) > image.virtual_size();
+        let grows = at == span.base && stack.top.image.virtual_size() > image.virtual_size();
         if grows && image.header().snapshots > 0 && image.header().version < 3 {
             return refuse(Refusal::SnapshotsWithoutSize);
         }
@@ -61,7 +54,7 @@ pub(super) fn layers(
             return refuse(Refusal::MergedBefore { base });
         }
     }
-    let lost = bitmaps(chain, span, options)?;
+    let lost = bitmaps(stack, options)?;
     if let Some((path, _)) = lost.first()
         && !options.drop_bitmaps
     {
@@ -73,14 +66,14 @@ pub(super) fn layers(
 
 /// The bitmaps that the merge loses: those of layers that go away, or that nobody sees the disk through any more. The
 /// active image goes on showing the same disk, and keeps its own.
-pub(super) fn bitmaps(chain: &Chain, span: Span, options: &CommitOptions) -> Result<Vec<(PathBuf, String)>> {
+pub(super) fn bitmaps(stack: &Stack<'_>, options: &CommitOptions) -> Result<Vec<(PathBuf, String)>> {
     let mut lost = Vec::new();
-    let end = match span.top == span.active {
-        true if options.keep_active => span.base + 1,
-        true if !options.delete => span.top,
-        _ => span.top + 1,
+    let losing = match stack.has_active() {
+        true if options.keep_active => 0,
+        true if !options.delete => stack.merged.len() - 1,
+        _ => stack.merged.len(),
     };
-    for layer in chain.layers().get(span.base + 1..end).unwrap_or_default() {
+    for layer in stack.merged.iter().take(losing) {
         for bitmap in layer.image.as_qcow2().map(bitmap_names).transpose()?.unwrap_or_default() {
             lost.push((layer.path.clone(), bitmap.name));
         }
@@ -91,17 +84,16 @@ pub(super) fn bitmaps(chain: &Chain, span: Span, options: &CommitOptions) -> Res
 /// Each image that is to be written needs a place for a journal, or for the record of an edit.
 pub(super) fn journal_places(
     host: &dyn Host,
-    chain: &Chain,
-    span: Span,
+    stack: &Stack<'_>,
     options: &CommitOptions,
     afterwards: &Afterwards,
 ) -> Result<()> {
-    let last = match afterwards {
-        Afterwards::Relink { .. } => span.top + 1,
-        Afterwards::Empty { .. } | Afterwards::Delete { .. } => span.top,
-        Afterwards::Keep => span.top.saturating_sub(1),
+    let (merged, overlay) = match afterwards {
+        Afterwards::Relink { .. } => (stack.touched, stack.overlay),
+        Afterwards::Empty { .. } | Afterwards::Delete { .. } => (stack.touched, None),
+        Afterwards::Keep => (stack.touched.get(..stack.merged.len()).unwrap_or_default(), None),
     };
-    for layer in chain.layers().get(span.base..=last).unwrap_or_default() {
+    for layer in merged.iter().chain(overlay) {
         if layer.access != Access::ReadWrite {
             continue;
         }
@@ -115,8 +107,8 @@ pub(super) fn journal_places(
 
 /// A qcow2 image that is to be written must be consistent: its refcounts decide what is free. Returns how
 /// many clusters it has leaked.
-pub(super) fn consistent(chain: &Chain, at: usize, cancel: &AtomicBool) -> Result<u64> {
-    let Some(Layer { image: Image::Qcow2(image), path, .. }) = chain.layers().get(at) else { return Ok(0) };
+pub(super) fn consistent(layer: &Layer, cancel: &AtomicBool) -> Result<u64> {
+    let Layer { image: Image::Qcow2(image), path, .. } = layer else { return Ok(0) };
     let data_file = image.has_data_file().then(|| &**image.data_file());
     let options = CheckOptions { cancel: Some(cancel) };
     check_consistent(path, &**image.file(), data_file, &options).map(|report| report.leaks)
@@ -136,21 +128,20 @@ pub(super) struct Searched {
 /// images that go on to see the same.
 pub(super) fn siblings(
     host: &dyn Host,
-    chain: &Chain,
-    span: Span,
+    stack: &Stack<'_>,
     merged: Vec<FileId>,
     options: &CommitOptions,
 ) -> Result<Searched> {
+    let Stack { chain, base, touched, .. } = *stack;
     let folders = chain.folders(host)?;
-    let is_elsewhere = is_elsewhere(host, chain, span)?;
-    let nearby = if is_elsewhere { neighbours(host, chain, span)? } else { Vec::new() };
+    let is_elsewhere = is_elsewhere(host, stack)?;
+    let nearby = if is_elsewhere { neighbours(host, stack)? } else { Vec::new() };
     let search = Search { folders: folders.clone(), deep: options.scan.clone(), nearby: nearby.clone() };
-    let touched = chain.layers().get(span.base..=span.top).unwrap_or_default();
     let targets: Vec<FileId> =
         touched.iter().flat_map(|l| [Some(l.id), l.data_file.as_ref().map(|d| d.id)]).flatten().collect();
     let theirs = [chain.files(), merged].concat();
     let mut found = find_users_in(host, &search, &targets, &theirs)?;
-    let is_harmed = |user: &&Sibling| !keeps_its_view(chain, span, options, user);
+    let is_harmed = |user: &&Sibling| !keeps_its_view(stack, options, user);
     let harmed: Vec<&Sibling> = found.users.iter().filter(is_harmed).collect();
     if let Some(first) = harmed.first()
         && !options.allow_shared_base
@@ -183,14 +174,12 @@ pub(super) fn siblings(
         possible_users: possible.into_iter().map(|image| image.path).collect(),
         ..Signs::default()
     };
-    if let Some(base) = touched.first() {
-        let failed = |e| Error::io(&base.path, FileOp::Stat, None, e);
-        signs.is_read_only = base.image.file().stat().map_err(failed)?.owner.mode & WRITABLE == 0;
-        signs.links = host.links(&base.path).map_err(failed)?;
-        let Looked { found: names, unreadable } = other_names(host, &found.files, base).map_err(failed)?;
-        signs.other_names = names;
-        found.unreadable.extend(unreadable);
-    }
+    let failed = |e| Error::io(&base.path, FileOp::Stat, None, e);
+    signs.is_read_only = base.image.file().stat().map_err(failed)?.owner.mode & WRITABLE == 0;
+    signs.links = host.links(&base.path).map_err(failed)?;
+    let Looked { found: names, unreadable } = other_names(host, &found.files, base).map_err(failed)?;
+    signs.other_names = names;
+    found.unreadable.extend(unreadable);
     let unreadable: BTreeSet<PathBuf> = found.unreadable.into_iter().map(|(path, _)| path).collect();
     let unreadable = unreadable.into_iter().collect();
     let searched = [folders, options.scan.clone()].concat();
@@ -202,51 +191,50 @@ const WRITABLE: u32 = 0o222;
 
 /// Whether what an image sees does not change: it reads through the active image, which becomes an empty overlay on base
 /// as large as before, or stays as it is.
-fn keeps_its_view(chain: &Chain, span: Span, options: &CommitOptions, user: &Sibling) -> bool {
+fn keeps_its_view(stack: &Stack<'_>, options: &CommitOptions, user: &Sibling) -> bool {
     let reads_through = |layer: &Layer| layer.id == user.uses && user.role == Role::BackingFile;
-    span.top == span.active && !options.delete && chain.layers().get(span.active).is_some_and(reads_through)
+    stack.has_active() && !options.delete && reads_through(stack.active)
 }
 
 /// The real folder of a layer.
-fn folder_of(host: &dyn Host, chain: &Chain, at: usize) -> Result<Option<PathBuf>> {
-    let Some(layer) = chain.layers().get(at) else { return Ok(None) };
+fn folder_of(host: &dyn Host, layer: &Layer) -> Result<Option<PathBuf>> {
     let real =
         host.canonicalize(&layer.path).map_err(|e| Error::io(&layer.path, FileOp::Resolve, None, e))?;
     Ok(real.parent().map(Path::to_owned))
 }
 
 /// Whether base and the active image lie in different folders, as templates and the disks made from them do.
-fn is_elsewhere(host: &dyn Host, chain: &Chain, span: Span) -> Result<bool> {
-    Ok(folder_of(host, chain, span.base)? != folder_of(host, chain, span.active)?)
+fn is_elsewhere(host: &dyn Host, stack: &Stack<'_>) -> Result<bool> {
+    Ok(folder_of(host, stack.base)? != folder_of(host, stack.active)?)
 }
 
 /// The folder in whose sub-folders other users of base are likely: where each machine has a folder of its own, and base
 /// lies in another.
-fn neighbours(host: &dyn Host, chain: &Chain, span: Span) -> Result<Vec<PathBuf>> {
-    let own = folder_of(host, chain, span.active)?;
+fn neighbours(host: &dyn Host, stack: &Stack<'_>) -> Result<Vec<PathBuf>> {
+    let own = folder_of(host, stack.active)?;
     let above = own.as_deref().and_then(Path::parent).filter(|above| above.parent().is_some());
     Ok(above.map(Path::to_owned).into_iter().collect())
 }
 
 /// Whether the file system can give base the blocks of the merged layers instead of a copy.
-fn moves_by_sharing(host: &dyn Host, chain: &Chain, span: Span) -> bool {
-    let touched = chain.layers().get(span.base..=span.top).unwrap_or_default();
+fn moves_by_sharing(host: &dyn Host, stack: &Stack<'_>) -> bool {
+    let Stack { base, touched, .. } = *stack;
     let device = |layer: &Layer| layer.data_file.as_ref().map_or(layer.id, |data| data.id).device;
     let coarse = |layer: &Layer| layer.image.as_qcow2().is_none_or(|q| q.geometry().cluster_size() >= 4096);
-    touched.iter().all(|layer| Some(device(layer)) == touched.first().map(device) && coarse(layer))
-        && touched.first().is_some_and(|base| host.shares_blocks(&base.path))
+    touched.iter().all(|layer| device(layer) == device(base) && coarse(layer))
+        && host.shares_blocks(&base.path)
 }
 
 /// Room for what the merge writes. Returns the files on file systems that do not say how much is free.
-pub(super) fn space(host: &dyn Host, chain: &Chain, span: Span, plan: &Plan) -> Result<Vec<PathBuf>> {
-    let Some(layer) = chain.layers().get(span.base) else { return Ok(Vec::new()) };
+pub(super) fn space(host: &dyn Host, stack: &Stack<'_>, plan: &Plan) -> Result<Vec<PathBuf>> {
+    let layer = stack.base;
     let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, FileOp::Stat, None, e))?;
     let no_space = |needed, available| Err(Error::NoSpace { path: layer.path.clone(), needed, available });
     if stat.kind == FileKind::Block {
         let needed = plan.base_file_size_after;
         return if needed > stat.len { no_space(needed, stat.len) } else { Ok(Vec::new()) };
     }
-    if moves_by_sharing(host, chain, span) {
+    if moves_by_sharing(host, stack) {
         // What really takes room is known only when it is done; running out then loses nothing.
         return Ok(Vec::new());
     }

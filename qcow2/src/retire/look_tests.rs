@@ -23,7 +23,7 @@ fn image(host: &MemHost, path: &str, backing: &str) {
 
 fn prepare(disk: &SimHost, active: &str, options: &CommitOptions) -> Result<Plan> {
     let host: Arc<dyn Host> = Arc::new(disk.clone());
-    Ok(Commit::prepare(host, Path::new(active), options, &AtomicBool::new(false))?.plan().clone())
+    Ok(Commit::prepare(host, Path::new(active), options, &AtomicBool::new(false))?.plan().unwrap().clone())
 }
 
 /// Has each operation fail once, and looks at what comes of it; gives how many there are.

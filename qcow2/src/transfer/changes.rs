@@ -56,7 +56,7 @@ mod tests {
     use crate::error::ErrorKind;
     use crate::image::bitmap_names;
     use crate::image::bitmaps::tests::{Fixture, ok, only, qemu, union};
-    use crate::merge::{Commit, CommitOptions};
+    use crate::merge::{Commit, CommitOptions, Prepared};
     use crate::storage::OsHost;
     use crate::testing::Silent;
     use crate::transfer::put;
@@ -72,7 +72,7 @@ mod tests {
         path
     }
 
-    fn prepare(top: &Path, drop_bitmaps: bool) -> Result<Commit> {
+    fn prepare(top: &Path, drop_bitmaps: bool) -> Result<Prepared> {
         let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
         let options = CommitOptions { open, verify: true, drop_bitmaps, ..CommitOptions::default() };
         Commit::prepare(Arc::new(OsHost), top, &options, &AtomicBool::new(false))
@@ -97,7 +97,7 @@ mod tests {
                 ok("qemu-io", &["-c", "write -z 4M 1M", top.to_str().unwrap()]);
                 write(&top, new_size - 3 * MIB, 65536);
                 let commit = prepare(&top, false).unwrap();
-                let planned = commit.plan().totals;
+                let planned = commit.plan().unwrap().totals;
                 let report = commit.execute(&Silent, &AtomicBool::new(false)).unwrap();
                 assert_eq!(report.totals.clusters_to_allocate, planned.clusters_to_allocate);
                 assert_eq!(base.checked().virtual_size(), new_size);

@@ -9,7 +9,7 @@ use qcow2::chain::Chain;
 use qcow2::chain::view::View;
 use qcow2::check::{CheckOptions, check};
 use qcow2::image::ClusterCache;
-use qcow2::merge::{Commit, CommitOptions, Progress, Report, abort};
+use qcow2::merge::{Commit, CommitOptions, Prepared, Progress, Report, abort};
 use qcow2::storage::sim::{Cut, State};
 use qcow2::storage::{Access, Host, MemHost};
 use qcow2::units::GuestOffset;
@@ -51,7 +51,7 @@ pub(crate) fn merge_with(
     prepare(scenario, options, host)?.execute(&Silent, &AtomicBool::new(false))
 }
 
-fn prepare(scenario: &Scenario, options: &CommitOptions, host: Arc<dyn Host>) -> Result<Commit> {
+fn prepare(scenario: &Scenario, options: &CommitOptions, host: Arc<dyn Host>) -> Result<Prepared> {
     Commit::prepare(host, scenario.path(scenario.active()), options, &AtomicBool::new(false))
 }
 

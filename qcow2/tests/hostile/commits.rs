@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use qcow2::chain::{OpenOptions, Policy};
 use qcow2::check::{CheckOptions, Verdict, check};
 use qcow2::fuzzing::sample::{Content, Image, Sample, field, incompatible};
-use qcow2::merge::{Commit, CommitOptions, Progress, Report};
+use qcow2::merge::{Commit, CommitOptions, Prepared, Progress, Report};
 use qcow2::storage::{Access, Host, MemHost};
 use qcow2::{Error, ErrorKind, Refusal, Result};
 
@@ -46,7 +46,7 @@ fn options() -> CommitOptions {
     CommitOptions { open, ..CommitOptions::default() }
 }
 
-fn prepare(host: &MemHost, options: &CommitOptions) -> Result<Commit> {
+fn prepare(host: &MemHost, options: &CommitOptions) -> Result<Prepared> {
     Commit::prepare(Arc::new(host.clone()), Path::new(TOP), options, &AtomicBool::new(false))
 }
 

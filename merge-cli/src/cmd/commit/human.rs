@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use qcow2::error::shown;
-use qcow2::merge::{Afterwards, DataFileFate, Kept, Plan, Report};
+use qcow2::merge::{Afterwards, DataFileFate, Kept, Plan, Report, Settled};
 
 use crate::cli::CommitArgs;
 use crate::output::human::{Fields, plural};
@@ -11,12 +11,6 @@ use crate::output::size;
 
 /// The plan; `domains` are the fields that tell of libvirt.
 pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, String)]) -> String {
-    if let Some(reason) = &plan.nothing_to_do {
-        return match remains(plan, args) {
-            None => format!("nothing to do: {reason}"),
-            Some(remains) => format!("nothing to merge: {reason}\nleft over of that:  {remains}"),
-        };
-    }
     let mut fields = Fields::default();
     // Every layer from base up to top stops being a restore point, but top itself.
     let below = plan.restore_points_lost.iter().skip(1);
@@ -50,7 +44,7 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, Str
     if plan.bytes_freed > 0 {
         fields.add("to free", format!("at most {}", size::exact(plan.bytes_freed)));
     }
-    if let Some(remains) = remains(plan, args) {
+    if let Some(remains) = remains(&plan.remains, args) {
         fields.add("left over", format!("of a merge that was stopped: {remains}"));
     }
     let what = if plan.restore_points_lost.len() == 1 { "a restore point" } else { "restore points" };
@@ -131,13 +125,24 @@ fn others(plan: &Plan, fields: &mut Fields) {
     }
 }
 
+/// What there is to say where nothing is merged.
+pub(super) fn settled(settled: &Settled, args: &CommitArgs) -> String {
+    let reason = &settled.reason;
+    match remains(&settled.remains, args) {
+        None => format!("nothing to do: {reason}"),
+        Some(remains) => format!("nothing to merge: {reason}\nleft over of that:  {remains}"),
+    }
+}
+
+/// What came of that.
+pub(super) fn settled_result(settled: &Settled, report: &Report) -> String {
+    let layers = layers(report);
+    let what = if layers.is_empty() { "do" } else { "merge" };
+    [vec![format!("nothing to {what}: {}", settled.reason)], layers].concat().join("\n")
+}
+
 /// The result.
 pub(super) fn result(plan: &Plan, report: &Report) -> String {
-    if let Some(reason) = &plan.nothing_to_do {
-        let layers = layers(report);
-        let what = if layers.is_empty() { "do" } else { "merge" };
-        return [vec![format!("nothing to {what}: {reason}")], layers].concat().join("\n");
-    }
     let mut lines = vec![merged(plan, report)];
     if let Some(digest) = report.digest {
         lines
@@ -252,9 +257,9 @@ fn keeps(kept: &Kept) -> String {
 }
 
 /// What a merge that was stopped has left to be removed, if anything.
-fn remains(plan: &Plan, args: &CommitArgs) -> Option<String> {
+fn remains(files: &[PathBuf], args: &CommitArgs) -> Option<String> {
     let what = if args.delete { "will be removed" } else { "stay, marked as merged" };
-    (!plan.remains.is_empty()).then(|| format!("{}: {what}", list(&plan.remains)))
+    (!files.is_empty()).then(|| format!("{}: {what}", list(files)))
 }
 
 fn old_tail(plan: &Plan) -> String {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use qcow2::merge::{Afterwards, DataFileFate, Plan, Report, Signs, Totals};
+use qcow2::merge::{Afterwards, DataFileFate, Plan, Report, Settled, Signs, Totals};
 use serde_json::{Value, json};
 
 use crate::output::json::{path, paths};
@@ -44,6 +44,11 @@ pub(super) fn plan(plan: &Plan) -> Value {
 pub(super) fn result(plan: &Plan, report: &Report) -> Value {
     let mut fields = common(plan, &report.totals, report.base_file_size);
     fields["obsolete"] = paths(&plan.obsolete);
+    came_out(&mut fields, report);
+    fields
+}
+
+fn came_out(fields: &mut Value, report: &Report) {
     fields["emptied"] = paths(&report.emptied);
     fields["bytes-freed"] = report.freed.into();
     fields["deleted"] = paths(&report.deleted);
@@ -55,13 +60,62 @@ pub(super) fn result(plan: &Plan, report: &Report) -> Value {
     if let Some(digest) = report.digest {
         fields["digest"] = format!("{digest:08x}").into();
     }
+}
+
+/// The fields of the plan event where nothing is merged: what a plan has, of nothing.
+pub(super) fn settled(settled: &Settled) -> Value {
+    let mut fields = nothing(settled, 0);
+    for list in [
+        "restore-points-lost",
+        "searched",
+        "unreadable",
+        "room-unknown",
+        "data-files",
+        "strangers",
+        "emptied",
+    ] {
+        fields[list] = json!([]);
+    }
+    fields["signs"] = signs(&Signs::default());
+    fields["bytes-freed"] = 0.into();
+    fields["resumed"] = Value::Null;
+    fields["begins-anew"] = Value::Null;
     fields
+}
+
+/// The fields of the result event where nothing was merged.
+pub(super) fn settled_result(settled: &Settled, report: &Report) -> Value {
+    let mut fields = nothing(settled, report.base_file_size);
+    came_out(&mut fields, report);
+    fields
+}
+
+fn nothing(settled: &Settled, base_file_size: u64) -> Value {
+    json!({
+        "base": path(&settled.base),
+        "top": path(&settled.top),
+        "active": path(&settled.active),
+        "bytes-to-copy": 0,
+        "bytes-to-zero": 0,
+        "bytes-to-write": 0,
+        "clusters-to-allocate": 0,
+        "base-file-size-after": base_file_size,
+        "base-virtual-size-before": settled.base_size,
+        "base-virtual-size-after": settled.base_size,
+        "old-tail": 0,
+        "bitmaps-lost": [],
+        "left-over": paths(&settled.remains),
+        "not-emptied": [],
+        "afterwards": afterwards(&Afterwards::Keep),
+        "obsolete": [],
+        "nothing-to-do": settled.reason,
+    })
 }
 
 fn common(plan: &Plan, totals: &Totals, base_file_size: u64) -> Value {
     let bitmaps = plan.bitmaps_lost.iter().map(|(file, name)| json!({ "file": path(file), "name": name }));
     let not_emptied = plan.kept.iter().map(|kept| json!({ "file": path(&kept.path), "reason": kept.why }));
-    let mut fields = json!({
+    json!({
         "base": path(&plan.base),
         "top": path(&plan.top),
         "active": path(&plan.active),
@@ -77,11 +131,7 @@ fn common(plan: &Plan, totals: &Totals, base_file_size: u64) -> Value {
         "left-over": paths(&plan.remains),
         "not-emptied": not_emptied.collect::<Value>(),
         "afterwards": afterwards(&plan.afterwards),
-    });
-    if let Some(reason) = &plan.nothing_to_do {
-        fields["nothing-to-do"] = reason.as_str().into();
-    }
-    fields
+    })
 }
 
 fn signs(signs: &Signs) -> Value {

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use qcow2::error::Holder;
-use qcow2::merge::{Afterwards, Plan};
+use qcow2::merge::{Afterwards, Plan, Settled};
 use qmp_client::Owner;
 use qmp_client::libvirt::{
     After, BlockCommit, Definitions, DomainDisk, DomainName, Fate, Mention, Recorded, Virsh,
@@ -20,16 +20,15 @@ use crate::output::human::{printable, shell_word};
 use crate::output::json::path;
 
 /// The images of a plan, and what becomes of them.
-struct Images<'p> {
+pub(super) struct Images<'p> {
     files: Vec<&'p Path>,
     roles: Vec<&'static str>,
     fates: Vec<Fate>,
 }
 
 impl<'p> Images<'p> {
-    fn of(plan: &'p Plan, args: &CommitArgs) -> Self {
+    pub(super) fn of(plan: &'p Plan, args: &CommitArgs) -> Self {
         let mut images = Self { files: Vec::new(), roles: Vec::new(), fates: Vec::new() };
-        let gone = args.delete && plan.nothing_to_do.is_none();
         let active =
             if matches!(plan.afterwards, Afterwards::Delete { .. }) { Fate::Removed } else { Fate::Right };
         images.add(&plan.active, "active", active);
@@ -39,12 +38,24 @@ impl<'p> Images<'p> {
         for file in plan.obsolete.iter().chain(&plan.remains) {
             let keeps_data = plan.kept.iter().any(|kept| kept.path == *file);
             let stays = if keeps_data { Fate::Stale } else { Fate::Changes };
-            images.add(file, "merged", if gone { Fate::Removed } else { stays });
+            images.add(file, "merged", if args.delete { Fate::Removed } else { stays });
         }
         for file in plan.restore_points_lost.iter().skip(1).chain([&plan.top]) {
             images.add(file, "merged", Fate::Changes);
         }
         images.add(&plan.base, "base", Fate::Changes);
+        images
+    }
+
+    /// The images of a chain in which nothing is merged.
+    pub(super) fn settled(settled: &'p Settled) -> Self {
+        let mut images = Self { files: Vec::new(), roles: Vec::new(), fates: Vec::new() };
+        images.add(&settled.active, "active", Fate::Right);
+        for file in &settled.remains {
+            images.add(file, "merged", Fate::Changes);
+        }
+        images.add(&settled.top, "merged", Fate::Changes);
+        images.add(&settled.base, "base", Fate::Changes);
         images
     }
 
@@ -58,10 +69,9 @@ impl<'p> Images<'p> {
 }
 
 /// The fields of the plan in words: each a title and its text.
-pub(super) fn text(definitions: &Definitions, plan: &Plan, args: &CommitArgs) -> Vec<(&'static str, String)> {
-    let images = Images::of(plan, args);
+pub(super) fn text(definitions: &Definitions, images: &Images<'_>) -> Vec<(&'static str, String)> {
     let mentions = definitions.naming(&images.files);
-    let mut fields: Vec<_> = mentions.iter().map(|mention| ("libvirt", told(mention, &images))).collect();
+    let mut fields: Vec<_> = mentions.iter().map(|mention| ("libvirt", told(mention, images))).collect();
     if let Some((file, why)) = definitions.unread.first() {
         let more = match definitions.unread.len() - 1 {
             0 => String::new(),
@@ -110,8 +120,7 @@ fn told(mention: &Mention<'_>, images: &Images<'_>) -> String {
 }
 
 /// The same for programs.
-pub(super) fn json(definitions: &Definitions, plan: &Plan, args: &CommitArgs) -> (Value, Value) {
-    let images = Images::of(plan, args);
+pub(super) fn json(definitions: &Definitions, images: &Images<'_>) -> (Value, Value) {
     let one = |mention: &Mention<'_>| {
         let named = mention.named().filter_map(|place| {
             Some(json!({ "file": path(images.files.get(place)?), "role": images.roles.get(place)? }))

@@ -71,7 +71,7 @@ pub fn abort(
     let work = left.take_up(host, image, false)?;
     if left.is_doubtful() {
         // In memory it is as it would be written: a base that the journal does not fit stays as it is.
-        safety::consistent(&chain, at, cancel)?;
+        safety::consistent(chain.layer(at)?, cancel)?;
     }
     let Some(image) = chain.image_mut(at) else { return Ok(result) };
     work.replay(image, None)?;

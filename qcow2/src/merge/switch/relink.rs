@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use crate::chain::{BackingName, Chain, Layer, new_backing_name};
+use crate::chain::{BackingName, Layer, new_backing_name};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{Cluster0, Mark, Switch, plan_backing_switch, plan_mark, plan_mark_and_backing};
 use crate::image::Qcow2;
@@ -14,35 +14,25 @@ use crate::image::rewrite::{apply, read_cluster, rewrite_error};
 use crate::journal::{Edit, edit_headers};
 use crate::merge::options::CommitOptions;
 use crate::merge::plan::Afterwards;
+use crate::merge::stack::Stack;
 use crate::storage::{Access, Host};
-use crate::transfer::ask::Span;
 
 /// Decides what happens above base, and whether it fits into the headers; nothing is written.
-pub(crate) fn plan(
-    host: &dyn Host,
-    chain: &Chain,
-    span: Span,
-    options: &CommitOptions,
-) -> Result<Afterwards> {
-    if span.top < span.active {
-        let (name, atomic) = switch(host, chain, span, span.top + 1)?;
-        let overlay = layer(chain, span.top + 1)?.path.clone();
-        return Ok(Afterwards::Relink { overlay, name, atomic });
+pub(crate) fn plan(host: &dyn Host, stack: &Stack<'_>, options: &CommitOptions) -> Result<Afterwards> {
+    if let Some(overlay) = stack.overlay {
+        let (name, atomic) = switch(host, stack.base, overlay)?;
+        return Ok(Afterwards::Relink { overlay: overlay.path.clone(), name, atomic });
     }
     if options.keep_active {
         return Ok(Afterwards::Keep);
     }
-    let (name, atomic) = if span.base + 1 == span.active {
+    let (name, atomic) = if stack.merged.len() == 1 {
         (None, true)
     } else {
-        let (name, atomic) = switch(host, chain, span, span.active)?;
+        let (name, atomic) = switch(host, stack.base, stack.active)?;
         (Some(name), atomic)
     };
     Ok(if options.delete { Afterwards::Delete { name, atomic } } else { Afterwards::Empty { name, atomic } })
-}
-
-fn layer(chain: &Chain, at: usize) -> Result<&Layer> {
-    chain.layers().get(at).ok_or(Error::Broken { invariant: "a merge has all its layers" })
 }
 
 fn qcow2(layer: &Layer) -> Result<&Qcow2> {
@@ -50,10 +40,8 @@ fn qcow2(layer: &Layer) -> Result<&Qcow2> {
     layer.image.as_qcow2().ok_or_else(not)
 }
 
-/// The name that the layer at `at` will use for base, and whether writing it is atomic.
-fn switch(host: &dyn Host, chain: &Chain, span: Span, at: usize) -> Result<(OsString, bool)> {
-    let overlay = layer(chain, at)?;
-    let base = layer(chain, span.base)?;
+/// The name that an overlay will use for base, and whether writing it is atomic.
+fn switch(host: &dyn Host, base: &Layer, overlay: &Layer) -> Result<(OsString, bool)> {
     let old = qcow2(overlay)?.cluster0().backing_name.clone().unwrap_or_default();
     let name = OsString::from_vec(new_backing_name(host, &old, &overlay.path, &base.path)?);
     let switch = plan_switch(overlay, &name, base.image.format().name())?;
@@ -65,18 +53,15 @@ fn plan_switch(overlay: &Layer, name: &OsStr, format: &str) -> Result<Switch> {
     plan_backing_switch(&cluster, name.as_bytes(), format).map_err(|e| rewrite_error(&overlay.path, name, e))
 }
 
-/// Gives the layer at `at` base as its backing file. A record of the edit lies beside it or in `dir`
-/// meanwhile.
+/// Gives an overlay base as its backing file. A record of the edit lies beside it or in `dir` meanwhile.
 pub(crate) fn relink(
     host: &dyn Host,
-    chain: &Chain,
-    span: Span,
-    at: usize,
+    base: &Layer,
+    overlay: &Layer,
     name: &OsStr,
     dir: Option<&Path>,
 ) -> Result<()> {
-    let format = layer(chain, span.base)?.image.format().name();
-    let overlay = layer(chain, at)?;
+    let format = base.image.format().name();
     let switch = plan_switch(overlay, name, format)?;
     edit_headers(host, &edit(overlay, switch).into_iter().collect::<Vec<_>>(), dir)
 }
