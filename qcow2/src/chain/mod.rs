@@ -36,9 +36,8 @@ pub use siblings::{Sibling, Siblings, find_users, find_users_in};
 pub use signs::Lookalike;
 pub(crate) use signs::{Looked, find_lookalikes, other_names};
 
-/// An opened chain, the bottom first, the active image last. The default is an empty one, for an image that is
-/// there no more; all others have one layer or more.
-#[derive(Debug, Default)]
+/// An opened chain, the bottom first, the active image last. It has one layer or more.
+#[derive(Debug)]
 pub struct Chain {
     layers: Vec<Layer>,
 }
@@ -87,12 +86,7 @@ impl Chain {
     /// As [`Chain::layer`].
     pub(crate) fn image_at(&mut self, at: usize) -> Result<&mut Image> {
         let broken = Error::Broken { invariant: "a chain has the layers that were found in it" };
-        self.image_mut(at).ok_or(broken)
-    }
-
-    /// The image of a layer, to be changed.
-    pub(crate) fn image_mut(&mut self, at: usize) -> Option<&mut Image> {
-        self.layers.get_mut(at).map(|layer| &mut layer.image)
+        self.layers.get_mut(at).map(|layer| &mut layer.image).ok_or(broken)
     }
 
     /// The layers whose file systems have no locks, though locks were asked for.

@@ -60,7 +60,7 @@ impl Commit {
         journal::sweep(&*self.host, &folders, dir.as_deref(), self.options.open.no_locks)?;
         if let Some(remains) = remains_of(&*self.host, &self.chain, &self.left)? {
             // Base's journal, which tells of them, is there until a new one takes its place.
-            remains.settle(&*self.host, &self.chain, &self.options, &mut report)?;
+            remains.settle(&*self.host, Some(&self.chain), &self.options, &mut report)?;
         }
         let work = self.begin(cancel)?;
         match self.fill(&work, &mut report, progress, cancel) {

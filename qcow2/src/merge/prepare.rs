@@ -12,9 +12,9 @@ use super::make_plan::{Needed, is_nothing, make_plan};
 use super::options::{BaseChoice, CommitOptions};
 use super::plan::{BeginsAnew, Resumed};
 use super::removal::Gone;
-use super::resume::before;
+use super::resume::before::{self, Before};
 use super::resume::remains::Remains;
-use super::resume::{unfinished, work};
+use super::resume::work;
 use super::settled::{Done, Finish, Nothing, Prepared, Settled, Unfinished, remains_of};
 use super::stack::Stack;
 use super::switch::relink;
@@ -51,20 +51,19 @@ impl Commit {
         let scout = Chain::open(&*host, active, &healing)?;
         // However often it is stopped, the same merge is known by the index that was asked for.
         let asked = options.top.as_deref().and_then(index);
-        let meant = before::meant(&*host, &scout, options)?;
+        let meant = match before::look(&*host, &scout, options)? {
+            Before::Open(meant) => meant,
+            Before::Switched(reason, remains) => {
+                let done = done(host, options, &scout, reason, remains)?;
+                let unfinished = Unfinished::Switched(scout);
+                return Ok(Prepared::Finish(Box::new(Finish { done, unfinished })));
+            }
+            Before::Merged(reason) => {
+                let done = done(host, options, &scout, reason, Vec::new())?;
+                return Ok(Prepared::Nothing(Box::new(Nothing { done, chain: scout })));
+            }
+        };
         let options = meant.as_ref().unwrap_or(options);
-        if let Some((reason, remains)) = before::switched(&*host, &scout, options)? {
-            let done = done(host, options, &scout, reason, remains)?;
-            return Ok(Prepared::Finish(Finish { done, unfinished: Unfinished::Switched(scout) }));
-        }
-        if let Some(reason) = before::merged(&*host, &scout, options)? {
-            let has_journals = unfinished::is_switching(&*host, &scout, options.journal_dir.as_deref())?;
-            let done = done(host, options, &scout, reason, Vec::new())?;
-            return Ok(match has_journals {
-                true => Prepared::Finish(Finish { done, unfinished: Unfinished::Switched(scout) }),
-                false => Prepared::Nothing(Nothing { done, chain: scout }),
-            });
-        }
         let span = choose(&*host, &scout, options)?;
         let mut open = OpenOptions { lock: true, heal: false, ..options.open.clone() };
         for (at, layer) in scout.layers().iter().enumerate() {
@@ -146,8 +145,11 @@ impl Commit {
             done.settled.base_size = stack.base.image.virtual_size();
             return Ok(
                 match left.base.is_none() && left.above.is_empty() && done.settled.remains.is_empty() {
-                    true => Prepared::Nothing(Nothing { done, chain }),
-                    false => Prepared::Finish(Finish { done, unfinished: Unfinished::Journals(chain, left) }),
+                    true => Prepared::Nothing(Box::new(Nothing { done, chain })),
+                    false => Prepared::Finish(Box::new(Finish {
+                        done,
+                        unfinished: Unfinished::Journals(chain, Box::new(left)),
+                    })),
                 },
             );
         }
@@ -183,7 +185,7 @@ impl Commit {
 fn over(host: Arc<dyn Host>, options: &CommitOptions, gone: Journal, asked: &Path) -> Result<Prepared> {
     let header = gone.header();
     let (base, active) = (header.base.clone(), header.active.clone());
-    let remains = Remains::of(&*host, &gone, &Chain::default(), false)?;
+    let remains = Remains::of(&*host, &gone, None, false)?;
     let settled = Settled {
         reason: before::was_merged(&active, &base),
         base_size: 0,
@@ -194,7 +196,7 @@ fn over(host: Arc<dyn Host>, options: &CommitOptions, gone: Journal, asked: &Pat
     };
     let gone = Gone { journal: gone, asked: asked.to_owned() };
     let done = Done { host, options: options.clone(), settled };
-    Ok(Prepared::Finish(Finish { done, unfinished: Unfinished::Removed(gone) }))
+    Ok(Prepared::Finish(Box::new(Finish { done, unfinished: Unfinished::Removed(Box::new(gone)) })))
 }
 
 /// What is known of a chain in which nothing is to be merged.

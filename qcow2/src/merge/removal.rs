@@ -16,7 +16,7 @@ use super::resume::remains::Remains;
 use super::resume::work::spent;
 use super::switch::mark::unlink;
 use super::switch::relink;
-use crate::chain::{Chain, Layer};
+use crate::chain::Layer;
 use crate::error::{Error, FileOp, Result};
 use crate::journal::Journal;
 use crate::storage::{FileId, FileKind, Host, Place};
@@ -208,9 +208,9 @@ pub(super) fn finish_removed(
     options: &CommitOptions,
     report: &mut Report,
 ) -> Result<()> {
-    let (journal, chain) = (&gone.journal, Chain::default());
-    if let Some(remains) = Remains::of(host, journal, &chain, false)? {
-        remains.settle(host, &chain, options, report)?;
+    let journal = &gone.journal;
+    if let Some(remains) = Remains::of(host, journal, None, false)? {
+        remains.settle(host, None, options, report)?;
     }
     journal.remove(host)?;
     if unlink_dangling(host, &gone.asked, &journal.header().active)? {

@@ -27,9 +27,9 @@ pub enum Prepared {
     /// Layers are merged.
     Merge(Box<Commit>),
     /// Nothing is merged: what a merge has left that was stopped is completed.
-    Finish(Finish),
+    Finish(Box<Finish>),
     /// There is nothing to do.
-    Nothing(Nothing),
+    Nothing(Box<Nothing>),
 }
 
 /// Why there is nothing to merge.
@@ -76,11 +76,11 @@ pub(super) struct Done {
 #[derive(Debug)]
 pub(super) enum Unfinished {
     /// The active image was removed: only its journal is there, and perhaps its data file.
-    Removed(Gone),
+    Removed(Box<Gone>),
     /// The chain was switched: the journals of its layers tell what is left to be done.
     Switched(Chain),
     /// The images are locked, and as they should be: only their journals are there, and files that were to be removed.
-    Journals(Chain, Leftovers),
+    Journals(Chain, Box<Leftovers>),
 }
 
 impl Prepared {
@@ -124,7 +124,7 @@ impl Prepared {
         match self {
             Self::Merge(commit) => Some(commit.chain()),
             Self::Nothing(nothing) => Some(&nothing.chain),
-            Self::Finish(Finish { unfinished, .. }) => match unfinished {
+            Self::Finish(finish) => match &finish.unfinished {
                 Unfinished::Removed(_) => None,
                 Unfinished::Switched(chain) | Unfinished::Journals(chain, _) => Some(chain),
             },
@@ -156,7 +156,7 @@ impl Finish {
                 done.sweep(&chain)?;
                 if let Some(remains) = remains_of(host, &chain, &left)? {
                     // Base's journal, which tells of them, is there until they are gone.
-                    remains.settle(host, &chain, options, &mut report)?;
+                    remains.settle(host, Some(&chain), options, &mut report)?;
                 }
                 let above = left.above.values().map(|(left, _)| left);
                 left.base.iter().chain(above).try_for_each(|left| left.discard(host))?;

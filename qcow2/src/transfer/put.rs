@@ -38,12 +38,12 @@ pub fn put(
     let open = OpenOptions { lock: true, access: [(id, Access::ReadWrite)].into(), ..options.clone() };
     let mut chain = Chain::open(host, path, &open)?;
     let active = chain.active();
-    let size = chain.images().last().map_or(0, |image| image.virtual_size());
+    let size = chain.layer(active)?.image.virtual_size();
     let (memory, needs) = in_memory(path, size, writes, active + 1)?;
-    let (clusters, bitmaps) = match chain.images().last() {
-        Some(Image::Raw(raw)) => return put_raw(raw, writes),
-        Some(Image::Foreign(foreign)) => return Err(foreign.refuse()),
-        Some(Image::Qcow2(image)) => {
+    let (clusters, bitmaps) = match &chain.layer(active)?.image {
+        Image::Raw(raw) => return put_raw(raw, writes),
+        Image::Foreign(foreign) => return Err(foreign.refuse()),
+        Image::Qcow2(image) => {
             writable(image)?;
             let mut counter = Counter::default();
             let own = chain.images();
@@ -52,9 +52,8 @@ pub fn put(
             needs.iter().try_for_each(|need| bitmaps.add(image, need.range))?;
             (counter.0 + bitmaps.clusters(), bitmaps)
         }
-        None => return Ok(()),
     };
-    let Some(Image::Qcow2(image)) = chain.image_mut(active) else { return Ok(()) };
+    let Image::Qcow2(image) = chain.image_at(active)? else { return Ok(()) };
     let refcounts = prepare(image, clusters, bitmaps.side_by_side(), size)?;
     let mut marker = bitmaps::Marker::start(image, &refcounts, bitmaps)?;
     needs.iter().try_for_each(|need| marker.add(need.range))?;

@@ -6,14 +6,11 @@ use std::sync::atomic::AtomicBool;
 use super::unfinished::Pending;
 use super::work::Left;
 use crate::chain::{Chain, OpenOptions};
-use crate::check::CheckOptions;
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::image::Image;
 use crate::journal;
 use crate::merge::safety;
-use crate::repair;
-use crate::repair::RepairMode;
 use crate::storage::{Access, Host};
+use crate::transfer::target::give_leaks_back;
 
 /// What giving a merge up came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,7 +47,7 @@ pub fn abort(
     let at = chain.active();
     let nothing =
         Aborted { pending: None, restore_points_lost: Vec::new(), written_since: false, put_back: false };
-    let Some(layer) = chain.layers().get(at) else { return Ok(nothing) };
+    let layer = chain.layer(at)?;
     let path = layer.path.clone();
     let Some(left) = Left::find(host, layer, dir)? else {
         journal::refuse_strangers(host, &path, &**layer.image.file(), dir, journal::JOURNAL)?;
@@ -64,23 +61,18 @@ pub fn abort(
     let lost = if pending.is_some() { left.restore_points_lost() } else { Vec::new() };
     let put_back = left.begins_anew().is_some();
     let result = Aborted { pending, restore_points_lost: lost, written_since: left.is_foreign(), put_back };
-    let Some(image) = chain.image_mut(at).filter(|_| left.is_ours()) else {
+    if !left.is_ours() {
         left.discard(host)?;
         return Ok(result);
-    };
-    let work = left.take_up(host, image, false)?;
+    }
+    let work = left.take_up(host, chain.image_at(at)?, false)?;
     if left.is_doubtful() {
         // In memory it is as it would be written: a base that the journal does not fit stays as it is.
         safety::consistent(chain.layer(at)?, cancel)?;
     }
-    let Some(image) = chain.image_mut(at) else { return Ok(result) };
+    let image = chain.image_at(at)?;
     work.replay(image, None)?;
-    if let Image::Qcow2(qcow2) = &*image {
-        let data = qcow2.has_data_file().then(|| &**qcow2.data_file());
-        let options = CheckOptions { cancel: Some(cancel) };
-        repair::repair(qcow2.path(), &**qcow2.file(), data, RepairMode::Leaks, &options)?;
-        qcow2.barrier()?;
-    }
+    give_leaks_back(image, cancel)?;
     work.finish(host, image)?;
     Ok(result)
 }

@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::remains::Remains;
+use super::unfinished;
 use super::work;
 use super::work::{Left, Work};
 use crate::chain::{Chain, index};
@@ -54,7 +55,7 @@ pub(crate) fn leftovers(
     let dir = options.journal_dir.as_deref();
     let emptied = if span.top == span.active && options.keep_active { span.base } else { span.top };
     for at in span.base..=emptied {
-        let Some(layer) = chain.layers().get(at) else { continue };
+        let layer = chain.layer(at)?;
         let Some(left) = Left::find(host, layer, dir)? else { continue };
         if !options.restart {
             left.refuse_renamed(host, &layer.path)?;
@@ -64,8 +65,10 @@ pub(crate) fn leftovers(
         }
         // As long as it is not certain that base holds everything, the active image counts for what it holds.
         let as_it_is = at != span.base && !all.base.as_ref().is_some_and(Left::is_certain);
-        let image = chain.image_mut(at).filter(|_| left.is_ours());
-        let work = image.map(|image| left.take_up(host, image, as_it_is)).transpose()?;
+        let work = match left.is_ours() {
+            true => Some(left.take_up(host, chain.image_at(at)?, as_it_is)?),
+            false => None,
+        };
         if at == span.base {
             (all.base, all.base_work) = (Some(left), work);
         } else {
@@ -73,7 +76,8 @@ pub(crate) fn leftovers(
         }
     }
     all.has_emptied = has_emptied(host, chain, span, &all)?;
-    let (Some(left), Some(base)) = (&all.base, chain.layers().get(span.base)) else { return Ok(all) };
+    let Some(left) = &all.base else { return Ok(all) };
+    let base = chain.layer(span.base)?;
     // Whatever the options say: nothing else holds the data.
     if all.has_emptied && (left.may_lack_merged() || !left.holds_samples(&chain.images(), span.base)?) {
         return Err(Error::refused(&base.path, Refusal::MergedDataLost));
@@ -102,6 +106,35 @@ fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &Leftovers) -> R
         }
     }
     Ok(false)
+}
+
+/// What is there of the merge that is asked for, before any layer of it is locked.
+pub(crate) enum Before {
+    /// Nothing that keeps it from being planned; with the options as they are meant, if the layers are others than when the
+    /// same merge was stopped.
+    Open(Option<CommitOptions>),
+    /// It is done but for what is left to be completed: the reason why nothing is merged, and the files that are left to
+    /// be removed.
+    Switched(String, Vec<PathBuf>),
+    /// It is done: the reason why nothing is merged.
+    Merged(String),
+}
+
+/// What is unfinished, or done, of the merge that is asked for. Only looks.
+///
+/// # Errors
+/// A layer that is not there; the system's.
+pub(crate) fn look(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Before> {
+    let meant = meant(host, chain, options)?;
+    let options = meant.as_ref().unwrap_or(options);
+    if let Some((reason, remains)) = switched(host, chain, options)? {
+        return Ok(Before::Switched(reason, remains));
+    }
+    let Some(reason) = merged(host, chain, options)? else { return Ok(Before::Open(meant)) };
+    Ok(match unfinished::is_switching(host, chain, options.journal_dir.as_deref())? {
+        true => Before::Switched(reason, Vec::new()),
+        false => Before::Merged(reason),
+    })
 }
 
 /// That an image was merged, in words; `base` may be empty.
@@ -141,11 +174,7 @@ fn journals<'a>(
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn meant(
-    host: &dyn Host,
-    chain: &Chain,
-    options: &CommitOptions,
-) -> Result<Option<CommitOptions>> {
+fn meant(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<CommitOptions>> {
     let Some(top) = &options.top else { return Ok(None) };
     let (Some(asked), Some(active)) = (index(top), chain.layers().last()) else { return Ok(None) };
     match chain.find(host, top) {
@@ -169,7 +198,7 @@ pub(crate) fn meant(
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn switched(
+fn switched(
     host: &dyn Host,
     chain: &Chain,
     options: &CommitOptions,
@@ -188,7 +217,7 @@ pub(crate) fn switched(
             && !is_layer(merged)?;
         if is_switched && names(host, top, merged) {
             let reason = was_merged(merged, base);
-            let remains = Remains::of(host, &journal, chain, false)?;
+            let remains = Remains::of(host, &journal, Some(chain), false)?;
             let paths = remains.map(|remains| remains.paths(host)).transpose()?;
             return Ok(Some((reason, paths.unwrap_or_default())));
         }
@@ -214,7 +243,7 @@ fn names(host: &dyn Host, top: &OsStr, merged: &Path) -> bool {
 ///
 /// # Errors
 /// A layer that is not there; the system's.
-pub(crate) fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<String>> {
+fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<String>> {
     let either = |cluster0: &Cluster0| cluster0.merged_into().or_else(|| cluster0.merging_into());
     let reason = |path: &Path, base: PathBuf| Some(was_merged(path, &base));
     let Some(top) = &options.top else {

@@ -19,7 +19,7 @@ use crate::storage::{Access, FileKind, Host, LockMode, Storage};
 use crate::units::GuestOffset;
 
 /// Gives the image at `path` base as its backing file, and the last mark. Only an image that bears the first mark of this
-/// merge and holds nothing is written: whatever it names then, it shows the same. `chain` has base.
+/// merge and holds nothing is written: whatever it names then, it shows the same. `chain` has base, if there is one.
 ///
 /// # Errors
 /// [`Error::InUse`]; the system's.
@@ -27,7 +27,7 @@ pub(crate) fn finish(
     host: &dyn Host,
     path: &Path,
     base: &Path,
-    chain: &Chain,
+    chain: Option<&Chain>,
     options: &CommitOptions,
     report: &mut Report,
 ) -> Result<()> {
@@ -57,7 +57,8 @@ pub(crate) fn finish(
         return Ok(());
     }
     let base_id = host.stat(base).map_err(|e| Error::io(base, FileOp::Stat, None, e))?.id;
-    let layer = chain.layers().iter().find(|layer| layer.id == base_id);
+    let mut layers = chain.iter().flat_map(|chain| chain.layers());
+    let layer = layers.find(|layer| layer.id == base_id);
     let name = match layer {
         Some(layer) => relink::name_of_base(host, (path, image.cluster0()), layer)?,
         None => None,

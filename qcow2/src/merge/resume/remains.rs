@@ -56,7 +56,7 @@ fn stat_of(host: &dyn Host, spent: &Spent) -> Result<Option<FileStat>> {
 }
 
 impl Remains {
-    /// What the merge of a journal has left to be removed, if it has changed the chain: none of that is in `chain`
+    /// What the merge of a journal has left to be removed, if it has changed the chain: none of that is in `chain`, if there is one
     /// any more. `is_doubtful` tells that somebody has written to base meanwhile.
     ///
     /// # Errors
@@ -64,11 +64,12 @@ impl Remains {
     pub(crate) fn of(
         host: &dyn Host,
         journal: &Journal,
-        chain: &Chain,
+        chain: Option<&Chain>,
         is_doubtful: bool,
     ) -> Result<Option<Self>> {
         let header = journal.header();
-        let (layers, base) = (chain.files(), header.base.clone());
+        let layers = chain.map(Chain::files).unwrap_or_default();
+        let base = header.base.clone();
         if journal.state().phase < Phase::Switching {
             return Ok(None);
         }
@@ -120,7 +121,7 @@ impl Remains {
     pub(crate) fn settle(
         &self,
         host: &dyn Host,
-        chain: &Chain,
+        chain: Option<&Chain>,
         options: &CommitOptions,
         report: &mut Report,
     ) -> Result<()> {
@@ -170,7 +171,7 @@ impl Remains {
     }
 
     /// Those of the files that images use which are not among them.
-    fn shared(&self, host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Vec<FileId>> {
+    fn shared(&self, host: &dyn Host, chain: Option<&Chain>, options: &CommitOptions) -> Result<Vec<FileId>> {
         let mut there: Vec<(&Path, FileId)> = Vec::new();
         for spent in &self.files {
             there.extend(stat_of(host, spent)?.map(|stat| (&*spent.file.path, stat.id)));
@@ -179,10 +180,10 @@ impl Remains {
         if targets.is_empty() {
             return Ok(targets);
         }
-        let mut folders = chain.folders(host)?;
+        let mut folders = chain.map(|chain| chain.folders(host)).transpose()?.unwrap_or_default();
         folders.extend(there.iter().filter_map(|(path, _)| Some(path.parent()?.to_owned())));
         let search = Search { folders, deep: options.scan.clone(), ..Search::default() };
-        let mut theirs = chain.files();
+        let mut theirs = chain.map(Chain::files).unwrap_or_default();
         theirs.extend(&targets);
         let found = find_users_in(host, &search, &targets, &theirs)?;
         Ok(found.users.iter().map(|user| user.uses).collect())
@@ -324,10 +325,10 @@ mod tests {
         change(host);
         let options = OpenOptions { policy, ..OpenOptions::default() };
         let chain = Chain::open(host, Path::new("/vm/0"), &options).unwrap();
-        let remains = Remains::of(host, &journal, &chain, false).unwrap().unwrap();
+        let remains = Remains::of(host, &journal, Some(&chain), false).unwrap().unwrap();
         let options = CommitOptions { open: options, delete: true, ..CommitOptions::default() };
         let mut report = Report::default();
-        remains.settle(host, &chain, &options, &mut report).unwrap();
+        remains.settle(host, Some(&chain), &options, &mut report).unwrap();
         assert!(remains.paths(host).unwrap().iter().all(|path| !report.deleted.contains(path)));
         report
     }
@@ -409,7 +410,7 @@ mod tests {
             host.give("/vm/journal", Owner { user, group: 7, mode: 0o600 }).unwrap();
             let options = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
             let chain = Chain::open(&host, Path::new("/vm/0"), &options).unwrap();
-            let remains = Remains::of(&host, &journal, &chain, false).unwrap();
+            let remains = Remains::of(&host, &journal, Some(&chain), false).unwrap();
             let emptied = remains.map_or_else(Vec::new, |remains| remains.emptied);
             assert_eq!(emptied == [Path::new("/vm/1")], is_believed, "{emptied:?}");
         }
@@ -423,13 +424,13 @@ mod tests {
         let chain = Chain::open(&host, Path::new("/vm/1"), &options).unwrap();
         let journal = stopped(&host, Phase::Switching, files.clone());
         assert_eq!(
-            Remains::of(&host, &journal, &chain, false).unwrap(),
+            Remains::of(&host, &journal, Some(&chain), false).unwrap(),
             None,
             "it is a layer of the chain yet"
         );
         let chain = Chain::open(&host, Path::new("/vm/0"), &options).unwrap();
         let journal = stopped(&host, Phase::Moving, files);
-        assert_eq!(Remains::of(&host, &journal, &chain, false).unwrap(), None);
+        assert_eq!(Remains::of(&host, &journal, Some(&chain), false).unwrap(), None);
     }
 
     #[test]
@@ -438,10 +439,10 @@ mod tests {
         let journal = stopped(&host, Phase::Switching, noted(&host));
         let options = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
         let chain = Chain::open(&host, Path::new("/vm/0"), &options).unwrap();
-        let remains = Remains::of(&host, &journal, &chain, true).unwrap().unwrap();
+        let remains = Remains::of(&host, &journal, Some(&chain), true).unwrap().unwrap();
         let options = CommitOptions { open: options, delete: true, ..CommitOptions::default() };
         let mut report = Report::default();
-        remains.settle(&host, &chain, &options, &mut report).unwrap();
+        remains.settle(&host, Some(&chain), &options, &mut report).unwrap();
         assert!(why(&report).contains("written to base"), "{report:?}");
     }
 }

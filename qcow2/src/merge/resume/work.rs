@@ -245,7 +245,7 @@ impl Left {
     pub(crate) fn remains(&self, host: &dyn Host, chain: &Chain) -> Result<Option<Remains>> {
         // What was merged into a base that was put back is nowhere else.
         let is_doubtful = self.judgement.verdict == Verdict::Foreign || self.judgement.is_older;
-        Remains::of(host, &self.journal, chain, is_doubtful)
+        Remains::of(host, &self.journal, Some(chain), is_doubtful)
     }
 
     /// The layers that are restore points no more.
@@ -596,7 +596,7 @@ pub(crate) fn end_left(
         left.take_up(host, &mut image, false)?.release(&mut image)?;
     }
     if let Some(remains) = left.remains(host, chain)? {
-        remains.settle(host, chain, options, report)?;
+        remains.settle(host, Some(chain), options, report)?;
     }
     left.discard(host)
 }
