@@ -95,6 +95,11 @@ impl Call {
         Command::qmerge(&self.words)
     }
 
+    /// The same command, not as a dry run.
+    pub(crate) fn in_earnest(&self) -> Command {
+        Command::qmerge(self.words.iter().filter(|word| *word != "--dry-run"))
+    }
+
     /// The same command with more words, which are options.
     pub(crate) fn again_with<W: AsRef<OsStr>>(&self, more: &[W]) -> Command {
         self.again().options(more)

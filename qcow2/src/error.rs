@@ -225,7 +225,9 @@ impl Error {
                 }
             }
             Self::Refused { reason, .. } => match reason {
-                Refusal::Dirty | Refusal::CorruptBit | Refusal::Inconsistent { .. } => ErrorKind::Damaged,
+                Refusal::Dirty | Refusal::TornHeader | Refusal::CorruptBit | Refusal::Inconsistent { .. } => {
+                    ErrorKind::Damaged
+                }
                 _ => ErrorKind::Refused,
             },
             Self::Foreign { .. } => ErrorKind::Unsupported,

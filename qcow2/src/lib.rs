@@ -16,13 +16,8 @@
 //! ```no_run
 //! use std::{path::Path, sync::Arc, sync::atomic::AtomicBool};
 //! use qcow2::chain::{OpenOptions, Policy};
-//! use qcow2::merge::{Commit, CommitOptions, Progress};
+//! use qcow2::merge::{Commit, CommitOptions, Silent};
 //! use qcow2::storage::OsHost;
-//!
-//! struct Silent;
-//! impl Progress for Silent {
-//!     fn written(&self, _done: u64, _total: u64) {}
-//! }
 //!
 //! // Nothing that an image names is opened unless the caller allows it.
 //! let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };

@@ -5,19 +5,13 @@ use std::path::Path;
 use crate::chain::{OpenOptions, Policy};
 use crate::image::{CreateOptions, create, create_raw};
 use crate::storage::MemHost;
-use crate::transfer::{Progress, put};
+pub(crate) use crate::transfer::Silent;
+use crate::transfer::put;
 use crate::units::GuestOffset;
 
 /// Everything that an image names may be opened.
 pub(crate) fn local() -> OpenOptions {
     OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() }
-}
-
-/// Told how far a merge is, and keeps it to itself.
-pub(crate) struct Silent;
-
-impl Progress for Silent {
-    fn written(&self, _: u64, _: u64) {}
 }
 
 /// Small numbers that look random and are the same each time.

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qcow2::chain::Chain;
+use qcow2::error::shown;
 use qcow2::merge::{self, BaseChoice, Commit, CommitOptions, Pending, Plan, Prepared, Settled};
 use qcow2::storage::OsHost;
 use qcow2::{Error, ErrorKind};
@@ -32,7 +33,14 @@ pub(super) fn run(args: &CommitArgs, call: &Call, console: &Console) -> Result<E
 /// As [`run`], where signals are watched already.
 pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &Stop) -> Result<Exit, Failure> {
     live::refuse_interrupted(args, call)?;
-    let prepared = Commit::prepare(Arc::new(OsHost), &args.active, &options(args), stop.flag());
+    let options = options(args);
+    let healed = if args.dry_run { Ok(Vec::new()) } else { merge::heal(&OsHost, &args.active, &options) };
+    let prepared = healed.and_then(|healed| {
+        for image in healed {
+            console.note(&format!("{}: a power cut had torn its header; it is whole again", shown(&image)));
+        }
+        Commit::prepare(Arc::new(OsHost), &args.active, &options, stop.flag())
+    });
     if let Err(Error::InUse { path, holders }) = &prepared {
         return Err(live::in_use(path, holders, args, call));
     }

@@ -10,7 +10,6 @@ use super::{Chain, DataFile, Layer, data_file};
 use crate::error::{Contradiction, Error, FileOp, Refusal, Result, Role, shown};
 use crate::format::{Cluster0, EXT_BACKING_FORMAT, FormatError};
 use crate::image::{Image, ImageFormat, Qcow2};
-use crate::journal;
 use crate::storage::{
     Access, FileId, FileKind, Host, LockError, LockMode, Storage, if_there, may_be_unlocked,
 };
@@ -35,11 +34,6 @@ pub struct OpenOptions {
     /// Whether what is opened for writing may lie on a file system without locks: then only the caller knows that
     /// nobody else uses it. What is opened for reading may.
     pub no_locks: bool,
-    /// Whether headers that a power cut has torn are made whole first, from the records that the writer left
-    /// beside them; this writes, under lock. Then no other lock of this process may be on them.
-    pub heal: bool,
-    /// Where such records lie, if not beside the images.
-    pub journal_dir: Option<PathBuf>,
     /// Whether images that are cut short are read as QEMU does ([`Qcow2::read_as_qemu`]).
     pub as_qemu: bool,
 }
@@ -54,7 +48,20 @@ impl Chain {
     /// - [`Error::InUse`]: another process holds a file;
     /// - [`Error::Format`]: an image that is damaged or uses what is not supported.
     pub fn open(host: &dyn Host, active: &Path, options: &OpenOptions) -> Result<Self> {
-        let mut opener = Opener { host, options, layers: Vec::new() };
+        Self::open_after(host, active, options, &|_| Ok(()))
+    }
+
+    /// As [`Chain::open`]; `before` is called with the name of each image before anything is read from it.
+    ///
+    /// # Errors
+    /// Those of [`Chain::open`], and of `before`.
+    pub(crate) fn open_after(
+        host: &dyn Host,
+        active: &Path,
+        options: &OpenOptions,
+        before: &dyn Fn(&Path) -> Result<()>,
+    ) -> Result<Self> {
+        let mut opener = Opener { host, options, before, layers: Vec::new() };
         let mut next = Some(opener.open_active(active)?);
         while let Some(file) = next {
             next = opener.add(file)?;
@@ -75,7 +82,7 @@ pub fn open_data_file(
     cluster0: &Cluster0,
     options: &OpenOptions,
 ) -> Result<Option<(DataFile, Arc<dyn Storage>)>> {
-    Opener { host, options, layers: Vec::new() }.open_data_file(image, file, cluster0)
+    Opener { host, options, before: &|_| Ok(()), layers: Vec::new() }.open_data_file(image, file, cluster0)
 }
 
 /// A file that is about to become a layer.
@@ -94,6 +101,8 @@ struct Found {
 struct Opener<'a> {
     host: &'a dyn Host,
     options: &'a OpenOptions,
+    /// Called with the name of each image before anything is read from it.
+    before: &'a dyn Fn(&Path) -> Result<()>,
     /// Top first.
     layers: Vec<Layer>,
 }
@@ -106,7 +115,7 @@ impl Opener<'_> {
     fn open_active(&self, path: &Path) -> Result<Found> {
         let io = |op| move |e| Error::io(path, op, None, e);
         let access = self.access(self.host.stat(path).map_err(io(FileOp::Open))?.id);
-        self.heal(path)?;
+        (self.before)(path)?;
         let storage =
             self.host.open(path, access).map_err(|e| not_writable(path, access, e, io(FileOp::Open)))?;
         let id = storage.stat().map_err(io(FileOp::Stat))?.id;
@@ -124,16 +133,6 @@ impl Opener<'_> {
             name: None,
             stated: Vec::new(),
         })
-    }
-
-    fn heal(&self, path: &Path) -> Result<()> {
-        match self.options.heal {
-            true => {
-                let dir = self.options.journal_dir.as_deref();
-                journal::heal(self.host, path, dir, self.options.no_locks)
-            }
-            false => Ok(()),
-        }
     }
 
     fn lock(&self, path: &Path, id: FileId, access: Access, storage: &dyn Storage) -> Result<()> {
@@ -224,7 +223,7 @@ impl Opener<'_> {
         if self.holds(id) {
             return Err(Error::refused(image, Refusal::Loop { file: path }));
         }
-        self.heal(&path)?;
+        (self.before)(&path)?;
         self.lock(&path, id, self.access(id), &*storage)?;
         let kind = storage.stat().map_err(|e| Error::io(&path, FileOp::Stat, None, e))?.kind;
         let format = self.backing_format(&named, cluster0, &path, (id, kind), &*storage)?;

@@ -107,6 +107,11 @@ pub enum Refusal {
     /// The dirty bit is set: refcounts cannot be trusted.
     #[error("the image is marked dirty: it was not closed cleanly, and its refcounts cannot be trusted")]
     Dirty,
+    /// A power cut has torn the header, or stopped a change of it in the middle.
+    #[error(
+        "a power cut has stopped a change of its header in the middle, and what the header says is neither old nor new"
+    )]
+    TornHeader,
     /// The corrupt bit is set.
     #[error("the image is marked corrupt")]
     CorruptBit,

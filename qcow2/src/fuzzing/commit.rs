@@ -15,7 +15,7 @@ use crate::format::{Cluster0, read_be_u64s};
 use crate::image::{Qcow2, read_bitmaps};
 use crate::merge::{Afterwards, BaseChoice, Commit, CommitOptions, Prepared, Report};
 use crate::storage::{Access, Host, MemHost};
-use crate::transfer::{Progress, Totals};
+use crate::transfer::{Silent, Totals};
 
 /// The files of a host by name.
 type Files = BTreeMap<PathBuf, Vec<u8>>;
@@ -79,12 +79,6 @@ impl Case {
 
 /// A raw file that ends inside a block shows the rest of it as data once it has grown, in bytes.
 const BLOCK: u64 = 4096;
-
-pub(super) struct Silent;
-
-impl Progress for Silent {
-    fn written(&self, _done: u64, _total: u64) {}
-}
 
 /// What was there before the commit.
 struct Before {

@@ -7,14 +7,15 @@ use std::sync::{Arc, OnceLock};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::chain::{assert_same, host_with, view};
-use super::commit::{Case, Silent};
+use super::commit::Case;
 use super::model::{Input, Layer, chain as layers, guest};
 use crate::Result;
 use crate::check::{CheckOptions, check};
 use crate::format::is_qcow2;
-use crate::merge::{Commit, CommitOptions, Prepared};
+use crate::merge::{Commit, CommitOptions, Prepared, heal};
 use crate::storage::sim::{Cuts, Fault, FaultKind, Garbage, SimHost, State, Tear, power_cuts};
 use crate::storage::{Access, Host, MemHost};
+use crate::transfer::Silent;
 
 /// The states that are judged of one commit, at most: one takes about a millisecond.
 const JUDGED: u64 = 8;
@@ -62,6 +63,7 @@ impl Merge {
     }
 
     pub(super) fn prepare(&self, host: Arc<dyn Host>) -> Result<Prepared> {
+        heal(&*host, self.active(), &self.options)?;
         Commit::prepare(host, self.active(), &self.options, &AtomicBool::new(false))
     }
 
@@ -71,6 +73,7 @@ impl Merge {
 
     pub(super) fn run_with(&self, options: &CommitOptions, host: Arc<dyn Host>) -> Result<()> {
         let never = AtomicBool::new(false);
+        heal(&*host, self.active(), options)?;
         Commit::prepare(host, self.active(), options, &never)?.execute(&Silent, &never).map(drop)
     }
 

@@ -111,23 +111,24 @@ pub(crate) fn nonce() -> u64 {
 
 /// Makes the header of the image at `path` whole if a power cut has torn it: from the record of an edit, or
 /// from a journal, beside it or in `dir`, of somebody who may write the image. The image is locked for that. Records of
-/// edits that are done, or were not begun, are removed.
+/// edits that are done, or were not begun, are removed. Tells whether the header was written.
 ///
 /// # Errors
 /// [`Error::InUse`] if there is something to do, and somebody holds the image; [`Refusal::NoLocks`] if nobody can hold
 /// it, unless `no_locks`; [`Refusal::JournalOfAnother`]; [`Refusal::JournalVersion`]; the system's.
-pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: bool) -> Result<()> {
+pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: bool) -> Result<bool> {
     let file = match host.open(path, Access::Read) {
         Ok(file) => file,
         // Whoever uses the image says so.
-        Err(e) if leads_nowhere(&e) || e.kind() == std::io::ErrorKind::PermissionDenied => return Ok(()),
+        Err(e) if leads_nowhere(&e) || e.kind() == std::io::ErrorKind::PermissionDenied => return Ok(false),
         Err(e) => return Err(Error::io(path, FileOp::Open, None, e)),
     };
     let image = Place::of_file(host, path, &*file)?;
     let hold = || hold(host, path, &image, &*file, no_locks);
+    let mut is_written = false;
     if let Some(found) = find(host, path, &*file, dir, Access::Read, SWITCH)? {
         let file = hold()?;
-        end_edit(host, path, &*file, &found)?;
+        is_written = end_edit(host, path, &*file, &found)?;
     }
     // A record that is not whole: the edit was not begun.
     let owner = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.owner;
@@ -141,63 +142,115 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: b
             remove(host, &record)?;
         }
     }
-    let Some(found) = find(host, path, &*file, dir, Access::Read, JOURNAL)? else { return Ok(()) };
-    let Found { journal, last: Some(last), .. } = &found else { return Ok(()) };
+    let Some(found) = torn_under_a_journal(host, path, &*file, dir)? else { return Ok(is_written) };
+    let Found { journal, last: Some(last), .. } = &found else { return Ok(is_written) };
+    let file = hold()?;
+    let was = seen(journal, Some(last), 0, &found.now, host.boot())?;
+    write_back(path, &*file, last)?;
+    // The image is newer now than the journal knew it, by what the journal itself says.
+    if matches!(was, Seen::Untouched | Seen::Moved | Seen::Unsure)
+        && let Some((journal, Some(last))) = Journal::open(host, journal.place(), Access::ReadWrite)?
+    {
+        // Whether it was as the work left it, its times cannot tell any more.
+        let known = last.known.first().is_some_and(|known| {
+            (known.len, known.modified_ns) == (found.now.times.len, found.now.times.modified_ns)
+        });
+        journal.note_healed(&*file, &last, was == Seen::Unsure || !known)?;
+    }
+    Ok(true)
+}
+
+/// Whether a power cut has torn the header of the image at `path`, or stopped a change of it in the middle, so that
+/// [`heal`] has something to make whole. Only looks.
+///
+/// # Errors
+/// As [`heal`].
+pub(crate) fn is_torn_header(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<bool> {
+    let file = match host.open(path, Access::Read) {
+        Ok(file) => file,
+        // Whoever uses the image says so.
+        Err(e) if leads_nowhere(&e) || e.kind() == std::io::ErrorKind::PermissionDenied => return Ok(false),
+        Err(e) => return Err(Error::io(path, FileOp::Open, None, e)),
+    };
+    if let Some(found) = find(host, path, &*file, dir, Access::Read, SWITCH)?
+        && matches!(judge_edit(host, path, &*file, &found)?, Edited::Between(_))
+    {
+        return Ok(true);
+    }
+    Ok(torn_under_a_journal(host, path, &*file, dir)?.is_some())
+}
+
+/// The journal from which a header is made whole that a power cut has torn.
+fn torn_under_a_journal(
+    host: &dyn Host,
+    path: &Path,
+    file: &dyn Storage,
+    dir: Option<&Path>,
+) -> Result<Option<Found>> {
+    let Some(found) = find(host, path, file, dir, Access::Read, JOURNAL)? else { return Ok(None) };
+    let Found { journal, last: Some(last), .. } = &found else { return Ok(None) };
     // Somebody works under it, and the image is as that somebody has it.
     if last.target != 0 || journal.is_held() {
-        return Ok(());
+        return Ok(None);
     }
     let failed = |e| Error::io(path, FileOp::Read, Some(0), e);
-    let whole = has_header(&*file).map_err(failed)? && has_clean_names(&*file).map_err(failed)?;
+    let whole = has_header(file).map_err(failed)? && has_clean_names(file).map_err(failed)?;
     let has_header = last.blocks.first().is_some_and(|block| block.number == 0 && is_qcow2(&block.bytes));
     let torn = match whole {
-        false => has_header && is_torn(host, path, &*file, &found, last)?,
+        false => has_header && is_torn(host, path, file, &found, last)?,
         // The sector with the dirty bit is as it is to be, and another one of the same record may not be.
-        true => has_header && is_torn_beside_the_dirty_bit(host, path, &*file, &found, last)?,
+        true => has_header && is_torn_beside_the_dirty_bit(host, path, file, &found, last)?,
     };
-    if torn {
-        let file = hold()?;
-        let was = seen(journal, Some(last), 0, &found.now, host.boot())?;
-        write_back(path, &*file, last)?;
-        // The image is newer now than the journal knew it, by what the journal itself says.
-        if matches!(was, Seen::Untouched | Seen::Moved | Seen::Unsure)
-            && let Some((journal, Some(last))) = Journal::open(host, journal.place(), Access::ReadWrite)?
-        {
-            // Whether it was as the work left it, its times cannot tell any more.
-            let known = last.known.first().is_some_and(|known| {
-                (known.len, known.modified_ns) == (found.now.times.len, found.now.times.modified_ns)
-            });
-            journal.note_healed(&*file, &last, was == Seen::Unsure || !known)?;
+    Ok(torn.then_some(found))
+}
+
+/// How an edit of a header stands that left a record.
+enum Edited<'a> {
+    /// The record is about another file: it stays.
+    Elsewhere,
+    /// It is done, or was not begun.
+    Whole,
+    /// It was stopped in the middle, or is torn.
+    Between(&'a Record),
+}
+
+/// How the edit of a record stands in the image at `path`. A record that was made for another file of that name is only
+/// believed if all that it did not change is as it found it.
+fn judge_edit<'a>(host: &dyn Host, path: &Path, file: &dyn Storage, found: &'a Found) -> Result<Edited<'a>> {
+    let Found { journal, last, .. } = found;
+    let (Some(last), Purpose::Header { .. }) = (last, journal.header().purpose) else {
+        return Ok(if found.is_same_file() { Edited::Whole } else { Edited::Elsewhere });
+    };
+    let failed = |e| Error::io(path, FileOp::Read, Some(0), e);
+    if !found.is_same_file() {
+        let sectors = compare(last, file).map_err(failed)?;
+        let is_torn = !has_header(file).map_err(failed)?;
+        match (sectors.foreign, is_torn) {
+            (0, _) => {}
+            (_, true) if sectors.beside == 0 => {}
+            (_, true) => {
+                let journal = journal.path().to_owned();
+                return Err(Error::refused(path, Refusal::JournalOfAnother { journal }));
+            }
+            (_, false) => return Ok(Edited::Elsewhere),
         }
     }
-    Ok(())
+    Ok(if is_between(host, path, file, found, last)? { Edited::Between(last) } else { Edited::Whole })
 }
 
 /// Redoes the edit of a record if it was torn, and removes the record, if it is about the image at `path`, which is held
-/// under lock. A record that was made for another file of that name is only believed if all that it did not change is
-/// as it found it.
-fn end_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &Found) -> Result<()> {
-    let Found { journal, last, .. } = found;
-    if let (Some(last), Purpose::Header { .. }) = (last, journal.header().purpose) {
-        let failed = |e| Error::io(path, FileOp::Read, Some(0), e);
-        if !found.is_same_file() {
-            let sectors = compare(last, file).map_err(failed)?;
-            let is_torn = !has_header(file).map_err(failed)?;
-            match (sectors.foreign, is_torn) {
-                (0, _) => {}
-                (_, true) if sectors.beside == 0 => {}
-                (_, true) => {
-                    let journal = journal.path().to_owned();
-                    return Err(Error::refused(path, Refusal::JournalOfAnother { journal }));
-                }
-                (_, false) => return Ok(()),
-            }
+/// under lock. Tells whether the header was written.
+fn end_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &Found) -> Result<bool> {
+    let is_written = match judge_edit(host, path, file, found)? {
+        Edited::Elsewhere => return Ok(false),
+        Edited::Whole => false,
+        Edited::Between(last) => {
+            write_back(path, file, last)?;
+            true
         }
-        redo_edit(host, path, file, found, last)?;
-    } else if !found.is_same_file() {
-        return Ok(());
-    }
-    journal.remove(host)
+    };
+    found.journal.remove(host)?;
+    Ok(is_written)
 }
 
 /// Ends edits of headers that a power cut has left in `folders`, of images that nobody holds. What lies there is only
@@ -280,7 +333,7 @@ fn sweep_one(host: &dyn Host, record: &Place, may_be_elsewhere: bool, no_locks: 
         if may_be_elsewhere && !found.is_same_file() {
             return Ok(());
         }
-        return end_edit(host, &path, &*file, &found);
+        return end_edit(host, &path, &*file, &found).map(drop);
     }
     remove(host, record)
 }
@@ -325,18 +378,23 @@ pub fn has_edit(host: &dyn Host, path: &Path) -> bool {
     find(host, path, &*file, None, Access::Read, SWITCH).is_ok_and(|found| found.is_some())
 }
 
-/// Redoes an edit that was torn. A header that is whole is left as it is: it is the old one or the new one,
-/// or somebody has written another since.
-fn redo_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &Found, last: &Record) -> Result<()> {
+/// Whether the edit of a record is neither done nor not begun.
+fn is_between(
+    host: &dyn Host,
+    path: &Path,
+    file: &dyn Storage,
+    found: &Found,
+    last: &Record,
+) -> Result<bool> {
     let sectors = compare(last, file).map_err(|e| Error::io(path, FileOp::Read, Some(0), e))?;
     // The edit tears what it writes, and nothing else; and it is of an image.
     let is_image = last.blocks.iter().all(|block| block.number > 0 || is_qcow2(&block.bytes));
     if sectors.beside > 0 || !is_image {
-        return Ok(());
+        return Ok(false);
     }
     let atomic = matches!(found.journal.header().purpose, Purpose::Header { atomic: true });
     let between = !atomic && sectors.foreign == 0 && sectors.old > 0 && sectors.new > 0;
-    if between || is_torn(host, path, file, found, last)? { write_back(path, file, last) } else { Ok(()) }
+    Ok(between || is_torn(host, path, file, found, last)?)
 }
 
 /// Whether the header of an image was torn as it was written with this record. One whose names nobody would write was torn

@@ -26,7 +26,7 @@ mod strangers;
 pub(crate) use device::Journaled;
 pub(crate) use file::Journal;
 pub use heal::has_edit;
-pub(crate) use heal::{Edit, edit_headers, heal, nonce, sweep};
+pub(crate) use heal::{Edit, edit_headers, heal, is_torn_header, nonce, sweep};
 pub(crate) use judge::{Judgement, Now, Verdict, are_names_clean, judge};
 pub use place::JOURNAL;
 pub(crate) use place::SWITCH;

@@ -58,6 +58,7 @@ fn commit(
     options: &CommitOptions,
 ) -> crate::error::Result<super::Report> {
     let never = AtomicBool::new(false);
+    super::heal(&*host, active, options)?;
     Commit::prepare(host, active, options, &never)?.execute(&Silent, &never)
 }
 

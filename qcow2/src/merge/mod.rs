@@ -5,6 +5,8 @@ mod commit;
 pub(crate) mod crash_tests;
 mod emptying;
 mod execute;
+#[cfg(test)]
+mod looking_tests;
 mod make_plan;
 #[cfg(test)]
 mod model_tests;
@@ -20,11 +22,12 @@ mod settled;
 mod stack;
 pub(crate) mod switch;
 
-pub use crate::transfer::{Progress, Totals, put};
+pub use crate::transfer::{Progress, Silent, Totals, put};
 pub use commit::Commit;
 pub use options::{BaseChoice, CommitOptions};
 pub use plan::{Afterwards, BeginsAnew, DataFileFate, Kept, Plan, PlannedDataFile, Resumed, Signs};
 pub use report::Report;
 pub use resume::abort::{Aborted, abort};
+pub use resume::heal::heal;
 pub use resume::unfinished::{Pending, pending};
 pub use settled::{Finish, Nothing, Prepared, Settled};

@@ -16,15 +16,9 @@ use crate::storage::{Access, Host, MemHost};
 use crate::transfer::cluster::Base;
 use crate::transfer::job::{Source, bring_to_disk, for_each_cluster};
 use crate::transfer::needs::Need;
-use crate::transfer::ops::{Ops, Progress, Run, Target};
+use crate::transfer::ops::{Ops, Run, Silent, Target};
 use crate::transfer::origin::Origin;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
-
-struct Silent;
-
-impl Progress for Silent {
-    fn written(&self, _done: u64, _total: u64) {}
-}
 
 /// A small generator with a good spread (splitmix64).
 struct Random(u64);

@@ -13,6 +13,7 @@ use super::options::{BaseChoice, CommitOptions};
 use super::plan::{BeginsAnew, Resumed};
 use super::removal::Gone;
 use super::resume::before::{self, Before};
+use super::resume::heal::refuse_torn;
 use super::resume::remains::Remains;
 use super::resume::work;
 use super::settled::{Done, Finish, Nothing, Prepared, Settled, Unfinished, remains_of};
@@ -32,10 +33,11 @@ use crate::transfer::job::Job;
 use crate::units::GuestOffset;
 
 impl Commit {
-    /// Opens, locks, judges and plans; nothing is written.
+    /// Opens, locks, judges and plans; nothing is written. Headers that a power cut has torn must be whole: see
+    /// [`heal`](super::heal()).
     ///
     /// # Errors
-    /// What [`Chain::open`] reports; [`Error::Usage`] for layers that are not there or in the wrong
+    /// [`Refusal::TornHeader`]; what [`Chain::open`] reports; [`Error::Usage`] for layers that are not there or in the wrong
     /// order; [`Error::Refused`] for every safety rule; [`Error::NoSpace`]; [`Error::Cancelled`].
     pub fn prepare(
         host: Arc<dyn Host>,
@@ -43,12 +45,12 @@ impl Commit {
         options: &CommitOptions,
         cancel: &AtomicBool,
     ) -> Result<Prepared> {
-        let journal_dir = options.journal_dir.clone();
-        let healing = OpenOptions { lock: false, heal: true, journal_dir, ..options.open.clone() };
         if let Some(gone) = before::removed(&*host, active, options)? {
             return over(host, options, gone, active);
         }
-        let scout = Chain::open(&*host, active, &healing)?;
+        let dir = options.journal_dir.as_deref();
+        let unlocked = OpenOptions { lock: false, ..options.open.clone() };
+        let scout = Chain::open_after(&*host, active, &unlocked, &|path| refuse_torn(&*host, path, dir))?;
         // However often it is stopped, the same merge is known by the index that was asked for.
         let asked = options.top.as_deref().and_then(index);
         let meant = match before::look(&*host, &scout, options)? {
@@ -65,7 +67,7 @@ impl Commit {
         };
         let options = meant.as_ref().unwrap_or(options);
         let span = choose(&*host, &scout, options)?;
-        let mut open = OpenOptions { lock: true, heal: false, ..options.open.clone() };
+        let mut open = OpenOptions { lock: true, ..options.open.clone() };
         for (at, layer) in scout.layers().iter().enumerate() {
             let written = at == span.base
                 || (span.base < at && at <= span.top && !(span.top == span.active && options.keep_active))

@@ -18,7 +18,7 @@ pub(crate) mod zeros;
 pub use job::Totals;
 pub(crate) use job::{Job, Writer};
 pub(crate) use needs::Question;
-pub use ops::Progress;
 pub(crate) use ops::Run;
+pub use ops::{Progress, Silent};
 pub use put::put;
 pub(crate) use zeros::Zeros;

@@ -105,6 +105,14 @@ pub trait Progress: Sync {
     fn written(&self, done: u64, total: u64);
 }
 
+/// Nobody is told.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Silent;
+
+impl Progress for Silent {
+    fn written(&self, _done: u64, _total: u64) {}
+}
+
 /// How a merge is carried out: who is told, and who may stop it.
 pub(crate) struct Run<'a> {
     /// Is told.
@@ -209,10 +217,6 @@ mod tests {
 
     #[test]
     fn an_operation_without_its_layer_is_an_error() {
-        struct Silent;
-        impl Progress for Silent {
-            fn written(&self, _: u64, _: u64) {}
-        }
         let mut ops = Ops::default();
         ops.push(HostOffset::ZERO, 10, Origin::Plain { layer: 1, host: HostOffset::ZERO });
         let file = crate::storage::MemFile::new();

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use super::cluster::Base;
 use super::job::{Source, bring_to_disk, for_each_cluster};
 use super::needs::Need;
-use super::ops::{Ops, Progress, Run, Target};
+use super::ops::{Ops, Run, Silent, Target};
 use super::origin::Origin;
 use super::target::prepare;
 use crate::chain::view::View;
@@ -147,13 +147,6 @@ impl ClusterSource for Counter {
         self.0 += 1;
         Ok(self.0)
     }
-}
-
-/// Nobody is told.
-struct Silent;
-
-impl Progress for Silent {
-    fn written(&self, _: u64, _: u64) {}
 }
 
 #[cfg(test)]

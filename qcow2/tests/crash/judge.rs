@@ -9,7 +9,7 @@ use qcow2::chain::Chain;
 use qcow2::chain::view::View;
 use qcow2::check::{CheckOptions, check};
 use qcow2::image::ClusterCache;
-use qcow2::merge::{Commit, CommitOptions, Prepared, Progress, Report, abort};
+use qcow2::merge::{Commit, CommitOptions, Prepared, Report, Silent, abort, heal};
 use qcow2::storage::sim::{Cut, State};
 use qcow2::storage::{Access, Host, MemHost};
 use qcow2::units::GuestOffset;
@@ -17,13 +17,6 @@ use qcow2::{Error, Refusal, Result};
 
 use crate::chain::{After, JOURNALS, Scenario, options};
 use crate::power::disk;
-
-/// Nobody is told.
-pub(crate) struct Silent;
-
-impl Progress for Silent {
-    fn written(&self, _done: u64, _total: u64) {}
-}
 
 /// What is wrong, in words.
 pub(crate) type Verdict = std::result::Result<(), String>;
@@ -52,7 +45,9 @@ pub(crate) fn merge_with(
 }
 
 fn prepare(scenario: &Scenario, options: &CommitOptions, host: Arc<dyn Host>) -> Result<Prepared> {
-    Commit::prepare(host, scenario.path(scenario.active()), options, &AtomicBool::new(false))
+    let active = scenario.path(scenario.active());
+    heal(&*host, active, options)?;
+    Commit::prepare(host, active, options, &AtomicBool::new(false))
 }
 
 fn caught(judge: impl FnOnce() -> Verdict) -> Verdict {

@@ -10,14 +10,13 @@ use qcow2::chain::Chain;
 use qcow2::chain::view::View;
 use qcow2::fuzzing::sample::Content;
 use qcow2::image::ClusterCache;
-use qcow2::merge::{Commit, CommitOptions, Report, abort, pending};
+use qcow2::merge::{Commit, CommitOptions, Report, Silent, abort, heal, pending};
 use qcow2::storage::sim::{Cuts, Fault, FaultKind, Garbage, Random, SimHost, power_cuts};
 use qcow2::storage::{Access, Host};
 use qcow2::units::GuestOffset;
 use qcow2::{Error, ErrorKind, Result};
 
 use crate::chain::{JOURNALS, Layer, Room, Scenario, guest, options};
-use crate::judge::Silent;
 use crate::power::disk;
 use crate::run::{say, seed, share};
 use crate::scenarios::{SHAPE, Shape, overlay};
@@ -156,6 +155,7 @@ fn merge_options(scenario: &Scenario) -> CommitOptions {
 
 fn merge(host: &SimHost, active: &Path, options: &CommitOptions) -> Result<Report> {
     let never = AtomicBool::new(false);
+    heal(host, active, options)?;
     Commit::prepare(Arc::new(host.clone()), active, options, &never)?.execute(&Silent, &never)
 }
 

@@ -10,7 +10,7 @@ use qcow2::chain::view::{Supplied, View};
 use qcow2::compare::compare;
 use qcow2::convert::{Flatten, FlattenOptions};
 use qcow2::image::{ClusterCache, ImageFormat};
-use qcow2::merge::{Progress, abort};
+use qcow2::merge::{Silent, abort};
 use qcow2::storage::Host;
 use qcow2::storage::sim::{Fault, FaultKind, SimHost, State};
 use qcow2::units::{GuestOffset, GuestRange};
@@ -22,12 +22,6 @@ use crate::judge::{Judge, Verdict, merge};
 use crate::power::disk;
 use crate::run::{Outcome, all, share, tier};
 use crate::scenarios;
-
-struct Silent;
-
-impl Progress for Silent {
-    fn written(&self, _done: u64, _total: u64) {}
-}
 
 /// Lets each operation of `call` fail on a disk that begins with `start`; `judge` looks at the disk afterwards, with what
 /// the call has answered.

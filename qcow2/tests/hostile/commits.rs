@@ -8,19 +8,13 @@ use std::sync::atomic::AtomicBool;
 use qcow2::chain::{OpenOptions, Policy};
 use qcow2::check::{CheckOptions, Verdict, check};
 use qcow2::fuzzing::sample::{Content, Image, Sample, field, incompatible};
-use qcow2::merge::{Commit, CommitOptions, Prepared, Progress, Report};
+use qcow2::merge::{Commit, CommitOptions, Prepared, Report, Silent};
 use qcow2::storage::{Access, Host, MemHost};
 use qcow2::{Error, ErrorKind, Refusal, Result};
 
 const BASE: &str = "/vm/base.qcow2";
 const TOP: &str = "/vm/top.qcow2";
 const COPIED: u64 = 1 << 63;
-
-struct Silent;
-
-impl Progress for Silent {
-    fn written(&self, _done: u64, _total: u64) {}
-}
 
 fn base() -> Sample {
     (0..8).fold(Sample::new(200), |sample, n| sample.with(n * 9, Content::Data(0xb0 + n as u8)))

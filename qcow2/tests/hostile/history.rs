@@ -8,14 +8,8 @@ use qcow2::chain::{Chain, OpenOptions, Policy};
 use qcow2::check::{CheckOptions, Verdict, check};
 use qcow2::error::Error;
 use qcow2::fuzzing::sample::{Content, Sample};
-use qcow2::merge::{Commit, CommitOptions, Progress};
+use qcow2::merge::{Commit, CommitOptions, Silent};
 use qcow2::storage::{Access, Host, MemHost};
-
-struct Silent;
-
-impl Progress for Silent {
-    fn written(&self, _: u64, _: u64) {}
-}
 
 fn local() -> OpenOptions {
     OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() }

@@ -11,18 +11,12 @@ use qcow2::chain::{OpenOptions, Policy};
 use qcow2::convert::{Flatten, FlattenOptions};
 use qcow2::error::FileOp;
 use qcow2::image::{ImageFormat, Qcow2};
-use qcow2::merge::Progress;
+use qcow2::merge::Silent;
 use qcow2::storage::{Access, Host, OsHost};
 use qcow2::{Error, Refusal, Result};
 
 /// Everything is written in pieces of this many bytes: a cluster of the overlays.
 pub(super) const CLUSTER: u64 = 64 << 10;
-
-struct Silent;
-
-impl Progress for Silent {
-    fn written(&self, _done: u64, _total: u64) {}
-}
 
 /// A piece of the disk in hundredths: where it starts, and where it ends.
 type Piece = (u64, u64);

@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use super::heal::refuse_torn;
 use super::remains::Remains;
 use super::unfinished;
 use super::work;
@@ -260,8 +261,7 @@ fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Opt
         Err(not_found) => {
             // A layer that was merged is not in the chain any more.
             let path = Path::new(top);
-            // A power cut may have torn its last mark.
-            journal::heal(host, path, options.journal_dir.as_deref(), options.open.no_locks)?;
+            refuse_torn(host, path, options.journal_dir.as_deref())?;
             let opened = if_there(host.open(path, Access::Read));
             let Some(file) = opened.map_err(|e| Error::io(path, FileOp::Open, None, e))? else {
                 return Err(not_found);

@@ -3,6 +3,7 @@
 pub(crate) mod abort;
 pub(crate) mod before;
 pub(crate) mod emptied;
+pub(crate) mod heal;
 pub(crate) mod remains;
 pub(crate) mod samples;
 pub(crate) mod unfinished;

@@ -1,0 +1,51 @@
+//! Headers that a power cut has torn: made whole, or found.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+
+use crate::chain::{Chain, OpenOptions};
+use crate::error::{Error, Refusal, Result};
+use crate::journal;
+use crate::merge::options::CommitOptions;
+use crate::storage::{Host, leads_nowhere};
+
+/// Makes headers of a chain whole that a power cut has torn while a merge changed them, from the records that lie beside the
+/// images; each is locked for that. To be called before a merge is prepared, which refuses torn headers. Tells which
+/// images were written.
+///
+/// # Errors
+/// What [`Chain::open`] reports; [`Error::InUse`] if there is something to do and somebody holds the image;
+/// [`Refusal::JournalOfAnother`]; [`Refusal::JournalVersion`].
+pub fn heal(host: &dyn Host, active: &Path, options: &CommitOptions) -> Result<Vec<PathBuf>> {
+    if host.stat(active).is_err_and(|e| leads_nowhere(&e)) {
+        // Prepare says so, or knows that it was removed.
+        return Ok(Vec::new());
+    }
+    let healed = RefCell::new(Vec::new());
+    let heal_one = |path: &Path| {
+        if journal::heal(host, path, options.journal_dir.as_deref(), options.open.no_locks)? {
+            healed.borrow_mut().push(path.to_owned());
+        }
+        Ok(())
+    };
+    let open = OpenOptions { lock: false, ..options.open.clone() };
+    let chain = Chain::open_after(host, active, &open, &heal_one)?;
+    if let Some(top) = &options.top
+        && let Err(Error::Usage(_)) = chain.find(host, top)
+    {
+        // A layer that was merged is not in the chain any more. Its last mark may be torn.
+        heal_one(Path::new(top))?;
+    }
+    Ok(healed.into_inner())
+}
+
+/// Refuses an image whose header a power cut has torn: what it says is neither old nor new.
+///
+/// # Errors
+/// [`Refusal::TornHeader`]; those of looking.
+pub(crate) fn refuse_torn(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<()> {
+    match journal::is_torn_header(host, path, dir)? {
+        true => Err(Error::refused(path, Refusal::TornHeader)),
+        false => Ok(()),
+    }
+}
