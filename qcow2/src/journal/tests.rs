@@ -449,7 +449,11 @@ fn a_header_that_is_made_whole_proves_nothing_of_the_rest() {
     drop(file);
     let last = || Journal::open(&host, &place, Access::ReadWrite).unwrap().unwrap();
     assert!(!last().1.unwrap().is_doubtful);
-    heal(&host, path, None, false).unwrap();
+    let before = host.content(path).unwrap();
+    assert!(super::is_torn_header(&host, path, None).unwrap());
+    assert!(host.content(path).unwrap() == before, "looking has written");
+    assert!(heal(&host, path, None, false).unwrap());
+    assert!(!super::is_torn_header(&host, path, None).unwrap());
     assert_eq!(host.content(path).unwrap()[..4], *b"QFI\xfb");
     let (journal, record) = last();
     assert!(record.unwrap().is_doubtful);

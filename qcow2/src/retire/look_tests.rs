@@ -13,6 +13,8 @@ use crate::merge::{Commit, CommitOptions, Plan};
 use crate::storage::sim::{Fault, FaultKind, SimHost};
 use crate::storage::{Host, MemHost};
 use crate::testing::local;
+use crate::transfer::put;
+use crate::units::GuestOffset;
 
 const SIZE: u64 = 1 << 20;
 
@@ -55,6 +57,8 @@ fn a_user_of_base_that_cannot_be_looked_at_is_not_missed() {
         let host = MemHost::new();
         image(&host, "/lib/base", "");
         image(&host, "/vms/1/top", "/lib/base");
+        // There is something to merge.
+        put(&host, Path::new("/vms/1/top"), &local(), &[(GuestOffset::ZERO, vec![1; 512])]).unwrap();
         image(&host, "/scan/other", "");
         image(&host, user, name);
         let operations = each_fails(&host, |disk, what| match prepare(disk, "/vms/1/top", &options) {
