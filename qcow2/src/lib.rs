@@ -1,6 +1,10 @@
 //! A qcow2 engine that reads, checks and merges disk image chains. It knows images and chains, and
 //! nothing of QEMU processes or terminals.
 //!
+//! [`chain::Chain::open`] opens a chain, [`chain::Chain::reader`] reads its disk, [`merge::heal`] and
+//! [`merge::Commit::prepare`] begin a merge; `examples/merge.rs` does all of that. Errors say which file, where, what was
+//! found and what was expected; [`ErrorKind`] is what a caller decides by.
+//!
 //! The modules are floors; each imports only from those below it:
 //!
 //! - [`mod@format`]: bytes to values and back. No I/O.
@@ -9,8 +13,10 @@
 //! - [`journal`]: what is written in place, kept aside until it is durable.
 //! - [`image`]: one opened image, its map and its bytes.
 //! - [`chain`]: layers opened by name under a policy, and the map through them.
-//! - [`check`]: whether an image is consistent.
+//! - [`check`], [`repair`]: whether an image is consistent; what follows from its references, put right.
+//! - [`transfer`]: the road of bytes from layers into an image.
 //! - [`merge`]: layers merged down into a base: planned, carried out, verified.
+//! - [`retire`]: layers that QEMU has merged: marked, removed, made empty overlays, compared with base.
 //! - [`compare`] and [`convert`]: two views compared; a chain as one new file.
 //!
 //! ```no_run

@@ -11,6 +11,7 @@ use crate::transfer::job::Totals;
 
 /// The plan of a commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Plan {
     /// The layer that takes the data.
     pub base: PathBuf,
@@ -91,6 +92,7 @@ impl fmt::Display for BeginsAnew {
 
 /// An external data file of a layer that the merge writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PlannedDataFile {
     /// The file.
     pub file: PathBuf,
@@ -116,6 +118,7 @@ pub enum DataFileFate {
 
 /// What tells that somebody may use base whom a search for images did not find.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Signs {
     /// How many names were looked at.
     pub looked_at: usize,
@@ -137,6 +140,7 @@ pub struct Signs {
 
 /// A merged layer that keeps its data.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Kept {
     /// The layer.
     pub path: PathBuf,
@@ -146,6 +150,7 @@ pub struct Kept {
 
 /// Where a merge goes on that was stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Resumed {
     /// Bytes that were written before, and are not written again.
     pub done: u64,

@@ -7,6 +7,7 @@ use crate::transfer::Totals;
 
 /// How a commit came out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Report {
     /// What was moved and taken.
     pub totals: Totals,

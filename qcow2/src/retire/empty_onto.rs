@@ -48,6 +48,7 @@ pub struct EmptyOptions {
 
 /// What became of an image that was emptied.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Emptied {
     /// The name by which it calls base.
     pub name: OsString,

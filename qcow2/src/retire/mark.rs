@@ -14,6 +14,7 @@ use crate::storage::{FileId, FileKind, Host, LockMode, Place};
 
 /// What became of images that are no longer needed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Retired {
     /// Images that are marked as merged into base.
     pub marked: Vec<PathBuf>,

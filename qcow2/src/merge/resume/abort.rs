@@ -14,6 +14,7 @@ use crate::transfer::target::give_leaks_back;
 
 /// What giving a merge up came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Aborted {
     /// The merge; `None` if none was pending.
     pub pending: Option<Pending>,

@@ -10,6 +10,7 @@ use crate::storage::{Access, Host};
 
 /// A merge that was stopped, or is under way.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Pending {
     /// The image that takes the data.
     pub base: PathBuf,
