@@ -18,8 +18,11 @@ pub struct Known {
     pub id: FileId,
     /// Its length in bytes, if it must be the same.
     pub len: Option<u64>,
-    /// When it was last changed, in nanoseconds since 1970, if that must be the same.
+    /// When it was last written, in nanoseconds since 1970, if that must be the same.
     pub modified_ns: Option<i128>,
+    /// When it was last changed in any way, which no program can set back. Only looked at where the time of the write must be
+    /// the same.
+    pub changed_ns: Option<i128>,
     /// Whether it may be changed though its file system has no locks: then only the caller knows that nobody else uses it.
     pub no_locks: bool,
 }
@@ -32,7 +35,8 @@ impl Known {
     pub fn now(host: &dyn Host, path: &Path) -> Result<Self> {
         let stat = host.stat(path).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
         let (len, modified_ns) = (Some(stat.len), Some(stat.modified_ns));
-        Ok(Self { path: path.to_owned(), id: stat.id, len, modified_ns, no_locks: false })
+        let changed_ns = Some(stat.changed_ns);
+        Ok(Self { path: path.to_owned(), id: stat.id, len, modified_ns, changed_ns, no_locks: false })
     }
 
     /// Opens the file and locks it; then it must be the known one, unchanged.
@@ -65,6 +69,8 @@ impl Known {
             format!("it was {len} bytes long, and is {} bytes long now", stat.len)
         } else if self.modified_ns.is_some_and(|then| then != stat.modified_ns) {
             "it was written to since".to_owned()
+        } else if self.modified_ns.and(self.changed_ns).is_some_and(|then| then != stat.changed_ns) {
+            "it was changed since".to_owned()
         } else {
             return Ok(());
         };

@@ -62,6 +62,7 @@ fn known(path: PathBuf, id: FileId, identity: &FileIdentity) -> Known {
         id,
         len: (identity.size > 0).then_some(identity.size),
         modified_ns: (identity.modified_ns > 0).then_some(identity.modified_ns.into()),
+        changed_ns: (identity.changed_ns > 0).then_some(identity.changed_ns.into()),
         no_locks: false,
     }
 }

@@ -46,7 +46,7 @@ impl State {
         all.find(|(layer, _)| layer.index == index).map_or(Treated::Not, |(_, treated)| *treated)
     }
 
-    /// When a layer was written last, if that is after its identity was taken; none if it was not, and none at all if
+    /// When a layer was written last, at the latest, if that is after its identity was taken; none if it was not, and none at all if
     /// that cannot be known.
     pub(super) fn written(&self, seen: &Seen, index: usize) -> Option<Option<u64>> {
         let (layer, now) =
@@ -56,7 +56,7 @@ impl State {
             // The clean-up wrote there, and nobody behind it.
             return Some(None);
         }
-        Some(now.is_written_since(layer.identity.as_ref()?)?.then_some(now.modified_ns))
+        Some(now.is_written_since(layer.identity.as_ref()?)?.then_some(now.written_ns()))
     }
 
     /// Whether these layers are the files that they were, as far as they were files here.

@@ -233,7 +233,7 @@ impl Seen {
     pub fn tells_no_time(&mut self, state: &State, index: usize) {
         for (layer, now) in state.layers.iter().zip(&mut self.identities) {
             if let Some(now) = now.as_mut().filter(|_| layer.index == index) {
-                now.modified_ns = 0;
+                (now.modified_ns, now.changed_ns) = (0, 0);
             }
         }
     }

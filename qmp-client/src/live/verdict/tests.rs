@@ -11,7 +11,7 @@ const GONE: u64 = PENDING + 1_000_000_000;
 const QEMUS: [Qemu; 4] = [Qemu::Gone, Qemu::ShowsBefore, Qemu::ShowsAfter, Qemu::ShowsNeither];
 
 fn identity(inode: u64, modified_ns: u64) -> FileIdentity {
-    FileIdentity { device: 1, inode, size: 1 << 20, modified_ns }
+    FileIdentity { device: 1, inode, size: 1 << 20, modified_ns, changed_ns: modified_ns }
 }
 
 fn merge(kind: Kind, phase: Phase) -> State {
@@ -336,6 +336,45 @@ fn an_old_active_image_that_was_used_after_the_pivot_is_a_doubt_unless_it_was_em
     seen.treated[0] = Treated::Not;
     seen.identities[0] = None;
     assert_eq!(state.judge(&seen), Verdict::Switched);
+}
+
+/// Any program can set the time of a write: one that is older than the state excuses nothing, nor does one that is the same.
+#[test]
+fn an_old_active_image_whose_time_was_set_back_is_compared() {
+    for phase in [Phase::Switching, Phase::Switched] {
+        for (modified_ns, changed_ns) in [
+            (PENDING - 9, PENDING + 9),
+            (PENDING - 9, PENDING),
+            (PENDING, PENDING + 9),
+            // From a state that did not note the change yet.
+            (PENDING - 9, 0),
+        ] {
+            let state = merge(Kind::ActiveCommit, phase);
+            for base in [PENDING, PENDING + 9] {
+                let mut seen = seen(&state, Qemu::Gone, Header::Unread);
+                seen.identities[0] = Some(FileIdentity { modified_ns, changed_ns, ..identity(4, PENDING) });
+                seen.identities[3] = Some(identity(1, base));
+                let case = format!("{phase:?} {modified_ns} {changed_ns} {base}");
+                seen.compared = Compared::Differs(9);
+                let verdict = state.judge(&seen);
+                if phase == Phase::Switching && base == PENDING {
+                    // Nobody came to base; the old one is the disk, whoever changed it.
+                    assert_eq!(verdict, Verdict::NotSwitched, "{case}");
+                    continue;
+                }
+                assert!(is_doubt(&verdict, "bytes that base does not"), "{case}: {verdict:?}");
+                assert!(state.touched(&seen).contains(&4) == (phase == Phase::Switched), "{case}");
+                seen.compared = Compared::NotYet;
+                assert_eq!(state.judge(&seen), Verdict::Compare, "{case}");
+                seen.compared = Compared::InUse;
+                assert_eq!(state.judge(&seen), Verdict::NotComparable, "{case}");
+                seen.compared = Compared::Equal;
+                assert_eq!(state.judge(&seen), Verdict::Switched, "{case}");
+                seen.treated[0] = Treated::Sealed;
+                assert_eq!(state.judge(&seen), Verdict::Switched, "{case}");
+            }
+        }
+    }
 }
 
 /// A block device, or an image whose bytes are in another file.
