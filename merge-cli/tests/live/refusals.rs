@@ -2,6 +2,9 @@
 
 use std::os::unix::fs::PermissionsExt;
 
+use qmp_client::Execute;
+use serde_json::json;
+
 use crate::machine::{Machine, Style};
 use crate::support::{failed, qmerge, run, tools_are_here};
 
@@ -184,4 +187,63 @@ fn a_name_that_only_qemu_understands_gets_a_hint() {
     let output = qmerge(machine.dir(), &["live", "snapshot", "vda=d.img", "--qmp", "qmp.sock"]);
     failed(&output, 6, &["'c.img'", "start QEMU with absolute names"]);
     assert!(!machine.has("d.img"));
+}
+
+/// Another disk of the same QEMU, or a node of it, reads through a merged layer: no folder shows that.
+#[test]
+fn a_layer_that_another_node_of_the_same_qemu_reads_is_not_merged() {
+    if !tools_are_here() {
+        return;
+    }
+    for by_name in [false, true] {
+        let machine = Machine::with(Style::Blockdev, "c.img", |dir| {
+            crate::machine::usual_chain(dir, "raw");
+            std::fs::create_dir(dir.join("o")).unwrap();
+            let create = ["create", "-q", "-f", "qcow2", "-b", "../b.img", "-F", "qcow2", "o/other.img"];
+            run("qemu-img", dir, &create);
+        });
+        let mut node = json!({"driver": "qcow2", "node-name": "n4", "read-only": true,
+            "file": {"driver": "file", "filename": machine.path("o/other.img")}});
+        if !by_name {
+            node["backing"] = "b".into();
+        }
+        machine.connect().query("blockdev-add", node).unwrap();
+        let before = machine.files();
+        for args in [&["--top", "[3]"][..], &["--pivot"], &["--keep-overlay"]] {
+            machine.fails("commit", args, 6, &["n4", "o/other.img", "--allow-shared-base", "live pull vda"]);
+        }
+        // Through the same node [3], which shows what it did; nodes of their own below it would not.
+        let below = machine.live("commit", &["--top", "[2]", "-n"]);
+        assert_eq!(below.status.code(), Some(if by_name { 6 } else { 0 }));
+        assert!(machine.job().is_null() && machine.files() == before, "{by_name}");
+        let plan = machine.events("commit", &["--top", "[3]", "--allow-shared-base", "-n"]).remove(0);
+        assert_eq!(plan["broken"], json!([machine.path("o/other.img")]), "{by_name}");
+        assert_eq!(plan["becomes-empty"], json!([]), "{by_name}");
+        // A pull changes no layer below; without that node, nothing stands in the way.
+        machine.ok("pull", &["-n"]);
+        machine.connect().query("blockdev-del", json!({"node-name": "n4"})).unwrap();
+        std::fs::remove_dir_all(machine.dir().join("o")).unwrap();
+        machine.ok("commit", &["--top", "[3]"]);
+        machine.holds_the_disk("c.img");
+    }
+}
+
+/// The image of one disk is the base of another one.
+#[test]
+fn a_base_that_is_another_disk_of_the_same_qemu_is_not_written() {
+    if !tools_are_here() {
+        return;
+    }
+    let machine = Machine::new(Style::Blockdev);
+    let monitor = machine.connect();
+    let address = json!({"type": "unix", "data": {"path": machine.path("nbd.sock")}});
+    monitor.query("nbd-server-start", json!({"addr": address})).unwrap();
+    // An export of the active layer shows the same disk.
+    let export = |id: &str, node: &str| json!({"type": "nbd", "id": id, "node-name": node});
+    monitor.query("block-export-add", export("backup", "c")).unwrap();
+    drop(monitor);
+    machine.ok("commit", &["--top", "[3]", "-n"]);
+    let add = json!({"driver": "raw", "node-name": "again", "read-only": true, "file": "base"});
+    machine.connect().query("blockdev-add", add).unwrap();
+    machine.fails("commit", &["--top", "[3]"], 6, &["again", "base.img", "--allow-shared-base"]);
 }

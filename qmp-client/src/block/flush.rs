@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::block::ids::unique;
+use crate::block::ids::{FLUSH_ALONE as OWN, FLUSH_BESIDE as THEIRS, unique};
 use crate::block::nbd;
 use crate::block::version::exports_are_safe;
 use crate::error::{Error, Result};
@@ -32,10 +32,6 @@ pub(crate) enum Means {
     /// paused, and needs no NBD server.
     Command,
 }
-
-/// What the ids of exports begin with, on a server that was started for the flush, and on one that runs anyway.
-const OWN: &str = "flush-alone-";
-const THEIRS: &str = "flush-beside-";
 
 const TIMEOUT: Duration = Duration::from_secs(600);
 

@@ -7,6 +7,11 @@ use std::hash::BuildHasher;
 /// The kinds of merge jobs, as their ids begin: data moves down, or up.
 pub(crate) const MERGES: [&str; 2] = ["merge", "pull"];
 
+/// What the ids of the exports begin with through which a node is flushed: on a server that was started for the flush.
+pub(crate) const FLUSH_ALONE: &str = "flush-alone-";
+/// The same, on a server that runs anyway.
+pub(crate) const FLUSH_BESIDE: &str = "flush-beside-";
+
 /// Eight hexadecimal digits, others each time. Should they ever meet a name that is in use, QEMU refuses it.
 pub(crate) fn unique() -> String {
     // The standard library's only source of randomness.

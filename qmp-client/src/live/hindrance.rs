@@ -86,6 +86,19 @@ pub enum Hindrance {
         /// The images that use it.
         users: Vec<PathBuf>,
     },
+    /// Another node of the same QEMU, that of another disk perhaps, reads through base or a merged layer.
+    #[error(
+        "the node {} ({}) of the same QEMU reads through {} and is no part of this disk: it would show other bytes",
+        shown(.node), shown(.file), shown(.used)
+    )]
+    SharedInside {
+        /// The layer that is read.
+        used: String,
+        /// The topmost node that reads it.
+        node: String,
+        /// That node's file, as QEMU calls it.
+        file: String,
+    },
     /// A folder could not be searched for other users of the files.
     #[error("{source}")]
     NotSearched {

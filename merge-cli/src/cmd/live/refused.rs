@@ -29,7 +29,7 @@ fn kind(hindrance: &Hindrance) -> (&'static str, Exit) {
         Hindrance::NotHere { .. } => ("not-here", Exit::REFUSED),
         Hindrance::JobExists { .. } | Hindrance::UnderWay { .. } => ("job-exists", Exit::REFUSED),
         Hindrance::NoSpace { .. } => ("no-space", Exit::NO_SPACE),
-        Hindrance::SharedBase { .. } => ("shared-base", Exit::REFUSED),
+        Hindrance::SharedBase { .. } | Hindrance::SharedInside { .. } => ("shared-base", Exit::REFUSED),
         Hindrance::NotSearched { .. } => ("io", Exit::FAILED),
         Hindrance::NoStateFolder { .. } => ("no-state-folder", Exit::REFUSED),
         Hindrance::RecoverFirst { .. } => ("recover-first", Exit::REFUSED),
@@ -99,7 +99,7 @@ fn hints(session: &Session<'_>, hindrance: &Hindrance) -> Hints {
         Hindrance::NoSpace { folder, .. } => {
             session.again_hint(&format!("make room there (df -h {}), then again", word(folder))).into()
         }
-        Hindrance::SharedBase { .. } => {
+        Hindrance::SharedBase { .. } | Hindrance::SharedInside { .. } => {
             let pull = match session.verb {
                 LiveVerb::Commit(args) => Some(session.other(&["pull", &args.disk])),
                 _ => None,
@@ -108,7 +108,10 @@ fn hints(session: &Session<'_>, hindrance: &Hindrance) -> Hints {
                 let why = "take the data up instead, which changes no layer below";
                 Hint::command(HintKind::LivePull, why, pull)
             });
-            let why = "or, if nobody needs those images any more";
+            let why = match hindrance {
+                Hindrance::SharedInside { .. } => "or, if nobody needs what that node shows",
+                _ => "or, if nobody needs those images any more",
+            };
             Hints::default().or(pull).or(with(HintKind::AllowSharedBase, why, "--allow-shared-base"))
         }
         Hindrance::NotSearched { .. } => {

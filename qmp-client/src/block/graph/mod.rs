@@ -3,6 +3,7 @@
 mod attached;
 mod disk;
 mod nodes;
+mod readers;
 #[cfg(test)]
 mod tests;
 
@@ -20,6 +21,10 @@ use nodes::{Below, Edges, NamedNode};
 #[derive(Clone, Debug)]
 pub struct Graph {
     disks: Vec<Disk>,
+    /// All nodes, each with its file as QEMU calls it.
+    files: Vec<(String, String)>,
+    /// Which node is above which; `None` before QEMU 4.0.
+    edges: Option<Edges>,
 }
 
 /// A place where a chain hangs: a device, or an export.
@@ -60,8 +65,10 @@ impl Graph {
                 .into_iter()
                 .filter(|root| !reached.contains(root.top())),
         );
+        let files = named.iter().map(|n| (n.node_name.clone(), n.file.clone())).collect();
         let named = named.into_iter().map(|n| (n.node_name.clone(), n)).collect();
-        Ok(Self { disks: roots.into_iter().filter_map(|root| Disk::new(root, &named)).collect() })
+        let disks = roots.into_iter().filter_map(|root| Disk::new(root, &named)).collect();
+        Ok(Self { disks, files, edges })
     }
 
     /// The disks that have a medium, in the order in which they were made, devices before exports.
@@ -76,6 +83,11 @@ impl Graph {
     #[must_use]
     pub fn with_files(mut self, rename: &dyn Fn(&str) -> Option<String>) -> Self {
         self.disks.iter_mut().for_each(|disk| disk.rename_files(rename));
+        for (_, file) in &mut self.files {
+            if let Some(name) = rename(file) {
+                *file = name;
+            }
+        }
         self
     }
 

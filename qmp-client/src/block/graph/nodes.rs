@@ -66,13 +66,13 @@ pub(super) struct Bitmap {
 }
 
 /// The answer of `x-debug-query-block-graph`.
-#[derive(Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 pub(super) struct Edges {
     nodes: Vec<GraphNode>,
     edges: Vec<Edge>,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 struct GraphNode {
     id: u64,
     name: String,
@@ -80,7 +80,7 @@ struct GraphNode {
     kind: String,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 struct Edge {
     parent: u64,
     child: u64,
@@ -113,6 +113,27 @@ impl Edges {
             }
         }
         below
+    }
+
+    /// The nodes that a node reads through, and itself. What a filter copies to is none of them.
+    pub(super) fn reach(&self, top: &str) -> HashSet<&str> {
+        let names: HashMap<u64, &str> = self.drivers().map(|n| (n.id, n.name.as_str())).collect();
+        let mut next: Vec<u64> = self.drivers().filter(|n| n.name == top).map(|n| n.id).collect();
+        let mut reached = HashSet::new();
+        while let Some(id) = next.pop() {
+            if names.get(&id).is_some_and(|name| reached.insert(*name)) {
+                let below = self.edges.iter().filter(|edge| edge.parent == id && edge.name != "target");
+                next.extend(below.map(|edge| edge.child));
+            }
+        }
+        reached
+    }
+
+    /// The nodes directly above a node.
+    pub(super) fn above(&self, node: &str) -> Vec<&str> {
+        let Some(id) = self.drivers().find(|n| n.name == node).map(|n| n.id) else { return Vec::new() };
+        let parents = self.edges.iter().filter(|edge| edge.child == id).map(|edge| edge.parent);
+        parents.filter_map(|id| Some(self.drivers().find(|n| n.id == id)?.name.as_str())).collect()
     }
 
     fn drivers(&self) -> impl Iterator<Item = &GraphNode> {

@@ -7,8 +7,8 @@ use qcow2::chain::{Search, find_users_in};
 use qcow2::error::FileOp;
 use qcow2::storage::{FileId, OsHost};
 
-use super::files::{Files, Place};
-use crate::block::graph::{Disk, Layer};
+use super::files::{Files, Place, identity};
+use crate::block::graph::{Disk, Graph, Layer};
 use crate::error::{Error, Result};
 use crate::live::hindrance::Hindrance;
 
@@ -26,13 +26,15 @@ pub struct Searched {
     pub(crate) users: Vec<(usize, PathBuf)>,
 }
 
-/// Looks through the folders of the chain, and those of `scan`, for images outside the chain that use one of the
-/// `touched` layers.
+/// Looks through the graph of QEMU, the folders of the chain, and those of `scan`, for images outside the chain that use one of
+/// the `touched` layers.
 ///
 /// # Errors
-/// [`Hindrance::SharedBase`] if there is one, unless that is `allowed`; [`Hindrance::NotSearched`] if a folder cannot be read.
+/// [`Hindrance::SharedInside`] or [`Hindrance::SharedBase`] if there is one, unless that is `allowed`;
+/// [`Hindrance::NotSearched`] if a folder cannot be read.
 pub(crate) fn search(
     files: &Files,
+    graph: &Graph,
     disk: &Disk,
     touched: &[&Layer],
     scan: &[PathBuf],
@@ -42,6 +44,17 @@ pub(crate) fn search(
         Place::Here(path, id) => Some((path, id)),
         _ => None,
     };
+    let layer_of = |name: &str| {
+        let id = Path::new(name).is_absolute().then(|| identity(Path::new(name))).flatten()?;
+        let is_it = |layer: &&&Layer| here(layer).is_some_and(|(_, other)| other == id);
+        touched.iter().find(is_it).map(|layer| layer.index)
+    };
+    let readers = graph.readers(disk, touched, &layer_of);
+    if let (Some(reader), false) = (readers.first(), allowed) {
+        let used = touched.iter().find(|layer| layer.index == reader.uses).map(|layer| layer.file.clone());
+        let (node, file) = (reader.node.clone(), reader.file.clone());
+        return Err(Hindrance::SharedInside { used: used.unwrap_or_default(), node, file }.into());
+    }
     let chain: Vec<(PathBuf, FileId)> = disk.layers().iter().filter_map(here).collect();
     let targets: Vec<(PathBuf, FileId)> = touched.iter().filter_map(|layer| here(layer)).collect();
     let ids = |files: &[(PathBuf, FileId)]| files.iter().map(|(_, id)| *id).collect::<Vec<_>>();
@@ -51,7 +64,7 @@ pub(crate) fn search(
     let folders = [folders, scan.to_vec()].concat();
     let found = find_users_in(&OsHost, &search, &ids(&targets), &ids(&chain))
         .map_err(|source| Hindrance::NotSearched { source })?;
-    let broken: Vec<PathBuf> = found.users.iter().map(|user| user.path.clone()).collect();
+    let mut broken: Vec<PathBuf> = found.users.iter().map(|user| user.path.clone()).collect();
     if let (Some(first), false) = (found.users.first(), allowed) {
         let used = targets.iter().find(|(_, id)| *id == first.uses).map(|(path, _)| path.clone());
         let used = used.unwrap_or_else(|| first.path.clone());
@@ -61,7 +74,15 @@ pub(crate) fn search(
         let is_it = |layer: &&&Layer| here(layer).is_some_and(|(_, other)| other == id);
         touched.iter().find(is_it).map(|layer| layer.index)
     };
-    let users = found.users.iter().filter_map(|user| Some((index(user.uses)?, user.path.clone()))).collect();
+    let beside = found.users.iter().filter_map(|user| Some((index(user.uses)?, user.path.clone())));
+    let inside = readers.iter().map(|reader| (reader.uses, PathBuf::from(&reader.file)));
+    let users = beside.chain(inside).collect();
+    for reader in &readers {
+        let file = PathBuf::from(&reader.file);
+        if !broken.contains(&file) {
+            broken.push(file);
+        }
+    }
     let unreadable = found.unreadable.into_iter().map(|(path, _)| path).chain(found.left_out).collect();
     Ok(Searched { folders, unreadable, broken, users })
 }

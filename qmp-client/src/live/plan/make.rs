@@ -2,7 +2,7 @@
 
 use super::amounts::{Amounts, amounts, free_space};
 use super::{Plan, Request, checks, obstacle};
-use crate::block::graph::{Disk, Layer, Range};
+use crate::block::graph::{Disk, Graph, Layer, Range};
 use crate::block::merge::{MergeOptions, Procedure};
 use crate::error::Result;
 use crate::live::discover::{Files, Searched, search};
@@ -10,6 +10,7 @@ use crate::live::discover::{Files, Searched, search};
 /// Plans a commit.
 pub(super) fn commit(
     files: &Files,
+    graph: &Graph,
     disk: &Disk,
     range: &Range<'_>,
     request: &Request,
@@ -21,7 +22,7 @@ pub(super) fn commit(
     let commit = Procedure::commit(disk, range, options(files, request, request.drop_bitmaps))?;
     let touched: Vec<&Layer> = merged.iter().chain([range.base]).collect();
     checks::plaintext(&merged, range.base, request.allow_plaintext)?;
-    let searched = search(files, disk, &touched, &request.scan, request.allow_shared_base)?;
+    let searched = search(files, graph, disk, &touched, &request.scan, request.allow_shared_base)?;
     let leaves = obstacle::of_merged(files, disk, range.base, &merged, &searched.users, request.no_lock);
     let merges_active = range.above.is_none();
     if merges_active && !request.keep_overlay && !request.allow_stale {

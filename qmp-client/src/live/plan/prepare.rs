@@ -98,7 +98,7 @@ impl<'m> Machine<'m> {
             }
             let Some(range) = range::of_commit(disk, request)? else { return nothing(Nothing::OneLayer) };
             checks::no_other_job(self.monitor(), self.graph(), disk)?;
-            make::commit(self.files(), disk, &range, request)?
+            make::commit(self.files(), self.graph(), disk, &range, request)?
         };
         let room = checks::room(&plan)?;
         let throttle = if request.converge { Some(self.throttle(disk)?) } else { None };
