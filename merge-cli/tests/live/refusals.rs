@@ -228,6 +228,41 @@ fn a_layer_that_another_node_of_the_same_qemu_reads_is_not_merged() {
     }
 }
 
+/// What an internal snapshot does not hold itself, it reads from the layers below.
+#[test]
+fn internal_snapshots_do_not_change_unasked() {
+    if !tools_are_here() {
+        return;
+    }
+    let make = |keeper: &'static str| {
+        move |dir: &std::path::Path| {
+            crate::machine::usual_chain(dir, "raw");
+            run("qemu-img", dir, &["snapshot", "-c", "keep", keeper]);
+            run("qemu-io", dir, &["-f", "qcow2", "-c", "write -q -P 77 1M 2M", keeper]);
+        }
+    };
+    let option = "--allow-snapshot-change";
+    let machine = Machine::with(Style::Daemon, "c.img", make("c.img"));
+    let before = machine.files();
+    for end in [&["--pivot"][..], &["--active"], &["--keep-overlay"], &["--pivot", "--delete"]] {
+        machine.fails("commit", end, 6, &["c.img", "1 internal snapshot", option, "qemu-img snapshot"]);
+    }
+    machine.fails("pull", &[], 6, &["c.img", "1 internal snapshot", option]);
+    assert!(machine.job().is_null() && machine.files() == before);
+    // Layers below the one that holds it say nothing of it.
+    machine.ok("commit", &["--top", "[3]", "-n"]);
+    let plan = machine.events("commit", &["--pivot", "--allow-snapshot-change", "-n"]).remove(0);
+    assert_eq!(plan["snapshots-changed"], json!([machine.path("c.img")]));
+    machine.ok("commit", &["--pivot", "--allow-snapshot-change"]);
+    machine.holds_the_disk("base.img");
+
+    let machine = Machine::with(Style::Daemon, "c.img", make("b.img"));
+    machine.fails("commit", &["--top", "[3]"], 6, &["b.img", "1 internal snapshot", option]);
+    machine.ok("pull", &["-n"]);
+    machine.ok("commit", &["--top", "[3]", "--allow-snapshot-change"]);
+    machine.holds_the_disk("c.img");
+}
+
 /// The image of one disk is the base of another one.
 #[test]
 fn a_base_that_is_another_disk_of_the_same_qemu_is_not_written() {

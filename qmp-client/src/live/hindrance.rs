@@ -18,6 +18,14 @@ pub enum Hindrance {
         /// Their names.
         names: Vec<String>,
     },
+    /// Internal snapshots would show other bytes.
+    #[error("{} holds {count} internal snapshot(s), whose content would change", shown(.file))]
+    Snapshots {
+        /// The image that holds them.
+        file: String,
+        /// How many they are.
+        count: usize,
+    },
     /// The data of an encrypted layer would go to an image that is not encrypted.
     #[error(
         "{} is encrypted, and {} is not: what it holds would lie there in plain text", shown(.from), shown(.into)

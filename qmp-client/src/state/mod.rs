@@ -321,6 +321,7 @@ impl StateLayer {
             part: self.part,
             backing: None,
             bitmaps: Vec::new(),
+            snapshots: 0,
         }
     }
 }

@@ -91,6 +91,10 @@ pub(crate) struct CommitArgs {
     #[arg(long, help_heading = "Safety")]
     pub(crate) drop_bitmaps: bool,
 
+    /// Merge although internal snapshots of merged layers change
+    #[arg(long, help_heading = "Safety")]
+    pub(crate) allow_snapshot_change: bool,
+
     /// Merge although the old active image cannot become an empty overlay on base
     ///
     /// It stays bootable then, with old data: over NBD or another protocol, onto a format that this engine does not write
@@ -131,6 +135,10 @@ pub(crate) struct PullArgs {
     /// Pull although persistent bitmaps of the layers below are lost to the disk
     #[arg(long, help_heading = "Safety")]
     pub(crate) drop_bitmaps: bool,
+
+    /// Pull although internal snapshots of the active image change: they read through the layers that it leaves
+    #[arg(long, help_heading = "Safety")]
+    pub(crate) allow_snapshot_change: bool,
 
     /// Pull although an encrypted layer's data goes into an active image that is not encrypted
     #[arg(long, help_heading = "Safety")]

@@ -40,6 +40,7 @@ pub(super) fn commit(
     request.allow_stale = args.allow_stale;
     request.allow_plaintext = args.allow_plaintext;
     request.drop_bitmaps = args.drop_bitmaps;
+    request.allow_snapshot_change = args.allow_snapshot_change;
     request.no_lock = args.no_lock;
     let call = Call { session, disk: &args.disk, job: &args.job, request, what: "merging", console };
     call.run(monitor)
@@ -58,6 +59,7 @@ pub(super) fn pull(
     request.backing_file.clone_from(&args.backing_file);
     request.allow_plaintext = args.allow_plaintext;
     request.drop_bitmaps = args.drop_bitmaps;
+    request.allow_snapshot_change = args.allow_snapshot_change;
     let call = Call { session, disk: &args.disk, job: &args.job, request, what: "pulling", console };
     call.run(monitor)
 }

@@ -6,7 +6,7 @@ use super::trouble::{Session, class};
 use crate::cli::LiveVerb;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Hint, HintKind, Hints, word};
+use crate::hint::{Command, Hint, HintKind, Hints, word};
 use crate::output::human::printable;
 use crate::output::size;
 
@@ -21,6 +21,7 @@ pub(super) fn failure(session: &Session<'_>, hindrance: &Hindrance) -> Failure {
 fn kind(hindrance: &Hindrance) -> (&'static str, Exit) {
     match hindrance {
         Hindrance::Bitmaps { .. } => ("bitmaps", Exit::REFUSED),
+        Hindrance::Snapshots { .. } => ("snapshots", Exit::REFUSED),
         Hindrance::Plaintext { .. } => ("plaintext", Exit::REFUSED),
         Hindrance::StaleActive { obstacle: Obstacle::Format { .. } | Obstacle::Encrypted { .. }, .. } => {
             ("stale-image", Exit::UNSUPPORTED)
@@ -67,6 +68,11 @@ fn hints(session: &Session<'_>, hindrance: &Hindrance) -> Hints {
     match hindrance {
         Hindrance::Bitmaps { .. } => {
             with(HintKind::DropBitmaps, "if no backup needs them", "--drop-bitmaps").into()
+        }
+        Hindrance::Snapshots { file, .. } => {
+            let list = Command::of("qemu-img").options(["snapshot", "-U", "-l"]).file(std::path::Path::new(file));
+            Hints::from(with(HintKind::AllowSnapshotChange, "if nobody needs them", "--allow-snapshot-change"))
+                .or(Hint::command(HintKind::Info, "their names", list))
         }
         Hindrance::Plaintext { .. } => {
             with(HintKind::AllowPlaintext, "if that is meant", "--allow-plaintext").into()

@@ -56,6 +56,8 @@ pub struct Layer {
     pub backing: Option<Backing>,
     /// The names of its persistent bitmaps.
     pub bitmaps: Vec<String>,
+    /// How many internal snapshots it holds.
+    pub snapshots: usize,
 }
 
 /// The backing file that an image's header names.
@@ -116,6 +118,7 @@ impl Disk {
                 format: node.image.backing_filename_format.clone(),
                 resolved: node.image.full_backing_filename.clone(),
             }),
+            snapshots: node.image.snapshots.len(),
             bitmaps: node
                 .dirty_bitmaps
                 .iter()
@@ -263,7 +266,7 @@ impl Disk {
 /// The name of an image's file. QEMU describes an image with a `json:` name when its header and its place in
 /// the chain say different things, as after a merge with a relative name; the file below has its plain one.
 /// Where that is a filter, its description ends with the file that it passes requests on to.
-fn file_of(node: &NamedNode, below: Option<&NamedNode>) -> String {
+pub(super) fn file_of(node: &NamedNode, below: Option<&NamedNode>) -> String {
     let described = |node: &NamedNode| node.file.starts_with("json:");
     match below {
         Some(below) if described(node) && !described(below) => below.file.clone(),

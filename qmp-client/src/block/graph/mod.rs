@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use crate::error::{Error, Refusal, Result};
 use crate::qmp::monitor::{Execute, Monitor, read};
 pub(crate) use attached::{are_alone, holds_requests};
+use disk::file_of;
 pub use disk::{Backing, Disk, Layer, Range};
 use nodes::{Below, Edges, NamedNode};
 
@@ -65,8 +66,13 @@ impl Graph {
                 .into_iter()
                 .filter(|root| !reached.contains(root.top())),
         );
-        let files = named.iter().map(|n| (n.node_name.clone(), n.file.clone())).collect();
-        let named = named.into_iter().map(|n| (n.node_name.clone(), n)).collect();
+        let named: HashMap<String, NamedNode> = named.into_iter().map(|n| (n.node_name.clone(), n)).collect();
+        let below = below.unwrap_or_default();
+        let file = |node: &NamedNode| {
+            let below = below.get(node.node_name.as_str()).and_then(|below| named.get(below.file.as_ref()?));
+            (node.node_name.clone(), file_of(node, below))
+        };
+        let files = named.values().map(file).collect();
         let disks = roots.into_iter().filter_map(|root| Disk::new(root, &named)).collect();
         Ok(Self { disks, files, edges })
     }

@@ -56,6 +56,8 @@ pub(super) struct Image {
     pub(super) backing_filename: Option<String>,
     pub(super) backing_filename_format: Option<String>,
     pub(super) full_backing_filename: Option<String>,
+    #[serde(default)]
+    pub(super) snapshots: Vec<serde::de::IgnoredAny>,
 }
 
 #[derive(Deserialize)]

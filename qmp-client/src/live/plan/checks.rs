@@ -17,6 +17,13 @@ pub(super) fn bitmaps(merged: &[Layer], drop: bool) -> Result<()> {
     Err(Hindrance::Bitmaps { names }.into())
 }
 
+/// Refuses to change what the internal snapshots of these layers show. What a snapshot does not hold itself it reads from
+/// the layers below, which change under a merged layer, and are gone under an active one that took in their data.
+pub(super) fn snapshots(layers: &[Layer], allowed: bool) -> Result<()> {
+    let Some(layer) = layers.iter().find(|layer| layer.snapshots > 0 && !allowed) else { return Ok(()) };
+    Err(Hindrance::Snapshots { file: layer.file.clone(), count: layer.snapshots }.into())
+}
+
 /// Refuses to write the data of an encrypted layer to an image that is not encrypted.
 pub(super) fn plaintext(from: &[Layer], into: &Layer, allowed: bool) -> Result<()> {
     let Some(layer) = from.iter().find(|layer| layer.encrypted && !into.encrypted && !allowed) else {

@@ -18,6 +18,7 @@ pub(super) fn commit(
     let is_merged = |layer: &&Layer| layer.index > range.base.index && layer.index <= range.top.index;
     let merged: Vec<Layer> = disk.layers().iter().filter(is_merged).cloned().collect();
     checks::bitmaps(&merged, request.drop_bitmaps)?;
+    checks::snapshots(&merged, request.allow_snapshot_change)?;
     checks::same_files(files, disk, is_named(request))?;
     let commit = Procedure::commit(disk, range, options(files, request, request.drop_bitmaps))?;
     let touched: Vec<&Layer> = merged.iter().chain([range.base]).collect();
@@ -56,6 +57,7 @@ pub(super) fn pull(
     // Bitmaps of the layers that are left are asked about below.
     let pull = Procedure::pull(disk, base, options(files, request, true))?;
     checks::bitmaps(pull.merged(), request.drop_bitmaps)?;
+    checks::snapshots(std::slice::from_ref(disk.active()), request.allow_snapshot_change)?;
     checks::plaintext(pull.merged(), disk.active(), request.allow_plaintext)?;
     checks::same_files(files, disk, is_named(request))?;
     let plan = Plan {

@@ -156,6 +156,13 @@ impl Plan {
         self.merged.iter().flat_map(|layer| layer.bitmaps.iter().map(move |name| (layer, name)))
     }
 
+    /// The layers whose internal snapshots change, because that was allowed.
+    pub fn snapshots_changed(&self) -> impl Iterator<Item = &Layer> {
+        let active = self.pull.then(|| self.disk.active());
+        let merged = self.merged.iter().filter(|_| !self.pull);
+        active.into_iter().chain(merged).filter(|layer| layer.snapshots > 0)
+    }
+
     /// The sizes of base's disk before and after, where it grows.
     pub fn grows_disk_of_base(&self) -> Option<(u64, u64)> {
         let base = self.base.as_ref().filter(|_| !self.pull)?;

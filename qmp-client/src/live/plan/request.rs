@@ -46,6 +46,8 @@ pub struct Request {
     pub allow_plaintext: bool,
     /// Persistent bitmaps of the layers that are given up may be lost.
     pub drop_bitmaps: bool,
+    /// Internal snapshots of the layers that are given up, or of the active layer of a pull, may change.
+    pub allow_snapshot_change: bool,
     /// Merged layers are emptied or removed also where the file system has no locks.
     pub no_lock: bool,
     /// Only the plan is wanted: nothing is written or swept.

@@ -50,6 +50,10 @@ pub(in crate::cmd::live) fn text(plan: &Plan) -> String {
     for (layer, name) in plan.bitmaps_lost() {
         fields.add("lost", format!("the persistent bitmap {} of {}", printable(name), show(layer)));
     }
+    for layer in plan.snapshots_changed() {
+        let what = format!("the content of {}'s internal snapshots ({})", show(layer), layer.snapshots);
+        fields.add("changes", what);
+    }
     for file in &plan.searched.broken {
         fields.add("breaks", format!("{}, which uses base or a merged layer", file.display()));
     }

@@ -38,6 +38,7 @@ pub(in crate::cmd::live) fn fields(plan: &Plan) -> Value {
         "stale": plan.stale().map(|(layer, why)| json!({"file": layer.file, "reason": why.to_string()})).collect::<Value>(),
         "restore-points-lost": plan.restore_points_lost().iter().map(|layer| layer.file.as_str()).collect::<Value>(),
         "bitmaps-lost": bitmaps,
+        "snapshots-changed": plan.snapshots_changed().map(|layer| layer.file.as_str()).collect::<Value>(),
         "data-files": data_files.collect::<Value>(),
         "searched": paths(&plan.searched.folders),
         "unreadable": paths(&plan.searched.unreadable),
