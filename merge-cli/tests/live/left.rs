@@ -86,6 +86,25 @@ fn the_same_command_ends_what_a_killed_client_has_begun() {
     assert!(killed > 5, "{killed} clients were killed");
 }
 
+/// The disk became larger before the end of the merge was made up for: what lies behind its former end is seen through the
+/// old active image too.
+#[test]
+fn a_disk_that_has_grown_since_the_switch_is_not_cut() {
+    if !tools_are_here() || !strace_is_here() {
+        return;
+    }
+    let machine = Machine::new(Style::Blockdev);
+    assert!(dies(&machine, &["--pivot"], RENAMES, 4, None));
+    assert_eq!(machine.chain(), ["base.img"]);
+    let resize = json!({"node-name": "base", "size": 64 << 20});
+    qmp_client::Execute::query(&machine.connect(), "block_resize", resize).unwrap();
+    let expected = fs::File::options().write(true).open(machine.dir().join("expected.raw")).unwrap();
+    expected.set_len(64 << 20).unwrap();
+    machine.guest_writes(77, "50M", "64k");
+    machine.ok("commit", &["--pivot"]);
+    machine.holds_the_disk("c.img");
+}
+
 #[test]
 fn a_snapshot_ends_what_a_killed_merge_has_left() {
     if !tools_are_here() || !strace_is_here() {

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use qcow2::chain::{OpenOptions, Policy};
+use qcow2::chain::{Chain, OpenOptions, Policy};
 use qcow2::image::ImageFormat;
 use qcow2::retire::{EmptyOptions, Known, LeftBehind, empty_all_onto, mark_merged, remove, unused};
 use qcow2::storage::{FileId, OsHost};
@@ -141,7 +141,7 @@ impl Tidy<'_> {
         // What is lost has been accepted before the merge began.
         let no_locks = self.options.no_lock;
         let open = OpenOptions { policy: Policy::local_files(), no_locks, ..OpenOptions::default() };
-        let size = self.state().active().map_or(0, |active| active.virtual_size);
+        let size = self.size(base, format, &open);
         let options =
             EmptyOptions { open, drop_bitmaps: true, allow_snapshot_change: true, size, mark: false };
         let active = left.iter().find(|(layer, _)| is_active(layer)).map(|(_, known)| known.id);
@@ -161,6 +161,18 @@ impl Tidy<'_> {
                 Err(error) => self.leave(image, reason(&error), tidied),
             }
         }
+    }
+
+    /// The size in bytes that an empty overlay must have at least: what the disk had when the merge began, or what base has now.
+    /// The disk may have been made larger since, and what lies behind its former end must not be cut off.
+    fn size(&self, base: &StateLayer, format: ImageFormat, open: &OpenOptions) -> u64 {
+        let then = self.state().active().map_or(0, |active| active.virtual_size);
+        let open = OpenOptions { active_format: Some(format), ..open.clone() };
+        // A base that cannot be opened is told of where a layer is to be emptied onto it.
+        let now = Chain::open(&OsHost, Path::new(&base.file), &open)
+            .ok()
+            .and_then(|chain| chain.images().last().map(|image| image.virtual_size()));
+        then.max(now.unwrap_or(0))
     }
 
     fn would_empty(&self, going: &[Known], ids: &[FileId], scan: &[PathBuf], tidied: &mut Tidied) {
