@@ -19,10 +19,9 @@ fn snapshot(lab: &Lab, name: &str) {
         &["create", "-q", "-f", "qcow2", "-u", "-b", &below, "-F", "qcow2", &file, "16M"],
     );
     let storage = json!({"driver": "file", "filename": file});
-    let overlay =
-        json!({"driver": "qcow2", "node-name": name.replace('.', "-"), "file": storage, "backing": null});
+    let overlay = json!({"driver": "qcow2", "node-name": name.replace(['.', '/'], "-"), "file": storage, "backing": null});
     monitor.query("blockdev-add", overlay).unwrap();
-    let overlay = name.replace('.', "-");
+    let overlay = name.replace(['.', '/'], "-");
     monitor.query("blockdev-snapshot", json!({"node": active.node, "overlay": overlay})).unwrap();
 }
 
@@ -46,12 +45,34 @@ fn the_newest_overlay_is_the_disk_while_qemu_runs_and_when_it_is_gone() {
         assert_eq!(found["valid-top"], lab.path("o.img").as_str(), "{found:#}");
         let facts = found["facts"].to_string();
         assert!(facts.contains("should name") && facts.contains("o.img"), "{facts}");
+        // Who has seen QEMU needs to search nowhere.
+        assert_eq!(facts.contains("looked for only in"), !alive, "{facts}");
         lab.kill();
         lab.nothing_is_left();
         for image in ["4.img", "3.img", "2.img"] {
             lab.shows_nothing_of_its_own(image);
         }
     }
+}
+
+/// Nothing leads from an image to the overlays above it: where was searched is said, and that the rest is not known.
+#[test]
+fn a_snapshot_in_a_folder_that_is_not_searched_is_not_ruled_out() {
+    if !tools_are_here() {
+        return;
+    }
+    let lab = Lab::new();
+    lab.pivots();
+    std::fs::create_dir(lab.dir().join("elsewhere")).unwrap();
+    snapshot(&lab, "elsewhere/n.img");
+    lab.kill();
+    write(&lab, "elsewhere/n.img", "write -q -P 9 8M 1M");
+    let found = lab.recover(0);
+    let facts = found["facts"].to_string();
+    let folder = lab.dir().canonicalize().unwrap();
+    assert!(facts.contains(&format!("looked for only in {}", folder.display())), "{facts}");
+    assert!(facts.contains("unless a snapshot above it lies in another folder"), "{facts}");
+    lab.nothing_is_left();
 }
 
 #[test]

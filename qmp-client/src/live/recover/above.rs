@@ -25,9 +25,11 @@ enum Above {
 /// down.
 pub(super) fn look_above(merge: &Unfinished, finding: &mut Finding, live: &[String]) {
     let Some(top) = finding.valid_top.clone() else { return };
-    let above = match live.first().filter(|_| live.contains(&top)) {
+    let shown = live.first().filter(|_| live.contains(&top));
+    let mut searched = BTreeSet::new();
+    let above = match shown {
         Some(live) => Ok(Above::In(live.into())),
-        None => find_above(merge, Path::new(&top)),
+        None => find_above(merge, Path::new(&top), &mut searched),
     };
     match above {
         Ok(Above::In(above)) if above == Path::new(&top) => {}
@@ -49,22 +51,27 @@ pub(super) fn look_above(merge: &Unfinished, finding: &mut Finding, live: &[Stri
         }
         Err(error) => finding.facts.push(Fact::AboveNotSeen { top, error }),
     }
+    let is_settled = matches!(finding.outcome, Found::Completed | Found::NotSwitched | Found::PointedBack);
     if let (true, Found::Completed, Some(top)) =
-        (finding.merge.merges_active(), finding.outcome, &finding.valid_top)
+        (finding.merge.merges_active(), finding.outcome, finding.valid_top.clone())
     {
-        finding.facts.push(Fact::ShouldBeNamed(top.clone()));
+        finding.facts.push(Fact::ShouldBeNamed { top, certain: shown.is_some() });
+    }
+    if is_settled && !searched.is_empty() {
+        finding.facts.push(Fact::Searched(searched.into_iter().collect()));
     }
 }
 
-fn find_above(merge: &Unfinished, top: &Path) -> Result<Above> {
+/// `searched` takes the folders that were looked in.
+fn find_above(merge: &Unfinished, top: &Path, searched: &mut BTreeSet<PathBuf>) -> Result<Above> {
     let state = &merge.state;
     let mut at = top.to_owned();
     let mut ours = Vec::new();
     for layer in &state.layers {
         ours.extend(look::id(Path::new(&layer.file))?);
     }
-    let mut folders: BTreeSet<PathBuf> =
-        state.layers.iter().flat_map(|layer| look::folders_of(Path::new(&layer.file))).collect();
+    let folders = searched;
+    folders.extend(state.layers.iter().flat_map(|layer| look::folders_of(Path::new(&layer.file))));
     folders.extend(state.scan.iter().filter(|folder| folder.is_dir()).cloned());
     folders.extend(look::folders_of(merge.file.path()));
     while let Some(below) = look::id(&at)? {

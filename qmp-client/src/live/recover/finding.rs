@@ -103,8 +103,15 @@ pub enum Fact {
         /// Those that have it as their backing file.
         users: Vec<PathBuf>,
     },
+    /// Only these folders were searched for an image above the top; a snapshot in another one would be the disk.
+    Searched(Vec<PathBuf>),
     /// What starts the virtual machine should name this image.
-    ShouldBeNamed(String),
+    ShouldBeNamed {
+        /// The image.
+        top: String,
+        /// Whether QEMU shows that. Otherwise it is the uppermost image that was found.
+        certain: bool,
+    },
 }
 
 /// Something that was done, or would be.

@@ -122,7 +122,16 @@ fn fact(merge: &Outline, fact: &Fact) -> String {
             format!("whether another image lies above {top} cannot be seen: {error}")
         }
         Fact::Fork { image, users } => fork(image, users),
-        Fact::ShouldBeNamed(top) => format!("what starts the virtual machine should name {top}"),
+        Fact::Searched(folders) => format!(
+            "images above it were looked for only in {}: a snapshot in another folder would be the disk",
+            folders.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(", ")
+        ),
+        Fact::ShouldBeNamed { top, certain: true } => {
+            format!("what starts the virtual machine should name {top}")
+        }
+        Fact::ShouldBeNamed { top, certain: false } => format!(
+            "what starts the virtual machine should name {top}, unless a snapshot above it lies in another folder"
+        ),
         _ => String::new(),
     }
 }
