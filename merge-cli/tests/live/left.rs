@@ -1,6 +1,7 @@
 //! What a killed client leaves, and what a merge must not leave.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -154,6 +155,74 @@ fn a_pivot_that_would_leave_an_old_disk_is_refused() {
         let said = text(&offline.stdout) + &text(&offline.stderr);
         assert!(!offline.status.success() || said.contains("already merged"), "{format}: {said}");
     }
+}
+
+/// What the old active image's own header and tables say against emptying it is found before the job starts.
+#[test]
+fn a_pivot_is_refused_if_the_old_active_image_could_never_be_emptied() {
+    if !tools_are_here() {
+        return;
+    }
+    // Its header has no room for the name of base.
+    let far = ["x", "y", "z"].map(|part| part.repeat(200)).join("/");
+    let no_room = |dir: &Path| {
+        fs::create_dir_all(dir.join(&far)).unwrap();
+        let base = format!("{far}/base.img");
+        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", &base, "16M"]);
+        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", "a.img"]);
+        let small = ["-o", "cluster_size=512", "-b", "a.img", "-F", "qcow2", "c.img"];
+        run("qemu-img", dir, &[&["create", "-q", "-f", "qcow2"], &small[..]].concat());
+        run("qemu-io", dir, &["-f", "qcow2", "-c", "write -q -P 4 128k 64k", "c.img"]);
+    };
+    // A cluster that is in use is counted as free.
+    let damaged = |dir: &Path| {
+        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "base.img", "16M"]);
+        run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "qcow2", "c.img"]);
+        run("qemu-io", dir, &["-f", "qcow2", "-c", "write -q -P 4 128k 64k", "c.img"]);
+        // The last cluster holds the data; the block that counts it is the third.
+        let clusters = fs::metadata(dir.join("c.img")).unwrap().len().div_ceil(1 << 16);
+        let image = fs::File::options().write(true).open(dir.join("c.img")).unwrap();
+        image.write_all_at(&[0, 0], (2 << 16) + (clusters - 1) * 2).unwrap();
+    };
+    let cases: [(&dyn Fn(&Path), &str); 2] = [(&no_room, "no room"), (&damaged, "inconsistent")];
+    for (make, why) in cases {
+        let machine = Machine::with(Style::Drive, "c.img", make);
+        let before = machine.files();
+        for end in ["--pivot", "--active"] {
+            machine.fails("commit", &[end], 6, &["would stay bootable", why, "--allow-stale", "--delete"]);
+        }
+        assert!(machine.files() == before, "{why}");
+        let said = machine.ok("commit", &["--pivot", "--allow-stale"]);
+        assert!(said.contains("stays as it is, with old data"), "{why}: {said}");
+    }
+}
+
+/// It was sound when the merge was planned, and is not when its turn comes.
+#[test]
+fn an_old_active_image_that_cannot_be_emptied_after_all_is_not_forgotten() {
+    if !tools_are_here() {
+        return;
+    }
+    let machine = Machine::new(Style::Blockdev);
+    machine.ok("commit", &["--active"]);
+    // QEMU does not read it again.
+    let header = fs::File::options().write(true).open(machine.dir().join("c.img")).unwrap();
+    header.write_all_at(&[2], 79).unwrap();
+    let below = ["a.img", "b.img"].map(|name| fs::read(machine.dir().join(name)).unwrap());
+    machine.fails(
+        "pivot",
+        &[],
+        6,
+        &["c.img still shows the disk as it was", "rm ", "qmerge live recover vda"],
+    );
+    assert_eq!(machine.chain(), ["base.img"]);
+    assert!(machine.has(".c.img.qmerge-live"));
+    assert!(["a.img", "b.img"].map(|name| fs::read(machine.dir().join(name)).unwrap()) == below);
+    // As it is said.
+    fs::remove_file(machine.dir().join("c.img")).unwrap();
+    machine.ok("pivot", &[]);
+    assert!(!machine.has(".c.img.qmerge-live"));
+    machine.holds_the_disk("a.img");
 }
 
 /// An encrypted layer's data is written to a plain image only where that is allowed, in either direction and by a snapshot.

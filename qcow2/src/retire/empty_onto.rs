@@ -15,6 +15,7 @@ use crate::merge::switch::empty::may_grow;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crate::chain::{BackingName, Chain, OpenOptions, new_backing_name, open_data_file};
@@ -26,7 +27,7 @@ use crate::image::refcounts::Refcounts;
 use crate::image::{ImageFormat, Qcow2, bitmap_names, bitmaps, grow};
 use crate::merge::switch::empty;
 use crate::merge::switch::mark::Known;
-use crate::storage::{Access, FileId, Host, LockMode, if_there};
+use crate::storage::{Access, FileId, Host, LockMode, Storage, if_there};
 use crate::units::{GuestOffset, HostOffset};
 
 /// What a caller may ask when an image is emptied.
@@ -78,14 +79,7 @@ pub fn empty_onto(
     let mut image = open(host, overlay, &options.open)?;
     let base_id = look_at_base(host, &image, overlay.id, base, format, options)?;
     let (name, stands) = backing_name(host, &image, base, base_id)?;
-    let real_base = host.canonicalize(base).unwrap_or_else(|_| base.to_owned());
-    let wanted = Wanted {
-        name: &name,
-        format,
-        size: options.size.max(image.virtual_size()),
-        mark: if options.mark { Mark::Merged } else { Mark::Emptied },
-        base: real_base,
-    };
+    let wanted = Wanted::of(host, &image, &name, base, format, options);
     let empty = image.next_table(GuestOffset::ZERO)?.is_none();
     let cluster0 = image.cluster0();
     let same_format = cluster0.backing_format().as_deref() == Some(format.name());
@@ -98,7 +92,11 @@ pub fn empty_onto(
         let stat = image.file().stat().map_err(|e| Error::io(image.path(), FileOp::Stat, None, e))?;
         overlay.judge(&stat)?;
     }
-    judge(&image, options, &wanted, cancel)?;
+    judge_header(&image, options, &wanted)?;
+    if image.header().is_dirty() {
+        return Err(Error::refused(image.path(), Refusal::Dirty));
+    }
+    judge_tables(&image, false, cancel)?;
     let entries = l1_entries(&image, wanted.size)?;
     plan(&image, &wanted, image.header().l1_offset, entries)?;
     let held = held(&image)?;
@@ -123,6 +121,39 @@ pub fn empty_onto(
     Ok(Emptied { name, was_empty, freed })
 }
 
+/// Whether [`empty_onto`] would make an image an empty overlay on `base`, as far as its header and tables tell. Nothing is locked
+/// or written. With `in_use` a virtual machine may write to the image meanwhile, and base need not hold the data yet: what
+/// QEMU puts right when it closes the image is no reason then, and neither is damage that is seen elsewhere each time.
+///
+/// # Errors
+/// Those of [`empty_onto`], where the image can never be emptied as it is; an I/O error.
+pub fn can_be_emptied(
+    host: &dyn Host,
+    overlay: &Path,
+    base: &Path,
+    format: ImageFormat,
+    options: &EmptyOptions,
+    in_use: bool,
+    cancel: &AtomicBool,
+) -> Result<()> {
+    let io = |op| move |e| Error::io(overlay, op, None, e);
+    let file = host.open(overlay, Access::Read).map_err(io(FileOp::Open))?;
+    let id = file.stat().map_err(io(FileOp::Stat))?.id;
+    let image = image_of(host, overlay, file, &OpenOptions { lock: false, ..options.open.clone() })?;
+    // The job makes a base that is too small larger.
+    let any_size = EmptyOptions { mark: true, ..options.clone() };
+    let below = if in_use { &any_size } else { options };
+    let base_id = look_at_base(host, &image, id, base, format, below)?;
+    let (name, _) = backing_name(host, &image, base, base_id)?;
+    let wanted = Wanted::of(host, &image, &name, base, format, options);
+    judge_header(&image, options, &wanted)?;
+    if !(in_use && image.header().is_dirty()) {
+        judge_tables(&image, in_use, cancel)?;
+    }
+    let entries = l1_entries(&image, wanted.size)?;
+    plan(&image, &wanted, image.header().l1_offset, entries).map(drop)
+}
+
 /// Notes in the image that what is written to it from now on is ours, so that a call which is stopped before the switch can be
 /// made again. The switch clears the bit. Version 2 has no room for it.
 fn seal(image: &mut Qcow2, moves: bool) -> Result<()> {
@@ -141,6 +172,25 @@ struct Wanted<'a> {
     mark: Mark,
     /// The path of base.
     base: PathBuf,
+}
+
+impl<'a> Wanted<'a> {
+    fn of(
+        host: &dyn Host,
+        image: &Qcow2,
+        name: &'a OsStr,
+        base: &Path,
+        format: ImageFormat,
+        options: &EmptyOptions,
+    ) -> Self {
+        Self {
+            name,
+            format,
+            size: options.size.max(image.virtual_size()),
+            mark: if options.mark { Mark::Merged } else { Mark::Emptied },
+            base: host.canonicalize(base).unwrap_or_else(|_| base.to_owned()),
+        }
+    }
 }
 
 /// Bytes that the image holds on disk, with its data file.
@@ -190,29 +240,30 @@ fn leads_to(host: &dyn Host, name: &BackingName, image: &Qcow2, base: FileId) ->
 fn open(host: &dyn Host, overlay: &Known, options: &OpenOptions) -> Result<Qcow2> {
     let any = Known { len: None, modified_ns: None, ..overlay.clone() };
     let file = any.open(host, LockMode::Write)?;
-    if ImageFormat::detect(&overlay.path, &*file)? != ImageFormat::Qcow2 {
-        return Err(Error::refused(&overlay.path, Refusal::Raw));
-    }
-    let cluster0 = Qcow2::read_cluster0(&overlay.path, &*file)?;
-    cluster0.validate().map_err(|e| Error::format(&overlay.path, e))?;
     let options =
         OpenOptions { lock: true, access: [(overlay.id, Access::ReadWrite)].into(), ..options.clone() };
-    let data_file = open_data_file(host, &overlay.path, &*file, &cluster0, &options)?;
+    image_of(host, &overlay.path, file, &options)
+}
+
+fn image_of(host: &dyn Host, path: &Path, file: Arc<dyn Storage>, options: &OpenOptions) -> Result<Qcow2> {
+    if ImageFormat::detect(path, &*file)? != ImageFormat::Qcow2 {
+        return Err(Error::refused(path, Refusal::Raw));
+    }
+    let cluster0 = Qcow2::read_cluster0(path, &*file)?;
+    cluster0.validate().map_err(|e| Error::format(path, e))?;
+    let data_file = open_data_file(host, path, &*file, &cluster0, options)?;
     let owns = data_file.as_ref().is_some_and(|(data, _)| data.kept.is_none());
-    let mut image = Qcow2::open(&overlay.path, file, data_file.map(|(_, file)| file))?;
+    let mut image = Qcow2::open(path, file, data_file.map(|(_, file)| file))?;
     image.own_data_file(owns);
     Ok(image)
 }
 
-/// The rules for the overlay.
-fn judge(image: &Qcow2, options: &EmptyOptions, wanted: &Wanted<'_>, cancel: &AtomicBool) -> Result<()> {
+/// The rules for the overlay that its header tells.
+fn judge_header(image: &Qcow2, options: &EmptyOptions, wanted: &Wanted<'_>) -> Result<()> {
     let header = image.header();
     let refuse = |reason| Err(Error::refused(image.path(), reason));
     if header.is_corrupt() {
         return refuse(Refusal::CorruptBit);
-    }
-    if header.is_dirty() {
-        return refuse(Refusal::Dirty);
     }
     if header.snapshots > 0 && !options.allow_snapshot_change {
         return refuse(Refusal::Snapshots { count: header.snapshots as usize });
@@ -227,6 +278,34 @@ fn judge(image: &Qcow2, options: &EmptyOptions, wanted: &Wanted<'_>, cancel: &At
     if !names.is_empty() && !options.drop_bitmaps {
         return refuse(Refusal::Bitmaps { names });
     }
+    Ok(())
+}
+
+/// How often tables that a guest changes meanwhile must show the same damage.
+const LOOKS: usize = 3;
+
+/// Whether its tables are consistent. Those of an image in use are read while they change, so that sound ones may look damaged:
+/// real damage is found at the same place again.
+fn judge_tables(image: &Qcow2, in_use: bool, cancel: &AtomicBool) -> Result<()> {
+    let mut first = check_tables(image, cancel);
+    for _ in 1..if in_use { LOOKS } else { 1 } {
+        let Err(Error::Refused { reason: Refusal::Inconsistent { first: before, .. }, .. }) = &first else {
+            break;
+        };
+        let again = check_tables(image, cancel);
+        let is_same = matches!(
+            &again,
+            Err(Error::Refused { reason: Refusal::Inconsistent { first, .. }, .. }) if first == before
+        );
+        if !is_same {
+            return Ok(());
+        }
+        first = again;
+    }
+    first
+}
+
+fn check_tables(image: &Qcow2, cancel: &AtomicBool) -> Result<()> {
     let data_file = image.has_data_file().then(|| &**image.data_file());
     let options = CheckOptions { cancel: Some(cancel) };
     check_consistent(image.path(), &**image.file(), data_file, &options).map(drop)

@@ -10,6 +10,6 @@ mod mark;
 
 pub use crate::merge::switch::mark::Known;
 pub use empty_all::{LeftBehind, empty_all_onto};
-pub use empty_onto::{Emptied, EmptyOptions, empty_onto};
+pub use empty_onto::{Emptied, EmptyOptions, can_be_emptied, empty_onto};
 pub use interrupted::{BackingIs, Interrupted};
 pub use mark::{Retired, mark_merged, remove, unused};

@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 
 use super::trouble::Session;
 use super::words;
-use crate::failure::Failure;
+use crate::exit::Exit;
+use crate::failure::{Failure, Report};
+use crate::hint::{Command, Hint, HintKind, Hints};
 use crate::output::Console;
 use crate::output::human::printable;
 use crate::output::json::{path, paths};
@@ -20,6 +22,8 @@ pub(super) struct Outcome {
     /// Advice, which is no result.
     notes: Vec<String>,
     fields: Value,
+    /// What the merge could not do as it had planned.
+    stuck: Option<Failure>,
 }
 
 impl Outcome {
@@ -59,7 +63,8 @@ impl Outcome {
             fields["bytes-copied"] = copied.into();
         }
         fields["seconds"] = seconds.into();
-        Self { lines, notes, fields }
+        let stuck = tidied.is_stuck.then(|| stuck(session, state, tidied));
+        Self { lines, notes, fields, stuck }
     }
 
     /// What an earlier call has left, whose client was killed when QEMU had switched, is dealt with.
@@ -93,7 +98,7 @@ impl Outcome {
             ),
             format!("{} goes on writing to {active}, with its whole chain below", printable(&state.disk)),
         ];
-        Self { lines, notes: Vec::new(), fields }
+        Self { lines, notes: Vec::new(), fields, stuck: None }
     }
 
     /// Everything is copied; the user decides.
@@ -112,7 +117,7 @@ impl Outcome {
             format!("to go over to it:  {}", session.other(&["pivot", &state.disk])),
             format!("to stay:           {}", session.other(&["cancel", &state.disk])),
         ];
-        Self { lines, notes: Vec::new(), fields }
+        Self { lines, notes: Vec::new(), fields, stuck: None }
     }
 
     /// The job goes on without this client.
@@ -125,17 +130,20 @@ impl Outcome {
             format!("to end it:             {}", session.other(&[end, &state.disk])),
             format!("to give it up:         {}", session.other(&["cancel", &state.disk])),
         ];
-        Self { lines, notes: Vec::new(), fields: fields(state, "started") }
+        Self { lines, notes: Vec::new(), fields: fields(state, "started"), stuck: None }
     }
 
     /// Prints it.
-    pub(super) fn tell(&self, console: &Console) -> Result<(), Failure> {
+    ///
+    /// # Errors
+    /// What the merge could not do as it had planned.
+    pub(super) fn tell(self, console: &Console) -> Result<(), Failure> {
         console.event("result", self.fields.clone())?;
         console.result(&self.lines.join("\n"))?;
         if !console.is_json() {
             self.notes.iter().for_each(|note| console.note(note));
         }
-        Ok(())
+        self.stuck.map_or(Ok(()), Err)
     }
 }
 
@@ -145,6 +153,19 @@ pub(super) fn say_left(disk: &Disk, console: &Console) {
         "picked up again: the merge of {} had switched; what it left is dealt with now",
         printable(disk.name())
     ));
+}
+
+/// The guest has moved to base, and the old active image cannot be emptied: it shows an old disk to whoever starts from it.
+fn stuck(session: &Session<'_>, state: &Outline, tidied: &Tidied) -> Failure {
+    let old = state.active().map_or("", |layer| layer.file.as_str());
+    let why = tidied.error.as_ref().map(ToString::to_string).unwrap_or_default();
+    let message = format!(
+        "{} still shows the disk as it was before the merge, and cannot be emptied: start nothing from it: {why}",
+        printable(old)
+    );
+    let hint = Hint::command(HintKind::Delete, "remove it", Command::of("rm").file(old));
+    let recover = Hint::command(HintKind::Recover, "then", session.other(&["recover", &state.disk]));
+    Report { kind: "stale-image", message, hint: Hints::from(hint).or(recover), exit: Exit::REFUSED }.into()
 }
 
 /// What a program is told of every merge.

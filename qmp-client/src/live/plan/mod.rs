@@ -17,6 +17,7 @@ use super::discover::Searched;
 use crate::block::graph::{Disk, Layer};
 
 pub use amounts::Amounts;
+pub(crate) use obstacle::how_to_empty;
 pub use obstacle::{Leaves, Obstacle};
 pub(crate) use prepare::recover_first;
 pub use prepare::{Nothing, Planned, Prepared};

@@ -2,9 +2,12 @@
 //! of its nodes and from what lies here.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
+use qcow2::chain::{OpenOptions, Policy};
 use qcow2::error::shown;
 use qcow2::image::{ImageFormat, Qcow2};
+use qcow2::retire::{EmptyOptions, can_be_emptied};
 use qcow2::storage::{Access, Host, OsHost};
 
 use crate::block::graph::{Disk, Layer};
@@ -157,7 +160,8 @@ pub(crate) fn of_merged(
         // Who uses a layer reads through those below it.
         shared = shared.take().or_else(|| users.iter().find(|(index, _)| *index == layer.index));
         let shared = shared.map(|(_, user)| Obstacle::Shared { user: user.clone() });
-        let obstacle = of_base.clone().or(shared).or_else(|| of_layer(files, layer, no_lock));
+        let stays = || of_layer(files, layer, no_lock).or_else(|| unemptied(disk, layer, base));
+        let obstacle = of_base.clone().or(shared).or_else(stays);
         Leaves { layer: layer.clone(), obstacle }
     });
     leaves.collect()
@@ -209,6 +213,23 @@ fn contradicted(layer: &Layer) -> Option<Obstacle> {
         declared: name,
         found: found.name().to_owned(),
     })
+}
+
+/// How layers are emptied: what is lost has been accepted before the merge began.
+pub(crate) fn how_to_empty(no_locks: bool) -> EmptyOptions {
+    let open = OpenOptions { policy: Policy::local_files(), no_locks, ..OpenOptions::default() };
+    EmptyOptions { open, drop_bitmaps: true, allow_snapshot_change: true, ..EmptyOptions::default() }
+}
+
+/// What the header and the tables of a layer say against it, though QEMU has it open.
+fn unemptied(disk: &Disk, layer: &Layer, base: &Layer) -> Option<Obstacle> {
+    let format = ImageFormat::from_name(&base.format)?;
+    let is_active = layer.index == disk.active().index;
+    let options = EmptyOptions { size: disk.active().virtual_size, mark: !is_active, ..how_to_empty(false) };
+    let (path, base) = (Path::new(&layer.file), Path::new(&base.file));
+    let never = AtomicBool::new(false);
+    let why = can_be_emptied(&OsHost, path, base, format, &options, true, &never).err()?;
+    Some(Obstacle::Unwritable { why: why.to_string() })
 }
 
 fn unwritable(path: &Path, no_lock: bool) -> Option<Obstacle> {

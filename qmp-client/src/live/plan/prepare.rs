@@ -106,7 +106,7 @@ impl<'m> Machine<'m> {
         let begins_anew = self.left_over(disk, &known, &file)?;
         let wishes = Wishes {
             delete: request.delete,
-            allow_stale: plan.stale().next().is_some(),
+            allow_stale: request.allow_stale,
             scan: absolute(&request.scan),
             pivot: request.pivot,
             keep_overlay: request.keep_overlay,

@@ -5,14 +5,14 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use qcow2::chain::{Chain, OpenOptions, Policy};
+use qcow2::chain::{Chain, OpenOptions};
 use qcow2::image::ImageFormat;
-use qcow2::retire::{EmptyOptions, Known, LeftBehind, empty_all_onto, mark_merged, remove, unused};
+use qcow2::retire::{Known, LeftBehind, can_be_emptied, empty_all_onto, mark_merged, remove, unused};
 use qcow2::storage::{FileId, OsHost};
 use qcow2::{Error, Refusal};
 
 use crate::live::discover::identity;
-use crate::live::plan::Obstacle;
+use crate::live::plan::{Obstacle, how_to_empty};
 use crate::live::verdict::Switched;
 use crate::state::{FileIdentity, Kind, State, StateLayer};
 
@@ -51,6 +51,9 @@ pub struct Tidied {
     pub kept: Vec<(PathBuf, String)>,
     /// The first error for which a file was kept.
     pub error: Option<Error>,
+    /// Whether the old active image keeps what it holds against what was planned, and every layer below it with it: it can
+    /// never be emptied as it is, and the user must say what becomes of it.
+    pub is_stuck: bool,
 }
 
 /// Tidies up after a merge that has switched, whose base is durable.
@@ -138,23 +141,34 @@ impl Tidy<'_> {
         if self.dry_run {
             return self.would_empty(&going, ids, scan, tidied);
         }
-        // What is lost has been accepted before the merge began.
-        let no_locks = self.options.no_lock;
-        let open = OpenOptions { policy: Policy::local_files(), no_locks, ..OpenOptions::default() };
-        let size = self.size(base, format, &open);
-        let options =
-            EmptyOptions { open, drop_bitmaps: true, allow_snapshot_change: true, size, mark: false };
-        let active = left.iter().find(|(layer, _)| is_active(layer)).map(|(_, known)| known.id);
+        let mut options = how_to_empty(self.options.no_lock);
+        options.size = self.size(base, format, &options.open);
+        let active = left.iter().find(|(layer, _)| is_active(layer)).map(|(_, known)| known);
+        let must_go = active.filter(|known| going.contains(known));
+        let refused = must_go.and_then(|known| {
+            let (path, base) = (&known.path, Path::new(&base.file));
+            can_be_emptied(&OsHost, path, base, format, &options, false, self.cancel).err()
+        });
+        if let (Some(known), Some(error)) = (must_go, refused) {
+            // Below it nothing may change as long as it shows the old disk.
+            return self.old_stays(known, &going, error, tidied);
+        }
+        let must_go = must_go.filter(|_| !self.state().allow_stale);
+        let active = active.map(|known| known.id);
         let behind = LeftBehind { layers: &going, active, chain: ids, scan };
         let done = empty_all_onto(&OsHost, &behind, Path::new(&base.file), format, &options, self.cancel);
         let results = match done {
             Ok(results) => results,
             Err(error) => return keep(tidied, &going, error),
         };
+        let is_stuck = |(image, (_, result)): (&Known, &(PathBuf, qcow2::Result<_>))| {
+            must_go == Some(image) && result.as_ref().is_err_and(|error| !may_pass(error))
+        };
+        tidied.is_stuck = going.iter().zip(&results).any(is_stuck);
         for (image, (path, result)) in going.iter().zip(results) {
             match result {
                 Ok(_) => tidied.emptied.push(path),
-                Err(error) if may_pass(&error) => {
+                Err(error) if tidied.is_stuck || may_pass(&error) => {
                     tidied.kept.push((path, error.to_string()));
                     tidied.error.get_or_insert(error);
                 }
@@ -173,6 +187,19 @@ impl Tidy<'_> {
             .ok()
             .and_then(|chain| chain.images().last().map(|image| image.virtual_size()));
         then.max(now.unwrap_or(0))
+    }
+
+    /// The old active image cannot be emptied: it and all layers below it stay as they are. Who has accepted that is told so;
+    /// otherwise the merge is not forgotten.
+    fn old_stays(&self, active: &Known, going: &[Known], error: Error, tidied: &mut Tidied) {
+        if may_pass(&error) || !self.state().allow_stale {
+            tidied.is_stuck = !may_pass(&error);
+            return keep(tidied, going, error);
+        }
+        for image in going {
+            let why = if image == active { reason(&error) } else { BELOW.to_owned() };
+            self.leave(image, why, tidied);
+        }
     }
 
     fn would_empty(&self, going: &[Known], ids: &[FileId], scan: &[PathBuf], tidied: &mut Tidied) {
