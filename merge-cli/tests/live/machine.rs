@@ -29,6 +29,8 @@ pub(crate) enum Style {
     ThrottledBase,
     /// As [`Style::Drive`], under the oldest QEMU that is supported, with an iothread.
     Oldest,
+    /// `-blockdev` for an active layer whose data file is `other/real.raw`, whatever its header says.
+    OtherDataFile,
     /// `-blockdev` for an active layer that is encrypted, with a key.
     Encrypted,
 }
@@ -355,6 +357,11 @@ fn command(style: Style, dir: &Path, active: &str) -> Command {
             let key = json!({"format": "luks", "key-secret": "key"});
             let node = json!({"driver": "qcow2", "node-name": "c", "file": file(active), "encrypt": key});
             command.args(["-object", "secret,id=key,data=abc", "-blockdev", &node.to_string()]);
+            "c"
+        }
+        Style::OtherDataFile => {
+            let node = json!({"driver": "qcow2", "node-name": "c", "file": file(active), "data-file": file("other/real.raw")});
+            command.args(["-blockdev", &node.to_string()]);
             "c"
         }
         Style::RelativeDrive => {

@@ -45,6 +45,9 @@ pub struct EmptyOptions {
     /// Mark the image as merged into base, where its header has room: nobody needs it any more. Without it, it is marked as
     /// an active image that was emptied, and that a guest may go on writing to.
     pub mark: bool,
+    /// The external data files that may be emptied with their image, where the caller knows them: one that the image names and
+    /// that is none of them stays as it is. `None`: any that an image names.
+    pub data_files: Option<Vec<FileId>>,
 }
 
 /// What became of an image that was emptied.
@@ -77,6 +80,12 @@ pub fn empty_onto(
     cancel: &AtomicBool,
 ) -> Result<Emptied> {
     let mut image = open(host, overlay, &options.open)?;
+    if let Some(known) = options.data_files.as_ref().filter(|_| image.has_data_file()) {
+        let stat = image.data_file().stat().map_err(|e| Error::io(image.path(), FileOp::Stat, None, e))?;
+        if !known.contains(&stat.id) {
+            image.own_data_file(false);
+        }
+    }
     let base_id = look_at_base(host, &image, overlay.id, base, format, options)?;
     let (name, stands) = backing_name(host, &image, base, base_id)?;
     let wanted = Wanted::of(host, &image, &name, base, format, options);

@@ -45,6 +45,8 @@ pub struct Wishes {
     pub pivot: bool,
     /// End an active commit without a pivot as soon as it is ready.
     pub keep_overlay: bool,
+    /// The indexes of the layers whose external data file is emptied with them: those files are noted. Others stay.
+    pub data_files: Vec<usize>,
     /// The names of files that QEMU tells mean other files here, as from inside a container: no identity is taken.
     pub files_are_elsewhere: bool,
 }
@@ -364,7 +366,14 @@ fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> Resul
         }
         tcp @ Address::Tcp { .. } => tcp.to_string(),
     };
-    let layers = chain.iter().map(|layer| StateLayer::of(layer, !wishes.files_are_elsewhere));
+    let layers = chain.iter().map(|layer| {
+        let here = !wishes.files_are_elsewhere;
+        let mut noted = StateLayer::of(layer, here)?;
+        if here && wishes.data_files.contains(&layer.index) {
+            noted.note_data_file()?;
+        }
+        Ok(noted)
+    });
     Ok(State {
         version: crate::state::VERSION,
         created_ns: now_ns(),

@@ -128,6 +128,9 @@ pub struct StateLayer {
     /// The name of that file as QEMU had it.
     #[serde(default)]
     pub data_file: Option<String>,
+    /// Which file that was, if it is to be emptied with its image.
+    #[serde(default)]
+    pub data_file_identity: Option<FileIdentity>,
     /// The file's name as QEMU had it, or the address of what is no file.
     pub file: String,
     /// The driver of that node, such as `file` or `nbd`.
@@ -282,6 +285,7 @@ impl StateLayer {
             protocol_node: layer.protocol_node.clone(),
             data_file_node: layer.data_file_node.clone(),
             data_file: layer.data_file.clone(),
+            data_file_identity: None,
             file: layer.file.clone(),
             protocol: layer.protocol.clone(),
             format: layer.format.clone(),
@@ -290,6 +294,17 @@ impl StateLayer {
             virtual_size: layer.virtual_size,
             identity,
         })
+    }
+
+    /// Notes which file the external data file is: it is to be emptied with its image.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it cannot be looked at.
+    pub(crate) fn note_data_file(&mut self) -> Result<()> {
+        if let Some(path) = self.data_file.as_deref().map(std::path::Path::new) {
+            self.data_file_identity = FileIdentity::of(path).map_err(|e| unreadable(path, e))?;
+        }
+        Ok(())
     }
 
     /// Takes the file's identity anew, if it is still the same file. Where nobody can tell, the old one stays, and the file

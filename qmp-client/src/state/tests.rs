@@ -16,6 +16,7 @@ pub(crate) fn state(folder: &str) -> State {
         protocol_node: Some(format!("f{index}")),
         data_file_node: None,
         data_file: None,
+        data_file_identity: None,
         file: format!("{folder}/{index}.img"),
         protocol: Some("file".into()),
         format: "qcow2".into(),

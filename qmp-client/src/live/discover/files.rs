@@ -58,10 +58,12 @@ impl Files {
     pub(crate) fn place(&self, layer: &Layer) -> Place {
         let path = Path::new(&layer.file);
         let Some(id) = path.is_absolute().then(|| identity(path)).flatten() else { return Place::Elsewhere };
-        match &self.open {
-            Some(open) if !open.iter().any(|(_, other)| *other == id) => Place::Other,
-            _ => Place::Here(path.to_owned(), id),
-        }
+        if self.is_elsewhere(id) { Place::Other } else { Place::Here(path.to_owned(), id) }
+    }
+
+    /// Whether the process' files are seen, and this one is not open.
+    pub(crate) fn is_elsewhere(&self, id: FileId) -> bool {
+        self.open.as_ref().is_some_and(|open| !open.iter().any(|(_, other)| *other == id))
     }
 
     /// Whether the process is seen to have this file open.

@@ -2,6 +2,7 @@
 
 mod amounts;
 mod checks;
+mod data;
 mod make;
 mod obstacle;
 mod prepare;
@@ -56,8 +57,9 @@ pub enum DataFate {
     /// It takes the data.
     Written,
     /// Its image becomes an empty overlay: it is emptied too, if it lies beside its image and the image's owner may write it.
+    /// That is the file that the image's header names.
     Emptied,
-    /// Its image is removed, and it stays.
+    /// It stays: its image is removed, or names another data file, which stays too.
     Stays,
 }
 
@@ -136,11 +138,21 @@ impl Plan {
     /// The external data files that the merge has to do with, by QEMU's names, each with its image and what becomes of it.
     pub fn data_files(&self) -> impl Iterator<Item = (&str, &Layer, DataFate)> {
         let written = [(self.receiver(), DataFate::Written)].into_iter();
-        let emptied = self.emptied().map(|layer| (layer, DataFate::Emptied));
+        let fate = |layer: &Layer| {
+            let left = self.leaves.iter().find(|left| left.layer.index == layer.index);
+            if left.is_some_and(|left| left.empties_data_file) { DataFate::Emptied } else { DataFate::Stays }
+        };
+        let emptied = self.emptied().map(move |layer| (layer, fate(layer)));
         let goes = self.delete && self.end != End::KeepOverlay;
         let stays = self.merged.iter().filter(move |_| goes).map(|layer| (layer, DataFate::Stays));
         let all = written.chain(emptied).chain(stays);
         all.filter_map(|(layer, fate)| Some((layer.data_file.as_deref()?, layer, fate)))
+    }
+
+    /// The indexes of the layers whose external data file is emptied with them.
+    pub(crate) fn data_files_emptied(&self) -> impl Iterator<Item = usize> {
+        let emptied = self.data_files().filter(|(_, _, fate)| *fate == DataFate::Emptied);
+        emptied.map(|(_, layer, _)| layer.index)
     }
 
     /// The layers that keep their data, each with the reason.

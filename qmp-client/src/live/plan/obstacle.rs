@@ -10,6 +10,7 @@ use qcow2::image::{ImageFormat, Qcow2};
 use qcow2::retire::{EmptyOptions, can_be_emptied};
 use qcow2::storage::{Access, Host, OsHost};
 
+use super::data;
 use crate::block::graph::{Disk, Layer};
 use crate::live::discover::{Files, Place};
 use crate::state::StateLayer;
@@ -135,6 +136,8 @@ pub struct Leaves {
     pub layer: Layer,
     /// Why it keeps its data; none if it becomes an empty overlay on base.
     pub obstacle: Option<Obstacle>,
+    /// Whether its external data file is emptied with it: its header names the one that QEMU has open.
+    pub empties_data_file: bool,
 }
 
 /// What becomes of each merged layer, from the top. `users` are images outside the chain, each with the index of the layer
@@ -162,7 +165,7 @@ pub(crate) fn of_merged(
         let shared = shared.map(|(_, user)| Obstacle::Shared { user: user.clone() });
         let stays = || of_layer(files, layer, no_lock).or_else(|| unemptied(disk, layer, base));
         let obstacle = of_base.clone().or(shared).or_else(stays);
-        Leaves { layer: layer.clone(), obstacle }
+        Leaves { layer: layer.clone(), obstacle, empties_data_file: data::is_named(files, layer) }
     });
     leaves.collect()
 }

@@ -110,6 +110,7 @@ impl<'m> Machine<'m> {
             scan: absolute(&request.scan),
             pivot: request.pivot,
             keep_overlay: request.keep_overlay,
+            data_files: plan.data_files_emptied().collect(),
             files_are_elsewhere: !self.files().strangers(disk).is_empty(),
         };
         let machine = self;

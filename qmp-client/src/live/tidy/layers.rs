@@ -142,6 +142,7 @@ impl Tidy<'_> {
             return self.would_empty(&going, ids, scan, tidied);
         }
         let mut options = how_to_empty(self.options.no_lock);
+        options.data_files = Some(self.state().merged().filter_map(data_id).collect());
         options.size = self.size(base, format, &options.open);
         let active = left.iter().find(|(layer, _)| is_active(layer)).map(|(_, known)| known);
         let must_go = active.filter(|known| going.contains(known));
@@ -231,8 +232,17 @@ const BELOW: &str = "a layer above it is kept";
 
 /// The file of a layer, if its name leads to it still, for certain.
 pub(crate) fn id(layer: &StateLayer) -> Option<FileId> {
-    let path = Path::new(&layer.file);
-    let same = FileIdentity::of(path).ok()??.is_same_file(layer.identity.as_ref()?);
+    still(Path::new(&layer.file), layer.identity.as_ref()?)
+}
+
+/// The same for its external data file, if that is to be emptied.
+fn data_id(layer: &StateLayer) -> Option<FileId> {
+    still(Path::new(layer.data_file.as_ref()?), layer.data_file_identity.as_ref()?)
+}
+
+/// The file of this name, if it is still the one that it was.
+fn still(path: &Path, before: &FileIdentity) -> Option<FileId> {
+    let same = FileIdentity::of(path).ok()??.is_same_file(before);
     same.then(|| identity(path)).flatten()
 }
 
