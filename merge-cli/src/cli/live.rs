@@ -4,7 +4,7 @@ mod merge;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Subcommand};
@@ -105,6 +105,10 @@ pub(crate) enum LiveVerb {
     Cancel {
         /// The disk, as `live list` prints it
         disk: String,
+
+        /// Look in DIR too, where the merge keeps its state
+        #[arg(long, value_name = "DIR")]
+        state_dir: Option<PathBuf>,
     },
 
     /// Limit the job of a disk to so many bytes per second
@@ -182,6 +186,18 @@ impl LiveVerb {
     /// Whether it merges, or ends a merge.
     pub(crate) fn is_merge(&self) -> bool {
         matches!(self, Self::Commit(_) | Self::Pull(_) | Self::Finish(_) | Self::Pivot(_))
+    }
+
+    /// The folder that was named for the merge's state.
+    pub(crate) fn state_dir(&self) -> Option<&Path> {
+        match self {
+            Self::Commit(args) => args.job.state_dir.as_deref(),
+            Self::Pull(args) => args.job.state_dir.as_deref(),
+            Self::Finish(args) | Self::Pivot(args) => args.state_dir.as_deref(),
+            Self::Cancel { state_dir, .. } => state_dir.as_deref(),
+            Self::Recover(args) => args.state_dir.as_deref(),
+            _ => None,
+        }
     }
 
     /// Whether it only looks.

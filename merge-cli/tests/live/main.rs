@@ -8,6 +8,7 @@ mod article;
 mod clients;
 mod control;
 mod data_file;
+mod elsewhere;
 mod hints;
 mod left;
 mod look;

@@ -4,9 +4,10 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use qmp_client::{Goal, Job, Watch};
 use serde_json::{Value, json};
 
-use crate::lab::{Lab, When, tools_are_here};
+use crate::lab::{Lab, When, run, text, tools_are_here};
 use crate::write;
 
 /// `live recover` changes nothing and leaves the question to the user, or waits until the images are free.
@@ -67,6 +68,41 @@ fn a_base_that_runs_without_a_note_of_a_pivot_leaves_the_question_open() {
     lab.kill();
     let found = lab.recover(0);
     assert_eq!((&found["outcome"], &found["valid-top"]), (&json!("not-switched"), &json!(lab.path("4.img"))));
+}
+
+/// Another client ends the merge with QEMU's own commands, and the guest goes on in base. Nothing of that is noted.
+#[test]
+fn a_pivot_by_another_client_that_nobody_noted_costs_no_write_of_the_guest() {
+    if !tools_are_here() {
+        return;
+    }
+    let lab = Lab::new();
+    lab.ok(&["live", "commit", "disk0", "--active", "--qmp", "qmp.sock"]);
+    let note: Value = serde_json::from_slice(&fs::read(lab.state_file()).unwrap()).unwrap();
+    let monitor = lab.connect();
+    let job = Job::new(&monitor, note["job"].as_str().unwrap());
+    job.complete().unwrap();
+    job.wait(Goal::Pending, None, &mut |_| Watch::GoOn).unwrap();
+    job.finalize().unwrap();
+    job.wait(Goal::Concluded, None, &mut |_| Watch::GoOn).unwrap();
+    job.take_result().unwrap();
+    drop(monitor);
+    // QEMU shows it as long as it runs, and whoever asks is told.
+    let output = lab.qmerge(&["live", "commit", "disk0", "--active", "--pivot", "--qmp", "qmp.sock"]);
+    let err = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(6), "{err}");
+    assert!(err.contains("QEMU shows the chain that it leaves") && err.contains("live recover"), "{err}");
+    let jobs = lab.qmerge(&["live", "jobs", "--qmp", "qmp.sock"]);
+    assert!(text(&jobs.stderr).contains("no switch is noted"), "{}", text(&jobs.stderr));
+    asks(&lab, 6, "unclear");
+    lab.kill();
+    write(&lab, "1.img", "write -q -P 7 4M 64k");
+    asks(&lab, 6, "unclear");
+    let error = lab.recover(6)["error"].clone();
+    assert!(error["message"].as_str().unwrap().contains("another client has pivoted"), "{error:#}");
+    // The way out for whoever knows that: base is the disk, and has the last write.
+    run("qemu-io", lab.dir(), &["-r", "-f", "qcow2", "-c", "read -q -P 7 4M 64k", "1.img"]);
+    assert_eq!(lab.qmerge(&["commit", "4.img"]).status.code(), Some(6));
 }
 
 /// What the guest writes goes to the data file, so base's own time does not tell that the guest is there.

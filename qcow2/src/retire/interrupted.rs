@@ -6,20 +6,21 @@
 //! nothing is decided for good.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::chain::view::View;
 use crate::chain::{BackingName, Chain, OpenOptions, open_data_file};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::plan_backing_switch;
 use crate::image::rewrite;
-use crate::image::{Image, ImageFormat, Qcow2};
+use crate::image::{ClusterCache, Image, ImageFormat, Mapping, Qcow2};
 use crate::merge::switch::mark::Known;
 use crate::storage::{Access, FileId, Host, LockMode, if_there};
 use crate::transfer::ask::Span;
 use crate::transfer::ask::down;
 use crate::transfer::ops::{Progress, Run};
 use crate::transfer::workers::on_workers;
-use crate::units::GuestOffset;
+use crate::units::{GuestOffset, GuestRange};
 
 /// The layers of an interrupted merge, opened and locked: for reading, and the overlay for writing.
 #[derive(Debug)]
@@ -119,6 +120,59 @@ impl Interrupted {
                 Err(e) => Err(e),
             }
         })
+    }
+
+    /// A place of the disk that nobody has ever copied to base: a layer above holds bytes there that are not zero, and base
+    /// has nothing of its own. Once something was written to base there, its tables say so, whatever a guest discards
+    /// afterwards: that becomes zeros, not nothing. `None` if there is no such place, or if base's format does not tell:
+    /// raw, or qcow2 of version 2, whose discarded clusters are as those that never were.
+    ///
+    /// # Errors
+    /// Whatever reading reports; [`Error::Cancelled`].
+    pub fn never_copied(&self, cancel: &AtomicBool) -> Result<Option<GuestOffset>> {
+        let images = self.chain.images();
+        let base = images
+            .get(self.base)
+            .copied()
+            .filter(|base| base.as_qcow2().is_some_and(|base| base.header().version >= 3));
+        let Some(base) = base else { return Ok(None) };
+        let view = View::new(&images, self.base.saturating_add(1), self.chain.active());
+        let end = GuestOffset::new(view.size().min(base.virtual_size()));
+        let (mut cache, mut buffer) = (ClusterCache::new(), vec![0; 1 << 16]);
+        let (mut parts, mut extents) = (Vec::new(), Vec::new());
+        let mut from = GuestOffset::ZERO;
+        while let Some(next) = view.next_supplied(from)?.filter(|next| *next < end) {
+            if cancel.load(Ordering::Relaxed) {
+                return Err(Error::Cancelled);
+            }
+            let start = next.align_down(view.window());
+            from = start + view.window();
+            let window = GuestRange::between(start, from.min(end));
+            (parts.clear(), extents.clear());
+            view.resolve(window, &mut parts)?;
+            base.map(window, &mut extents)?;
+            let missing = extents.iter().filter(|extent| extent.mapping == Mapping::Unallocated);
+            for extent in missing {
+                for part in parts.iter().filter_map(|part| part.clip(&extent.range)) {
+                    if part.supply.is_zero() {
+                        continue;
+                    }
+                    let whole = part.range;
+                    let mut at = whole.start;
+                    while at < whole.end() {
+                        let range = GuestRange::between(at, (at + buffer.len() as u64).min(whole.end()));
+                        let Some(piece) = part.clip(&range) else { break };
+                        let bytes = buffer.get_mut(..range.len as usize).unwrap_or_default();
+                        view.read_supplied(&piece, bytes, &mut cache)?;
+                        if bytes.iter().any(|byte| *byte != 0) {
+                            return Ok(Some(at));
+                        }
+                        at = range.end();
+                    }
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Gives the overlay its former backing file back: top, by the name that it had for it. Only if base is

@@ -16,9 +16,13 @@ use crate::qmp::monitor::Monitor;
 /// before. What a pending job has written is flushed first, as far as a way to do that is found.
 ///
 /// # Errors
-/// [`Error::Refused`] if the job is neither ready, pending nor concluded; [`Error::Job`] if it failed, does not end, or
+/// [`Error::Refused`] if the job is one of a merge of this library, which only whoever has its state file may end, or is
+/// neither ready, pending nor concluded; [`Error::Job`] if it failed, does not end, or
 /// the disk has the chain that it had.
 pub fn conclude<M: Monitor + ?Sized>(monitor: &M, disk: &Disk, job: &Job<'_, M>) -> Result<Disk> {
+    if job.is_of_merge() {
+        return Err(Refusal::NoStateFound { job: job.id().to_owned() }.into());
+    }
     match job.state()?.map(|state| state.status) {
         Some(JobStatus::ready) => job.complete()?,
         Some(JobStatus::pending) => {}

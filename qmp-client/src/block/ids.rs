@@ -24,6 +24,17 @@ pub(crate) fn job_prefix(kind: &str, disk: &str) -> String {
     format!("{kind}.{}.", escaped(disk))
 }
 
+/// Whether a job's id is one that a merge of this library gets, or was made to look like one.
+pub(crate) fn is_of_merge(id: &str) -> bool {
+    let unique = |end: &str| end.len() == 8 && end.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let mut parts = id.split('.');
+    let kind = parts.next().is_some_and(|kind| MERGES.contains(&kind));
+    let disk = parts.next().is_some_and(|disk| unescaped(disk).is_some());
+    let mut index = || parts.next().is_some_and(|index| index.parse::<usize>().is_ok());
+    let span = index() && index();
+    kind && disk && span && parts.next().is_some_and(unique) && parts.next().is_none()
+}
+
 /// Any text in the letters that an id may have; others become `_` and two hexadecimal digits for each byte.
 pub(crate) fn escaped(text: &str) -> String {
     let mut written = String::new();
@@ -53,6 +64,20 @@ pub(crate) fn unescaped(written: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_merge_is_known_by_the_id_of_its_job() {
+        for kind in MERGES {
+            for disk in ["vda", "a.b", "/a/b"] {
+                assert!(is_of_merge(&format!("{}1.3.{}", job_prefix(kind, disk), unique())));
+            }
+        }
+        for id in
+            ["merge.vda", "merge.vda.1.3.", "commit.vda.1.3.01234567", "merge.vda.1.x.01234567", "theirs"]
+        {
+            assert!(!is_of_merge(id), "{id}");
+        }
+    }
 
     #[test]
     fn prefixes_of_different_disks_never_meet() {

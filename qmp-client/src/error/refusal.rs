@@ -104,6 +104,15 @@ pub enum Refusal {
     /// A merge whose preflight has not passed.
     #[error("the merge has not passed its preflight")]
     NotTried,
+    /// A job whose id is one of this library's, and no state file that notes it was found. Ended without its note, the file
+    /// would name the old image as the one that holds the disk.
+    #[error(
+        "the job {job} belongs to a merge of qmerge, and the file that notes how far that merge is was not found"
+    )]
+    NoStateFound {
+        /// The job's id.
+        job: String,
+    },
     /// QEMU 10.0.2 crashes when it is asked for its nodes while it keeps a pull that has concluded.
     #[error(
         "the job {job} has {} and was not dismissed by the client that started it; QEMU may crash if it is asked for its \

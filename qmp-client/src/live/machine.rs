@@ -5,10 +5,12 @@ use std::path::Path;
 use super::discover::{Files, Unfinished, folders_of_disks, states, sweep_folders};
 use super::hindrance::Hindrance;
 use super::plan::recover_first;
+use super::throttle::relax;
 use super::tidy::{self, Tidied, TidyOptions};
 use super::verdict::{NotSwitched, Switched};
 use super::{Merge, Throttle};
 use crate::block::graph::{Disk, Graph};
+use crate::block::jobs::{Job, cancel};
 use crate::error::Result;
 use crate::qmp::address::Address;
 use crate::qmp::connection::Connection;
@@ -105,8 +107,13 @@ impl<'m> Machine<'m> {
     ///
     /// # Errors
     /// As [`Machine::unfinished`].
-    pub fn left_by(&self, disk: &Disk, merges_active: bool) -> Result<Option<Unfinished>> {
-        let known = self.unfinished(std::slice::from_ref(disk), None)?;
+    pub fn left_by(
+        &self,
+        disk: &Disk,
+        merges_active: bool,
+        state_dir: Option<&Path>,
+    ) -> Result<Option<Unfinished>> {
+        let known = self.unfinished(std::slice::from_ref(disk), state_dir)?;
         let fits = |state: &State| (state.kind == crate::state::Kind::ActiveCommit) == merges_active;
         Ok(self.switched(disk, &known, &fits).cloned())
     }
@@ -122,6 +129,7 @@ impl<'m> Machine<'m> {
         };
         let options = TidyOptions { delete: options.delete || merge.state.delete, ..options.clone() };
         let tidied = tidy::after(leave, &self.files, &options);
+        self.relax(merge)?;
         if tidied.kept.is_empty() {
             merge.file.forget(&merge.state)?;
         }
@@ -158,11 +166,21 @@ impl<'m> Machine<'m> {
             }
             match NotSwitched::seen_in(state, &self.graph, has_job) {
                 // The job is gone, and nothing was switched: there is nothing left to know.
-                Some(leave) => merge.file.forget(leave.state())?,
+                Some(leave) => {
+                    self.relax(merge)?;
+                    merge.file.forget(leave.state())?;
+                }
                 None => return Err(recover_first(merge)),
             }
         }
         Ok(settled)
+    }
+
+    /// Whether a disk has the chain that a merge leaves, though no switch is noted: another client has switched, or somebody has
+    /// started base. What the state says of the disk is not true then.
+    pub fn is_switched_unnoted(&self, merge: &Unfinished, disk: &Disk) -> bool {
+        let shows = merge.state.disk_after(&self.graph).is_some_and(|on| on.name() == disk.name());
+        shows && merge.state.phase == Phase::Copying
     }
 
     /// What can slow a guest down.
@@ -174,17 +192,31 @@ impl<'m> Machine<'m> {
             .map_err(|error| Hindrance::NotSlowed { source: Box::new(error) }.into())
     }
 
-    /// Forgets the merge of a job that has been cancelled: it will never be switched.
+    /// Cancels a job of a disk, whoever started it, and forgets the merge that it was: it will never be switched. What was
+    /// limited for it is limited no more.
     ///
     /// # Errors
-    /// [`crate::Error::State`].
-    pub fn forget_cancelled(&self, disk: &Disk, job: &str) -> Result<()> {
-        let known = self.unfinished(std::slice::from_ref(disk), None)?;
-        for merge in &known {
-            if let Some(leave) = NotSwitched::cancelled(&merge.state, job) {
+    /// Those of [`crate::cancel`] and of putting the limits back: the merge is not forgotten then; [`crate::Error::State`].
+    pub fn cancel(&self, disk: &Disk, job: &Job<'_, Connection>, state_dir: Option<&Path>) -> Result<()> {
+        let known = self.unfinished(std::slice::from_ref(disk), state_dir)?;
+        let of_job: Vec<_> = known.iter().filter(|merge| merge.state.job == job.id()).collect();
+        // A device that is gone cannot be relaxed; its job ends all the same.
+        let relaxed = of_job.iter().try_for_each(|merge| self.relax(merge));
+        cancel(job)?;
+        relaxed?;
+        for merge in of_job {
+            if let Some(leave) = NotSwitched::cancelled(&merge.state, job.id()) {
                 merge.file.forget(leave.state())?;
             }
         }
         Ok(())
+    }
+
+    /// Puts back the limits that a merge has noted, before its note goes: a client that was killed has left them.
+    ///
+    /// # Errors
+    /// Those of the command and of the state file.
+    pub(crate) fn relax(&self, merge: &Unfinished) -> Result<()> {
+        relax(self.monitor, &mut merge.state.clone(), &merge.file)
     }
 }

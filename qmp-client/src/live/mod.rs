@@ -171,7 +171,11 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
         timeout: Option<Duration>,
         watch: &mut dyn FnMut(&Progress<'_>) -> Watch,
     ) -> Result<Waited> {
-        self.job.wait(self.procedure.goal(), timeout, watch)
+        let waited = self.job.wait(self.procedure.goal(), timeout, watch);
+        if let Err(Error::Disconnected { .. }) = &waited {
+            self.note_lost();
+        }
+        waited
     }
 
     /// Ends an intermediate commit or a pull: flushes what was written, notes that QEMU is about to switch, has it
@@ -304,6 +308,18 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
             active.identity = before;
         }
         self.file.save(&mut self.state)
+    }
+
+    /// QEMU has gone before all was copied. The time of that tells that nobody can have pivoted before.
+    fn note_lost(&self) {
+        let is_noted = |state: &State| state.job == self.state.job && state.phase == Phase::Copying;
+        if let Ok(Some(mut state)) = self.file.load()
+            && is_noted(&state)
+        {
+            state.gone_ns = Some(now_ns());
+            // Without it there is only more doubt.
+            let _ = self.file.save_as_it_is(&state);
+        }
     }
 
     /// QEMU has gone between the note of the switch and its success. The time of that tells which writes were its own.

@@ -129,7 +129,10 @@ impl Outline {
     pub(super) fn how_far(&self) -> &'static str {
         match self.phase {
             Phase::Switched => "switched, and not cleaned up after",
-            Phase::Switching | Phase::Copying => "about to switch when it was lost",
+            Phase::Switching => "about to switch when it was lost",
+            Phase::Copying => {
+                "copying when it was lost, by the note of it, and QEMU shows the chain that it leaves"
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::block::ids::unique;
 use crate::block::jobs::{JobState, Progress, Waited, Watch};
 use crate::error::{Refusal, Result};
 use crate::qmp::monitor::{Execute, Monitor};
-use crate::state::{Kind, Throttled};
+use crate::state::{Kind, State, StateFile, Throttled};
 
 const COMMAND: &str = "block_set_io_throttle";
 /// The limits that the command must be given, and those that it may be.
@@ -96,6 +96,14 @@ impl Throttle {
     }
 }
 
+/// Puts back the limits that the disk of a merge had before it was throttled, and notes that; does nothing if it is not.
+pub(super) fn relax<M: Monitor + ?Sized>(monitor: &M, state: &mut State, file: &StateFile) -> Result<()> {
+    let Some(throttled) = &state.throttled else { return Ok(()) };
+    monitor.query(COMMAND, Value::Object(throttled.former.clone()))?;
+    state.throttled = None;
+    file.save_as_it_is(state)
+}
+
 impl<M: Monitor + ?Sized> Merge<'_, M> {
     /// Waits like [`Merge::wait`], and slows the guest's writes to this disk down if the job does not gain on them: in
     /// steps of half the limit, down to [`Throttle::FLOOR`]. `on_limit` is told each new limit in bytes per second.
@@ -156,10 +164,7 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
     /// # Errors
     /// Those of the command and of the state file.
     pub fn relax(&mut self) -> Result<()> {
-        let Some(throttled) = &self.state.throttled else { return Ok(()) };
-        self.monitor.query(COMMAND, Value::Object(throttled.former.clone()))?;
-        self.state.throttled = None;
-        self.file.save(&mut self.state)
+        relax(self.monitor, &mut self.state, &self.file)
     }
 
     fn throttle(&mut self, throttle: &Throttle, bytes: u64) -> Result<()> {

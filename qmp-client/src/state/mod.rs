@@ -42,8 +42,8 @@ pub struct State {
     pub created_ns: u64,
     /// When this was written last, in nanoseconds since 1970.
     pub changed_ns: u64,
-    /// When this program saw that QEMU was gone, in nanoseconds since 1970: after QEMU was told to switch, and before it said
-    /// that it had. What was written to the disk's files before was written by that QEMU.
+    /// When this program saw that QEMU was gone, in nanoseconds since 1970: before all was copied; or after QEMU was told to
+    /// switch, and before it said that it had. What was written to the disk's files before was written by that QEMU.
     pub gone_ns: Option<u64>,
     /// Which run of the host's kernel wrote it. Times of files are evidence only while that runs: a power cut
     /// may lose a time though the data of that time was synced.

@@ -194,6 +194,10 @@ pub(crate) struct EndArgs {
     /// Empty or remove those files although their file system has no locks, so that nobody can tell whether another process uses them
     #[arg(long)]
     pub(crate) no_lock: bool,
+
+    /// Look in DIR too, where the merge keeps its state
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

@@ -28,9 +28,10 @@ pub(super) fn run(
     guard::disk(session, disk)?;
     let mut options = TidyOptions::new(args.delete, &args.scan);
     options.no_lock = args.no_lock;
-    let found = machine.attach(disk, None).map_err(|e| session.failure(&e))?;
+    let state_dir = args.state_dir.as_deref();
+    let found = machine.attach(disk, state_dir).map_err(|e| session.failure(&e))?;
     let Some(mut merge) = found else {
-        let left = machine.left_by(disk, end == End::Pivot).map_err(|e| session.failure(&e))?;
+        let left = machine.left_by(disk, end == End::Pivot, state_dir).map_err(|e| session.failure(&e))?;
         let Some(left) = left else { return foreign::end(session, &machine, disk, end, console) };
         Outcome::of_left(session, &machine, disk, &left, &options, console)?.tell(console)?;
         return Ok(Exit::DONE);
@@ -40,6 +41,7 @@ pub(super) fn run(
     let mut run = Run::new(session.address, &args.disk, end);
     run.timeout = args.timeout;
     run.tidy = options;
+    run.state_dir.clone_from(&args.state_dir);
     let what = if outline.kind == Kind::Pull { "pulling" } else { "merging" };
     let mut follow = Follow {
         session,

@@ -24,7 +24,11 @@ pub(super) fn end(
     let found = jobs.iter().find(|(_, of)| of.is_some_and(|of| of.name() == disk.name()));
     let Some((state, _)) = found else { return Err(trouble::no_job(session, disk)) };
     let (name, id) = (printable(disk.name()), printable(&state.id));
-    if !matches!((end, state.status), (End::Pivot, JobStatus::ready) | (_, JobStatus::pending)) {
+    let job = Job::new(monitor, &state.id);
+    // One of ours is refused, whatever its status is.
+    if !job.is_of_merge()
+        && !matches!((end, state.status), (End::Pivot, JobStatus::ready) | (_, JobStatus::pending))
+    {
         let wanted = if end == End::Pivot { "ready" } else { "pending" };
         return Err(Report {
             kind: "not-ready",
@@ -37,7 +41,7 @@ pub(super) fn end(
         }
         .into());
     }
-    let now = conclude(monitor, disk, &Job::new(monitor, &state.id)).map_err(|e| session.failure(&e))?;
+    let now = conclude(monitor, disk, &job).map_err(|e| session.failure(&e))?;
     let (was, is) = (&disk.active().file, &now.active().file);
     let layers = now.layers().len();
     console.event(

@@ -1,7 +1,7 @@
 //! The verbs about jobs, whoever started them.
 
 use qmp_client::qapi::qmp::JobStatus;
-use qmp_client::{Disk, Job, JobState, Machine, Outline, Phase};
+use qmp_client::{Disk, Job, JobState, Machine, Outline, Phase, Unfinished};
 use serde_json::{Value, json};
 
 use super::trouble::{self, Session};
@@ -19,7 +19,7 @@ pub(super) fn list(session: &Session<'_>, machine: &Machine<'_>, console: &Conso
     let known = machine.unfinished(graph.disks(), None).map_err(|e| session.failure(&e))?;
     let (under_way, left): (Vec<Outline>, Vec<Outline>) = known
         .iter()
-        .map(qmp_client::Unfinished::outline)
+        .map(Unfinished::outline)
         .partition(|merge| jobs.iter().any(|(job, _)| job.id == merge.job));
     if console.is_json() {
         let merge = |job: &JobState| under_way.iter().find(|merge| merge.job == job.id);
@@ -32,6 +32,18 @@ pub(super) fn list(session: &Session<'_>, machine: &Machine<'_>, console: &Conso
             "an earlier merge of {disk} is not cleaned up after ({}); its disk is {}: {}",
             merge.state_file().display(),
             printable(&merge.valid_top),
+            session.other(&["recover", &merge.disk])
+        ));
+    }
+    let unnoted = |merge: &Unfinished| graph.disks().iter().any(|d| machine.is_switched_unnoted(merge, d));
+    for merge in known.iter().filter(|merge| unnoted(merge)).map(Unfinished::outline) {
+        if under_way.iter().any(|other| other.job == merge.job) {
+            continue;
+        }
+        console.note(&format!(
+            "{} has the chain that its merge leaves, and no switch is noted ({}): another client has switched, perhaps: {}",
+            printable(&merge.disk),
+            merge.state_file().display(),
             session.other(&["recover", &merge.disk])
         ));
     }
@@ -98,14 +110,11 @@ pub(super) fn steer(
         LiveVerb::Speed { rate, .. } => {
             job.set_speed(*rate).map(|()| format!("{what} is limited to {}/s", size::short(*rate)))
         }
-        _ => qmp_client::cancel(&job).map(|()| {
+        _ => machine.cancel(disk, &job, session.verb.state_dir()).map(|()| {
             format!("{what} is cancelled; the disk's chain is as it was, and what was copied stays copied")
         }),
     };
     let done = done.map_err(fail)?;
-    if matches!(session.verb, LiveVerb::Cancel { .. }) {
-        machine.forget_cancelled(disk, &state.id).map_err(fail)?;
-    }
     if console.is_json() {
         let now = job.state().map_err(fail)?;
         let mut out = json(now.as_ref().unwrap_or(state), Some(disk), None);

@@ -72,7 +72,7 @@ impl<'a> Managed<'a> {
                 }
             }
             LiveVerb::Pivot(args) => virsh.command("blockjob", &[&target(&args.disk), "--pivot"]),
-            LiveVerb::Cancel { disk } => virsh.command("blockjob", &[&target(disk), "--abort"]),
+            LiveVerb::Cancel { disk, .. } => virsh.command("blockjob", &[&target(disk), "--abort"]),
             LiveVerb::Speed { disk, rate } => {
                 let rate = rate.to_string();
                 virsh.command("blockjob", &[&target(disk), "--bandwidth", &rate, "--bytes"])

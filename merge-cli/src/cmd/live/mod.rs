@@ -58,7 +58,7 @@ pub(super) fn run(args: &LiveArgs, words: &[OsString], console: &Console) -> Res
         }
         LiveVerb::Pause { disk }
         | LiveVerb::Resume { disk }
-        | LiveVerb::Cancel { disk }
+        | LiveVerb::Cancel { disk, .. }
         | LiveVerb::Speed { disk, .. } => {
             let disk = find(&machine, disk, &session)?;
             guard::disk(&session, disk)?;

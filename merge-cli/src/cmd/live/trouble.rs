@@ -2,8 +2,9 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::path::Path;
 
-use qmp_client::{Address, Disk, Error, Hindrance, Owner, Request};
+use qmp_client::{Address, Disk, Error, Hindrance, Owner, Refusal, Request};
 
 use super::{guard, refused};
 use crate::call::without;
@@ -125,6 +126,7 @@ impl Session<'_> {
                 let command = Command::qmerge(without(self.words, "--backing-file"));
                 Hint::command(HintKind::Again, "without that name", command)
             }
+            Error::Refused { reason: Refusal::NoStateFound { .. } } => return self.no_state(),
             Error::Refused { .. } if self.verb.is_merge() => jobs("see how things stand"),
             _ => {
                 let command = Command::qmerge(["live", self.verb.as_str()]).word("--help");
@@ -132,6 +134,21 @@ impl Session<'_> {
             }
         }
         .into()
+    }
+
+    /// A merge of ours whose state file was not found: whoever knows where it lies names the folder.
+    fn no_state(&self) -> Hints {
+        let name = Hint::advice(format!(
+            "name the folder that the merge was begun with: {}",
+            self.again_with_values(&[("--state-dir", "DIR")])
+        ));
+        let disk = match self.verb {
+            LiveVerb::Finish(args) | LiveVerb::Pivot(args) => Some(&args.disk),
+            _ => None,
+        };
+        let why = "or, if that file is lost, end the job without its effect";
+        let cancel = disk.map(|disk| Hint::command(HintKind::LiveCancel, why, self.other(&["cancel", disk])));
+        Hints::from(name).or(cancel)
     }
 
     fn unreachable(&self, error: &io::Error) -> Hints {
@@ -187,8 +204,11 @@ impl Session<'_> {
     }
 
     /// Another live command for the same monitor: `qmerge live WORDS --qmp ADDRESS`.
+    ///
+    /// One that looks for the merge's state is told of the same folder as this one.
     pub(super) fn other(&self, words: &[&str]) -> Command {
-        live(words, self.address)
+        let looks = words.first().is_some_and(|verb| ["finish", "pivot", "cancel", "recover"].contains(verb));
+        live_in(words, self.address, self.verb.state_dir().filter(|_| looks))
     }
 
     /// A job is to end first.
@@ -203,10 +223,14 @@ impl Session<'_> {
     }
 }
 
-/// `qmerge live WORDS --qmp ADDRESS`.
-pub(super) fn live(words: &[&str], address: &Address) -> Command {
+/// `qmerge live WORDS --qmp ADDRESS`, with the folder where the merge keeps its state if that is another than usual.
+pub(super) fn live_in(words: &[&str], address: &Address, state_dir: Option<&Path>) -> Command {
     let command = words.iter().fold(Command::qmerge(["live"]), |command, word| command.word(word));
-    command.option("--qmp", address.to_string())
+    let command = command.option("--qmp", address.to_string());
+    match state_dir {
+        Some(dir) => command.option("--state-dir", dir),
+        None => command,
+    }
 }
 
 /// The same commit of the stopped machine; none where the layers are not known.

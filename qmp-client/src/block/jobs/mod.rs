@@ -14,6 +14,7 @@ use qapi::qmp::{self, JobStatus};
 use serde::Deserialize;
 use serde_json::json;
 
+use crate::block::ids::is_of_merge;
 use crate::error::{Error, Result};
 use crate::qmp::monitor::{Execute, Monitor, read};
 
@@ -186,6 +187,11 @@ impl<'a, M: Monitor + ?Sized> Job<'a, M> {
     /// The job's id.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// Whether the id is one that the merges of this library get: a state file notes it then, or did.
+    pub fn is_of_merge(&self) -> bool {
+        is_of_merge(&self.id)
     }
 
     /// How the job stands; `None` if QEMU knows no such job.

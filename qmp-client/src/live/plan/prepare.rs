@@ -82,6 +82,9 @@ impl<'m> Machine<'m> {
                 false => Ok(Prepared::Finish(Box::new(left.clone()))),
             };
         }
+        if let Some(unnoted) = known.iter().find(|merge| self.is_switched_unnoted(merge, disk)) {
+            return Err(recover_first(unnoted));
+        }
         let nothing = |why: Nothing| match self.switched(disk, &known, &|_| true) {
             Some(left) => Err(recover_first(left)),
             None => Ok(Prepared::Nothing(why)),
@@ -101,9 +104,14 @@ impl<'m> Machine<'m> {
             make::commit(self.files(), self.graph(), disk, &range, request)?
         };
         let room = checks::room(&plan)?;
-        let throttle = if request.converge { Some(self.throttle(disk)?) } else { None };
         let file = place(self.files(), disk, state_dir)?;
         let begins_anew = self.left_over(disk, &known, &file)?;
+        if !request.dry_run {
+            // Before the limits are asked for, and before the note of the former ones is replaced.
+            begins_anew.iter().try_for_each(|merge| self.relax(merge))?;
+        }
+        let begins_anew = begins_anew.into_iter().map(|merge| merge.state.job).collect();
+        let throttle = if request.converge { Some(self.throttle(disk)?) } else { None };
         let wishes = Wishes {
             delete: request.delete,
             allow_stale: request.allow_stale,
@@ -118,8 +126,8 @@ impl<'m> Machine<'m> {
         Ok(Prepared::Merge(Box::new(planned)))
     }
 
-    /// The jobs of earlier merges of this disk that are gone and had not switched. One that may have switched is refused.
-    fn left_over(&self, disk: &Disk, known: &[Unfinished], file: &StateFile) -> Result<Vec<String>> {
+    /// Earlier merges of this disk whose jobs are gone and that had not switched. One that may have switched is refused.
+    fn left_over(&self, disk: &Disk, known: &[Unfinished], file: &StateFile) -> Result<Vec<Unfinished>> {
         let here = file.load()?.map(|state| Unfinished { file: file.clone(), state });
         let shown = |merge: &Unfinished| merge.disk(self.graph()).is_some_and(|on| on.name() == disk.name());
         let of_disk = known.iter().filter(|merge| merge.file != *file && shown(merge));
@@ -128,7 +136,7 @@ impl<'m> Machine<'m> {
             if merge.state.phase != Phase::Copying {
                 return Err(recover_first(merge));
             }
-            begins_anew.push(merge.state.job.clone());
+            begins_anew.push(merge.clone());
         }
         Ok(begins_anew)
     }

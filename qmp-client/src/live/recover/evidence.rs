@@ -12,7 +12,7 @@ use qcow2::{Error, ErrorKind, Refusal, Result};
 
 use super::look;
 use crate::live::verdict::{Compared, Header, Leads, Seen, Treated};
-use crate::state::{Kind, Qemu, State, StateLayer};
+use crate::state::{Kind, Phase, Qemu, State, StateLayer};
 
 /// What is seen, and the files as they were then.
 pub(super) struct Evidence {
@@ -114,6 +114,14 @@ impl Evidence {
         let opened = self.open(state, no_lock).and_then(|opened| {
             let size = state.layer(state.base).map_or(0, |layer| layer.virtual_size);
             let is_switched = state.kind == Kind::ActiveCommit || opened.backing() == BackingIs::Base;
+            // Only where no pivot is noted does it matter what was never there.
+            if state.kind == Kind::ActiveCommit
+                && state.phase == Phase::Copying
+                && let Some(at) = opened.never_copied(cancel)?
+            {
+                self.seen.never_copied = true;
+                return Ok((opened, is_switched, Some(at)));
+            }
             let difference =
                 if is_switched { opened.first_difference(size, progress, cancel)? } else { None };
             Ok((opened, is_switched, difference))

@@ -63,6 +63,8 @@ pub enum Doubt {
         /// The first byte of the disk that differs.
         at: u64,
     },
+    /// QEMU is gone, and no pivot is noted; but another client may have pivoted before.
+    PivotUnseen,
     /// QEMU runs on base, and no pivot is noted.
     RunsOnBase,
     /// QEMU runs on the old active image, and base may have been written since the pivot.
@@ -126,6 +128,9 @@ impl fmt::Display for Doubt {
             ),
             Self::BaseDiffers { at } => {
                 write!(f, "base differs from what was merged into it, first at byte {at} of the disk")
+            }
+            Self::PivotUnseen => {
+                f.write_str("no pivot is noted, and base may have been the disk all the same: it cannot be seen whether another client has pivoted")
             }
             Self::RunsOnBase => f.write_str("QEMU runs on base, and no pivot is noted"),
             Self::RunsOnOld => f.write_str(

@@ -41,6 +41,8 @@ pub struct Seen {
     pub same_boot: bool,
     /// Whether base holds what was merged into it.
     pub compared: Compared,
+    /// Whether there is a place at which the layers above base hold data, and nothing was ever written to base.
+    pub never_copied: bool,
 }
 
 /// What the header of an overlay names.
@@ -226,6 +228,7 @@ impl Seen {
             closing_writes_base: true,
             same_boot: state.is_of_this_boot(),
             compared: Compared::NotYet,
+            never_copied: false,
         })
     }
 

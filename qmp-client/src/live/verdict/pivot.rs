@@ -23,7 +23,8 @@ impl State {
             if seen.qemu == Qemu::ShowsAfter {
                 return Err(Doubt::RunsOnBase);
             }
-            return self.are_there(seen, &self.layers).map(|()| Verdict::NotSwitched);
+            self.are_there(seen, &self.layers)?;
+            return self.judge_unnoted(seen, base_is_known);
         }
         let rest = self.look_at_merged(seen, self.merged().filter(|layer| layer.index != old.index))?;
         if old.identity.is_none() && base_is_known {
@@ -46,6 +47,34 @@ impl State {
             _ if self.treated(seen, old.index).is_begun() => Ok(Verdict::Switched),
             // Where nobody has written to base, comparing is cheaper than being wrong.
             _ => self.judge_superseded(seen, rest.treated + rest.gone > 0),
+        }
+    }
+
+    /// Nothing is noted of a pivot. Another client may have pivoted all the same, by QEMU's own commands, and what the guest
+    /// wrote from then on is in base alone: the old chain is the disk only where base cannot have been.
+    fn judge_unnoted(&self, seen: &Seen, base_is_known: bool) -> Doubtful<Verdict> {
+        if seen.qemu == Qemu::ShowsBefore {
+            return Ok(Verdict::NotSwitched);
+        }
+        let base = self.written(seen, self.base);
+        let unwritten = base == Some(None);
+        // A client that waited until all was copied saw QEMU go before. QEMU pivots only after.
+        let gone_before =
+            matches!((base, self.gone_ns), (Some(Some(written)), Some(gone)) if written <= gone);
+        if seen.same_boot && (unwritten || gone_before) {
+            return Ok(Verdict::NotSwitched);
+        }
+        if !base_is_known {
+            return Err(Doubt::PivotUnseen);
+        }
+        match seen.compared {
+            Compared::NotYet => Ok(Verdict::Compare),
+            // Whichever it is, nothing is lost in the old chain.
+            Compared::Equal => Ok(Verdict::NotSwitched),
+            // QEMU pivots only when all was copied once.
+            Compared::Differs(_) if seen.never_copied => Ok(Verdict::NotSwitched),
+            Compared::Differs(_) | Compared::Unsupported => Err(Doubt::PivotUnseen),
+            Compared::InUse => Ok(Verdict::NotComparable),
         }
     }
 

@@ -41,6 +41,7 @@ fn seen(state: &State, qemu: Qemu, header: Header) -> Seen {
         closing_writes_base: false,
         same_boot: true,
         compared: Compared::Equal,
+        never_copied: false,
     }
 }
 
@@ -184,7 +185,7 @@ fn a_pull_of_everything_leaves_a_header_that_names_nothing() {
 }
 
 #[test]
-fn before_the_switch_nothing_that_was_written_matters() {
+fn before_the_switch_nothing_that_was_written_matters_where_base_has_everything() {
     let state = merge(Kind::ActiveCommit, Phase::Copying);
     for qemu in QEMUS {
         let mut seen = seen(&state, qemu, Header::Unread);
@@ -197,6 +198,42 @@ fn before_the_switch_nothing_that_was_written_matters() {
             } else {
                 assert_eq!(state.judge(&seen), Verdict::NotSwitched, "{qemu:?} {written:?}");
             }
+        }
+    }
+}
+
+/// Another client may have pivoted with QEMU's own commands: then base alone has what the guest wrote last.
+#[test]
+fn a_base_that_differs_and_may_have_been_the_disk_is_a_doubt_though_no_pivot_is_noted() {
+    for qemu in [Qemu::Gone, Qemu::ShowsNeither] {
+        for (base, gone, same_boot, never_copied, proved) in [
+            (9, None, true, false, false),
+            (9, None, true, true, true),
+            (9, None, false, true, true),
+            (9, Some(9), true, false, true),
+            (9, Some(9), false, false, false),
+            (9, Some(8), true, false, false),
+            (0, None, true, false, true),
+            // A power cut may have lost the time.
+            (0, None, false, false, false),
+        ] {
+            let mut state = merge(Kind::ActiveCommit, Phase::Copying);
+            state.gone_ns = gone.map(|gone| PENDING + gone);
+            let judge = |compared| {
+                let mut seen =
+                    Seen { compared, same_boot, never_copied, ..seen(&state, qemu, Header::Unread) };
+                seen.identities[3] = Some(identity(1, PENDING + base));
+                state.judge(&seen)
+            };
+            let (case, differs) = ((base, gone, same_boot, never_copied), judge(Compared::Differs(7)));
+            match proved {
+                true => assert_eq!(differs, Verdict::NotSwitched, "{case:?}"),
+                false => assert!(is_doubt(&differs, "another client has pivoted"), "{case:?}: {differs:?}"),
+            }
+            let by_times = proved && !never_copied;
+            let not_yet = if by_times { Verdict::NotSwitched } else { Verdict::Compare };
+            assert_eq!(judge(Compared::NotYet), not_yet, "{case:?}");
+            assert_eq!(judge(Compared::Equal), Verdict::NotSwitched, "{case:?}");
         }
     }
 }

@@ -38,6 +38,15 @@ impl Case<'_> {
                 .or(self.forget("or, if the disk is right as it is")),
             ),
             Doubt::BaseDiffers { at } => self.base_differs(*at),
+            Doubt::PivotUnseen => {
+                let (old, base) = (self.old(), self.base());
+                let why = format!(
+                    "no pivot is noted, and {base} was written to and differs from {old}. Either the copy was not complete \
+                     when QEMU ended, and {old} is the disk; or another client has pivoted (job-complete, job-finalize), and \
+                     what the guest wrote last is in {base}"
+                );
+                (why, self.either("start no virtual machine before you know whether somebody has pivoted"))
+            }
             Doubt::RunsOnBase => {
                 let (old, base) = (self.old(), self.base());
                 let why = format!(

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::doubt;
 use crate::call::Call;
-use crate::cmd::live::trouble::live;
+use crate::cmd::live::trouble::live_in;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind, Hints};
@@ -113,7 +113,7 @@ fn fact(merge: &Outline, fact: &Fact) -> String {
         Fact::Stays { file, why } => format!("{} stays as it is: {why}", file.display()),
         Fact::JobIs(status) => format!("QEMU runs, and the job is {status:?}: there is nothing to put right"),
         Fact::CanBeCancelled(address) => {
-            format!("to give it up instead: {}", live(&["cancel", &merge.disk], address))
+            format!("to give it up instead: {}", live_in(&["cancel", &merge.disk], address, elsewhere(merge)))
         }
         Fact::JobIsGone => "QEMU runs, the job is gone, and nothing was switched".to_owned(),
         Fact::HasSwitched => "QEMU runs, and has switched; only the end is not noted".to_owned(),
@@ -157,11 +157,19 @@ fn next(merge: &Outline, next: &Next) -> Command {
         Next::Offline { active } => offline(merge, active),
         Next::End(address) => {
             let end = if merge.merges_active() { "pivot" } else { "finish" };
-            live(&[end, &merge.disk], address)
+            live_in(&[end, &merge.disk], address, elsewhere(merge))
         }
         Next::Begin(address) => begin(merge, address),
         _ => Command::qmerge(["live", "recover", "--help"]),
     }
+}
+
+/// The folder of the state file, if it does not lie beside the active image, where it is looked for.
+fn elsewhere(merge: &Outline) -> Option<&Path> {
+    let folder = |path: &Path| path.parent().and_then(|folder| folder.canonicalize().ok());
+    let beside = merge.active().and_then(|layer| Path::new(&layer.file).canonicalize().ok());
+    let lies_beside = beside.is_some_and(|image| folder(&image) == folder(merge.state_file()));
+    merge.state_file().parent().filter(|_| !lies_beside)
 }
 
 /// The command that merges the same layers of the stopped machine.
@@ -186,7 +194,11 @@ fn begin(merge: &Outline, address: &Address) -> Command {
         (Kind::ActiveCommit, _) => command.word("--active"),
         _ => command,
     };
-    command.option("--qmp", address.to_string())
+    command = command.option("--qmp", address.to_string());
+    match elsewhere(merge) {
+        Some(dir) => command.option("--state-dir", dir),
+        None => command,
+    }
 }
 
 fn fork(image: &Path, users: &[PathBuf]) -> String {
