@@ -5,7 +5,7 @@ use std::fs;
 use qmp_client::Execute;
 use serde_json::{Value, json};
 
-use crate::machine::{Machine, Style};
+use crate::machine::{Machine, Style, usual_chain};
 use crate::support::{failed, qmerge, text, tools_are_here};
 
 /// A merge that is noted in the folder `states`, and of which no list beside the socket tells, as where QEMU is reached over
@@ -39,6 +39,47 @@ fn a_merge_of_ours_is_not_ended_without_its_note() {
         assert_eq!(machine.chain().len(), if verb == "pivot" { 1 } else { 2 });
         machine.holds_the_disk("c.img");
     }
+}
+
+/// Two machines whose active images have one name share a folder for their states.
+#[test]
+fn the_note_of_another_machine_is_not_written_over() {
+    if !tools_are_here() {
+        return;
+    }
+    let (one, other) = (Machine::new(Style::Blockdev), Machine::new(Style::Blockdev));
+    begun(&one, &["--active"]);
+    let folder = one.path("states");
+    let note = || {
+        let file = fs::read_dir(&folder).unwrap().next().unwrap().unwrap().path();
+        fs::read(file).unwrap()
+    };
+    let before = note();
+    let words = [one.dir().to_str().unwrap(), "notes the merge of another disk", "--state-dir DIR"];
+    other.fails("commit", &["--active", "--state-dir", &folder], 6, &words);
+    assert!(note() == before && other.job().is_null());
+    one.ok("pivot", &["--state-dir", "states"]);
+    // Now the file's name is free.
+    other.ok("commit", &["--active", "--pivot", "--state-dir", &folder]);
+    other.holds_the_disk("base.img");
+    one.holds_the_disk("base.img");
+}
+
+/// The question whether the old active image may stay as it is was not asked, because that image was to be kept.
+#[test]
+fn a_pivot_in_the_place_of_another_end_asks_what_a_pivot_asks() {
+    if !tools_are_here() {
+        return;
+    }
+    let machine = Machine::with(Style::Drive, "c.img", |dir| usual_chain(dir, "vmdk"));
+    machine.ok("commit", &["--active", "--keep-overlay", "--async"]);
+    machine.job_becomes("ready");
+    let words = ["could not become an empty overlay", "--allow-stale"];
+    machine.fails("pivot", &[], 7, &words);
+    machine.fails("commit", &["--active", "--pivot"], 7, &words);
+    assert_eq!((machine.job()["status"].as_str(), machine.chain().len()), (Some("ready"), 4));
+    machine.ok("pivot", &["--allow-stale"]);
+    assert_eq!(machine.chain(), ["base.img"]);
 }
 
 /// A client that was killed while it slowed the guest down has left the limit.

@@ -113,6 +113,19 @@ pub enum Hindrance {
         /// Why.
         source: qcow2::Error,
     },
+    /// The file in which the merge would be noted has the note of another merge.
+    #[error(
+        "{} notes the merge of another disk, {} in {}; one file cannot note both", shown(.state_file), shown(.disk),
+        shown(.image)
+    )]
+    StateOfAnother {
+        /// The file.
+        state_file: PathBuf,
+        /// The other disk.
+        disk: String,
+        /// Its active image when that merge began.
+        image: String,
+    },
     /// How far the merge is cannot be noted.
     #[error("{}", no_place(.folder, .file, .source))]
     NoStateFolder {

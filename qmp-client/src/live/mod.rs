@@ -373,15 +373,19 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     }
 }
 
-fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> Result<State> {
-    let chain = procedure.chain();
-    let span = procedure.span();
-    let address = match address {
+/// An address as a state file names it: it means the same in another folder.
+fn noted(address: &Address) -> String {
+    match address {
         Address::Unix(path) => {
             Address::Unix(std::path::absolute(path).unwrap_or_else(|_| PathBuf::from(path))).to_string()
         }
         tcp @ Address::Tcp { .. } => tcp.to_string(),
-    };
+    }
+}
+
+fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> Result<State> {
+    let chain = procedure.chain();
+    let span = procedure.span();
     let layers = chain.iter().map(|layer| {
         let here = !wishes.files_are_elsewhere;
         let mut noted = StateLayer::of(layer, here)?;
@@ -396,7 +400,7 @@ fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> Resul
         changed_ns: now_ns(),
         gone_ns: None,
         boot: boot(),
-        address,
+        address: noted(address),
         disk: procedure.disk().to_owned(),
         job: procedure.job_id().to_owned(),
         kind: procedure.kind(),

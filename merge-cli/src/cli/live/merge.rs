@@ -195,6 +195,10 @@ pub(crate) struct EndArgs {
     #[arg(long)]
     pub(crate) no_lock: bool,
 
+    /// Pivot although the old active image cannot become an empty overlay: it stays bootable, with old data
+    #[arg(long)]
+    pub(crate) allow_stale: bool,
+
     /// Look in DIR too, where the merge keeps its state
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,

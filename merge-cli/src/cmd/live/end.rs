@@ -38,6 +38,9 @@ pub(super) fn run(
     };
     let outline = merge.outline();
     fits(session, &outline, end)?;
+    if end == End::Pivot {
+        machine.may_pivot(disk, &merge, args.allow_stale, &options).map_err(|e| session.failure(&e))?;
+    }
     let mut run = Run::new(session.address, &args.disk, end);
     run.timeout = args.timeout;
     run.tidy = options;

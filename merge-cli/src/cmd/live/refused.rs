@@ -33,6 +33,7 @@ fn kind(hindrance: &Hindrance) -> (&'static str, Exit) {
         Hindrance::SharedBase { .. } | Hindrance::SharedInside { .. } => ("shared-base", Exit::REFUSED),
         Hindrance::NotSearched { .. } => ("io", Exit::FAILED),
         Hindrance::NoStateFolder { .. } => ("no-state-folder", Exit::REFUSED),
+        Hindrance::StateOfAnother { .. } => ("state-of-another", Exit::REFUSED),
         Hindrance::RecoverFirst { .. } => ("recover-first", Exit::REFUSED),
         Hindrance::ActiveNotAskedFor { .. } | Hindrance::OnlyForActive { .. } => ("usage", Exit::USAGE),
         Hindrance::NotSlowed { source } => class(source),
@@ -80,7 +81,11 @@ fn hints(session: &Session<'_>, hindrance: &Hindrance) -> Hints {
         Hindrance::StaleActive { file, .. } => {
             let if_meant = format!("if nothing will start from {} again", printable(file));
             let delete = with(HintKind::Delete, "or have it removed", "--delete");
-            let is_given = matches!(session.verb, LiveVerb::Commit(args) if args.delete);
+            let is_given = match session.verb {
+                LiveVerb::Commit(args) => args.delete,
+                LiveVerb::Pivot(args) => args.delete,
+                _ => false,
+            };
             Hints::from(with(HintKind::AllowStale, &if_meant, "--allow-stale"))
                 .or((!is_given).then_some(delete))
         }
@@ -123,7 +128,7 @@ fn hints(session: &Session<'_>, hindrance: &Hindrance) -> Hints {
         Hindrance::NotSearched { .. } => {
             session.again_hint("name folders that exist with --scan, then again").into()
         }
-        Hindrance::NoStateFolder { .. } => Hint::advice(format!(
+        Hindrance::NoStateFolder { .. } | Hindrance::StateOfAnother { .. } => Hint::advice(format!(
             "name another folder that lasts: {}",
             session.again_with_values(&[("--state-dir", "DIR")])
         ))

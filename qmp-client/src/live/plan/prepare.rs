@@ -2,16 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Plan, Request, Room, checks, make, range, same};
-use crate::block::graph::Disk;
+use super::{Plan, Request, Room, checks, make, obstacle, range, same};
+use crate::block::graph::{Disk, Layer};
 use crate::block::merge::Procedure;
 use crate::error::Result;
-use crate::live::discover::{Files, Place, Unfinished, absolute, states};
+use crate::live::discover::{Files, Place, Unfinished, absolute, search, states};
 use crate::live::hindrance::Hindrance;
 use crate::live::machine::Machine;
-use crate::live::{Merge, Throttle, Wishes};
+use crate::live::tidy::TidyOptions;
+use crate::live::{Merge, Throttle, Wishes, noted};
 use crate::qmp::connection::Connection;
-use crate::state::{Phase, State, StateFile};
+use crate::state::{Kind, Phase, State, StateFile};
 
 /// What is to be done for a request.
 #[derive(Debug)]
@@ -74,6 +75,11 @@ impl<'m> Machine<'m> {
         let is_meant = |state: &State| same::is_asked_for(state, disk, request);
         let found = Merge::attach(self.monitor(), self.graph(), disk, &states(&known))?;
         if let Some(merge) = found.filter(|merge| is_meant(merge.state())) {
+            if request.pivot {
+                let mut options = TidyOptions::new(request.delete, &request.scan);
+                options.no_lock = request.no_lock;
+                self.may_pivot(disk, &merge, request.allow_stale, &options)?;
+            }
             return Ok(Prepared::UnderWay(Box::new(merge)));
         }
         if let Some(left) = self.switched(disk, &known, &is_meant) {
@@ -126,10 +132,21 @@ impl<'m> Machine<'m> {
         Ok(Prepared::Merge(Box::new(planned)))
     }
 
+    /// Whether a state speaks of another image, or of a QEMU with another monitor: in a folder that several machines share, images
+    /// of one name are noted in one file.
+    fn is_of_another(&self, merge: &Unfinished, disk: &Disk) -> bool {
+        merge.state.top_before() != disk.active().file || merge.state.address != noted(self.address())
+    }
+
     /// Earlier merges of this disk whose jobs are gone and that had not switched. One that may have switched is refused.
     fn left_over(&self, disk: &Disk, known: &[Unfinished], file: &StateFile) -> Result<Vec<Unfinished>> {
         let here = file.load()?.map(|state| Unfinished { file: file.clone(), state });
         let shown = |merge: &Unfinished| merge.disk(self.graph()).is_some_and(|on| on.name() == disk.name());
+        if let Some(other) = here.as_ref().filter(|here| !shown(here) && self.is_of_another(here, disk)) {
+            let (state_file, state) = (other.file.path().to_owned(), &other.state);
+            let (disk, image) = (state.disk.clone(), state.top_before());
+            return Err(Hindrance::StateOfAnother { state_file, disk, image }.into());
+        }
         let of_disk = known.iter().filter(|merge| merge.file != *file && shown(merge));
         let mut begins_anew = Vec::new();
         for merge in here.iter().chain(of_disk) {
@@ -139,6 +156,34 @@ impl<'m> Machine<'m> {
             begins_anew.push(merge.clone());
         }
         Ok(begins_anew)
+    }
+}
+
+impl Machine<'_> {
+    /// Refuses the pivot of a merge that was begun without the question whether the old active image may stay as it is, as one is
+    /// that was to keep the overlay; unless that is `allowed`, or was when it began.
+    ///
+    /// # Errors
+    /// [`Hindrance::StaleActive`]; [`Hindrance::NotSearched`] if a folder cannot be read.
+    pub fn may_pivot(
+        &self,
+        disk: &Disk,
+        merge: &Merge<'_, Connection>,
+        allowed: bool,
+        options: &TidyOptions,
+    ) -> Result<()> {
+        let state = merge.state();
+        let is_open = state.kind == Kind::ActiveCommit && state.phase == Phase::Copying;
+        let base = disk.layers().iter().find(|layer| layer.index == state.base);
+        let Some(base) = base.filter(|_| is_open && !allowed && !state.allow_stale) else { return Ok(()) };
+        let merged: Vec<Layer> =
+            disk.layers().iter().filter(|layer| layer.index > base.index).cloned().collect();
+        let touched: Vec<&Layer> = merged.iter().chain([base]).collect();
+        let scan = [&state.scan[..], &options.scan[..]].concat();
+        // Who uses them was asked before the job began; here it only tells which layers stay.
+        let searched = search(self.files(), disk, &touched, &scan, true)?;
+        let leaves = obstacle::of_merged(self.files(), disk, base, &merged, &searched.users, options.no_lock);
+        checks::old_active(&leaves, options.delete || state.delete)
     }
 }
 
