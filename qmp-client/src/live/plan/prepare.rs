@@ -181,7 +181,7 @@ impl Machine<'_> {
         let touched: Vec<&Layer> = merged.iter().chain([base]).collect();
         let scan = [&state.scan[..], &options.scan[..]].concat();
         // Who uses them was asked before the job began; here it only tells which layers stay.
-        let searched = search(self.files(), disk, &touched, &scan, true)?;
+        let searched = search(self.files(), self.graph(), disk, &touched, &scan, true)?;
         let leaves = obstacle::of_merged(self.files(), disk, base, &merged, &searched.users, options.no_lock);
         checks::old_active(&leaves, options.delete || state.delete)
     }
