@@ -46,11 +46,23 @@ fn killed(seed: u64, top: &str, merge: impl FnOnce(&Guest)) {
     lab.run(&["qemu-img", "check", "-q", CHAIN[0]]);
 }
 
-/// Runs `live recover`, which must find out all, and returns the image that holds the disk; `None` if it had nothing to
-/// do.
+/// Runs `live recover`, which must find out all that can be known, and returns the image that holds the disk; `None` if it had
+/// nothing to do, or left the question to the user.
 fn recover(lab: &Lab) -> Option<String> {
-    let findings = lab.qmerge(&["live", "recover", "--qmp", "qmp.sock", "--json"]).ok().json();
+    let findings = lab.qmerge(&["live", "recover", "--qmp", "qmp.sock", "--json"]);
+    let (code, findings) = (findings.code, findings.json());
     let finding = findings.as_array().unwrap().first()?;
+    if code == Some(6) && finding["phase"] == "copying" && finding["kind"] == "active-commit" {
+        // Nobody saw QEMU go with a job that another client could have pivoted. Whoever knows that nobody has says so.
+        assert_eq!(
+            (&finding["outcome"], &finding["valid-top"]),
+            (&"unclear".into(), &Value::Null),
+            "{finding:#}"
+        );
+        fs::remove_file(finding["state-file"].as_str().unwrap()).unwrap();
+        return None;
+    }
+    assert_eq!(code, Some(0), "{finding:#}");
     assert_eq!(finding["error"], Value::Null, "{finding:#}");
     Some(finding["valid-top"].as_str().unwrap().rsplit('/').next().unwrap().to_owned())
 }
@@ -91,6 +103,7 @@ fn while_an_active_merge_copies() {
 
 #[test]
 fn while_an_active_merge_is_ready() {
+    // Base lacks what the guest wrote last, and so would the old chain behind a pivot by another client.
     killed(15, "c.qcow2", |guest| {
         guest.commit(&["vda", "--active"]).ok();
         assert_eq!(guest.job().unwrap()["status"], "ready");

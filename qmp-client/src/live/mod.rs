@@ -171,11 +171,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
         timeout: Option<Duration>,
         watch: &mut dyn FnMut(&Progress<'_>) -> Watch,
     ) -> Result<Waited> {
-        let waited = self.job.wait(self.procedure.goal(), timeout, watch);
-        if let Err(Error::Disconnected { .. }) = &waited {
-            self.note_lost();
-        }
-        waited
+        self.noting_loss(self.job.wait(self.procedure.goal(), timeout, watch))
     }
 
     /// Ends an intermediate commit or a pull: flushes what was written, notes that QEMU is about to switch, has it
@@ -215,7 +211,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
             return Err(Refusal::OnlyActiveCommit { step: "can keep the overlay" }.into());
         }
         self.stay()?;
-        let kept = self.procedure.keep_overlay(&self.job, self.monitor);
+        let kept = self.noting_loss(self.procedure.keep_overlay(&self.job, self.monitor));
         self.relax_after(kept).and_then(|disk| self.done().map(|()| disk))
     }
 
@@ -226,7 +222,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// Those of the commands; [`Error::Job`] if the job was done before. The state file stays then.
     pub fn cancel(&mut self) -> Result<()> {
         self.stay()?;
-        let mut cancelled = cancel(&self.job);
+        let mut cancelled = self.noting_loss(cancel(&self.job));
         if matches!(self.now_after(), Ok(Some(_))) {
             self.enter(Phase::Switched, self.state.top_after())?;
             let why = "it had switched before it was cancelled".to_owned();
@@ -257,6 +253,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
             Ok(merged) => self.note_switched(unseen).map(|()| merged),
             Err(error) => {
                 if let Error::Disconnected { .. } = error {
+                    self.note_lost();
                     self.note_gone();
                 }
                 self.after_failure();
@@ -310,7 +307,15 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
         self.file.save(&mut self.state)
     }
 
-    /// QEMU has gone before all was copied. The time of that tells that nobody can have pivoted before.
+    /// If QEMU has gone while this client waited for the copy, or before it had QEMU switch: the time of that tells that what was
+    /// written to base before was no guest's.
+    fn noting_loss<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(Error::Disconnected { .. }) = &result {
+            self.note_lost();
+        }
+        result
+    }
+
     fn note_lost(&self) {
         let is_noted = |state: &State| state.job == self.state.job && state.phase == Phase::Copying;
         if let Ok(Some(mut state)) = self.file.load()
