@@ -148,7 +148,8 @@ impl Interrupted {
             let start = next.align_down(view.window());
             from = start + view.window();
             let window = GuestRange::between(start, from.min(end));
-            (parts.clear(), extents.clear());
+            parts.clear();
+            extents.clear();
             view.resolve(window, &mut parts)?;
             base.map(window, &mut extents)?;
             let missing = extents.iter().filter(|extent| extent.mapping == Mapping::Unallocated);
