@@ -232,6 +232,15 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
         self.done()
     }
 
+    /// Notes that merged layers may stay as they are, with old data.
+    pub(crate) fn accept_stale(&mut self) -> Result<()> {
+        if self.state.allow_stale {
+            return Ok(());
+        }
+        self.state.allow_stale = true;
+        self.file.save_as_it_is(&self.state)
+    }
+
     /// Everything is done, what was merged is cleaned up: removes the state file.
     ///
     /// # Errors

@@ -39,7 +39,7 @@ pub(super) fn run(
     let outline = merge.outline();
     fits(session, &outline, end)?;
     if end == End::Pivot {
-        machine.may_pivot(disk, &merge, args.allow_stale, &options).map_err(|e| session.failure(&e))?;
+        machine.may_pivot(disk, &mut merge, args.allow_stale, &options).map_err(|e| session.failure(&e))?;
     }
     let mut run = Run::new(session.address, &args.disk, end);
     run.timeout = args.timeout;

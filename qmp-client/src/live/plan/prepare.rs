@@ -74,11 +74,11 @@ impl<'m> Machine<'m> {
         let known = self.unfinished(std::slice::from_ref(disk), state_dir)?;
         let is_meant = |state: &State| same::is_asked_for(state, disk, request);
         let found = Merge::attach(self.monitor(), self.graph(), disk, &states(&known))?;
-        if let Some(merge) = found.filter(|merge| is_meant(merge.state())) {
+        if let Some(mut merge) = found.filter(|merge| is_meant(merge.state())) {
             if request.pivot {
                 let mut options = TidyOptions::new(request.delete, &request.scan);
                 options.no_lock = request.no_lock;
-                self.may_pivot(disk, &merge, request.allow_stale, &options)?;
+                self.may_pivot(disk, &mut merge, request.allow_stale, &options)?;
             }
             return Ok(Prepared::UnderWay(Box::new(merge)));
         }
@@ -164,18 +164,22 @@ impl Machine<'_> {
     /// that was to keep the overlay; unless that is `allowed`, or was when it began.
     ///
     /// # Errors
-    /// [`Hindrance::StaleActive`]; [`Hindrance::NotSearched`] if a folder cannot be read.
+    /// [`Hindrance::StaleActive`]; [`Hindrance::NotSearched`] if a folder cannot be read; [`crate::Error::File`] if it cannot be noted
+    /// that it is allowed.
     pub fn may_pivot(
         &self,
         disk: &Disk,
-        merge: &Merge<'_, Connection>,
+        merge: &mut Merge<'_, Connection>,
         allowed: bool,
         options: &TidyOptions,
     ) -> Result<()> {
+        if allowed {
+            return merge.accept_stale();
+        }
         let state = merge.state();
         let is_open = state.kind == Kind::ActiveCommit && state.phase == Phase::Copying;
         let base = disk.layers().iter().find(|layer| layer.index == state.base);
-        let Some(base) = base.filter(|_| is_open && !allowed && !state.allow_stale) else { return Ok(()) };
+        let Some(base) = base.filter(|_| is_open && !state.allow_stale) else { return Ok(()) };
         let merged: Vec<Layer> =
             disk.layers().iter().filter(|layer| layer.index > base.index).cloned().collect();
         let touched: Vec<&Layer> = merged.iter().chain([base]).collect();
