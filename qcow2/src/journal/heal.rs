@@ -201,7 +201,13 @@ fn torn_under_a_journal(
         // The sector with the dirty bit is as it is to be, and another one of the same record may not be.
         true => has_header && is_torn_beside_the_dirty_bit(host, path, file, &found, last)?,
     };
-    Ok(torn.then_some(found))
+    if !torn || seen(journal, Some(last), 0, &found.now, host.boot())? == Seen::Older {
+        return Ok(None);
+    }
+    // Without a power cut hardly anything is torn. Who puts an image back at once changes more than one sector.
+    let is_same_run = last.boot.zip(host.boot()).is_some_and(|(then, now)| then.id == now.id);
+    let foreign = compare(last, file).map_err(failed)?.foreign;
+    Ok((!is_same_run || foreign < 2).then_some(found))
 }
 
 /// How an edit of a header stands that left a record.

@@ -107,7 +107,14 @@ pub(crate) fn judge(
     };
     let is_stamped = header.guard == Guard::Stamp;
     let verdict = match (is_stamped, now.dirty, last.phase) {
-        (_, _, Phase::Removing) | (true, _, Phase::Done) | (false, Some(false), Phase::Done) => Verdict::Over,
+        (_, _, Phase::Removing) => Verdict::Over,
+        // Its last write, which said so, came later.
+        (_, _, Phase::Done) if matches!(seen, Seen::Older) => Verdict::PutBack,
+        (true, _, Phase::Done) => Verdict::Over,
+        // Somebody has used it since.
+        (false, Some(false), Phase::Done) if is_newer && !is_doubtful => Verdict::Over,
+        // The bit alone does not tell what is done from an image that was put back at once, or whose header was healed.
+        (false, _, Phase::Done) => Verdict::Finished,
         (false, Some(false), Phase::Arming) if is_newer => Verdict::Foreign,
         (false, Some(false), Phase::Arming) => Verdict::Over,
         (false, Some(false), _) => match seen {
@@ -115,7 +122,6 @@ pub(crate) fn judge(
             Seen::Copied | Seen::Other => Verdict::Copied,
             _ => Verdict::Foreign,
         },
-        (false, _, Phase::Done) if !matches!(seen, Seen::Older) => Verdict::Finished,
         _ => match seen {
             // Whoever opens the image with QEMU clears its dirty bit.
             Seen::Newer if is_stamped => Verdict::Foreign,

@@ -196,7 +196,10 @@ impl Host for OsHost {
     }
 
     fn free_space(&self, path: &Path) -> io::Result<Option<u64>> {
-        let stat = rustix::fs::statvfs(path)?;
+        let stat = match rustix::fs::statvfs(path) {
+            Err(Errno::NOSYS | Errno::OPNOTSUPP) => return Ok(None),
+            stat => stat?,
+        };
         // A file system that reports no size at all does not know what is free.
         Ok(stat.f_bavail.checked_mul(stat.f_frsize).filter(|_| stat.f_blocks > 0))
     }

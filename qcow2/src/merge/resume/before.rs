@@ -54,8 +54,8 @@ pub(crate) fn leftovers(
 ) -> Result<Leftovers> {
     let mut all = Leftovers::default();
     let dir = options.journal_dir.as_deref();
-    let emptied = if span.top == span.active && options.keep_active { span.base } else { span.top };
-    for at in span.base..=emptied {
+    let is_kept = span.top == span.active && options.keep_active;
+    for at in span.base..=span.top {
         let layer = chain.layer(at)?;
         let Some(left) = Left::find(host, layer, dir)? else { continue };
         if !options.restart {
@@ -66,7 +66,8 @@ pub(crate) fn leftovers(
         }
         // As long as it is not certain that base holds everything, the active image counts for what it holds.
         let as_it_is = at != span.base && !all.base.as_ref().is_some_and(Left::is_certain);
-        let work = match left.is_ours() {
+        // Layers that are not written are looked at all the same: an earlier merge may have emptied them.
+        let work = match left.is_ours() && (at == span.base || !is_kept) {
             true => Some(left.take_up(host, chain.image_at(at)?, as_it_is)?),
             false => None,
         };
@@ -77,6 +78,9 @@ pub(crate) fn leftovers(
         }
     }
     all.has_emptied = has_emptied(host, chain, span, &all)?;
+    if is_kept {
+        all.above.clear();
+    }
     let Some(left) = &all.base else { return Ok(all) };
     let base = chain.layer(span.base)?;
     // Whatever the options say: nothing else holds the data.
@@ -93,7 +97,8 @@ pub(crate) fn leftovers(
 /// more. Not every header has room for a mark that says so.
 fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &Leftovers) -> Result<bool> {
     let Some(base) = all.base.as_ref().filter(|base| base.may_have_emptied()) else { return Ok(false) };
-    if base.journal_has_emptied() {
+    // What a merge of other layers has emptied is not seen in this chain.
+    if base.journal_has_emptied() || base.is_of_others(&chain.files()) {
         return Ok(true);
     }
     for (at, layer) in chain.layers().iter().enumerate().take(span.top + 1).skip(span.base + 1) {
@@ -101,8 +106,9 @@ fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &Leftovers) -> R
             return Ok(true);
         }
         let Some(image) = layer.image.as_qcow2() else { continue };
-        if image.next_allocated(GuestOffset::ZERO)?.is_none() && base.has_changed(&work::stamp(host, layer)?)
-        {
+        // A guest writes to the active image only; and whoever repairs a layer that is being emptied ends that.
+        let may_be_emptied = at != span.active || image.next_allocated(GuestOffset::ZERO)?.is_none();
+        if may_be_emptied && base.has_changed(&work::stamp(host, layer)?) {
             return Ok(true);
         }
     }

@@ -8,12 +8,15 @@ use crate::image::{ClusterCache, Image};
 use crate::journal::record::Sample;
 use crate::transfer::job::Job;
 use crate::transfer::verify::has_foreign_bottom;
-use crate::units::GuestOffset;
+use crate::units::{GuestOffset, GuestRange};
 
 /// In how many places of the disk samples are looked for,
 const PLACES: u64 = 16;
 /// and how many are taken in each.
-const OF_EACH: usize = 4;
+const OF_EACH: usize = 3;
+/// How much of a range is searched for a place where base shows something else. What a guest has not written of a cluster is
+/// often a copy of what base holds.
+const SEARCHED: u64 = 2 << 20;
 /// Samples begin at sectors.
 const SECTOR: u64 = 512;
 
@@ -29,7 +32,8 @@ pub(crate) fn take(job: &Job<'_>, top: usize, before: &[Sample]) -> Result<Vec<S
     let mut samples = Vec::new();
     for Sample { offset, len, .. } in before.iter().copied() {
         let crc = crc(then, offset, len, &mut cache)?;
-        let was_held = crc == self::crc(now, offset, len, &mut cache)?;
+        // What is written once more may be torn, and lies in a layer still.
+        let was_held = crc == self::crc(now, offset, len, &mut cache)? && !is_written(job, offset, len)?;
         samples.push(Sample { offset, len, crc, was_held });
     }
     let end = job.question.end();
@@ -38,19 +42,46 @@ pub(crate) fn take(job: &Job<'_>, top: usize, before: &[Sample]) -> Result<Vec<S
         let Some(window) = job.question.windows(GuestOffset::new(start)).next().transpose()? else { break };
         let mut needs = job.question.needs(window)?;
         needs.retain(|need| need.range.end().get() > start);
-        for need in needs.iter().step_by(needs.len().div_ceil(OF_EACH).max(1)) {
-            let offset = need.range.start.get().max(start);
-            let len = (need.range.end().get() - offset).min(Sample::MOST.into()) as u32;
-            if samples.iter().any(|sample: &Sample| sample.offset == offset) {
-                continue;
-            }
-            let crc = crc(then, offset, len, &mut cache)?;
-            if crc != self::crc(now, offset, len, &mut cache)? {
-                samples.push(Sample { offset, len, crc, was_held: false });
-            }
+        let last = needs.last().map(|need| need.range.end().get());
+        let picked = needs.iter().step_by(needs.len().div_ceil(OF_EACH).max(1));
+        let starts = picked.map(|need| (need.range.start.get().max(start), need.range.end().get()));
+        // A disk may have been put back in part: the end of what lies here is looked at, too.
+        let ends = last.map(|end| (end.saturating_sub(Sample::MOST.into()).max(start), end));
+        for (from, to) in starts.chain(ends) {
+            let found = differing(then, now, from, to, &mut cache)?;
+            samples.extend(found.filter(|new| samples.iter().all(|old: &Sample| old.offset != new.offset)));
         }
     }
     Ok(samples)
+}
+
+/// Whether `job` writes to a range.
+fn is_written(job: &Job<'_>, offset: u64, len: u32) -> Result<bool> {
+    let end = offset.saturating_add(len.into());
+    let Some(window) = job.question.windows(GuestOffset::new(offset)).next().transpose()? else {
+        return Ok(false);
+    };
+    let overlaps = |range: GuestRange| range.start.get() < end && offset < range.end().get();
+    Ok(job.question.needs(window)?.iter().any(|need| overlaps(need.range)))
+}
+
+/// A sample of `then` from the first place of a range where `now` shows something else.
+fn differing(
+    then: View<'_>,
+    now: View<'_>,
+    from: u64,
+    to: u64,
+    cache: &mut ClusterCache,
+) -> Result<Option<Sample>> {
+    let to = to.min(from.saturating_add(SEARCHED));
+    for offset in (from..to).step_by(Sample::MOST as usize) {
+        let len = (to - offset).min(Sample::MOST.into()) as u32;
+        let crc = crc(then, offset, len, cache)?;
+        if crc != self::crc(now, offset, len, cache)? {
+            return Ok(Some(Sample { offset, len, crc, was_held: false }));
+        }
+    }
+    Ok(None)
 }
 
 /// Whether the layer at `base` shows what the samples say, of which those that it held only when the merge was done are left

@@ -175,20 +175,37 @@ impl Left {
             Verdict::Copied => !has_bit && !self.judgement.is_as_known,
             Verdict::Pending | Verdict::Unsure => {
                 let is_device = targets.iter().any(|target| target.is_device);
-                !has_bit && !is_device && self.judgement.may_be_newer
+                // While data moves, the work itself writes to base after what it noted last.
+                self.is_switching() && !has_bit && !is_device && self.judgement.may_be_newer
             }
             Verdict::Over | Verdict::Finished => false,
         }
     }
 
-    /// Whether a base that held everything when the work was stopped is an older one now.
-    fn was_put_back(&self) -> bool {
-        self.journal.header().purpose == Purpose::Merge
-            && match self.judgement.verdict {
-                Verdict::PutBack => true,
-                Verdict::Copied => !self.judgement.is_as_known,
-                _ => false,
-            }
+    /// Whether the image at `base` is an older one now, although it held everything when the work was stopped. Its times
+    /// do not tell that of a file that was written over.
+    ///
+    /// # Errors
+    /// Whatever reading reports.
+    fn was_put_back(&self, images: &[&Image], base: usize) -> Result<bool> {
+        if self.journal.header().purpose != Purpose::Merge {
+            return Ok(false);
+        }
+        match self.judgement.verdict {
+            Verdict::PutBack => Ok(true),
+            Verdict::Copied if !self.judgement.is_as_known => Ok(true),
+            Verdict::Over => Ok(false),
+            // Layers are removed when all is done; a guest may have written to base since.
+            _ if self.journal.state().phase >= Phase::Removing => Ok(false),
+            _ => Ok(!self.holds_samples(images, base)?),
+        }
+    }
+
+    /// Whether the work merged a file that is none of `files`: another merge than one of these. In a copied folder no file
+    /// is the one that it was.
+    pub(crate) fn is_of_others(&self, files: &[FileId]) -> bool {
+        self.judgement.verdict != Verdict::Copied
+            && self.journal.header().layers.iter().any(|layer| !files.contains(&layer.id))
     }
 
     /// Whether the image is as an emptying that was stopped has left it.
@@ -578,9 +595,6 @@ pub(crate) fn end_left(
         return Ok(());
     }
     let path = &layer.path;
-    if left.was_put_back() {
-        return Err(Error::refused(path, Refusal::MergedDataLost));
-    }
     let file = Place::of_file(host, path, &**layer.image.file())?.reopen(host, &**layer.image.file())?;
     file.lock(crate::storage::LockMode::Write).map_err(|e| match e {
         LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(layer.id) },
@@ -592,8 +606,15 @@ pub(crate) fn end_left(
     let data = layer.image.as_qcow2().filter(|q| q.has_data_file()).map(|q| q.data_file().clone());
     let mut image = Image::open(path, file, layer.image.format(), data)?;
     let left = Left { journal: Arc::new(journal), last, ..left };
-    if left.is_ours() {
-        left.take_up(host, &mut image, false)?.release(&mut image)?;
+    let work = if left.is_ours() { Some(left.take_up(host, &mut image, false)?) } else { None };
+    // Read under the journal, which makes whole what a power cut has torn.
+    let images = chain.images().into_iter().enumerate();
+    let images: Vec<&Image> = images.map(|(n, layer)| if n == at { &image } else { layer }).collect();
+    if left.was_put_back(&images, at)? {
+        return Err(Error::refused(path, Refusal::MergedDataLost));
+    }
+    if let Some(work) = work {
+        work.release(&mut image)?;
     }
     if let Some(remains) = left.remains(host, chain)? {
         remains.settle(host, Some(chain), options, report)?;
