@@ -12,7 +12,7 @@ use qcow2::chain::Chain;
 use qcow2::error::shown;
 use qcow2::merge::{self, BaseChoice, Commit, CommitOptions, Pending, Plan, Prepared, Settled};
 use qcow2::storage::OsHost;
-use qcow2::{Error, ErrorKind};
+use qcow2::{Error, ErrorKind, Refusal};
 use serde_json::Value;
 
 use super::open;
@@ -183,7 +183,11 @@ fn halfway(error: &Error, stop: &Stop, meter: &Meter<'_>, call: &Call, kept: &st
     match Failure::engine(error, call) {
         Failure::Reported(report) => {
             let exit = if error.kind() == ErrorKind::Io { Exit::HALFWAY } else { report.exit };
-            let message = format!("{}\nstopped {kept}; nothing is lost", report.message);
+            let message = match error {
+                // Base is not what it was when that was so.
+                Error::Refused { reason: Refusal::MergedDataLost, .. } => report.message,
+                _ => format!("{}\nstopped {kept}; nothing is lost", report.message),
+            };
             Report { exit, message, ..report }.into()
         }
         failure => failure,

@@ -17,7 +17,7 @@ use crate::storage::{Boot, Host, Storage};
 pub(crate) enum Verdict {
     /// The work has not begun, or is over: the journal can go.
     Over,
-    /// The work is over but for the image's dirty bit.
+    /// The work is over, but for the image's dirty bit or for the proof that it is the same image.
     Finished,
     /// The work was stopped, and nobody has written to the image since.
     Pending,

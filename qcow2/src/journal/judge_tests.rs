@@ -83,7 +83,7 @@ fn the_dirty_bit_decides() {
         (Phase::Moving, true, Verdict::Pending),
         (Phase::Moving, false, Verdict::Foreign),
         (Phase::Switching, false, Verdict::Foreign),
-        (Phase::Done, false, Verdict::Over),
+        (Phase::Done, false, Verdict::Finished),
         (Phase::Done, true, Verdict::Finished),
         // The image was released: the bit is somebody else's.
         (Phase::Removing, true, Verdict::Over),
