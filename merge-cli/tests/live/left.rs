@@ -184,7 +184,8 @@ fn a_pivot_is_refused_if_the_old_active_image_could_never_be_emptied() {
         let image = fs::File::options().write(true).open(dir.join("c.img")).unwrap();
         image.write_all_at(&[0, 0], (2 << 16) + (clusters - 1) * 2).unwrap();
     };
-    let cases: [(&dyn Fn(&Path), &str); 2] = [(&no_room, "no room"), (&damaged, "inconsistent")];
+    type Change<'a> = (&'a dyn Fn(&Path), &'a str);
+    let cases: [Change<'_>; 2] = [(&no_room, "no room"), (&damaged, "inconsistent")];
     for (make, why) in cases {
         let machine = Machine::with(Style::Drive, "c.img", make);
         let before = machine.files();
