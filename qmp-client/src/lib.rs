@@ -66,7 +66,7 @@ pub use block::graph::{Backing, Disk, Graph, Layer, Range};
 pub use block::jobs::{BlockJobState, Goal, Job, JobState, Progress, Waited, Watch, cancel, jobs};
 pub use block::merge::{Direction, MergeOptions, Merged, Procedure};
 pub use block::servers::nbd_server;
-pub use block::snapshot::{UnfinishedSnapshot, is_of_a_snapshot, snapshot, unfinished_snapshots};
+pub use block::snapshot::{Undone, UnfinishedSnapshot, is_of_a_snapshot, snapshot, unfinished_snapshots};
 pub use error::{Error, Refusal, Result, StateFault};
 pub use live::discover::{Files, Searched, Unfinished, folders_of_disks, folders_of_image, sweep_folders};
 pub use live::machine::{Machine, Settled};

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::chown;
 use std::process::Command;
 
 use qmp_client::Execute;
@@ -92,4 +93,58 @@ fn a_name_that_is_not_utf_8_is_refused_for_what_it_is() {
     let output = command.args(["--qmp", "qmp.sock"]).current_dir(machine.dir()).output().unwrap();
     failed(&output, 6, &["not UTF-8", "control socket"]);
     assert_eq!(there_is(&machine).0, 0);
+}
+
+/// QEMU's word alone removes no file: neither one that lies elsewhere, nor one of another user.
+#[test]
+fn a_file_that_qemu_only_claims_to_have_made_stays() {
+    if !tools_are_here() {
+        return;
+    }
+    let machine = Machine::new(Style::Daemon);
+    let elsewhere = tempfile::tempdir().unwrap();
+    let mut victims = vec![elsewhere.path().join("nologin")];
+    let theirs = machine.dir().join("theirs");
+    fs::write(&theirs, "").unwrap();
+    if chown(&theirs, Some(4242), None).is_ok() {
+        victims.push(theirs);
+    }
+    for (n, victim) in (1..).zip(&victims) {
+        fs::write(victim, "").unwrap();
+        let node =
+            json!({"driver": "file", "node-name": format!("snap-ffffffff.1.{n}-file"), "filename": victim});
+        machine.connect().query("blockdev-add", node).unwrap();
+    }
+    let output = qmerge(machine.dir(), &["live", "snapshot", "disk0=new.img", "--qmp", "qmp.sock"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("the file stays"), "{}", text(&output.stderr));
+    assert!(victims.iter().all(|victim| victim.exists()), "{victims:?}");
+    assert_eq!(there_is(&machine).0, 2);
+}
+
+/// Whoever undoes a snapshot and is killed leaves a trace for the next call, as long as the file is there.
+#[test]
+fn what_a_killed_undo_leaves_is_undone() {
+    if !tools_are_here() || !strace_is_here() {
+        return;
+    }
+    let machine = Machine::new(Style::Daemon);
+    let (_, files) = there_is(&machine);
+    let mut kills = 0;
+    // Steps of the snapshot behind which there are a job, a node for the file, and a node for the image.
+    for step in (9..24).step_by(2) {
+        let file = format!("s{step}.img");
+        if !dies(&machine, &file, step) || machine.chain()[0] == file {
+            break;
+        }
+        let mut strace = Command::new("strace");
+        strace.args(["-qq", "-f", "-o", "/dev/null", "-e", "trace=unlink,unlinkat"]);
+        strace.args(["-e", "inject=unlink,unlinkat:signal=SIGKILL:when=1"]);
+        strace.arg(env!("CARGO_BIN_EXE_qmerge")).args(["live", "recover", "--qmp", "qmp.sock"]);
+        kills += u32::from(!strace.current_dir(machine.dir()).output().unwrap().status.success());
+        let output = qmerge(machine.dir(), &["live", "recover", "--qmp", "qmp.sock"]);
+        assert_eq!(output.status.code(), Some(0), "{step}: {}", text(&output.stderr));
+        assert_eq!(there_is(&machine), (0, files.clone()), "{step}");
+    }
+    assert!(kills > 2, "{kills} were killed");
 }

@@ -125,7 +125,7 @@ fn runs(monitor: &(impl Monitor + ?Sized)) -> Result<bool> {
 }
 
 /// The user that a process acts as, now: a QEMU may have given up the rights with which it opened its monitor.
-fn user_of(process: u32) -> Option<u32> {
+pub(crate) fn user_of(process: u32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let users = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
     // Real, effective, saved, and that of the file system.

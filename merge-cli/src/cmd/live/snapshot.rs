@@ -36,7 +36,8 @@ pub(super) fn run(
     if let Some((disk, file)) = wanted.iter().find(|(disk, file)| is_there(disk, file)) {
         return Err(taken(session, disk, file));
     }
-    leftover::undo(session, machine.monitor(), console)?;
+    let folders: Vec<_> = wanted.iter().filter_map(|(_, file)| Some(file.parent()?.to_owned())).collect();
+    leftover::undo(session, machine.monitor(), &folders, console)?;
     for (disk, _) in &wanted {
         if machine.settle(disk).map_err(|e| session.failure(&e))?.is_some() {
             say_left(disk, console);

@@ -2,7 +2,9 @@
 //! created it. No disk writes to it.
 
 use std::collections::BTreeMap;
+use std::fs::{self, Metadata};
 use std::io::{self, ErrorKind};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use qcow2::image::{ImageFormat, Qcow2};
@@ -10,7 +12,8 @@ use qcow2::storage::{Access, FileKind, OsHost, Place, Storage};
 use serde_json::json;
 
 use super::maker::Maker;
-use crate::block::graph::are_alone;
+use crate::block::flush::user_of;
+use crate::block::graph::{Graph, are_alone};
 use crate::block::jobs::{Goal, Job, LONGEST_STEP, Waited, Watch, jobs, stuck};
 use crate::error::{Error, Result};
 use crate::qmp::monitor::{Execute, Monitor};
@@ -80,29 +83,84 @@ impl Trace {
 }
 
 impl UnfinishedSnapshot {
-    /// Undoes it: closes the nodes, lets QEMU forget the jobs, and removes the file, if it is empty and nobody holds it.
-    /// Returns whether a file was removed.
+    /// Undoes it: removes the file, closes the nodes, and lets QEMU forget the jobs, in this order: a call that is killed in
+    /// between leaves a trace for the next one.
+    ///
+    /// The names of nodes and files are QEMU's word only, and whoever calls this may have more rights than QEMU. So the file is
+    /// removed only if it belongs to QEMU's user, lies in the folder of a disk's active image or in one of `folders`, is
+    /// open in QEMU as far as there is a node of it, and holds nothing.
     ///
     /// # Errors
     /// Those of the commands; [`Error::File`] if the file cannot be looked at or removed.
-    pub fn undo<M: Monitor + ?Sized>(&self, monitor: &M) -> Result<bool> {
+    pub fn undo<M: Monitor + ?Sized>(&self, monitor: &M, folders: &[PathBuf]) -> Result<Undone> {
         // A job that still creates the file holds the node below.
         for id in &self.jobs {
             let job = Job::new(monitor, id.clone());
             match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
-                Waited::Reached(_) => match job.take_result() {
-                    Ok(_) | Err(Error::Job { .. }) => {}
-                    Err(error) => return Err(error),
-                },
-                Waited::Vanished => {}
+                Waited::Reached(_) => {}
+                // Its client lives after all, in another container or on another host, and has taken its result.
+                Waited::Vanished => return Ok(Undone::UnderWay),
                 other => return Err(stuck(&job, &other)),
             }
         }
-        for node in &self.nodes {
-            monitor.query("blockdev-del", json!({"node-name": node}))?;
+        let is_qemus = self.is_made_by(monitor, folders)?;
+        let (storage, overlays): (Vec<_>, Vec<_>) =
+            self.nodes.iter().partition(|node| matches!(Maker::of_node(node), Some((_, true))));
+        let close = |node: &String| monitor.query("blockdev-del", json!({"node-name": node})).map(drop);
+        overlays.into_iter().try_for_each(close)?;
+        let failed = |source| Error::File { file: self.file.clone(), source };
+        let removed = is_qemus && remove_empty(&self.file).map_err(failed)?;
+        storage.into_iter().try_for_each(close)?;
+        for id in &self.jobs {
+            match Job::new(monitor, id.clone()).take_result() {
+                Ok(_) | Err(Error::Job { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
-        remove_empty(&self.file).map_err(|source| Error::File { file: self.file.clone(), source })
+        let is_there = self.file.symlink_metadata().is_ok();
+        Ok(match removed {
+            true => Undone::Removed,
+            false if is_there => Undone::FileStays,
+            false => Undone::Closed,
+        })
     }
+
+    /// Whether the file is one that this QEMU has made for a snapshot, as far as the system shows.
+    fn is_made_by<M: Monitor + ?Sized>(&self, monitor: &M, folders: &[PathBuf]) -> Result<bool> {
+        let graph = Graph::ask(monitor)?;
+        let Some((process, meta)) = monitor.peer().zip(self.file.symlink_metadata().ok()) else {
+            return Ok(false);
+        };
+        let cwd = fs::read_link(format!("/proc/{process}/cwd")).unwrap_or_default();
+        let active = graph.disks().iter().map(|disk| cwd.join(&disk.active().file));
+        let beside = active.filter_map(|file| file.parent().map(Path::to_owned));
+        let real = |folder: &Path| folder.canonicalize().ok();
+        let here = self.file.parent().and_then(real);
+        let lies_there = beside.chain(folders.iter().cloned()).any(|f| here.is_some() && real(&f) == here);
+        let is_open = self.nodes.is_empty() || has_open(process, &meta);
+        Ok(lies_there && is_open && user_of(process) == Some(meta.uid()))
+    }
+}
+
+/// What has become of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Undone {
+    /// The file is removed, and QEMU knows nothing of it.
+    Removed,
+    /// There was no file; QEMU knows nothing of it.
+    Closed,
+    /// QEMU knows nothing of it. The file stays: it is not certain that this QEMU made it, or it is not empty.
+    FileStays,
+    /// Nothing: its client goes on with it.
+    UnderWay,
+}
+
+/// Whether a process is seen to have this file open.
+fn has_open(process: u32, file: &Metadata) -> bool {
+    let entries = fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
+    let mut open = entries.filter_map(|entry| fs::metadata(entry.path()).ok());
+    open.any(|open| (open.dev(), open.ino()) == (file.dev(), file.ino()))
 }
 
 /// Removes a file that is empty, or an image that holds nothing, unless somebody has it open or it is gone.
@@ -154,7 +212,6 @@ fn holds_nothing(path: &Path, file: &dyn Storage) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::os::unix::fs::symlink;
 
     use super::*;

@@ -16,7 +16,7 @@ use crate::block::jobs::{Goal, Job, LONGEST_STEP, Waited, Watch, failed, jobs, s
 use crate::error::{Error, Refusal, Result};
 use crate::qmp::monitor::{Execute, Monitor};
 use leftover::remove_empty;
-pub use leftover::{UnfinishedSnapshot, unfinished_snapshots};
+pub use leftover::{Undone, UnfinishedSnapshot, unfinished_snapshots};
 use maker::Maker;
 
 /// Puts a new qcow2 overlay on each of these disks, all in one transaction: either every guest write is
@@ -126,6 +126,10 @@ fn make_all(
         add(monitor, json!({"driver": "qcow2", "file": storage, "node-name": node, "backing": null}))?;
         actions.push(json!({"type": "blockdev-snapshot", "data": {"node": active.node, "overlay": node}}));
     }
+    // A disk must not go over to a file whose name somebody has removed meanwhile.
+    for Overlay { path, .. } in made.iter() {
+        fs::symlink_metadata(path).map_err(|source| Error::File { file: path.clone(), source })?;
+    }
     monitor.query("transaction", json!({"actions": actions})).map(drop)
 }
 
@@ -150,21 +154,24 @@ fn add(monitor: &(impl Monitor + ?Sized), options: Value) -> Result<()> {
 /// Removes what was made. The first error has been told; what fails here was not made, or cannot be helped.
 fn undo(monitor: &(impl Monitor + ?Sized), made: &[Overlay]) {
     for overlay in made {
-        for node in [&overlay.node, &overlay.storage] {
+        let close = |node: &str| {
             let _ = monitor.query("blockdev-del", json!({"node-name": node}));
-        }
-        let kept = jobs(monitor).unwrap_or_default().into_iter();
-        for job in kept.filter(|job| Maker::of_job(&job.id).is_some_and(|(m, _)| m.node() == overlay.node)) {
-            let _ = Job::new(monitor, job.id).take_result();
-        }
-        // A file that QEMU holds is in use after all: the answer to the transaction was lost, perhaps.
+        };
+        close(&overlay.node);
+        // An overlay that QEMU keeps is in use after all: the answer to the transaction was lost, perhaps.
         let query = "query-named-block-nodes";
         let held = monitor.query(query, json!({"flat": true})).map_or(true, |nodes| {
             let nodes = nodes.as_array().map_or(&[][..], Vec::as_slice);
-            nodes.iter().any(|n| n["node-name"] == overlay.storage.as_str())
+            nodes.iter().any(|n| n["node-name"] == overlay.node.as_str())
         });
+        // As long as the file is there, a node or a job tells of it: whoever is killed here leaves a trace.
         if overlay.is_created && !held {
             let _ = remove_empty(&overlay.path);
+        }
+        close(&overlay.storage);
+        let kept = jobs(monitor).unwrap_or_default().into_iter();
+        for job in kept.filter(|job| Maker::of_job(&job.id).is_some_and(|(m, _)| m.node() == overlay.node)) {
+            let _ = Job::new(monitor, job.id).take_result();
         }
     }
 }

@@ -72,7 +72,7 @@ fn snapshots(qmp: Option<&Address>, call: &Call, console: &Console) -> Result<()
     if Owner::of(address, monitor.peer()).is_some() {
         return Ok(());
     }
-    leftover::undo_all(&monitor, console).map_err(|error| {
+    leftover::undo_all(&monitor, &[], console).map_err(|error| {
         Report {
             kind: "qemu-refused",
             message: format!("what a snapshot has left stays: {error}"),
