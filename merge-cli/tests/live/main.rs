@@ -15,6 +15,7 @@ mod look;
 mod machine;
 mod names;
 mod oldest;
+mod paused;
 mod plans;
 mod pull;
 mod refusals;

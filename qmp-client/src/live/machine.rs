@@ -86,7 +86,9 @@ impl<'m> Machine<'m> {
     /// Those of the queries.
     pub fn attach(&self, disk: &Disk, state_dir: Option<&Path>) -> Result<Option<Merge<'m, Connection>>> {
         let known = self.unfinished(std::slice::from_ref(disk), state_dir)?;
-        Merge::attach(self.monitor, &self.graph, disk, &states(&known))
+        let mut merge = Merge::attach(self.monitor, &self.graph, disk, &states(&known))?;
+        merge.as_mut().map(Merge::go_on).transpose()?;
+        Ok(merge)
     }
 
     /// The merge of this disk that has switched, and is not tidied up after.

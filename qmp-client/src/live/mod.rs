@@ -5,6 +5,7 @@ mod held;
 mod hindrance;
 pub(crate) mod machine;
 pub(crate) mod outline;
+mod paused;
 pub(crate) mod plan;
 mod procedure;
 pub(crate) mod recover;
@@ -256,8 +257,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
         let status = self.job.state()?.map(|job| job.status);
         let unseen = status.is_none() && self.state.phase == Phase::Switching;
         // The job is gone, and nobody saw how it ended; the graph shows it.
-        let switched =
-            if unseen { self.procedure.verify(&self.job, self.monitor) } else { self.switch_job(status) };
+        let switched = if unseen { self.switch_unseen() } else { self.switch_job(status) };
         let switched = match switched {
             Ok(merged) => self.note_switched(unseen).map(|()| merged),
             Err(error) => {
@@ -265,6 +265,8 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
                     self.note_lost();
                     self.note_gone();
                 }
+                // The error that is returned is the first one; the note stays, and the next call does it.
+                let _ = self.go_on();
                 self.after_failure();
                 Err(error)
             }
@@ -272,10 +274,16 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
         self.relax_after(switched)
     }
 
+    fn switch_unseen(&mut self) -> Result<Merged> {
+        self.note_pause()?;
+        self.procedure.verify(&self.job, self.monitor)
+    }
+
     fn switch_job(&mut self, status: Option<JobStatus>) -> Result<Merged> {
         if status == Some(JobStatus::pending) {
             self.procedure.find_means(self.monitor)?;
         }
+        self.note_pause()?;
         let (state, file, monitor) = (&mut self.state, &self.file, self.monitor);
         self.procedure.finish(&self.job, monitor, &mut || {
             note_switching(state, file)?;
@@ -307,6 +315,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// that one must be as it was when the switch was noted, or it is not touched.
     fn note_switched(&mut self, unseen: bool) -> Result<()> {
         let before = self.state.active().and_then(|layer| layer.identity);
+        self.state.paused = false;
         self.state.enter(Phase::Switched, self.state.top_after());
         if let (true, Kind::ActiveCommit, Some(active)) =
             (unseen, self.state.kind, self.state.layers.first_mut())
@@ -431,6 +440,7 @@ fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> Resul
         keep_overlay: wishes.keep_overlay,
         nbd_socket: procedure.options().nbd_socket.clone(),
         throttled: None,
+        paused: false,
     })
 }
 

@@ -86,6 +86,9 @@ pub struct State {
     pub nbd_socket: Option<std::path::PathBuf>,
     /// The limits that the disk had before it was throttled, while it is.
     pub throttled: Option<Throttled>,
+    /// Whether the guest is paused for a moment, or may be: whoever finds that it still is lets it go on.
+    #[serde(default)]
+    pub paused: bool,
 }
 
 /// What is merged which way.

@@ -54,6 +54,7 @@ pub(crate) fn state(folder: &str) -> State {
         scan: Vec::new(),
         nbd_socket: None,
         throttled: None,
+        paused: false,
     }
 }
 

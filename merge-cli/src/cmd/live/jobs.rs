@@ -17,6 +17,12 @@ pub(super) fn list(session: &Session<'_>, machine: &Machine<'_>, console: &Conso
     let (graph, monitor) = (machine.graph(), machine.monitor());
     let jobs = graph.jobs(monitor).map_err(|e| session.failure(&e))?;
     let known = machine.unfinished(graph.disks(), None).map_err(|e| session.failure(&e))?;
+    for merge in machine.let_guests_go_on(&known).map_err(|e| session.failure(&e))? {
+        console.note(&format!(
+            "the guest was still paused by a client of the merge of {} that was killed, and goes on now",
+            printable(&merge.outline().disk)
+        ));
+    }
     let (under_way, left): (Vec<Outline>, Vec<Outline>) = known
         .iter()
         .map(Unfinished::outline)

@@ -346,6 +346,12 @@ impl Procedure {
         }
     }
 
+    /// Whether the guest may be paused for a moment when the merge ends.
+    pub(crate) fn may_pause(&self) -> bool {
+        let needs_no_pause = matches!(self.means, Some(Means::OwnServer | Means::Server(_) | Means::Command));
+        self.is_flushed_here() && (self.grows() || !needs_no_pause)
+    }
+
     /// Whether the job makes the layer that takes the data larger.
     fn grows(&self) -> bool {
         let top = self.merged.first().filter(|_| self.direction == Direction::Down);

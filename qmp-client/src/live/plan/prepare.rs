@@ -75,6 +75,9 @@ impl<'m> Machine<'m> {
         let is_meant = |state: &State| same::is_asked_for(state, disk, request);
         let found = Merge::attach(self.monitor(), self.graph(), disk, &states(&known))?;
         if let Some(mut merge) = found.filter(|merge| is_meant(merge.state())) {
+            if !request.dry_run {
+                merge.go_on()?;
+            }
             if request.pivot {
                 let mut options = TidyOptions::new(request.delete, &request.scan);
                 options.no_lock = request.no_lock;

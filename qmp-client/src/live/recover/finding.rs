@@ -78,6 +78,8 @@ pub enum Fact {
     JobIs(JobStatus),
     /// The job can be cancelled over this monitor.
     CanBeCancelled(Address),
+    /// The guest was still paused by a client that was killed, and goes on now.
+    GuestGoesOn,
     /// QEMU runs, the job is gone, and nothing was switched.
     JobIsGone,
     /// QEMU runs, and has switched; only the end is not noted.

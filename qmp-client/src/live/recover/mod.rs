@@ -64,7 +64,7 @@ impl Unfinished {
     /// said: what was known before one came is worth as much.
     pub fn recover(&self, options: Recovery<'_>) -> Finding {
         let case = Case { merge: self, options };
-        let (asked, live) = qemu::ask(self, options.address);
+        let (asked, live) = qemu::ask(self, options.address, options.dry_run);
         let mut finding = match asked {
             Ok(qemu) => case.judge(qemu).unwrap_or_else(|error| case.failed(error)),
             Err(in_hand) => *in_hand,

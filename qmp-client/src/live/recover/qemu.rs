@@ -7,10 +7,11 @@ use crate::block::graph::{Disk, Graph};
 use crate::block::jobs::jobs;
 use crate::error::Error;
 use crate::live::discover::{Files, Unfinished};
+use crate::live::paused::let_go_on;
 use crate::qmp::address::Address;
 use crate::qmp::connection::{Connection, Options};
 use crate::qmp::owner::Owner;
-use crate::state::{Phase, Qemu, State};
+use crate::state::{Phase, Qemu};
 
 /// How long a monitor may take to greet: one that another client holds never does.
 const GREETING: Duration = Duration::from_secs(2);
@@ -30,6 +31,8 @@ struct Said {
     qemu: Qemu,
     /// Whether a disk has the nodes that the merge leaves, so that the merge can be found again and ended.
     has_nodes: bool,
+    /// Whether the guest was paused by a client that was killed, and goes on now.
+    goes_on: bool,
     /// The files of the disk, from the active one down.
     files: Vec<String>,
 }
@@ -40,13 +43,14 @@ struct Said {
 pub(super) fn ask(
     merge: &Unfinished,
     address: Option<&Address>,
+    dry_run: bool,
 ) -> (Result<Qemu, Box<Finding>>, Vec<String>) {
     let recorded = merge.state.address.parse::<Address>().ok();
     let mut addresses: Vec<&Address> = recorded.iter().chain(address).collect();
     addresses.dedup_by_key(|address| address.to_string());
     let mut said = (Qemu::Gone, Vec::new());
     for address in addresses {
-        match ask_one(address, &merge.state) {
+        match ask_one(address, merge, dry_run) {
             Answer::Nobody => {}
             Answer::Silence => {
                 let mut finding = Finding::new(merge.outline(), Found::Running);
@@ -64,6 +68,9 @@ pub(super) fn ask(
 
 fn in_hand(merge: &Unfinished, address: &Address, said: &Said) -> Option<Finding> {
     let mut finding = Finding::new(merge.outline(), Found::Running);
+    if said.goes_on {
+        finding.facts.push(Fact::GuestGoesOn);
+    }
     match (said.qemu, merge.state.phase) {
         (Qemu::HasJob(status), _) => {
             finding.facts.push(Fact::JobIs(status));
@@ -84,7 +91,8 @@ fn in_hand(merge: &Unfinished, address: &Address, said: &Said) -> Option<Finding
     Some(finding)
 }
 
-fn ask_one(address: &Address, state: &State) -> Answer {
+fn ask_one(address: &Address, merge: &Unfinished, dry_run: bool) -> Answer {
+    let state = &merge.state;
     // A manager's monitor is not for us; such a merge was not begun through it.
     if Owner::of(address, None).is_some() {
         return Answer::Nobody;
@@ -97,8 +105,15 @@ fn ask_one(address: &Address, state: &State) -> Answer {
     };
     // Not every job leaves QEMU fit to be asked for its disks.
     let Ok(all) = jobs(&monitor) else { return Answer::Silence };
+    // Where that fails, the note stays.
+    let go_on = || !dry_run && let_go_on(&monitor, &merge.file, &mut state.clone()).unwrap_or(false);
     if let Some(job) = all.into_iter().find(|job| job.id == state.job) {
-        return Answer::Says(Said { qemu: Qemu::HasJob(job.status), has_nodes: true, files: Vec::new() });
+        return Answer::Says(Said {
+            qemu: Qemu::HasJob(job.status),
+            has_nodes: true,
+            goes_on: go_on(),
+            files: Vec::new(),
+        });
     }
     let files = Files::of(&monitor);
     let Ok(graph) = Graph::ask(&monitor) else { return Answer::Silence };
@@ -111,5 +126,6 @@ fn ask_one(address: &Address, state: &State) -> Answer {
     let shown = state.disk_after(&graph).or_else(|| state.disk_before(&graph));
     let layers = shown.map_or(&[][..], Disk::layers);
     let files = layers.iter().map(|layer| layer.file.clone()).collect();
-    Answer::Says(Said { qemu, has_nodes: graph.disks().iter().any(has_nodes), files })
+    let has_nodes = graph.disks().iter().any(has_nodes);
+    Answer::Says(Said { qemu, has_nodes, goes_on: shown.is_some() && go_on(), files })
 }

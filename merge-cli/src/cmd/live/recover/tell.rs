@@ -115,6 +115,9 @@ fn fact(merge: &Outline, fact: &Fact) -> String {
         Fact::CanBeCancelled(address) => {
             format!("to give it up instead: {}", live_in(&["cancel", &merge.disk], address, elsewhere(merge)))
         }
+        Fact::GuestGoesOn => {
+            "the guest was still paused by a client that was killed, and goes on now".to_owned()
+        }
         Fact::JobIsGone => "QEMU runs, the job is gone, and nothing was switched".to_owned(),
         Fact::HasSwitched => "QEMU runs, and has switched; only the end is not noted".to_owned(),
         Fact::LiesAbove { above, top } => format!("{above} lies above {top}, and is the disk now"),
