@@ -180,7 +180,7 @@ impl Machine<'_> {
             return merge.accept_stale();
         }
         let state = merge.state();
-        let is_open = state.kind == Kind::ActiveCommit && state.phase == Phase::Copying;
+        let is_open = state.keep_overlay && state.kind == Kind::ActiveCommit && state.phase == Phase::Copying;
         let base = disk.layers().iter().find(|layer| layer.index == state.base);
         let Some(base) = base.filter(|_| is_open && !state.allow_stale) else { return Ok(()) };
         let merged: Vec<Layer> =
