@@ -5,7 +5,7 @@ use serde_json::json;
 use super::Merge;
 use super::discover::Unfinished;
 use super::machine::Machine;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::qmp::monitor::{Execute, Monitor};
 use crate::state::{State, StateFile};
 
@@ -63,7 +63,11 @@ pub(super) fn let_go_on(
     Ok(is_paused)
 }
 
+/// How the guest is; nothing where there is none, as in a storage daemon.
 fn status(monitor: &(impl Monitor + ?Sized)) -> Result<String> {
-    let answer = monitor.query("query-status", json!({}))?;
-    Ok(answer["status"].as_str().unwrap_or_default().to_owned())
+    match monitor.query("query-status", json!({})) {
+        Ok(answer) => Ok(answer["status"].as_str().unwrap_or_default().to_owned()),
+        Err(Error::Command { failure, .. }) if failure.class == "CommandNotFound" => Ok(String::new()),
+        Err(error) => Err(error),
+    }
 }
