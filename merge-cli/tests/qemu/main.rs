@@ -31,6 +31,7 @@ mod kills;
 mod locks;
 mod malformed;
 mod neighbours;
+mod put_back;
 mod recorded;
 mod repair;
 mod restore;

@@ -1,0 +1,98 @@
+//! Base is put back from a backup when a merge that was stopped has emptied layers: then nothing else holds their data. No command
+//! that goes on says that all is merged, and a merge that only was stopped again is finished.
+
+use std::process::Command;
+
+use crate::support::{Folder, View, needs_tools};
+
+const MIB: u64 = 1 << 20;
+const JOURNAL: &str = ".base.qmerge-journal";
+
+fn sh(folder: &Folder, script: &str) {
+    let status = Command::new("sh").arg("-ec").arg(script).current_dir(folder.path()).status().unwrap();
+    assert!(status.success(), "{script}");
+}
+
+/// Two overlays on a base, and copies of all three in `backup`. The guest wrote less than clusters in them, so that the beginning
+/// of what is merged is what base holds anyway.
+fn chain(format: &str) -> Folder {
+    let folder = Folder::new("put-back");
+    folder.img(&["create", "-q", "-f", format, "base", "16M"]);
+    folder.io(format, "base", &["write -q -P 1 0 8M"]);
+    for (name, below, format, pattern) in [("b", "base", format, 0), ("c", "b", "qcow2", 1)] {
+        folder.overlay(name, below, format, None, "");
+        let write = |n| format!("write -q -P {} {} 4k", pattern + 2, n * MIB + pattern * MIB / 2 + 32768);
+        let writes: Vec<_> = (0..6).map(write).collect();
+        folder.io("qcow2", name, &writes.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    sh(&folder, "mkdir backup; cp -p base b c backup");
+    folder
+}
+
+/// Makes the chain again, and kills the merge when it is about to remove a file for the `call`-th time.
+fn kill_at_removal(folder: &Folder, call: u32, args: &[&str]) {
+    sh(folder, "rm -f base b c .base.* .b.* .c.*; cp -p backup/* .");
+    let calls = "?unlink,unlinkat";
+    let kill = format!("inject={calls}:signal=SIGKILL:when={call}");
+    let run = folder.traced(&["-e", &format!("trace={calls}"), "-e", &kill], args);
+    assert!(run.code != 0, "{args:?} removes fewer than {call} files: {run}");
+}
+
+/// How base is put back: with new times, with its own, as another file.
+const WAYS: [&str; 3] =
+    ["cat backup/base >base", "cp -p backup/base base", "cp -p backup/base new; mv new base"];
+
+fn never_said_to_be_merged(format: &str, want: &View) {
+    let folder = chain(format);
+    folder.view("qcow2", "c").assert_same(want, "every chain is alike");
+    let all: &[&str] = &["commit", "c", "-q"];
+    let lower: &[&str] = &["commit", "c", "--top", "b", "-q"];
+    let (mut refused, mut merged) = (0, 0);
+    for (n, (args, call)) in [(all, 1), (all, 2), (all, 3), (lower, 2), (lower, 4)].into_iter().enumerate() {
+        for again in [args, &["commit", "c", "--keep-active", "--restart", "-q"]] {
+            let way = WAYS[(n + again.len()) % WAYS.len()];
+            kill_at_removal(&folder, call, args);
+            sh(&folder, way);
+            let is_begun = folder.join(JOURNAL).exists();
+            let run = folder.qmerge(again);
+            let what = format!("{format}, {args:?} killed at removal {call}, {way}: {run}");
+            assert!([0, 6].contains(&run.code), "{what}");
+            refused += u32::from(run.code == 6);
+            merged += u32::from(run.code == 0);
+            if run.code == 0 && is_begun {
+                folder.view("qcow2", "c").assert_same(want, &what);
+            }
+        }
+    }
+    assert!(refused > 3, "{format}: {refused} refused, {merged} merged");
+}
+
+#[test]
+fn a_base_without_what_was_emptied_is_never_said_to_be_merged() {
+    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+        return;
+    }
+    for format in ["raw", "qcow2"] {
+        let want = chain(format).view("qcow2", "c");
+        never_said_to_be_merged(format, &want);
+    }
+}
+
+/// What the second run has written to base itself does not look like somebody else's writing.
+#[test]
+fn a_merge_that_is_stopped_again_behind_its_emptying_is_finished() {
+    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+        return;
+    }
+    for format in ["raw", "qcow2"] {
+        let folder = chain(format);
+        let want = folder.view("qcow2", "c");
+        for sync in [3, 5, 6] {
+            kill_at_removal(&folder, 2, &["commit", "c", "-q"]);
+            folder.killed_at_sync(sync, &["commit", "c", "-q"]);
+            folder.qmerge(&["commit", "c", "-q"]).ok();
+            folder.view("qcow2", "c").assert_same(&want, &format!("{format}, stopped again at sync {sync}"));
+            assert!(!folder.join(JOURNAL).exists(), "{format}: a journal is left");
+        }
+    }
+}
