@@ -67,11 +67,6 @@ const FATES: [Fate; 8] = [
     Fate::CopiedWithoutJournal,
 ];
 
-fn sh(folder: &Folder, script: &str) {
-    let status = Command::new("sh").arg("-ec").arg(script).current_dir(folder.path()).status().unwrap();
-    assert!(status.success(), "{script}");
-}
-
 impl Kind {
     fn format(self) -> &'static str {
         if matches!(self, Self::Raw | Self::Device) { "raw" } else { "qcow2" }
@@ -121,13 +116,13 @@ impl Drop for Chain {
 impl Chain {
     fn new(kind: Kind) -> Option<Self> {
         let folder = Folder::new("fates");
-        sh(&folder, "mkdir vm journals");
+        folder.sh("mkdir vm journals");
         let mut device = None;
         match kind.format() {
             "raw" => folder.raw("vm/base", 16 * MIB, 16 * MIB, 1),
             _ => {
                 let options = kind.options();
-                sh(&folder, &format!("cd vm; qemu-img create -q -f qcow2 -o {options} base 16M"));
+                folder.sh(&format!("cd vm; qemu-img create -q -f qcow2 -o {options} base 16M"));
                 folder.io("qcow2", "vm/base", &["write -q -P 1 0 16M"]);
             }
         }
@@ -144,9 +139,9 @@ impl Chain {
             }
         }
         let below = device.as_deref().unwrap_or("base");
-        sh(&folder, &format!("cd vm; qemu-img create -q -f qcow2 -b {below} -F {} top 16M", kind.format()));
+        folder.sh(&format!("cd vm; qemu-img create -q -f qcow2 -b {below} -F {} top 16M", kind.format()));
         folder.io("qcow2", "vm/top", &["write -q -P 2 4M 8M"]);
-        sh(&folder, "sleep 0.02; mkdir backup; cp -a vm/base* backup");
+        folder.sh("sleep 0.02; mkdir backup; cp -a vm/base* backup");
         Some(Self { folder, kind, device })
     }
 
@@ -208,15 +203,14 @@ impl Chain {
             Fate::Older => {
                 match &self.device {
                     Some(device) => {
-                        sh(folder, &format!("dd if=backup/base of={device} bs=1M conv=fsync status=none"));
+                        folder.sh(&format!("dd if=backup/base of={device} bs=1M conv=fsync status=none"));
                     }
-                    None => sh(folder, "cd backup; for file in base*; do cp -p $file ../vm/$file; done"),
+                    None => folder.sh("cd backup; for file in base*; do cp -p $file ../vm/$file; done"),
                 }
                 "vm"
             }
             Fate::Replaced => {
-                sh(
-                    folder,
+                folder.sh(
                     "cd backup; for file in base*; do cp -p $file ../vm/new; mv ../vm/new ../vm/$file; done",
                 );
                 "vm"
@@ -232,24 +226,22 @@ impl Chain {
                 } else {
                     Default::default()
                 };
-                sh(
-                    folder,
-                    &format!(
+                folder.sh(&format!(
                         "{before} head -c 14M /dev/zero | tr '\\0' '\\7' | dd of={to} bs=1M seek=1 count=14 iflag=fullblock conv=notrunc,fsync status=none {after}"
                     ),
                 );
                 "vm"
             }
             Fate::Copied => {
-                sh(folder, "cp -a vm copy");
+                folder.sh("cp -a vm copy");
                 "copy"
             }
             Fate::Moved => {
-                sh(folder, "mv vm moved");
+                folder.sh("mv vm moved");
                 "moved"
             }
             Fate::CopiedWithoutJournal => {
-                sh(folder, "cp -a vm copy; rm -f copy/.*.qmerge-*");
+                folder.sh("cp -a vm copy; rm -f copy/.*.qmerge-*");
                 "copy"
             }
         }

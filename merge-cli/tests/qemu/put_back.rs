@@ -1,17 +1,10 @@
 //! Base is put back from a backup when a merge that was stopped has emptied layers: then nothing else holds their data. No command
 //! that goes on says that all is merged, and a merge that only was stopped again is finished.
 
-use std::process::Command;
-
 use crate::support::{Folder, View, needs_tools};
 
 const MIB: u64 = 1 << 20;
 const JOURNAL: &str = ".base.qmerge-journal";
-
-fn sh(folder: &Folder, script: &str) {
-    let status = Command::new("sh").arg("-ec").arg(script).current_dir(folder.path()).status().unwrap();
-    assert!(status.success(), "{script}");
-}
 
 /// Two overlays on a base, and copies of all three in `backup`. The guest wrote less than clusters in them, so that the beginning
 /// of what is merged is what base holds anyway.
@@ -25,13 +18,13 @@ fn chain(format: &str) -> Folder {
         let writes: Vec<_> = (0..6).map(write).collect();
         folder.io("qcow2", name, &writes.iter().map(String::as_str).collect::<Vec<_>>());
     }
-    sh(&folder, "mkdir backup; cp -p base b c backup");
+    folder.sh("mkdir backup; cp -p base b c backup");
     folder
 }
 
 /// Makes the chain again, and kills the merge when it is about to remove a file for the `call`-th time.
 fn kill_at_removal(folder: &Folder, call: u32, args: &[&str]) {
-    sh(folder, "rm -f base b c .base.* .b.* .c.*; cp -p backup/* .");
+    folder.sh("rm -f base b c .base.* .b.* .c.*; cp -p backup/* .");
     let calls = "?unlink,unlinkat";
     let kill = format!("inject={calls}:signal=SIGKILL:when={call}");
     let run = folder.traced(&["-e", &format!("trace={calls}"), "-e", &kill], args);
@@ -52,7 +45,7 @@ fn never_said_to_be_merged(format: &str, want: &View) {
         for again in [args, &["commit", "c", "--keep-active", "--restart", "-q"]] {
             let way = WAYS[(n + again.len()) % WAYS.len()];
             kill_at_removal(&folder, call, args);
-            sh(&folder, way);
+            folder.sh(way);
             let is_begun = folder.join(JOURNAL).exists();
             let run = folder.qmerge(again);
             let what = format!("{format}, {args:?} killed at removal {call}, {way}: {run}");

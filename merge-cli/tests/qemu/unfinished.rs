@@ -2,16 +2,10 @@
 //! of what may become of a base is in `fates.rs`.
 
 use std::fs;
-use std::process::Command;
 
 use crate::support::{Folder, needs_tools};
 
 const MIB: u64 = 1 << 20;
-
-fn sh(folder: &Folder, script: &str) {
-    let status = Command::new("sh").arg("-ec").arg(script).current_dir(folder.path()).status().unwrap();
-    assert!(status.success(), "{script}");
-}
 
 /// A small chain whose base holds little, and a copy of it in `backup`.
 fn sparse(options: &str) -> Folder {
@@ -20,13 +14,13 @@ fn sparse(options: &str) -> Folder {
     folder.io("qcow2", "base", &["write -q -P 1 0 1M"]);
     folder.overlay("top", "base", "qcow2", None, "");
     folder.io("qcow2", "top", &["write -q -P 2 4M 8M"]);
-    sh(&folder, "mkdir backup; cp -a base* top backup");
+    folder.sh("mkdir backup; cp -a base* top backup");
     folder
 }
 
 /// Makes the chain again as it was, and stops the merge at its sync number `call`; false if it was over before.
 fn stop_at(folder: &Folder, call: u32) -> bool {
-    sh(folder, "rm -f base* top .base.* .top.*; cp -a backup/* .");
+    folder.sh("rm -f base* top .base.* .top.*; cp -a backup/* .");
     folder.signalled_at_sync("SIGKILL", call, &["commit", "top", "-q"]).code != 0
 }
 
@@ -60,7 +54,7 @@ fn a_base_that_is_put_back_at_once_costs_no_data() {
                 break;
             }
             stopped += 1;
-            sh(&folder, how);
+            folder.sh(how);
             let what = format!("{options}, sync {call}: {how}");
             let lost = folder.view("qcow2", "top").first_difference(&before, 0, before.len()).is_some();
             let pending = folder.qmerge(&["info", "--json", "base"]).ok().json();
@@ -87,10 +81,10 @@ fn giving_up_leaves_a_base_that_was_put_back_at_once_as_it_is() {
     let folder = sparse("compat=0.10");
     for call in 3..10 {
         assert!(stop_at(&folder, call));
-        sh(&folder, PUT_BACK[0]);
+        folder.sh(PUT_BACK[0]);
         let run = folder.qmerge(&["abort", "base"]);
         assert!([0, 6].contains(&run.code), "sync {call}: {run}");
-        sh(&folder, "qemu-img check -q base; qemu-img compare -q base backup/base");
+        folder.sh("qemu-img check -q base; qemu-img compare -q base backup/base");
     }
 }
 

@@ -13,6 +13,7 @@ use super::options::{BaseChoice, CommitOptions};
 use super::plan::{BeginsAnew, Resumed};
 use super::removal::Gone;
 use super::resume::before::{self, Before};
+use super::resume::describe::describe;
 use super::resume::heal::refuse_torn;
 use super::resume::remains::Remains;
 use super::resume::work;
@@ -110,7 +111,7 @@ impl Commit {
         if stack.has_active() && !options.keep_active {
             safety::consistent(stack.active, cancel)?;
         }
-        let mut header = work::describe(&*host, &chain, span, span.base)?;
+        let mut header = describe(&*host, &chain, span, span.base)?;
         let images = chain.images();
         let mut job = down(&images, span)?;
         if let Some(size) = left.base.as_ref().and_then(|left| left.size_of_same(&header))

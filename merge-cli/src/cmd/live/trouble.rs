@@ -162,7 +162,7 @@ impl Session<'_> {
         match error.kind() {
             io::ErrorKind::NotFound => Hint::command(
                 HintKind::Advice,
-                "see which sockets there are (ss -xlp), or start QEMU with -qmp unix:PATH,server=on,wait=off",
+                "QEMU makes a socket with its option -qmp unix:PATH,server=on,wait=off; see what is here",
                 Command::of("ls").word("-l").file(folder(path)),
             ),
             io::ErrorKind::PermissionDenied => {

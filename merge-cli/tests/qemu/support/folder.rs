@@ -100,6 +100,12 @@ impl Folder {
         run(&self.images, "strace", &[&strace, options, &[&binary], args].concat())
     }
 
+    /// Runs a script of the shell here; it must succeed.
+    #[track_caller]
+    pub(crate) fn sh(&self, script: &str) {
+        run(&self.images, "sh", &["-ec", script]).ok();
+    }
+
     /// Runs `qemu-img` here, whatever it answers.
     #[track_caller]
     pub(crate) fn try_img(&self, args: &[&str]) -> Run {

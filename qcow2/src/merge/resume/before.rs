@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use super::describe::stamp;
 use super::heal::refuse_torn;
 use super::remains::Remains;
 use super::unfinished;
@@ -108,7 +109,7 @@ fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &Leftovers) -> R
         let Some(image) = layer.image.as_qcow2() else { continue };
         // A guest writes to the active image only; and whoever repairs a layer that is being emptied ends that.
         let may_be_emptied = at != span.active || image.next_allocated(GuestOffset::ZERO)?.is_none();
-        if may_be_emptied && base.has_changed(&work::stamp(host, layer)?) {
+        if may_be_emptied && base.has_changed(&stamp(host, layer)?) {
             return Ok(true);
         }
     }

@@ -2,7 +2,9 @@
 
 pub(crate) mod abort;
 pub(crate) mod before;
+pub(crate) mod describe;
 pub(crate) mod emptied;
+pub(crate) mod end;
 pub(crate) mod heal;
 pub(crate) mod remains;
 pub(crate) mod samples;

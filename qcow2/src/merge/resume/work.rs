@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::describe::stamps;
 use super::emptied;
 use super::remains::Remains;
 use super::samples;
@@ -13,16 +14,11 @@ use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::features;
 use crate::image::Image;
 use crate::journal;
-use crate::journal::record::{
-    BLOCK, Guard, Header, MAX_BLOCKS, Phase, Purpose, Record, Sample, Spent, SpentKind,
-};
+use crate::journal::record::{Guard, Header, Phase, Purpose, Record, Sample};
 use crate::journal::{Found, Journal, Journaled, Judgement, Now, Verdict};
-use crate::merge::options::CommitOptions;
 use crate::merge::plan::BeginsAnew;
-use crate::merge::report::Report;
 use crate::stamp::Stamp;
-use crate::storage::{Access, FileId, Host, LockError, Place, Storage, if_there, may_be_unlocked};
-use crate::transfer::ask::Span;
+use crate::storage::{Access, FileId, Host, Storage, if_there};
 use crate::units::GuestOffset;
 
 /// An image that is written under a journal.
@@ -187,7 +183,7 @@ impl Left {
     ///
     /// # Errors
     /// Whatever reading reports.
-    fn was_put_back(&self, images: &[&Image], base: usize) -> Result<bool> {
+    pub(super) fn was_put_back(&self, images: &[&Image], base: usize) -> Result<bool> {
         if self.journal.header().purpose != Purpose::Merge {
             return Ok(false);
         }
@@ -268,6 +264,11 @@ impl Left {
     /// The layers that are restore points no more.
     pub(crate) fn restore_points_lost(&self) -> Vec<PathBuf> {
         self.journal.header().restore_points_lost.clone()
+    }
+
+    /// The same, with its journal as it was found when the image was opened for writing.
+    pub(super) fn reopened(self, journal: Journal, last: Option<Record>) -> Self {
+        Self { journal: Arc::new(journal), last, ..self }
     }
 
     /// Removes the journal, which is of no use any more.
@@ -483,143 +484,6 @@ fn replace(image: &mut Image, file: Arc<dyn Storage>, data: Option<Arc<dyn Stora
         Image::Qcow2(qcow2) => qcow2.replace_files(file, data),
         Image::Foreign(foreign) => Err(foreign.refuse()),
     }
-}
-
-/// What a journal for a work on the layer at `at` says of it, but for what the plan knows.
-///
-/// # Errors
-/// The system's.
-pub(crate) fn describe(host: &dyn Host, chain: &Chain, span: Span, at: usize) -> Result<Header> {
-    let layer =
-        |at: usize| chain.layers().get(at).ok_or(Error::Broken { invariant: "a merge has all its layers" });
-    let written = layer(at)?;
-    let guard = match &written.image {
-        Image::Qcow2(image) if image.header().version >= 3 => {
-            Guard::DirtyBit { lazy: image.header().lazy_refcounts() }
-        }
-        _ => Guard::Stamp,
-    };
-    let mut layers = Vec::new();
-    for layer in chain.layers().get(at + 1..=span.top).unwrap_or_default() {
-        layers.extend(stamps(host, layer)?);
-    }
-    let real = |at: usize| Ok(stamp(host, layer(at)?)?.path);
-    Ok(Header {
-        nonce: journal::nonce(),
-        max_blocks: max_blocks(chain, span),
-        purpose: if at == span.base { Purpose::Merge } else { Purpose::Empty },
-        guard,
-        boot: host.boot(),
-        targets: stamps(host, written)?,
-        layers,
-        base: real(span.base)?,
-        top: real(span.top)?,
-        top_index: u32::try_from(span.top + 1).unwrap_or(u32::MAX),
-        active: real(span.active)?,
-        new_size: 0,
-        zero_until: 0,
-        total: 0,
-        restore_points_lost: Vec::new(),
-        has_emptied: false,
-        samples: Vec::new(),
-    })
-}
-
-/// How many blocks are kept in memory: few where there is little to merge.
-fn max_blocks(chain: &Chain, span: Span) -> u32 {
-    let lens = chain.layers().get(span.base..=span.top).unwrap_or_default();
-    let bytes = lens.iter().map(|layer| layer.image.file().size().unwrap_or(u64::MAX)).max();
-    (bytes.unwrap_or(0) / BLOCK / 8).clamp(32, MAX_BLOCKS as u64) as u32
-}
-
-/// The image file of a layer, and its data file if it has one.
-fn stamps(host: &dyn Host, layer: &Layer) -> Result<Vec<Stamp>> {
-    let mut all = vec![stamp(host, layer)?];
-    if let (Some(data), Some(image)) = (&layer.data_file, layer.image.as_qcow2()) {
-        all.push(Stamp::of(host, &data.path, &**image.data_file())?);
-    }
-    Ok(all)
-}
-
-pub(crate) fn stamp(host: &dyn Host, layer: &Layer) -> Result<Stamp> {
-    Stamp::of(host, &layer.path, &**layer.image.file())
-}
-
-/// Whether a layer has a data file that goes with it.
-fn owns_data_file(layer: &Layer) -> bool {
-    layer.data_file.as_ref().is_some_and(|data| data.kept.is_none())
-}
-
-/// The files that nobody needs when the work is done, as they are now: `layers` with their own data files, in this order.
-/// Of each it is known whether its header has the mark of the merge.
-///
-/// # Errors
-/// The system's.
-pub(crate) fn spent(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec<Spent>> {
-    let mut all = Vec::new();
-    for (layer, is_marked) in layers {
-        let mut kind = if *is_marked { SpentKind::Marked } else { SpentKind::Unmarked };
-        for file in stamps(host, layer)?.into_iter().take(if owns_data_file(layer) { 2 } else { 1 }) {
-            all.push(Spent { file, kind });
-            kind = SpentKind::DataFile;
-        }
-    }
-    Ok(all)
-}
-
-/// The external data file of a layer as it is now, if it has one of its own.
-///
-/// # Errors
-/// The system's.
-pub(crate) fn data_file(host: &dyn Host, layer: &Layer) -> Result<Vec<Spent>> {
-    let files = stamps(host, layer)?.into_iter().skip(1).filter(|_| owns_data_file(layer));
-    Ok(files.map(|file| Spent { file, kind: SpentKind::DataFile }).collect())
-}
-
-/// Ends what a merge has left behind that changed the chain and was stopped then: nothing of the layer at `at` itself
-/// is needed but its header. Layers that were to be removed are.
-///
-/// # Errors
-/// [`Error::InUse`]; the system's.
-pub(crate) fn end_left(
-    host: &dyn Host,
-    chain: &Chain,
-    at: usize,
-    options: &CommitOptions,
-    report: &mut Report,
-) -> Result<()> {
-    let dir = options.journal_dir.as_deref();
-    let Some(layer) = chain.layers().get(at) else { return Ok(()) };
-    let Some(left) = Left::find(host, layer, dir)? else { return Ok(()) };
-    if left.journal.state().phase < Phase::Switching {
-        return Ok(());
-    }
-    let path = &layer.path;
-    let file = Place::of_file(host, path, &**layer.image.file())?.reopen(host, &**layer.image.file())?;
-    file.lock(crate::storage::LockMode::Write).map_err(|e| match e {
-        LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(layer.id) },
-        LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
-    })?;
-    may_be_unlocked(host, path, layer.id, &*file, Access::ReadWrite, options.open.no_locks)?;
-    let found = journal::find(host, path, &*file, dir, Access::ReadWrite, journal::JOURNAL)?;
-    let Some(Found { journal, last, .. }) = found else { return Ok(()) };
-    let data = layer.image.as_qcow2().filter(|q| q.has_data_file()).map(|q| q.data_file().clone());
-    let mut image = Image::open(path, file, layer.image.format(), data)?;
-    let left = Left { journal: Arc::new(journal), last, ..left };
-    let work = if left.is_ours() { Some(left.take_up(host, &mut image, false)?) } else { None };
-    // Read under the journal, which makes whole what a power cut has torn.
-    let images = chain.images().into_iter().enumerate();
-    let images: Vec<&Image> = images.map(|(n, layer)| if n == at { &image } else { layer }).collect();
-    if left.was_put_back(&images, at)? {
-        return Err(Error::refused(path, Refusal::MergedDataLost));
-    }
-    if let Some(work) = work {
-        work.release(&mut image)?;
-    }
-    if let Some(remains) = left.remains(host, chain)? {
-        remains.settle(host, Some(chain), options, report)?;
-    }
-    left.discard(host)
 }
 
 /// The refusal for an image that somebody has written to since a merge into it was stopped.

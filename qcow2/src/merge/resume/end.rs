@@ -1,0 +1,57 @@
+//! The end of a merge that was stopped behind the switch of its chain.
+
+use super::work::Left;
+use crate::chain::Chain;
+use crate::error::{Error, FileOp, Refusal, Result};
+use crate::image::Image;
+use crate::journal;
+use crate::journal::Found;
+use crate::merge::options::CommitOptions;
+use crate::merge::report::Report;
+use crate::storage::{Access, Host, LockError, LockMode, Place, may_be_unlocked};
+
+/// Ends what a merge has left behind that changed the chain and was stopped then: nothing of the layer at `at` itself
+/// is needed but its header. Layers that were to be removed are.
+///
+/// # Errors
+/// [`Error::InUse`]; the system's.
+pub(crate) fn end_left(
+    host: &dyn Host,
+    chain: &Chain,
+    at: usize,
+    options: &CommitOptions,
+    report: &mut Report,
+) -> Result<()> {
+    let dir = options.journal_dir.as_deref();
+    let Some(layer) = chain.layers().get(at) else { return Ok(()) };
+    let Some(left) = Left::find(host, layer, dir)? else { return Ok(()) };
+    if !left.is_switching() {
+        return Ok(());
+    }
+    let path = &layer.path;
+    let file = Place::of_file(host, path, &**layer.image.file())?.reopen(host, &**layer.image.file())?;
+    file.lock(LockMode::Write).map_err(|e| match e {
+        LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(layer.id) },
+        LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
+    })?;
+    may_be_unlocked(host, path, layer.id, &*file, Access::ReadWrite, options.open.no_locks)?;
+    let found = journal::find(host, path, &*file, dir, Access::ReadWrite, journal::JOURNAL)?;
+    let Some(Found { journal, last, .. }) = found else { return Ok(()) };
+    let data = layer.image.as_qcow2().filter(|q| q.has_data_file()).map(|q| q.data_file().clone());
+    let mut image = Image::open(path, file, layer.image.format(), data)?;
+    let left = left.reopened(journal, last);
+    let work = if left.is_ours() { Some(left.take_up(host, &mut image, false)?) } else { None };
+    // Read under the journal, which makes whole what a power cut has torn.
+    let images = chain.images().into_iter().enumerate();
+    let images: Vec<&Image> = images.map(|(n, layer)| if n == at { &image } else { layer }).collect();
+    if left.was_put_back(&images, at)? {
+        return Err(Error::refused(path, Refusal::MergedDataLost));
+    }
+    if let Some(work) = work {
+        work.release(&mut image)?;
+    }
+    if let Some(remains) = left.remains(host, chain)? {
+        remains.settle(host, Some(chain), options, report)?;
+    }
+    left.discard(host)
+}
