@@ -80,6 +80,7 @@ pub(crate) fn leftovers(
     }
     all.has_emptied = has_emptied(host, chain, span, &all)?;
     if is_kept {
+        // They are not written, so what was left there is neither taken over nor removed.
         all.above.clear();
     }
     let Some(left) = &all.base else { return Ok(all) };
