@@ -348,7 +348,8 @@ fn row(
     let before = shows(host, &active);
     let options = merge_options(scenario);
     let dir = options.journal_dir.as_deref();
-    let is_begun = matches!(pending(host, &base, dir), Ok(Some(_)));
+    let begun = pending(host, &base, dir).ok().flatten();
+    let is_begun = begun.is_some();
     if gives_up {
         let given_up = abort(host, &base, &options.open, dir, &AtomicBool::new(false));
         let same = match (&before, shows(host, &active)) {
@@ -389,8 +390,10 @@ fn row(
         Fate::CopiedWithoutJournal => e.kind() != ErrorKind::Damaged,
         _ => false,
     };
-    // Behind a restart of the system, the times of a device tell nothing: what was done is read back.
-    let is_known = !(kind.is_device() && how == Stop::PowerCut) || kind.has_dirty_bit();
+    // Behind a restart of the system, the times of a device tell nothing: what was done is read back, and where nothing was
+    // done but to set the dirty bit, the merge is an ordinary one.
+    let has_done = begun.is_some_and(|begun| begun.done > 0 || begun.is_switching);
+    let is_known = !(kind.is_device() && how == Stop::PowerCut) || (kind.has_dirty_bit() && has_done);
     match &result {
         Err(e) if must_go_on(e) => return Err(format!("it is refused: {e}")),
         Ok(_) if fate == Fate::Newer && is_begun && is_known => {

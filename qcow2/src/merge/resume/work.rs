@@ -58,7 +58,7 @@ impl Left {
         if journal.is_held() {
             return Err(journal.in_use(host));
         }
-        let is_dirty = layer.image.as_qcow2().is_some_and(|image| image.header().is_dirty());
+        let is_dirty = is_dirty(&layer.image);
         let data =
             layer.image.as_qcow2().filter(|image| image.has_data_file()).map(|image| &**image.data_file());
         let files = [Some(file), data].into_iter().flatten().collect();
@@ -402,7 +402,10 @@ impl Work {
     pub(crate) fn replay(&self, image: &Image, from: Option<GuestOffset>) -> Result<()> {
         self.write_back(image)?;
         let state = self.journal.state();
+        // The image has been released, so it has no dirty bit: a record that says that data moves would not explain it.
+        let is_released = state.phase == Phase::Done && !is_dirty(image);
         match from {
+            None if is_released => self.journal.note(Phase::Done, 0, 0),
             Some(from) => self.journal.note(state.phase.max(Phase::Moving), from.get(), state.done),
             // Now the image is as the journal knows it, whatever it holds: nothing must count as done.
             None => self.journal.note(Phase::Moving, 0, 0),
@@ -476,6 +479,10 @@ impl Work {
         self.release(image)?;
         self.journal.remove(host)
     }
+}
+
+fn is_dirty(image: &Image) -> bool {
+    image.as_qcow2().is_some_and(|image| image.header().is_dirty())
 }
 
 fn replace(image: &mut Image, file: Arc<dyn Storage>, data: Option<Arc<dyn Storage>>) -> Result<()> {
