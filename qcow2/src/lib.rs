@@ -44,6 +44,7 @@ pub mod compare;
 pub mod convert;
 pub mod error;
 pub mod format;
+#[cfg(feature = "testing")]
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod image;

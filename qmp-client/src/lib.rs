@@ -51,6 +51,7 @@
 
 mod block;
 mod error;
+#[cfg(feature = "testing")]
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod libvirt;

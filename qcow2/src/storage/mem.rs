@@ -89,6 +89,7 @@ impl MemHost {
     }
 
     /// All files: name, inode, content.
+    #[cfg(feature = "testing")]
     pub(super) fn contents(&self) -> Vec<(PathBuf, u64, Content)> {
         let files = self.read();
         files.iter().map(|(path, inode)| (path.clone(), inode.id, inode.read().clone())).collect()
@@ -111,6 +112,7 @@ impl MemHost {
     }
 
     /// Puts a file there that has this inode and content.
+    #[cfg(feature = "testing")]
     pub(super) fn restore(&self, path: &Path, id: u64, content: Content) {
         let (content, owner) = (RwLock::new(content), RwLock::new(PRIVATE));
         let inode = Inode { id, content, owner, locks: Mutex::default() };

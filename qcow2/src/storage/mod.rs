@@ -15,6 +15,7 @@ mod os_file;
 mod os_folder;
 mod owner;
 mod rights;
+#[cfg(feature = "testing")]
 #[doc(hidden)]
 pub mod sim;
 mod unlocked;
