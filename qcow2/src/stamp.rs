@@ -58,7 +58,7 @@ pub struct Times {
 
 /// Until when a work wrote to a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Work {
+pub struct WorkTimes {
     /// Length and times of the file when the work last noted them, behind a barrier.
     pub known: Times,
     /// The last sign of life of the work, in nanoseconds since 1970; `None` if it ended in good order, with
@@ -107,7 +107,7 @@ impl Times {
     }
 }
 
-impl Work {
+impl WorkTimes {
     /// Whether the system has started again since the work was stopped; `None` if that is not known.
     fn is_other_boot(&self) -> Option<bool> {
         Some(self.boot?.id != self.now?.id)
@@ -198,7 +198,7 @@ impl Stamp {
 
     /// What has become of the file since `work` on it was stopped; `now` is what stands where the file is looked for.
     /// A device has no times that tell, so it is never [`Seen::Untouched`].
-    pub fn judge(&self, work: &Work, now: &Self) -> Seen {
+    pub fn judge(&self, work: &WorkTimes, now: &Self) -> Seen {
         let same = self.same_file(now);
         let (known, times) = (work.known, now.times);
         if same == SameFile::No {

@@ -21,19 +21,19 @@ fn at(modified: i128, changed: i128) -> Times {
 }
 
 /// A work that was killed at 110 s, had noted the file at 100 s, in the run of the system that is on.
-fn killed() -> Work {
+fn killed() -> WorkTimes {
     let now = Some(Boot { id: 1, started_ns: 10 * SECOND });
-    Work { known: at(100, 100), alive_ns: Some(110 * SECOND), boot: now, now }
+    WorkTimes { known: at(100, 100), alive_ns: Some(110 * SECOND), boot: now, now }
 }
 
 /// The same, and the power failed then; the system started again at 125 s.
-fn cut() -> Work {
-    Work { now: Some(Boot { id: 2, started_ns: 125 * SECOND }), ..killed() }
+fn cut() -> WorkTimes {
+    WorkTimes { now: Some(Boot { id: 2, started_ns: 125 * SECOND }), ..killed() }
 }
 
 /// A work that was stopped in good order.
-fn stopped() -> Work {
-    Work { alive_ns: None, ..killed() }
+fn stopped() -> WorkTimes {
+    WorkTimes { alive_ns: None, ..killed() }
 }
 
 #[test]
@@ -70,8 +70,8 @@ fn times_tell_who_has_written() {
 #[test]
 fn what_is_written_when_the_clock_was_set_back_is_not_untouched() {
     // The system has run for 100 s when it seems to have begun 8 s earlier: its clock goes 8 s behind.
-    let set_back = |work: Work| Work { now: Some(Boot { id: 1, started_ns: 2 * SECOND }), ..work };
-    let restarted = Work { now: Some(Boot { id: 2, started_ns: 104 * SECOND }), ..killed() };
+    let set_back = |work: WorkTimes| WorkTimes { now: Some(Boot { id: 1, started_ns: 2 * SECOND }), ..work };
+    let restarted = WorkTimes { now: Some(Boot { id: 2, started_ns: 104 * SECOND }), ..killed() };
     for (what, work, now, seen) in [
         ("between the last record and the kill", set_back(killed()), at(105, 105), Seen::Unsure),
         ("before the last record", set_back(killed()), at(98, 98), Seen::Unsure),
@@ -85,8 +85,8 @@ fn what_is_written_when_the_clock_was_set_back_is_not_untouched() {
     assert!(set_back(killed()).clock_was_set_back() && !killed().clock_was_set_back());
 }
 
-fn jitter(work: Work) -> Work {
-    Work { now: Some(Boot { id: 1, started_ns: 10 * SECOND - SECOND / 100 }), ..work }
+fn jitter(work: WorkTimes) -> WorkTimes {
+    WorkTimes { now: Some(Boot { id: 1, started_ns: 10 * SECOND - SECOND / 100 }), ..work }
 }
 
 #[test]
@@ -134,7 +134,7 @@ fn copies_moves_and_strangers_are_told_apart() {
 #[test]
 fn the_times_of_a_device_prove_nothing() {
     let device = Stamp { is_device: true, ..stamp() };
-    let judge = |work: &Work, times| device.judge(work, &Stamp { times, ..device.clone() });
+    let judge = |work: &WorkTimes, times| device.judge(work, &Stamp { times, ..device.clone() });
     assert_eq!(judge(&killed(), at(100, 100)), Seen::Unsure);
     assert_eq!(judge(&killed(), at(113, 113)), Seen::Newer);
     assert_eq!(

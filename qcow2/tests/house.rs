@@ -16,7 +16,7 @@ const FLOORS: [&str; 16] = [
 type Names = Vec<String>;
 
 /// A file of the library.
-struct Source {
+struct SourceFile {
     /// Its module.
     module: Names,
     /// What it uses, resolved, and whether that is a `pub use`, by which others find it here.
@@ -142,7 +142,7 @@ fn files(folder: &Path, module: &[String], all: &mut Vec<(Names, String)>) {
     }
 }
 
-fn house() -> Vec<Source> {
+fn house() -> Vec<SourceFile> {
     let mut all = Vec::new();
     files(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src")), &[], &mut all);
     let modules: BTreeSet<Names> = all.iter().map(|(module, _)| module.clone()).collect();
@@ -150,13 +150,13 @@ fn house() -> Vec<Source> {
         let uses = written(code);
         let uses =
             uses.into_iter().filter_map(|(path, pub_)| Some((resolve(module, &path, &modules)?, pub_)));
-        Source { module: module.clone(), uses: uses.collect() }
+        SourceFile { module: module.clone(), uses: uses.collect() }
     });
     sources.collect()
 }
 
 /// The files that each file imports from. What a file exports again is followed to where it is.
-fn imports(sources: &[Source]) -> BTreeMap<Names, BTreeSet<Names>> {
+fn imports(sources: &[SourceFile]) -> BTreeMap<Names, BTreeSet<Names>> {
     let modules: BTreeSet<&Names> = sources.iter().map(|source| &source.module).collect();
     let exported: BTreeMap<Names, &Names> = sources
         .iter()
@@ -174,7 +174,7 @@ fn imports(sources: &[Source]) -> BTreeMap<Names, BTreeSet<Names>> {
         }
         (0..=path.len()).rev().map(|len| path[..len].to_vec()).find(|module| modules.contains(module))
     };
-    let of = |source: &Source| {
+    let of = |source: &SourceFile| {
         let uses = source.uses.iter().filter(|(_, is_pub)| !is_pub);
         uses.filter_map(|(path, _)| home(path)).filter(|to| *to != source.module).collect()
     };

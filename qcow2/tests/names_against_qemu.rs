@@ -59,11 +59,11 @@ fn our_chain(active: &Path) -> Result<Vec<(String, String)>, String> {
 }
 
 /// `base` and `base.raw`, `top` above a name that a test chooses, and the same in `other`.
-struct Folder {
+struct ChainFolder {
     dir: TempDir,
 }
 
-impl Folder {
+impl ChainFolder {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let this = Self { dir };
@@ -124,7 +124,7 @@ fn names_lead_where_qemu_goes() {
     if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new();
+    let folder = ChainFolder::new();
     let base = folder.text("base");
     let relative = folder.text_from_here("base");
     let names = [
@@ -168,7 +168,7 @@ fn json_names_lead_where_qemu_goes() {
     if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new();
+    let folder = ChainFolder::new();
     let relative = folder.text_from_here("base");
     for (json, format) in [
         (r#"{"driver":"qcow2","file":{"driver":"file","filename":"BASE"}}"#, "qcow2"),
@@ -203,7 +203,7 @@ fn symbolic_links_in_the_overlays_name_are_not_followed_first() {
     if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new();
+    let folder = ChainFolder::new();
     folder.set_backing("other/top", b"base", "qcow2");
     symlink("other/top", folder.path("link")).unwrap();
     folder.compare(&folder.path("link"), "base", "qcow2");
@@ -219,7 +219,7 @@ fn relative_names_below_a_json_name_start_at_the_file_in_it() {
     if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new();
+    let folder = ChainFolder::new();
     folder.set_backing("other/top", b"base", "qcow2");
     let json = r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"MID"}}"#;
     let name = json.replace("MID", &folder.text("other/top"));
@@ -233,7 +233,7 @@ fn data_file_names_lead_where_qemu_goes() {
     if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new();
+    let folder = ChainFolder::new();
     let opens = |path: &Path| {
         let output = Command::new("qemu-io").args(["-r", "-c", "read 0 512"]).arg(path).output().unwrap();
         // Its exit code is 1 too when a command inside fails.
@@ -267,7 +267,7 @@ fn a_new_backing_name_leads_qemu_to_the_base() {
     if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new();
+    let folder = ChainFolder::new();
     symlink("other", folder.path("folder")).unwrap();
     fs::create_dir_all(folder.path("deep/er")).unwrap();
     symlink("../deep/er", folder.path("other/far")).unwrap();
@@ -277,7 +277,7 @@ fn a_new_backing_name_leads_qemu_to_the_base() {
     for old in ["old", "/old", "file:old", json] {
         for top in ["top", "other/top", "folder/top", "other/far/top", "d:x/top", "other/../top"] {
             for base in ["base", "a:b", "json:{}", "other/base", "folder/base", "d:x/base", "other/../base"] {
-                for paths in [Folder::text, Folder::text_from_here] {
+                for paths in [ChainFolder::text, ChainFolder::text_from_here] {
                     let (overlay, base) =
                         (PathBuf::from(paths(&folder, top)), PathBuf::from(paths(&folder, base)));
                     let name = new_backing_name(&OsHost, old.as_bytes(), &overlay, &base).unwrap();
@@ -321,7 +321,7 @@ fn block_devices_are_opened_where_qemu_opens_them() {
     if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new();
+    let folder = ChainFolder::new();
     let Some(device) = LoopDevice::new(&folder.path("base.raw")) else {
         crate::skipped::skipped("no loop device (needs root), block devices were not compared");
         return;
@@ -347,7 +347,7 @@ fn what_qemu_opens_and_we_refuse() {
     if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new();
+    let folder = ChainFolder::new();
     let base = folder.text("base");
     for (name, format, reason) in [
         // Probing: QEMU takes whatever the first bytes of the file say.
@@ -374,7 +374,7 @@ fn what_qemu_refuses_for_other_reasons() {
     if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new();
+    let folder = ChainFolder::new();
     // A loop. QEMU compares names, so that it may go round until the name is too long.
     folder.set_backing("top", b"other/top", "qcow2");
     folder.set_backing("other/top", b"../top", "qcow2");

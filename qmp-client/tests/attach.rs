@@ -18,14 +18,14 @@ use serde_json::json;
 
 /// The merges that are gone through, and the chains that they leave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum AttachedMerge {
     Commit,
     Active,
     KeepOverlay,
     Pull,
 }
 
-impl Kind {
+impl AttachedMerge {
     const ALL: [Self; 4] = [Self::Commit, Self::Active, Self::KeepOverlay, Self::Pull];
 
     fn leaves(self) -> &'static [&'static str] {
@@ -37,52 +37,58 @@ impl Kind {
     }
 }
 
-fn procedure<M: Monitor>(monitor: &M, kind: Kind, nbd: &Path) -> Result<Procedure> {
+fn procedure<M: Monitor>(monitor: &M, kind: AttachedMerge, nbd: &Path) -> Result<Procedure> {
     let graph = Graph::ask(monitor)?;
     let disk = graph.disk("disk0")?;
     let options = MergeOptions { nbd_socket: Some(nbd.to_owned()), ..Default::default() };
-    Ok(if kind == Kind::Pull {
+    Ok(if kind == AttachedMerge::Pull {
         let mut pull = Procedure::pull(disk, Some(disk.layer("[1]")?), options)?;
         pull.preflight(monitor)?;
         pull
     } else {
-        let top = disk.layer(if kind == Kind::Commit { "[3]" } else { "[4]" })?;
+        let top = disk.layer(if kind == AttachedMerge::Commit { "[3]" } else { "[4]" })?;
         let mut commit = Procedure::commit(disk, &disk.range(disk.layer("[1]")?, top)?, options)?;
         commit.preflight(monitor)?;
         commit
     })
 }
 
-fn to_the_end<M: Monitor>(merge: &mut Merge<'_, M>, kind: Kind) -> Result<()> {
+fn to_the_end<M: Monitor>(merge: &mut Merge<'_, M>, kind: AttachedMerge) -> Result<()> {
     match merge.wait(Some(Duration::from_secs(300)), &mut |_| Watch::GoOn)? {
         // One that has vanished was carried out, or attach would not have found it.
         Waited::Reached(_) | Waited::Concluded(_) | Waited::Vanished => {}
         other => panic!("{other:?}"),
     }
     match kind {
-        Kind::Commit | Kind::Pull => merge.finish().map(drop)?,
-        Kind::Active => merge.pivot().map(drop)?,
-        Kind::KeepOverlay => return merge.keep_overlay().map(drop),
+        AttachedMerge::Commit | AttachedMerge::Pull => merge.finish().map(drop)?,
+        AttachedMerge::Active => merge.pivot().map(drop)?,
+        AttachedMerge::KeepOverlay => return merge.keep_overlay().map(drop),
     }
     merge.done()
 }
 
-fn whole<M: Monitor>(monitor: &M, daemon: &Daemon, chain: &Chain, kind: Kind, nbd: &Path) -> Result<()> {
+fn whole<M: Monitor>(
+    monitor: &M,
+    daemon: &Daemon,
+    chain: &Chain,
+    kind: AttachedMerge,
+    nbd: &Path,
+) -> Result<()> {
     let procedure = procedure(monitor, kind, nbd)?;
-    let wishes = Wishes { keep_overlay: kind == Kind::KeepOverlay, ..Wishes::default() };
+    let wishes = Wishes { keep_overlay: kind == AttachedMerge::KeepOverlay, ..Wishes::default() };
     let mut merge = Merge::begin(monitor, procedure, chain.state_file(), &daemon.address(), &wishes)?;
     to_the_end(&mut merge, kind)
 }
 
 /// What the same command does after the client was lost.
-fn again(daemon: &Daemon, chain: &Chain, kind: Kind, nbd: &Path) {
+fn again(daemon: &Daemon, chain: &Chain, kind: AttachedMerge, nbd: &Path) {
     let monitor = daemon.connect();
     let known = states_of(&daemon.address()).unwrap();
     if let Some(mut merge) = attach(&monitor, daemon) {
         match to_the_end(&mut merge, kind) {
             Ok(()) => return,
             // The one before has cancelled, and was lost before it took the result.
-            Err(Error::Job { .. }) if kind == Kind::KeepOverlay => {}
+            Err(Error::Job { .. }) if kind == AttachedMerge::KeepOverlay => {}
             Err(error) => panic!("{error}"),
         }
     }
@@ -90,7 +96,7 @@ fn again(daemon: &Daemon, chain: &Chain, kind: Kind, nbd: &Path) {
         Some(Phase::Switched) => known[0].0.remove().unwrap(),
         Some(Phase::Switching) => panic!("the job is gone, and attach did not find what it left"),
         Some(Phase::Copying) | None
-            if listed(&disk(&monitor)) == kind.leaves() && kind != Kind::KeepOverlay => {}
+            if listed(&disk(&monitor)) == kind.leaves() && kind != AttachedMerge::KeepOverlay => {}
         Some(Phase::Copying) | None => whole(&monitor, daemon, chain, kind, nbd).unwrap(),
     }
 }
@@ -102,7 +108,7 @@ fn whatever_command_a_client_is_lost_at_the_next_one_goes_on() {
     }
     let model = Chain::new(Make::default());
     let before = model.bytes(4);
-    for kind in Kind::ALL {
+    for kind in AttachedMerge::ALL {
         for lost in [Lost::Command, Lost::Answer] {
             let mut cuts = Vec::new();
             loop {
@@ -129,8 +135,8 @@ fn whatever_command_a_client_is_lost_at_the_next_one_goes_on() {
                 drop(daemon);
                 for n in [1, 4] {
                     if kind.leaves().contains(&&*format!("{n}.img"))
-                        && (n, kind) != (1, Kind::Commit)
-                        && (n, kind) != (1, Kind::Pull)
+                        && (n, kind) != (1, AttachedMerge::Commit)
+                        && (n, kind) != (1, AttachedMerge::Pull)
                     {
                         assert!(chain.bytes(n) == before, "{case}: other bytes in {n}");
                     }
@@ -251,7 +257,7 @@ fn a_flush_that_a_killed_client_left_is_swept_away() {
     let connection: Connection = daemon.connect();
     // Lost before it can remove its export: the server that it started is in the way of the next.
     let cut = Cut::after(4, Lost::Command, &connection, &|| {});
-    let error = procedure(&cut, Kind::Commit, Path::new("/no/such/socket")).unwrap_err();
+    let error = procedure(&cut, AttachedMerge::Commit, Path::new("/no/such/socket")).unwrap_err();
     assert!(matches!(error, Error::Disconnected { .. }), "{error}");
     let at = cut.cut_off();
     drop(cut);

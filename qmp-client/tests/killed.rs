@@ -21,22 +21,22 @@ const PLACE: usize = 9 << 20;
 const LENGTH: usize = 64 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum KilledMerge {
     Commit,
     Active,
     Pull,
 }
 
-fn whole<M: Monitor>(monitor: &M, daemon: &Daemon, chain: &Chain, kind: Kind) -> Result<()> {
+fn whole<M: Monitor>(monitor: &M, daemon: &Daemon, chain: &Chain, kind: KilledMerge) -> Result<()> {
     let graph = Graph::ask(monitor)?;
     let disk = graph.disk("disk0")?;
     let options = MergeOptions { nbd_socket: Some(chain.nbd()), ..Default::default() };
-    let procedure: Procedure = if kind == Kind::Pull {
+    let procedure: Procedure = if kind == KilledMerge::Pull {
         let mut pull = Procedure::pull(disk, Some(disk.layer("[1]")?), options)?;
         pull.preflight(monitor)?;
         pull
     } else {
-        let top = disk.layer(if kind == Kind::Commit { "[3]" } else { "[4]" })?;
+        let top = disk.layer(if kind == KilledMerge::Commit { "[3]" } else { "[4]" })?;
         let mut commit = Procedure::commit(disk, &disk.range(disk.layer("[1]")?, top)?, options)?;
         commit.preflight(monitor)?;
         commit
@@ -44,7 +44,7 @@ fn whole<M: Monitor>(monitor: &M, daemon: &Daemon, chain: &Chain, kind: Kind) ->
     let mut merge =
         Merge::begin(monitor, procedure, chain.state_file(), &daemon.address(), &Wishes::default())?;
     merge.wait(Some(Duration::from_secs(300)), &mut |_| Watch::GoOn)?;
-    if kind == Kind::Active { merge.pivot() } else { merge.finish() }?;
+    if kind == KilledMerge::Active { merge.pivot() } else { merge.finish() }?;
     merge.done()
 }
 
@@ -66,16 +66,16 @@ fn write_then_kill(daemon: &Daemon, chain: &Chain) -> bool {
     writer.wait().unwrap().success()
 }
 
-struct Silent;
+struct NoProgress;
 
-impl qmp_client::qcow2::merge::Progress for Silent {
+impl qmp_client::qcow2::merge::Progress for NoProgress {
     fn written(&self, _: u64, _: u64) {}
 }
 
 /// What is found out about a merge, and done about it unless `dry_run`.
 fn recovered(merge: &Unfinished, dry_run: bool) -> Finding {
     let cancel = AtomicBool::new(false);
-    let mut how = Recovery::new(&Silent, &cancel);
+    let mut how = Recovery::new(&NoProgress, &cancel);
     how.dry_run = dry_run;
     merge.recover(how)
 }
@@ -90,7 +90,7 @@ fn whatever_command_the_daemon_is_killed_at_the_valid_top_is_known_and_whole() {
     let mut written = before.clone();
     written[PLACE..PLACE + LENGTH].fill(238);
     let mut seen = Vec::new();
-    for kind in [Kind::Commit, Kind::Active, Kind::Pull] {
+    for kind in [KilledMerge::Commit, KilledMerge::Active, KilledMerge::Pull] {
         for lost in [Lost::Command, Lost::Answer] {
             for cuts in 0.. {
                 let chain = model.copy();
@@ -146,16 +146,16 @@ fn whatever_command_the_daemon_is_killed_at_the_valid_top_is_known_and_whole() {
             (*k, *p, *v) == (kind, Some(phase), outcome) && acknowledged.is_none_or(|wanted| wanted == *a)
         })
     };
-    for kind in [Kind::Commit, Kind::Active, Kind::Pull] {
+    for kind in [KilledMerge::Commit, KilledMerge::Active, KilledMerge::Pull] {
         assert!(came_up(kind, Phase::Copying, Found::NotSwitched, Some(true)), "{kind:?} {seen:?}");
         assert!(came_up(kind, Phase::Switching, Found::Completed, Some(true)), "{kind:?} {seen:?}");
     }
-    assert!(came_up(Kind::Commit, Phase::Switching, Found::NotSwitched, None), "{seen:?}");
+    assert!(came_up(KilledMerge::Commit, Phase::Switching, Found::NotSwitched, None), "{seen:?}");
     // A guest is held at that moment, but a client that connects to an NBD export only then is not (QEMU 10.0.2): what it
     // writes goes to the active layer, and the files tell that too.
     let held = seen.iter().any(|(kind, phase, _, acknowledged)| {
-        (*kind, *phase) == (Kind::Active, Some(Phase::Switching)) && !acknowledged
+        (*kind, *phase) == (KilledMerge::Active, Some(Phase::Switching)) && !acknowledged
     });
-    let not_held = came_up(Kind::Active, Phase::Switching, Found::NotSwitched, Some(true));
+    let not_held = came_up(KilledMerge::Active, Phase::Switching, Found::NotSwitched, Some(true));
     assert!(held || not_held, "{seen:?}");
 }

@@ -33,7 +33,7 @@ struct Pair {
 
 /// What a worker keeps between pairs. Both sides number their layers on their own, so each has a cache.
 #[derive(Debug, Default)]
-struct Worker {
+struct DifferWorker {
     a: Vec<u8>,
     b: Vec<u8>,
     a_cache: ClusterCache,
@@ -72,7 +72,7 @@ impl<'a> Differ<'a> {
         });
         let first = AtomicU64::new(u64::MAX);
         pieces.par_iter().with_min_len((pieces.len() / 64).clamp(1, 32)).try_for_each_init(
-            Worker::default,
+            DifferWorker::default,
             |worker, pair| {
                 if cancel.load(Ordering::Relaxed) {
                     return Err(Error::Cancelled);
@@ -105,8 +105,8 @@ impl<'a> Differ<'a> {
         (pair.a.is_zero() && pair.b.is_zero()) || same_place()
     }
 
-    fn compare(&self, pair: &Pair, worker: &mut Worker) -> Result<Option<GuestOffset>> {
-        let Worker { a, b, a_cache, b_cache } = worker;
+    fn compare(&self, pair: &Pair, worker: &mut DifferWorker) -> Result<Option<GuestOffset>> {
+        let DifferWorker { a, b, a_cache, b_cache } = worker;
         let len = pair.range.len as usize;
         let read = |view: &View<'_>, supply: Supply, buf: &mut Vec<u8>, cache: &mut ClusterCache| {
             buf.resize(len, 0);

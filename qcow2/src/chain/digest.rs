@@ -22,7 +22,7 @@ const PIECE: u64 = 1 << 20;
 /// A table or data that cannot be read or is damaged; [`Error::Cancelled`].
 pub fn digest(view: View<'_>, size: u64, cancel: &AtomicBool) -> Result<u32> {
     let zeros = ZeroCrcs::new();
-    let mut all = Part::EMPTY;
+    let mut all = PartDigest::EMPTY;
     let mut supplied: Vec<Supplied> = Vec::new();
     let end = GuestOffset::new(size);
     while all.len < size {
@@ -33,11 +33,11 @@ pub fn digest(view: View<'_>, size: u64, cancel: &AtomicBool) -> Result<u32> {
         supplied.clear();
         view.resolve(GuestRange::between(next, window_end), &mut supplied)?;
         let groups = group(&supplied);
-        let parts: Vec<Part> = groups
+        let parts: Vec<PartDigest> = groups
             .par_iter()
-            .map_init(Worker::default, |worker, group| worker.hash(&view, group, &zeros, cancel))
+            .map_init(DigestWorker::default, |worker, group| worker.hash(&view, group, &zeros, cancel))
             .collect::<Result<_>>()?;
-        all = parts.into_iter().fold(all, Part::then);
+        all = parts.into_iter().fold(all, PartDigest::then);
         all = all.then(zeros.part(window_end.get().saturating_sub(all.len)));
     }
     Ok(all.crc)
@@ -45,12 +45,12 @@ pub fn digest(view: View<'_>, size: u64, cancel: &AtomicBool) -> Result<u32> {
 
 /// The digest of some bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Part {
+struct PartDigest {
     crc: u32,
     len: u64,
 }
 
-impl Part {
+impl PartDigest {
     const EMPTY: Self = Self { crc: 0, len: 0 };
 
     /// The digest of these bytes followed by others.
@@ -62,11 +62,11 @@ impl Part {
 }
 
 /// Digests of runs of zeros whose lengths are powers of two: each is the one before it, twice.
-struct ZeroCrcs([Part; 64]);
+struct ZeroCrcs([PartDigest; 64]);
 
 impl ZeroCrcs {
     fn new() -> Self {
-        let mut next = Part { crc: crc32fast::hash(&[0]), len: 1 };
+        let mut next = PartDigest { crc: crc32fast::hash(&[0]), len: 1 };
         Self(std::array::from_fn(|n| {
             let this = next;
             if n < 63 {
@@ -77,9 +77,9 @@ impl ZeroCrcs {
     }
 
     /// The digest of `len` zeros.
-    fn part(&self, len: u64) -> Part {
+    fn part(&self, len: u64) -> PartDigest {
         let set = self.0.iter().enumerate().filter(|(bit, _)| len >> bit & 1 == 1);
-        set.fold(Part::EMPTY, |all, (_, run)| all.then(*run))
+        set.fold(PartDigest::EMPTY, |all, (_, run)| all.then(*run))
     }
 }
 
@@ -109,20 +109,20 @@ fn group(supplied: &[Supplied]) -> Vec<Vec<Supplied>> {
 
 /// What a worker keeps between groups.
 #[derive(Debug, Default)]
-struct Worker {
+struct DigestWorker {
     buf: Vec<u8>,
     cache: ClusterCache,
 }
 
-impl Worker {
+impl DigestWorker {
     fn hash(
         &mut self,
         view: &View<'_>,
         group: &[Supplied],
         zeros: &ZeroCrcs,
         cancel: &AtomicBool,
-    ) -> Result<Part> {
-        let mut all = Part::EMPTY;
+    ) -> Result<PartDigest> {
+        let mut all = PartDigest::EMPTY;
         for part in group {
             if cancel.load(Ordering::Relaxed) {
                 return Err(Error::Cancelled);
@@ -135,7 +135,7 @@ impl Worker {
             view.read_supplied(part, &mut self.buf, &mut self.cache)?;
             let mut hasher = Hasher::new_with_initial_len(all.crc, all.len);
             hasher.update(&self.buf);
-            all = Part { crc: hasher.finalize(), len: all.len + part.range.len };
+            all = PartDigest { crc: hasher.finalize(), len: all.len + part.range.len };
         }
         Ok(all)
     }
@@ -149,7 +149,10 @@ mod tests {
     fn zeros_of_any_length_are_combined() {
         let zeros = ZeroCrcs::new();
         for len in [0usize, 1, 2, 3, 511, 512, 4097, 1_000_003] {
-            assert_eq!(zeros.part(len as u64), Part { crc: crc32fast::hash(&vec![0; len]), len: len as u64 });
+            assert_eq!(
+                zeros.part(len as u64),
+                PartDigest { crc: crc32fast::hash(&vec![0; len]), len: len as u64 }
+            );
         }
         // Two ways to the same length, far past what can be hashed.
         let long = zeros.part(1 << 50).then(zeros.part(12345));
@@ -160,9 +163,9 @@ mod tests {
     fn parts_follow_each_other() {
         let bytes: Vec<u8> = (0..1000u32).map(|n| (n * n) as u8).collect();
         let (a, b) = bytes.split_at(313);
-        let part = |b: &[u8]| Part { crc: crc32fast::hash(b), len: b.len() as u64 };
+        let part = |b: &[u8]| PartDigest { crc: crc32fast::hash(b), len: b.len() as u64 };
         assert_eq!(part(a).then(part(b)), part(&bytes));
-        assert_eq!(Part::EMPTY.then(part(a)), part(a));
-        assert_eq!(part(a).then(Part::EMPTY), part(a));
+        assert_eq!(PartDigest::EMPTY.then(part(a)), part(a));
+        assert_eq!(part(a).then(PartDigest::EMPTY), part(a));
     }
 }

@@ -23,7 +23,7 @@ pub(super) fn flatten(text: &str) -> Result<BTreeMap<String, OptionValue>, Strin
     let text = with_double_quotes(text);
     let mut options = BTreeMap::new();
     let mut json = serde_json::Deserializer::from_str(&text);
-    let seed = Flatten { options: &mut options, key: String::new() };
+    let seed = DottedKeys { options: &mut options, key: String::new() };
     seed.deserialize(&mut json).and_then(|()| json.end()).map_err(|e| format!("invalid json: {e}"))?;
     Ok(options)
 }
@@ -55,13 +55,13 @@ fn with_double_quotes(text: &str) -> String {
     out
 }
 
-struct Flatten<'a> {
+struct DottedKeys<'a> {
     options: &'a mut BTreeMap<String, OptionValue>,
     /// The dotted key of the value that is read; empty for the whole.
     key: String,
 }
 
-impl Flatten<'_> {
+impl DottedKeys<'_> {
     fn put<E: serde::de::Error>(self, value: OptionValue) -> Result<(), E> {
         if self.key.is_empty() {
             return Err(E::custom("not an object"));
@@ -73,14 +73,14 @@ impl Flatten<'_> {
     }
 }
 
-impl<'de> DeserializeSeed<'de> for Flatten<'_> {
+impl<'de> DeserializeSeed<'de> for DottedKeys<'_> {
     type Value = ();
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
         deserializer.deserialize_any(self)
     }
 }
 
-impl<'de> Visitor<'de> for Flatten<'_> {
+impl<'de> Visitor<'de> for DottedKeys<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -114,7 +114,7 @@ impl<'de> Visitor<'de> for Flatten<'_> {
             if !seen.insert(name) {
                 return Err(A::Error::custom(format!("'{key}' is given twice")));
             }
-            map.next_value_seed(Flatten { options: &mut *self.options, key })?;
+            map.next_value_seed(DottedKeys { options: &mut *self.options, key })?;
         }
         Ok(())
     }

@@ -86,7 +86,7 @@ pub fn open_data_file(
 }
 
 /// A file that is about to become a layer.
-struct Found {
+struct FoundFile {
     path: PathBuf,
     written_name: Option<Vec<u8>>,
     id: FileId,
@@ -112,7 +112,7 @@ impl Opener<'_> {
         self.options.access.get(&id).copied().unwrap_or(Access::Read)
     }
 
-    fn open_active(&self, path: &Path) -> Result<Found> {
+    fn open_active(&self, path: &Path) -> Result<FoundFile> {
         let io = |op| move |e| Error::io(path, op, None, e);
         let access = self.access(self.host.stat(path).map_err(io(FileOp::Open))?.id);
         (self.before)(path)?;
@@ -124,7 +124,7 @@ impl Opener<'_> {
             Some(format) => format,
             None => ImageFormat::detect_readable(path, &*storage)?,
         };
-        Ok(Found {
+        Ok(FoundFile {
             path: path.to_owned(),
             written_name: None,
             id,
@@ -151,8 +151,8 @@ impl Opener<'_> {
     }
 
     /// Adds a layer and returns the one below it.
-    fn add(&mut self, file: Found) -> Result<Option<Found>> {
-        let Found { path, written_name, id, format, storage, name: called, stated } = file;
+    fn add(&mut self, file: FoundFile) -> Result<Option<FoundFile>> {
+        let FoundFile { path, written_name, id, format, storage, name: called, stated } = file;
         let mut data_file = None;
         let mut data_storage = None;
         let mut below = None;
@@ -210,7 +210,7 @@ impl Opener<'_> {
         Ok(Some((DataFile { path, written_name: written.to_vec(), id, kept, may_write }, storage)))
     }
 
-    fn open_backing(&self, image: &Path, written: Vec<u8>, cluster0: &Cluster0) -> Result<Found> {
+    fn open_backing(&self, image: &Path, written: Vec<u8>, cluster0: &Cluster0) -> Result<FoundFile> {
         let role = Role::BackingFile;
         let name = BackingName::parse(&written).map_err(|why| not_local(image, role, &written, why))?;
         let limit = self.options.policy.max_depth();
@@ -229,12 +229,12 @@ impl Opener<'_> {
         let format = self.backing_format(&named, cluster0, &path, (id, kind), &*storage)?;
         let stated = name.backing().cloned().into_iter().collect();
         let name = Some(name);
-        Ok(Found { path, written_name: Some(written), id, format, storage, name, stated })
+        Ok(FoundFile { path, written_name: Some(written), id, format, storage, name, stated })
     }
 
     /// What a name says of the backing file of the image at `path` must be what that image says. What it says of the
     /// layers further below is left to these.
-    fn judge_stated(&self, path: &Path, stated: Vec<Stated>, found: Option<&mut Found>) -> Result<()> {
+    fn judge_stated(&self, path: &Path, stated: Vec<Stated>, found: Option<&mut FoundFile>) -> Result<()> {
         let refuse = |what| Err(Error::refused(path, Refusal::Contradicted(what)));
         let Some(found) = found else {
             return match stated.iter().find(|stated| **stated != Stated::Nothing) {

@@ -22,12 +22,12 @@ pub(super) const KERNEL_FILES: &[&str] = &["/proc", "/sys"];
 /// Which files may be opened because an image names them. The default allows none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
-    scope: Scope,
+    scope: PolicyScope,
     max_depth: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Scope {
+enum PolicyScope {
     Nothing,
     Anywhere,
     Inside(Vec<PathBuf>),
@@ -42,20 +42,20 @@ impl Default for Policy {
 impl Policy {
     /// Allows no image to name other files.
     pub fn deny() -> Self {
-        Self { scope: Scope::Nothing, max_depth: DEFAULT_MAX_DEPTH }
+        Self { scope: PolicyScope::Nothing, max_depth: DEFAULT_MAX_DEPTH }
     }
 
     /// Allows regular files and block devices anywhere.
     pub fn local_files() -> Self {
-        Self { scope: Scope::Anywhere, ..Self::deny() }
+        Self { scope: PolicyScope::Anywhere, ..Self::deny() }
     }
 
     /// Allows files in `dir` and below it, and in directories allowed by earlier calls, and no others.
     /// Symbolic links are followed before files and directories are compared.
     pub fn allow_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         match &mut self.scope {
-            Scope::Inside(dirs) => dirs.push(dir.into()),
-            scope => *scope = Scope::Inside(vec![dir.into()]),
+            PolicyScope::Inside(dirs) => dirs.push(dir.into()),
+            scope => *scope = PolicyScope::Inside(vec![dir.into()]),
         }
         self
     }
@@ -84,7 +84,7 @@ impl Policy {
     ) -> Result<Opened> {
         let Named { image, role, written, name } = *named;
         let text = || String::from_utf8_lossy(written).into_owned();
-        if self.scope == Scope::Nothing {
+        if self.scope == PolicyScope::Nothing {
             return Err(Error::refused(image, Refusal::NamesDenied { role, name: text() }));
         }
         let path = name.resolve(image);
@@ -118,7 +118,8 @@ impl Policy {
 
     /// Whether a file may be one that an image names; its path has no symbolic links.
     pub(crate) fn allows(&self, host: &dyn Host, file: &Path) -> bool {
-        let is_denied = self.scope == Scope::Nothing || KERNEL_FILES.iter().any(|dir| file.starts_with(dir));
+        let is_denied =
+            self.scope == PolicyScope::Nothing || KERNEL_FILES.iter().any(|dir| file.starts_with(dir));
         !is_denied && self.check_scope(host, file, file.to_owned()).is_ok()
     }
 
@@ -127,7 +128,7 @@ impl Policy {
     /// # Errors
     /// The system's.
     pub(super) fn vouches(&self, host: &dyn Host, file: &Path) -> Result<bool> {
-        if !matches!(self.scope, Scope::Inside(_)) {
+        if !matches!(self.scope, PolicyScope::Inside(_)) {
             return Ok(false);
         }
         let real = host.canonicalize(file).map_err(|e| Error::io(file, FileOp::Resolve, None, e))?;
@@ -138,7 +139,7 @@ impl Policy {
     }
 
     fn check_scope(&self, host: &dyn Host, image: &Path, file: PathBuf) -> Result<()> {
-        let Scope::Inside(dirs) = &self.scope else { return Ok(()) };
+        let PolicyScope::Inside(dirs) = &self.scope else { return Ok(()) };
         for dir in dirs {
             let real = host.canonicalize(dir).map_err(|e| Error::io(dir, FileOp::Resolve, None, e))?;
             if file.starts_with(real) {

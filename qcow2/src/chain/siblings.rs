@@ -118,7 +118,7 @@ pub fn find_users_in(
     // What each file is that leads to a target: the target itself, or an image that others see it through.
     let mut roots: BTreeMap<FileId, FileId> = targets.iter().map(|target| (*target, *target)).collect();
     loop {
-        let is_user = |image: &Image| image.uses.iter().any(|(id, _)| roots.contains_key(id));
+        let is_user = |image: &OutsideImage| image.uses.iter().any(|(id, _)| roots.contains_key(id));
         let (users, rest): (Vec<_>, _) = images.into_iter().partition(is_user);
         if users.is_empty() {
             break;
@@ -139,7 +139,7 @@ pub fn find_users_in(
 }
 
 /// An image outside a chain.
-struct Image {
+struct OutsideImage {
     path: PathBuf,
     id: FileId,
     /// The files that it may use, and as what.
@@ -150,7 +150,7 @@ struct Image {
     is_emptied: bool,
 }
 
-impl Image {
+impl OutsideImage {
     /// Whether the image holds nothing itself, and no internal snapshot does. What is damaged holds something.
     fn is_empty(&self, host: &dyn Host) -> Result<bool> {
         let file =
@@ -168,7 +168,7 @@ impl Image {
 }
 
 /// The image at `path`, if it is one outside `chain` that uses a file.
-fn look(host: &dyn Host, path: &Path, chain: &[FileId]) -> io::Result<Option<Image>> {
+fn look(host: &dyn Host, path: &Path, chain: &[FileId]) -> io::Result<Option<OutsideImage>> {
     let stat = match host.stat(path) {
         Ok(stat) => stat,
         // A link that leads nowhere, or a file that was removed meanwhile.
@@ -198,7 +198,13 @@ fn look(host: &dyn Host, path: &Path, chain: &[FileId]) -> io::Result<Option<Ima
             uses.extend(if_there(host.stat(&named))?.map(|stat| (stat.id, role)));
         }
     }
-    Ok((!uses.is_empty()).then(|| Image { path: path.to_owned(), id: stat.id, uses, is_merged, is_emptied }))
+    Ok((!uses.is_empty()).then(|| OutsideImage {
+        path: path.to_owned(),
+        id: stat.id,
+        uses,
+        is_merged,
+        is_emptied,
+    }))
 }
 
 /// Cluster 0 of a qcow2 image as far as it holds names; `None` if it is no such image, or damaged.

@@ -7,12 +7,12 @@ use crate::format::{BitmapTableEntry, RefcountTableEntry};
 use crate::units::HostOffset;
 
 use super::compare::compare;
-use super::counts::{Counts, Kind, Reference, Width};
+use super::counts::{Counts, Reference, ReferenceKind, Width};
 use super::finding::{Finding, Findings, Structure, What};
 use super::gaps::{Counted, Gaps};
 use super::layout::{Layout, Scope, for_each_word, lay_out};
 use super::naming::name_guests;
-use super::scan::{Scanner, Totals};
+use super::scan::{ClusterTotals, Scanner};
 use super::subject::Subject;
 use super::tables::{TableRef, Visitor, for_each_piece, read_piece, tables_per_piece, walk_l1};
 
@@ -21,13 +21,13 @@ pub(crate) const WINDOW_WORDS: u64 = 5 << 20;
 /// Pieces of L2 tables of which is remembered which windows they refer to.
 const REMEMBERED: usize = 1 << 20;
 
-const METADATA: Reference = Reference { kind: Kind::Other, copied: None, times: 1 };
+const METADATA: Reference = Reference { kind: ReferenceKind::Other, copied: None, times: 1 };
 
 /// What the passes found.
 #[derive(Debug)]
 pub(crate) struct Census {
     pub(crate) findings: Findings,
-    pub(crate) totals: Totals,
+    pub(crate) totals: ClusterTotals,
     /// How many clusters lie before the end of the last one in use.
     pub(crate) clusters_in_use: u64,
 }
@@ -41,7 +41,7 @@ pub(crate) fn take(
     limit: usize,
 ) -> Result<Option<Census>> {
     let findings = Findings::new(limit);
-    let totals = Totals::default();
+    let totals = ClusterTotals::default();
     let (layout, gaps) = lay_out(subject, Scope::Everything, &findings)?;
     gaps.report(&findings);
     let mut clusters_in_use = 0;
@@ -66,7 +66,7 @@ pub(crate) fn count(
     layout: &Layout,
     width: Width,
     window_words: u64,
-    first: Option<(&Findings, &Totals)>,
+    first: Option<(&Findings, &ClusterTotals)>,
     visit: &mut dyn FnMut(Counted<'_>) -> Result<()>,
 ) -> Result<bool> {
     let slots = (subject.file_clusters() + 1).min(window_words.saturating_mul(width.lanes()));

@@ -28,7 +28,7 @@ pub(crate) fn compare(
     let end = counts.window().end.min(subject.file_clusters() + 1);
     let clusters = counts.window().start..end;
     let in_use = AtomicU64::new(0);
-    let comparison = Comparison { subject, counts, findings, in_use: &in_use };
+    let comparison = CountComparison { subject, counts, findings, in_use: &in_use };
     (clusters.start / per_block..end.div_ceil(per_block)).into_par_iter().try_for_each_init(
         Vec::new,
         |buf, block| {
@@ -43,14 +43,14 @@ pub(crate) fn compare(
     Ok(in_use.load(Relaxed))
 }
 
-struct Comparison<'a> {
+struct CountComparison<'a> {
     subject: &'a Subject<'a>,
     counts: &'a Counts,
     findings: &'a Findings,
     in_use: &'a AtomicU64,
 }
 
-impl Comparison<'_> {
+impl CountComparison<'_> {
     /// Compares the clusters of `range` with the block that the refcount table's entry `raw` names;
     /// its first refcount is that of cluster `first`.
     fn block(&self, raw: u64, first: u64, range: Range<u64>, buf: &mut Vec<u8>) {
@@ -76,7 +76,7 @@ impl Comparison<'_> {
             // Nothing can be said of these refcounts. What else the slots tell still counts.
             buf.clear();
         }
-        let mut report = Report { findings: self.findings, subject: self.subject, open: Vec::new() };
+        let mut report = RowReporter { findings: self.findings, subject: self.subject, open: Vec::new() };
         let in_use = self.words(first, range, buf, known, &mut report);
         report.close();
         self.in_use.fetch_max(in_use, Relaxed);
@@ -88,7 +88,7 @@ impl Comparison<'_> {
         range: Range<u64>,
         block: &[u8],
         known: bool,
-        report: &mut Report<'_>,
+        report: &mut RowReporter<'_>,
     ) -> u64 {
         let counts = self.counts;
         let width = RefcountWidth::of(&self.subject.geometry);
@@ -131,14 +131,14 @@ impl Comparison<'_> {
 }
 
 /// Makes one finding of clusters in a row that have the same trouble.
-struct Report<'a> {
+struct RowReporter<'a> {
     findings: &'a Findings,
     subject: &'a Subject<'a>,
     /// At most one for each kind of trouble.
     open: Vec<(What, Severity, Range<u64>)>,
 }
 
-impl Report<'_> {
+impl RowReporter<'_> {
     /// Judges a cluster; `stored` is its refcount, if that is known.
     fn cluster(&mut self, cluster: u64, slot: Slot, stored: Option<u64>, max: u64) {
         let references = slot.count;

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 /// What a reference says a cluster is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum ReferenceKind {
     /// Guest data, plain or compressed: several entries may share it.
     Data = 0,
     /// An L2 table: several L1 tables may share it.
@@ -23,7 +23,7 @@ pub(crate) enum Kind {
 /// A reference, or several alike.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reference {
-    pub(crate) kind: Kind,
+    pub(crate) kind: ReferenceKind,
     /// The COPIED flag, for an entry of the active tables.
     pub(crate) copied: Option<bool>,
     pub(crate) times: u64,
@@ -194,7 +194,7 @@ impl Counts {
             count,
             copied: raw & width.copied() != 0,
             not_copied: raw & width.not_copied() != 0,
-            overlap: kind == KIND_MIXED || (kind == Kind::Other as u64 && count > 1),
+            overlap: kind == KIND_MIXED || (kind == ReferenceKind::Other as u64 && count > 1),
         }
     }
 }
@@ -257,9 +257,9 @@ impl Width {
 mod tests {
     use super::*;
 
-    const DATA: Reference = Reference { kind: Kind::Data, copied: Some(true), times: 1 };
-    const TABLE: Reference = Reference { kind: Kind::L2Table, copied: Some(false), times: 1 };
-    const OTHER: Reference = Reference { kind: Kind::Other, copied: None, times: 1 };
+    const DATA: Reference = Reference { kind: ReferenceKind::Data, copied: Some(true), times: 1 };
+    const TABLE: Reference = Reference { kind: ReferenceKind::L2Table, copied: Some(false), times: 1 };
+    const OTHER: Reference = Reference { kind: ReferenceKind::Other, copied: None, times: 1 };
 
     fn slot(counts: &Counts, cluster: u64) -> Slot {
         let in_window = cluster - counts.window().start;

@@ -43,7 +43,7 @@ pub(crate) enum Scope {
 /// Cancellation, and a header or memory that does not allow to go on.
 pub(crate) fn lay_out(subject: &Subject<'_>, scope: Scope, findings: &Findings) -> Result<(Layout, Gaps)> {
     let header = &subject.header;
-    let mut survey = Survey { subject, findings, gaps: Gaps::default(), metadata: Vec::new() };
+    let mut survey = LayoutSurvey { subject, findings, gaps: Gaps::default(), metadata: Vec::new() };
     survey.claim(Structure::Header, 0, subject.geometry.cluster_size());
     let active = header.l1_offset.get()..header.l1_offset.get().saturating_add(header.l1_bytes());
     survey.claim(Structure::ActiveL1, active.start, header.l1_bytes());
@@ -68,14 +68,14 @@ pub(crate) fn lay_out(subject: &Subject<'_>, scope: Scope, findings: &Findings) 
     Ok((layout, survey.gaps))
 }
 
-struct Survey<'a> {
+struct LayoutSurvey<'a> {
     subject: &'a Subject<'a>,
     findings: &'a Findings,
     gaps: Gaps,
     metadata: Vec<Range<u64>>,
 }
 
-impl Survey<'_> {
+impl LayoutSurvey<'_> {
     /// Notes that a structure takes `len` bytes.
     fn claim(&mut self, structure: Structure, host: u64, len: u64) {
         if len == 0 {

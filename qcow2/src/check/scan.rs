@@ -5,14 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::format::{FormatError, L2Entry, read_be_u64s};
 use crate::units::GuestOffset;
 
-use super::counts::{Counts, Kind, Reference};
+use super::counts::{Counts, Reference, ReferenceKind};
 use super::finding::{Finding, Findings, Structure, What};
 use super::subject::Subject;
 use super::tables::TableRef;
 
 /// Clusters of the active disk, as `qemu-img check` counts them.
 #[derive(Debug, Default)]
-pub(crate) struct Totals {
+pub(crate) struct ClusterTotals {
     pub(crate) allocated: AtomicU64,
     pub(crate) fragmented: AtomicU64,
     pub(crate) compressed: AtomicU64,
@@ -24,7 +24,7 @@ pub(crate) struct Scanner<'a> {
     pub(crate) subject: &'a Subject<'a>,
     pub(crate) counts: &'a Counts,
     /// Where findings and totals go, when the tables are seen for the first time.
-    pub(crate) first: Option<(&'a Findings, &'a Totals)>,
+    pub(crate) first: Option<(&'a Findings, &'a ClusterTotals)>,
 }
 
 /// The progress through one table.
@@ -138,7 +138,7 @@ impl Scanner<'_> {
         let bits = self.subject.geometry.cluster_bits();
         let first = host >> bits;
         let reference = Reference {
-            kind: Kind::Data,
+            kind: ReferenceKind::Data,
             copied: (cursor.table.active > 0).then_some(copied),
             times: cursor.table.times,
         };
@@ -198,7 +198,7 @@ impl Scanner<'_> {
             return;
         }
         let copied = copied.filter(|_| cursor.table.active > 0);
-        let reference = Reference { kind: Kind::Data, copied, times: cursor.table.times };
+        let reference = Reference { kind: ReferenceKind::Data, copied, times: cursor.table.times };
         let next = self.count(self.subject.clusters(host, len), reference);
         cursor.next_window = cursor.next_window.min(next);
     }

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::format::{L1Entry, read_be_u64s};
 use crate::units::GuestOffset;
 
-use super::counts::{Kind, Reference};
+use super::counts::{Reference, ReferenceKind};
 use super::finding::{Finding, Findings, Structure, What};
 use super::gaps::Gaps;
 use super::subject::Subject;
@@ -153,7 +153,7 @@ fn examine(
         return None;
     }
     let copied = copied.filter(|_| table.active > 0);
-    let reference = Reference { kind: Kind::L2Table, copied, times: table.times };
+    let reference = Reference { kind: ReferenceKind::L2Table, copied, times: table.times };
     visitor.reference(subject.clusters(host, size), reference);
     (host & (size - 1) == 0).then_some(host)
 }

@@ -17,7 +17,7 @@ use crate::chain::view::View;
 use crate::chain::{Chain, Layer, OpenOptions, new_backing_name};
 use crate::error::{Error, FileOp, Refusal, Result, shown};
 use crate::image::alloc::Allocator;
-use crate::image::create::{CreateOptions, Layout, dir_of, whole_sectors};
+use crate::image::create::{CreateOptions, NewImageLayout, dir_of, whole_sectors};
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, ImageFormat, Qcow2, Raw};
 use crate::storage::{Host, MemFile, Storage};
@@ -260,7 +260,7 @@ impl NewImage {
                 Ok(Image::Raw(Raw::open(path, file)?))
             }
             Self::Qcow2(options) => {
-                Layout::of(path, options, clusters)?.write(path, &*file)?;
+                NewImageLayout::of(path, options, clusters)?.write(path, &*file)?;
                 Image::open(path, file, ImageFormat::Qcow2, None)
             }
         }
@@ -273,7 +273,7 @@ impl NewImage {
             Self::Qcow2(options) => {
                 let clusters = totals.clusters_to_allocate;
                 let data = clusters.saturating_mul(1 << options.cluster_bits);
-                Ok(Layout::of(path, options, clusters)?.file_size().saturating_add(data))
+                Ok(NewImageLayout::of(path, options, clusters)?.file_size().saturating_add(data))
             }
         }
     }

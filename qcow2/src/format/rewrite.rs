@@ -63,7 +63,7 @@ pub fn plan_backing_switch(
     format: &str,
 ) -> Result<Switch, RewriteError> {
     check_backing(name.as_ref(), format)?;
-    let old = Old::read(cluster0)?;
+    let old = OldCluster0::read(cluster0)?;
     old.choose(&[old.with_backing_format(format)], name.as_ref())
 }
 
@@ -92,9 +92,9 @@ pub struct EmptyDisk<'a> {
 /// As [`plan_backing_switch`].
 pub fn plan_empty_switch(cluster0: &[u8], disk: &EmptyDisk<'_>) -> Result<Switch, RewriteError> {
     check_backing(disk.name, disk.format)?;
-    let old = Old::read(cluster0)?;
+    let old = OldCluster0::read(cluster0)?;
     let new = NewDisk { l1_offset: disk.l1_offset, l1_entries: disk.l1_entries, size: disk.size };
-    let old = Old { disk: Some(new), ..old };
+    let old = OldCluster0 { disk: Some(new), ..old };
     old.choose(&marked(old.with_backing_format(disk.format), disk.mark), disk.name)
 }
 
@@ -110,7 +110,7 @@ pub fn plan_mark_and_backing(
     format: &str,
 ) -> Result<Switch, RewriteError> {
     check_backing(name, format)?;
-    let old = Old::read(cluster0)?;
+    let old = OldCluster0::read(cluster0)?;
     old.choose(&marked(old.with_backing_format(format), mark), name)
 }
 
@@ -128,7 +128,7 @@ fn marked(mut list: Vec<Extension>, (mark, base): (Mark, &[u8])) -> [Vec<Extensi
 /// # Errors
 /// No room even for an empty mark, or a cluster 0 that must not be edited.
 pub fn plan_mark(cluster0: &[u8], base: impl AsRef<[u8]>, mark: Mark) -> Result<Switch, RewriteError> {
-    let old = Old::read(cluster0)?;
+    let old = OldCluster0::read(cluster0)?;
     let with = |data: &[u8]| {
         let mut list = old.cluster0.extensions.clone();
         let mark = Extension::new(mark.magic(), data);
@@ -175,7 +175,7 @@ impl Mark {
 /// # Errors
 /// A cluster 0 that must not be edited.
 pub fn plan_drop_bitmaps(cluster0: &[u8]) -> Result<Switch, RewriteError> {
-    let mut old = Old::read(cluster0)?;
+    let mut old = OldCluster0::read(cluster0)?;
     let mut list = old.cluster0.extensions.clone();
     list.retain(|e| e.magic != EXT_BITMAPS);
     let (incompatible, autoclear) = (old.cluster0.header.incompatible, old.cluster0.header.autoclear);
@@ -184,7 +184,7 @@ pub fn plan_drop_bitmaps(cluster0: &[u8]) -> Result<Switch, RewriteError> {
     for write in &switch.writes {
         write.apply_to(&mut old.bytes);
     }
-    let rest = Old::read(&old.bytes)?;
+    let rest = OldCluster0::read(&old.bytes)?;
     let rest = rest.choose(&[list], rest.name())?;
     switch.atomic &= rest.atomic;
     switch.writes.extend(rest.writes);
@@ -198,7 +198,7 @@ pub fn plan_drop_bitmaps(cluster0: &[u8]) -> Result<Switch, RewriteError> {
 /// # Errors
 /// A cluster 0 that must not be edited.
 pub fn plan_feature_bits(cluster0: &[u8], incompatible: u64, autoclear: u64) -> Result<Switch, RewriteError> {
-    let old = Old::read(cluster0)?;
+    let old = OldCluster0::read(cluster0)?;
     let mut new = old.bytes.clone();
     if old.cluster0.header.version >= 3 {
         put(&mut new, at::INCOMPATIBLE, &incompatible.to_be_bytes());
@@ -224,7 +224,7 @@ fn put(bytes: &mut [u8], at: usize, new: &[u8]) {
 }
 
 /// Cluster 0 before the edit.
-struct Old {
+struct OldCluster0 {
     bytes: Vec<u8>,
     cluster0: Cluster0,
     /// Header and extensions up to their END mark.
@@ -242,7 +242,7 @@ struct NewDisk {
     size: u64,
 }
 
-impl Old {
+impl OldCluster0 {
     fn read(bytes: &[u8]) -> Result<Self, RewriteError> {
         let cluster0 = Cluster0::parse(bytes)?;
         let header = &cluster0.header;

@@ -56,7 +56,7 @@ impl CreateOptions {
 /// # Errors
 /// A name that exists; options that no qcow2 image can have; an I/O error. No file is left behind.
 pub fn create(host: &dyn Host, path: &Path, options: &CreateOptions) -> Result<()> {
-    let layout = Layout::of(path, options, 0)?;
+    let layout = NewImageLayout::of(path, options, 0)?;
     make(host, path, |file| layout.write(path, file))
 }
 
@@ -114,7 +114,7 @@ pub(crate) fn lock_new(host: &dyn Host, path: &Path, file: &dyn Storage) -> Resu
 
 /// Where everything of a new image lies.
 #[derive(Clone, Debug)]
-pub(crate) struct Layout {
+pub(crate) struct NewImageLayout {
     cluster0: Vec<u8>,
     geometry: Geometry,
     /// Clusters of the refcount table, the refcount blocks and the L1 table, in this order behind cluster 0.
@@ -123,7 +123,7 @@ pub(crate) struct Layout {
     l1: u64,
 }
 
-impl Layout {
+impl NewImageLayout {
     /// The layout of an image in which `room` more clusters can be allocated without any growth of the
     /// refcounts.
     ///
@@ -356,7 +356,7 @@ mod tests {
         for options in every_kind(1 << 20) {
             for room in [0, 1, 100, 5000] {
                 let file = host.create_new(path).unwrap();
-                let layout = Layout::of(path, &options, room).unwrap();
+                let layout = NewImageLayout::of(path, &options, room).unwrap();
                 layout.write(path, &*file).unwrap();
                 assert_eq!(file.size().unwrap(), layout.file_size());
                 let image = Qcow2::open(path, file, None).unwrap();
@@ -400,7 +400,7 @@ mod tests {
             assert_eq!(error.kind(), kind, "{bad:?}: {error}");
             assert!(host.stat(Path::new("/bad")).is_err(), "{bad:?}");
         }
-        assert!(Layout::of(Path::new("/bad"), &new, u64::MAX).is_err());
+        assert!(NewImageLayout::of(Path::new("/bad"), &new, u64::MAX).is_err());
         assert!(create_raw(&host, Path::new("/bad"), u64::MAX).is_err());
     }
 

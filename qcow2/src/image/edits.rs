@@ -26,9 +26,9 @@ pub(crate) trait ClusterSource {
 
 /// An L2 table that a batch looks at or changes.
 #[derive(Debug)]
-struct Table {
+struct BatchTable {
     l1_index: u64,
-    place: Place,
+    place: TablePlace,
     bytes: Vec<u8>,
     /// The bytes that changed.
     dirty: Option<Range<usize>>,
@@ -36,7 +36,7 @@ struct Table {
 
 /// Where an L2 table lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+enum TablePlace {
     /// There is none yet.
     Absent,
     /// In the file, owned by the active L1 table alone.
@@ -50,8 +50,8 @@ enum Place {
 /// The metadata side of a batch.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
-    current: Option<Table>,
-    changed: Vec<Table>,
+    current: Option<BatchTable>,
+    changed: Vec<BatchTable>,
     /// The bytes of the changed tables.
     table_bytes: usize,
     allocated: Vec<Range<ClusterIndex>>,
@@ -69,8 +69,8 @@ impl Batch {
         let table = self.table(image, cluster)?;
         let (first, second) = table.words(index, &geometry);
         let at = match table.place {
-            Place::Absent => 0,
-            Place::Live(host) | Place::Shared(host) | Place::Fresh { host, .. } => host.get(),
+            TablePlace::Absent => 0,
+            TablePlace::Live(host) | TablePlace::Shared(host) | TablePlace::Fresh { host, .. } => host.get(),
         };
         L2Entry::decode(first, second, &geometry, image.header().version, image.has_data_file(), at)
             .map_err(|e| Error::Mapping { path: image.path().to_owned(), guest: cluster, source: e })
@@ -89,13 +89,13 @@ impl Batch {
     ) -> Result<()> {
         let geometry = *image.geometry();
         let replaces = match self.table(image, cluster)?.place {
-            Place::Live(_) | Place::Fresh { .. } => None,
-            Place::Absent => Some(None),
-            Place::Shared(host) => Some(Some(host)),
+            TablePlace::Live(_) | TablePlace::Fresh { .. } => None,
+            TablePlace::Absent => Some(None),
+            TablePlace::Shared(host) => Some(Some(host)),
         };
         if let Some(replaces) = replaces {
             let host = HostOffset::new(self.allocate(source)? << geometry.cluster_bits());
-            self.table(image, cluster)?.place = Place::Fresh { host, replaces };
+            self.table(image, cluster)?.place = TablePlace::Fresh { host, replaces };
             if let Some(old) = replaces {
                 self.released.push(old.get() >> geometry.cluster_bits());
             }
@@ -148,7 +148,7 @@ impl Batch {
         self.released.clear();
     }
 
-    fn table(&mut self, image: &Qcow2, cluster: GuestOffset) -> Result<&mut Table> {
+    fn table(&mut self, image: &Qcow2, cluster: GuestOffset) -> Result<&mut BatchTable> {
         let l1_index = image.geometry().l1_index(cluster);
         let table = match self.current.take() {
             Some(table) if table.l1_index == l1_index => table,
@@ -157,7 +157,7 @@ impl Batch {
                     self.table_bytes += done.bytes.len();
                     self.changed.push(done);
                 }
-                Table::load(image, l1_index)?
+                BatchTable::load(image, l1_index)?
             }
         };
         Ok(self.current.insert(table))
@@ -175,7 +175,7 @@ impl Batch {
             image.extend_to(last.end << image.geometry().cluster_bits())?;
         }
         for table in &self.changed {
-            if let Place::Fresh { host, .. } = table.place {
+            if let TablePlace::Fresh { host, .. } = table.place {
                 image.write_new(host, &table.bytes)?;
             }
         }
@@ -188,13 +188,13 @@ impl Batch {
     /// An I/O error.
     pub(crate) fn publish(&self, image: &Qcow2) -> Result<()> {
         for table in &self.changed {
-            if let (Place::Live(host), Some(dirty)) = (table.place, table.dirty.clone()) {
+            if let (TablePlace::Live(host), Some(dirty)) = (table.place, table.dirty.clone()) {
                 let at = host + dirty.start as u64;
                 image.write(at, table.bytes.get(dirty).unwrap_or_default())?;
             }
         }
         let fresh = self.changed.iter().filter_map(|table| match table.place {
-            Place::Fresh { host, .. } => {
+            TablePlace::Fresh { host, .. } => {
                 Some((table.l1_index, L1Entry::Table { host, copied: true }.encode()))
             }
             _ => None,
@@ -241,16 +241,16 @@ fn write_l1(image: &Qcow2, (index, entries): &(u64, Vec<u64>)) -> Result<()> {
     image.write(image.header().l1_offset + index * 8, &write_be_u64s(entries.iter().copied()))
 }
 
-impl Table {
+impl BatchTable {
     fn load(image: &Qcow2, l1_index: u64) -> Result<Self> {
         let geometry = *image.geometry();
         let mut bytes = vec![0; geometry.cluster_size() as usize];
         let start = GuestOffset::new(l1_index * geometry.l2_coverage());
-        let mut place = Place::Absent;
+        let mut place = TablePlace::Absent;
         image.for_each_l1(GuestRange { start, len: 1 }, |_, entry| {
             if let L1Entry::Table { host, copied } = entry {
                 image.read_table(host, &mut bytes)?;
-                place = if copied { Place::Live(host) } else { Place::Shared(host) };
+                place = if copied { TablePlace::Live(host) } else { TablePlace::Shared(host) };
             }
             Ok(())
         })?;

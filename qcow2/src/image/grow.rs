@@ -19,7 +19,7 @@ use crate::units::HostOffset;
 /// New refcount blocks and, where the table has no room for them, a new table; all of it lies in the
 /// area that the new blocks cover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Growth {
+struct RefcountGrowth {
     /// Position of the first new block in the table.
     first: u64,
     /// How many new blocks.
@@ -28,7 +28,7 @@ struct Growth {
     table: u64,
 }
 
-impl Growth {
+impl RefcountGrowth {
     /// The first cluster of the new area.
     fn start(&self, per_block: u64) -> ClusterIndex {
         self.first * per_block
@@ -115,7 +115,7 @@ pub(crate) fn make_room(
 fn publish_blocks(
     image: &Qcow2,
     per_block: u64,
-    growth: Growth,
+    growth: RefcountGrowth,
     at: HostOffset,
     table: &[RefcountTableEntry],
 ) -> Result<()> {
@@ -158,12 +158,12 @@ impl TableSwitch {
     }
 }
 
-fn plan(image: &Qcow2, refcounts: &Refcounts, missing: u64) -> Result<Growth> {
+fn plan(image: &Qcow2, refcounts: &Refcounts, missing: u64) -> Result<RefcountGrowth> {
     let geometry = image.geometry();
     let per_block = refcounts.per_block();
     let table = refcounts.table();
     let first = table.iter().rposition(|e| e.block().is_some()).map_or(0, |n| n as u64 + 1);
-    let mut growth = Growth { first, blocks: 1, table: 0 };
+    let mut growth = RefcountGrowth { first, blocks: 1, table: 0 };
     // The new blocks and the new table take clusters of the new area themselves: grow until it fits.
     loop {
         let entries = growth.first + growth.blocks;
@@ -187,7 +187,7 @@ fn plan(image: &Qcow2, refcounts: &Refcounts, missing: u64) -> Result<Growth> {
 fn write_blocks(
     image: &Qcow2,
     refcounts: &Refcounts,
-    growth: Growth,
+    growth: RefcountGrowth,
 ) -> Result<(Vec<RefcountTableEntry>, HostOffset)> {
     let geometry = image.geometry();
     let bits = geometry.cluster_bits();

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, FileOp, Result};
 use crate::format::{Cluster0, FormatError, Geometry, Header, L1Entry, read_be_u64s};
-use crate::storage::{Storage, View, first_unreadable};
+use crate::storage::{FileView, Storage, first_unreadable};
 use crate::units::HostOffset;
 
 /// An opened qcow2 image: its header and its files. Tables are read when they are needed.
@@ -27,7 +27,7 @@ pub struct Qcow2 {
     as_qemu: bool,
     behind_end: AtomicBool,
     /// The file as memory, once it was asked for; only a locked file gives one.
-    view: OnceLock<Option<View>>,
+    view: OnceLock<Option<FileView>>,
 }
 
 impl Qcow2 {

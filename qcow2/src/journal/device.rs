@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::file::Journal;
 use super::record::{BLOCK, Block, SECTOR, sector_crcs};
-use crate::storage::{CopyError, FileStat, LockError, LockMode, Storage, View};
+use crate::storage::{CopyError, FileStat, FileView, LockError, LockMode, Storage};
 
 /// A file that is written under a journal. See the module.
 #[derive(Debug)]
@@ -28,14 +28,14 @@ pub(crate) struct Journaled {
     file: Arc<dyn Storage>,
     journal: Arc<Journal>,
     target: u8,
-    kept: Mutex<Kept>,
+    kept: Mutex<HeldBlocks>,
     /// How many blocks are kept; nobody asks for the lock while there are none.
     count: AtomicUsize,
 }
 
 /// What is in memory.
 #[derive(Debug, Default)]
-struct Kept {
+struct HeldBlocks {
     blocks: BTreeMap<u64, Changed>,
     /// Behind the last byte of the blocks: the file may be shorter until they are written.
     end: u64,
@@ -85,7 +85,7 @@ impl Journaled {
         &self.file
     }
 
-    fn lock(&self) -> MutexGuard<'_, Kept> {
+    fn lock(&self) -> MutexGuard<'_, HeldBlocks> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -94,7 +94,7 @@ impl Journaled {
     }
 
     /// Notes how many blocks are kept, and makes room when there are too many.
-    fn settle(&self, kept: &mut Kept) -> io::Result<()> {
+    fn settle(&self, kept: &mut HeldBlocks) -> io::Result<()> {
         self.count.store(kept.blocks.len(), Relaxed);
         if kept.blocks.is_empty() {
             kept.end = 0;
@@ -103,7 +103,7 @@ impl Journaled {
     }
 
     /// The record, then the blocks in place, then the file.
-    fn barrier(&self, kept: &mut Kept) -> io::Result<()> {
+    fn barrier(&self, kept: &mut HeldBlocks) -> io::Result<()> {
         kept.usable()?;
         if kept.blocks.is_empty() {
             return self.file.sync();
@@ -137,7 +137,7 @@ impl Journaled {
     /// Has `change` edit the bytes of a range in the blocks that it touches.
     fn keep(
         &self,
-        kept: &mut Kept,
+        kept: &mut HeldBlocks,
         range: Range<u64>,
         mut change: impl FnMut(&mut [u8], u64) -> io::Result<()>,
     ) -> io::Result<()> {
@@ -205,7 +205,7 @@ impl Journaled {
     }
 }
 
-impl Kept {
+impl HeldBlocks {
     fn usable(&self) -> io::Result<()> {
         match &self.failed {
             None => Ok(()),
@@ -454,7 +454,7 @@ impl Storage for Journaled {
         self.file.as_file()
     }
 
-    fn view(&self) -> Option<View> {
+    fn view(&self) -> Option<FileView> {
         self.file.view()
     }
 }

@@ -32,11 +32,11 @@ pub(crate) struct Journal {
     header: Header,
     /// The length of the header, in bytes. Behind it are a block for the sign of life, and the records.
     header_len: u64,
-    state: Mutex<State>,
+    state: Mutex<JournalState>,
     /// What every record says of the files to be removed.
     spent: Mutex<Option<Vec<Spent>>>,
     /// The files that are written under it, and how they were when somebody last looked.
-    watched: Mutex<Watched>,
+    watched: Mutex<WatchedTargets>,
     /// This run of the system.
     boot: Option<Boot>,
     opened: Instant,
@@ -48,14 +48,14 @@ pub(crate) struct Journal {
 
 /// The targets of a journal as files, and how they were behind the last barrier.
 #[derive(Debug, Default)]
-struct Watched {
+struct WatchedTargets {
     files: Vec<Arc<dyn Storage>>,
     known: Vec<Times>,
 }
 
 /// How far the work is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct State {
+pub(crate) struct JournalState {
     pub(crate) phase: Phase,
     pub(crate) watermark: u64,
     pub(crate) done: u64,
@@ -64,7 +64,7 @@ pub(crate) struct State {
     sequence: u64,
 }
 
-impl State {
+impl JournalState {
     fn of(last: &Record) -> Self {
         let Record { phase, watermark, done, is_doubtful, sequence, .. } = *last;
         Self { phase, watermark, done, is_doubtful, sequence }
@@ -194,9 +194,9 @@ impl Journal {
             }
         }
         if let Some(last) = &last {
-            journal.state = Mutex::new(State::of(last));
+            journal.state = Mutex::new(JournalState::of(last));
             journal.spent = Mutex::new(last.spent.clone());
-            journal.watched = Mutex::new(Watched { files: Vec::new(), known: last.known.clone() });
+            journal.watched = Mutex::new(WatchedTargets { files: Vec::new(), known: last.known.clone() });
         }
         Ok(Some((journal, last)))
     }
@@ -208,7 +208,8 @@ impl Journal {
         header: Header,
         header_len: usize,
     ) -> Self {
-        let state = State { phase: Phase::Arming, watermark: 0, done: 0, is_doubtful: false, sequence: 0 };
+        let state =
+            JournalState { phase: Phase::Arming, watermark: 0, done: 0, is_doubtful: false, sequence: 0 };
         Self {
             path: place.path(),
             place: place.clone(),
@@ -253,7 +254,7 @@ impl Journal {
         self.watched().files = files;
     }
 
-    fn watched(&self) -> MutexGuard<'_, Watched> {
+    fn watched(&self) -> MutexGuard<'_, WatchedTargets> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -295,12 +296,12 @@ impl Journal {
     }
 
     /// The turn of whoever writes a record, and then in place what it says. Nobody else does so meanwhile.
-    pub(super) fn turn(&self) -> MutexGuard<'_, State> {
+    pub(super) fn turn(&self) -> MutexGuard<'_, JournalState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How far the work is.
-    pub(crate) fn state(&self) -> State {
+    pub(crate) fn state(&self) -> JournalState {
         *self.turn()
     }
 
@@ -372,7 +373,7 @@ impl Journal {
     /// Writes a record and makes it durable.
     pub(super) fn append(
         &self,
-        state: &mut State,
+        state: &mut JournalState,
         target: u8,
         len: u64,
         stopped: bool,

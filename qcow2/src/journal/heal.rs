@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::file::{Journal, sync_folder};
 use super::judge::{compare, has_clean_names, has_header, seen};
-use super::place::{Found, JOURNAL, SWITCH, find, is_beside, place, places};
+use super::place::{FoundJournal, JOURNAL, SWITCH, find, is_beside, place, places};
 use super::record::{BLOCK, Block, Guard, Header, MAX_BLOCKS, Phase, Purpose, Record, SECTOR, sector_crcs};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::is_qcow2;
@@ -143,7 +143,7 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: b
         }
     }
     let Some(found) = torn_under_a_journal(host, path, &*file, dir)? else { return Ok(is_written) };
-    let Found { journal, last: Some(last), .. } = &found else { return Ok(is_written) };
+    let FoundJournal { journal, last: Some(last), .. } = &found else { return Ok(is_written) };
     let file = hold()?;
     let was = seen(journal, Some(last), 0, &found.now, host.boot())?;
     write_back(path, &*file, last)?;
@@ -186,9 +186,9 @@ fn torn_under_a_journal(
     path: &Path,
     file: &dyn Storage,
     dir: Option<&Path>,
-) -> Result<Option<Found>> {
+) -> Result<Option<FoundJournal>> {
     let Some(found) = find(host, path, file, dir, Access::Read, JOURNAL)? else { return Ok(None) };
-    let Found { journal, last: Some(last), .. } = &found else { return Ok(None) };
+    let FoundJournal { journal, last: Some(last), .. } = &found else { return Ok(None) };
     // Somebody works under it, and the image is as that somebody has it.
     if last.target != 0 || journal.is_held() {
         return Ok(None);
@@ -222,8 +222,13 @@ enum Edited<'a> {
 
 /// How the edit of a record stands in the image at `path`. A record that was made for another file of that name is only
 /// believed if all that it did not change is as it found it.
-fn judge_edit<'a>(host: &dyn Host, path: &Path, file: &dyn Storage, found: &'a Found) -> Result<Edited<'a>> {
-    let Found { journal, last, .. } = found;
+fn judge_edit<'a>(
+    host: &dyn Host,
+    path: &Path,
+    file: &dyn Storage,
+    found: &'a FoundJournal,
+) -> Result<Edited<'a>> {
+    let FoundJournal { journal, last, .. } = found;
     let (Some(last), Purpose::Header { .. }) = (last, journal.header().purpose) else {
         return Ok(if found.is_same_file() { Edited::Whole } else { Edited::Elsewhere });
     };
@@ -246,7 +251,7 @@ fn judge_edit<'a>(host: &dyn Host, path: &Path, file: &dyn Storage, found: &'a F
 
 /// Redoes the edit of a record if it was torn, and removes the record, if it is about the image at `path`, which is held
 /// under lock. Tells whether the header was written.
-fn end_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &Found) -> Result<bool> {
+fn end_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &FoundJournal) -> Result<bool> {
     let is_written = match judge_edit(host, path, file, found)? {
         Edited::Elsewhere => return Ok(false),
         Edited::Whole => false,
@@ -334,7 +339,7 @@ fn sweep_one(host: &dyn Host, record: &Place, may_be_elsewhere: bool, no_locks: 
         if !journal.owner()?.may_speak_for(&disk, host.user()) {
             return Ok(());
         }
-        let found = Found { journal, last, now: Stamp::of(host, &path, &*file)? };
+        let found = FoundJournal { journal, last, now: Stamp::of(host, &path, &*file)? };
         // In a folder for all, a record about another file of that name is that one's.
         if may_be_elsewhere && !found.is_same_file() {
             return Ok(());
@@ -389,7 +394,7 @@ fn is_between(
     host: &dyn Host,
     path: &Path,
     file: &dyn Storage,
-    found: &Found,
+    found: &FoundJournal,
     last: &Record,
 ) -> Result<bool> {
     let sectors = compare(last, file).map_err(|e| Error::io(path, FileOp::Read, Some(0), e))?;
@@ -405,7 +410,13 @@ fn is_between(
 
 /// Whether the header of an image was torn as it was written with this record. One whose names nobody would write was torn
 /// behind its first bytes.
-fn is_torn(host: &dyn Host, path: &Path, file: &dyn Storage, found: &Found, last: &Record) -> Result<bool> {
+fn is_torn(
+    host: &dyn Host,
+    path: &Path,
+    file: &dyn Storage,
+    found: &FoundJournal,
+    last: &Record,
+) -> Result<bool> {
     let failed = |e| Error::io(path, FileOp::Read, Some(0), e);
     let sectors = compare(last, file).map_err(failed)?;
     if !has_header(file).map_err(failed)? {
@@ -421,7 +432,7 @@ fn is_torn_beside_the_dirty_bit(
     host: &dyn Host,
     path: &Path,
     file: &dyn Storage,
-    found: &Found,
+    found: &FoundJournal,
     last: &Record,
 ) -> Result<bool> {
     let header = found.journal.header();

@@ -9,12 +9,12 @@ use super::file::Journal;
 use super::record::{BLOCK, Guard, Phase, Record, SECTOR};
 use crate::error::{Error, FileOp, Result};
 use crate::format::{Cluster0, FormatError};
-use crate::stamp::{Seen, Stamp, Times, Work};
+use crate::stamp::{Seen, Stamp, Times, WorkTimes};
 use crate::storage::{Boot, Host, Storage};
 
 /// What a journal means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum JournalVerdict {
     /// The work has not begun, or is over: the journal can go.
     Over,
     /// The work is over, but for the image's dirty bit or for the proof that it is the same image.
@@ -34,7 +34,7 @@ pub(crate) enum Verdict {
 /// A verdict, and what follows from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Judgement {
-    pub(crate) verdict: Verdict,
+    pub(crate) verdict: JournalVerdict,
     /// Whether the blocks of the last record may be written again.
     pub(crate) replays: bool,
     /// Whether a power cut has torn what the last record was to write: without it the image cannot be read.
@@ -97,52 +97,56 @@ pub(crate) fn judge(
     };
     let is_newer = seen == Seen::Newer;
     let Some(last) = last else {
-        return Ok(as_judged(if is_newer { Verdict::Foreign } else { Verdict::Over }, false, false));
+        return Ok(as_judged(
+            if is_newer { JournalVerdict::Foreign } else { JournalVerdict::Over },
+            false,
+            false,
+        ));
     };
     let sectors = match now.files.get(usize::from(last.target)) {
         Some(file) => {
             compare(last, *file).map_err(|e| Error::io(journal.path(), FileOp::CompareWith, None, e))?
         }
-        None => Sectors::default(),
+        None => SectorCounts::default(),
     };
     let is_stamped = header.guard == Guard::Stamp;
     let verdict = match (is_stamped, now.dirty, last.phase) {
-        (_, _, Phase::Removing) => Verdict::Over,
+        (_, _, Phase::Removing) => JournalVerdict::Over,
         // Its last write, which said so, came later.
-        (_, _, Phase::Done) if matches!(seen, Seen::Older) => Verdict::PutBack,
-        (true, _, Phase::Done) => Verdict::Over,
+        (_, _, Phase::Done) if matches!(seen, Seen::Older) => JournalVerdict::PutBack,
+        (true, _, Phase::Done) => JournalVerdict::Over,
         // Somebody has used it since.
-        (false, Some(false), Phase::Done) if is_newer && !is_doubtful => Verdict::Over,
+        (false, Some(false), Phase::Done) if is_newer && !is_doubtful => JournalVerdict::Over,
         // The bit alone does not tell what is done from an image that was put back at once, or whose header was healed.
-        (false, _, Phase::Done) => Verdict::Finished,
-        (false, Some(false), Phase::Arming) if is_newer => Verdict::Foreign,
-        (false, Some(false), Phase::Arming) => Verdict::Over,
+        (false, _, Phase::Done) => JournalVerdict::Finished,
+        (false, Some(false), Phase::Arming) if is_newer => JournalVerdict::Foreign,
+        (false, Some(false), Phase::Arming) => JournalVerdict::Over,
         (false, Some(false), _) => match seen {
-            Seen::Older => Verdict::PutBack,
-            Seen::Copied | Seen::Other => Verdict::Copied,
-            _ => Verdict::Foreign,
+            Seen::Older => JournalVerdict::PutBack,
+            Seen::Copied | Seen::Other => JournalVerdict::Copied,
+            _ => JournalVerdict::Foreign,
         },
         _ => match seen {
             // Whoever opens the image with QEMU clears its dirty bit.
-            Seen::Newer if is_stamped => Verdict::Foreign,
-            Seen::Older => Verdict::PutBack,
-            Seen::Copied | Seen::Other => Verdict::Copied,
+            Seen::Newer if is_stamped => JournalVerdict::Foreign,
+            Seen::Older => JournalVerdict::PutBack,
+            Seen::Copied | Seen::Other => JournalVerdict::Copied,
             // No power cut, so nothing is torn: somebody else has written there.
             Seen::Untouched | Seen::Moved if is_stamped && sectors.foreign > 0 && is_same(last, boot) => {
-                Verdict::Foreign
+                JournalVerdict::Foreign
             }
-            Seen::Untouched | Seen::Moved => Verdict::Pending,
+            Seen::Untouched | Seen::Moved => JournalVerdict::Pending,
             // What the record did not change is not as the record found it.
-            Seen::Unsure | Seen::Newer if sectors.beside > 0 && may_be_newer => Verdict::Foreign,
-            Seen::Unsure | Seen::Newer if sectors.beside > 0 => Verdict::PutBack,
-            Seen::Unsure | Seen::Newer => Verdict::Unsure,
+            Seen::Unsure | Seen::Newer if sectors.beside > 0 && may_be_newer => JournalVerdict::Foreign,
+            Seen::Unsure | Seen::Newer if sectors.beside > 0 => JournalVerdict::PutBack,
+            Seen::Unsure | Seen::Newer => JournalVerdict::Unsure,
         },
     };
     let replays = match verdict {
         // Where nothing of the record was written, the image is whole without it. That is also how one looks that was put
         // back within the second after a kill, and then the record does not fit it.
-        Verdict::Pending => !is_stamped || sectors.new > 0 || sectors.foreign > 0,
-        Verdict::Unsure | Verdict::Copied => sectors.foreign > 0 && sectors.beside == 0,
+        JournalVerdict::Pending => !is_stamped || sectors.new > 0 || sectors.foreign > 0,
+        JournalVerdict::Unsure | JournalVerdict::Copied => sectors.foreign > 0 && sectors.beside == 0,
         _ => false,
     };
     Ok(as_judged(verdict, replays, sectors.foreign > 0))
@@ -170,7 +174,12 @@ pub(super) fn seen(
 }
 
 /// What a journal knows of the work on one of its targets; `None` if it has no such target.
-fn work(journal: &Journal, last: Option<&Record>, at: usize, boot: Option<Boot>) -> Result<Option<Work>> {
+fn work(
+    journal: &Journal,
+    last: Option<&Record>,
+    at: usize,
+    boot: Option<Boot>,
+) -> Result<Option<WorkTimes>> {
     let Some(then) = journal.header().targets.get(at) else { return Ok(None) };
     let alive_ns = match last {
         Some(last) if last.stopped => None,
@@ -178,7 +187,7 @@ fn work(journal: &Journal, last: Option<&Record>, at: usize, boot: Option<Boot>)
     };
     let known = last.and_then(|last| last.known.get(at)).copied().unwrap_or(then.times);
     let run = last.map_or(journal.header().boot, |last| last.boot);
-    Ok(Some(Work { known, alive_ns, boot: run, now: boot }))
+    Ok(Some(WorkTimes { known, alive_ns, boot: run, now: boot }))
 }
 
 /// What has become of the targets of a journal: of all, what is most against going on.
@@ -201,7 +210,7 @@ fn seen_of_all(journal: &Journal, last: Option<&Record>, now: &[Stamp], boot: Op
 
 /// The sectors of a record's blocks as they are in the file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Sectors {
+pub(super) struct SectorCounts {
     /// Changed by the record, and as before.
     pub(super) old: usize,
     /// Changed by the record, and as they are to be.
@@ -212,8 +221,8 @@ pub(super) struct Sectors {
     pub(super) beside: usize,
 }
 
-pub(super) fn compare(record: &Record, file: &dyn Storage) -> io::Result<Sectors> {
-    let mut sectors = Sectors::default();
+pub(super) fn compare(record: &Record, file: &dyn Storage) -> io::Result<SectorCounts> {
+    let mut sectors = SectorCounts::default();
     let mut now = vec![0; BLOCK as usize];
     for block in &record.blocks {
         file.read_exact_or_zero(&mut now, block.number * BLOCK)?;

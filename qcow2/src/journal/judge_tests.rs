@@ -10,13 +10,13 @@ use super::*;
 use crate::storage::{Access, MemHost};
 
 /// A host with an image of one block of zeros, a journal about it, and a record that turns the first sector to ones.
-struct Case {
+struct JudgeCase {
     host: MemHost,
     journal: Journal,
     file: Arc<dyn Storage>,
 }
 
-impl Case {
+impl JudgeCase {
     fn new(guard: Guard) -> Self {
         let host = MemHost::new();
         host.add("/i", &[0; BLOCK as usize]).unwrap();
@@ -57,7 +57,7 @@ impl Case {
         judge(&self.host, &self.journal, last, &now).unwrap()
     }
 
-    fn verdict(&self, last: &Record, dirty: bool) -> Verdict {
+    fn verdict(&self, last: &Record, dirty: bool) -> JournalVerdict {
         self.judge(Some(last), dirty).verdict
     }
 
@@ -76,41 +76,41 @@ const DIRTY_BIT: Guard = Guard::DirtyBit { lazy: false };
 
 #[test]
 fn the_dirty_bit_decides() {
-    let case = Case::new(DIRTY_BIT);
+    let case = JudgeCase::new(DIRTY_BIT);
     for (phase, dirty, verdict) in [
-        (Phase::Arming, false, Verdict::Over),
-        (Phase::Arming, true, Verdict::Pending),
-        (Phase::Moving, true, Verdict::Pending),
-        (Phase::Moving, false, Verdict::Foreign),
-        (Phase::Switching, false, Verdict::Foreign),
-        (Phase::Done, false, Verdict::Finished),
-        (Phase::Done, true, Verdict::Finished),
+        (Phase::Arming, false, JournalVerdict::Over),
+        (Phase::Arming, true, JournalVerdict::Pending),
+        (Phase::Moving, true, JournalVerdict::Pending),
+        (Phase::Moving, false, JournalVerdict::Foreign),
+        (Phase::Switching, false, JournalVerdict::Foreign),
+        (Phase::Done, false, JournalVerdict::Finished),
+        (Phase::Done, true, JournalVerdict::Finished),
         // The image was released: the bit is somebody else's.
-        (Phase::Removing, true, Verdict::Over),
-        (Phase::Removing, false, Verdict::Over),
+        (Phase::Removing, true, JournalVerdict::Over),
+        (Phase::Removing, false, JournalVerdict::Over),
     ] {
         assert_eq!(case.verdict(&case.record(phase), dirty), verdict, "{phase:?} {dirty:?}");
     }
-    assert_eq!(case.judge(None, true).verdict, Verdict::Over);
+    assert_eq!(case.judge(None, true).verdict, JournalVerdict::Over);
 }
 
 #[test]
 fn without_a_dirty_bit_times_and_sectors_decide() {
-    let case = Case::new(Guard::Stamp);
+    let case = JudgeCase::new(Guard::Stamp);
     let mut record = case.record(Phase::Moving);
-    assert_eq!(case.verdict(&record, false), Verdict::Pending);
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Pending);
     record.stopped = true;
-    assert_eq!(case.verdict(&record, false), Verdict::Pending);
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Pending);
     case.file.write_all_at(&[1; SECTOR], 0).unwrap();
-    assert_eq!(case.verdict(&record, false), Verdict::Foreign, "written after a stop in good order");
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Foreign, "written after a stop in good order");
     record.stopped = false;
-    assert_eq!(case.verdict(&record, false), Verdict::Pending, "killed as it wrote that");
-    assert_eq!(case.verdict(&case.record(Phase::Done), false), Verdict::Over);
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Pending, "killed as it wrote that");
+    assert_eq!(case.verdict(&case.record(Phase::Done), false), JournalVerdict::Over);
     // Without a power cut no sector is torn.
     case.file.write_all_at(&[2], 100).unwrap();
-    assert_eq!(case.verdict(&record, false), Verdict::Foreign);
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Foreign);
     let case = case.restarted();
-    assert_eq!(case.verdict(&record, false), Verdict::Pending);
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Pending);
     assert!(case.judge(Some(&record), false).replays);
 }
 
@@ -118,14 +118,18 @@ fn without_a_dirty_bit_times_and_sectors_decide() {
 fn an_older_image_is_never_gone_on_with() {
     for guard in [Guard::Stamp, DIRTY_BIT] {
         for dirty in [false, true] {
-            let case = Case::new(guard);
+            let case = JudgeCase::new(guard);
             let record = case.record(Phase::Moving);
             case.host.set_modified("/i", record.known[0].modified_ns - 1).unwrap();
             let judged = case.judge(Some(&record), dirty);
-            assert_eq!((judged.verdict, judged.replays), (Verdict::PutBack, false), "{guard:?} {dirty}");
+            assert_eq!(
+                (judged.verdict, judged.replays),
+                (JournalVerdict::PutBack, false),
+                "{guard:?} {dirty}"
+            );
             // Layers are not removed for the sake of a base that does not hold what was in them.
             let removing = case.judge(Some(&case_record(&record, Phase::Removing)), dirty);
-            assert!(removing.is_older && removing.verdict == Verdict::Over);
+            assert!(removing.is_older && removing.verdict == JournalVerdict::Over);
         }
     }
 }
@@ -137,54 +141,54 @@ fn case_record(record: &Record, phase: Phase) -> Record {
 #[test]
 fn what_is_not_certain_is_unsure() {
     // Somebody has changed the file's times or rights.
-    let case = Case::new(DIRTY_BIT);
+    let case = JudgeCase::new(DIRTY_BIT);
     let record = case.record(Phase::Moving);
     case.host.set_modified("/i", record.known[0].modified_ns).unwrap();
     let judged = case.judge(Some(&record), true);
-    assert_eq!((judged.verdict, judged.replays, judged.may_be_newer), (Verdict::Unsure, false, false));
+    assert_eq!((judged.verdict, judged.replays, judged.may_be_newer), (JournalVerdict::Unsure, false, false));
     // What the record did not change is not as it was: it is another state of the image.
     case.file.write_all_at(&[3], 2048).unwrap();
     case.host.set_modified("/i", record.known[0].modified_ns).unwrap();
-    assert_eq!(case.verdict(&record, true), Verdict::PutBack);
+    assert_eq!(case.verdict(&record, true), JournalVerdict::PutBack);
     case.host.set_modified("/i", record.known[0].modified_ns + 1).unwrap();
-    assert_eq!(case.verdict(&record, true), Verdict::Foreign);
+    assert_eq!(case.verdict(&record, true), JournalVerdict::Foreign);
 }
 
 /// What was written to make a torn header whole is noted, and yet it is not known whether the rest is as it was left.
 #[test]
 fn an_image_that_was_made_whole_is_as_certain_as_it_was_before() {
     for (guard, dirty) in [(DIRTY_BIT, true), (Guard::Stamp, false)] {
-        let case = Case::new(guard);
+        let case = JudgeCase::new(guard);
         let mut record = case.record(Phase::Moving);
         let judged = case.judge(Some(&record), dirty);
         assert!(judged.is_as_known && !judged.may_be_newer, "{guard:?}");
         record.is_doubtful = true;
         let judged = case.judge(Some(&record), dirty);
-        assert_eq!((judged.verdict, judged.is_as_known), (Verdict::Pending, false), "{guard:?}");
+        assert_eq!((judged.verdict, judged.is_as_known), (JournalVerdict::Pending, false), "{guard:?}");
         assert!(judged.may_be_newer, "a proof that fails is no reason to write over it");
     }
 }
 
 #[test]
 fn a_clock_that_was_set_back_makes_nothing_older() {
-    let case = Case::new(Guard::Stamp);
+    let case = JudgeCase::new(Guard::Stamp);
     let mut record = case.record(Phase::Moving);
     let now = case.host.boot().unwrap();
     record.boot = Some(Boot { started_ns: now.started_ns + (1 << 40), ..now });
-    assert_eq!(case.verdict(&record, false), Verdict::Pending, "nobody has written");
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Pending, "nobody has written");
     record.known[0] = Times { modified_ns: 1 << 50, changed_ns: 1 << 50, ..record.known[0] };
     let judged = case.judge(Some(&record), false);
-    assert_eq!((judged.verdict, judged.may_be_newer), (Verdict::Unsure, true));
+    assert_eq!((judged.verdict, judged.may_be_newer), (JournalVerdict::Unsure, true));
 }
 
 #[test]
 fn another_file_of_the_name_is_known_for_it() {
-    let case = Case::new(DIRTY_BIT);
+    let case = JudgeCase::new(DIRTY_BIT);
     let mut record = case.record(Phase::Moving);
     record.known[0].modified_ns += 1 << 40;
     case.host.add("/i", &[0; BLOCK as usize]).unwrap();
-    assert_eq!(case.verdict(&record, true), Verdict::Copied);
-    assert_eq!(case.verdict(&record, false), Verdict::Copied);
+    assert_eq!(case.verdict(&record, true), JournalVerdict::Copied);
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Copied);
     let mut torn = vec![0; BLOCK as usize];
     torn[7] = 9;
     case.host.add("/i", &torn).unwrap();
@@ -196,15 +200,15 @@ fn another_file_of_the_name_is_known_for_it() {
 
 #[test]
 fn a_merge_that_had_not_begun_is_no_reason_to_write_over_newer_bytes() {
-    let mut case = Case::new(DIRTY_BIT);
+    let mut case = JudgeCase::new(DIRTY_BIT);
     let host = case.host.clone();
-    assert_eq!(case.judge(None, false).verdict, Verdict::Over);
+    assert_eq!(case.judge(None, false).verdict, JournalVerdict::Over);
     // The journal's last sign of life was long before.
     let header = Header { boot: host.boot(), ..case.journal.header().clone() };
     case.journal = Journal::create(&host, &at(&host, "/j"), header).unwrap();
     host.set_modified("/j", -1 << 60).unwrap();
     let late = case.journal.header().targets[0].times.changed_ns + (1 << 40);
     host.set_modified("/i", late).unwrap();
-    assert_eq!(case.judge(None, false).verdict, Verdict::Foreign);
-    assert_eq!(case.verdict(&case.record(Phase::Arming), false), Verdict::Over);
+    assert_eq!(case.judge(None, false).verdict, JournalVerdict::Foreign);
+    assert_eq!(case.verdict(&case.record(Phase::Arming), false), JournalVerdict::Over);
 }

@@ -27,10 +27,10 @@ pub(crate) use device::Journaled;
 pub(crate) use file::Journal;
 pub use heal::has_edit;
 pub(crate) use heal::{Edit, edit_headers, heal, is_torn_header, nonce, sweep};
-pub(crate) use judge::{Judgement, Now, Verdict, are_names_clean, judge};
+pub(crate) use judge::{JournalVerdict, Judgement, Now, are_names_clean, judge};
 pub use place::JOURNAL;
 pub(crate) use place::SWITCH;
-pub(crate) use place::{Found, find, find_removed, place, refuse_renamed, refuse_strangers};
+pub(crate) use place::{FoundJournal, find, find_removed, place, refuse_renamed, refuse_strangers};
 pub(crate) use strangers::strangers;
 pub use strangers::{Stranger, strangers_about};
 

@@ -135,14 +135,14 @@ fn has_followed(then: &Stamp, now: &Stamp) -> bool {
 
 /// A journal that was found, and the image as it is now.
 #[derive(Debug)]
-pub(crate) struct Found {
+pub(crate) struct FoundJournal {
     pub(crate) journal: Journal,
     pub(crate) last: Option<Record>,
     /// The image.
     pub(crate) now: Stamp,
 }
 
-impl Found {
+impl FoundJournal {
     /// Whether the journal is about this very file, and not about one that had its name.
     pub(crate) fn is_same_file(&self) -> bool {
         self.journal.header().targets.first().is_some_and(|target| target.is_same_file(&self.now))
@@ -202,7 +202,7 @@ pub(crate) fn find(
     dir: Option<&Path>,
     access: Access,
     ending: &str,
-) -> Result<Option<Found>> {
+) -> Result<Option<FoundJournal>> {
     let image = Place::of_file(host, path, file)?;
     let mut candidates = vec![(image.beside(named(&image.path(), ending)), true)];
     if let Some(folder) = dir.map(|dir| folder_of_journals(host, dir)).transpose()?.flatten() {
@@ -242,7 +242,7 @@ pub(crate) fn find(
         let same = target.same_file(stamp);
         let is_named = target.path.file_name() == stamp.path.file_name() && !stamp.is_device;
         let follows = if is_beside { is_named } else { has_followed(target, stamp) };
-        let found = Found { now: stamp.clone(), journal, last };
+        let found = FoundJournal { now: stamp.clone(), journal, last };
         match same {
             SameFile::Yes => return Ok(Some(found)),
             SameFile::Unsure if is_beside => return Ok(Some(found)),

@@ -7,7 +7,7 @@
 
 use std::path::PathBuf;
 
-use super::bytes::{Reader, Writer};
+use super::bytes::{ByteReader, ByteWriter};
 pub use super::sample::Sample;
 pub use super::spent::{Spent, SpentKind};
 use crate::stamp::{Stamp, Times};
@@ -180,7 +180,7 @@ pub fn sector_crcs(block: &[u8]) -> [u32; SECTORS] {
 
 /// The length of the payload that an envelope of this kind announces, if it can be one.
 fn announced(bytes: &[u8], magic: &[u8; 8], most: usize) -> Option<usize> {
-    let mut head = Reader::new(bytes.get(..ENVELOPE)?);
+    let mut head = ByteReader::new(bytes.get(..ENVELOPE)?);
     if head.bytes(8)? != magic {
         return None;
     }
@@ -188,7 +188,7 @@ fn announced(bytes: &[u8], magic: &[u8; 8], most: usize) -> Option<usize> {
 }
 
 fn seal(magic: &[u8; 8], payload: Vec<u8>) -> Vec<u8> {
-    let mut out = Writer::with_capacity(ENVELOPE + payload.len());
+    let mut out = ByteWriter::with_capacity(ENVELOPE + payload.len());
     out.put(magic);
     out.u64(payload.len() as u64);
     out.u32(crc(magic, &payload));
@@ -204,11 +204,11 @@ fn crc(magic: &[u8; 8], payload: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-fn open<'a>(bytes: &'a [u8], magic: &[u8; 8], most: usize) -> Option<Reader<'a>> {
+fn open<'a>(bytes: &'a [u8], magic: &[u8; 8], most: usize) -> Option<ByteReader<'a>> {
     let len = announced(bytes, magic, most)?;
     let payload = bytes.get(ENVELOPE..)?.get(..len)?;
-    let stored = Reader::new(bytes.get(16..ENVELOPE)?).u32()?;
-    (stored == crc(magic, payload)).then(|| Reader::new(payload))
+    let stored = ByteReader::new(bytes.get(16..ENVELOPE)?).u32()?;
+    (stored == crc(magic, payload)).then(|| ByteReader::new(payload))
 }
 
 /// The version of the journal that starts with `bytes`, if it is another one than this program writes.
@@ -234,7 +234,7 @@ pub fn record_len(bytes: &[u8]) -> Option<usize> {
 impl Header {
     /// The header as bytes; `None` if its paths are too long for the room that there is.
     pub fn encode(&self) -> Option<Vec<u8>> {
-        let mut out = Writer::with_capacity(1024);
+        let mut out = ByteWriter::with_capacity(1024);
         out.u64(self.nonce);
         out.u8(match self.purpose {
             Purpose::Merge => 0,
@@ -308,7 +308,7 @@ impl Header {
             new_size: from.u64()?,
             zero_until: from.u64()?,
             total: from.u64()?,
-            restore_points_lost: from.list(Reader::path)?,
+            restore_points_lost: from.list(ByteReader::path)?,
             has_emptied: from.flag()?,
             samples: from.list(Sample::decode)?,
         };
@@ -319,7 +319,7 @@ impl Header {
 impl Record {
     /// The record as bytes.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = Writer::with_capacity(128 + self.blocks.len() * (BLOCK as usize + 64));
+        let mut out = ByteWriter::with_capacity(128 + self.blocks.len() * (BLOCK as usize + 64));
         out.u64(self.nonce);
         out.u64(self.sequence);
         out.u8(self.phase as u8);
@@ -392,7 +392,7 @@ impl Record {
 }
 
 impl Block {
-    fn decode(from: &mut Reader<'_>) -> Option<Self> {
+    fn decode(from: &mut ByteReader<'_>) -> Option<Self> {
         let number = from.u64()?;
         let mut before = [0; SECTORS];
         for crc in &mut before {
@@ -532,7 +532,7 @@ pub(super) mod tests {
         let none = Header { targets: Vec::new(), ..header() };
         assert_eq!(Header::parse(&none.encode().unwrap()), None);
         // A list that claims more than there is allocates nothing for it.
-        let mut long = Writer::with_capacity(64);
+        let mut long = ByteWriter::with_capacity(64);
         (0..5).for_each(|_| long.u64(0));
         long.u32(u32::MAX);
         assert_eq!(Record::parse(&seal(RECORD_MAGIC, long.into_bytes()), 0), None);

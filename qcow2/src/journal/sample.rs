@@ -1,6 +1,6 @@
 //! Samples of what an image holds when a merge into it is done, as bytes.
 
-use super::bytes::{Reader, Writer};
+use super::bytes::{ByteReader, ByteWriter};
 
 /// A range of the guest's disk and the checksum of what base shows there when the merge is done. When the overlays are
 /// emptied, nothing but base holds their data: then such samples tell whether it is still that base.
@@ -21,14 +21,14 @@ impl Sample {
     /// The longest range, in bytes.
     pub const MOST: u32 = 4096;
 
-    pub(super) fn encode(&self, out: &mut Writer) {
+    pub(super) fn encode(&self, out: &mut ByteWriter) {
         out.u64(self.offset);
         out.u32(self.len);
         out.u32(self.crc);
         out.u8(self.was_held.into());
     }
 
-    pub(super) fn decode(from: &mut Reader<'_>) -> Option<Self> {
+    pub(super) fn decode(from: &mut ByteReader<'_>) -> Option<Self> {
         let (offset, len, crc, was_held) = (from.u64()?, from.u32()?, from.u32()?, from.flag()?);
         let fits = len <= Self::MOST && offset.checked_add(len.into()).is_some();
         fits.then_some(Self { offset, len, crc, was_held })

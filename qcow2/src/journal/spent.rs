@@ -1,6 +1,6 @@
 //! Stamps of files, and files to be removed, as bytes.
 
-use super::bytes::{Reader, Writer};
+use super::bytes::{ByteReader, ByteWriter};
 use crate::stamp::{Stamp, Times};
 use crate::storage::{Boot, FileId};
 
@@ -25,7 +25,7 @@ pub enum SpentKind {
 }
 
 impl Stamp {
-    pub(super) fn encode(&self, out: &mut Writer) {
+    pub(super) fn encode(&self, out: &mut ByteWriter) {
         out.path(&self.path);
         out.u64(self.id.device);
         out.u64(self.id.inode);
@@ -38,7 +38,7 @@ impl Stamp {
         out.u32(self.head_crc);
     }
 
-    pub(super) fn decode(from: &mut Reader<'_>) -> Option<Self> {
+    pub(super) fn decode(from: &mut ByteReader<'_>) -> Option<Self> {
         let path = from.path()?;
         let id = FileId { device: from.u64()?, inode: from.u64()? };
         let is_device = from.flag()?;
@@ -56,7 +56,7 @@ impl Stamp {
     }
 }
 
-impl Writer {
+impl ByteWriter {
     pub(super) fn boot(&mut self, boot: Option<Boot>) {
         self.u8(boot.is_some().into());
         self.u64(boot.map_or(0, |boot| boot.id));
@@ -64,7 +64,7 @@ impl Writer {
     }
 }
 
-impl Reader<'_> {
+impl ByteReader<'_> {
     pub(super) fn boot(&mut self) -> Option<Option<Boot>> {
         let is_known = self.flag()?;
         let boot = Boot { id: self.u64()?, started_ns: self.i128()? };
@@ -73,24 +73,24 @@ impl Reader<'_> {
 }
 
 impl Times {
-    pub(super) fn encode(&self, out: &mut Writer) {
+    pub(super) fn encode(&self, out: &mut ByteWriter) {
         out.u64(self.len);
         out.i128(self.modified_ns);
         out.i128(self.changed_ns);
     }
 
-    pub(super) fn decode(from: &mut Reader<'_>) -> Option<Self> {
+    pub(super) fn decode(from: &mut ByteReader<'_>) -> Option<Self> {
         Some(Self { len: from.u64()?, modified_ns: from.i128()?, changed_ns: from.i128()? })
     }
 }
 
 impl Spent {
-    pub(super) fn encode(&self, out: &mut Writer) {
+    pub(super) fn encode(&self, out: &mut ByteWriter) {
         self.file.encode(out);
         out.u8(self.kind as u8);
     }
 
-    pub(super) fn decode(from: &mut Reader<'_>) -> Option<Self> {
+    pub(super) fn decode(from: &mut ByteReader<'_>) -> Option<Self> {
         let file = Stamp::decode(from)?;
         let kind = match from.u8()? {
             0 => SpentKind::Marked,

@@ -25,7 +25,7 @@ pub struct Commit {
     pub(super) top: usize,
     pub(super) plan: Plan,
     /// What the bitmaps of a qcow2 base need, until it is carried out.
-    pub(super) bitmaps: Option<bitmaps::Plan>,
+    pub(super) bitmaps: Option<bitmaps::BitmapPlan>,
     /// Files that images outside the chain use: never removed.
     pub(super) shared: Vec<FileId>,
     /// Positions of the layers below the active image that become empty overlays on base, from the bottom up.

@@ -13,7 +13,7 @@ use crate::check::{CheckOptions, check};
 use crate::format::is_qcow2;
 use crate::image::bitmaps::tests::{ok, qemu};
 use crate::image::{ClusterCache, CreateOptions, create, create_raw};
-use crate::storage::sim::{Cuts, Fault, FaultKind, Garbage, Op, SimHost, State, Tear, power_cuts};
+use crate::storage::sim::{Cuts, DiskOp, Fault, FaultKind, Garbage, SimHost, State, Tear, power_cuts};
 use crate::storage::{Access, Host, MemHost};
 use crate::testing::{Dice, Silent, local, random_chain};
 use crate::transfer::put;
@@ -200,7 +200,7 @@ fn a_raw_base_is_durable_before_the_active_image_is_emptied() {
     let (base, active) = (inode("/0"), inode("/1"));
     let log = disk.log();
     let first_write = log.iter().position(|op| op.changed_file() == Some(active));
-    let first_sync = log.iter().position(|op| *op == Op::Sync { file: base, done: true });
+    let first_sync = log.iter().position(|op| *op == DiskOp::Sync { file: base, done: true });
     assert!(first_sync.is_some() && first_sync < first_write, "{first_sync:?} {first_write:?}");
 }
 

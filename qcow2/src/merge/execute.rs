@@ -232,10 +232,10 @@ fn move_into_qcow2(
     images: &[&Image],
     span: Span,
     (from, size): (GuestOffset, u64),
-    bitmaps: bitmaps::Plan,
+    bitmaps: bitmaps::BitmapPlan,
     refcounts: &Refcounts,
     run: &Run<'_>,
-) -> Result<(Totals, bitmaps::Growth)> {
+) -> Result<(Totals, bitmaps::BitmapGrowth)> {
     let mut job = down(images, span)?;
     job.limit_to(size);
     let Some(Image::Qcow2(image)) = images.get(span.base) else {

@@ -132,8 +132,8 @@ impl Commit {
         // The bitmaps record all of the merge, however often it begins.
         job.from = GuestOffset::ZERO;
         let bitmaps = changes::plan(&job, cancel)?;
-        let side_by_side = bitmaps.as_ref().map_or(0, bitmaps::Plan::side_by_side);
-        totals.clusters_to_allocate += bitmaps.as_ref().map_or(0, bitmaps::Plan::clusters);
+        let side_by_side = bitmaps.as_ref().map_or(0, bitmaps::BitmapPlan::side_by_side);
+        totals.clusters_to_allocate += bitmaps.as_ref().map_or(0, bitmaps::BitmapPlan::clusters);
         let shared = found.shared.clone();
         let new_size = job.new_size;
         let is_ours = (span.base..=span.top).any(|at| left.is_ours(at, span));

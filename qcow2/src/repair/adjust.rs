@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::format::RefcountWidth;
 
-use super::disk::Disk;
+use super::disk::ImageWriter;
 use super::survey::{Survey, for_each_block, for_each_window};
 use crate::check::counts::{Counts, Slot};
 
@@ -13,7 +13,7 @@ use crate::check::counts::{Counts, Slot};
 ///
 /// # Errors
 /// Those of a check, and of writing.
-pub(super) fn raise(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<u64> {
+pub(super) fn raise(survey: &Survey<'_>, disk: &ImageWriter<'_>) -> Result<u64> {
     let max = RefcountWidth::of(&survey.subject.geometry).max();
     let mut raised = 0;
     for_each_window(survey.subject, &survey.layout, None, &mut |counts| {
@@ -30,7 +30,7 @@ pub(super) fn raise(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<u64> {
 ///
 /// # Errors
 /// Those of a check, and of writing.
-pub(super) fn lower(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<(u64, u64)> {
+pub(super) fn lower(survey: &Survey<'_>, disk: &ImageWriter<'_>) -> Result<(u64, u64)> {
     let (mut lowered, mut clusters) = (0, 0);
     for_each_window(survey.subject, &survey.layout, None, &mut |counts| {
         let mut freed: Vec<Range<u64>> = Vec::new();
@@ -57,7 +57,12 @@ pub(super) fn lower(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<(u64, u64)> 
 ///
 /// # Errors
 /// A block that cannot be read, and those of writing.
-pub(super) fn set(survey: &Survey<'_>, disk: &Disk<'_>, clusters: Range<u64>, refcount: u64) -> Result<()> {
+pub(super) fn set(
+    survey: &Survey<'_>,
+    disk: &ImageWriter<'_>,
+    clusters: Range<u64>,
+    refcount: u64,
+) -> Result<()> {
     let subject = survey.subject;
     let per_block = subject.geometry.refcounts_per_block();
     let width = RefcountWidth::of(&subject.geometry);
@@ -86,7 +91,7 @@ pub(super) fn set(survey: &Survey<'_>, disk: &Disk<'_>, clusters: Range<u64>, re
 /// changed, each of which was told to `changed` with its new refcount.
 fn change(
     survey: &Survey<'_>,
-    disk: &Disk<'_>,
+    disk: &ImageWriter<'_>,
     counts: &Counts,
     wanted: &dyn Fn(Slot, u64) -> u64,
     changed: &mut dyn FnMut(u64, u64),

@@ -9,14 +9,14 @@ use crate::check::subject::Subject;
 
 /// Writes to the file of an image.
 #[derive(Debug)]
-pub(super) struct Disk<'a> {
+pub(super) struct ImageWriter<'a> {
     subject: &'a Subject<'a>,
     file: &'a dyn Storage,
     /// Whether anything was written behind the last barrier.
     is_dirty: AtomicBool,
 }
 
-impl<'a> Disk<'a> {
+impl<'a> ImageWriter<'a> {
     pub(super) fn of(subject: &'a Subject<'a>) -> Self {
         Self { subject, file: subject.file, is_dirty: AtomicBool::new(false) }
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::error::Result;
 use crate::format::{L2Entry, read_be_u64s};
 
-use super::disk::Disk;
+use super::disk::ImageWriter;
 use super::survey::Survey;
 use crate::check::counts::Reference;
 use crate::check::gaps::Gaps;
@@ -19,20 +19,20 @@ use crate::check::tables::{TableRef, Visitor, for_each_table, walk_l1};
 ///
 /// # Errors
 /// A table that cannot be read, and those of writing.
-pub(super) fn drop_stray_hosts(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<u64> {
-    let mut fixer = Fixer { survey, disk, dropped: AtomicU64::new(0) };
+pub(super) fn drop_stray_hosts(survey: &Survey<'_>, disk: &ImageWriter<'_>) -> Result<u64> {
+    let mut fixer = EntryFixer { survey, disk, dropped: AtomicU64::new(0) };
     walk_l1(survey.subject, &survey.layout.l1, None, &mut fixer)?.none(survey.subject.path)?;
     disk.barrier()?;
     Ok(fixer.dropped.into_inner())
 }
 
-struct Fixer<'a> {
+struct EntryFixer<'a> {
     survey: &'a Survey<'a>,
-    disk: &'a Disk<'a>,
+    disk: &'a ImageWriter<'a>,
     dropped: AtomicU64,
 }
 
-impl Fixer<'_> {
+impl EntryFixer<'_> {
     fn table(&self, table: &TableRef, bytes: &[u8]) -> Result<()> {
         let subject = self.survey.subject;
         if !self.survey.may_write(table.host, bytes.len() as u64) {
@@ -55,7 +55,7 @@ impl Fixer<'_> {
     }
 }
 
-impl Visitor for Fixer<'_> {
+impl Visitor for EntryFixer<'_> {
     fn reference(&mut self, _: Range<u64>, _: Reference) {}
 
     fn batch(&mut self, tables: &[TableRef], gaps: &Gaps) -> Result<()> {

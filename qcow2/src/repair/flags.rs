@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::error::Result;
 use crate::format::{L1Entry, L2Entry, RefcountWidth, read_be_u64s};
 
-use super::disk::Disk;
+use super::disk::ImageWriter;
 use super::survey::{Survey, for_each_block, for_each_slot, for_each_window};
 use crate::check::counts::{Counts, Reference};
 use crate::check::finding::Structure;
@@ -33,12 +33,12 @@ pub(super) enum Which {
 ///
 /// # Errors
 /// Those of a check, a table that cannot be read, and those of writing.
-pub(super) fn correct(survey: &Survey<'_>, disk: &Disk<'_>, which: Which) -> Result<u64> {
+pub(super) fn correct(survey: &Survey<'_>, disk: &ImageWriter<'_>, which: Which) -> Result<u64> {
     let mut changed = 0;
     // Clusters of a data file have no refcounts; their entries are looked at once.
     let mut data_file = survey.subject.header.has_data_file() && which == Which::All;
     for_each_window(survey.subject, &survey.layout, None, &mut |counts| {
-        let wanted = Wanted::of(survey, counts, which)?;
+        let wanted = WantedFlags::of(survey, counts, which)?;
         if wanted.any || data_file {
             changed += fix(survey, disk, &wanted, data_file)?;
             data_file = false;
@@ -50,14 +50,14 @@ pub(super) fn correct(survey: &Survey<'_>, disk: &Disk<'_>, which: Which) -> Res
 }
 
 /// What the flags for the clusters of a window should be, where there is a wrong one.
-struct Wanted {
+struct WantedFlags {
     window: Range<u64>,
     set: Vec<u64>,
     clear: Vec<u64>,
     any: bool,
 }
 
-impl Wanted {
+impl WantedFlags {
     fn of(survey: &Survey<'_>, counts: &Counts, which: Which) -> Result<Self> {
         let subject = survey.subject;
         let width = RefcountWidth::of(&subject.geometry);
@@ -104,17 +104,17 @@ impl Wanted {
     }
 }
 
-fn fix(survey: &Survey<'_>, disk: &Disk<'_>, wanted: &Wanted, data_file: bool) -> Result<u64> {
-    let mut fixer = Fixer { survey, disk, wanted, data_file, changed: AtomicU64::new(0) };
+fn fix(survey: &Survey<'_>, disk: &ImageWriter<'_>, wanted: &WantedFlags, data_file: bool) -> Result<u64> {
+    let mut fixer = FlagFixer { survey, disk, wanted, data_file, changed: AtomicU64::new(0) };
     fixer.l1()?;
     walk_l1(survey.subject, &survey.layout.l1, None, &mut fixer)?.none(survey.subject.path)?;
     Ok(fixer.changed.load(Relaxed))
 }
 
-struct Fixer<'a> {
+struct FlagFixer<'a> {
     survey: &'a Survey<'a>,
-    disk: &'a Disk<'a>,
-    wanted: &'a Wanted,
+    disk: &'a ImageWriter<'a>,
+    wanted: &'a WantedFlags,
     data_file: bool,
     changed: AtomicU64,
 }
@@ -125,7 +125,7 @@ fn with_flag(raw: u64, wanted: Option<bool>) -> Option<u64> {
     (new != raw).then_some(new)
 }
 
-impl Fixer<'_> {
+impl FlagFixer<'_> {
     fn l1(&self) -> Result<()> {
         let subject = self.survey.subject;
         let table = self.survey.layout.l1.active.clone();
@@ -200,7 +200,7 @@ impl Fixer<'_> {
     }
 }
 
-impl Visitor for Fixer<'_> {
+impl Visitor for FlagFixer<'_> {
     fn reference(&mut self, _: Range<u64>, _: Reference) {}
 
     fn batch(&mut self, tables: &[TableRef], gaps: &Gaps) -> Result<()> {

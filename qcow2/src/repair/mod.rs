@@ -42,7 +42,7 @@ use crate::error::{Error, FileOp, Result};
 use crate::format::features;
 use crate::storage::{Host, Storage};
 
-use self::disk::Disk;
+use self::disk::ImageWriter;
 use self::scratch::Scratch;
 use self::survey::Survey;
 
@@ -102,14 +102,14 @@ pub fn repair(
     if plan.before.verdict() == Verdict::Clean && !plan.before.dirty && !plan.before.marked_corrupt {
         return Ok(plan);
     }
-    clear_autoclear(&Survey::of(&subject)?, &Disk::of(&subject))?;
+    clear_autoclear(&Survey::of(&subject)?, &ImageWriter::of(&subject))?;
     if mode == RepairMode::All {
         mend_all(&open, &mut plan)?;
     }
     // The structures may lie elsewhere now.
     let subject = open()?;
     let survey = Survey::of(&subject)?;
-    let disk = Disk::of(&subject);
+    let disk = ImageWriter::of(&subject);
     plan.withheld = !survey.complete || survey.damaged || survey.broken.is_some();
     if !plan.withheld {
         (plan.lowered, plan.freed) = adjust::lower(&survey, &disk)?;
@@ -148,7 +148,7 @@ pub fn repair_with_backup(
 /// Mends what is damaged and whose meaning is known, and makes sure that no cluster in use can be given away.
 fn mend_all<'a>(open: &impl Fn() -> Result<Subject<'a>>, plan: &mut RepairPlan) -> Result<()> {
     let subject = open()?;
-    let (mut survey, disk) = (Survey::of(&subject)?, Disk::of(&subject));
+    let (mut survey, disk) = (Survey::of(&subject)?, ImageWriter::of(&subject));
     if survey.broken.is_none() && plan.before.corruptions == 0 {
         return Ok(());
     }
@@ -162,11 +162,11 @@ fn mend_all<'a>(open: &impl Fn() -> Result<Subject<'a>>, plan: &mut RepairPlan) 
     if survey.damaged && subject.header.snapshots > 0 {
         // Refcounts can be relied on now, and the structures may lie elsewhere.
         let subject = open()?;
-        let (survey, disk) = (Survey::of(&subject)?, Disk::of(&subject));
+        let (survey, disk) = (Survey::of(&subject)?, ImageWriter::of(&subject));
         plan.snapshots = snapshots::mend(&survey, &disk)?;
         if plan.snapshots > 0 {
             let subject = open()?;
-            let (survey, disk) = (Survey::of(&subject)?, Disk::of(&subject));
+            let (survey, disk) = (Survey::of(&subject)?, ImageWriter::of(&subject));
             mend(&survey, &disk, plan)?;
         }
     }
@@ -174,7 +174,7 @@ fn mend_all<'a>(open: &impl Fn() -> Result<Subject<'a>>, plan: &mut RepairPlan) 
 }
 
 /// Makes sure that no cluster in use can be given away: refcounts are raised, or made anew.
-fn mend(survey: &Survey<'_>, disk: &Disk<'_>, plan: &mut RepairPlan) -> Result<()> {
+fn mend(survey: &Survey<'_>, disk: &ImageWriter<'_>, plan: &mut RepairPlan) -> Result<()> {
     if let Some(why) = survey.broken {
         plan.broken = Some(why);
         if survey.complete {
@@ -194,7 +194,7 @@ fn mend(survey: &Survey<'_>, disk: &Disk<'_>, plan: &mut RepairPlan) -> Result<(
 }
 
 /// Clears the autoclear bits that this engine does not know, as every writer must.
-fn clear_autoclear(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<()> {
+fn clear_autoclear(survey: &Survey<'_>, disk: &ImageWriter<'_>) -> Result<()> {
     let header = &survey.subject.header;
     if header.unknown_autoclear() == 0 || !survey.may_write(0, 1) {
         return Ok(());
@@ -205,7 +205,7 @@ fn clear_autoclear(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<()> {
 }
 
 /// Clears the dirty bit and the corrupt bit of an image in which nothing is wrong any more.
-fn clear_marks(survey: &Survey<'_>, disk: &Disk<'_>, plan: &mut RepairPlan) -> Result<()> {
+fn clear_marks(survey: &Survey<'_>, disk: &ImageWriter<'_>, plan: &mut RepairPlan) -> Result<()> {
     let marks = survey.subject.header.incompatible & (features::DIRTY | features::CORRUPT);
     if marks != 0 {
         // All that the marks were about must be durable before they go.

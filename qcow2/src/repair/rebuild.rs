@@ -13,7 +13,7 @@ use crate::format::{MAX_REFCOUNT_TABLE_BYTES, RefcountTableEntry, RefcountWidth,
 use crate::storage::FileKind;
 use crate::units::HostOffset;
 
-use super::disk::Disk;
+use super::disk::ImageWriter;
 use super::free::FreeRuns;
 use super::survey::{Survey, for_each_block, for_each_window};
 use crate::check::counts::Counts;
@@ -31,7 +31,7 @@ pub(super) struct Rebuilt {
 }
 
 /// Where the new structures lie.
-struct Place {
+struct NewPlace {
     /// The clusters of the table, in a row.
     table: Range<u64>,
     /// The clusters of the blocks, by their position in the table.
@@ -46,7 +46,7 @@ struct Place {
 /// Those of a check, and of writing. The reason, in words, if there is no way; nothing is written then.
 pub(super) fn rebuild(
     survey: &Survey<'_>,
-    disk: &Disk<'_>,
+    disk: &ImageWriter<'_>,
 ) -> Result<std::result::Result<Rebuilt, &'static str>> {
     let subject = survey.subject;
     if !survey.may_write(0, subject.geometry.cluster_size()) {
@@ -101,7 +101,7 @@ pub(super) fn rebuild(
     Ok(Ok(Rebuilt { blocks: place.blocks.len() as u64, table: place.table_clusters() }))
 }
 
-impl Place {
+impl NewPlace {
     fn new(table: Range<u64>, blocks: BTreeMap<u64, u64>) -> Self {
         let mut own: Vec<u64> = table.clone().chain(blocks.values().copied()).collect();
         own.sort_unstable();
@@ -114,7 +114,7 @@ impl Place {
 }
 
 /// Gives the blocks of the old structures back to the file system, of those that lay alone.
-fn give_back(survey: &Survey<'_>, disk: &Disk<'_>) {
+fn give_back(survey: &Survey<'_>, disk: &ImageWriter<'_>) {
     let subject = survey.subject;
     let (table, len) = (subject.header.refcount_table_offset.get(), subject.header.refcount_table_bytes());
     if !subject.is_past_end(table, len) && survey.may_write(table, len) {
@@ -170,7 +170,7 @@ fn most_needed(survey: &Survey<'_>, clusters: u64) -> (u64, u64) {
 }
 
 /// Free clusters of a device for the new structures; `used` are the blocks that are needed without them.
-fn place_in(survey: &Survey<'_>, used: &[u64], mut free: FreeRuns, clusters: u64) -> Option<Place> {
+fn place_in(survey: &Survey<'_>, used: &[u64], mut free: FreeRuns, clusters: u64) -> Option<NewPlace> {
     let per_block = survey.subject.geometry.refcounts_per_block();
     let (table, _) = most_needed(survey, clusters);
     if clusters.div_ceil(per_block) > MAX_REFCOUNT_TABLE_BYTES / 8 {
@@ -188,12 +188,12 @@ fn place_in(survey: &Survey<'_>, used: &[u64], mut free: FreeRuns, clusters: u64
             open.push(at / per_block);
         }
     }
-    Some(Place::new(table, blocks))
+    Some(NewPlace::new(table, blocks))
 }
 
 /// The room behind the end of a file, or of its last cluster in use, the table first and then the blocks; `used` are the
 /// blocks that are needed without the new structures.
-fn place_behind(survey: &Survey<'_>, used: &[u64], end: u64) -> Option<Place> {
+fn place_behind(survey: &Survey<'_>, used: &[u64], end: u64) -> Option<NewPlace> {
     let geometry = survey.subject.geometry;
     let per_block = geometry.refcounts_per_block();
     // The old structures stay where they are until the new ones are named.
@@ -219,7 +219,7 @@ fn place_behind(survey: &Survey<'_>, used: &[u64], end: u64) -> Option<Place> {
         for (n, at) in blocks.values_mut().enumerate() {
             *at = own.start + table + n as u64;
         }
-        return Some(Place::new(own.start..own.start + table, blocks));
+        return Some(NewPlace::new(own.start..own.start + table, blocks));
     }
 }
 
@@ -236,7 +236,7 @@ fn old_structures(survey: &Survey<'_>) -> Vec<u64> {
     clusters
 }
 
-fn write(survey: &Survey<'_>, disk: &Disk<'_>, place: &Place) -> Result<()> {
+fn write(survey: &Survey<'_>, disk: &ImageWriter<'_>, place: &NewPlace) -> Result<()> {
     let geometry = survey.subject.geometry;
     let bits = geometry.cluster_bits();
     let size = geometry.cluster_size() as usize;
@@ -265,7 +265,7 @@ fn write(survey: &Survey<'_>, disk: &Disk<'_>, place: &Place) -> Result<()> {
 }
 
 /// A block with refcounts, and those of the new structures.
-fn encode(survey: &Survey<'_>, place: &Place, block: u64, refcounts: &[u64]) -> Vec<u8> {
+fn encode(survey: &Survey<'_>, place: &NewPlace, block: u64, refcounts: &[u64]) -> Vec<u8> {
     let geometry = survey.subject.geometry;
     let width = RefcountWidth::of(&geometry);
     let first = block * geometry.refcounts_per_block();

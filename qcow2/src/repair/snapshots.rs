@@ -11,7 +11,7 @@ use crate::format::FormatError;
 use crate::storage::FileKind;
 
 use super::adjust;
-use super::disk::Disk;
+use super::disk::ImageWriter;
 use super::free::FreeRuns;
 use super::survey::{Survey, for_each_block, for_each_slot, for_each_window};
 use crate::check::snapshots::{Entry, for_each_snapshot};
@@ -23,7 +23,7 @@ const TABLE_OFFSET: u64 = 64;
 ///
 /// # Errors
 /// Those of a check, and of writing.
-pub(super) fn mend(survey: &Survey<'_>, disk: &Disk<'_>) -> Result<u64> {
+pub(super) fn mend(survey: &Survey<'_>, disk: &ImageWriter<'_>) -> Result<u64> {
     let Some((mended, table)) = mended_table(survey)? else { return Ok(0) };
     let bits = survey.subject.geometry.cluster_bits();
     let Some(place) = find_place(survey, survey.subject.geometry.clusters_for(table.len() as u64))? else {

@@ -13,7 +13,7 @@ use crate::check::census::WINDOW_WORDS;
 use crate::check::counts::{Counts, Slot, Width};
 use crate::check::finding::{Findings, Structure};
 use crate::check::layout::{Layout, Scope, lay_out};
-use crate::check::scan::Totals;
+use crate::check::scan::ClusterTotals;
 use crate::check::subject::Subject;
 use crate::check::too_many_references;
 
@@ -75,7 +75,7 @@ impl<'a> Survey<'a> {
         })?;
         overlaps.sort_unstable_by_key(|range| range.start);
         let mut references_end = 0;
-        let totals = Totals::default();
+        let totals = ClusterTotals::default();
         for_each_window(subject, &rest, Some((&findings, &totals)), &mut |counts| {
             for_each_block(subject, counts, |_, clusters| {
                 for_each_slot(counts, clusters, |cluster, slot| {
@@ -189,7 +189,7 @@ fn raw_entry(layout: &Layout, block: u64) -> u64 {
 pub(super) fn for_each_window(
     subject: &Subject<'_>,
     layout: &Layout,
-    first: Option<(&Findings, &Totals)>,
+    first: Option<(&Findings, &ClusterTotals)>,
     visit: &mut dyn FnMut(&Counts) -> Result<()>,
 ) -> Result<()> {
     for width in [Width::Narrow, Width::Wide] {

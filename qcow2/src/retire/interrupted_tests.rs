@@ -11,7 +11,7 @@ use crate::testing::{Dice, Silent, local, random_chain};
 use crate::transfer::put;
 
 /// A merge of the layers above `/BASE` up to `/TOP`, with the overlay `/TOP+1` above them.
-struct Case {
+struct InterruptedCase {
     host: MemHost,
     paths: Vec<PathBuf>,
     base: usize,
@@ -24,7 +24,7 @@ struct Case {
     old_name: String,
 }
 
-fn merged(seed: u64) -> Case {
+fn merged(seed: u64) -> InterruptedCase {
     let host = MemHost::new();
     let mut dice = Dice(seed);
     let layers = 3 + dice.roll(3) as usize;
@@ -51,10 +51,10 @@ fn merged(seed: u64) -> Case {
         file.set_len(0).unwrap();
         file.write_all_at(bytes, 0).unwrap();
     }
-    Case { host, paths, base, top, model, base_before, size_before, old_name }
+    InterruptedCase { host, paths, base, top, model, base_before, size_before, old_name }
 }
 
-impl Case {
+impl InterruptedCase {
     fn active(&self) -> &Path {
         self.paths.last().unwrap()
     }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use crate::error::Holder;
 
 use super::copy::{CopyError, checked_end, copy_plain, out_of_range};
-use super::mem_content::{Content, PAGE, now};
+use super::mem_content::{FileContent, PAGE, now};
 use super::os_folder::not_a_file;
 use super::{Access, Boot, FileId, FileKind, FileStat, Host, LockError, LockMode, NameKind, Owner, Storage};
 
@@ -41,7 +41,7 @@ pub struct MemFile {
 #[derive(Debug)]
 struct Inode {
     id: u64,
-    content: RwLock<Content>,
+    content: RwLock<FileContent>,
     owner: RwLock<Owner>,
     locks: Mutex<BTreeMap<u64, LockMode>>,
 }
@@ -90,7 +90,7 @@ impl MemHost {
 
     /// All files: name, inode, content.
     #[cfg(feature = "testing")]
-    pub(super) fn contents(&self) -> Vec<(PathBuf, u64, Content)> {
+    pub(super) fn contents(&self) -> Vec<(PathBuf, u64, FileContent)> {
         let files = self.read();
         files.iter().map(|(path, inode)| (path.clone(), inode.id, inode.read().clone())).collect()
     }
@@ -113,7 +113,7 @@ impl MemHost {
 
     /// Puts a file there that has this inode and content.
     #[cfg(feature = "testing")]
-    pub(super) fn restore(&self, path: &Path, id: u64, content: Content) {
+    pub(super) fn restore(&self, path: &Path, id: u64, content: FileContent) {
         let (content, owner) = (RwLock::new(content), RwLock::new(PRIVATE));
         let inode = Inode { id, content, owner, locks: Mutex::default() };
         self.write().insert(absolute(path), Arc::new(inode));
@@ -251,7 +251,7 @@ impl MemFile {
     pub fn new() -> Self {
         let inode = Inode {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
-            content: RwLock::new(Content::new()),
+            content: RwLock::new(FileContent::new()),
             owner: RwLock::new(PRIVATE),
             locks: Mutex::default(),
         };
@@ -263,7 +263,7 @@ impl MemFile {
     }
 
     /// Runs a change of the content, if the file was opened for it.
-    fn change<T>(&self, change: impl FnOnce(&mut Content) -> T) -> io::Result<T> {
+    fn change<T>(&self, change: impl FnOnce(&mut FileContent) -> T) -> io::Result<T> {
         if self.access == Access::Read {
             return Err(io::Error::new(ErrorKind::PermissionDenied, "the file is open for reading only"));
         }
@@ -286,7 +286,7 @@ impl Drop for MemFile {
 }
 
 impl Inode {
-    fn read(&self) -> RwLockReadGuard<'_, Content> {
+    fn read(&self) -> RwLockReadGuard<'_, FileContent> {
         self.content.read().unwrap_or_else(PoisonError::into_inner)
     }
 

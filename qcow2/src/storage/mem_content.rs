@@ -21,7 +21,7 @@ pub(super) fn now() -> u64 {
 /// The bytes of a file. Pages that are not there read as zeros, so that length costs nothing; clones share
 /// pages until one of them writes.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Content {
+pub(super) struct FileContent {
     pub(super) len: u64,
     pub(super) pages: BTreeMap<u64, Arc<Page>>,
     /// When it was last changed, by a clock that goes on with each change of any file.
@@ -32,7 +32,7 @@ pub(super) struct Content {
     pub(super) born: u64,
 }
 
-impl Content {
+impl FileContent {
     /// An empty file that is made now.
     pub(super) fn new() -> Self {
         let born = now();

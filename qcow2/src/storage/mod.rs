@@ -38,7 +38,7 @@ pub use os::OsHost;
 pub use os_file::OsFile;
 pub use owner::Owner;
 pub use unlocked::may_be_unlocked;
-pub use view::View;
+pub use view::FileView;
 
 /// One opened file, block device or memory buffer, shared by threads. All operations are positional.
 pub trait Storage: Send + Sync + fmt::Debug {
@@ -131,9 +131,9 @@ pub trait Storage: Send + Sync + fmt::Debug {
         None
     }
 
-    /// A read-only view of the whole content, for a regular file that is held under lock; see [`View`].
+    /// A read-only view of the whole content, for a regular file that is held under lock; see [`FileView`].
     /// The file must not be shortened while the view lives.
-    fn view(&self) -> Option<View> {
+    fn view(&self) -> Option<FileView> {
         None
     }
 

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::copy::{CopyError, checked_end, copy_in_kernel, copy_plain, least_kernel_copy, out_of_range};
 use super::holders::id_of;
 use super::os_folder::not_a_file;
-use super::view::View;
+use super::view::FileView;
 use super::{FileKind, FileStat, LockError, LockMode, Owner, Storage, lock, rights};
 
 /// An opened regular file or block device.
@@ -306,12 +306,12 @@ impl Storage for OsFile {
         Some(&self.file)
     }
 
-    fn view(&self) -> Option<View> {
+    fn view(&self) -> Option<FileView> {
         let locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
         if locked.is_none() || self.kind != FileKind::Regular {
             return None;
         }
-        View::of(&self.file).ok()
+        FileView::of(&self.file).ok()
     }
 }
 

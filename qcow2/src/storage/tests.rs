@@ -9,13 +9,13 @@ use std::sync::{Arc, Barrier};
 use super::{Access, FileKind, Host, LockError, LockMode, MemFile, MemHost, OsHost, Storage};
 
 /// A host to test on, and a directory that is removed at the end.
-struct Place {
+struct TestHost {
     host: Box<dyn Host>,
     dir: PathBuf,
     _kept: Option<tempfile::TempDir>,
 }
 
-impl Place {
+impl TestHost {
     fn on_disk(parent: &Path) -> Self {
         let kept = tempfile::Builder::new().prefix("qcow2-storage-").tempdir_in(parent).unwrap();
         Self { host: Box::new(OsHost), dir: kept.path().to_owned(), _kept: Some(kept) }
@@ -36,8 +36,12 @@ impl Place {
     }
 }
 
-fn places() -> Vec<Place> {
-    vec![Place::on_disk(&std::env::temp_dir()), Place::on_disk(Path::new("/dev/shm")), Place::in_memory()]
+fn places() -> Vec<TestHost> {
+    vec![
+        TestHost::on_disk(&std::env::temp_dir()),
+        TestHost::on_disk(Path::new("/dev/shm")),
+        TestHost::in_memory(),
+    ]
 }
 
 fn all(file: &dyn Storage) -> Vec<u8> {
@@ -386,7 +390,7 @@ fn a_tebibyte_in_memory_costs_nothing() {
 
 #[test]
 fn what_is_not_a_file_is_refused_without_waiting() {
-    let place = Place::on_disk(&std::env::temp_dir());
+    let place = TestHost::on_disk(&std::env::temp_dir());
     let refused = |path: &Path| {
         for access in [Access::Read, Access::ReadWrite] {
             let e = place.host.open(path, access).unwrap_err();
@@ -407,7 +411,7 @@ fn what_is_not_a_file_is_refused_without_waiting() {
 
 #[test]
 fn symbolic_links_are_followed() {
-    let place = Place::on_disk(&std::env::temp_dir());
+    let place = TestHost::on_disk(&std::env::temp_dir());
     let file = place.create("real");
     symlink("real", place.name("link")).unwrap();
     let opened = place.host.open(&place.name("link"), Access::Read).unwrap();
@@ -422,7 +426,7 @@ fn symbolic_links_are_followed() {
 
 #[test]
 fn stat_tells_sizes_and_times() {
-    let place = Place::on_disk(&std::env::temp_dir());
+    let place = TestHost::on_disk(&std::env::temp_dir());
     let file = place.create("a");
     file.write_all_at(&[1; 8192], 1 << 20).unwrap();
     file.sync().unwrap();
@@ -438,7 +442,7 @@ fn stat_tells_sizes_and_times() {
 
 #[test]
 fn views_need_a_lock() {
-    let place = Place::on_disk(&std::env::temp_dir());
+    let place = TestHost::on_disk(&std::env::temp_dir());
     let file = place.create("a");
     file.write_all_at(b"0123456789", 0).unwrap();
     assert!(file.view().is_none(), "nobody holds the file's length");
@@ -481,7 +485,7 @@ fn a_name_that_leads_nowhere_has_an_absolute_form() {
         assert_eq!(place.host.resolve(&gone).unwrap(), real);
         assert!(place.host.resolve(&place.name("no-folder/gone")).is_err());
     }
-    let place = Place::on_disk(&std::env::temp_dir());
+    let place = TestHost::on_disk(&std::env::temp_dir());
     symlink("two", place.name("one")).unwrap();
     symlink(place.name("gone"), place.name("two")).unwrap();
     symlink("loop", place.name("loop")).unwrap();

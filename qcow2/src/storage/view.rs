@@ -19,11 +19,11 @@ use memmap2::{Advice, Mmap};
 
 /// A regular file's bytes in memory, from its start to the end that it had when the view was made.
 #[derive(Debug)]
-pub struct View {
+pub struct FileView {
     map: Mmap,
 }
 
-impl View {
+impl FileView {
     /// Maps a whole file, which must be a regular one that is held under lock.
     pub(super) fn of(file: &File) -> io::Result<Self> {
         // SAFETY: the mapping is private to this value, read-only, and lives as long as the slices that

@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::job::Job;
 use crate::error::{Error, Result};
-use crate::image::bitmaps::{Growth, Marker, Plan};
+use crate::image::bitmaps::{BitmapGrowth, BitmapPlan, Marker};
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, Qcow2};
 
@@ -13,9 +13,9 @@ use crate::image::{Image, Qcow2};
 /// # Errors
 /// Bitmaps that are damaged, or cannot be as large as the new disk asks for; what
 /// [`Job::for_each_change`] reports.
-pub(crate) fn plan(job: &Job<'_>, cancel: &AtomicBool) -> Result<Option<Plan>> {
+pub(crate) fn plan(job: &Job<'_>, cancel: &AtomicBool) -> Result<Option<BitmapPlan>> {
     let Some(Image::Qcow2(image)) = job.layers.get(job.base) else { return Ok(None) };
-    let mut plan = Plan::new(image, job.new_size)?;
+    let mut plan = BitmapPlan::new(image, job.new_size)?;
     if plan.wants_ranges() {
         job.for_each_change(cancel, |range| plan.add(image, range))?;
     }
@@ -27,12 +27,12 @@ pub(crate) fn plan(job: &Job<'_>, cancel: &AtomicBool) -> Result<Option<Plan>> {
 /// # Errors
 /// An I/O error; what [`Job::for_each_change`] reports.
 pub(crate) fn set_bits(
-    plan: Plan,
+    plan: BitmapPlan,
     job: &Job<'_>,
     image: &Qcow2,
     refcounts: &Refcounts,
     cancel: &AtomicBool,
-) -> Result<Growth> {
+) -> Result<BitmapGrowth> {
     let wanted = plan.wants_ranges();
     let mut marker = Marker::start(image, refcounts, plan)?;
     let walked = if wanted { job.for_each_change(cancel, |range| marker.add(range)) } else { Ok(()) };

@@ -48,7 +48,7 @@ pub fn put(
             let mut counter = Counter::default();
             let own = chain.images();
             steps(&base_of(image, &own), &needs, &mut counter)?;
-            let mut bitmaps = bitmaps::Plan::new(image, size)?;
+            let mut bitmaps = bitmaps::BitmapPlan::new(image, size)?;
             needs.iter().try_for_each(|need| bitmaps.add(image, need.range))?;
             (counter.0 + bitmaps.clusters(), bitmaps)
         }

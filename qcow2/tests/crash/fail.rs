@@ -6,7 +6,7 @@ use std::sync::Arc;
 use qcow2::chain::Chain;
 use qcow2::fuzzing::sample::{Content, Sample};
 use qcow2::merge::CommitOptions;
-use qcow2::storage::sim::{Cuts, Fault, FaultKind, Garbage, Op, SimHost, power_cuts};
+use qcow2::storage::sim::{Cuts, DiskOp, Fault, FaultKind, Garbage, SimHost, power_cuts};
 use qcow2::{Error, ErrorKind};
 
 use crate::chain::{After, Layer, Room, Scenario};
@@ -38,12 +38,12 @@ pub(crate) fn is_sane(error: &Error, kind: FaultKind) -> bool {
 }
 
 /// A failed barrier is final: nothing may be written to its file afterwards, and no second one may be tried.
-fn goes_on_after_a_failed_barrier(log: &[Op]) -> bool {
+fn goes_on_after_a_failed_barrier(log: &[DiskOp]) -> bool {
     let mut failed = Vec::new();
     for op in log {
         match op {
-            Op::Sync { file, .. } if failed.contains(file) => return true,
-            Op::Sync { file, done: false } => failed.push(*file),
+            DiskOp::Sync { file, .. } if failed.contains(file) => return true,
+            DiskOp::Sync { file, done: false } => failed.push(*file),
             op if op.changed_file().is_some_and(|file| failed.contains(&file)) => return true,
             _ => {}
         }

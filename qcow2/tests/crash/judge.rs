@@ -19,7 +19,7 @@ use crate::chain::{After, JOURNALS, Scenario, options};
 use crate::power::disk;
 
 /// What is wrong, in words.
-pub(crate) type Verdict = std::result::Result<(), String>;
+pub(crate) type Judged = std::result::Result<(), String>;
 
 /// A scenario with what its layers show, which every state is compared with.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ fn prepare(scenario: &Scenario, options: &CommitOptions, host: Arc<dyn Host>) ->
     Commit::prepare(host, active, options, &AtomicBool::new(false))
 }
 
-fn caught(judge: impl FnOnce() -> Verdict) -> Verdict {
+fn caught(judge: impl FnOnce() -> Judged) -> Judged {
     catch_unwind(AssertUnwindSafe(judge)).unwrap_or_else(|_| Err("the engine panicked".into()))
 }
 
@@ -65,7 +65,7 @@ impl<'a> Judge<'a> {
     }
 
     /// Judges a state that a power cut has left: as it is, after recovery, and after the same merge.
-    pub(crate) fn state(&self, state: &State) -> Verdict {
+    pub(crate) fn state(&self, state: &State) -> Judged {
         caught(|| {
             self.left(state)?;
             self.again(state)
@@ -73,12 +73,12 @@ impl<'a> Judge<'a> {
     }
 
     /// Judges a state in which sectors may hold garbage: it need not be sound before it was recovered.
-    pub(crate) fn damaged(&self, state: &State) -> Verdict {
+    pub(crate) fn damaged(&self, state: &State) -> Judged {
         caught(|| self.again(state))
     }
 
     /// Judges what is left when the merge is given up: base is sound, and the same merge can be begun anew.
-    pub(crate) fn given_up(&self, state: &State, is_damaged: bool) -> Verdict {
+    pub(crate) fn given_up(&self, state: &State, is_damaged: bool) -> Judged {
         caught(|| {
             let host = disk(self.scenario, state);
             let (base, options) = (self.scenario.path(self.scenario.base), self.scenario.options());
@@ -98,12 +98,12 @@ impl<'a> Judge<'a> {
     }
 
     /// Judges what a power cut has left.
-    pub(crate) fn cut(&self, cut: &Cut<'_>) -> Verdict {
+    pub(crate) fn cut(&self, cut: &Cut<'_>) -> Judged {
         if cut.garbage.is_empty() { self.state(&cut.state) } else { self.damaged(&cut.state) }
     }
 
     /// No image is corrupt, the guest sees what it saw, and what nobody may touch is as it was.
-    pub(crate) fn left(&self, state: &State) -> Verdict {
+    pub(crate) fn left(&self, state: &State) -> Judged {
         let host = state.host();
         self.sound(state, &host)?;
         self.intact(state, &host)?;
@@ -113,7 +113,7 @@ impl<'a> Judge<'a> {
 
     /// The same merge succeeds, and leaves what an undisturbed one leaves. Where all is done and everything that tells
     /// of it was removed, it may say that there is no such image, and an index means another layer.
-    pub(crate) fn again(&self, state: &State) -> Verdict {
+    pub(crate) fn again(&self, state: &State) -> Judged {
         if self.scenario.by_index && self.is_over(state) {
             return self.done(state);
         }
@@ -126,7 +126,7 @@ impl<'a> Judge<'a> {
     }
 
     /// All is done: base shows what was merged, everything is sound, and nothing is left behind.
-    pub(crate) fn done(&self, state: &State) -> Verdict {
+    pub(crate) fn done(&self, state: &State) -> Judged {
         self.left(state)?;
         if self.shows(&state.host(), self.scenario.base)? != self.merged {
             return Err("base does not show what was merged".into());
@@ -166,7 +166,7 @@ impl<'a> Judge<'a> {
         self.scenario.removed().any(|removed| removed == path) && state.inode(path).is_none()
     }
 
-    fn sound(&self, state: &State, host: &MemHost) -> Verdict {
+    fn sound(&self, state: &State, host: &MemHost) -> Judged {
         for layer in self.scenario.layers.iter().filter(|layer| layer.is_qcow2) {
             if state.inode(&layer.path).is_none() || state.has_same(&layer.path, &self.start) {
                 continue;
@@ -188,7 +188,7 @@ impl<'a> Judge<'a> {
     }
 
     /// Top and all above it, and what lies below base, show what they showed.
-    fn intact(&self, state: &State, host: &MemHost) -> Verdict {
+    fn intact(&self, state: &State, host: &MemHost) -> Judged {
         let Scenario { base, top, .. } = *self.scenario;
         let all = 0..self.scenario.layers.len();
         for at in all.filter(|at| *at < base || *at >= top) {
@@ -215,7 +215,7 @@ impl<'a> Judge<'a> {
 
     /// A chain that somebody recorded layer by layer, whatever the headers say, shows its guest what it showed, or
     /// cannot be opened because a layer was removed.
-    fn recorded(&self, state: &State, host: &MemHost) -> Verdict {
+    fn recorded(&self, state: &State, host: &MemHost) -> Judged {
         if (0..self.scenario.layers.len()).any(|at| state.inode(self.scenario.path(at)).is_none()) {
             return Ok(());
         }
@@ -241,7 +241,7 @@ impl<'a> Judge<'a> {
     }
 
     /// Every merged layer that is there is an empty overlay on base, as large as the active image at least.
-    fn emptied(&self, state: &State, host: &MemHost) -> Verdict {
+    fn emptied(&self, state: &State, host: &MemHost) -> Judged {
         let Scenario { base, top, .. } = *self.scenario;
         if self.scenario.after == After::Keep {
             return Ok(());
@@ -270,7 +270,7 @@ impl<'a> Judge<'a> {
     }
 
     /// What internal snapshots of base hold is as it was.
-    fn held(&self, state: &State) -> Verdict {
+    fn held(&self, state: &State) -> Judged {
         let base = &self.scenario.layers[self.scenario.base];
         let cluster = |bytes: &[u8], host: u64| -> Option<Vec<u8>> {
             Some(bytes.get(host as usize..(host + base.cluster_size) as usize)?.to_vec())

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use qcow2::storage::sim::{Cuts, Garbage, Op, SimHost, power_cuts};
+use qcow2::storage::sim::{Cuts, DiskOp, Garbage, SimHost, power_cuts};
 
 use crate::chain::Scenario;
 use crate::judge::Judge;
@@ -54,14 +54,14 @@ impl Tables {
 }
 
 /// The log of a merge, and what is known about it.
-struct Recorded {
-    log: Vec<Op>,
+struct RecordedLog {
+    log: Vec<DiskOp>,
     base: u64,
     before: Tables,
     after: Tables,
 }
 
-impl Recorded {
+impl RecordedLog {
     fn of(scenario: &Scenario, disk: &SimHost) -> Self {
         let path = scenario.path(scenario.base);
         let tables = |state: &qcow2::storage::sim::State| Tables::of(&state.content(path).unwrap());
@@ -70,8 +70,8 @@ impl Recorded {
     }
 
     /// What an entry changes in base, if it does; and whether that is a table that was there before.
-    fn part(&self, op: &Op) -> Option<(Part, bool)> {
-        let Op::Write { file, offset, .. } = op else { return None };
+    fn part(&self, op: &DiskOp) -> Option<(Part, bool)> {
+        let DiskOp::Write { file, offset, .. } = op else { return None };
         if *file != self.base {
             return None;
         }
@@ -79,16 +79,16 @@ impl Recorded {
         Some(if old == Part::Data { (new, false) } else { (old, old == new) })
     }
 
-    fn is_barrier_of_base(&self, op: &Op) -> bool {
-        matches!(op, Op::Sync { file, .. } if *file == self.base)
+    fn is_barrier_of_base(&self, op: &DiskOp) -> bool {
+        matches!(op, DiskOp::Sync { file, .. } if *file == self.base)
     }
 
     /// The entries between the barriers of base, each group with its barrier.
-    fn epochs(&self) -> Vec<&[Op]> {
+    fn epochs(&self) -> Vec<&[DiskOp]> {
         self.log.split_inclusive(|op| self.is_barrier_of_base(op)).collect()
     }
 
-    fn parts(&self, epoch: &[Op]) -> BTreeSet<(Part, bool)> {
+    fn parts(&self, epoch: &[DiskOp]) -> BTreeSet<(Part, bool)> {
         epoch.iter().filter_map(|op| self.part(op)).collect()
     }
 
@@ -98,7 +98,7 @@ impl Recorded {
         &self,
         first: impl Fn(&BTreeSet<(Part, bool)>) -> bool,
         second: impl Fn(&BTreeSet<(Part, bool)>) -> bool,
-    ) -> Option<Vec<Op>> {
+    ) -> Option<Vec<DiskOp>> {
         let mut epochs = self.epochs();
         let at =
             epochs.windows(2).position(|two| first(&self.parts(two[0])) && second(&self.parts(two[1])))?;
@@ -111,7 +111,7 @@ impl Recorded {
         &self,
         first: impl Fn(&BTreeSet<(Part, bool)>) -> bool,
         second: impl Fn(&BTreeSet<(Part, bool)>) -> bool,
-    ) -> Option<Vec<Op>> {
+    ) -> Option<Vec<DiskOp>> {
         let epochs = self.epochs();
         let at =
             epochs.windows(2).position(|two| first(&self.parts(two[0])) && second(&self.parts(two[1])))?;
@@ -123,7 +123,7 @@ impl Recorded {
 }
 
 /// A way to spoil the order.
-type Spoil = fn(&Recorded) -> Option<Vec<Op>>;
+type Spoil = fn(&RecordedLog) -> Option<Vec<DiskOp>>;
 
 fn has(parts: &BTreeSet<(Part, bool)>, part: Part) -> bool {
     parts.iter().any(|(p, _)| *p == part)
@@ -148,8 +148,8 @@ fn given_back(parts: &BTreeSet<(Part, bool)>) -> bool {
 const WRONG: [(&str, Spoil); 8] = [
     ("no barrier at all", |r| Some(r.log.iter().filter(|op| !op.is_barrier()).cloned().collect())),
     ("one barrier at the end", |r| {
-        let mut log: Vec<Op> = r.log.iter().filter(|op| !op.is_barrier()).cloned().collect();
-        log.push(Op::Sync { file: r.base, done: true });
+        let mut log: Vec<DiskOp> = r.log.iter().filter(|op| !op.is_barrier()).cloned().collect();
+        log.push(DiskOp::Sync { file: r.base, done: true });
         Some(log)
     }),
     ("no barrier of base", |r| Some(r.log.iter().filter(|op| !r.is_barrier_of_base(op)).cloned().collect())),
@@ -160,8 +160,10 @@ const WRONG: [(&str, Spoil); 8] = [
     ("mappings before refcounts", |r| r.exchanged(staged, live)),
     ("refcounts given back before the mappings change", |r| r.exchanged(live, given_back)),
     ("the switch before the data", |r| {
-        let (switch, rest): (Vec<Op>, Vec<Op>) = r.log.iter().cloned().partition(|op| match op {
-            Op::Sync { file, .. } | Op::Write { file, .. } | Op::SetLen { file, .. } => *file != r.base,
+        let (switch, rest): (Vec<DiskOp>, Vec<DiskOp>) = r.log.iter().cloned().partition(|op| match op {
+            DiskOp::Sync { file, .. } | DiskOp::Write { file, .. } | DiskOp::SetLen { file, .. } => {
+                *file != r.base
+            }
             _ => true,
         });
         Some([switch, rest].concat())
@@ -169,7 +171,7 @@ const WRONG: [(&str, Spoil); 8] = [
 ];
 
 /// How many states of a log are wrong.
-fn wrong_states(judge: &Judge<'_>, log: &[Op], cuts: &Cuts) -> (u64, u64) {
+fn wrong_states(judge: &Judge<'_>, log: &[DiskOp], cuts: &Cuts) -> (u64, u64) {
     let mut wrong = 0;
     let states =
         power_cuts(judge.start(), log, cuts, |cut| wrong += u64::from(judge.state(&cut.state).is_err()));
@@ -191,7 +193,7 @@ fn wrong_orders_are_found() {
         let (total, _) = count(chains().into_iter().step_by(3).collect(), |scenario, seed| {
             let judge = Judge::new(scenario);
             let disk = undisturbed(&judge).unwrap();
-            let recorded = Recorded::of(scenario, &disk);
+            let recorded = RecordedLog::of(scenario, &disk);
             let mut outcome = Outcome::default();
             let Some(log) = spoil(&recorded) else { return outcome };
             let few = Cuts {
@@ -264,7 +266,7 @@ fn garbage_that_nothing_heals_is_found() {
             }
             let mut alone = cut.state.clone();
             let others = cut.state.names().filter(|name| judge.start().inode(name).is_none());
-            others.for_each(|name| alone.apply(&Op::Unlink { path: name.to_owned() }));
+            others.for_each(|name| alone.apply(&DiskOp::Unlink { path: name.to_owned() }));
             outcome.states += 1;
             if judge.damaged(&alone).is_err() {
                 outcome.fail(String::new());

@@ -23,7 +23,7 @@ use crate::scenarios::{SHAPE, Shape, overlay};
 
 /// What base is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
+enum BaseKind {
     Raw,
     Version2,
     Version3,
@@ -62,8 +62,14 @@ enum Fate {
     CopiedWithoutJournal,
 }
 
-const KINDS: [Kind; 6] =
-    [Kind::Raw, Kind::Version2, Kind::Version3, Kind::DataFile, Kind::RawDevice, Kind::Device];
+const KINDS: [BaseKind; 6] = [
+    BaseKind::Raw,
+    BaseKind::Version2,
+    BaseKind::Version3,
+    BaseKind::DataFile,
+    BaseKind::RawDevice,
+    BaseKind::Device,
+];
 const STOPS: [Stop; 4] = [Stop::Killed, Stop::InOrder, Stop::PowerCut, Stop::Twice];
 const FATES: [Fate; 9] = [
     Fate::Untouched,
@@ -84,7 +90,7 @@ const FOREIGN: u8 = 0xee;
 /// How much later somebody writes, in nanoseconds.
 const LATER: u64 = 2_000_000_000;
 
-impl Kind {
+impl BaseKind {
     fn is_device(self) -> bool {
         matches!(self, Self::RawDevice | Self::Device)
     }
@@ -129,7 +135,7 @@ impl Kind {
 }
 
 /// A base, a way to stop, and a fate, of which some do not go together.
-fn is_possible(kind: Kind, stop: Stop, fate: Fate) -> bool {
+fn is_possible(kind: BaseKind, stop: Stop, fate: Fate) -> bool {
     let elsewhere = matches!(
         fate,
         Fate::Replaced | Fate::Older | Fate::Copied | Fate::Moved | Fate::CopiedWithoutJournal
@@ -137,8 +143,8 @@ fn is_possible(kind: Kind, stop: Stop, fate: Fate) -> bool {
     // A data file is named by its path.
     let moved = matches!(fate, Fate::Copied | Fate::Moved | Fate::CopiedWithoutJournal);
     let never = match kind {
-        Kind::RawDevice | Kind::Device => elsewhere,
-        Kind::DataFile => moved,
+        BaseKind::RawDevice | BaseKind::Device => elsewhere,
+        BaseKind::DataFile => moved,
         _ => stop == Stop::Twice && fate == Fate::CopiedWithoutJournal,
     };
     !never
@@ -260,7 +266,7 @@ fn change(host: &SimHost, scenario: &Scenario, old: u8, new: u8, one: bool) {
 }
 
 /// Lets it happen; the folder of the chain afterwards.
-fn happen(host: &SimHost, scenario: &Scenario, kind: Kind, fate: Fate) -> &'static str {
+fn happen(host: &SimHost, scenario: &Scenario, kind: BaseKind, fate: Fate) -> &'static str {
     let start = scenario.start().host();
     let modified = |path: &Path| host.stat(path).unwrap().modified_ns;
     let put_back = |with_times: bool| {
@@ -334,7 +340,7 @@ fn happen(host: &SimHost, scenario: &Scenario, kind: Kind, fate: Fate) -> &'stat
 /// What came of one row, in a word; or what is wrong.
 fn row(
     scenario: &Scenario,
-    (kind, how, fate): (Kind, Stop, Fate),
+    (kind, how, fate): (BaseKind, Stop, Fate),
     host: &SimHost,
     gives_up: bool,
 ) -> std::result::Result<&'static str, String> {
@@ -417,7 +423,7 @@ fn row(
 #[test]
 fn no_row_of_the_table_of_unfinished_work_loses_a_byte() {
     let most = if share() == 1 { 24 } else { 5 };
-    let mut counts: BTreeMap<(Kind, Fate, &str), u64> = BTreeMap::new();
+    let mut counts: BTreeMap<(BaseKind, Fate, &str), u64> = BTreeMap::new();
     let (mut rows, mut bad) = (0, Vec::new());
     for kind in KINDS {
         let scenario = kind.scenario();

@@ -18,7 +18,7 @@ use qcow2::{Error, Refusal, Result};
 
 use crate::chain::{Scenario, options};
 use crate::fail::{FAULTS, is_sane};
-use crate::judge::{Judge, Verdict, merge};
+use crate::judge::{Judge, Judged, merge};
 use crate::power::disk;
 use crate::run::{Outcome, all, share, tier};
 use crate::scenarios;
@@ -31,7 +31,7 @@ fn fail_each<T>(
     outcome: &mut Outcome,
     what: &str,
     call: impl Fn(&SimHost) -> Result<T>,
-    judge: impl Fn(Fault, &State, Option<&T>) -> Verdict,
+    judge: impl Fn(Fault, &State, Option<&T>) -> Judged,
 ) {
     for (kind, for_ever) in FAULTS {
         for nth in 1.. {
@@ -174,7 +174,7 @@ fn flatten(scenario: &Scenario, _: u64) -> Outcome {
             let host: Arc<dyn Host> = Arc::new(disk.clone());
             Flatten::prepare(host, active, &flat, &cancel)?.execute(&Silent, &cancel)
         };
-        let shows = |state: &State| -> Verdict {
+        let shows = |state: &State| -> Judged {
             let of = |path: &Path, format: Option<ImageFormat>| {
                 let mut options = options();
                 options.active_format = format;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use qcow2::storage::Place;
 
 use super::identity::if_there;
-use super::{State, Trouble, failed, folder, now_ns, pointer, unreadable};
+use super::{State, StateTrouble, failed, folder, now_ns, pointer, unreadable};
 use crate::error::{Result, StateFault};
 use crate::qmp::address::Address;
 
@@ -112,7 +112,7 @@ impl StateFile {
     }
 }
 
-fn load_at(place: &Place) -> std::result::Result<Option<State>, Trouble> {
+fn load_at(place: &Place) -> std::result::Result<Option<State>, StateTrouble> {
     Ok(folder::read(place)?.map(|text| State::parse(&text)).transpose()?)
 }
 

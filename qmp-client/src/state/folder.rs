@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use qcow2::storage::{Access, FileKind, Folder, Host, OsHost, Owner, Place, Storage};
 
-use super::Trouble;
+use super::StateTrouble;
 use super::identity::if_there;
 use super::litter::NewFile;
 use crate::error::StateFault;
@@ -18,11 +18,11 @@ const LONGEST: u64 = 16 << 20;
 /// The permission of the group, or of everybody, to write.
 const BY_OTHERS: u32 = 0o022;
 
-type Answer<T> = Result<T, Trouble>;
+type FolderResult<T> = Result<T, StateTrouble>;
 
 /// The place that a path names: the links of its folder are followed, but none that has its last name. `None` if there
 /// is no such folder.
-pub(super) fn place(path: &Path) -> Answer<Option<Place>> {
+pub(super) fn place(path: &Path) -> FolderResult<Option<Place>> {
     Ok(if_there(Place::named(&OsHost, path))?)
 }
 
@@ -34,7 +34,7 @@ pub(super) fn open(path: &Path) -> io::Result<Arc<Folder>> {
 /// What a file holds that root or the caller wrote, and nobody else can have; `None` if there is no such file.
 ///
 /// Whoever may write it could have root write and remove files elsewhere, so this is the owner's word or nothing.
-pub(super) fn read(place: &Place) -> Answer<Option<Vec<u8>>> {
+pub(super) fn read(place: &Place) -> FolderResult<Option<Vec<u8>>> {
     let Some(file) = opened(place)? else { return Ok(None) };
     let len = usize::try_from(file.size()?.min(LONGEST)).unwrap_or(usize::MAX);
     let mut text = vec![0; len];
@@ -43,7 +43,7 @@ pub(super) fn read(place: &Place) -> Answer<Option<Vec<u8>>> {
 }
 
 /// Puts a file with this text in the place of another: it is whole whenever somebody looks, and durable at the end.
-pub(super) fn replace(place: &Place, text: &[u8]) -> Answer<()> {
+pub(super) fn replace(place: &Place, text: &[u8]) -> FolderResult<()> {
     let new = NewFile::beside(place)?;
     new.write_all(text)?;
     new.put(place.name())?;
@@ -51,7 +51,7 @@ pub(super) fn replace(place: &Place, text: &[u8]) -> Answer<()> {
 }
 
 /// Removes a file that root or the caller wrote, durably; nothing if there is none.
-pub(super) fn remove(place: &Place) -> Answer<()> {
+pub(super) fn remove(place: &Place) -> FolderResult<()> {
     let Some(file) = opened(place)? else { return Ok(()) };
     if place.unlink_file(&OsHost, &*file)? {
         place.sync(&OsHost)?;
@@ -60,7 +60,7 @@ pub(super) fn remove(place: &Place) -> Answer<()> {
 }
 
 /// Opens a file, if it is a plain one whose owner is believed.
-fn opened(place: &Place) -> Answer<Option<Arc<dyn Storage>>> {
+fn opened(place: &Place) -> FolderResult<Option<Arc<dyn Storage>>> {
     // Merely opening a device can have effects; a link that is laid behind this look is not followed.
     match unless_gone(place.stat(&OsHost))? {
         None => return Ok(None),
@@ -85,7 +85,7 @@ fn unless_gone<T>(said: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-fn believe(owner: Owner) -> Answer<()> {
+fn believe(owner: Owner) -> FolderResult<()> {
     if ![0, OsHost.user()].contains(&owner.user) {
         return Err(StateFault::OfStranger { user: owner.user }.into());
     }

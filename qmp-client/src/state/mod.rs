@@ -357,29 +357,29 @@ fn unreadable(path: &std::path::Path, source: std::io::Error) -> Error {
 
 /// Why a state file does not help.
 #[derive(Debug)]
-enum Trouble {
+enum StateTrouble {
     /// The system refused.
     Io(io::Error),
     /// It is not believed, or says nothing.
     Fault(StateFault),
 }
 
-impl From<io::Error> for Trouble {
+impl From<io::Error> for StateTrouble {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
     }
 }
 
-impl From<StateFault> for Trouble {
+impl From<StateFault> for StateTrouble {
     fn from(fault: StateFault) -> Self {
         Self::Fault(fault)
     }
 }
 
 /// The error about the state file at `path`.
-fn failed(path: &std::path::Path, trouble: Trouble) -> Error {
+fn failed(path: &std::path::Path, trouble: StateTrouble) -> Error {
     match trouble {
-        Trouble::Io(source) => unreadable(path, source),
-        Trouble::Fault(why) => Error::State { path: path.to_owned(), why },
+        StateTrouble::Io(source) => unreadable(path, source),
+        StateTrouble::Fault(why) => Error::State { path: path.to_owned(), why },
     }
 }

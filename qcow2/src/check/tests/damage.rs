@@ -125,7 +125,7 @@ fn encrypted_images_are_checked_without_their_key() {
 }
 
 /// A damage to make, and what the check must say of it.
-struct Damage {
+struct DamageCase {
     what: &'static str,
     make: fn(&Path),
     code: i32,
@@ -147,8 +147,8 @@ fn set_refcount(path: &Path, host: u64, refcount: u16) {
     patch(path, places(path).refcount_block + (host >> 16) * 2, &refcount.to_be_bytes());
 }
 
-const DAMAGES: &[Damage] = &[
-    Damage {
+const DAMAGES: &[DamageCase] = &[
+    DamageCase {
         what: "a data cluster with refcount 0",
         make: |p| set_refcount(p, word(p, places(p).l2) & !COPIED, 0),
         code: 2,
@@ -160,7 +160,7 @@ const DAMAGES: &[Damage] = &[
                 && r.findings.iter().all(|f| f.guest.is_some_and(|guest| guest.get() == 0))
         },
     },
-    Damage {
+    DamageCase {
         what: "a leaked cluster",
         make: |p| {
             let leak = std::fs::metadata(p).unwrap().len().next_multiple_of(1 << 16);
@@ -171,63 +171,63 @@ const DAMAGES: &[Damage] = &[
         qemu: None,
         found: |r| r.leaks == 1 && has(r, |w| *w == What::RefcountTooHigh { stored: 1, references: 0 }),
     },
-    Damage {
+    DamageCase {
         what: "a cluster leaked by too high a refcount, which COPIED contradicts",
         make: |p| set_refcount(p, word(p, places(p).l2) & !COPIED, 2),
         code: 2,
         qemu: None,
         found: |r| r.leaks == 1 && has(r, |w| *w == What::CopiedFlag { set: true, refcount: 2 }),
     },
-    Damage {
+    DamageCase {
         what: "a data entry without COPIED",
         make: |p| patch_u64(p, places(p).l2, word(p, places(p).l2) & !COPIED),
         code: 2,
         qemu: None,
         found: |r| r.corruptions == 1 && has(r, |w| *w == What::CopiedFlag { set: false, refcount: 1 }),
     },
-    Damage {
+    DamageCase {
         what: "an L1 entry without COPIED",
         make: |p| patch_u64(p, places(p).l1, places(p).l2),
         code: 2,
         qemu: None,
         found: |r| r.corruptions == 1 && has(r, |w| *w == What::CopiedFlag { set: false, refcount: 1 }),
     },
-    Damage {
+    DamageCase {
         what: "an unaligned data cluster",
         make: |p| patch_u64(p, places(p).l2, word(p, places(p).l2) | 0x200),
         code: 2,
         qemu: None,
         found: |r| malformed(r, "L2 entry"),
     },
-    Damage {
+    DamageCase {
         what: "reserved bits of an L2 entry",
         make: |p| patch_u64(p, places(p).l2, word(p, places(p).l2) | 1 << 60),
         code: 2,
         qemu: None,
         found: |r| malformed(r, "L2 entry") && r.corruptions == 1,
     },
-    Damage {
+    DamageCase {
         what: "reserved bits of an L1 entry",
         make: |p| patch_u64(p, places(p).l1, word(p, places(p).l1) | 4),
         code: 2,
         qemu: None,
         found: |r| malformed(r, "L1 entry"),
     },
-    Damage {
+    DamageCase {
         what: "an unaligned L2 table",
         make: |p| patch_u64(p, places(p).l1, word(p, places(p).l1) | 0x400),
         code: 2,
         qemu: None,
         found: |r| malformed(r, "L2 table offset") && !r.references_complete,
     },
-    Damage {
+    DamageCase {
         what: "an L2 table far behind the end of the file",
         make: |p| patch_u64(p, places(p).l1, COPIED | 1 << 48),
         code: 2,
         qemu: None,
         found: |r| has(r, |w| matches!(w, What::PastEnd { structure: Structure::L2Table, .. })),
     },
-    Damage {
+    DamageCase {
         what: "a data cluster far behind the end of the file",
         make: |p| patch_u64(p, places(p).l2 + 8, COPIED | 1 << 48),
         code: 2,
@@ -239,14 +239,14 @@ const DAMAGES: &[Damage] = &[
             })
         },
     },
-    Damage {
+    DamageCase {
         what: "a data entry that points into an L2 table",
         make: |p| patch_u64(p, places(p).l2 + 8, COPIED | places(p).l2),
         code: 2,
         qemu: None,
         found: |r| has(r, |w| *w == What::Overlap { references: 2 }),
     },
-    Damage {
+    DamageCase {
         what: "a data entry that points at the header, as the refcount says",
         make: |p| {
             patch_u64(p, places(p).l2 + 800, (1 << 16) | 1);
@@ -258,28 +258,28 @@ const DAMAGES: &[Damage] = &[
         qemu: Some(0),
         found: |r| r.corruptions == 1 && has(r, |w| *w == What::Overlap { references: 2 }),
     },
-    Damage {
+    DamageCase {
         what: "an L1 entry that points at the L1 table",
         make: |p| patch_u64(p, places(p).l1, COPIED | places(p).l1),
         code: 2,
         qemu: None,
         found: |r| has(r, |w| matches!(w, What::Overlap { .. })),
     },
-    Damage {
+    DamageCase {
         what: "an empty refcount table",
         make: |p| patch_u64(p, places(p).refcount_table, 0),
         code: 2,
         qemu: None,
         found: |r| has(r, |w| *w == What::RefcountTooLow { stored: 0, references: 1 }) && r.leaks == 0,
     },
-    Damage {
+    DamageCase {
         what: "an empty refcount block",
         make: |p| patch(p, places(p).refcount_block, &[0; 1 << 10]),
         code: 2,
         qemu: None,
         found: |r| has(r, |w| *w == What::RefcountTooLow { stored: 0, references: 1 }),
     },
-    Damage {
+    DamageCase {
         what: "an unaligned refcount block",
         make: |p| patch_u64(p, places(p).refcount_table, 0x20200),
         code: 2,
@@ -287,35 +287,35 @@ const DAMAGES: &[Damage] = &[
         qemu: Some(1),
         found: |r| malformed(r, "refcount table entry"),
     },
-    Damage {
+    DamageCase {
         what: "a refcount block with reserved bits",
         make: |p| patch_u64(p, places(p).refcount_table, word(p, places(p).refcount_table) | 1),
         code: 2,
         qemu: None,
         found: |r| malformed(r, "refcount table entry"),
     },
-    Damage {
+    DamageCase {
         what: "a refcount block behind the end of the file",
         make: |p| patch_u64(p, places(p).refcount_table + 8, 1 << 40),
         code: 2,
         qemu: None,
         found: |r| has(r, |w| matches!(w, What::PastEnd { structure: Structure::RefcountBlock, .. })),
     },
-    Damage {
+    DamageCase {
         what: "a refcount block past 2^63",
         make: |p| patch_u64(p, places(p).refcount_table + 8, (1 << 63) + (1 << 62)),
         code: 2,
         qemu: None,
         found: |r| malformed(r, "refcount table entry"),
     },
-    Damage {
+    DamageCase {
         what: "two refcount table entries for one block",
         make: |p| patch_u64(p, places(p).refcount_table + 8, places(p).refcount_block),
         code: 2,
         qemu: None,
         found: |r| has(r, |w| *w == What::Overlap { references: 2 }),
     },
-    Damage {
+    DamageCase {
         what: "COPIED on a compressed cluster",
         make: |p| {
             let l2 = places(p).l2 + 8 * 80;
@@ -326,14 +326,14 @@ const DAMAGES: &[Damage] = &[
         qemu: None,
         found: |r| malformed(r, "L2 entry") && r.corruptions == 1 && r.leaks == 0,
     },
-    Damage {
+    DamageCase {
         what: "a compressed cluster behind the end of the file",
         make: |p| patch_u64(p, places(p).l2 + 8 * 80, 1 << 62 | 1 << 45),
         code: 2,
         qemu: None,
         found: |r| has(r, |w| matches!(w, What::PastEnd { structure: Structure::Compressed, .. })),
     },
-    Damage {
+    DamageCase {
         what: "a truncated file",
         make: |p| {
             let file = std::fs::OpenOptions::new().write(true).open(p).unwrap();
@@ -344,28 +344,28 @@ const DAMAGES: &[Damage] = &[
         qemu: Some(1),
         found: |r| has(r, |w| matches!(w, What::PastEnd { .. })),
     },
-    Damage {
+    DamageCase {
         what: "an L1 table behind the end of the file",
         make: |p| patch_u64(p, 40, 1 << 40),
         code: 2,
         qemu: None,
         found: |r| has(r, |w| matches!(w, What::PastEnd { structure: Structure::ActiveL1, .. })),
     },
-    Damage {
+    DamageCase {
         what: "a snapshot's L1 table that is unaligned",
         make: |p| patch_u64(p, places(p).snapshots, word(p, places(p).snapshots) | 0x200),
         code: 2,
         qemu: None,
         found: |r| malformed(r, "L1 table offset") && !r.references_complete,
     },
-    Damage {
+    DamageCase {
         what: "a snapshot's L1 table that is too large",
         make: |p| patch(p, places(p).snapshots + 8, &0x0100_0000u32.to_be_bytes()),
         code: 2,
         qemu: None,
         found: |r| malformed(r, "L1 table entries"),
     },
-    Damage {
+    DamageCase {
         what: "a snapshot with too much extra data",
         make: |p| patch(p, places(p).snapshots + 36, &2000u32.to_be_bytes()),
         code: 2,
@@ -373,7 +373,7 @@ const DAMAGES: &[Damage] = &[
         qemu: Some(1),
         found: |r| malformed(r, "extra data length"),
     },
-    Damage {
+    DamageCase {
         what: "a snapshot's data cluster with too low a refcount",
         make: |p| {
             // The first cluster was overwritten after the snapshot, so only the snapshot has the old one.
@@ -389,14 +389,14 @@ const DAMAGES: &[Damage] = &[
                 && r.findings[0].guest.is_none()
         },
     },
-    Damage {
+    DamageCase {
         what: "bitmaps that are not marked consistent",
         make: |p| patch_u64(p, 88, 0),
         code: 3,
         qemu: None,
         found: |r| r.leaks == 3,
     },
-    Damage {
+    DamageCase {
         what: "a bitmap table entry with reserved bits",
         make: |p| patch_u64(p, bitmap_table(p), word(p, bitmap_table(p)) | 2),
         code: 2,
@@ -404,14 +404,14 @@ const DAMAGES: &[Damage] = &[
         qemu: Some(1),
         found: |r| malformed(r, "bitmap table entry"),
     },
-    Damage {
+    DamageCase {
         what: "bitmap data behind the end of the file",
         make: |p| patch_u64(p, bitmap_table(p), 1 << 45),
         code: 2,
         qemu: None,
         found: |r| has(r, |w| matches!(w, What::PastEnd { structure: Structure::BitmapData, .. })),
     },
-    Damage {
+    DamageCase {
         what: "a bitmap directory entry with a broken granularity",
         make: |p| patch(p, bitmap_directory(p) + 17, &[70]),
         code: 2,
@@ -419,7 +419,7 @@ const DAMAGES: &[Damage] = &[
         qemu: Some(1),
         found: |r| malformed(r, "granularity") && !r.references_complete,
     },
-    Damage {
+    DamageCase {
         what: "a dirty image with wrong refcounts",
         make: |p| {
             patch_u64(p, 72, 1);
@@ -429,7 +429,7 @@ const DAMAGES: &[Damage] = &[
         qemu: None,
         found: |r| r.dirty && !r.marked_corrupt,
     },
-    Damage {
+    DamageCase {
         what: "a sound image that is marked corrupt",
         make: |p| patch_u64(p, 72, 2),
         code: 0,

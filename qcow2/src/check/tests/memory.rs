@@ -19,12 +19,12 @@ use crate::units::HostOffset;
 const COPIED: u64 = 1 << 63;
 
 /// An image in memory.
-struct Image {
+struct MemoryImage {
     file: Arc<dyn Storage>,
     cluster: u64,
 }
 
-impl Image {
+impl MemoryImage {
     /// An image with its header in cluster 0, the refcount table in 1, a refcount block in 2 and the L1
     /// table from 3 on.
     fn new(cluster_bits: u32, size: u64, l1_entries: u32, snapshots: (u32, u64)) -> Self {
@@ -73,7 +73,7 @@ impl Image {
 
 #[test]
 fn a_sound_image_is_clean() {
-    let report = Image::small().check().unwrap();
+    let report = MemoryImage::small().check().unwrap();
     assert_eq!(report.verdict(), Verdict::Clean, "{report:#?}");
     assert!(report.findings.is_empty() && report.references_complete);
     assert_eq!(report.image_end_offset, 7 * 512);
@@ -83,7 +83,7 @@ fn a_sound_image_is_clean() {
 
 #[test]
 fn damage_names_its_guest_offset() {
-    let image = Image::small();
+    let image = MemoryImage::small();
     image.refcounts(6, 7, 0);
     let report = image.check().unwrap();
     assert_eq!((report.verdict(), report.corruptions), (Verdict::Corrupt, 2));
@@ -95,7 +95,7 @@ fn damage_names_its_guest_offset() {
     );
     assert_eq!(report.first_corruption().unwrap().to_string(), text[0]);
 
-    let image = Image::small();
+    let image = MemoryImage::small();
     image.file.set_len(20 * 512).unwrap();
     image.refcounts(10, 15, 1);
     let report = image.check().unwrap();
@@ -107,13 +107,13 @@ fn damage_names_its_guest_offset() {
 fn a_check_can_be_cancelled() {
     let cancel = AtomicBool::new(true);
     let options = CheckOptions { cancel: Some(&cancel) };
-    let error = check(Path::new("/image"), &*Image::small().file, None, &options).unwrap_err();
+    let error = check(Path::new("/image"), &*MemoryImage::small().file, None, &options).unwrap_err();
     assert!(matches!(error, Error::Cancelled));
 }
 
 #[test]
 fn what_cannot_be_read_is_an_error_and_not_clean() {
-    let image = Image::small();
+    let image = MemoryImage::small();
     let checked = |cluster: u64| {
         let faulty = Faulty { file: &*image.file, bad: cluster * 512..cluster * 512 + 512 };
         check(Path::new("/image"), &faulty, None, &CheckOptions::default())
@@ -135,7 +135,7 @@ fn what_cannot_be_read_is_an_error_and_not_clean() {
 #[test]
 fn millions_of_entries_for_one_table_cost_one_table() {
     let cluster = 2 << 20;
-    let image = Image::new(21, 1 << 60, 4 << 20, (0, 0));
+    let image = MemoryImage::new(21, 1 << 60, 4 << 20, (0, 0));
     let table = 3 * cluster + (32 << 20);
     let entries: Vec<u8> = (0..4 << 20).flat_map(|_| (COPIED | table).to_be_bytes()).collect();
     image.file.write_all_at(&entries, 3 * cluster).unwrap();
@@ -160,7 +160,7 @@ fn millions_of_entries_for_one_table_cost_one_table() {
 fn thousands_of_snapshots_with_one_huge_table_cost_one_table() {
     let cluster = 64 << 10;
     let (table, l1) = (16 * cluster, 256 * cluster);
-    let image = Image::new(16, 1 << 30, 2, (65_536, table));
+    let image = MemoryImage::new(16, 1 << 30, 2, (65_536, table));
     let mut entry = [0; 64];
     entry[..8].copy_from_slice(&u64::to_be_bytes(l1));
     entry[8..12].copy_from_slice(&u32::to_be_bytes(4 << 20));
@@ -180,7 +180,7 @@ fn thousands_of_snapshots_with_one_huge_table_cost_one_table() {
 /// A file of 16 TiB that is nearly all hole, with references far apart.
 #[test]
 fn huge_sparse_files_cost_what_they_hold() {
-    let image = Image::small();
+    let image = MemoryImage::small();
     image.file.set_len(16 << 40).unwrap();
     for n in 0..40 {
         image.word(4 * 512 + 64 + n * 8, COPIED | ((n * 400) << 30));
@@ -197,7 +197,7 @@ fn huge_sparse_files_cost_what_they_hold() {
 #[test]
 fn mutated_images_never_panic() {
     let pristine = {
-        let image = Image::small();
+        let image = MemoryImage::small();
         let mut bytes = vec![0; 7 * 512];
         image.file.read_at(&mut bytes, 0).unwrap();
         bytes

@@ -29,7 +29,7 @@ const EXTENSION_HEAD: u64 = 8;
 
 /// The new size of a disk, and the bitmap directory that goes with it.
 #[derive(Debug)]
-pub(crate) struct Growth {
+pub(crate) struct BitmapGrowth {
     new_size: u64,
     /// Where the new directory lies, if there is one; it is as long as the old one.
     pub(super) directory: Option<HostOffset>,
@@ -38,7 +38,7 @@ pub(crate) struct Growth {
     old: Batch,
 }
 
-impl Growth {
+impl BitmapGrowth {
     /// A growth to `new_size` bytes, without bitmaps as yet.
     pub(super) fn new(new_size: u64) -> Self {
         Self { new_size, directory: None, fresh: Batch::default(), old: Batch::default() }

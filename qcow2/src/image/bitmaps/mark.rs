@@ -3,14 +3,14 @@
 //! In the present tables bits are set where they lie; where a table says "all zero", a new cluster of
 //! zeros is made durable before the table names it. Bits for guest offsets behind the disk's present
 //! end have no place there: they go into new tables that nothing refers to yet, with copies of the
-//! clusters of bits that both ends share, until [`Growth::publish`] switches size and tables.
+//! clusters of bits that both ends share, until [`BitmapGrowth::publish`] switches size and tables.
 
 use std::ops::Range;
 
-use super::grow::Growth;
-use super::plan::{Plan, Planned, split};
+use super::grow::BitmapGrowth;
+use super::plan::{BitmapPlan, Planned, split};
 use super::records;
-use super::table::Table;
+use super::table::BitmapTable;
 use crate::error::{Error, Result};
 use crate::format::{Bitmap, BitmapTableEntry, FormatError, encode_bitmap_directory, write_be_u64s};
 use crate::image::Qcow2;
@@ -28,7 +28,7 @@ const PENDING: usize = 64 << 10;
 #[derive(Debug)]
 pub(crate) struct Marker<'a> {
     marked: Vec<Marked>,
-    disk: Disk<'a>,
+    disk: MarkedDisk<'a>,
     directory: Option<Range<ClusterIndex>>,
     /// Behind the last range.
     end: GuestOffset,
@@ -39,12 +39,12 @@ impl<'a> Marker<'a> {
     ///
     /// # Errors
     /// An I/O error, or no room.
-    pub(crate) fn start(image: &'a Qcow2, refcounts: &'a Refcounts, plan: Plan) -> Result<Self> {
+    pub(crate) fn start(image: &'a Qcow2, refcounts: &'a Refcounts, plan: BitmapPlan) -> Result<Self> {
         let geometry = *image.geometry();
         let directory_clusters = plan.directory_clusters();
         let recording = plan.bitmaps.iter().filter(|planned| records(&planned.bitmap)).count() as u64;
         let share = (MEMORY / recording.max(1)).max(512);
-        let mut growth = Growth::new(plan.new_size);
+        let mut growth = BitmapGrowth::new(plan.new_size);
         let mut marked = Vec::with_capacity(plan.bitmaps.len());
         for planned in plan.bitmaps {
             let run = match planned.table_clusters(&geometry, plan.new_size) {
@@ -57,7 +57,7 @@ impl<'a> Marker<'a> {
             0 => None,
             clusters => Some(growth.reserve(image, refcounts, clusters)?),
         };
-        let disk = Disk {
+        let disk = MarkedDisk {
             image,
             refcounts,
             allocator: Allocator::new(refcounts),
@@ -95,7 +95,7 @@ impl<'a> Marker<'a> {
     ///
     /// # Errors
     /// An I/O error.
-    pub(crate) fn finish(mut self) -> Result<Growth> {
+    pub(crate) fn finish(mut self) -> Result<BitmapGrowth> {
         if self.marked.is_empty() {
             return Ok(self.disk.growth);
         }
@@ -132,9 +132,9 @@ fn write_directory(image: &Qcow2, run: &Range<ClusterIndex>, bitmaps: &[Bitmap])
 struct Marked {
     bitmap: Bitmap,
     /// The table that takes the bits: the present one, then the new one if there is one.
-    table: Table,
+    table: BitmapTable,
     /// The new table and the clusters reserved for it, until it is written.
-    next: Option<(Table, Range<ClusterIndex>)>,
+    next: Option<(BitmapTable, Range<ClusterIndex>)>,
     /// Whether `table` is the new one.
     staged: bool,
     /// The entry of the table that was last used, and where its bits lie; nowhere if all are one.
@@ -155,9 +155,9 @@ impl Marked {
         let entries = planned.entries_for(image.geometry(), new_size);
         let next = run.map(|run| {
             let at = HostOffset::new(run.start << image.geometry().cluster_bits());
-            (Table::at(at, entries), run)
+            (BitmapTable::at(at, entries), run)
         });
-        let table = Table::of(&planned.bitmap);
+        let table = BitmapTable::of(&planned.bitmap);
         Self { bitmap: planned.bitmap, table, next, staged: false, current: None, piece: None }
     }
 
@@ -169,7 +169,7 @@ impl Marked {
     }
 
     /// Sets a run of bits.
-    fn mark(&mut self, disk: &mut Disk<'_>, bits: Range<u64>) -> Result<()> {
+    fn mark(&mut self, disk: &mut MarkedDisk<'_>, bits: Range<u64>) -> Result<()> {
         let per_entry = disk.image.geometry().cluster_size() * 8;
         let mut bit = bits.start;
         while bit < bits.end {
@@ -185,7 +185,7 @@ impl Marked {
     }
 
     /// Where the bits of a table entry can be set; `None` if all of them are set.
-    fn cluster(&mut self, disk: &mut Disk<'_>, index: u64) -> Result<Option<HostOffset>> {
+    fn cluster(&mut self, disk: &mut MarkedDisk<'_>, index: u64) -> Result<Option<HostOffset>> {
         if let Some((have, host)) = self.current
             && have == index
         {
@@ -215,7 +215,7 @@ impl Marked {
     }
 
     /// Sets bits of a cluster of bits.
-    fn set(&mut self, disk: &Disk<'_>, cluster: HostOffset, bits: Range<u64>) -> Result<()> {
+    fn set(&mut self, disk: &MarkedDisk<'_>, cluster: HostOffset, bits: Range<u64>) -> Result<()> {
         let per_piece = disk.piece * 8;
         let mut bit = bits.start;
         while bit < bits.end {
@@ -245,7 +245,7 @@ impl Marked {
     }
 
     /// Writes the new table, a copy of the present one with room for the larger disk, and goes on there.
-    fn stage(&mut self, disk: &mut Disk<'_>) -> Result<()> {
+    fn stage(&mut self, disk: &mut MarkedDisk<'_>) -> Result<()> {
         let Some((next, run)) = self.next.take() else { return Ok(()) };
         self.flush(disk.image)?;
         disk.settle()?;
@@ -281,7 +281,7 @@ impl Piece {
 
 /// What all bitmaps share.
 #[derive(Debug)]
-struct Disk<'a> {
+struct MarkedDisk<'a> {
     image: &'a Qcow2,
     refcounts: &'a Refcounts,
     allocator: Allocator,
@@ -293,10 +293,10 @@ struct Disk<'a> {
     allocated: Vec<Range<ClusterIndex>>,
     /// Entries of present tables: where they stand, and what they will be.
     pending: Vec<(HostOffset, u64)>,
-    growth: Growth,
+    growth: BitmapGrowth,
 }
 
-impl Disk<'_> {
+impl MarkedDisk<'_> {
     /// Takes a free cluster, for a new table or for a present one.
     fn allocate(&mut self, staged: bool) -> Result<HostOffset> {
         let cluster = self.allocator.take(self.image, self.refcounts, 1)?.start;
@@ -347,7 +347,7 @@ impl Disk<'_> {
     }
 }
 
-impl Growth {
+impl BitmapGrowth {
     /// Takes free clusters side by side for the new tables.
     fn reserve(&mut self, image: &Qcow2, refcounts: &Refcounts, len: u64) -> Result<Range<ClusterIndex>> {
         let run = Allocator::find_run(image, refcounts, len)?.ok_or_else(|| {

@@ -3,10 +3,10 @@
 //! An enabled bitmap promises to know every guest range that changed since it was made. So before a
 //! merge writes its first byte, the bits of all ranges that it will change are set and durable:
 //!
-//! 1. [`Plan`]: which clusters this takes; nothing is changed.
+//! 1. [`BitmapPlan`]: which clusters this takes; nothing is changed.
 //! 2. [`Marker`]: bits are set. Only ever set, so a crash at any instant leaves bitmaps that claim too
 //!    much at worst.
-//! 3. [`Growth`]: where the disk grows, its new size is switched on together with bitmap tables for it.
+//! 3. [`BitmapGrowth`]: where the disk grows, its new size is switched on together with bitmap tables for it.
 //!
 //! Disabled bitmaps keep their bits. Bitmaps that are in use (they were not saved, and mean nothing)
 //! and bitmaps of an image whose autoclear bit 0 is clear are left as they are.
@@ -26,9 +26,9 @@ use crate::error::{Error, Result};
 use crate::format::Bitmap;
 use crate::units::{GuestOffset, GuestRange};
 
-pub(crate) use self::grow::Growth;
+pub(crate) use self::grow::BitmapGrowth;
 pub(crate) use self::mark::Marker;
-pub(crate) use self::plan::Plan;
+pub(crate) use self::plan::BitmapPlan;
 pub(crate) use self::remove::drop_all;
 
 /// What a user wants to know about a persistent bitmap.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::table::Table;
+use super::table::BitmapTable;
 use super::{bits_for, bits_of, load, records};
 use crate::error::{Error, Refusal, Result};
 use crate::format::{
@@ -17,7 +17,7 @@ pub(super) struct Planned {
     pub(super) bitmap: Bitmap,
     /// Whether it gets a new table.
     pub(super) moves: bool,
-    table: Table,
+    table: BitmapTable,
     /// The first entries that were not yet looked at: of the present table, and of the new one.
     next_live: u64,
     next_new: u64,
@@ -38,7 +38,7 @@ impl Planned {
 /// The bitmaps of a base, and the clusters that they will need. Made before a merge, and fed with the
 /// ranges that the merge will change.
 #[derive(Debug)]
-pub(crate) struct Plan {
+pub(crate) struct BitmapPlan {
     pub(super) bitmaps: Vec<Planned>,
     pub(super) old_size: u64,
     pub(super) new_size: u64,
@@ -46,7 +46,7 @@ pub(crate) struct Plan {
     data_clusters: u64,
 }
 
-impl Plan {
+impl BitmapPlan {
     /// A plan for a merge after which the disk has `new_size` bytes; a disk never shrinks.
     ///
     /// # Errors
@@ -59,7 +59,7 @@ impl Plan {
         let bitmaps = load(image)?
             .into_iter()
             .map(|bitmap| {
-                let table = Table::of(&bitmap);
+                let table = BitmapTable::of(&bitmap);
                 let needed = bitmap.table_entries_for(&geometry, new_size);
                 let moves = !bitmap.is_in_use() && needed > u64::from(bitmap.table_entries);
                 let most =

@@ -1,7 +1,7 @@
 //! Removing all bitmaps of an image.
 
 use super::load;
-use super::table::Table;
+use super::table::BitmapTable;
 use crate::error::{Error, Result};
 use crate::format::{BitmapTableEntry, Cluster0, Switch, features, plan_drop_bitmaps, plan_feature_bits};
 use crate::image::Qcow2;
@@ -22,7 +22,7 @@ pub(crate) fn drop_all(image: &mut Qcow2, refcounts: &Refcounts) -> Result<()> {
     let Some(extension) = extension else { return Ok(()) };
     let bitmaps = load(image)?;
     for bitmap in &bitmaps {
-        for_each_cluster(image, Table::of(bitmap), |_| {})?;
+        for_each_cluster(image, BitmapTable::of(bitmap), |_| {})?;
     }
     for write in plan(image)?.writes {
         image.write(HostOffset::new(write.offset), &write.bytes)?;
@@ -33,7 +33,7 @@ pub(crate) fn drop_all(image: &mut Qcow2, refcounts: &Refcounts) -> Result<()> {
     for bitmap in &bitmaps {
         let mut batch = Batch::default();
         let cluster = image.geometry().cluster_size();
-        for_each_cluster(image, Table::of(bitmap), |host| batch.release(image, host, cluster))?;
+        for_each_cluster(image, BitmapTable::of(bitmap), |host| batch.release(image, host, cluster))?;
         batch.release(image, bitmap.table_offset, bitmap.table_bytes());
         batch.settle(image, refcounts)?;
     }
@@ -55,7 +55,7 @@ fn plan(image: &Qcow2) -> Result<Switch> {
 }
 
 /// Calls `f` with every cluster of bits of a table.
-fn for_each_cluster(image: &Qcow2, mut table: Table, mut f: impl FnMut(HostOffset)) -> Result<()> {
+fn for_each_cluster(image: &Qcow2, mut table: BitmapTable, mut f: impl FnMut(HostOffset)) -> Result<()> {
     for index in 0..table.entries() {
         if let BitmapTableEntry::Data(host) = table.entry(image, index)? {
             f(host);

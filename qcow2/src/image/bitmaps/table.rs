@@ -10,14 +10,14 @@ const WINDOW: u64 = 64;
 
 /// A bitmap's table, of which one window is in memory.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct BitmapTable {
     at: HostOffset,
     entries: u64,
     /// The first entry of the window, and its words.
     window: Option<(u64, Vec<u64>)>,
 }
 
-impl Table {
+impl BitmapTable {
     /// The table of a bitmap.
     pub(super) fn of(bitmap: &Bitmap) -> Self {
         Self::at(bitmap.table_offset, u64::from(bitmap.table_entries))

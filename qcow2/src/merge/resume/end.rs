@@ -5,7 +5,7 @@ use crate::chain::Chain;
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::Image;
 use crate::journal;
-use crate::journal::Found;
+use crate::journal::FoundJournal;
 use crate::merge::options::CommitOptions;
 use crate::merge::report::Report;
 use crate::storage::{Access, Host, LockError, LockMode, Place, may_be_unlocked};
@@ -36,7 +36,7 @@ pub(crate) fn end_left(
     })?;
     may_be_unlocked(host, path, layer.id, &*file, Access::ReadWrite, options.open.no_locks)?;
     let found = journal::find(host, path, &*file, dir, Access::ReadWrite, journal::JOURNAL)?;
-    let Some(Found { journal, last, .. }) = found else { return Ok(()) };
+    let Some(FoundJournal { journal, last, .. }) = found else { return Ok(()) };
     let data = layer.image.as_qcow2().filter(|q| q.has_data_file()).map(|q| q.data_file().clone());
     let mut image = Image::open(path, file, layer.image.format(), data)?;
     let left = left.reopened(journal, last);

@@ -40,7 +40,7 @@ pub(crate) struct Remains {
 }
 
 /// What is to be done with a file.
-enum Verdict {
+enum Fate {
     /// It is there no more.
     Gone,
     /// It is what was noted, lies there, and is held under lock.
@@ -142,29 +142,29 @@ impl Remains {
             }
             let verdict = match self.judge(host, spent, &shared, options)? {
                 // Whoever uses the layer that is kept reads through those below it.
-                Verdict::Certain(..) if is_image && keeps_layers => {
-                    Verdict::Kept("a layer above it is kept".to_owned())
+                Fate::Certain(..) if is_image && keeps_layers => {
+                    Fate::Kept("a layer above it is kept".to_owned())
                 }
                 verdict => verdict,
             };
             keeps_image = false;
             match verdict {
-                Verdict::Gone => {}
-                Verdict::Kept(why) => {
+                Fate::Gone => {}
+                Fate::Kept(why) => {
                     (keeps_layers, keeps_image) = (keeps_layers || is_image, is_image);
                     report.kept.push((path.clone(), why));
                 }
-                Verdict::Certain(place, held) if options.delete => {
+                Fate::Certain(place, held) if options.delete => {
                     let removed = place.unlink_file(host, &*held).and_then(|_| place.sync(host));
                     removed.map_err(|e| Error::io(path, FileOp::Remove, None, e))?;
                     report.deleted.push(path.clone());
                 }
-                Verdict::Certain(_, file) if is_image => {
+                Fate::Certain(_, file) if is_image => {
                     let known = Known::now(host, path)?;
                     let marked = mark(&known, file, &self.base)?;
                     if marked { &mut report.marked } else { &mut report.unmarked }.push(path.clone());
                 }
-                Verdict::Certain(..) => {}
+                Fate::Certain(..) => {}
             }
         }
         Ok(())
@@ -195,20 +195,20 @@ impl Remains {
         spent: &Spent,
         shared: &[FileId],
         options: &CommitOptions,
-    ) -> Result<Verdict> {
+    ) -> Result<Fate> {
         let path = &spent.file.path;
-        let kept = |why: &str| Ok(Verdict::Kept(why.to_owned()));
+        let kept = |why: &str| Ok(Fate::Kept(why.to_owned()));
         let failed = |op| move |e| Error::io(path, op, None, e);
         let moved = || kept("its name leads to another file now");
         // It was noted by a path without links.
         let place = match Place::at(host, path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Verdict::Gone),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Fate::Gone),
             // A link on the way. What merely failed tells nothing about the name.
             Err(e) if leads_nowhere(&e) && host.canonicalize(path).is_ok() => return moved(),
             place => place.map_err(failed(FileOp::Resolve))?,
         };
         let stat = match place.stat(host) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Verdict::Gone),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Fate::Gone),
             stat => stat.map_err(failed(FileOp::Stat))?,
         };
         if shared.contains(&stat.id) {
@@ -249,7 +249,7 @@ impl Remains {
         if spent.kind == SpentKind::Marked && !self.is_marked(path, &*file)? {
             return kept("it bears no mark of the merge");
         }
-        Ok(Verdict::Certain(place, file))
+        Ok(Fate::Certain(place, file))
     }
 
     /// Whether an image bears the mark of a merge into base. Where there was no room for a name, it has none.

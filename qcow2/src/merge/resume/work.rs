@@ -15,7 +15,7 @@ use crate::format::features;
 use crate::image::Image;
 use crate::journal;
 use crate::journal::record::{Guard, Header, Phase, Purpose, Record, Sample};
-use crate::journal::{Found, Journal, Journaled, Judgement, Now, Verdict};
+use crate::journal::{FoundJournal, Journal, JournalVerdict, Journaled, Judgement, Now};
 use crate::merge::plan::BeginsAnew;
 use crate::stamp::Stamp;
 use crate::storage::{Access, FileId, Host, Storage, if_there};
@@ -47,7 +47,7 @@ impl Left {
     pub(crate) fn find(host: &dyn Host, layer: &Layer, dir: Option<&Path>) -> Result<Option<Self>> {
         let file = &**layer.image.file();
         let found = journal::find(host, &layer.path, file, dir, layer.access, journal::JOURNAL)?;
-        let Some(Found { journal, last, .. }) = found else { return Ok(None) };
+        let Some(FoundJournal { journal, last, .. }) = found else { return Ok(None) };
         // What it holds is written to the data file, too.
         if let (Some(data), Some(image)) = (&layer.data_file, layer.image.as_qcow2()) {
             let stat = image.data_file().stat().map_err(|e| Error::io(&data.path, FileOp::Stat, None, e))?;
@@ -70,23 +70,23 @@ impl Left {
     /// Whether the stopped work explains the image, dirty bit and all.
     pub(crate) fn is_ours(&self) -> bool {
         match self.judgement.verdict {
-            Verdict::Pending | Verdict::Unsure | Verdict::Finished => true,
-            Verdict::PutBack | Verdict::Copied => self.is_dirty,
-            Verdict::Over | Verdict::Foreign => false,
+            JournalVerdict::Pending | JournalVerdict::Unsure | JournalVerdict::Finished => true,
+            JournalVerdict::PutBack | JournalVerdict::Copied => self.is_dirty,
+            JournalVerdict::Over | JournalVerdict::Foreign => false,
         }
     }
 
     /// Whether it is certain that the image is as the stopped work has left it.
     pub(crate) fn is_certain(&self) -> bool {
-        self.judgement.verdict == Verdict::Pending && !self.needs_proof()
+        self.judgement.verdict == JournalVerdict::Pending && !self.needs_proof()
     }
 
     /// Whether the image may be another one than the stopped work has left. The times of a file that was put back within
     /// the second after a kill do not tell, so without a dirty bit only those that are known do.
     pub(crate) fn is_doubtful(&self) -> bool {
         match self.judgement.verdict {
-            Verdict::Pending => self.needs_proof() && !self.judgement.is_as_known,
-            Verdict::Finished => false,
+            JournalVerdict::Pending => self.needs_proof() && !self.judgement.is_as_known,
+            JournalVerdict::Finished => false,
             _ => true,
         }
     }
@@ -94,8 +94,8 @@ impl Left {
     /// Why nothing counts as done of what the stopped work did, if so.
     pub(crate) fn begins_anew(&self) -> Option<BeginsAnew> {
         match self.judgement.verdict {
-            Verdict::PutBack => Some(BeginsAnew::PutBack),
-            Verdict::Copied => Some(BeginsAnew::Copied),
+            JournalVerdict::PutBack => Some(BeginsAnew::PutBack),
+            JournalVerdict::Copied => Some(BeginsAnew::Copied),
             _ => None,
         }
     }
@@ -106,7 +106,7 @@ impl Left {
     /// [`Refusal::JournalOfRenamed`]; the system's.
     pub(crate) fn refuse_renamed(&self, host: &dyn Host, path: &Path) -> Result<()> {
         match self.judgement.verdict {
-            Verdict::Copied => journal::refuse_renamed(host, path, &self.journal),
+            JournalVerdict::Copied => journal::refuse_renamed(host, path, &self.journal),
             _ => Ok(()),
         }
     }
@@ -115,7 +115,7 @@ impl Left {
     /// has written to the image. With one, a copy that was made in the middle of the merge may have been put back within
     /// the second after a kill; and the bit says nothing of a data file.
     pub(crate) fn needs_proof(&self) -> bool {
-        self.judgement.verdict == Verdict::Unsure
+        self.judgement.verdict == JournalVerdict::Unsure
             || self.journal.header().guard == Guard::Stamp
             || !self.judgement.is_as_known
     }
@@ -128,7 +128,7 @@ impl Left {
     /// Whether somebody has written to the image since.
     pub(crate) fn is_foreign(&self) -> bool {
         // Whoever writes to an image that was being emptied writes to a disk that shows all it should.
-        self.judgement.verdict == Verdict::Foreign && self.journal.header().purpose == Purpose::Merge
+        self.judgement.verdict == JournalVerdict::Foreign && self.journal.header().purpose == Purpose::Merge
     }
 
     /// Whether base held everything when the work was stopped, and the layers above it were being changed.
@@ -139,7 +139,7 @@ impl Left {
     /// Whether the work may have emptied layers by then, or an earlier run of it has: a merge that goes on moves what
     /// was written since.
     pub(crate) fn may_have_emptied(&self) -> bool {
-        (self.is_switching() || self.journal_has_emptied()) && self.judgement.verdict != Verdict::Over
+        (self.is_switching() || self.journal_has_emptied()) && self.judgement.verdict != JournalVerdict::Over
     }
 
     /// Whether layers were empty already when the journal was made.
@@ -167,14 +167,14 @@ impl Left {
         // The dirty bit is the merge's own, and nothing lies elsewhere.
         let has_bit = self.is_dirty && targets.len() == 1;
         match self.judgement.verdict {
-            Verdict::Foreign | Verdict::PutBack => true,
-            Verdict::Copied => !has_bit && !self.judgement.is_as_known,
-            Verdict::Pending | Verdict::Unsure => {
+            JournalVerdict::Foreign | JournalVerdict::PutBack => true,
+            JournalVerdict::Copied => !has_bit && !self.judgement.is_as_known,
+            JournalVerdict::Pending | JournalVerdict::Unsure => {
                 let is_device = targets.iter().any(|target| target.is_device);
                 // While data moves, the work itself writes to base after what it noted last.
                 self.is_switching() && !has_bit && !is_device && self.judgement.may_be_newer
             }
-            Verdict::Over | Verdict::Finished => false,
+            JournalVerdict::Over | JournalVerdict::Finished => false,
         }
     }
 
@@ -188,9 +188,9 @@ impl Left {
             return Ok(false);
         }
         match self.judgement.verdict {
-            Verdict::PutBack => Ok(true),
-            Verdict::Copied if !self.judgement.is_as_known => Ok(true),
-            Verdict::Over => Ok(false),
+            JournalVerdict::PutBack => Ok(true),
+            JournalVerdict::Copied if !self.judgement.is_as_known => Ok(true),
+            JournalVerdict::Over => Ok(false),
             // Layers are removed when all is done; a guest may have written to base since.
             _ if self.journal.state().phase >= Phase::Removing => Ok(false),
             _ => Ok(!self.holds_samples(images, base)?),
@@ -200,7 +200,7 @@ impl Left {
     /// Whether the work merged a file that is none of `files`: another merge than one of these. In a copied folder no file
     /// is the one that it was.
     pub(crate) fn is_of_others(&self, files: &[FileId]) -> bool {
-        self.judgement.verdict != Verdict::Copied
+        self.judgement.verdict != JournalVerdict::Copied
             && self.journal.header().layers.iter().any(|layer| !files.contains(&layer.id))
     }
 
@@ -224,7 +224,7 @@ impl Left {
     /// The merge that was stopped.
     pub(crate) fn pending(&self) -> Option<Pending> {
         unfinished::of(&self.journal)
-            .filter(|pending| pending.is_removing || self.judgement.verdict != Verdict::Over)
+            .filter(|pending| pending.is_removing || self.judgement.verdict != JournalVerdict::Over)
     }
 
     /// The files of layers that the work has merged, and that nobody has written to since: not all of them have room for
@@ -257,7 +257,7 @@ impl Left {
     /// The system's.
     pub(crate) fn remains(&self, host: &dyn Host, chain: &Chain) -> Result<Option<Remains>> {
         // What was merged into a base that was put back is nowhere else.
-        let is_doubtful = self.judgement.verdict == Verdict::Foreign || self.judgement.is_older;
+        let is_doubtful = self.judgement.verdict == JournalVerdict::Foreign || self.judgement.is_older;
         Remains::of(host, &self.journal, Some(chain), is_doubtful)
     }
 
@@ -288,7 +288,7 @@ impl Left {
             && then.layers.len() == wanted.layers.len()
             && then.layers.iter().zip(&wanted.layers).all(|(then, now)| then.is_unchanged(now))
             && (then.new_size, then.zero_until) == (wanted.new_size, wanted.zero_until);
-        let may = same && matches!(self.judgement.verdict, Verdict::Pending | Verdict::Unsure);
+        let may = same && matches!(self.judgement.verdict, JournalVerdict::Pending | JournalVerdict::Unsure);
         (may && state.watermark > 0).then_some((state.watermark, state.done))
     }
 

@@ -49,7 +49,7 @@ pub(super) fn judge(
     file: &dyn Storage,
     options: &CheckOptions<'_>,
 ) -> Result<Differences> {
-    let judge = Judge { saved, path, file, options };
+    let judge = BackupJudge { saved, path, file, options };
     let len = judge.length()?;
     let (is_header_known, may_be_torn) = judge.header()?;
     let len_before = if saved.image.is_device { len } else { saved.image.times.len };
@@ -93,14 +93,14 @@ impl Differences {
     }
 }
 
-struct Judge<'a> {
+struct BackupJudge<'a> {
     saved: &'a Saved<'a>,
     path: &'a Path,
     file: &'a dyn Storage,
     options: &'a CheckOptions<'a>,
 }
 
-impl Judge<'_> {
+impl BackupJudge<'_> {
     fn refuse(&self, offset: u64, what: impl Into<String>) -> Error {
         let breaks_off = self.saved.breaks_off();
         Error::refused(self.path, Refusal::WrittenSinceRepair { offset, what: what.into(), breaks_off })

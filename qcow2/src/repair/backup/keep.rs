@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::record::{Kind, PIECE, Writer};
+use super::record::{BackupWriter, PIECE, RecordKind};
 use crate::check::CheckOptions;
 use crate::check::counts::Reference;
 use crate::check::finding::Findings;
@@ -31,12 +31,13 @@ pub(super) fn keep(
     host: &dyn Host,
     to: &Path,
     options: &CheckOptions<'_>,
-) -> Result<Writer> {
+) -> Result<BackupWriter> {
     let subject = Subject::open(path, file, None, options.cancel)?;
     let image = Stamp::of(host, path, file)?;
     let place = Place::named(host, to).map_err(|e| Error::io(to, FileOp::Create, None, e))?;
     let out = place.create(host).map_err(|e| Error::io(to, FileOp::Create, None, e))?;
-    let mut keeper = Keeper { subject: &subject, to, out: Writer::new(to, Arc::clone(&out)), records: 0 };
+    let mut keeper =
+        Keeper { subject: &subject, to, out: BackupWriter::new(to, Arc::clone(&out)), records: 0 };
     let durable = keeper.all(&image).and_then(|()| {
         // Who may read the image may read what it was.
         out.take_rights(&[file]);
@@ -55,7 +56,7 @@ pub(super) fn keep(
 struct Keeper<'a> {
     subject: &'a Subject<'a>,
     to: &'a Path,
-    out: Writer,
+    out: BackupWriter,
     records: u64,
 }
 
@@ -67,7 +68,7 @@ impl Keeper<'_> {
         let id = [image.id.device.to_be_bytes(), image.id.inode.to_be_bytes()].concat();
         let path = image.path.as_os_str().as_bytes();
         let is_device = u64::from(image.is_device);
-        self.out.put(Kind::Image, subject.file_len, is_device, &[&id, path]).map_err(&failed)?;
+        self.out.put(RecordKind::Image, subject.file_len, is_device, &[&id, path]).map_err(&failed)?;
         let (layout, gaps) = lay_out(subject, Scope::Everything, &Findings::new(0))?;
         gaps.none(subject.path)?;
         let bits = geometry.cluster_bits();
@@ -81,7 +82,7 @@ impl Keeper<'_> {
             }
         }
         walk_l1(subject, &layout.l1, None, self)?.none(subject.path)?;
-        self.out.put(Kind::Full, self.records, 0, &[]).map_err(&failed)?;
+        self.out.put(RecordKind::Full, self.records, 0, &[]).map_err(&failed)?;
         self.out.sync().map_err(&failed)
     }
 
@@ -94,7 +95,7 @@ impl Keeper<'_> {
             let mut content = vec![0; PIECE.min(end - at) as usize];
             let read = self.subject.file.read_exact_or_zero(&mut content, at);
             read.map_err(|e| Error::io(self.subject.path, FileOp::Read, Some(at), e))?;
-            self.out.put(Kind::Kept, at, 0, &[&content]).map_err(failed(self.to))?;
+            self.out.put(RecordKind::Kept, at, 0, &[&content]).map_err(failed(self.to))?;
             self.records += 1;
             at += content.len() as u64;
         }

@@ -20,7 +20,7 @@ const LONGEST: u32 = 2 << 20;
 
 /// What a record is; see [`super`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum RecordKind {
     Image,
     Kept,
     Full,
@@ -30,14 +30,14 @@ pub(super) enum Kind {
     Restored,
 }
 
-const KINDS: [(Kind, [u8; 4]); 7] = [
-    (Kind::Image, *b"imag"),
-    (Kind::Kept, *b"kept"),
-    (Kind::Full, *b"full"),
-    (Kind::Change, *b"chng"),
-    (Kind::Repaired, *b"done"),
-    (Kind::Restoring, *b"back"),
-    (Kind::Restored, *b"home"),
+const KINDS: [(RecordKind, [u8; 4]); 7] = [
+    (RecordKind::Image, *b"imag"),
+    (RecordKind::Kept, *b"kept"),
+    (RecordKind::Full, *b"full"),
+    (RecordKind::Change, *b"chng"),
+    (RecordKind::Repaired, *b"done"),
+    (RecordKind::Restoring, *b"back"),
+    (RecordKind::Restored, *b"home"),
 ];
 
 /// A record that is there: where it begins, and its checksum.
@@ -49,20 +49,20 @@ pub(super) struct Link {
 
 /// Between two records: the one before, and where the next one begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct RecordPosition {
     pub(super) last: Link,
     pub(super) end: u64,
 }
 
-impl Place {
+impl RecordPosition {
     /// Before the first record.
     pub(super) const START: Self = Self { last: Link { at: 0, crc: 0 }, end: MAGIC.len() as u64 };
 }
 
 /// A record as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Record {
-    pub(super) kind: Kind,
+pub(super) struct BackupRecord {
+    pub(super) kind: RecordKind,
     pub(super) first: u64,
     pub(super) second: u64,
     pub(super) before: Link,
@@ -70,10 +70,10 @@ pub(super) struct Record {
     pub(super) link: Link,
 }
 
-impl Record {
+impl BackupRecord {
     /// The place behind it.
-    pub(super) fn place(&self) -> Place {
-        Place { last: self.link, end: self.link.at + (HEAD + self.content.len()) as u64 }
+    pub(super) fn place(&self) -> RecordPosition {
+        RecordPosition { last: self.link, end: self.link.at + (HEAD + self.content.len()) as u64 }
     }
 }
 
@@ -91,13 +91,13 @@ fn crc_of(head: &[u8], content: &[&[u8]]) -> u32 {
 
 /// A backup that is read. Its records are looked at one by one, however many they are.
 #[derive(Debug)]
-pub(super) struct Reader<'a> {
+pub(super) struct BackupReader<'a> {
     path: &'a Path,
     file: &'a dyn Storage,
     len: u64,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> BackupReader<'a> {
     /// # Errors
     /// The system's, and a file that is no backup.
     pub(super) fn of(path: &'a Path, file: &'a dyn Storage) -> Result<Self> {
@@ -119,7 +119,7 @@ impl<'a> Reader<'a> {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn at(&self, at: u64) -> Result<Option<Record>> {
+    pub(super) fn at(&self, at: u64) -> Result<Option<BackupRecord>> {
         let mut head = [0; HEAD];
         let room = self.len.saturating_sub(at).saturating_sub(HEAD as u64);
         if self.len.saturating_sub(at) < HEAD as u64 {
@@ -137,15 +137,15 @@ impl<'a> Reader<'a> {
             return Ok(None);
         }
         let Head { kind, first, second, before, crc, .. } = head;
-        Ok(Some(Record { kind, first, second, before, content, link: Link { at, crc } }))
+        Ok(Some(BackupRecord { kind, first, second, before, content, link: Link { at, crc } }))
     }
 
     /// The next record; `None` where none follows.
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn next(&self, place: Place) -> Result<Option<Record>> {
-        let follows = |record: &Record| record.before == place.last;
+    pub(super) fn next(&self, place: RecordPosition) -> Result<Option<BackupRecord>> {
+        let follows = |record: &BackupRecord| record.before == place.last;
         match self.at(place.end)?.filter(follows) {
             None => Ok(self.at(block(place.end))?.filter(follows)),
             found => Ok(found),
@@ -165,7 +165,7 @@ impl<'a> Reader<'a> {
 
 /// A head as it was read.
 struct Head {
-    kind: Kind,
+    kind: RecordKind,
     len: u32,
     first: u64,
     second: u64,
@@ -198,7 +198,7 @@ impl Head {
 
 /// Appends records to a backup.
 #[derive(Debug)]
-pub(super) struct Writer {
+pub(super) struct BackupWriter {
     path: PathBuf,
     file: Arc<dyn Storage>,
     /// What is not yet written, and where it goes.
@@ -207,14 +207,14 @@ pub(super) struct Writer {
     last: Link,
 }
 
-impl Writer {
+impl BackupWriter {
     /// Begins a backup in a new file.
     pub(super) fn new(path: &Path, file: Arc<dyn Storage>) -> Self {
         Self { path: path.to_owned(), file, waiting: MAGIC.to_vec(), at: 0, last: Link::default() }
     }
 
     /// Goes on behind a record of a backup, over whatever lies there.
-    pub(super) fn behind(path: &Path, file: Arc<dyn Storage>, place: Place) -> Self {
+    pub(super) fn behind(path: &Path, file: Arc<dyn Storage>, place: RecordPosition) -> Self {
         Self { path: path.to_owned(), file, waiting: Vec::new(), at: block(place.end), last: place.last }
     }
 
@@ -222,7 +222,13 @@ impl Writer {
     ///
     /// # Errors
     /// The system's; it names the backup.
-    pub(super) fn put(&mut self, kind: Kind, first: u64, second: u64, content: &[&[u8]]) -> io::Result<()> {
+    pub(super) fn put(
+        &mut self,
+        kind: RecordKind,
+        first: u64,
+        second: u64,
+        content: &[&[u8]],
+    ) -> io::Result<()> {
         let tag = KINDS.iter().find(|(known, _)| *known == kind).map(|(_, tag)| *tag);
         let len: usize = content.iter().map(|part| part.len()).sum();
         let link = self.at + self.waiting.len() as u64;
@@ -271,20 +277,20 @@ mod tests {
     #[test]
     fn records_are_a_chain_that_ends_where_a_byte_is_wrong() {
         let (host, path) = (MemHost::new(), Path::new("/b"));
-        let mut writer = Writer::new(path, host.create_new(path).unwrap());
+        let mut writer = BackupWriter::new(path, host.create_new(path).unwrap());
         let parts: [&[u8]; 2] = [b"before", b"after!"];
-        writer.put(Kind::Image, 7, 1, &[b"who"]).unwrap();
-        writer.put(Kind::Change, u64::MAX, 2, &parts).unwrap();
+        writer.put(RecordKind::Image, 7, 1, &[b"who"]).unwrap();
+        writer.put(RecordKind::Change, u64::MAX, 2, &parts).unwrap();
         writer.sync().unwrap();
-        writer.put(Kind::Repaired, 1, 0, &[]).unwrap();
+        writer.put(RecordKind::Repaired, 1, 0, &[]).unwrap();
         writer.sync().unwrap();
         let whole = host.content(path).unwrap();
         let read = |bytes: &[u8]| {
             let host = MemHost::new();
             host.add(path, bytes).unwrap();
             let file = host.open(path, Access::Read).unwrap();
-            let reader = Reader::of(path, &*file)?;
-            let (mut records, mut place) = (Vec::new(), Place::START);
+            let reader = BackupReader::of(path, &*file)?;
+            let (mut records, mut place) = (Vec::new(), RecordPosition::START);
             while let Some(record) = reader.next(place)? {
                 place = record.place();
                 records.push(record);
@@ -294,7 +300,7 @@ mod tests {
         let records = read(&whole).unwrap();
         assert_eq!(
             records.iter().map(|r| r.kind).collect::<Vec<_>>(),
-            [Kind::Image, Kind::Change, Kind::Repaired]
+            [RecordKind::Image, RecordKind::Change, RecordKind::Repaired]
         );
         assert_eq!((records[1].first, records[1].second), (u64::MAX, 2));
         assert_eq!(records[1].content, b"beforeafter!");

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::SECTOR;
-use super::record::{Kind, PIECE, Writer};
+use super::record::{BackupWriter, PIECE, RecordKind};
 use crate::storage::{CopyError, FileStat, LockError, LockMode, Storage};
 
 /// A file, and the backup of what is written to it. Writes wait in memory, at most [`PIECE`] bytes of them, until
@@ -14,12 +14,12 @@ use crate::storage::{CopyError, FileStat, LockError, LockMode, Storage};
 #[derive(Debug)]
 pub(in crate::repair) struct Recorded<'a> {
     file: &'a dyn Storage,
-    work: Mutex<Work>,
+    work: Mutex<BackupWork>,
 }
 
 #[derive(Debug)]
-struct Work {
-    backup: Writer,
+struct BackupWork {
+    backup: BackupWriter,
     /// By the first byte of the first sector. No two touch the same sector.
     waiting: BTreeMap<u64, Waiting>,
     bytes: u64,
@@ -46,8 +46,8 @@ fn sectors(offset: u64, len: u64) -> Range<u64> {
 }
 
 impl<'a> Recorded<'a> {
-    pub(super) fn over(file: &'a dyn Storage, backup: Writer) -> Self {
-        let work = Work { backup, waiting: BTreeMap::new(), bytes: 0, records: 0, barriers: 0 };
+    pub(super) fn over(file: &'a dyn Storage, backup: BackupWriter) -> Self {
+        let work = BackupWork { backup, waiting: BTreeMap::new(), bytes: 0, records: 0, barriers: 0 };
         Self { file, work: Mutex::new(work) }
     }
 
@@ -59,11 +59,11 @@ impl<'a> Recorded<'a> {
         self.sync()?;
         let mut work = self.work();
         let records = work.records;
-        work.backup.put(Kind::Repaired, records, 0, &[])?;
+        work.backup.put(RecordKind::Repaired, records, 0, &[])?;
         work.backup.sync()
     }
 
-    fn work(&self) -> MutexGuard<'_, Work> {
+    fn work(&self) -> MutexGuard<'_, BackupWork> {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -74,7 +74,7 @@ impl<'a> Recorded<'a> {
     }
 }
 
-impl Work {
+impl BackupWork {
     fn touches(&self, bytes: &Range<u64>) -> bool {
         let last = self.waiting.range(..bytes.end).next_back();
         last.is_some_and(|(_, waiting)| waiting.sectors().end > bytes.start)
@@ -91,7 +91,7 @@ impl Work {
             if let Some(place) = after.get_mut(at..at + waiting.bytes.len()) {
                 place.copy_from_slice(&waiting.bytes);
             }
-            self.backup.put(Kind::Change, start, self.barriers, &[&before, &after])?;
+            self.backup.put(RecordKind::Change, start, self.barriers, &[&before, &after])?;
             self.records += 1;
         }
         if self.waiting.is_empty() {
@@ -190,7 +190,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::repair::backup::record::{Place, Reader};
+    use crate::repair::backup::record::{BackupReader, RecordPosition};
     use crate::storage::{Access, Host, MemHost};
 
     #[test]
@@ -200,7 +200,7 @@ mod tests {
         host.add("/image", &model).unwrap();
         let before = model.clone();
         let file = host.open(Path::new("/image"), Access::ReadWrite).unwrap();
-        let recorded = Recorded::over(&*file, Writer::new(path, host.create_new(path).unwrap()));
+        let recorded = Recorded::over(&*file, BackupWriter::new(path, host.create_new(path).unwrap()));
         let writes = [(10, 3), (4090, 10), (0, 4096), (8000, 9000), (19_999, 5), (30_000, 7), (512, 1)];
         for (n, (at, len)) in writes.into_iter().enumerate() {
             let bytes = vec![0xa0 + n as u8; len];
@@ -219,13 +219,13 @@ mod tests {
         assert!(host.content("/image").unwrap() == model);
         // Backwards through the records is backwards in time.
         let file = host.open(path, Access::Read).unwrap();
-        let reader = Reader::of(path, &*file).unwrap();
-        let (mut records, mut place) = (Vec::new(), Place::START);
+        let reader = BackupReader::of(path, &*file).unwrap();
+        let (mut records, mut place) = (Vec::new(), RecordPosition::START);
         while let Some(record) = reader.next(place).unwrap() {
             place = record.place();
             records.push(record);
         }
-        assert_eq!(records.pop().unwrap().kind, Kind::Repaired);
+        assert_eq!(records.pop().unwrap().kind, RecordKind::Repaired);
         for record in records.iter().rev() {
             let (at, half) = (record.first as usize, record.content.len() / 2);
             model.resize(model.len().max(at + half), 0);

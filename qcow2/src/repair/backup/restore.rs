@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::SECTOR;
 use super::judge::{Differences, judge, marked};
-use super::record::{Kind, Reader, Writer};
+use super::record::{BackupReader, BackupWriter, RecordKind};
 use super::saved::{Saved, halves};
 use crate::check::CheckOptions;
 use crate::error::{Error, FileOp, Refusal, Result};
@@ -59,7 +59,7 @@ pub fn plan_restore(
     options: &RestoreOptions<'_>,
 ) -> Result<RestorePlan> {
     let backup = open(host, from, Access::Read, path, file)?;
-    prepare(path, file, host, &Saved::read(Reader::of(from, &*backup)?)?, options)
+    prepare(path, file, host, &Saved::read(BackupReader::of(from, &*backup)?)?, options)
 }
 
 /// Puts back the metadata of the image in `file`, which must be held under a writer's lock. When it was stopped, the
@@ -75,21 +75,21 @@ pub fn restore(
     options: &RestoreOptions<'_>,
 ) -> Result<RestorePlan> {
     let backup = open(host, from, Access::ReadWrite, path, file)?;
-    let saved = Saved::read(Reader::of(from, &*backup)?)?;
+    let saved = Saved::read(BackupReader::of(from, &*backup)?)?;
     let plan = prepare(path, file, host, &saved, options)?;
-    let mut marks = Writer::behind(from, Arc::clone(&backup), saved.end);
+    let mut marks = BackupWriter::behind(from, Arc::clone(&backup), saved.end);
     let mut mark = |kind| {
         let written = marks.put(kind, 0, 0, &[]).and_then(|()| marks.sync());
         written.map_err(|e| Error::io(from, FileOp::Write, Some(saved.end.end), e))
     };
     if !plan.is_empty() {
         if !plan.continues {
-            mark(Kind::Restoring)?;
+            mark(RecordKind::Restoring)?;
         }
-        Work { saved: &saved, path, file }.all(&plan)?;
+        RestoreWork { saved: &saved, path, file }.all(&plan)?;
     }
     if !plan.is_empty() || plan.continues {
-        mark(Kind::Restored)?;
+        mark(RecordKind::Restored)?;
     }
     Ok(plan)
 }
@@ -132,13 +132,13 @@ fn prepare(
     Ok(RestorePlan { bytes, ranges, len, len_after: len_before, continues: saved.is_restoring })
 }
 
-struct Work<'a> {
+struct RestoreWork<'a> {
     saved: &'a Saved<'a>,
     path: &'a Path,
     file: &'a dyn Storage,
 }
 
-impl Work<'_> {
+impl RestoreWork<'_> {
     fn all(&self, plan: &RestorePlan) -> Result<()> {
         let Some(header) = self.saved.headers.first() else { return Ok(()) };
         let marked = marked(header);

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use super::SECTOR;
-use super::record::{Kind, PIECE, Place, Reader, Record};
+use super::record::{BackupReader, BackupRecord, PIECE, RecordKind, RecordPosition};
 use crate::error::Result;
 use crate::stamp::{Stamp, Times};
 use crate::storage::FileId;
@@ -18,7 +18,7 @@ pub(super) type Sector = [u8; SECTOR as usize];
 /// A backup whose metadata is whole.
 #[derive(Debug)]
 pub(super) struct Saved<'a> {
-    reader: Reader<'a>,
+    reader: BackupReader<'a>,
     /// The image, as far as the backup knows it.
     pub(super) image: Stamp,
     /// The first sector before the repair, and after each write to it.
@@ -28,16 +28,16 @@ pub(super) struct Saved<'a> {
     /// Whether a restore began and did not end.
     pub(super) is_restoring: bool,
     /// Where the metadata begins and ends.
-    metadata: (Place, Place),
+    metadata: (RecordPosition, RecordPosition),
     /// Where the changes begin and end.
-    changes: (Place, Place),
+    changes: (RecordPosition, RecordPosition),
     /// Behind the last record.
-    pub(super) end: Place,
+    pub(super) end: RecordPosition,
 }
 
 /// What may follow the metadata.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+enum BackupPhase {
     /// Changes.
     Repair,
     /// The marks of restores.
@@ -49,9 +49,9 @@ impl<'a> Saved<'a> {
     ///
     /// # Errors
     /// The system's, and a backup that is damaged or lacks part of the metadata.
-    pub(super) fn read(reader: Reader<'a>) -> Result<Self> {
-        let start = Place::START.end;
-        let first = reader.next(Place::START)?.filter(|record| record.kind == Kind::Image);
+    pub(super) fn read(reader: BackupReader<'a>) -> Result<Self> {
+        let start = RecordPosition::START.end;
+        let first = reader.next(RecordPosition::START)?.filter(|record| record.kind == RecordKind::Image);
         let first = first.ok_or_else(|| reader.damaged(start, "the record of the image is not whole"))?;
         let Some(image) = identity(&first) else {
             return Err(reader.damaged(start, "it does not say which image it is about"));
@@ -82,18 +82,18 @@ impl<'a> Saved<'a> {
             let end = record.first.checked_add(record.content.len() as u64);
             let is_inside = end.is_some_and(|end| end <= self.image.times.len);
             match record.kind {
-                Kind::Kept if !record.first.is_multiple_of(SECTOR) || !is_inside => {
+                RecordKind::Kept if !record.first.is_multiple_of(SECTOR) || !is_inside => {
                     return bad("metadata lies outside the image");
                 }
-                Kind::Kept => {
+                RecordKind::Kept => {
                     if record.first == 0 && self.headers.is_empty() {
                         self.headers.push(sector(&record.content));
                     }
                     kept += 1;
                 }
-                Kind::Full if record.first != kept => return bad("some of the metadata is missing"),
-                Kind::Full if self.headers.is_empty() => return bad("the header is missing"),
-                Kind::Full => {
+                RecordKind::Full if record.first != kept => return bad("some of the metadata is missing"),
+                RecordKind::Full if self.headers.is_empty() => return bad("the header is missing"),
+                RecordKind::Full => {
                     self.metadata.1 = self.end;
                     self.end = record.place();
                     self.changes = (self.end, self.end);
@@ -106,24 +106,26 @@ impl<'a> Saved<'a> {
     }
 
     fn read_changes(&mut self) -> Result<()> {
-        let mut phase = Phase::Repair;
+        let mut phase = BackupPhase::Repair;
         let mut changes = 0u64;
         while let Some(record) = self.reader.next(self.end)? {
             let follows = match (record.kind, phase) {
-                (Kind::Change, Phase::Repair) => {
+                (RecordKind::Change, BackupPhase::Repair) => {
                     changes += 1;
                     self.changes.1 = record.place();
                     self.note_change(&record)
                 }
-                (Kind::Repaired, Phase::Repair) => {
-                    phase = Phase::Restore;
+                (RecordKind::Repaired, BackupPhase::Repair) => {
+                    phase = BackupPhase::Restore;
                     record.first == changes
                 }
-                (Kind::Restoring, _) => {
-                    phase = Phase::Restore;
+                (RecordKind::Restoring, _) => {
+                    phase = BackupPhase::Restore;
                     !std::mem::replace(&mut self.is_restoring, true)
                 }
-                (Kind::Restored, Phase::Restore) => std::mem::replace(&mut self.is_restoring, false),
+                (RecordKind::Restored, BackupPhase::Restore) => {
+                    std::mem::replace(&mut self.is_restoring, false)
+                }
                 _ => false,
             };
             if !follows {
@@ -135,7 +137,7 @@ impl<'a> Saved<'a> {
     }
 
     /// Takes in a change; false if it cannot be one.
-    fn note_change(&mut self, record: &Record) -> bool {
+    fn note_change(&mut self, record: &BackupRecord) -> bool {
         let (before, after) = halves(record);
         let len = before.len() as u64;
         let fits = before.len() == after.len() && (1..=PIECE).contains(&len);
@@ -160,7 +162,7 @@ impl<'a> Saved<'a> {
     ///
     /// # Errors
     /// Those of `f`, and a backup that changes meanwhile.
-    pub(super) fn for_each_kept(&self, f: impl FnMut(&Record) -> Result<()>) -> Result<()> {
+    pub(super) fn for_each_kept(&self, f: impl FnMut(&BackupRecord) -> Result<()>) -> Result<()> {
         self.for_each(self.metadata, f)
     }
 
@@ -168,14 +170,14 @@ impl<'a> Saved<'a> {
     ///
     /// # Errors
     /// Those of `f`, and a backup that changes meanwhile.
-    pub(super) fn for_each_change(&self, f: impl FnMut(&Record) -> Result<()>) -> Result<()> {
+    pub(super) fn for_each_change(&self, f: impl FnMut(&BackupRecord) -> Result<()>) -> Result<()> {
         self.for_each(self.changes, f)
     }
 
     fn for_each(
         &self,
-        (mut place, end): (Place, Place),
-        mut f: impl FnMut(&Record) -> Result<()>,
+        (mut place, end): (RecordPosition, RecordPosition),
+        mut f: impl FnMut(&BackupRecord) -> Result<()>,
     ) -> Result<()> {
         while place != end {
             let Some(record) = self.reader.next(place)? else { return Err(self.is_changing(place.end)) };
@@ -189,7 +191,7 @@ impl<'a> Saved<'a> {
     ///
     /// # Errors
     /// Those of `f`, and a backup that changes meanwhile.
-    pub(super) fn for_each_change_back(&self, mut f: impl FnMut(&Record) -> Result<()>) -> Result<()> {
+    pub(super) fn for_each_change_back(&self, mut f: impl FnMut(&BackupRecord) -> Result<()>) -> Result<()> {
         let mut link = self.changes.1.last;
         while link != self.changes.0.last {
             let record = self.reader.at(link.at)?.filter(|record| record.link == link);
@@ -208,7 +210,7 @@ impl<'a> Saved<'a> {
 }
 
 /// What was there before a change, and what after it.
-pub(super) fn halves(change: &Record) -> (&[u8], &[u8]) {
+pub(super) fn halves(change: &BackupRecord) -> (&[u8], &[u8]) {
     change.content.split_at(change.content.len() / 2)
 }
 
@@ -219,7 +221,7 @@ fn sector(bytes: &[u8]) -> Sector {
 }
 
 /// The image that a backup is about: what is needed to know it again.
-fn identity(record: &Record) -> Option<Stamp> {
+fn identity(record: &BackupRecord) -> Option<Stamp> {
     let (device, rest) = record.content.split_first_chunk::<8>()?;
     let (inode, path) = rest.split_first_chunk::<8>()?;
     Some(Stamp {

@@ -69,10 +69,10 @@ fn set_refcount(path: &Path, cluster: u64, refcount: u16) {
     patch(path, places(path).refcount_block + cluster * 2, &refcount.to_be_bytes());
 }
 
-type Damage = fn(&Path);
+type MakeDamage = fn(&Path);
 
 /// Damage that can be repaired, what it is, and whether the structures must be made anew for it.
-const REPAIRABLE: &[(&str, bool, Damage)] = &[
+const REPAIRABLE: &[(&str, bool, MakeDamage)] = &[
     ("a leak", false, |p| set_refcount(p, word(p, places(p).l2) << 1 >> 17, 7)),
     ("a data cluster is free", false, |p| set_refcount(p, word(p, places(p).l2) << 1 >> 17, 0)),
     ("an L1 table is free", false, |p| set_refcount(p, places(p).l1 >> 16, 0)),

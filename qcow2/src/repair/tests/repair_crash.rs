@@ -9,7 +9,7 @@ use crate::check::tests::qemu::{Bench, patch, patch_u64, places, word};
 use crate::check::tests::random::{Random, varied_image};
 use crate::check::{CheckOptions, CheckReport, Severity, Verdict, What, check};
 use crate::repair::{RepairMode, repair};
-use crate::storage::sim::{Cuts, Garbage, Op, SimHost, Tear, power_cuts};
+use crate::storage::sim::{Cuts, DiskOp, Garbage, SimHost, Tear, power_cuts};
 use crate::storage::{Access, Host, MemHost, Storage};
 
 const NAME: &str = "/image";
@@ -43,7 +43,7 @@ fn cut(image: &[u8], random: &mut Random, what: &str) -> u64 {
     let done = repair(name, &*file, None, RepairMode::All, &options).unwrap();
     assert_eq!(done.after.verdict(), Verdict::Clean, "{what}: {done}");
     let log = disk_of_image.log();
-    assert!(log.iter().all(|op| !matches!(op, Op::SetLen { .. })), "{what}: a repair cuts nothing off");
+    assert!(log.iter().all(|op| !matches!(op, DiskOp::SetLen { .. })), "{what}: a repair cuts nothing off");
     let cuts = Cuts {
         seed: random.next(),
         tear: Tear::Sector,

@@ -26,7 +26,7 @@ fn put_back_with(host: &dyn Host, image: &str, options: &RestoreOptions<'_>) -> 
 }
 
 /// The damaged image that most is done to.
-struct Rebuilt {
+struct RebuiltImage {
     /// As it was.
     image: Vec<u8>,
     /// As the repair leaves it.
@@ -35,17 +35,17 @@ struct Rebuilt {
     state: State,
 }
 
-fn rebuilt() -> Rebuilt {
+fn rebuilt() -> RebuiltImage {
     let (_, image) = damaged_images().into_iter().find(|(name, _)| *name == "no-refcount-block").unwrap();
     let host = MemHost::new();
     host.add(IMAGE, &image).unwrap();
     repaired(&host, RepairMode::All);
     let (after, backup) = (host.content(IMAGE).unwrap(), host.content(BACKUP).unwrap());
     assert!(after.len() > image.len(), "new structures lie behind the end");
-    Rebuilt { image, after, backup, state: State::of(&host) }
+    RebuiltImage { image, after, backup, state: State::of(&host) }
 }
 
-impl Rebuilt {
+impl RebuiltImage {
     /// The same two files with other content.
     fn host(&self, image: &[u8], backup: &[u8]) -> MemHost {
         let host = self.state.host();
@@ -63,14 +63,14 @@ fn overwrite(host: &MemHost, path: &str, content: &[u8]) {
 }
 
 /// A record of a backup.
-struct Record {
+struct RecordRanges {
     /// The bytes of the image that it is about: metadata, or a change.
     image: Range<usize>,
     /// The bytes of the backup that it takes.
     backup: Range<usize>,
 }
 
-fn records(backup: &[u8]) -> Vec<Record> {
+fn records(backup: &[u8]) -> Vec<RecordRanges> {
     let (mut records, mut at) = (Vec::new(), 16);
     while at < backup.len() {
         let number = |from: usize, len: usize| {
@@ -87,7 +87,7 @@ fn records(backup: &[u8]) -> Vec<Record> {
             }
             _ => 0..0,
         };
-        records.push(Record { image, backup: at..end });
+        records.push(RecordRanges { image, backup: at..end });
         at = end;
     }
     records
@@ -100,7 +100,7 @@ fn is_refusal(error: &Error, is: impl Fn(&Refusal) -> bool) -> bool {
 #[test]
 fn what_was_repaired_comes_back_once() {
     let known = rebuilt();
-    let Rebuilt { image, after, backup, .. } = &known;
+    let RebuiltImage { image, after, backup, .. } = &known;
     let host = known.host(after, backup);
     let file = host.open(Path::new(IMAGE), Access::Read).unwrap();
     let planned =
@@ -124,7 +124,7 @@ fn what_was_repaired_comes_back_once() {
 #[test]
 fn another_image_is_refused_and_a_copy_may_be_allowed() {
     let known = rebuilt();
-    let Rebuilt { image, after, backup, .. } = &known;
+    let RebuiltImage { image, after, backup, .. } = &known;
     let host = known.host(after, backup);
     host.add("/copy", after).unwrap();
     let error = put_back(&host, "/copy").unwrap_err();
@@ -143,7 +143,7 @@ fn another_image_is_refused_and_a_copy_may_be_allowed() {
 #[test]
 fn a_damaged_backup_is_refused_or_changes_nothing_for_the_worse() {
     let known = rebuilt();
-    let Rebuilt { image, after, backup, .. } = &known;
+    let RebuiltImage { image, after, backup, .. } = &known;
     let (mut refused, mut whole) = (0, 0);
     // The mark at the end says only that the repair was not stopped, and between records lies nothing.
     let mut records = records(backup);
@@ -182,7 +182,7 @@ fn a_damaged_backup_is_refused_or_changes_nothing_for_the_worse() {
 #[test]
 fn an_image_that_was_written_since_is_refused() {
     let known = rebuilt();
-    let Rebuilt { after, backup, .. } = &known;
+    let RebuiltImage { after, backup, .. } = &known;
     let places: BTreeSet<_> =
         records(backup).into_iter().flat_map(|record| record.image.step_by(512)).collect();
     assert!(places.len() > 5);

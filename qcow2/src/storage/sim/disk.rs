@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::SECTOR;
 use super::faults::{Action, Fault, FaultKind, Faults};
-use super::record::{Op, fragments};
+use super::record::{DiskOp, fragments};
 use super::state::State;
 use crate::error::Holder;
 use crate::storage::{
@@ -30,13 +30,13 @@ pub struct SimHost {
 #[derive(Debug)]
 struct Shared {
     start: State,
-    journal: Mutex<Journal>,
+    journal: Mutex<DiskLog>,
 }
 
 /// What was done, and what will fail.
 #[derive(Debug, Default)]
-struct Journal {
-    log: Vec<Op>,
+struct DiskLog {
+    log: Vec<DiskOp>,
     faults: Faults,
     devices: BTreeSet<u64>,
 }
@@ -50,7 +50,7 @@ pub struct SimFile {
 }
 
 impl Shared {
-    fn journal(&self) -> MutexGuard<'_, Journal> {
+    fn journal(&self) -> MutexGuard<'_, DiskLog> {
         self.journal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -60,7 +60,7 @@ impl Shared {
     }
 }
 
-impl Journal {
+impl DiskLog {
     fn strike(&mut self, action: Action) -> io::Result<()> {
         self.faults.strike(action).map_or(Ok(()), |kind| Err(kind.error()))
     }
@@ -89,13 +89,13 @@ impl SimHost {
     }
 
     /// What was done so far.
-    pub fn log(&self) -> Vec<Op> {
+    pub fn log(&self) -> Vec<DiskOp> {
         self.shared.journal().log.clone()
     }
 
     /// Puts a mark into the log.
     pub fn note(&self, what: &'static str) {
-        self.shared.journal().log.push(Op::Note(what));
+        self.shared.journal().log.push(DiskOp::Note(what));
     }
 
     /// Makes operations fail from now on; counting begins anew.
@@ -156,7 +156,7 @@ impl SimHost {
         let file = self.host.stat(from)?.id.inode;
         let (from, to) = (self.host.canonicalize(from)?, named(to));
         rename(&self.host)?;
-        journal.log.push(Op::Rename { from, to, file });
+        journal.log.push(DiskOp::Rename { from, to, file });
         Ok(())
     }
 }
@@ -178,7 +178,7 @@ impl Host for SimHost {
         let file = self.host.create_new(path)?;
         let inode = file.stat()?.id.inode;
         let at = changed(&*file)?;
-        journal.log.push(Op::Create { path: named(path), file: inode, at });
+        journal.log.push(DiskOp::Create { path: named(path), file: inode, at });
         drop(journal);
         self.file(file)
     }
@@ -221,7 +221,7 @@ impl Host for SimHost {
         let mut journal = self.shared.journal();
         journal.strike(Action::Change)?;
         self.host.unlink(path)?;
-        journal.log.push(Op::Unlink { path: named(path) });
+        journal.log.push(DiskOp::Unlink { path: named(path) });
         Ok(())
     }
 
@@ -229,7 +229,7 @@ impl Host for SimHost {
         let mut journal = self.shared.journal();
         journal.strike(Action::Sync)?;
         self.host.sync_dir(dir)?;
-        journal.log.push(Op::SyncDir { dir: named(dir) });
+        journal.log.push(DiskOp::SyncDir { dir: named(dir) });
         Ok(())
     }
 
@@ -247,7 +247,7 @@ impl Host for SimHost {
     }
 }
 
-impl Journal {
+impl DiskLog {
     fn as_device(&self, stat: FileStat) -> FileStat {
         let device = self.devices.contains(&stat.id.inode);
         if device { FileStat { kind: FileKind::Block, ..stat } } else { stat }
@@ -262,7 +262,7 @@ impl SimFile {
     /// Writes, with the parts of sectors noted; a short write does half of it.
     fn put(
         &self,
-        journal: &mut Journal,
+        journal: &mut DiskLog,
         bytes: &[u8],
         offset: u64,
         fault: Option<FaultKind>,
@@ -338,14 +338,14 @@ impl Storage for SimFile {
             return if len > old { Err(ErrorKind::InvalidInput.into()) } else { Ok(()) };
         }
         self.file.set_len(len)?;
-        journal.log.push(Op::SetLen { file: self.inode, len, at: changed(&*self.file)? });
+        journal.log.push(DiskOp::SetLen { file: self.inode, len, at: changed(&*self.file)? });
         Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {
         let mut journal = self.shared.journal();
         let fault = journal.faults.strike(Action::Sync);
-        journal.log.push(Op::Sync { file: self.inode, done: fault.is_none() });
+        journal.log.push(DiskOp::Sync { file: self.inode, done: fault.is_none() });
         fault.map_or(Ok(()), |kind| Err(kind.error()))
     }
 

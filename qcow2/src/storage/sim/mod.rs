@@ -23,7 +23,7 @@ mod states;
 pub use disk::{SimFile, SimHost};
 pub use faults::{Fault, FaultKind};
 pub use random::Random;
-pub use record::Op;
+pub use record::DiskOp;
 pub use state::State;
 pub use states::{Cut, Cuts, Garbage, Tear, power_cuts};
 

@@ -6,7 +6,7 @@ use super::SECTOR;
 
 /// One entry of a log. Files are told apart by their inode, whatever names they have.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Op {
+pub enum DiskOp {
     /// Bytes inside one sector.
     Write {
         /// The file.
@@ -66,7 +66,7 @@ pub enum Op {
     Note(&'static str),
 }
 
-impl Op {
+impl DiskOp {
     /// The file whose content or length it changes.
     pub fn changed_file(&self) -> Option<u64> {
         match self {
@@ -100,11 +100,11 @@ impl Op {
 }
 
 /// Cuts a write at sectors.
-pub(super) fn fragments(file: u64, call: u64, mut offset: u64, mut bytes: &[u8]) -> Vec<Op> {
+pub(super) fn fragments(file: u64, call: u64, mut offset: u64, mut bytes: &[u8]) -> Vec<DiskOp> {
     let mut ops = Vec::with_capacity(bytes.len() / SECTOR as usize + 2);
     while !bytes.is_empty() {
         let (piece, rest) = bytes.split_at(bytes.len().min((SECTOR - offset % SECTOR) as usize));
-        ops.push(Op::Write { file, call, offset, bytes: piece.to_vec() });
+        ops.push(DiskOp::Write { file, call, offset, bytes: piece.to_vec() });
         offset += piece.len() as u64;
         bytes = rest;
     }

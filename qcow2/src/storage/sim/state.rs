@@ -5,14 +5,14 @@ use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::record::Op;
+use super::record::DiskOp;
 use crate::storage::MemHost;
-use crate::storage::mem_content::{Content, Page};
+use crate::storage::mem_content::{FileContent, Page};
 
 /// All files of a disk with their names and identities. Clones share what does not change.
 #[derive(Clone, Debug, Default)]
 pub struct State {
-    files: BTreeMap<u64, Content>,
+    files: BTreeMap<u64, FileContent>,
     names: BTreeMap<PathBuf, u64>,
 }
 
@@ -102,29 +102,29 @@ impl State {
     }
 
     /// Does what a log's entry says.
-    pub fn apply(&mut self, op: &Op) {
+    pub fn apply(&mut self, op: &DiskOp) {
         match op {
-            Op::Write { file, call, offset, bytes } => {
+            DiskOp::Write { file, call, offset, bytes } => {
                 self.put(*file, *offset, bytes);
                 self.touch(*file, *call);
             }
-            Op::SetLen { file, len, at } => {
+            DiskOp::SetLen { file, len, at } => {
                 self.set_len_of(*file, *len);
                 self.touch(*file, *at);
             }
-            Op::Create { path, file, at } => {
+            DiskOp::Create { path, file, at } => {
                 self.files.entry(*file).or_default().born = *at;
                 self.touch(*file, *at);
                 self.names.insert(path.clone(), *file);
             }
-            Op::Rename { from, to, file } => {
+            DiskOp::Rename { from, to, file } => {
                 self.names.remove(from);
                 self.names.insert(to.clone(), *file);
             }
-            Op::Unlink { path } => {
+            DiskOp::Unlink { path } => {
                 self.names.remove(path);
             }
-            Op::Sync { .. } | Op::SyncDir { .. } | Op::Note(_) => {}
+            DiskOp::Sync { .. } | DiskOp::SyncDir { .. } | DiskOp::Note(_) => {}
         }
     }
 

@@ -9,7 +9,7 @@ use std::fmt;
 
 use super::masks::{masks, positions};
 use super::random::Random;
-use super::record::Op;
+use super::record::DiskOp;
 use super::state::{Digests, State};
 use super::{BLOCK, SECTOR};
 
@@ -74,23 +74,23 @@ pub struct Cut<'a> {
     pub reached: usize,
     /// The sectors or blocks that hold garbage: file and offset.
     pub garbage: Vec<(u64, u64)>,
-    pending: &'a [Pending<'a>],
+    pending: &'a [Undurable<'a>],
     kept: Vec<bool>,
     length: Length,
 }
 
 /// Something that is not durable.
 #[derive(Clone, Copy, Debug)]
-struct Pending<'a> {
-    op: &'a Op,
+struct Undurable<'a> {
+    op: &'a DiskOp,
     /// A barrier for it has failed: it may never become durable.
     lost: bool,
 }
 
 /// Calls `f` with each different state that a power cut may leave of a log that began with `start`; says
 /// how many there were.
-pub fn power_cuts(start: &State, log: &[Op], cuts: &Cuts, mut f: impl FnMut(&Cut<'_>)) -> u64 {
-    let mut disk = Disk {
+pub fn power_cuts(start: &State, log: &[DiskOp], cuts: &Cuts, mut f: impl FnMut(&Cut<'_>)) -> u64 {
+    let mut disk = CutDisk {
         durable: start.clone(),
         cuts,
         dice: Random::new(cuts.seed),
@@ -100,13 +100,13 @@ pub fn power_cuts(start: &State, log: &[Op], cuts: &Cuts, mut f: impl FnMut(&Cut
         notes: 0,
         states: 0,
     };
-    let mut pending: Vec<Pending<'_>> = Vec::new();
+    let mut pending: Vec<Undurable<'_>> = Vec::new();
     let mut changed = true;
     for (at, op) in log.iter().enumerate() {
         if !op.is_barrier() {
             match op {
-                Op::Note(_) => disk.notes += 1,
-                op => pending.push(Pending { op, lost: false }),
+                DiskOp::Note(_) => disk.notes += 1,
+                op => pending.push(Undurable { op, lost: false }),
             }
             changed = true;
             continue;
@@ -122,7 +122,7 @@ pub fn power_cuts(start: &State, log: &[Op], cuts: &Cuts, mut f: impl FnMut(&Cut
 }
 
 /// The disk while the power is cut again and again.
-struct Disk<'a> {
+struct CutDisk<'a> {
     durable: State,
     cuts: &'a Cuts,
     dice: Random,
@@ -134,15 +134,15 @@ struct Disk<'a> {
     states: u64,
 }
 
-impl Disk<'_> {
+impl CutDisk<'_> {
     /// What a barrier makes durable leaves the list; true if anything did.
-    fn settle(&mut self, pending: &mut Vec<Pending<'_>>, barrier: &Op) -> bool {
-        let concerned = |op: &Op| match barrier {
-            Op::Sync { file, .. } => op.changed_file() == Some(*file),
-            Op::SyncDir { dir } => op.changed_dir() == Some(dir),
+    fn settle(&mut self, pending: &mut Vec<Undurable<'_>>, barrier: &DiskOp) -> bool {
+        let concerned = |op: &DiskOp| match barrier {
+            DiskOp::Sync { file, .. } => op.changed_file() == Some(*file),
+            DiskOp::SyncDir { dir } => op.changed_dir() == Some(dir),
             _ => false,
         };
-        if let Op::Sync { done: false, .. } = barrier {
+        if let DiskOp::Sync { done: false, .. } = barrier {
             pending.iter_mut().filter(|p| concerned(p.op)).for_each(|p| p.lost = true);
             return false;
         }
@@ -162,7 +162,7 @@ impl Disk<'_> {
     }
 
     /// Cuts the power now.
-    fn visit<'p>(&mut self, all: &[Pending<'p>], reached: usize, f: &mut impl FnMut(&Cut<'_>)) {
+    fn visit<'p>(&mut self, all: &[Undurable<'p>], reached: usize, f: &mut impl FnMut(&Cut<'_>)) {
         self.digests.learn(&self.durable);
         let pending = self.effective(all);
         let (exhaustive, sets) = self.sets(&pending);
@@ -200,15 +200,15 @@ impl Disk<'_> {
     }
 
     /// Without the writes that change nothing.
-    fn effective<'p>(&self, pending: &[Pending<'p>]) -> Vec<Pending<'p>> {
+    fn effective<'p>(&self, pending: &[Undurable<'p>]) -> Vec<Undurable<'p>> {
         let mut of_sector: BTreeMap<(u64, u64), usize> = BTreeMap::new();
         pending.iter().filter_map(|p| p.op.sector()).for_each(|s| *of_sector.entry(s).or_default() += 1);
         let resized: BTreeSet<u64> = pending
             .iter()
-            .filter_map(|p| if let Op::SetLen { file, .. } = p.op { Some(*file) } else { None })
+            .filter_map(|p| if let DiskOp::SetLen { file, .. } = p.op { Some(*file) } else { None })
             .collect();
-        let idle = |p: &&Pending<'p>| match p.op {
-            Op::Write { file, offset, bytes, .. } => {
+        let idle = |p: &&Undurable<'p>| match p.op {
+            DiskOp::Write { file, offset, bytes, .. } => {
                 let alone = p.op.sector().and_then(|s| of_sector.get(&s)) == Some(&1);
                 alone
                     && !resized.contains(file)
@@ -220,7 +220,7 @@ impl Disk<'_> {
     }
 
     /// The sets of pending writes that are let through; whether these are all.
-    fn sets(&mut self, pending: &[Pending<'_>]) -> (bool, Vec<Vec<bool>>) {
+    fn sets(&mut self, pending: &[Undurable<'_>]) -> (bool, Vec<Vec<bool>>) {
         let Cuts { tear, exhaustive, listed, random, .. } = *self.cuts;
         let mut sets = Vec::new();
         let fine = units(pending, tear);
@@ -255,7 +255,7 @@ impl Disk<'_> {
     }
 
     /// A power cut as FoundationDB simulates it: each block is written, lost, or torn.
-    fn storm(&mut self, pending: &[Pending<'_>]) -> Vec<bool> {
+    fn storm(&mut self, pending: &[Undurable<'_>]) -> Vec<bool> {
         if self.dice.one_in(10) {
             return vec![true; pending.len()];
         }
@@ -263,7 +263,7 @@ impl Disk<'_> {
         pending
             .iter()
             .map(|p| match p.op {
-                Op::Write { file, offset, .. } => {
+                DiskOp::Write { file, offset, .. } => {
                     let roll = self.dice.below(3);
                     match *fate.entry((*file, offset / BLOCK)).or_insert(roll) {
                         0 => true,
@@ -276,7 +276,7 @@ impl Disk<'_> {
             .collect()
     }
 
-    fn build(&self, pending: &[Pending<'_>], kept: &[bool], length: Length) -> State {
+    fn build(&self, pending: &[Undurable<'_>], kept: &[bool], length: Length) -> State {
         let mut state = self.durable.clone();
         let through = pending.iter().zip(kept).filter(|(_, kept)| **kept);
         through.for_each(|(p, _)| state.apply(p.op));
@@ -288,8 +288,8 @@ impl Disk<'_> {
             let (old, now) = (self.durable.len_of(file), state.len_of(file));
             let full =
                 pending.iter().filter(|p| p.op.changed_file() == Some(file)).fold(old, |len, p| match p.op {
-                    Op::SetLen { len, .. } => *len,
-                    Op::Write { offset, bytes, .. } => len.max(offset + bytes.len() as u64),
+                    DiskOp::SetLen { len, .. } => *len,
+                    DiskOp::Write { offset, bytes, .. } => len.max(offset + bytes.len() as u64),
                     _ => len,
                 });
             match length {
@@ -305,13 +305,13 @@ impl Disk<'_> {
     /// hold already, as `all` has them.
     fn damage(
         &mut self,
-        pending: &[Pending<'_>],
-        all: &[Pending<'_>],
+        pending: &[Undurable<'_>],
+        all: &[Undurable<'_>],
         reached: usize,
         f: &mut impl FnMut(&Cut<'_>),
     ) {
         let unit = if self.cuts.garbage == Garbage::Blocks { BLOCK } else { SECTOR };
-        let places = |pending: &[Pending<'_>]| -> BTreeSet<(u64, u64)> {
+        let places = |pending: &[Undurable<'_>]| -> BTreeSet<(u64, u64)> {
             let sectors = pending.iter().filter_map(|p| p.op.sector());
             sectors.map(|(file, at)| (file, at * SECTOR / unit * unit)).collect()
         };
@@ -363,13 +363,13 @@ fn spoil(bytes: &mut [u8], dice: &mut Random) {
 }
 
 /// What a power cut lets through together: positions in the list.
-fn units(pending: &[Pending<'_>], tear: Tear) -> Vec<Vec<usize>> {
+fn units(pending: &[Undurable<'_>], tear: Tear) -> Vec<Vec<usize>> {
     let mut units: Vec<Vec<usize>> = Vec::new();
     let mut known: BTreeMap<(u64, u64, u64), usize> = BTreeMap::new();
     for (at, p) in pending.iter().enumerate() {
         let key = match (p.op, tear) {
-            (Op::Write { file, call, .. }, Tear::Call) => Some((*file, *call, 0)),
-            (Op::Write { file, call, offset, .. }, Tear::Block) => Some((*file, *call, offset / BLOCK)),
+            (DiskOp::Write { file, call, .. }, Tear::Call) => Some((*file, *call, 0)),
+            (DiskOp::Write { file, call, offset, .. }, Tear::Block) => Some((*file, *call, offset / BLOCK)),
             _ => None,
         };
         let unit = key.map_or(units.len(), |key| *known.entry(key).or_insert(units.len()));
@@ -383,7 +383,7 @@ fn units(pending: &[Pending<'_>], tear: Tear) -> Vec<Vec<usize>> {
 
 /// A sector goes to disk as it is in the page cache: of what was written to it, nothing later without all
 /// that came before.
-fn in_order(pending: &[Pending<'_>], kept: &mut [bool]) {
+fn in_order(pending: &[Undurable<'_>], kept: &mut [bool]) {
     let mut missing: BTreeSet<(u64, u64)> = BTreeSet::new();
     for (p, kept) in pending.iter().zip(kept) {
         let Some(sector) = p.op.sector() else { continue };
@@ -403,13 +403,13 @@ impl fmt::Display for Cut<'_> {
             write!(f, "; {what} {}:", chosen.len())?;
             for (p, _) in chosen.iter().take(24) {
                 match p.op {
-                    Op::Write { file, offset, bytes, .. } => {
+                    DiskOp::Write { file, offset, bytes, .. } => {
                         write!(f, " {}@{offset:#x}+{}", self.name(*file), bytes.len())?
                     }
-                    Op::SetLen { file, len, .. } => write!(f, " {}={len:#x}", self.name(*file))?,
-                    Op::Create { path, .. } => write!(f, " new {}", path.display())?,
-                    Op::Rename { from, to, .. } => write!(f, " {}>{}", from.display(), to.display())?,
-                    Op::Unlink { path } => write!(f, " gone {}", path.display())?,
+                    DiskOp::SetLen { file, len, .. } => write!(f, " {}={len:#x}", self.name(*file))?,
+                    DiskOp::Create { path, .. } => write!(f, " new {}", path.display())?,
+                    DiskOp::Rename { from, to, .. } => write!(f, " {}>{}", from.display(), to.display())?,
+                    DiskOp::Unlink { path } => write!(f, " gone {}", path.display())?,
                     _ => {}
                 }
             }

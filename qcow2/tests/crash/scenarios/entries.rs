@@ -9,7 +9,7 @@ const MIXED: Content = Content::Subclusters { allocated: 0x00ff_00ff, zero: 0x0f
 
 /// What base has where the overlay says something.
 #[derive(Clone, Debug)]
-enum Old {
+enum OldEntry {
     /// Not even an L2 table.
     NoTable,
     Unallocated,
@@ -31,17 +31,17 @@ pub(super) fn entries() -> Vec<Scenario> {
     ];
     let data = |fill| Content::Data(fill);
     let old = [
-        Old::NoTable,
-        Old::Unallocated,
-        Old::Is(data(0x22)),
-        Old::Is(Content::Compressed(0x22)),
-        Old::Is(Content::Zero),
-        Old::Is(Content::ZeroAllocated(0x22)),
-        Old::Is(MIXED),
-        Old::Shared(data(0x22)),
-        Old::Shared(Content::Compressed(0x22)),
-        Old::Shared(Content::ZeroAllocated(0x22)),
-        Old::Shared(MIXED),
+        OldEntry::NoTable,
+        OldEntry::Unallocated,
+        OldEntry::Is(data(0x22)),
+        OldEntry::Is(Content::Compressed(0x22)),
+        OldEntry::Is(Content::Zero),
+        OldEntry::Is(Content::ZeroAllocated(0x22)),
+        OldEntry::Is(MIXED),
+        OldEntry::Shared(data(0x22)),
+        OldEntry::Shared(Content::Compressed(0x22)),
+        OldEntry::Shared(Content::ZeroAllocated(0x22)),
+        OldEntry::Shared(MIXED),
     ];
     let new = [
         data(0x44),
@@ -68,7 +68,7 @@ pub(super) fn entries() -> Vec<Scenario> {
     list
 }
 
-impl Old {
+impl OldEntry {
     fn base(&self, shape: Shape) -> Option<Layer> {
         let mut sample = shape.sample(8);
         if !matches!(self, Self::NoTable) {

@@ -7,7 +7,7 @@ use crate::chain::{After, Layer, Room, Scenario};
 
 /// What is special about the layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum LayerKind {
     Plain,
     /// No dirty bit.
     Version2,
@@ -28,19 +28,19 @@ enum Kind {
 pub(super) fn recorded() -> Vec<Scenario> {
     let mut list = Vec::new();
     for kind in [
-        Kind::Plain,
-        Kind::Version2,
-        Kind::Raw,
-        Kind::DataFiles,
-        Kind::Subclusters,
-        Kind::Growing,
-        Kind::Bulging,
-        Kind::Snapshots,
+        LayerKind::Plain,
+        LayerKind::Version2,
+        LayerKind::Raw,
+        LayerKind::DataFiles,
+        LayerKind::Subclusters,
+        LayerKind::Growing,
+        LayerKind::Bulging,
+        LayerKind::Snapshots,
     ] {
         let (most, removes) = match kind {
             // Its clusters are large.
-            Kind::Subclusters => (2, false),
-            Kind::Plain | Kind::DataFiles => (4, true),
+            LayerKind::Subclusters => (2, false),
+            LayerKind::Plain | LayerKind::DataFiles => (4, true),
             _ => (3, false),
         };
         let mut add = |merged, above, after| {
@@ -58,15 +58,15 @@ pub(super) fn recorded() -> Vec<Scenario> {
     list
 }
 
-fn chain(kind: Kind, overlays: usize) -> Vec<Layer> {
+fn chain(kind: LayerKind, overlays: usize) -> Vec<Layer> {
     let shape = match kind {
-        Kind::Version2 => Shape { version: 2, ..SHAPE },
-        Kind::Subclusters => Shape { cluster_bits: 14, extended_l2: true, ..SHAPE },
+        LayerKind::Version2 => Shape { version: 2, ..SHAPE },
+        LayerKind::Subclusters => Shape { cluster_bits: 14, extended_l2: true, ..SHAPE },
         _ => SHAPE,
     };
-    let base_size = if kind == Kind::Growing { 6 } else { 12 };
+    let base_size = if kind == LayerKind::Growing { 6 } else { 12 };
     let mut layers = vec![match kind {
-        Kind::Raw => Layer::raw("/vm/0.raw", base_size, 5),
+        LayerKind::Raw => Layer::raw("/vm/0.raw", base_size, 5),
         _ => {
             let sample = shape.sample(base_size).with(1, Content::Data(0x11)).with(3, Content::Data(0x12));
             Layer::qcow2("/vm/0.qcow2", &sample, Room::Dirty(40))
@@ -75,27 +75,27 @@ fn chain(kind: Kind, overlays: usize) -> Vec<Layer> {
     for n in 1..=overlays {
         let size = match kind {
             // From one L1 entry to several.
-            Kind::Growing => 6 + 60 * n as u64,
-            Kind::Bulging if n == 1 => 90,
+            LayerKind::Growing => 6 + 60 * n as u64,
+            LayerKind::Bulging if n == 1 => 90,
             _ => 12,
         };
         let fill = 0x40 + 0x10 * n as u8;
         let mut sample =
             shape.sample(size).with(n as u64, Content::Data(fill)).with(1, Content::Data(fill + 1));
         sample = match kind {
-            Kind::Subclusters => {
+            LayerKind::Subclusters => {
                 sample.with(4, Content::Subclusters { allocated: 0xf0 << n, zero: 0x0f, fill: fill + 2 })
             }
-            Kind::Version2 => sample.with(7, Content::Compressed(fill + 2)),
+            LayerKind::Version2 => sample.with(7, Content::Compressed(fill + 2)),
             _ if n % 2 == 0 => sample.with(3, Content::Zero).with(7, Content::Compressed(fill + 2)),
             _ => sample.with(3, Content::Data(fill + 3)),
         };
         sample = sample.with(size - 1, Content::Data(fill + 4));
-        if kind == Kind::DataFiles {
+        if kind == LayerKind::DataFiles {
             sample.clusters.retain(|_, content| !matches!(content, Content::Compressed(_)));
             sample.data_file = Some((format!("/vm/{n}.data"), false));
         }
-        if kind == Kind::Snapshots && n == 1 {
+        if kind == LayerKind::Snapshots && n == 1 {
             sample.snapshots.push("before".into());
         }
         layers.push(overlay(sample, &layers[n - 1], n));

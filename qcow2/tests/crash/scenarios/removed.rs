@@ -7,7 +7,7 @@ use crate::chain::{After, Layer, Room, Scenario};
 
 /// What is special about a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum ChainKind {
     Plain,
     /// Base has no dirty bit.
     Version2,
@@ -26,28 +26,28 @@ enum Kind {
 pub(super) fn removed() -> Vec<Scenario> {
     let mut list = Vec::new();
     for kind in [
-        Kind::Plain,
-        Kind::Version2,
-        Kind::Raw,
-        Kind::Device,
-        Kind::DataFiles,
-        Kind::Elsewhere,
-        Kind::Cramped,
+        ChainKind::Plain,
+        ChainKind::Version2,
+        ChainKind::Raw,
+        ChainKind::Device,
+        ChainKind::DataFiles,
+        ChainKind::Elsewhere,
+        ChainKind::Cramped,
     ] {
         for (merged, above) in [(1, 1), (2, 1), (3, 1), (2, 2), (1, 0), (2, 0), (3, 0)] {
             for by_index in [false, true] {
                 let label = format!("removed {kind:?}: {merged} layers, {above} above, by index: {by_index}");
                 let mut scenario = Scenario::new(label, chain(kind, merged + above), 0, merged);
                 (scenario.after, scenario.by_index) = (After::Delete, by_index);
-                scenario.device = kind == Kind::Device;
-                scenario.cramped = kind == Kind::Cramped;
+                scenario.device = kind == ChainKind::Device;
+                scenario.cramped = kind == ChainKind::Cramped;
                 list.push(scenario);
             }
         }
     }
     // Base is not the bottom: indexes count from there.
     for by_index in [false, true] {
-        let mut scenario = Scenario::new("removed".into(), chain(Kind::Plain, 4), 1, 3);
+        let mut scenario = Scenario::new("removed".into(), chain(ChainKind::Plain, 4), 1, 3);
         scenario.name = format!("removed above a layer, by index: {by_index}");
         (scenario.after, scenario.by_index) = (After::Delete, by_index);
         list.push(scenario);
@@ -56,17 +56,17 @@ pub(super) fn removed() -> Vec<Scenario> {
 }
 
 /// Base and so many layers.
-fn chain(kind: Kind, overlays: usize) -> Vec<Layer> {
-    let shape = if kind == Kind::Version2 { Shape { version: 2, ..SHAPE } } else { SHAPE };
+fn chain(kind: ChainKind, overlays: usize) -> Vec<Layer> {
+    let shape = if kind == ChainKind::Version2 { Shape { version: 2, ..SHAPE } } else { SHAPE };
     let base = match kind {
-        Kind::Elsewhere => "/elsewhere/base.qcow2".to_owned(),
-        Kind::Cramped => format!("/vm/{}/{}.qcow2", "x".repeat(200), "y".repeat(158)),
+        ChainKind::Elsewhere => "/elsewhere/base.qcow2".to_owned(),
+        ChainKind::Cramped => format!("/vm/{}/{}.qcow2", "x".repeat(200), "y".repeat(158)),
         _ => name(0),
     };
     let sample = shape.sample(10).with(1, Content::Data(0x11)).with(2, Content::Zero);
     let mut layers = vec![match kind {
-        Kind::Raw => Layer::raw("/vm/0.raw", 10, 5),
-        Kind::Version2 => {
+        ChainKind::Raw => Layer::raw("/vm/0.raw", 10, 5),
+        ChainKind::Version2 => {
             Layer::qcow2(&base, &shape.sample(10).with(1, Content::Data(0x11)), Room::Dirty(30))
         }
         _ => Layer::qcow2(&base, &sample, Room::Dirty(30)),
@@ -76,7 +76,7 @@ fn chain(kind: Kind, overlays: usize) -> Vec<Layer> {
         let in_folder = below.path.parent() == Some("/vm".as_ref());
         let named = if in_folder { below.path.file_name().unwrap().as_ref() } else { below.path.as_path() };
         let mut sample = SHAPE.sample(10).with(n as u64, Content::Data(0x40 + n as u8));
-        if kind == Kind::DataFiles {
+        if kind == ChainKind::DataFiles {
             sample.data_file = Some((format!("/vm/{n}.data"), false));
         }
         let sample = sample.over(named.to_str().unwrap(), below.format());

@@ -178,7 +178,7 @@ pub enum Left {
     Unknown,
 }
 
-type Outcome<T> = std::result::Result<T, Box<Stopped>>;
+type RunResult<T> = std::result::Result<T, Box<Stopped>>;
 
 impl<'a> Run<'a> {
     /// A run that waits without end, and leaves the job to others when nobody waits any longer.
@@ -208,7 +208,7 @@ impl<'a> Run<'a> {
         &mut self,
         mut step: Step,
         watch: &mut dyn FnMut(Event<'_>) -> Watch,
-    ) -> Outcome<Ended> {
+    ) -> RunResult<Ended> {
         loop {
             match step {
                 Step::Over(ended) => return Ok(*ended),
@@ -217,7 +217,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn take_turn(&mut self, watch: &mut dyn FnMut(Event<'_>) -> Watch) -> Outcome<Step> {
+    fn take_turn(&mut self, watch: &mut dyn FnMut(Event<'_>) -> Watch) -> RunResult<Step> {
         let begin = Instant::now();
         while begin.elapsed() < TURN && self.gives_up(watch).is_none() {
             thread::sleep(TICK);
@@ -250,7 +250,7 @@ impl<'a> Run<'a> {
         &mut self,
         merge: &mut dyn Driver,
         watch: &mut dyn FnMut(Event<'_>) -> Watch,
-    ) -> Outcome<Step> {
+    ) -> RunResult<Step> {
         let left = self.timeout.map(|timeout| timeout.saturating_sub(self.began.elapsed()));
         let outline = merge.outline();
         let throttle = self.throttle.as_ref().filter(|_| outline.merges_active());
@@ -305,7 +305,7 @@ impl<'a> Run<'a> {
     }
 
     /// Everything is copied: does what is wanted then.
-    fn end(&self, merge: &mut dyn Driver, copied: u64) -> Outcome<Step> {
+    fn end(&self, merge: &mut dyn Driver, copied: u64) -> RunResult<Step> {
         let ended = match (merge.outline().kind, self.end) {
             (Kind::ActiveCommit, End::Pivot) => merge.pivot(),
             (Kind::ActiveCommit, End::KeepOverlay) => {

@@ -5,7 +5,7 @@ use crate::state::{FileIdentity, Kind, Phase, State, StateLayer};
 
 /// What is seen of layers that were merged.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Merged {
+pub(super) struct MergedFacts {
     /// How many of them an earlier clean-up has emptied, or marked.
     pub(super) treated: usize,
     /// How many are gone, by whomever.
@@ -83,8 +83,8 @@ impl State {
         &self,
         seen: &Seen,
         layers: impl Iterator<Item = &'a StateLayer>,
-    ) -> Doubtful<Merged> {
-        let mut merged = Merged::default();
+    ) -> Doubtful<MergedFacts> {
+        let mut merged = MergedFacts::default();
         for layer in layers {
             if layer.identity.is_none() {
                 return Err(Doubt::Moved { file: layer.file.clone(), gone: false });

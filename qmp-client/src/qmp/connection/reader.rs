@@ -24,12 +24,12 @@ pub(crate) enum Outcome {
 /// Where the reader puts what it reads.
 #[derive(Default)]
 pub(crate) struct Mailbox {
-    state: Mutex<State>,
+    state: Mutex<ReaderState>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct ReaderState {
     greeting: Option<Box<QapiCapabilities>>,
     /// One entry for each command under way; a reply without one is late, and dropped.
     waiting: HashMap<u64, Option<Outcome>>,
@@ -38,7 +38,7 @@ struct State {
 }
 
 impl Mailbox {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ReaderState> {
         // Nothing here can leave the state half-changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -47,7 +47,7 @@ impl Mailbox {
     fn wait<T>(
         &self,
         timeout: Duration,
-        mut found: impl FnMut(&mut State) -> Option<T>,
+        mut found: impl FnMut(&mut ReaderState) -> Option<T>,
     ) -> Result<T, Option<String>> {
         let deadline = Instant::now().checked_add(timeout);
         let mut state = self.lock();

@@ -4,7 +4,7 @@
 
 use super::*;
 use crate::storage::MemHost;
-use crate::storage::sim::{Cuts, Garbage, Op, SimHost, Tear, power_cuts};
+use crate::storage::sim::{Cuts, DiskOp, Garbage, SimHost, Tear, power_cuts};
 
 const MIB: u64 = 1 << 20;
 
@@ -29,7 +29,7 @@ fn covers(a: &[Range<u64>], b: &[Range<u64>]) -> bool {
 
 /// How often a crash left what.
 #[derive(Debug, Default)]
-struct Outcome {
+struct CrashCounts {
     states: usize,
     /// Without valid bitmaps.
     lost: usize,
@@ -38,7 +38,7 @@ struct Outcome {
 }
 
 /// Cuts the power at every point of a merge into a base of 6 MiB, and judges what is left.
-fn crash_everywhere(ranges: &[GuestRange], new_size: u64) -> Outcome {
+fn crash_everywhere(ranges: &[GuestRange], new_size: u64) -> CrashCounts {
     let old_size = 6 * MIB;
     let fixture = Fixture::new("cluster_size=512", &old_size.to_string());
     fixture.bitmap("fine", "512").bitmap("coarse", "65536").write(MIB, 3072).write(old_size - 512, 512);
@@ -56,11 +56,11 @@ fn crash_everywhere(ranges: &[GuestRange], new_size: u64) -> Outcome {
     disk.note(MARKED);
     growth.publish(&mut image, &refcounts).unwrap();
     let log = disk.log();
-    let marked_at = log.iter().position(|op| *op == Op::Note(MARKED)).unwrap();
+    let marked_at = log.iter().position(|op| *op == DiskOp::Note(MARKED)).unwrap();
 
     let before = fixture.open();
     let before: Vec<_> = bitmaps(&before).iter().map(|b| dirty(&before, &b.display_name())).collect();
-    let mut outcome = Outcome::default();
+    let mut outcome = CrashCounts::default();
     power_cuts(disk.start(), &log, &CUTS, |cut| {
         outcome.states += 1;
         let states = format!("{}: {cut}", outcome.states);

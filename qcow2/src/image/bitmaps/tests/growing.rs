@@ -126,8 +126,8 @@ fn a_bitmap_that_cannot_grow_is_refused_first() {
     fixture.bitmap("fine", "512");
     let before = std::fs::read(&fixture.path).unwrap();
     let image = fixture.open();
-    assert!(Plan::new(&image, 2 << 40).is_ok());
-    let error = Plan::new(&image, (2 << 40) + 512).unwrap_err();
+    assert!(BitmapPlan::new(&image, 2 << 40).is_ok());
+    let error = BitmapPlan::new(&image, (2 << 40) + 512).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Refused);
     assert!(error.to_string().contains("'fine'"), "{error}");
     assert!(std::fs::read(&fixture.path).unwrap() == before);

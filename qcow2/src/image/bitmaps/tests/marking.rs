@@ -83,7 +83,7 @@ fn a_table_entry_that_says_all_one_stays() {
     let image = fixture.checked();
     assert_eq!(dirty(&image, "ones"), only(2 * MIB..5 * MIB));
     assert_eq!(fixture.dirty_by_qemu("ones"), only(2 * MIB..5 * MIB));
-    assert_eq!(Table::of(&bitmap(&image, "ones")).entry(&image, 1).unwrap(), BitmapTableEntry::AllOne);
+    assert_eq!(BitmapTable::of(&bitmap(&image, "ones")).entry(&image, 1).unwrap(), BitmapTableEntry::AllOne);
 }
 
 #[test]
@@ -135,7 +135,7 @@ fn a_broken_table_is_found_before_anything_is_written() {
     for (entry, why) in [(2u64, "reserved bits"), (0x1200, "not aligned"), (1 << 40, "behind the file")] {
         fixture.patch(table, &entry.to_be_bytes());
         let image = fixture.open();
-        let error = Plan::new(&image, 8 * MIB).unwrap().add(&image, range(0, 1)).unwrap_err();
+        let error = BitmapPlan::new(&image, 8 * MIB).unwrap().add(&image, range(0, 1)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Damaged, "{why}");
         assert!(error.to_string().contains("bitmap table entry"), "{why}: {error}");
     }

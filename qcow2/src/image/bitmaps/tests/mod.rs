@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use super::table::Table;
-use super::{Growth, Marker, Plan, bits_for};
+use super::table::BitmapTable;
+use super::{BitmapGrowth, BitmapPlan, Marker, bits_for};
 use crate::error::Result;
 use crate::format::{Bitmap, BitmapTableEntry};
 use crate::image::refcounts::Refcounts;
@@ -171,7 +171,7 @@ fn bitmap(image: &Qcow2, name: &str) -> Bitmap {
 /// The dirty bytes of a bitmap as its clusters have them, read bit by bit.
 fn dirty(image: &Qcow2, name: &str) -> Vec<Range<u64>> {
     let bitmap = bitmap(image, name);
-    let mut table = Table::of(&bitmap);
+    let mut table = BitmapTable::of(&bitmap);
     let cluster = image.geometry().cluster_size();
     let granularity = 1 << bitmap.granularity_bits;
     let mut ranges = Vec::new();
@@ -212,8 +212,8 @@ fn used(image: &Qcow2, refcounts: &Refcounts) -> u64 {
     used
 }
 
-fn plan(image: &Qcow2, ranges: &[GuestRange], new_size: u64) -> Plan {
-    let mut plan = Plan::new(image, new_size).unwrap();
+fn plan(image: &Qcow2, ranges: &[GuestRange], new_size: u64) -> BitmapPlan {
+    let mut plan = BitmapPlan::new(image, new_size).unwrap();
     for range in ranges {
         plan.add(image, *range).unwrap();
     }
@@ -221,7 +221,7 @@ fn plan(image: &Qcow2, ranges: &[GuestRange], new_size: u64) -> Plan {
 }
 
 /// Makes room for a plan and for the larger disk, as a merge does.
-fn make_room(image: &mut Qcow2, plan: &Plan, new_size: u64) -> Refcounts {
+fn make_room(image: &mut Qcow2, plan: &BitmapPlan, new_size: u64) -> Refcounts {
     let mut refcounts = Refcounts::load(image).unwrap();
     let l1 = grow::l1_growth(image, new_size).unwrap().unwrap_or(0);
     let (clusters, run) = (plan.clusters() + l1, plan.side_by_side() + l1);
@@ -233,7 +233,12 @@ fn make_room(image: &mut Qcow2, plan: &Plan, new_size: u64) -> Refcounts {
 }
 
 /// Sets the bits; also checks that the plan counted right.
-fn mark(image: &Qcow2, refcounts: &Refcounts, plan: Plan, ranges: &[GuestRange]) -> Result<Growth> {
+fn mark(
+    image: &Qcow2,
+    refcounts: &Refcounts,
+    plan: BitmapPlan,
+    ranges: &[GuestRange],
+) -> Result<BitmapGrowth> {
     let (before, planned) = (used(image, refcounts), plan.clusters());
     let mut marker = Marker::start(image, refcounts, plan)?;
     for range in ranges {
