@@ -12,7 +12,6 @@ mod domains;
 mod exit;
 mod failure;
 mod hint;
-mod monitors;
 mod output;
 mod signals;
 mod usage;

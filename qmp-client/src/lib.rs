@@ -69,7 +69,10 @@ pub use block::merge::{Direction, MergeOptions, Merged, Procedure};
 pub use block::servers::nbd_server;
 pub use block::snapshot::{Undone, UnfinishedSnapshot, is_of_a_snapshot, snapshot, unfinished_snapshots};
 pub use error::{Error, Refusal, Result, StateFault};
-pub use live::discover::{Files, Searched, Unfinished, folders_of_disks, folders_of_image, sweep_folders};
+pub use live::counterpart::{RunningMerge, StoppedMerge};
+pub use live::discover::{
+    Files, Interrupted, Searched, Unfinished, folders_of_disks, folders_of_image, sweep_folders,
+};
 pub use live::machine::{Machine, Settled};
 pub use live::outline::{Outline, OutlineLayer, Relink};
 pub use live::plan::{
@@ -86,6 +89,8 @@ pub use qmp::address::Address;
 pub use qmp::connection::{Connection, Options};
 pub use qmp::message::{Event, Failure, Message, reply, request};
 pub use qmp::monitor::{Execute, Monitor, patience};
+pub use qmp::monitors::{is_machine, monitor_of};
+pub use qmp::naming::{Named, words_naming};
 pub use qmp::owner::Owner;
 pub use state::{
     FileIdentity, Kind, Phase, Qemu, Rename, State, StateFile, StateLayer, Throttled, find_states, states_in,

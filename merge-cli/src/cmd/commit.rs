@@ -13,6 +13,7 @@ use qcow2::error::shown;
 use qcow2::merge::{self, BaseChoice, Commit, CommitOptions, Pending, Plan, Prepared, Settled};
 use qcow2::storage::OsHost;
 use qcow2::{Error, ErrorKind, Refusal};
+use qmp_client::libvirt::Images;
 use serde_json::Value;
 
 use super::open;
@@ -48,7 +49,7 @@ pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &St
     open::warn_unlocked(&prepared.chain().map(Chain::unlocked).unwrap_or_default(), console);
     let planned = Planned::of(&prepared);
     let definitions = domains::read();
-    let images = planned.images(args);
+    let images = planned.images();
     let (naming, unread) = libvirt::json(&definitions, &images);
     let mut fields = planned.json();
     fields["libvirt"] = naming;
@@ -103,10 +104,10 @@ impl Planned {
         }
     }
 
-    fn images(&self, args: &CommitArgs) -> libvirt::Images<'_> {
+    fn images(&self) -> Images<'_> {
         match self {
-            Self::Merge(plan) => libvirt::Images::of(plan, args),
-            Self::Settled(settled) => libvirt::Images::settled(settled),
+            Self::Merge(plan) => Images::of(plan),
+            Self::Settled(settled) => Images::settled(settled),
         }
     }
 

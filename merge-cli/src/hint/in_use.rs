@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use qcow2::error::{Holder, shown};
+use qmp_client::{is_machine, monitor_of};
 
 use super::{Command, Hint, HintKind, Hints};
 use crate::call::{Call, VerbName};
-use crate::monitors;
 
 /// The hints for an image that `holders` hold.
 pub(super) fn hints(path: &Path, holders: &[Holder], call: &Call) -> Hints {
@@ -30,15 +30,9 @@ pub(super) fn hints(path: &Path, holders: &[Holder], call: &Call) -> Hints {
     Hints::from(again(wait)).or(live(holders, call))
 }
 
-/// Whether a process runs a virtual machine, as its program's name tells.
-pub(crate) fn is_machine(holder: &Holder) -> bool {
-    let name = holder.name.rsplit('/').next().unwrap_or_default();
-    name.starts_with("qemu-system") || name == "kvm" || name == "qemu-kvm"
-}
-
 /// How to do the same to the images as QEMU runs, where one of the holders shows a monitor.
 fn live(holders: &[Holder], call: &Call) -> Option<Hint> {
-    let address = holders.iter().find_map(monitors::of)?;
+    let address = holders.iter().find_map(monitor_of)?;
     let command = match call.verb {
         VerbName::Commit => live_commit(call),
         _ => Command::qmerge(["live", "list"]),

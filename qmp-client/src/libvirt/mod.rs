@@ -6,6 +6,8 @@ mod after;
 mod definitions;
 mod domain;
 mod encrypted;
+mod images;
+mod managed;
 mod name;
 #[cfg(test)]
 mod tests;
@@ -15,5 +17,7 @@ pub use after::{After, Fate};
 pub use definitions::{Definitions, Folders, Mention};
 pub use domain::{Domain, DomainDisk, Recorded};
 pub use encrypted::is_encrypted;
+pub use images::{ImageRole, Images, RunningDomain, running_domain};
+pub use managed::{Asked, Instead, Managed};
 pub use name::{DomainName, domain_of_arguments, domain_of_socket};
 pub use virsh::{BlockCommit, Virsh};

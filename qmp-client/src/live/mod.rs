@@ -1,5 +1,6 @@
 //! A live merge as a whole: its procedure, its job in QEMU, and its state file, always in the right order.
 
+pub(crate) mod counterpart;
 pub(crate) mod discover;
 mod held;
 mod hindrance;

@@ -88,6 +88,14 @@ impl Outline {
         &self.state_file
     }
 
+    /// The folder of the state file, if it does not lie beside the active image, where it is looked for.
+    pub fn state_dir(&self) -> Option<&Path> {
+        let folder = |path: &Path| path.parent().and_then(|folder| folder.canonicalize().ok());
+        let beside = self.active().and_then(|layer| Path::new(&layer.file).canonicalize().ok());
+        let lies_beside = beside.is_some_and(|image| folder(&image) == folder(&self.state_file));
+        self.state_file.parent().filter(|_| !lies_beside)
+    }
+
     /// The layer of this index.
     pub fn layer(&self, index: usize) -> Option<&OutlineLayer> {
         self.layers.iter().find(|layer| layer.index == index)

@@ -4,6 +4,8 @@ pub(crate) mod address;
 pub(crate) mod connection;
 pub(crate) mod message;
 pub(crate) mod monitor;
+pub(crate) mod monitors;
+pub(crate) mod naming;
 pub(crate) mod owner;
 #[cfg(test)]
 pub(crate) mod replay;

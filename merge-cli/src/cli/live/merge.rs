@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use qmp_client::Request;
 
 use crate::output::size;
 
@@ -111,6 +112,30 @@ pub(crate) struct CommitArgs {
     pub(crate) allow_plaintext: bool,
 }
 
+impl CommitArgs {
+    /// What is asked for.
+    pub(crate) fn request(&self) -> Request {
+        let mut request = self.job.request(Request::commit());
+        request.base.clone_from(&self.base);
+        request.top.clone_from(&self.top);
+        request.shallow = self.shallow;
+        request.active = self.active;
+        request.pivot = self.pivot;
+        request.keep_overlay = self.keep_overlay;
+        request.converge = self.converge;
+        request.delete = self.delete;
+        request.backing_file.clone_from(&self.backing_file);
+        request.scan.clone_from(&self.scan);
+        request.allow_shared_base = self.allow_shared_base;
+        request.allow_stale = self.allow_stale;
+        request.allow_plaintext = self.allow_plaintext;
+        request.drop_bitmaps = self.drop_bitmaps;
+        request.allow_snapshot_change = self.allow_snapshot_change;
+        request.no_lock = self.no_lock;
+        request
+    }
+}
+
 /// `qmerge live pull`
 #[derive(Debug, Args)]
 pub(crate) struct PullArgs {
@@ -145,6 +170,19 @@ pub(crate) struct PullArgs {
     pub(crate) allow_plaintext: bool,
 }
 
+impl PullArgs {
+    /// What is asked for.
+    pub(crate) fn request(&self) -> Request {
+        let mut request = self.job.request(Request::pull());
+        request.base.clone_from(&self.base);
+        request.backing_file.clone_from(&self.backing_file);
+        request.allow_plaintext = self.allow_plaintext;
+        request.drop_bitmaps = self.drop_bitmaps;
+        request.allow_snapshot_change = self.allow_snapshot_change;
+        request
+    }
+}
+
 /// What both directions have in common.
 #[derive(Debug, Args)]
 pub(crate) struct JobArgs {
@@ -171,6 +209,17 @@ pub(crate) struct JobArgs {
     /// Print the plan and the commands for QEMU, and change nothing
     #[arg(short = 'n', long, help_heading = "How")]
     pub(crate) dry_run: bool,
+}
+
+impl JobArgs {
+    fn request(&self, mut request: Request) -> Request {
+        request.speed = self.bandwidth.unwrap_or(0);
+        request.wait = self.async_;
+        request.nbd_socket.clone_from(&self.nbd_socket);
+        request.state_dir.clone_from(&self.state_dir);
+        request.dry_run = self.dry_run;
+        request
+    }
 }
 
 /// `qmerge live finish` and `qmerge live pivot`

@@ -1,36 +1,31 @@
-//! Where the merge of a stopped machine meets one that runs: the same merge, as its QEMU does it; and the
+//! Where the merge of a stopped machine meets one that runs: the same merge, as its QEMU or its libvirt does it; and the
 //! traces of one that was interrupted.
 
-use qcow2::error::shown;
-use std::ffi::OsStr;
-use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use qcow2::Error;
-use qcow2::error::Holder;
-use qcow2::storage::{Access, FileId, Host, OsHost};
-use qmp_client::{Address, Connection, Disk, Graph, Layer, Options};
+use qcow2::error::{Holder, shown};
+use qmp_client::libvirt::{RunningDomain, running_domain};
+use qmp_client::{Address, Interrupted, RunningMerge, monitor_of};
 
-use super::libvirt;
 use crate::call::Call;
 use crate::cli::CommitArgs;
-use crate::cmd::live::recover::{of_image, tell};
+use crate::cmd::live::recover::{damaged, tell};
+use crate::domains::{self, command};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Command, Hint, HintKind};
-use crate::monitors;
+use crate::hint::{Command, Hint, HintKind, Hints};
+use crate::output::human::{printable, shell_word};
 
 /// Refuses where a live merge of the image has not come to its end: which image is the right one is to be
-/// settled first. Where somebody holds it, the merge may well be under way.
+/// settled first.
 pub(super) fn refuse_interrupted(args: &CommitArgs, call: &Call) -> Result<(), Failure> {
     let active = &args.active;
-    let found = of_image(active)?;
-    let Some(merge) = found.first().map(qmp_client::Unfinished::outline) else { return Ok(()) };
-    let used = OsHost.open(active, Access::Read).and_then(|image| image.used_by_others());
-    if let (Ok(Some(_)), Some(id)) = (used, id(active)) {
-        return Err(in_use(active, &OsHost.holders(id), args, call));
-    }
+    let merge = match Interrupted::of_image(active).map_err(|e| damaged(&e))? {
+        Interrupted::No => return Ok(()),
+        Interrupted::InUse(holders) => return Err(in_use(active, &holders, args, call)),
+        Interrupted::Yes(merge) => merge,
+    };
     Err(Report {
         kind: "recover-first",
         message: format!(
@@ -45,51 +40,44 @@ pub(super) fn refuse_interrupted(args: &CommitArgs, call: &Call) -> Result<(), F
     .into())
 }
 
-/// The failure of a merge whose images a process holds; where that shows a monitor, with the command that does the
-/// same merge as it runs.
+/// The failure of a merge whose images a process holds; where that is a domain of libvirt's or shows a monitor, with the command
+/// that does the same merge as it runs.
 pub(super) fn in_use(path: &Path, holders: &[Holder], args: &CommitArgs, call: &Call) -> Failure {
     let error = Error::InUse { path: path.to_owned(), holders: holders.to_vec() };
-    let failure = Failure::engine(&error, call);
-    if let (Some((domain, hint)), Failure::Reported(report)) =
-        (libvirt::in_use(path, holders, args, call), &failure)
-    {
-        let message = format!("{}; {}", report.message, libvirt::belongs_to(&domain));
-        return Report { kind: report.kind, message, hint, exit: report.exit }.into();
+    let Failure::Reported(report) = Failure::engine(&error, call) else { return Failure::PipeClosed };
+    let options = super::options(args);
+    if let Some(domain) = running_domain(&domains::read(), path, holders, &args.active, &options) {
+        let name = shell_word(&printable(&domain.name));
+        let message = format!("{}; it is the disk of libvirt's domain {name}", report.message);
+        return Report { message, hint: as_domain(&domain, call), ..report }.into();
     }
-    let Some(command) = holders.iter().find_map(monitors::of).and_then(|address| same(&address, args)) else {
-        return failure;
-    };
-    match failure {
-        Failure::Reported(report) => {
-            let live = Hint::command(HintKind::LiveMerge, "merge it as it runs", command);
-            Report { hint: report.hint.first(live), ..report }.into()
-        }
-        failure => failure,
-    }
+    let monitor = holders.iter().find_map(monitor_of);
+    let found = monitor.and_then(|at| Some((RunningMerge::find(&at, &args.active, &options)?, at)));
+    let Some((merge, address)) = found else { return report.into() };
+    let live = Hint::command(HintKind::LiveMerge, "merge it as it runs", same(&merge, &address, args));
+    Report { hint: report.hint.first(live), ..report }.into()
 }
 
-/// The same merge as a live one. The monitor is only asked for its disks.
-fn same(address: &Address, args: &CommitArgs) -> Option<Command> {
-    let options = Options { allow_tcp: true, greeting_timeout: Duration::from_secs(1), ..Options::default() };
-    let monitor = Connection::connect(address, &options).ok()?;
-    let folder = monitor.peer().and_then(|pid| fs::read_link(format!("/proc/{pid}/cwd")).ok());
-    let absolute = |name: &str| Some(folder.as_ref()?.join(name).to_string_lossy().into_owned());
-    let is_plain = |name: &str| !name.starts_with('/') && !name.contains(':');
-    let rename = |name: &str| is_plain(name).then(|| absolute(name)).flatten();
-    let graph = Graph::ask(&monitor).ok()?.with_files(&rename);
-    let named = id(&args.active)?;
-    let (disk, layer) = graph.disks().iter().find_map(|disk| Some((disk, find(disk, named)?)))?;
-    let mut line = Command::qmerge(["live", "commit", disk.name()]);
-    if let Some(base) = &args.base {
-        line = line.option("--base", place(disk, base)?);
+fn as_domain(domain: &RunningDomain, call: &Call) -> Hints {
+    let merge = domain.merge.as_ref().map(|words| command(words));
+    let merge = merge.map(|merge| Hint::command(HintKind::LiveMerge, "merge it as it runs", merge));
+    Hints::default()
+        .or(merge)
+        .or(Hint::command(HintKind::Virsh, "or shut it down", command(&domain.shut_down)))
+        .or(Hint::command(HintKind::Again, "when it has ended, again", call.again()))
+}
+
+/// The same merge as a live one.
+fn same(merge: &RunningMerge, address: &Address, args: &CommitArgs) -> Command {
+    let mut line = Command::qmerge(["live", "commit", &merge.disk]);
+    if let Some(base) = merge.base {
+        line = line.option("--base", format!("[{base}]"));
     } else if args.shallow {
         line = line.word("--shallow");
     }
-    line = match &args.top {
-        Some(top) => line.option("--top", place(disk, top)?),
-        None if layer.index < disk.active().index => line.option("--top", format!("[{}]", layer.index)),
-        None if args.keep_active => line.word("--keep-overlay"),
-        None => line.word("--pivot"),
+    line = match merge.top {
+        Some(top) => line.option("--top", format!("[{top}]")),
+        None => line.word(if args.keep_active { "--keep-overlay" } else { "--pivot" }),
     };
     for (given, option) in [
         (args.delete, "--delete"),
@@ -101,26 +89,6 @@ fn same(address: &Address, args: &CommitArgs) -> Option<Command> {
             line = line.word(option);
         }
     }
-    for dir in &args.scan {
-        line = line.option("--scan", dir);
-    }
-    Some(line.option("--qmp", address.to_string()))
-}
-
-/// The index of a layer that the user named for the stopped chain.
-fn place(disk: &Disk, name: &OsStr) -> Option<String> {
-    if let Some(layer) = id(Path::new(name)).and_then(|id| find(disk, id)) {
-        return Some(format!("[{}]", layer.index));
-    }
-    // Indexes are counted alike: from the bottom.
-    let index = name.to_str()?.strip_suffix(']').and_then(|rest| rest.split_once('['))?.1;
-    index.parse::<usize>().ok().map(|index| format!("[{index}]"))
-}
-
-fn find(disk: &Disk, file: FileId) -> Option<&Layer> {
-    disk.layers().iter().find(|layer| id(Path::new(&layer.file)) == Some(file))
-}
-
-fn id(path: &Path) -> Option<FileId> {
-    OsHost.stat(path).ok().map(|stat| stat.id)
+    let line = args.scan.iter().fold(line, |line, dir| line.option("--scan", dir));
+    line.option("--qmp", address.to_string())
 }

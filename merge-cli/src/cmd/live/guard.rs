@@ -2,11 +2,12 @@
 
 use std::slice;
 
-use qmp_client::{Connection, Disk, Graph, Machine, Owner};
+use qmp_client::libvirt::{Asked, Instead, Managed};
+use qmp_client::{Connection, Disk, Graph, Machine, Owner, Request};
 
-use super::managed::Managed;
 use super::trouble::Session;
 use crate::cli::LiveVerb;
+use crate::domains::{self, command};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind};
@@ -47,8 +48,7 @@ fn refuse(
         session.address
     );
     let hint = match owner {
-        Owner::Libvirt => Managed::find(session, process, disks)
-            .map_or_else(list_domains, |machine| machine.instead(session)),
+        Owner::Libvirt => instead_of_libvirt(session, process, disks),
         other => Hint::advice(instead(other, session.verb)),
     };
     Err(Report { kind: "managed", message, hint: hint.into(), exit: Exit::REFUSED }.into())
@@ -57,6 +57,61 @@ fn refuse(
 /// What to type where it is not known which domain is meant.
 fn list_domains() -> Hint {
     Hint::command(HintKind::Virsh, "see which domain it is", Command::of("virsh").word("list").word("--all"))
+}
+
+fn instead_of_libvirt(session: &Session<'_>, process: Option<u32>, disks: &[Disk]) -> Hint {
+    let virsh = |why: &str, words: &[String]| Hint::command(HintKind::Virsh, why, command(words));
+    let machine = Managed::find(&domains::read(), session.address, process, disks);
+    let Some(machine) = machine else { return list_domains() };
+    let request = match session.verb {
+        LiveVerb::Commit(args) => args.request(),
+        LiveVerb::Pull(args) => args.request(),
+        _ => Request::default(),
+    };
+    match machine.instead(&asked(session.verb, &request)) {
+        Instead::Command(words) => virsh("", &words),
+        Instead::Plaintext { from, into } => {
+            let why = format!(
+                "{} is encrypted, and {} would not be: what the guest wrote would lie there in plain text; if that is meant",
+                from.display(),
+                into.display()
+            );
+            Hint::command(HintKind::AllowPlaintext, why, session.again_with(&["--allow-plaintext"]))
+        }
+        Instead::NameByPath(words) => {
+            virsh("libvirt numbers the layers otherwise; name them by their paths, which this shows", &words)
+        }
+        Instead::OnlySlower(words) => {
+            virsh("libvirt has no command for that; its jobs can be slowed", &words)
+        }
+        Instead::SnapshotOfSome { snapshot, list, disks } => {
+            // Which other disks there are is asked as it is typed.
+            let other = disks.iter().map(|disk| format!(" && $3 != \"{disk}\"")).collect::<String>();
+            let (snapshot, list) = (command(&snapshot), command(&list));
+            Hint::advice(format!(
+                r#"{snapshot} $({list} | awk '$2 == "disk"{other} {{print "--diskspec " $3 ",snapshot=no"}}')"#
+            ))
+        }
+        _ => list_domains(),
+    }
+}
+
+fn asked<'a>(verb: &'a LiveVerb, request: &'a Request) -> Asked<'a> {
+    match verb {
+        LiveVerb::Snapshot { overlays, allow_plaintext } => {
+            let overlays = overlays.iter().map(|o| (o.disk.as_str(), o.file.as_path())).collect();
+            Asked::Snapshot { overlays, allow_plaintext: *allow_plaintext }
+        }
+        LiveVerb::Commit(args) => Asked::Merge { disk: &args.disk, request },
+        LiveVerb::Pull(args) => Asked::Merge { disk: &args.disk, request },
+        LiveVerb::Pivot(args) => Asked::Pivot(&args.disk),
+        LiveVerb::Cancel { disk, .. } => Asked::Cancel(disk),
+        LiveVerb::Speed { disk, rate } => Asked::Speed { disk, rate: *rate },
+        LiveVerb::Finish(args) => Asked::Steer(&args.disk),
+        LiveVerb::Pause { disk } | LiveVerb::Resume { disk } => Asked::Steer(disk),
+        LiveVerb::List | LiveVerb::Jobs => Asked::Disks,
+        LiveVerb::Chain { .. } | LiveVerb::Recover(_) => Asked::Layers,
+    }
 }
 
 /// What to type there, with placeholders in capitals.
@@ -80,7 +135,10 @@ fn instead(owner: Owner, verb: &LiveVerb) -> String {
 pub(super) fn look_instead(session: &Session<'_>, owner: Owner) -> Hint {
     match owner {
         Owner::Libvirt => {
-            Managed::find(session, None, &[]).map_or_else(list_domains, |machine| machine.look(session.verb))
+            let machine = Managed::find(&domains::read(), session.address, None, &[]);
+            let shows = |machine: Managed<'_>| machine.look(&asked(session.verb, &Request::default()));
+            let hint = |words: Vec<String>| Hint::command(HintKind::Virsh, "", command(&words));
+            machine.map(shows).map_or_else(list_domains, hint)
         }
         Owner::Proxmox => Hint::advice("qm config VMID"),
         Owner::Incus => Hint::advice("incus config show --expanded INSTANCE"),

@@ -24,26 +24,8 @@ pub(super) fn commit(
     args: &LiveCommitArgs,
     console: &Console,
 ) -> Result<Exit, Failure> {
-    let mut request = Request::commit();
-    of_job(&mut request, &args.job);
-    request.base.clone_from(&args.base);
-    request.top.clone_from(&args.top);
-    request.shallow = args.shallow;
-    request.active = args.active;
-    request.pivot = args.pivot;
-    request.keep_overlay = args.keep_overlay;
-    request.converge = args.converge;
-    request.delete = args.delete;
-    request.backing_file.clone_from(&args.backing_file);
-    request.scan.clone_from(&args.scan);
-    request.allow_shared_base = args.allow_shared_base;
-    request.allow_stale = args.allow_stale;
-    request.allow_plaintext = args.allow_plaintext;
-    request.drop_bitmaps = args.drop_bitmaps;
-    request.allow_snapshot_change = args.allow_snapshot_change;
-    request.no_lock = args.no_lock;
-    let call = Call { session, disk: &args.disk, job: &args.job, request, what: "merging", console };
-    call.run(monitor)
+    let request = args.request();
+    Call { session, disk: &args.disk, job: &args.job, request, what: "merging", console }.run(monitor)
 }
 
 /// `live pull`.
@@ -53,23 +35,8 @@ pub(super) fn pull(
     args: &PullArgs,
     console: &Console,
 ) -> Result<Exit, Failure> {
-    let mut request = Request::pull();
-    of_job(&mut request, &args.job);
-    request.base.clone_from(&args.base);
-    request.backing_file.clone_from(&args.backing_file);
-    request.allow_plaintext = args.allow_plaintext;
-    request.drop_bitmaps = args.drop_bitmaps;
-    request.allow_snapshot_change = args.allow_snapshot_change;
-    let call = Call { session, disk: &args.disk, job: &args.job, request, what: "pulling", console };
-    call.run(monitor)
-}
-
-fn of_job(request: &mut Request, args: &JobArgs) {
-    request.speed = args.bandwidth.unwrap_or(0);
-    request.wait = args.async_;
-    request.nbd_socket.clone_from(&args.nbd_socket);
-    request.state_dir.clone_from(&args.state_dir);
-    request.dry_run = args.dry_run;
+    let request = args.request();
+    Call { session, disk: &args.disk, job: &args.job, request, what: "pulling", console }.run(monitor)
 }
 
 /// A call that begins a merge, or goes on with it.

@@ -7,7 +7,6 @@ mod guard;
 mod jobs;
 mod leftover;
 mod look;
-mod managed;
 mod merge;
 mod outcome;
 mod plan;
@@ -16,7 +15,6 @@ mod refused;
 mod snapshot;
 mod stall;
 mod trouble;
-mod words;
 
 use std::ffi::OsString;
 

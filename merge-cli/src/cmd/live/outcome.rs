@@ -3,16 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use qmp_client::{Disk, Kind, Machine, Outline, OutlineLayer, Tidied, TidyOptions, Unfinished};
+use qmp_client::{
+    Disk, Kind, Machine, Named, Outline, OutlineLayer, Tidied, TidyOptions, Unfinished, words_naming,
+};
 use serde_json::{Value, json};
 
 use super::trouble::Session;
-use super::words;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind, Hints};
 use crate::output::Console;
-use crate::output::human::printable;
+use crate::output::human::{printable, shell_word};
 use crate::output::json::{path, paths};
 use crate::output::size;
 
@@ -240,9 +241,9 @@ fn configuration(process: Option<u32>, state: &Outline, fields: &mut Value) -> S
     let name = |layer: Option<&OutlineLayer>| layer.map_or("", |layer| layer.file.as_str()).to_owned();
     let (old, new) = (name(state.active()), name(state.target()));
     let format = state.target().map_or("", |layer| layer.format.as_str());
-    let words = process.map_or(Vec::new(), |pid| words::that_name(pid, Path::new(&old)));
+    let words = process.map_or(Vec::new(), |pid| typed(pid, &old));
     fields["configuration"] = json!({ "old": old, "new": new, "format": format, "words": words });
-    let named_now = process.map_or(Vec::new(), |pid| words::that_name(pid, Path::new(&new)));
+    let named_now = process.map_or(Vec::new(), |pid| typed(pid, &new));
     if words.is_empty() && !named_now.is_empty() {
         let (new, named_now) = (printable(&new), printable(&named_now.join(" ")));
         return format!("the virtual machine was started with {new}, which is right again: {named_now}");
@@ -257,4 +258,13 @@ fn configuration(process: Option<u32>, state: &Outline, fields: &mut Value) -> S
         printable(&new),
         printable(&old)
     )
+}
+
+/// The words of a process's command line that name an image, as they would be typed.
+fn typed(process: u32, image: &str) -> Vec<String> {
+    let typed = |named: Named| {
+        let option = named.option.map(|option| option + " ").unwrap_or_default();
+        option + &shell_word(&named.word)
+    };
+    words_naming(process, Path::new(image)).into_iter().map(typed).collect()
 }

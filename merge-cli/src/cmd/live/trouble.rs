@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io;
 use std::path::Path;
 
-use qmp_client::{Address, Disk, Error, Hindrance, Owner, Refusal, Request};
+use qmp_client::{Address, Disk, Error, Hindrance, Owner, Refusal, Request, StoppedMerge};
 
 use super::{guard, refused};
 use crate::call::without;
@@ -48,10 +48,10 @@ impl Session<'_> {
                 let hint = Hint::command(HintKind::LiveLook, "name layers as this prints them", chain);
                 self.failure_with(error, hint.into())
             }
-            Error::Refused { .. } if !request.pull => match offline(disk, request) {
-                Some(command) => {
+            Error::Refused { .. } => match StoppedMerge::of_request(disk, request) {
+                Some(merge) => {
                     let why = "shut the virtual machine down, then";
-                    self.failure_with(error, Hint::command(HintKind::Offline, why, command).into())
+                    self.failure_with(error, Hint::command(HintKind::Offline, why, offline(&merge)).into())
                 }
                 None => self.failure(error),
             },
@@ -233,20 +233,15 @@ pub(super) fn live_in(words: &[&str], address: &Address, state_dir: Option<&Path
     }
 }
 
-/// The same commit of the stopped machine; none where the layers are not known.
-fn offline(disk: &Disk, request: &Request) -> Option<Command> {
-    let layer = |name: &Option<String>| name.as_ref().map(|name| disk.layer(name)).transpose().ok();
-    let (top, base) = (layer(&request.top)?.unwrap_or(disk.active()), layer(&request.base)?);
-    let base = match base {
-        Some(base) => base,
-        None if request.shallow => disk.below(top)?,
-        None => disk.layers().last()?,
+/// A commit of the stopped machine.
+pub(super) fn offline(merge: &StoppedMerge) -> Command {
+    let command = Command::qmerge(["commit"]).file(&merge.active);
+    let command = match &merge.top {
+        Some(top) => command.option("--top", top),
+        None => command,
     };
-    let mut command = Command::qmerge(["commit"]).file(&disk.active().file);
-    if top.index < disk.active().index {
-        command = command.option("--top", &top.file);
-    }
-    Some(command.option("--base", &base.file))
+    let command = command.option("--base", &merge.base);
+    if merge.delete { command.word("--delete") } else { command }
 }
 
 /// Nobody said which QEMU is meant.

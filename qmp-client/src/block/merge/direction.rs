@@ -10,9 +10,10 @@ use crate::error::Result;
 use crate::qmp::monitor::Monitor;
 
 /// Which way the data of the merged layers goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Direction {
     /// Into the layer below them: a commit, QEMU's `block-commit`.
+    #[default]
     Down,
     /// Into the active layer above them: a pull, QEMU's `block-stream`.
     Up,

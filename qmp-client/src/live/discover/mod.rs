@@ -8,6 +8,6 @@ mod users;
 pub use files::Files;
 pub(crate) use files::{Place, identity};
 pub(crate) use unfinished::states;
-pub use unfinished::{Unfinished, folders_of_disks, folders_of_image, sweep_folders};
+pub use unfinished::{Interrupted, Unfinished, folders_of_disks, folders_of_image, sweep_folders};
 pub use users::Searched;
 pub(crate) use users::{absolute, search};

@@ -3,6 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use qcow2::error::Holder;
+use qcow2::storage::{Access, Host, OsHost};
+
 use crate::block::graph::{Disk, Graph};
 use crate::error::Result;
 use crate::live::outline::Outline;
@@ -70,6 +73,33 @@ impl Unfinished {
     /// The disk in a graph of just now that has the chain from before it, or the one that it leaves.
     pub(crate) fn disk<'g>(&self, graph: &'g Graph) -> Option<&'g Disk> {
         self.state.disk_after(graph).or_else(|| self.state.disk_before(graph))
+    }
+}
+
+/// Whether a live merge stands in the way of a merge of the stopped machine.
+#[derive(Clone, Debug)]
+pub enum Interrupted {
+    /// None does.
+    No,
+    /// One may be under way: somebody holds the image.
+    InUse(Vec<Holder>),
+    /// One was interrupted, and is to be put right first.
+    Yes(Box<Outline>),
+}
+
+impl Interrupted {
+    /// Looks beside an active image.
+    ///
+    /// # Errors
+    /// As [`Unfinished::find`].
+    pub fn of_image(active: &Path) -> Result<Self> {
+        let found = Unfinished::of_image(active)?;
+        let Some(merge) = found.first().map(Unfinished::outline) else { return Ok(Self::No) };
+        let used = OsHost.open(active, Access::Read).and_then(|image| image.used_by_others());
+        Ok(match (used, OsHost.stat(active)) {
+            (Ok(Some(_)), Ok(stat)) => Self::InUse(OsHost.holders(stat.id)),
+            _ => Self::Yes(Box::new(merge)),
+        })
     }
 }
 

@@ -3,7 +3,7 @@
 use super::amounts::{Amounts, amounts, free_space};
 use super::{Plan, Request, checks, obstacle};
 use crate::block::graph::{Disk, Graph, Layer, Range};
-use crate::block::merge::{MergeOptions, Procedure};
+use crate::block::merge::{Direction, MergeOptions, Procedure};
 use crate::error::Result;
 use crate::live::discover::{Files, Searched, search};
 
@@ -32,7 +32,7 @@ pub(super) fn commit(
     let plan = Plan {
         disk: disk.clone(),
         job: commit.job_id().to_owned(),
-        pull: false,
+        direction: Direction::Down,
         base: Some(range.base.clone()),
         relink: range.above.map(|above| (above.clone(), commit.backing_file().map(str::to_owned))),
         end: request.end(merges_active),
@@ -63,7 +63,7 @@ pub(super) fn pull(
     let plan = Plan {
         disk: disk.clone(),
         job: pull.job_id().to_owned(),
-        pull: true,
+        direction: Direction::Up,
         base: base.cloned(),
         merged: pull.merged().to_vec(),
         relink: Some((disk.active().clone(), pull.backing_file().map(str::to_owned))),

@@ -16,6 +16,8 @@ use serde_json::Value;
 
 use super::discover::Searched;
 use crate::block::graph::{Disk, Layer};
+use crate::block::merge::Direction;
+use crate::state::Kind;
 
 pub use amounts::Amounts;
 pub(crate) use obstacle::how_to_empty;
@@ -71,8 +73,8 @@ pub struct Plan {
     pub disk: Disk,
     /// The id that the job will have.
     pub job: String,
-    /// Whether the data moves up.
-    pub pull: bool,
+    /// Whether the data moves down into base, or up into the active layer.
+    pub direction: Direction,
     /// The layer below those that go; none for a pull of everything.
     pub base: Option<Layer>,
     /// The layers that are no longer needed afterwards, from the top.
@@ -96,10 +98,29 @@ pub struct Plan {
 }
 
 impl Plan {
+    fn goes_down(&self) -> bool {
+        self.direction == Direction::Down
+    }
+
+    /// What is merged which way.
+    pub fn kind(&self) -> Kind {
+        match self.direction {
+            Direction::Up => Kind::Pull,
+            Direction::Down if self.merges_active() => Kind::ActiveCommit,
+            Direction::Down => Kind::Commit,
+        }
+    }
+
+    /// Bytes of data that move, at most. A pull copies only what its receiver has no room for yet.
+    pub fn bytes_to_copy(&self) -> u64 {
+        let counts_new = self.direction == Direction::Up && self.amounts.counted;
+        if counts_new { self.amounts.new } else { self.amounts.copy }
+    }
+
     /// The layer that receives the data.
     pub fn receiver(&self) -> &Layer {
         match &self.base {
-            Some(base) if !self.pull => base,
+            Some(base) if self.goes_down() => base,
             _ => self.disk.active(),
         }
     }
@@ -108,7 +129,7 @@ impl Plan {
     /// top, but not top itself. A pull changes none.
     pub fn restore_points_lost(&self) -> Vec<&Layer> {
         let below_top = self.merged.iter().skip(1).rev();
-        self.base.iter().filter(|_| !self.pull).chain(below_top.filter(|_| !self.pull)).collect()
+        self.base.iter().filter(|_| self.goes_down()).chain(below_top.filter(|_| self.goes_down())).collect()
     }
 
     /// Bytes that the file of the receiving layer grows by, at most. QEMU writes the zeros of merged layers as
@@ -121,12 +142,12 @@ impl Plan {
 
     /// Whether the layer that the guest writes to is merged.
     pub fn merges_active(&self) -> bool {
-        !self.pull && self.relink.is_none()
+        self.goes_down() && self.relink.is_none()
     }
 
     /// Whether QEMU writes zeros of merged layers as data.
     pub fn writes_zeros(&self) -> bool {
-        !self.pull && self.relink.is_some()
+        self.goes_down() && self.relink.is_some()
     }
 
     /// The layers that become empty overlays on base.
@@ -171,14 +192,14 @@ impl Plan {
 
     /// The layers whose internal snapshots change, because that was allowed.
     pub fn snapshots_changed(&self) -> impl Iterator<Item = &Layer> {
-        let active = self.pull.then(|| self.disk.active());
-        let merged = self.merged.iter().filter(|_| !self.pull);
+        let active = (!self.goes_down()).then(|| self.disk.active());
+        let merged = self.merged.iter().filter(|_| self.goes_down());
         active.into_iter().chain(merged).filter(|layer| layer.snapshots > 0)
     }
 
     /// The sizes of base's disk before and after, where it grows.
     pub fn grows_disk_of_base(&self) -> Option<(u64, u64)> {
-        let base = self.base.as_ref().filter(|_| !self.pull)?;
+        let base = self.base.as_ref().filter(|_| self.goes_down())?;
         let top = self.merged.first()?;
         (top.virtual_size > base.virtual_size).then_some((base.virtual_size, top.virtual_size))
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Plan, Request, Room, checks, make, obstacle, range, same};
 use crate::block::graph::{Disk, Layer};
-use crate::block::merge::Procedure;
+use crate::block::merge::{Direction, Procedure};
 use crate::error::Result;
 use crate::live::discover::{Files, Place, Unfinished, absolute, search, states};
 use crate::live::hindrance::Hindrance;
@@ -98,7 +98,7 @@ impl<'m> Machine<'m> {
             Some(left) => Err(recover_first(left)),
             None => Ok(Prepared::Nothing(why)),
         };
-        let (procedure, plan) = if request.pull {
+        let (procedure, plan) = if request.direction == Direction::Up {
             let Some(base) = range::base_of_pull(disk, request)? else {
                 return nothing(Nothing::NothingBetween);
             };

@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 
 use super::End;
+use crate::block::merge::Direction;
 
 /// A live merge as somebody asks for it. Layers are named as [`crate::Disk::layer`] reads them: by path, node or index.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct Request {
-    /// Whether the data moves up into the active layer; otherwise it moves down into base.
-    pub pull: bool,
+    /// Whether the data moves down into base, or up into the active layer.
+    pub direction: Direction,
     /// The layer that stays below those that go: the bottom of the chain where none is named; for a pull, nothing stays.
     pub base: Option<String>,
     /// For a commit: the highest layer that is merged; the active one where none is named.
@@ -62,7 +63,7 @@ impl Request {
 
     /// A pull of everything into the active layer.
     pub fn pull() -> Self {
-        Self { pull: true, ..Self::default() }
+        Self { direction: Direction::Up, ..Self::default() }
     }
 
     /// Whether the active layer may be merged.

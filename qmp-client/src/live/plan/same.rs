@@ -5,13 +5,14 @@ use std::path::Path;
 
 use super::Request;
 use crate::block::graph::Disk;
+use crate::block::merge::Direction;
 use crate::live::discover::identity;
 use crate::state::{Kind, State, StateLayer};
 
 /// Whether the state speaks of this merge.
 pub(super) fn is_asked_for(state: &State, disk: &Disk, request: &Request) -> bool {
     let at = |name: &String| index(state, disk, name);
-    if request.pull {
+    if request.direction == Direction::Up {
         let base = request.base.as_ref().map_or(Some(0), at);
         return state.kind == Kind::Pull && base == Some(state.base);
     }

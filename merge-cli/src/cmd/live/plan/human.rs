@@ -2,7 +2,7 @@
 
 use crate::output::human::{Fields, printable};
 use crate::output::size;
-use qmp_client::{DataFate, End, Layer, Plan};
+use qmp_client::{DataFate, Direction, End, Layer, Plan};
 
 /// The plan.
 pub(in crate::cmd::live) fn text(plan: &Plan) -> String {
@@ -66,8 +66,7 @@ pub(in crate::cmd::live) fn text(plan: &Plan) -> String {
 }
 
 fn amount(plan: &Plan) -> String {
-    let bytes =
-        size::exact(if plan.pull && plan.amounts.counted { plan.amounts.new } else { plan.amounts.copy });
+    let bytes = size::exact(plan.bytes_to_copy());
     match plan.amounts.counted {
         true if plan.merges_active() => {
             format!("{bytes}, and what the guest wrote last and writes meanwhile")
@@ -107,7 +106,7 @@ fn afterwards(plan: &Plan) -> String {
 /// What becomes of the layers that the disk no longer needs.
 fn not_needed(plan: &Plan, fields: &mut Fields) {
     let one = |count: usize, one: &'static str, more: &'static str| if count == 1 { one } else { more };
-    if plan.delete || plan.pull {
+    if plan.delete || plan.direction == Direction::Up {
         let (count, needless) = (plan.merged.len(), list(plan.merged.iter()));
         let what =
             if plan.delete { "will be removed" } else { one(count, "stays as it is", "stay as they are") };

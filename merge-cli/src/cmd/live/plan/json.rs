@@ -22,12 +22,12 @@ pub(in crate::cmd::live) fn fields(plan: &Plan) -> Value {
     });
     let mut out = json!({
         "disk": plan.disk.name(),
-        "kind": if plan.pull { "pull" } else if plan.merges_active() { "active-commit" } else { "commit" },
+        "kind": plan.kind(),
         "job": plan.job,
         "base": plan.base.as_ref().map(|base| &base.file),
         "top": plan.merged.first().map(|top| &top.file),
         "active": plan.disk.active().file,
-        "bytes-to-copy": if plan.pull && plan.amounts.counted { plan.amounts.new } else { plan.amounts.copy },
+        "bytes-to-copy": plan.bytes_to_copy(),
         "bytes-to-zero": plan.amounts.zero,
         // QEMU decides, and does not tell.
         "clusters-to-allocate": null,

@@ -41,11 +41,6 @@ pub(super) fn merges(args: &RecoverArgs, qmp: Option<&Address>) -> Result<Vec<Un
     Ok(all.into_iter().filter(|merge| is_meant(&what, merge)).collect())
 }
 
-/// The merges of which an image is a part, noted beside it.
-pub(in crate::cmd) fn of_image(image: &Path) -> Result<Vec<Unfinished>, Failure> {
-    Unfinished::of_image(image).map_err(|e| damaged(&e))
-}
-
 /// Removes the files that clients have left there which were killed while they wrote a state.
 pub(super) fn sweep(args: &RecoverArgs, qmp: Option<&Address>) {
     sweep_folders(qmp, &folders(args));
@@ -87,7 +82,7 @@ fn is_meant(what: &What<'_>, merge: &Unfinished) -> bool {
 
 /// A state file that says nothing, or that is not to be trusted; or a file or a folder that cannot be read, which says
 /// nothing about any image.
-fn damaged(error: &Error) -> Failure {
+pub(in crate::cmd) fn damaged(error: &Error) -> Failure {
     if let Error::File { file: path, .. } = error {
         let command = Command::of("ls").word("-ld").file(path);
         let hint = Hint::command(

@@ -21,7 +21,7 @@ use crate::output::Console;
 use crate::output::progress::Meter;
 use crate::signals::Stop;
 
-pub(in crate::cmd) use self::find::of_image;
+pub(in crate::cmd) use self::find::damaged;
 
 /// Deals with every state file that is found.
 pub(super) fn run(

@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use qcow2::Error;
 use qcow2::error::shown;
-use qmp_client::{Address, Deed, Fact, Finding, Found, Kind, Next, Outline, Phase, Trouble};
+use qmp_client::{Address, Deed, Fact, Finding, Found, Kind, Next, Outline, Phase, StoppedMerge, Trouble};
 use serde_json::{Value, json};
 
 use super::doubt;
 use crate::call::Call;
-use crate::cmd::live::trouble::live_in;
+use crate::cmd::live::trouble::{live_in, offline};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind, Hints};
@@ -113,7 +113,10 @@ fn fact(merge: &Outline, fact: &Fact) -> String {
         Fact::Stays { file, why } => format!("{} stays as it is: {why}", file.display()),
         Fact::JobIs(status) => format!("QEMU runs, and the job is {status:?}: there is nothing to put right"),
         Fact::CanBeCancelled(address) => {
-            format!("to give it up instead: {}", live_in(&["cancel", &merge.disk], address, elsewhere(merge)))
+            format!(
+                "to give it up instead: {}",
+                live_in(&["cancel", &merge.disk], address, merge.state_dir())
+            )
         }
         Fact::GuestGoesOn => {
             "the guest was still paused by a client that was killed, and goes on now".to_owned()
@@ -157,32 +160,14 @@ fn deed(deed: &Deed) -> String {
 
 fn next(merge: &Outline, next: &Next) -> Command {
     match next {
-        Next::Offline { active } => offline(merge, active),
+        Next::Offline { active } => offline(&StoppedMerge::of_outline(merge, active)),
         Next::End(address) => {
             let end = if merge.merges_active() { "pivot" } else { "finish" };
-            live_in(&[end, &merge.disk], address, elsewhere(merge))
+            live_in(&[end, &merge.disk], address, merge.state_dir())
         }
         Next::Begin(address) => begin(merge, address),
         _ => Command::qmerge(["live", "recover", "--help"]),
     }
-}
-
-/// The folder of the state file, if it does not lie beside the active image, where it is looked for.
-fn elsewhere(merge: &Outline) -> Option<&Path> {
-    let folder = |path: &Path| path.parent().and_then(|folder| folder.canonicalize().ok());
-    let beside = merge.active().and_then(|layer| Path::new(&layer.file).canonicalize().ok());
-    let lies_beside = beside.is_some_and(|image| folder(&image) == folder(merge.state_file()));
-    merge.state_file().parent().filter(|_| !lies_beside)
-}
-
-/// The command that merges the same layers of the stopped machine.
-fn offline(merge: &Outline, active: &str) -> Command {
-    let file = |index| merge.layer(index).map_or("", |layer| layer.file.as_str());
-    let mut command = Command::qmerge(["commit"]).file(active).option("--base", file(merge.base));
-    if file(merge.top) != active {
-        command = command.option("--top", file(merge.top));
-    }
-    if merge.delete { command.word("--delete") } else { command }
 }
 
 /// The command that begins the same merge of the running machine.
@@ -198,7 +183,7 @@ fn begin(merge: &Outline, address: &Address) -> Command {
         _ => command,
     };
     command = command.option("--qmp", address.to_string());
-    match elsewhere(merge) {
+    match merge.state_dir() {
         Some(dir) => command.option("--state-dir", dir),
         None => command,
     }

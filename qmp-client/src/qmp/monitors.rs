@@ -4,16 +4,24 @@ use std::fs;
 use std::path::Path;
 
 use qcow2::error::Holder;
-use qmp_client::{Address, Owner};
 
-/// The address of a QMP monitor of this process, if its command line shows one that belongs to nobody else.
-pub(crate) fn of(holder: &Holder) -> Option<Address> {
+use crate::qmp::address::Address;
+use crate::qmp::owner::Owner;
+
+/// The address of a QMP monitor of a process that holds an image, if its command line shows one that belongs to nobody else.
+pub fn monitor_of(holder: &Holder) -> Option<Address> {
     let folder = fs::read_link(format!("/proc/{}/cwd", holder.pid)).ok();
     let address = match shown(&holder.command_line)? {
         Address::Unix(path) => Address::Unix(folder.unwrap_or_default().join(path)),
         tcp @ Address::Tcp { .. } => tcp,
     };
     Owner::of(&address, Some(holder.pid)).is_none().then_some(address)
+}
+
+/// Whether a process runs a virtual machine, as its program's name tells.
+pub fn is_machine(holder: &Holder) -> bool {
+    let name = holder.name.rsplit('/').next().unwrap_or_default();
+    name.starts_with("qemu-system") || name == "kvm" || name == "qemu-kvm"
 }
 
 /// The first monitor on a command line, its path as it stands there.
@@ -125,7 +133,7 @@ mod tests {
     fn a_managers_monitor_is_not_for_us() {
         let line = ["kvm", "-qmp", "unix:/var/run/qemu-server/100.qmp,server=on"].map(str::to_owned);
         assert_eq!(
-            of(&Holder { pid: std::process::id(), name: "kvm".into(), command_line: line.to_vec() }),
+            monitor_of(&Holder { pid: std::process::id(), name: "kvm".into(), command_line: line.to_vec() }),
             None
         );
     }

@@ -3,17 +3,24 @@
 use std::fs;
 use std::path::Path;
 
-use crate::output::human::shell_word;
+/// A word of a command line, with the option that it is the value of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Named {
+    /// The option before it, such as `-drive`.
+    pub option: Option<String>,
+    /// The word.
+    pub word: String,
+}
 
-/// The words of a process's command line that name an image, as they would be typed.
-pub(super) fn that_name(pid: u32, image: &Path) -> Vec<String> {
+/// The words of a process's command line that name an image: by its whole path, or, where none does, by the name of its file.
+pub fn words_naming(pid: u32, image: &Path) -> Vec<Named> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let words: Vec<String> =
         line.split(|b| *b == 0).map(|w| String::from_utf8_lossy(w).into_owned()).collect();
     naming(&words, image)
 }
 
-fn naming(words: &[String], image: &Path) -> Vec<String> {
+fn naming(words: &[String], image: &Path) -> Vec<Named> {
     let (whole, name) = (image.to_string_lossy(), image.file_name().unwrap_or_default().to_string_lossy());
     let names = |word: &String, what: &str| {
         // A name ends where its option does.
@@ -24,13 +31,12 @@ fn naming(words: &[String], image: &Path) -> Vec<String> {
             edge(before) && edge(after)
         })
     };
-    let found = |what: &str| -> Vec<String> {
+    let found = |what: &str| -> Vec<Named> {
         let options = words.iter().enumerate().filter(|(_, word)| names(word, what));
         let with_option = |(place, word): (usize, &String)| {
             let option =
                 place.checked_sub(1).and_then(|before| words.get(before)).filter(|w| w.starts_with('-'));
-            let word = shell_word(word);
-            option.map_or(word.clone(), |option| format!("{option} {word}"))
+            Named { option: option.cloned(), word: word.clone() }
         };
         options.map(with_option).collect()
     };
@@ -41,6 +47,11 @@ fn naming(words: &[String], image: &Path) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn naming(words: &[String], image: &Path) -> Vec<String> {
+        let named = super::naming(words, image).into_iter();
+        named.map(|n| [n.option, Some(n.word)].into_iter().flatten().collect::<Vec<_>>().join(" ")).collect()
+    }
 
     #[test]
     fn the_words_that_name_an_image_are_found_with_their_option() {
