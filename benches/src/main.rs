@@ -19,9 +19,8 @@ use clap::Parser;
 use measure::Run;
 use report::Rounds;
 use scenario::{Maker, Scenario, Work};
+use tools::Result;
 use volume::Volume;
-
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 /// Compare qmerge with qemu-img on the same files, in one run
 #[derive(Debug, Parser)]

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use crate::Result;
+use crate::tools::Result;
 
 static STOPPED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 

@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use crate::{Result, stop};
+use crate::stop;
+
+/// What may fail for any reason: it is told, and ends the run.
+pub(crate) type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 /// Where a program lies on the search path (and where administrators' programs usually lie).
 pub(crate) fn find(name: &str) -> Option<PathBuf> {

@@ -14,7 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::demo::DemoArgs;
 pub(crate) use self::live::{
-    CommitArgs as LiveCommitArgs, EndArgs, JobArgs, LiveArgs, LiveVerb, Overlay, PullArgs, RecoverArgs,
+    EndArgs, JobArgs, LiveArgs, LiveCommitArgs, LiveVerb, Overlay, PullArgs, RecoverArgs,
 };
 pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, RepairWhat};
 use self::merge::COMMIT_EXAMPLES;

@@ -72,7 +72,7 @@ pub struct WorkTimes {
 
 /// What has become of a file since a work on it was stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Seen {
+pub enum FileFate {
     /// It is as the work left it.
     Untouched,
     /// It is as the work left it, under another name.
@@ -197,44 +197,44 @@ impl Stamp {
     }
 
     /// What has become of the file since `work` on it was stopped; `now` is what stands where the file is looked for.
-    /// A device has no times that tell, so it is never [`Seen::Untouched`].
-    pub fn judge(&self, work: &WorkTimes, now: &Self) -> Seen {
+    /// A device has no times that tell, so it is never [`FileFate::Untouched`].
+    pub fn judge(&self, work: &WorkTimes, now: &Self) -> FileFate {
         let same = self.same_file(now);
         let (known, times) = (work.known, now.times);
         if same == SameFile::No {
             return match self.path.file_name() == now.path.file_name() {
-                false => Seen::Other,
-                true if times.modified_ns > work.until_ns() => Seen::Newer,
-                true => Seen::Copied,
+                false => FileFate::Other,
+                true if times.modified_ns > work.until_ns() => FileFate::Newer,
+                true => FileFate::Copied,
             };
         }
         let is_other_boot = work.is_other_boot();
         if self.is_device {
             // The times are those of its name in /dev, which is made when the system starts.
             let is_newer = is_other_boot == Some(false) && times.modified_ns > work.until_ns();
-            return if is_newer { Seen::Newer } else { Seen::Unsure };
+            return if is_newer { FileFate::Newer } else { FileFate::Unsure };
         }
         let as_known = times == known;
         if !as_known && work.clock_was_set_back() {
-            return Seen::Unsure;
+            return FileFate::Unsure;
         }
         if times.changed_ns < known.changed_ns {
             // A power cut takes times that were not written yet. Else the file system itself was put back.
-            return if is_other_boot == Some(false) { Seen::Older } else { Seen::Unsure };
+            return if is_other_boot == Some(false) { FileFate::Older } else { FileFate::Unsure };
         }
         if times.modified_ns < known.modified_ns {
-            return Seen::Older;
+            return FileFate::Older;
         }
         if !as_known && times.modified_ns > work.until_ns() {
-            return Seen::Newer;
+            return FileFate::Newer;
         }
         // A write sets both times at once. Where they differ, somebody has set one, or changed the file's name
         // or rights.
         let is_ours = as_known || times.modified_ns == times.changed_ns;
         match (is_ours && same == SameFile::Yes, self.path == now.path) {
-            (false, _) => Seen::Unsure,
-            (true, true) => Seen::Untouched,
-            (true, false) => Seen::Moved,
+            (false, _) => FileFate::Unsure,
+            (true, true) => FileFate::Untouched,
+            (true, false) => FileFate::Moved,
         }
     }
 }

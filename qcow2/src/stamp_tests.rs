@@ -39,28 +39,28 @@ fn stopped() -> WorkTimes {
 #[test]
 fn times_tell_who_has_written() {
     for (what, work, now, seen) in [
-        ("nothing happened", killed(), at(100, 100), Seen::Untouched),
-        ("killed in the middle of a batch", killed(), at(109, 109), Seen::Untouched),
+        ("nothing happened", killed(), at(100, 100), FileFate::Untouched),
+        ("killed in the middle of a batch", killed(), at(109, 109), FileFate::Untouched),
         (
             "the last write of a batch",
             killed(),
             Times { modified_ns: 110 * SECOND + 9, changed_ns: 110 * SECOND + 9, ..stamp().times },
-            Seen::Untouched,
+            FileFate::Untouched,
         ),
-        ("written 3 s after the kill", killed(), at(113, 113), Seen::Newer),
-        ("cp -p of an older file", killed(), at(50, 113), Seen::Older),
-        ("cp -p at once", killed(), at(50, 110), Seen::Older),
-        ("a volume was rolled back", killed(), at(50, 50), Seen::Older),
-        ("its rights were changed", killed(), at(100, 300), Seen::Unsure),
-        ("cp -p of a file with the time of the last batch", killed(), at(109, 300), Seen::Unsure),
-        ("stopped in order", stopped(), at(100, 100), Seen::Untouched),
-        ("written right behind a stop in order", stopped(), at(101, 101), Seen::Newer),
-        ("put back behind a stop in order", stopped(), at(99, 101), Seen::Older),
-        ("a power cut took its times", cut(), at(90, 90), Seen::Unsure),
-        ("a power cut in the middle of a batch", cut(), at(120, 120), Seen::Untouched),
-        ("written when the system was there again", cut(), at(126, 126), Seen::Newer),
-        ("put back when the system was there again", cut(), at(50, 126), Seen::Older),
-        ("written much later before the power cut", cut(), at(145, 145), Seen::Newer),
+        ("written 3 s after the kill", killed(), at(113, 113), FileFate::Newer),
+        ("cp -p of an older file", killed(), at(50, 113), FileFate::Older),
+        ("cp -p at once", killed(), at(50, 110), FileFate::Older),
+        ("a volume was rolled back", killed(), at(50, 50), FileFate::Older),
+        ("its rights were changed", killed(), at(100, 300), FileFate::Unsure),
+        ("cp -p of a file with the time of the last batch", killed(), at(109, 300), FileFate::Unsure),
+        ("stopped in order", stopped(), at(100, 100), FileFate::Untouched),
+        ("written right behind a stop in order", stopped(), at(101, 101), FileFate::Newer),
+        ("put back behind a stop in order", stopped(), at(99, 101), FileFate::Older),
+        ("a power cut took its times", cut(), at(90, 90), FileFate::Unsure),
+        ("a power cut in the middle of a batch", cut(), at(120, 120), FileFate::Untouched),
+        ("written when the system was there again", cut(), at(126, 126), FileFate::Newer),
+        ("put back when the system was there again", cut(), at(50, 126), FileFate::Older),
+        ("written much later before the power cut", cut(), at(145, 145), FileFate::Newer),
     ] {
         assert_eq!(stamp().judge(&work, &Stamp { times: now, ..stamp() }), seen, "{what}");
     }
@@ -73,12 +73,12 @@ fn what_is_written_when_the_clock_was_set_back_is_not_untouched() {
     let set_back = |work: WorkTimes| WorkTimes { now: Some(Boot { id: 1, started_ns: 2 * SECOND }), ..work };
     let restarted = WorkTimes { now: Some(Boot { id: 2, started_ns: 104 * SECOND }), ..killed() };
     for (what, work, now, seen) in [
-        ("between the last record and the kill", set_back(killed()), at(105, 105), Seen::Unsure),
-        ("before the last record", set_back(killed()), at(98, 98), Seen::Unsure),
-        ("stopped in order", set_back(stopped()), at(98, 98), Seen::Unsure),
-        ("nothing was written", set_back(killed()), at(100, 100), Seen::Untouched),
-        ("a run that began before the last one ended", restarted, at(106, 106), Seen::Unsure),
-        ("within what two looks may differ", jitter(killed()), at(105, 105), Seen::Untouched),
+        ("between the last record and the kill", set_back(killed()), at(105, 105), FileFate::Unsure),
+        ("before the last record", set_back(killed()), at(98, 98), FileFate::Unsure),
+        ("stopped in order", set_back(stopped()), at(98, 98), FileFate::Unsure),
+        ("nothing was written", set_back(killed()), at(100, 100), FileFate::Untouched),
+        ("a run that began before the last one ended", restarted, at(106, 106), FileFate::Unsure),
+        ("within what two looks may differ", jitter(killed()), at(105, 105), FileFate::Untouched),
     ] {
         assert_eq!(stamp().judge(&work, &Stamp { times: now, ..stamp() }), seen, "{what}");
     }
@@ -121,25 +121,25 @@ fn copies_moves_and_strangers_are_told_apart() {
     let elsewhere =
         |path: &str, inode| Stamp { path: path.into(), id: FileId { device: 7, inode }, ..stamp() };
     let judge = |now: &Stamp| stamp().judge(&killed(), now);
-    assert_eq!(judge(&elsewhere("/moved/base", 12)), Seen::Moved);
-    assert_eq!(judge(&elsewhere("/copy/base", 13)), Seen::Copied);
-    assert_eq!(judge(&elsewhere("/vm/base", 13)), Seen::Copied, "put back under its name");
-    assert_eq!(judge(&elsewhere("/vm/other", 13)), Seen::Other);
+    assert_eq!(judge(&elsewhere("/moved/base", 12)), FileFate::Moved);
+    assert_eq!(judge(&elsewhere("/copy/base", 13)), FileFate::Copied);
+    assert_eq!(judge(&elsewhere("/vm/base", 13)), FileFate::Copied, "put back under its name");
+    assert_eq!(judge(&elsewhere("/vm/other", 13)), FileFate::Other);
     let newer = Stamp { times: at(200, 200), ..elsewhere("/copy/base", 13) };
-    assert_eq!(judge(&newer), Seen::Newer);
+    assert_eq!(judge(&newer), FileFate::Newer);
     let unknown = Stamp { id: FileId { device: 8, inode: 12 }, file_system: None, born_ns: None, ..stamp() };
-    assert_eq!(judge(&unknown), Seen::Unsure);
+    assert_eq!(judge(&unknown), FileFate::Unsure);
 }
 
 #[test]
 fn the_times_of_a_device_prove_nothing() {
     let device = Stamp { is_device: true, ..stamp() };
     let judge = |work: &WorkTimes, times| device.judge(work, &Stamp { times, ..device.clone() });
-    assert_eq!(judge(&killed(), at(100, 100)), Seen::Unsure);
-    assert_eq!(judge(&killed(), at(113, 113)), Seen::Newer);
+    assert_eq!(judge(&killed(), at(100, 100)), FileFate::Unsure);
+    assert_eq!(judge(&killed(), at(113, 113)), FileFate::Newer);
     assert_eq!(
         judge(&cut(), at(130, 130)),
-        Seen::Unsure,
+        FileFate::Unsure,
         "its name in /dev was made when the system started"
     );
 }

@@ -20,13 +20,12 @@ use clap::Parser;
 
 use chain::Chain;
 use random::Random;
-
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+use tools::Result;
 
 /// Kill merges at random times, and see whether anything is lost
 #[derive(Debug, Parser)]
 #[command(name = "kill-stress")]
-struct Args {
+struct StressArgs {
     /// How many merges
     #[arg(long, value_name = "N", default_value_t = 200)]
     runs: u64,
@@ -54,7 +53,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = StressArgs::parse();
     match stop::install().and_then(|()| run(&args)) {
         Ok(0) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
@@ -81,7 +80,7 @@ struct Totals {
 }
 
 /// Runs all merges; how many failed.
-fn run(args: &Args) -> Result<u64> {
+fn run(args: &StressArgs) -> Result<u64> {
     let qmerge = match &args.qmerge {
         Some(path) => path.canonicalize().map_err(|e| format!("{}: {e}", path.display()))?,
         None => std::env::current_exe()?.with_file_name("qmerge"),

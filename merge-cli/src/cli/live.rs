@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use qmp_client::Address;
 
 use self::merge::{COMMIT_EXAMPLES, PULL_EXAMPLES};
-pub(crate) use self::merge::{CommitArgs, EndArgs, JobArgs, PullArgs};
+pub(crate) use self::merge::{EndArgs, JobArgs, LiveCommitArgs, PullArgs};
 use crate::output::size;
 
 /// `qmerge live`
@@ -67,7 +67,7 @@ pub(crate) enum LiveVerb {
     /// guest goes on writing to base after the pivot. What it sees does not change. Ctrl-C cancels the job, unless
     /// --async.
     #[command(after_long_help = COMMIT_EXAMPLES)]
-    Commit(CommitArgs),
+    Commit(LiveCommitArgs),
 
     /// Merge layers of a disk up into the active one, while the guest runs
     ///

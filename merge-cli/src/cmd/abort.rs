@@ -23,8 +23,8 @@ pub(super) fn run(args: &AbortArgs, call: &Call, console: &Console) -> Result<Ex
     if console.is_json() {
         console.document(&json!({
             "base": path(&args.base),
-            "aborted": done.pending.is_some(),
-            "bytes-done": done.pending.as_ref().map_or(0, |pending| pending.done),
+            "aborted": done.unfinished.is_some(),
+            "bytes-done": done.unfinished.as_ref().map_or(0, |unfinished| unfinished.done),
             "written-since": done.written_since,
             "put-back": done.put_back,
             "restore-points-lost": paths(&done.restore_points_lost),
@@ -37,12 +37,12 @@ pub(super) fn run(args: &AbortArgs, call: &Call, console: &Console) -> Result<Ex
 
 fn human(done: &Aborted, args: &AbortArgs) -> String {
     let base = shown(&args.base);
-    let Some(pending) = &done.pending else { return format!("no merge into {base} is pending") };
+    let Some(unfinished) = &done.unfinished else { return format!("no merge into {base} is pending") };
     let mut lines = vec![format!(
         "gave up the merge of {} into {base} at {} %: {} had been written",
-        shown(&pending.top),
-        pending.percent,
-        size::short(pending.done)
+        shown(&unfinished.top),
+        unfinished.percent,
+        size::short(unfinished.done)
     )];
     if done.written_since {
         lines.push(format!("somebody has written to {base} since; only the merge's journal was removed"));

@@ -51,13 +51,13 @@ pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Ex
 /// What came out.
 // There is one of these, and it is about as large as what it holds.
 #[allow(clippy::large_enum_variant)]
-enum Outcome {
+enum CheckOutcome {
     Checked(CheckReport),
     Planned(RepairPlan),
     Repaired(RepairPlan),
 }
 
-impl Outcome {
+impl CheckOutcome {
     /// The state that the exit code tells: that of the image as it is now.
     fn report(&self) -> &CheckReport {
         match self {
@@ -79,7 +79,7 @@ fn failure(error: &Error, args: &CheckArgs, call: &Call) -> Failure {
 }
 
 /// Checks under a reader's lock, repairs under a writer's; `None` for raw images.
-fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<Outcome>> {
+fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<CheckOutcome>> {
     let image = &args.image;
     let file = open_locked(image, args.repair.is_some() && !args.dry_run, args.open.no_lock)?;
     let format = match options.active_format {
@@ -94,20 +94,20 @@ fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<Outcom
     let data = data.as_ref().map(|(_, storage)| &**storage as &dyn Storage);
     let how = CheckOptions::default();
     let Some(what) = args.repair else {
-        return check::check(image, &*file, data, &how).map(Outcome::Checked).map(Some);
+        return check::check(image, &*file, data, &how).map(CheckOutcome::Checked).map(Some);
     };
     let what = match what {
         RepairWhat::Leaks => RepairMode::Leaks,
         RepairWhat::All => RepairMode::All,
     };
     if args.dry_run {
-        return repair::plan(image, &*file, data, what, &how).map(Outcome::Planned).map(Some);
+        return repair::plan(image, &*file, data, what, &how).map(CheckOutcome::Planned).map(Some);
     }
     let done = match &args.backup {
         Some(to) => repair::repair_with_backup(image, &*file, data, what, &OsHost, to, &how),
         None => repair::repair(image, &*file, data, what, &how),
     };
-    done.map(Outcome::Repaired).map(Some)
+    done.map(CheckOutcome::Repaired).map(Some)
 }
 
 /// Opens an image under a lock, for reading or for writing.
@@ -135,12 +135,12 @@ fn nothing_to_check(image: &Path) -> Failure {
 }
 
 /// What was done, what was found, worst first, and what it means.
-fn human(image: &Path, outcome: &Outcome) -> String {
+fn human(image: &Path, outcome: &CheckOutcome) -> String {
     let report = outcome.report();
     let (mut lines, repaired) = match outcome {
-        Outcome::Checked(_) => (Vec::new(), false),
-        Outcome::Planned(plan) => return format!("This would be done:\n{plan}"),
-        Outcome::Repaired(plan) => (plan.steps(), true),
+        CheckOutcome::Checked(_) => (Vec::new(), false),
+        CheckOutcome::Planned(plan) => return format!("This would be done:\n{plan}"),
+        CheckOutcome::Repaired(plan) => (plan.steps(), true),
     };
     for finding in &report.findings {
         lines.push(format!("{}: {finding}", name(finding.severity)));
@@ -205,7 +205,7 @@ fn name(severity: Severity) -> &'static str {
 
 /// The object of `qemu-img check --output=json`, which leaves zeros out, the findings, and the plan of a
 /// repair.
-fn json(image: &Path, outcome: &Outcome) -> Value {
+fn json(image: &Path, outcome: &CheckOutcome) -> Value {
     let report = outcome.report();
     let mut out = Map::new();
     out.insert("filename".into(), path(image));
@@ -238,9 +238,9 @@ fn json(image: &Path, outcome: &Outcome) -> Value {
     });
     out.insert("findings".into(), findings.collect());
     let (key, plan) = match outcome {
-        Outcome::Checked(_) => return Value::Object(out),
-        Outcome::Planned(plan) => ("plan", plan),
-        Outcome::Repaired(plan) => {
+        CheckOutcome::Checked(_) => return Value::Object(out),
+        CheckOutcome::Planned(plan) => ("plan", plan),
+        CheckOutcome::Repaired(plan) => {
             for (key, number) in
                 [("corruptions-fixed", plan.corruptions_fixed()), ("leaks-fixed", plan.leaks_fixed())]
             {

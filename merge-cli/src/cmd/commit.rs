@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use qcow2::chain::Chain;
 use qcow2::error::shown;
-use qcow2::merge::{self, BaseChoice, Commit, CommitOptions, Pending, Plan, Prepared, Settled};
+use qcow2::merge::{self, BaseChoice, Commit, CommitOptions, Plan, Prepared, Settled, UnfinishedMerge};
 use qcow2::storage::OsHost;
 use qcow2::{Error, ErrorKind, Refusal};
 use qmp_client::libvirt::Images;
@@ -160,14 +160,14 @@ fn unchanged(error: &Error, stop: &Stop, call: &Call) -> Failure {
 /// done before it went on.
 fn kept(base: &Path, args: &CommitArgs) -> String {
     // Where it cannot be read, nothing is said.
-    match merge::pending(&OsHost, base, args.journal_dir.as_deref()) {
-        Ok(Some(Pending { is_removing: true, .. })) => {
+    match merge::unfinished_merge(&OsHost, base, args.journal_dir.as_deref()) {
+        Ok(Some(UnfinishedMerge { is_removing: true, .. })) => {
             "behind the merge, while layers were removed".to_owned()
         }
-        Ok(Some(Pending { is_switching: true, .. })) => {
+        Ok(Some(UnfinishedMerge { is_switching: true, .. })) => {
             "when all was merged, before the chain was changed".to_owned()
         }
-        Ok(Some(Pending { done, total, percent, .. })) if done > 0 => {
+        Ok(Some(UnfinishedMerge { done, total, percent, .. })) if done > 0 => {
             format!("at {percent} %, {} of {} are done for good", size::short(done), size::short(total))
         }
         _ => "before anything was done for good".to_owned(),

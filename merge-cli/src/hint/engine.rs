@@ -10,7 +10,7 @@ use qcow2::error::{Role, shown};
 use qcow2::format::Container;
 use qcow2::image::ImageFormat;
 use qcow2::journal::has_edit;
-use qcow2::merge::{self, Pending};
+use qcow2::merge::{self, UnfinishedMerge};
 use qcow2::storage::OsHost;
 use qcow2::{Error, FileOp, Refusal};
 
@@ -84,9 +84,9 @@ fn allowed<W: AsRef<OsStr>>(kind: HintKind, why: &str, call: &Call, options: &[W
 
 /// Whether a record lies beside an image from which its header can be made whole.
 fn is_torn(path: &Path) -> bool {
-    let is_written = |pending: Pending| !pending.is_removing;
+    let is_written = |pending: UnfinishedMerge| !pending.is_removing;
     has_edit(&OsHost, path)
-        || merge::pending(&OsHost, path, None).is_ok_and(|left| left.is_some_and(is_written))
+        || merge::unfinished_merge(&OsHost, path, None).is_ok_and(|left| left.is_some_and(is_written))
 }
 
 fn torn(path: &Path, call: &Call) -> Hints {

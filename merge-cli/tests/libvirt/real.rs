@@ -5,7 +5,7 @@
 use std::fs;
 use std::process::Command;
 
-use crate::session::{Session, give};
+use crate::session::{LibvirtSession, give};
 use crate::support::{hinted, run, text};
 
 /// Blocks of 64 KiB that were written, each with its last pattern.
@@ -15,7 +15,7 @@ struct Written(std::collections::BTreeMap<u64, u8>);
 impl Written {
     /// Writes and flushes blocks, of which some were written by earlier calls.
     #[track_caller]
-    fn write(&mut self, session: &Session, pattern: u8) {
+    fn write(&mut self, session: &LibvirtSession, pattern: u8) {
         // Some that every call writes anew, and some of its own: old data of a layer hides newer one of base.
         let own = 100 + u64::from(pattern) * 3;
         for block in [2, 40, 77, own, own + 1] {
@@ -27,14 +27,14 @@ impl Written {
 
     /// All of them must be there.
     #[track_caller]
-    fn verify(&self, session: &Session) {
+    fn verify(&self, session: &LibvirtSession) {
         let read = |(block, pattern): (&u64, &u8)| format!("read -q -P {pattern} {}k 64k", block * 64);
         session.reads("virtio-disk0", &self.0.iter().map(read).collect::<Vec<_>>());
     }
 }
 
 /// A machine with two disks, which stands still.
-fn define(session: &Session) {
+fn define(session: &LibvirtSession) {
     for image in ["base.qcow2", "data.qcow2"] {
         let path = session.image(image);
         run(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", &path, "16M"]));
@@ -59,7 +59,7 @@ fn define(session: &Session) {
 }
 
 /// The images of the first disk, from the active one down, as the definition records them.
-fn recorded(session: &Session) -> Vec<String> {
+fn recorded(session: &LibvirtSession) -> Vec<String> {
     let xml = session.virsh_ok(&["dumpxml", "--inactive", "vm1"]);
     let first = xml.split("<target dev='vda'").next().unwrap();
     let names = first.split("<source file='").skip(1);
@@ -68,7 +68,7 @@ fn recorded(session: &Session) -> Vec<String> {
 
 /// Takes a snapshot by the command that is printed, on the first disk alone.
 #[track_caller]
-fn snapshot(session: &Session, file: &str) {
+fn snapshot(session: &LibvirtSession, file: &str) {
     let overlay = format!("vda={file}");
     let refused = session.qmerge(&["live", "snapshot", &overlay, "--qmp", &session.monitor()]);
     assert_eq!(refused.status.code(), Some(6), "{}", text(&refused.stderr));
@@ -81,7 +81,7 @@ fn snapshot(session: &Session, file: &str) {
 
 #[test]
 fn a_chain_that_libvirt_recorded_is_merged_while_it_is_shut_off_and_boots_the_right_disk() {
-    let Some(session) = Session::start() else { return };
+    let Some(session) = LibvirtSession::start() else { return };
     define(&session);
     let mut written = Written::default();
     session.virsh_ok(&["start", "--paused", "vm1"]);

@@ -17,12 +17,12 @@ const NOBODY: u32 = 65534;
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The daemon, its folder, and the domain `vm1`.
-pub(crate) struct Session {
+pub(crate) struct LibvirtSession {
     folder: tempfile::TempDir,
     daemon: Child,
 }
 
-impl Session {
+impl LibvirtSession {
     /// Starts it; `None` if something is not installed.
     pub(crate) fn start() -> Option<Self> {
         if !are_here(&["libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "qemu-io", "setpriv"]) {
@@ -147,7 +147,7 @@ impl Session {
     }
 }
 
-impl Drop for Session {
+impl Drop for LibvirtSession {
     fn drop(&mut self) {
         let _ = self.virsh(&["destroy", "vm1"]);
         let _ = self.daemon.kill();

@@ -13,7 +13,7 @@ use crate::support::{qmerge, run, text, tools_are_here};
 mod kind;
 
 /// Where a kind of hint is tried.
-enum Tried {
+enum TriedLive {
     /// Here: the machine, the call that provokes it, and the exit code of what it says.
     Here(Box<Machine>, Vec<&'static str>, i32),
     /// Here, when the machine is stopped.
@@ -57,39 +57,39 @@ fn ready() -> (Box<Machine>, Vec<&'static str>) {
 }
 
 /// A new kind of hint does not compile without a line here.
-fn provoke(kind: HintKind) -> Tried {
+fn provoke(kind: HintKind) -> TriedLive {
     let daemon = || Box::new(Machine::new(Style::Daemon));
     match kind {
-        HintKind::Active | HintKind::BelowActive => Tried::Here(daemon(), vec!["commit", "disk0"], 0),
+        HintKind::Active | HintKind::BelowActive => TriedLive::Here(daemon(), vec!["commit", "disk0"], 0),
         HintKind::AllowStale | HintKind::Delete => {
-            Tried::Here(on_vmdk(), vec!["commit", "vda", "--pivot"], 0)
+            TriedLive::Here(on_vmdk(), vec!["commit", "vda", "--pivot"], 0)
         }
         HintKind::AllowPlaintext => {
-            Tried::Here(Box::new(Machine::encrypted()), vec!["snapshot", "vda=new.img"], 0)
+            TriedLive::Here(Box::new(Machine::encrypted()), vec!["snapshot", "vda=new.img"], 0)
         }
         HintKind::AllowSharedBase | HintKind::LivePull => {
-            Tried::Here(shared(), vec!["commit", "disk0", "--top", "[3]"], 0)
+            TriedLive::Here(shared(), vec!["commit", "disk0", "--top", "[3]"], 0)
         }
         HintKind::LiveEnd | HintKind::LiveCancel => {
             let (machine, call) = ready();
-            Tried::Here(machine, call, 0)
+            TriedLive::Here(machine, call, 0)
         }
         HintKind::Converge => {
             let call = ["commit", "vda", "--active", "--bandwidth", "32K", "--timeout", "1"];
             // The time is up once more: it is the user's.
-            Tried::Here(Box::new(Machine::new(Style::Drive)), call.to_vec(), 4)
+            TriedLive::Here(Box::new(Machine::new(Style::Drive)), call.to_vec(), 4)
         }
         HintKind::Again => {
             let call = ["commit", "disk0", "--top", "[3]", "--bandwidth", "32K", "--timeout", "1"];
-            Tried::Here(daemon(), call.to_vec(), 4)
+            TriedLive::Here(daemon(), call.to_vec(), 4)
         }
-        HintKind::LiveLook => Tried::Here(daemon(), vec!["chain", "nothing"], 0),
-        HintKind::Offline => Tried::Stopped(short_base(), vec!["commit", "disk0", "--top", "[2]"]),
-        HintKind::Recover | HintKind::Forget => Tried::By("recover"),
-        HintKind::Virsh => Tried::By("libvirt"),
-        HintKind::Advice | HintKind::Help => Tried::By("refusals"),
-        HintKind::DropBitmaps => Tried::By("plans"),
-        _ => Tried::By("the suite qemu"),
+        HintKind::LiveLook => TriedLive::Here(daemon(), vec!["chain", "nothing"], 0),
+        HintKind::Offline => TriedLive::Stopped(short_base(), vec!["commit", "disk0", "--top", "[2]"]),
+        HintKind::Recover | HintKind::Forget => TriedLive::By("recover"),
+        HintKind::Virsh => TriedLive::By("libvirt"),
+        HintKind::Advice | HintKind::Help => TriedLive::By("refusals"),
+        HintKind::DropBitmaps => TriedLive::By("plans"),
+        _ => TriedLive::By("the suite qemu"),
     }
 }
 
@@ -118,9 +118,9 @@ fn every_kind_of_live_hint_does_what_it_says_when_it_is_typed() {
     }
     for kind in HintKind::ALL {
         let (mut machine, call, code, stops) = match provoke(kind) {
-            Tried::Here(machine, call, code) => (machine, call, code, false),
-            Tried::Stopped(machine, call) => (machine, call, 0, true),
-            Tried::By(test) => {
+            TriedLive::Here(machine, call, code) => (machine, call, code, false),
+            TriedLive::Stopped(machine, call) => (machine, call, 0, true),
+            TriedLive::By(test) => {
                 assert!(!test.is_empty());
                 continue;
             }

@@ -21,7 +21,7 @@ enum Kind {
 
 /// How the merge is stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stop {
+enum Interruption {
     Killed,
     /// In good order, by the first write to base for which there is no room; a signal does the same in `resume.rs`.
     FullDisk,
@@ -49,13 +49,13 @@ enum Fate {
 
 /// What is typed then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Typed {
+enum TypedVerb {
     Commit,
     Abort,
 }
 
 const KINDS: [Kind; 5] = [Kind::Raw, Kind::Version2, Kind::Version3, Kind::DataFile, Kind::Device];
-const STOPS: [Stop; 2] = [Stop::Killed, Stop::FullDisk];
+const STOPS: [Interruption; 2] = [Interruption::Killed, Interruption::FullDisk];
 const FATES: [Fate; 8] = [
     Fate::Untouched,
     Fate::Newer,
@@ -98,14 +98,14 @@ impl Kind {
 }
 
 /// A chain in the folder `vm`, and a copy of base in `backup`.
-struct Chain {
+struct CopiedChain {
     folder: Folder,
     kind: Kind,
     /// The block device, which is detached at the end.
     device: Option<String>,
 }
 
-impl Drop for Chain {
+impl Drop for CopiedChain {
     fn drop(&mut self) {
         if let Some(device) = &self.device {
             let _ = Command::new("losetup").args(["--detach", device]).status();
@@ -113,7 +113,7 @@ impl Drop for Chain {
     }
 }
 
-impl Chain {
+impl CopiedChain {
     fn new(kind: Kind) -> Option<Self> {
         let folder = Folder::new("fates");
         folder.sh("mkdir vm journals");
@@ -168,9 +168,9 @@ impl Chain {
     }
 
     /// Stops the merge: with a kill, when it has noted something.
-    fn stop(&self, how: Stop) {
+    fn stop(&self, how: Interruption) {
         let commit = self.typed(&["commit", "vm/top", "-q"]);
-        if how == Stop::FullDisk {
+        if how == Interruption::FullDisk {
             let name = if self.kind == Kind::DataFile { "vm/base.data" } else { "vm/base" };
             let written = self.device.clone().unwrap_or_else(|| self.folder.arg(name));
             // The first write to a version 3 image sets its dirty bit.
@@ -248,7 +248,7 @@ impl Chain {
     }
 
     /// What is typed in the end, and that it says the right thing.
-    fn judge(&self, at: &str, what: &str, fate: Fate, typed: Typed, before: &View) {
+    fn judge(&self, at: &str, what: &str, fate: Fate, typed: TypedVerb, before: &View) {
         let folder = &self.folder;
         let (top, base) = (format!("{at}/top"), self.base(at));
         let damaged = fate == Fate::OtherBytes && self.kind != Kind::Raw && self.kind != Kind::Device;
@@ -257,11 +257,11 @@ impl Chain {
         }
         let run = match typed {
             // The hints of a run are typed on a copy of the folder, but there is no copy of the device.
-            Typed::Commit if self.device.is_some() => {
+            TypedVerb::Commit if self.device.is_some() => {
                 folder.traced(&["-e", "trace=none"], &self.typed(&["commit", &top, "-q"]))
             }
-            Typed::Commit => folder.qmerge(&self.typed(&["commit", &top, "-q"])),
-            Typed::Abort => folder.qmerge(&self.typed(&["abort", "-f", self.kind.format(), &base])),
+            TypedVerb::Commit => folder.qmerge(&self.typed(&["commit", &top, "-q"])),
+            TypedVerb::Abort => folder.qmerge(&self.typed(&["abort", "-f", self.kind.format(), &base])),
         };
         assert!(right(self.kind, fate, typed).contains(&run.code), "{what}: {run}");
         if fate == Fate::OtherBytes {
@@ -269,16 +269,16 @@ impl Chain {
         }
         folder.view("qcow2", &top).assert_same(before, what);
         match typed {
-            Typed::Commit if run.code == 0 => {
+            TypedVerb::Commit if run.code == 0 => {
                 folder.view(self.kind.format(), &base).assert_same(before, &format!("{what}: base"));
             }
-            Typed::Abort if run.code == 0 => self.begin_again(&top, what, before),
+            TypedVerb::Abort if run.code == 0 => self.begin_again(&top, what, before),
             _ => {}
         }
         if fate == Fate::Newer {
             folder.io(self.kind.format(), &base, &["read -P 9 6M 64k"]);
         }
-        if typed == Typed::Commit && run.code == 6 {
+        if typed == TypedVerb::Commit && run.code == 6 {
             folder.traced(&["-e", "trace=none"], &self.typed(&["commit", &top, "--restart", "-q"])).ok();
             folder.view("qcow2", &top).assert_same(before, &format!("{what}: begun again"));
         }
@@ -306,22 +306,22 @@ impl Chain {
 }
 
 /// The exit codes that are right. Where a code is not zero, nothing was written.
-fn right(kind: Kind, fate: Fate, typed: Typed) -> &'static [i32] {
+fn right(kind: Kind, fate: Fate, typed: TypedVerb) -> &'static [i32] {
     match (fate, typed) {
         (Fate::OtherBytes, _) => &[0, 6, 9],
-        (Fate::CopiedWithoutJournal, Typed::Commit) if kind.has_dirty_bit() => &[9],
-        (Fate::Newer, Typed::Commit) => &[6],
+        (Fate::CopiedWithoutJournal, TypedVerb::Commit) if kind.has_dirty_bit() => &[9],
+        (Fate::Newer, TypedVerb::Commit) => &[6],
         // Its node tells that somebody has opened it for writing, not what was written.
-        (Fate::Older, Typed::Commit) if kind == Kind::Device => &[0, 6],
+        (Fate::Older, TypedVerb::Commit) if kind == Kind::Device => &[0, 6],
         // If it was stopped behind its last batch, it can only be finished.
-        (_, Typed::Abort) => &[0, 6],
+        (_, TypedVerb::Abort) => &[0, 6],
         _ => &[0],
     }
 }
 
-fn row(kind: Kind, how: Stop, fate: Fate, typed: Typed) {
+fn row(kind: Kind, how: Interruption, fate: Fate, typed: TypedVerb) {
     let what = format!("{kind:?}, {how:?}, {fate:?}, {typed:?}");
-    let Some(chain) = Chain::new(kind) else { return };
+    let Some(chain) = CopiedChain::new(kind) else { return };
     let before = chain.folder.view("qcow2", "vm/top");
     chain.stop(how);
     let at = chain.happen(fate);
@@ -329,13 +329,13 @@ fn row(kind: Kind, how: Stop, fate: Fate, typed: Typed) {
 }
 
 /// Whether a row is run by default: each fate of a base whose merge was killed, and a sample of the others.
-fn is_sampled(kind: Kind, how: Stop, fate: Fate, typed: Typed) -> bool {
+fn is_sampled(kind: Kind, how: Interruption, fate: Fate, typed: TypedVerb) -> bool {
     let nth = (fate as usize + kind as usize) % 4;
     match (how, typed) {
-        (Stop::Killed, Typed::Commit) => true,
-        (Stop::FullDisk, Typed::Commit) => nth == 2 && fate != Fate::OtherBytes,
-        (Stop::Killed, Typed::Abort) => fate == Fate::Older,
-        (Stop::FullDisk, Typed::Abort) => false,
+        (Interruption::Killed, TypedVerb::Commit) => true,
+        (Interruption::FullDisk, TypedVerb::Commit) => nth == 2 && fate != Fate::OtherBytes,
+        (Interruption::Killed, TypedVerb::Abort) => fate == Fate::Older,
+        (Interruption::FullDisk, TypedVerb::Abort) => false,
     }
 }
 
@@ -346,9 +346,9 @@ fn table(kind: Kind) {
     let all = std::env::var_os("QMERGE_TEST_FATES").is_some_and(|value| value == "all");
     for how in STOPS {
         for fate in FATES.into_iter().filter(|fate| kind.can(*fate)) {
-            for typed in [Typed::Commit, Typed::Abort] {
+            for typed in [TypedVerb::Commit, TypedVerb::Abort] {
                 // A copy without a journal has nothing to give up.
-                let is_possible = typed == Typed::Commit || fate != Fate::CopiedWithoutJournal;
+                let is_possible = typed == TypedVerb::Commit || fate != Fate::CopiedWithoutJournal;
                 if is_possible && (all || is_sampled(kind, how, fate, typed)) {
                     row(kind, how, fate, typed);
                 }

@@ -11,7 +11,7 @@ use super::model::Input;
 use super::mutate::{Random, VALUES, mutate};
 use crate::journal::record::{BLOCK, Guard, Header, Phase, Purpose, Record};
 use crate::merge::abort;
-use crate::merge::{CommitOptions, pending};
+use crate::merge::{CommitOptions, unfinished_merge};
 use crate::stamp::{Stamp, Times};
 use crate::storage::sim::{Fault, FaultKind, State};
 use crate::storage::{Boot, MemHost};
@@ -214,7 +214,7 @@ impl Tampered<'_> {
         };
         let host = self.state.host();
         for image in &images {
-            let _ = pending(&host, image, None);
+            let _ = unfinished_merge(&host, image, None);
         }
         drop(self.merge.prepare(Arc::new(host.clone())));
         unwritten(&host, "planning");

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::record::{
-    BLOCK, Block, ENVELOPE, Header, Phase, Record, Spent, VERSION, header_len, other_version, record_len,
-    record_room,
+    BLOCK, Block, ENVELOPE, Header, ObsoleteFile, Phase, Record, VERSION, header_len, other_version,
+    record_len, record_room,
 };
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::stamp::Times;
@@ -34,7 +34,7 @@ pub(crate) struct Journal {
     header_len: u64,
     state: Mutex<JournalState>,
     /// What every record says of the files to be removed.
-    spent: Mutex<Option<Vec<Spent>>>,
+    obsolete: Mutex<Option<Vec<ObsoleteFile>>>,
     /// The files that are written under it, and how they were when somebody last looked.
     watched: Mutex<WatchedTargets>,
     /// This run of the system.
@@ -195,7 +195,7 @@ impl Journal {
         }
         if let Some(last) = &last {
             journal.state = Mutex::new(JournalState::of(last));
-            journal.spent = Mutex::new(last.spent.clone());
+            journal.obsolete = Mutex::new(last.obsolete.clone());
             journal.watched = Mutex::new(WatchedTargets { files: Vec::new(), known: last.known.clone() });
         }
         Ok(Some((journal, last)))
@@ -217,7 +217,7 @@ impl Journal {
             header,
             header_len: header_len as u64,
             state: Mutex::new(state),
-            spent: Mutex::default(),
+            obsolete: Mutex::default(),
             watched: Mutex::default(),
             boot: host.boot(),
             opened: Instant::now(),
@@ -306,13 +306,13 @@ impl Journal {
     }
 
     /// The files to be removed when all is done, as the last record has them.
-    pub(crate) fn spent(&self) -> Option<Vec<Spent>> {
-        self.spent.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(crate) fn obsolete(&self) -> Option<Vec<ObsoleteFile>> {
+        self.obsolete.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// From the next record on, these files are to be removed when all is done.
-    pub(crate) fn set_spent(&self, spent: Option<Vec<Spent>>) {
-        *self.spent.lock().unwrap_or_else(PoisonError::into_inner) = spent;
+    pub(crate) fn set_obsolete(&self, obsolete: Option<Vec<ObsoleteFile>>) {
+        *self.obsolete.lock().unwrap_or_else(PoisonError::into_inner) = obsolete;
     }
 
     /// When the file was last written, in nanoseconds since 1970.
@@ -389,7 +389,7 @@ impl Journal {
             known: self.watched().known.clone(),
             is_doubtful: state.is_doubtful,
             boot: self.boot,
-            spent: self.spent(),
+            obsolete: self.obsolete(),
             target,
             len,
             blocks,

@@ -1,6 +1,6 @@
 //! The file of a journal: which record counts, and where records lie.
 
-use super::super::record::tests::{header, spent};
+use super::super::record::tests::{header, obsolete};
 use super::super::record::{SECTORS, sector_crcs};
 use super::*;
 use crate::storage::MemHost;
@@ -36,13 +36,13 @@ fn the_last_whole_record_counts() {
     // And the next one takes the torn one's place.
     again.append(&mut again.turn(), 0, 1, true, vec![]).unwrap();
     let last = Journal::open(&host, path, Access::Read).unwrap().unwrap().1.unwrap();
-    assert_eq!((last.sequence, last.stopped, last.spent), (2, true, None));
+    assert_eq!((last.sequence, last.stopped, last.obsolete), (2, true, None));
     // What is to be removed stands in every record from then on.
-    again.set_spent(Some(spent()));
+    again.set_obsolete(Some(obsolete()));
     again.note(Phase::Switching, 1, 1).unwrap();
     again.note(Phase::Removing, 1, 1).unwrap();
     let (opened, last) = Journal::open(&host, path, Access::Read).unwrap().unwrap();
-    assert_eq!((opened.spent(), last.unwrap().phase), (Some(spent()), Phase::Removing));
+    assert_eq!((opened.obsolete(), last.unwrap().phase), (Some(obsolete()), Phase::Removing));
     journal.remove(&host).unwrap();
     journal.remove(&host).unwrap();
     assert!(Journal::open(&host, path, Access::Read).unwrap().is_none());
@@ -77,7 +77,7 @@ fn records_do_not_reach_into_each_other() {
         known: vec![Times::default(); 2],
         is_doubtful: false,
         boot: None,
-        spent: Some(spent()),
+        obsolete: Some(obsolete()),
         target: 0,
         len: 0,
         blocks,

@@ -14,7 +14,7 @@ use super::place::{FoundJournal, JOURNAL, SWITCH, find, is_beside, place, places
 use super::record::{BLOCK, Block, Guard, Header, MAX_BLOCKS, Phase, Purpose, Record, SECTOR, sector_crcs};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::is_qcow2;
-use crate::stamp::{Seen, Stamp};
+use crate::stamp::{FileFate, Stamp};
 use crate::storage::{
     Access, FileKind, FileStat, Host, LockError, LockMode, Place, Storage, if_there, leads_nowhere,
     may_be_unlocked,
@@ -148,14 +148,14 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: b
     let was = seen(journal, Some(last), 0, &found.now, host.boot())?;
     write_back(path, &*file, last)?;
     // The image is newer now than the journal knew it, by what the journal itself says.
-    if matches!(was, Seen::Untouched | Seen::Moved | Seen::Unsure)
+    if matches!(was, FileFate::Untouched | FileFate::Moved | FileFate::Unsure)
         && let Some((journal, Some(last))) = Journal::open(host, journal.place(), Access::ReadWrite)?
     {
         // Whether it was as the work left it, its times cannot tell any more.
         let known = last.known.first().is_some_and(|known| {
             (known.len, known.modified_ns) == (found.now.times.len, found.now.times.modified_ns)
         });
-        journal.note_healed(&*file, &last, was == Seen::Unsure || !known)?;
+        journal.note_healed(&*file, &last, was == FileFate::Unsure || !known)?;
     }
     Ok(true)
 }
@@ -201,7 +201,7 @@ fn torn_under_a_journal(
         // The sector with the dirty bit is as it is to be, and another one of the same record may not be.
         true => has_header && is_torn_beside_the_dirty_bit(host, path, file, &found, last)?,
     };
-    if !torn || seen(journal, Some(last), 0, &found.now, host.boot())? == Seen::Older {
+    if !torn || seen(journal, Some(last), 0, &found.now, host.boot())? == FileFate::Older {
         return Ok(None);
     }
     // Without a power cut hardly anything is torn. Who puts an image back at once changes more than one sector.
@@ -422,7 +422,7 @@ fn is_torn(
     if !has_header(file).map_err(failed)? {
         return Ok(found.is_same_file() || sectors.beside == 0);
     }
-    let is_newer = seen(&found.journal, Some(last), 0, &found.now, host.boot())? == Seen::Newer;
+    let is_newer = seen(&found.journal, Some(last), 0, &found.now, host.boot())? == FileFate::Newer;
     Ok(sectors.foreign > 0 && !is_newer && !has_clean_names(file).map_err(failed)?)
 }
 
@@ -446,7 +446,9 @@ fn is_torn_beside_the_dirty_bit(
     let is_written = last.blocks.first().is_some_and(|block| block.bytes.starts_with(&head));
     // Later, somebody has used the image: then it is as that somebody has left it.
     let seen = seen(&found.journal, Some(last), 0, &found.now, host.boot())?;
-    Ok(sectors.foreign > 0 && is_written && matches!(seen, Seen::Untouched | Seen::Moved | Seen::Unsure))
+    Ok(sectors.foreign > 0
+        && is_written
+        && matches!(seen, FileFate::Untouched | FileFate::Moved | FileFate::Unsure))
 }
 
 /// Writes the sectors of a record that are not in the file, and no others: a power cut may tear what is written.

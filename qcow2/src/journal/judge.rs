@@ -9,7 +9,7 @@ use super::file::Journal;
 use super::record::{BLOCK, Guard, Phase, Record, SECTOR};
 use crate::error::{Error, FileOp, Result};
 use crate::format::{Cluster0, FormatError};
-use crate::stamp::{Seen, Stamp, Times, WorkTimes};
+use crate::stamp::{FileFate, Stamp, Times, WorkTimes};
 use crate::storage::{Boot, Host, Storage};
 
 /// What a journal means.
@@ -20,7 +20,7 @@ pub(crate) enum JournalVerdict {
     /// The work is over, but for the image's dirty bit or for the proof that it is the same image.
     Finished,
     /// The work was stopped, and nobody has written to the image since.
-    Pending,
+    Unfinished,
     /// The work was stopped; whether the image is as it was left is not certain, and must be proved.
     Unsure,
     /// The image is older than what the journal knew: it was put back from a copy. The work begins anew.
@@ -68,7 +68,7 @@ pub(crate) fn judge(
 ) -> Result<Judgement> {
     let (header, boot) = (journal.header(), host.boot());
     let seen = seen_of_all(journal, last, &now.stamps, boot)?;
-    let is_older = seen == Seen::Older;
+    let is_older = seen == FileFate::Older;
     let known = |at: usize| last.and_then(|last| last.known.get(at));
     let is_not_newer = |(at, stamp): (usize, &Stamp)| {
         !stamp.is_device && known(at).is_some_and(|known| stamp.times.modified_ns <= known.modified_ns)
@@ -95,7 +95,7 @@ pub(crate) fn judge(
         is_older,
         is_as_known,
     };
-    let is_newer = seen == Seen::Newer;
+    let is_newer = seen == FileFate::Newer;
     let Some(last) = last else {
         return Ok(as_judged(
             if is_newer { JournalVerdict::Foreign } else { JournalVerdict::Over },
@@ -113,7 +113,7 @@ pub(crate) fn judge(
     let verdict = match (is_stamped, now.dirty, last.phase) {
         (_, _, Phase::Removing) => JournalVerdict::Over,
         // Its last write, which said so, came later.
-        (_, _, Phase::Done) if matches!(seen, Seen::Older) => JournalVerdict::PutBack,
+        (_, _, Phase::Done) if matches!(seen, FileFate::Older) => JournalVerdict::PutBack,
         (true, _, Phase::Done) => JournalVerdict::Over,
         // Somebody has used it since.
         (false, Some(false), Phase::Done) if is_newer && !is_doubtful => JournalVerdict::Over,
@@ -122,30 +122,34 @@ pub(crate) fn judge(
         (false, Some(false), Phase::Arming) if is_newer => JournalVerdict::Foreign,
         (false, Some(false), Phase::Arming) => JournalVerdict::Over,
         (false, Some(false), _) => match seen {
-            Seen::Older => JournalVerdict::PutBack,
-            Seen::Copied | Seen::Other => JournalVerdict::Copied,
+            FileFate::Older => JournalVerdict::PutBack,
+            FileFate::Copied | FileFate::Other => JournalVerdict::Copied,
             _ => JournalVerdict::Foreign,
         },
         _ => match seen {
             // Whoever opens the image with QEMU clears its dirty bit.
-            Seen::Newer if is_stamped => JournalVerdict::Foreign,
-            Seen::Older => JournalVerdict::PutBack,
-            Seen::Copied | Seen::Other => JournalVerdict::Copied,
+            FileFate::Newer if is_stamped => JournalVerdict::Foreign,
+            FileFate::Older => JournalVerdict::PutBack,
+            FileFate::Copied | FileFate::Other => JournalVerdict::Copied,
             // No power cut, so nothing is torn: somebody else has written there.
-            Seen::Untouched | Seen::Moved if is_stamped && sectors.foreign > 0 && is_same(last, boot) => {
+            FileFate::Untouched | FileFate::Moved
+                if is_stamped && sectors.foreign > 0 && is_same(last, boot) =>
+            {
                 JournalVerdict::Foreign
             }
-            Seen::Untouched | Seen::Moved => JournalVerdict::Pending,
+            FileFate::Untouched | FileFate::Moved => JournalVerdict::Unfinished,
             // What the record did not change is not as the record found it.
-            Seen::Unsure | Seen::Newer if sectors.beside > 0 && may_be_newer => JournalVerdict::Foreign,
-            Seen::Unsure | Seen::Newer if sectors.beside > 0 => JournalVerdict::PutBack,
-            Seen::Unsure | Seen::Newer => JournalVerdict::Unsure,
+            FileFate::Unsure | FileFate::Newer if sectors.beside > 0 && may_be_newer => {
+                JournalVerdict::Foreign
+            }
+            FileFate::Unsure | FileFate::Newer if sectors.beside > 0 => JournalVerdict::PutBack,
+            FileFate::Unsure | FileFate::Newer => JournalVerdict::Unsure,
         },
     };
     let replays = match verdict {
         // Where nothing of the record was written, the image is whole without it. That is also how one looks that was put
         // back within the second after a kill, and then the record does not fit it.
-        JournalVerdict::Pending => !is_stamped || sectors.new > 0 || sectors.foreign > 0,
+        JournalVerdict::Unfinished => !is_stamped || sectors.new > 0 || sectors.foreign > 0,
         JournalVerdict::Unsure | JournalVerdict::Copied => sectors.foreign > 0 && sectors.beside == 0,
         _ => false,
     };
@@ -167,10 +171,10 @@ pub(super) fn seen(
     at: usize,
     now: &Stamp,
     boot: Option<Boot>,
-) -> Result<Seen> {
-    let Some(then) = journal.header().targets.get(at) else { return Ok(Seen::Other) };
+) -> Result<FileFate> {
+    let Some(then) = journal.header().targets.get(at) else { return Ok(FileFate::Other) };
     let work = work(journal, last, at, boot)?;
-    Ok(work.map_or(Seen::Other, |work| then.judge(&work, now)))
+    Ok(work.map_or(FileFate::Other, |work| then.judge(&work, now)))
 }
 
 /// What a journal knows of the work on one of its targets; `None` if it has no such target.
@@ -191,21 +195,26 @@ fn work(
 }
 
 /// What has become of the targets of a journal: of all, what is most against going on.
-fn seen_of_all(journal: &Journal, last: Option<&Record>, now: &[Stamp], boot: Option<Boot>) -> Result<Seen> {
+fn seen_of_all(
+    journal: &Journal,
+    last: Option<&Record>,
+    now: &[Stamp],
+    boot: Option<Boot>,
+) -> Result<FileFate> {
     if journal.header().targets.len() != now.len() {
-        return Ok(Seen::Other);
+        return Ok(FileFate::Other);
     }
     let all = now.iter().enumerate().map(|(at, now)| seen(journal, last, at, now, boot));
-    let weight = |seen: &Seen| match seen {
-        Seen::Untouched => 0,
-        Seen::Moved => 1,
-        Seen::Unsure => 2,
-        Seen::Other => 3,
-        Seen::Copied => 4,
-        Seen::Older => 5,
-        Seen::Newer => 6,
+    let weight = |seen: &FileFate| match seen {
+        FileFate::Untouched => 0,
+        FileFate::Moved => 1,
+        FileFate::Unsure => 2,
+        FileFate::Other => 3,
+        FileFate::Copied => 4,
+        FileFate::Older => 5,
+        FileFate::Newer => 6,
     };
-    Ok(all.collect::<Result<Vec<_>>>()?.into_iter().max_by_key(weight).unwrap_or(Seen::Other))
+    Ok(all.collect::<Result<Vec<_>>>()?.into_iter().max_by_key(weight).unwrap_or(FileFate::Other))
 }
 
 /// The sectors of a record's blocks as they are in the file.

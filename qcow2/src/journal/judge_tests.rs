@@ -43,7 +43,7 @@ impl JudgeCase {
             known: vec![now.times],
             is_doubtful: false,
             boot: self.host.boot(),
-            spent: None,
+            obsolete: None,
             target: 0,
             len: BLOCK,
             blocks: vec![block],
@@ -79,8 +79,8 @@ fn the_dirty_bit_decides() {
     let case = JudgeCase::new(DIRTY_BIT);
     for (phase, dirty, verdict) in [
         (Phase::Arming, false, JournalVerdict::Over),
-        (Phase::Arming, true, JournalVerdict::Pending),
-        (Phase::Moving, true, JournalVerdict::Pending),
+        (Phase::Arming, true, JournalVerdict::Unfinished),
+        (Phase::Moving, true, JournalVerdict::Unfinished),
         (Phase::Moving, false, JournalVerdict::Foreign),
         (Phase::Switching, false, JournalVerdict::Foreign),
         (Phase::Done, false, JournalVerdict::Finished),
@@ -98,19 +98,19 @@ fn the_dirty_bit_decides() {
 fn without_a_dirty_bit_times_and_sectors_decide() {
     let case = JudgeCase::new(Guard::Stamp);
     let mut record = case.record(Phase::Moving);
-    assert_eq!(case.verdict(&record, false), JournalVerdict::Pending);
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Unfinished);
     record.stopped = true;
-    assert_eq!(case.verdict(&record, false), JournalVerdict::Pending);
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Unfinished);
     case.file.write_all_at(&[1; SECTOR], 0).unwrap();
     assert_eq!(case.verdict(&record, false), JournalVerdict::Foreign, "written after a stop in good order");
     record.stopped = false;
-    assert_eq!(case.verdict(&record, false), JournalVerdict::Pending, "killed as it wrote that");
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Unfinished, "killed as it wrote that");
     assert_eq!(case.verdict(&case.record(Phase::Done), false), JournalVerdict::Over);
     // Without a power cut no sector is torn.
     case.file.write_all_at(&[2], 100).unwrap();
     assert_eq!(case.verdict(&record, false), JournalVerdict::Foreign);
     let case = case.restarted();
-    assert_eq!(case.verdict(&record, false), JournalVerdict::Pending);
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Unfinished);
     assert!(case.judge(Some(&record), false).replays);
 }
 
@@ -164,7 +164,7 @@ fn an_image_that_was_made_whole_is_as_certain_as_it_was_before() {
         assert!(judged.is_as_known && !judged.may_be_newer, "{guard:?}");
         record.is_doubtful = true;
         let judged = case.judge(Some(&record), dirty);
-        assert_eq!((judged.verdict, judged.is_as_known), (JournalVerdict::Pending, false), "{guard:?}");
+        assert_eq!((judged.verdict, judged.is_as_known), (JournalVerdict::Unfinished, false), "{guard:?}");
         assert!(judged.may_be_newer, "a proof that fails is no reason to write over it");
     }
 }
@@ -175,7 +175,7 @@ fn a_clock_that_was_set_back_makes_nothing_older() {
     let mut record = case.record(Phase::Moving);
     let now = case.host.boot().unwrap();
     record.boot = Some(Boot { started_ns: now.started_ns + (1 << 40), ..now });
-    assert_eq!(case.verdict(&record, false), JournalVerdict::Pending, "nobody has written");
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Unfinished, "nobody has written");
     record.known[0] = Times { modified_ns: 1 << 50, changed_ns: 1 << 50, ..record.known[0] };
     let judged = case.judge(Some(&record), false);
     assert_eq!((judged.verdict, judged.may_be_newer), (JournalVerdict::Unsure, true));

@@ -17,10 +17,10 @@ mod device;
 mod file;
 mod heal;
 mod judge;
+mod obsolete;
 mod place;
 pub mod record;
 mod sample;
-mod spent;
 mod strangers;
 
 pub(crate) use device::Journaled;

@@ -8,8 +8,8 @@
 use std::path::PathBuf;
 
 use super::bytes::{ByteReader, ByteWriter};
+pub use super::obsolete::{ObsoleteFile, ObsoleteKind};
 pub use super::sample::Sample;
-pub use super::spent::{Spent, SpentKind};
 use crate::stamp::{Stamp, Times};
 use crate::storage::Boot;
 
@@ -160,7 +160,7 @@ pub struct Record {
     pub boot: Option<Boot>,
     /// The files to be removed when all is done, the uppermost layer first; `None` if they are to stay, or if
     /// it is not known yet how the work leaves them.
-    pub spent: Option<Vec<Spent>>,
+    pub obsolete: Option<Vec<ObsoleteFile>>,
     /// Which target the blocks belong to.
     pub target: u8,
     /// The length of that target with these blocks, in bytes: they are cut there.
@@ -330,10 +330,10 @@ impl Record {
         self.known.iter().for_each(|times| times.encode(&mut out));
         out.u8(self.is_doubtful.into());
         out.boot(self.boot);
-        out.u8(self.spent.is_some().into());
-        let spent = self.spent.as_deref().unwrap_or_default();
-        out.u32(spent.len() as u32);
-        spent.iter().for_each(|file| file.encode(&mut out));
+        out.u8(self.obsolete.is_some().into());
+        let obsolete = self.obsolete.as_deref().unwrap_or_default();
+        out.u32(obsolete.len() as u32);
+        obsolete.iter().for_each(|file| file.encode(&mut out));
         out.u8(self.target);
         out.u64(self.len);
         out.u32(self.blocks.len() as u32);
@@ -365,8 +365,8 @@ impl Record {
         let stopped = from.flag()?;
         let known = from.list(Times::decode)?;
         let (is_doubtful, boot) = (from.flag()?, from.boot()?);
-        let has_spent = from.flag()?;
-        let spent = from.list(Spent::decode)?;
+        let has_obsolete = from.flag()?;
+        let obsolete = from.list(ObsoleteFile::decode)?;
         let (target, len) = (from.u8()?, from.u64()?);
         let blocks = from.list(Block::decode)?;
         let ascend = blocks.windows(2).all(|two| matches!(two, [a, b] if a.number < b.number));
@@ -383,7 +383,7 @@ impl Record {
                 known,
                 is_doubtful,
                 boot,
-                spent: has_spent.then_some(spent),
+                obsolete: has_obsolete.then_some(obsolete),
                 target,
                 len,
                 blocks,
@@ -443,9 +443,9 @@ pub(super) mod tests {
         }
     }
 
-    pub(crate) fn spent() -> Vec<Spent> {
-        let kinds = [SpentKind::Marked, SpentKind::DataFile, SpentKind::Unmarked];
-        kinds.map(|kind| Spent { file: stamp("/b"), kind }).into()
+    pub(crate) fn obsolete() -> Vec<ObsoleteFile> {
+        let kinds = [ObsoleteKind::Marked, ObsoleteKind::DataFile, ObsoleteKind::Unmarked];
+        kinds.map(|kind| ObsoleteFile { file: stamp("/b"), kind }).into()
     }
 
     fn record() -> Record {
@@ -464,7 +464,7 @@ pub(super) mod tests {
             known: vec![Times { len: 1, modified_ns: -2, changed_ns: 3 }; 2],
             is_doubtful: true,
             boot: Some(BOOT),
-            spent: Some(spent()),
+            obsolete: Some(obsolete()),
             target: 1,
             len: 1 << 20,
             blocks: vec![block(0), block(7)],
@@ -482,8 +482,8 @@ pub(super) mod tests {
         assert_eq!(record_len(&bytes), Some(bytes.len()));
         assert_eq!(Record::parse(&bytes, 42), Some(record()));
         assert_eq!(Record::parse(&bytes, 43), None, "the nonce of another journal");
-        for (phase, spent) in [(Phase::Done, None), (Phase::Removing, Some(Vec::new()))] {
-            let bare = Record { stopped: false, spent, blocks: Vec::new(), phase, ..record() };
+        for (phase, obsolete) in [(Phase::Done, None), (Phase::Removing, Some(Vec::new()))] {
+            let bare = Record { stopped: false, obsolete, blocks: Vec::new(), phase, ..record() };
             assert_eq!(Record::parse(&bare.encode(), 42), Some(bare));
         }
     }

@@ -31,7 +31,7 @@ pub struct Commit {
     /// Positions of the layers below the active image that become empty overlays on base, from the bottom up.
     pub(super) empties: Vec<usize>,
     /// What stopped merges have left in the images that are written, and these images under their journals.
-    pub(super) left: before::Leftovers,
+    pub(super) unfinished: before::UnfinishedInChain,
     /// What a journal says of this merge.
     pub(super) header: Header,
     /// Where the merge begins: what lies below was merged before.

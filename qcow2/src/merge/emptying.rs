@@ -140,8 +140,8 @@ impl Commit {
         }
         let active = self.chain.active();
         // What a merge that was stopped has begun in a layer that is kept now is made whole.
-        let of_active = self.left.above.split_off(&active);
-        let kept = std::mem::replace(&mut self.left.above, of_active);
+        let of_active = self.unfinished.above.split_off(&active);
+        let kept = std::mem::replace(&mut self.unfinished.above, of_active);
         for (at, (_, work)) in kept {
             let host = Arc::clone(&self.host);
             let Some(work) = work else { continue };
@@ -168,7 +168,7 @@ impl Commit {
         }
         // Its journal outlives it: then the same command knows what became of it.
         let data_file = data_file(&*host, self.stack()?.active)?;
-        work.journal().set_spent(Some(data_file));
+        work.journal().set_obsolete(Some(data_file));
         self.removing = Some(Arc::clone(work.journal()));
         work.release(self.chain.image_at(active)?)
     }
@@ -184,8 +184,11 @@ impl Commit {
     ) -> Result<Option<Work>> {
         let span = self.span();
         let host = Arc::clone(&self.host);
-        let (left, work) =
-            self.left.above.remove(&at).map_or((None, None), |(left, work)| (Some(left), work));
+        let (unfinished, work) = self
+            .unfinished
+            .above
+            .remove(&at)
+            .map_or((None, None), |(unfinished, work)| (Some(unfinished), work));
         let format = self.stack()?.base.image.format().name();
         let base = self.base_name()?;
         let marks = at == span.active && !self.removes_active();
@@ -200,9 +203,9 @@ impl Commit {
                 work.replay(image, Some(GuestOffset::ZERO))?;
                 work
             }
-            None => Work::begin(&*host, image, header, dir, left.as_ref())?,
+            None => Work::begin(&*host, image, header, dir, unfinished.as_ref())?,
         };
-        if left.is_some_and(|left| left.is_ours()) {
+        if unfinished.is_some_and(|unfinished| unfinished.is_ours()) {
             // Mappings that are gone lead nobody to the clusters that were not given back yet.
             give_leaks_back(image, &AtomicBool::new(false))?;
         }

@@ -23,8 +23,8 @@ use std::time::Instant;
 use super::commit::Commit;
 use super::plan::Afterwards;
 use super::resume::samples;
-use super::resume::work::{Left, Work};
-use super::settled::remains_of;
+use super::resume::work::{UnfinishedWork, Work};
+use super::settled::obsolete_of;
 use super::stack::Stack;
 use super::switch::relink;
 use crate::error::{Error, FileOp, Result};
@@ -58,9 +58,9 @@ impl Commit {
         let mut report = Report::default();
         let (folders, dir) = (self.chain.folders(&*self.host)?, self.options.journal_dir.clone());
         journal::sweep(&*self.host, &folders, dir.as_deref(), self.options.open.no_locks)?;
-        if let Some(remains) = remains_of(&*self.host, &self.chain, &self.left)? {
+        if let Some(unremoved) = obsolete_of(&*self.host, &self.chain, &self.unfinished)? {
             // Base's journal, which tells of them, is there until a new one takes its place.
-            remains.settle(&*self.host, Some(&self.chain), &self.options, &mut report)?;
+            unremoved.settle(&*self.host, Some(&self.chain), &self.options, &mut report)?;
         }
         let work = self.begin(cancel)?;
         match self.fill(&work, &mut report, progress, cancel) {
@@ -100,15 +100,15 @@ impl Commit {
     /// Puts base under a journal: that of a merge that was stopped, if this one goes on with it.
     fn begin(&mut self, cancel: &AtomicBool) -> Result<Work> {
         let host = Arc::clone(&self.host);
-        let (left, work) = (self.left.base.take(), self.left.base_work.take());
+        let (unfinished, work) = (self.unfinished.base.take(), self.unfinished.base_work.take());
         let (resumed, leaks) = (self.plan.resumed.is_some(), self.leaks);
         let mut header = self.header.clone();
-        let has_emptied = self.left.has_emptied;
+        let has_emptied = self.unfinished.has_emptied;
         if !resumed {
             let images = self.chain.images();
             let mut job = down(&images, self.span())?;
             job.limit_to(self.plan.base_size_after);
-            let before = left.as_ref().filter(|_| has_emptied).map_or(&[][..], Left::samples);
+            let before = unfinished.as_ref().filter(|_| has_emptied).map_or(&[][..], UnfinishedWork::samples);
             header.samples = samples::take(&job, self.top, before)?;
             header.has_emptied = has_emptied;
         }
@@ -126,12 +126,12 @@ impl Commit {
                     work
                 } else {
                     work.unwrap(image)?;
-                    Work::begin(&*host, image, header, dir.as_deref(), left.as_ref())?
+                    Work::begin(&*host, image, header, dir.as_deref(), unfinished.as_ref())?
                 }
             }
-            None => Work::begin(&*host, image, header, dir.as_deref(), left.as_ref())?,
+            None => Work::begin(&*host, image, header, dir.as_deref(), unfinished.as_ref())?,
         };
-        if left.is_some_and(|left| left.is_ours()) && leaks > 0 {
+        if unfinished.is_some_and(|unfinished| unfinished.is_ours()) && leaks > 0 {
             give_leaks_back(image, cancel)?;
         }
         Ok(work)
@@ -211,7 +211,7 @@ impl Commit {
         let dir = self.options.journal_dir.clone();
         let top_index = work.journal().header().top_index;
         self.empty_layers(dir.as_deref(), top_index)?;
-        self.note_spent(work.journal(), &marked)?;
+        self.note_obsolete(work.journal(), &marked)?;
         match self.plan.afterwards.clone() {
             Afterwards::Relink { name, .. } => {
                 let Stack { base, overlay, .. } = self.stack()?;

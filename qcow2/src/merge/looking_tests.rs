@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::crash_tests::cuts;
-use super::{BaseChoice, Commit, CommitOptions, pending};
+use super::{BaseChoice, Commit, CommitOptions, unfinished_merge};
 use crate::chain::{Chain, digest, view::View};
 use crate::check::{CheckOptions, check};
 use crate::error::{Error, Refusal};
@@ -19,7 +19,7 @@ use crate::testing::{Dice, Silent, local, random_chain};
 fn look(host: &SimHost, paths: &[PathBuf], options: &CommitOptions) -> Result<(), Error> {
     let (active, never) = (&paths[paths.len() - 1], AtomicBool::new(false));
     for path in paths {
-        let _ = pending(host, path, None);
+        let _ = unfinished_merge(host, path, None);
         let Ok(file) = host.open(path, Access::Read) else { continue };
         let _ = check(path, &*file, None, &CheckOptions::default());
         let _ = repair::plan(path, &*file, None, RepairMode::All, &CheckOptions::default());

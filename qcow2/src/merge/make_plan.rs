@@ -70,7 +70,7 @@ pub(super) fn make_plan(
         kept: Vec::new(),
         removes: removed,
         bytes_freed: 0,
-        remains: Vec::new(),
+        unremoved: Vec::new(),
         restore_points_lost: lost.map(|layer| layer.path.clone()).collect(),
         data_files: data_files(stack, options),
         bitmaps_lost: safety::bitmaps(stack, options)?,

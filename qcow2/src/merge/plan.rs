@@ -45,7 +45,7 @@ pub struct Plan {
     pub bytes_freed: u64,
     /// Files of layers that an earlier merge was to remove when it was stopped: removed now, or marked as merged if
     /// this merge removes none.
-    pub remains: Vec<PathBuf>,
+    pub unremoved: Vec<PathBuf>,
     /// Layers that stop being restore points as soon as the first byte is written.
     pub restore_points_lost: Vec<PathBuf>,
     /// External data files of base and of the merged layers, and what becomes of them.

@@ -15,9 +15,9 @@ use super::removal::Gone;
 use super::resume::before::{self, Before};
 use super::resume::describe::describe;
 use super::resume::heal::refuse_torn;
-use super::resume::remains::Remains;
+use super::resume::obsolete::ObsoleteLayers;
 use super::resume::work;
-use super::settled::{Done, Finish, Nothing, Prepared, Settled, Unfinished, remains_of};
+use super::settled::{Done, Finish, Nothing, Prepared, Settled, Unfinished, obsolete_of};
 use super::stack::Stack;
 use super::switch::relink;
 use super::{emptying, safety};
@@ -56,8 +56,8 @@ impl Commit {
         let asked = options.top.as_deref().and_then(index);
         let meant = match before::look(&*host, &scout, options)? {
             Before::Open(meant) => meant,
-            Before::Switched(reason, remains) => {
-                let done = done(host, options, &scout, reason, remains)?;
+            Before::Switched(reason, unremoved) => {
+                let done = done(host, options, &scout, reason, unremoved)?;
                 let unfinished = Unfinished::Switched(scout);
                 return Ok(Prepared::Finish(Box::new(Finish { done, unfinished })));
             }
@@ -96,10 +96,15 @@ impl Commit {
         asked: Option<usize>,
         cancel: &AtomicBool,
     ) -> Result<Prepared> {
-        let left = before::leftovers(&*host, &mut chain, span, options)?;
+        let unfinished = before::find_unfinished(&*host, &mut chain, span, options)?;
         let stack = Stack::of(&chain, span)?;
-        safety::layers(&stack, options, &|at| left.is_ours(at, span))?;
-        let merged = left.base.as_ref().map(|left| left.merged(&*host)).transpose()?.unwrap_or_default();
+        safety::layers(&stack, options, &|at| unfinished.is_ours(at, span))?;
+        let merged = unfinished
+            .base
+            .as_ref()
+            .map(|unfinished| unfinished.merged(&*host))
+            .transpose()?
+            .unwrap_or_default();
         let found = safety::siblings(&*host, &stack, merged, options)?;
         let afterwards = relink::plan(&*host, &stack, options)?;
         safety::journal_places(&*host, &stack, options, &afterwards)?;
@@ -114,7 +119,7 @@ impl Commit {
         let mut header = describe(&*host, &chain, span, span.base)?;
         let images = chain.images();
         let mut job = down(&images, span)?;
-        if let Some(size) = left.base.as_ref().and_then(|left| left.size_of_same(&header))
+        if let Some(size) = unfinished.base.as_ref().and_then(|unfinished| unfinished.size_of_same(&header))
             && span.top < span.active
             && job.question.view.next_allocated(GuestOffset::new(size))?.is_none()
         {
@@ -123,7 +128,7 @@ impl Commit {
         }
         header.top_index = asked.and_then(|index| u32::try_from(index).ok()).unwrap_or(header.top_index);
         (header.new_size, header.zero_until) = (job.new_size, job.question.zero_until);
-        let (resume, begins_anew) = resume(&left, &header, &job, options, cancel)?;
+        let (resume, begins_anew) = resume(&unfinished, &header, &job, options, cancel)?;
         let from = GuestOffset::new(resume.map_or(0, |(watermark, _)| watermark));
         job.from = from;
         let mut totals = job.plan(cancel)?;
@@ -136,22 +141,25 @@ impl Commit {
         totals.clusters_to_allocate += bitmaps.as_ref().map_or(0, bitmaps::BitmapPlan::clusters);
         let shared = found.shared.clone();
         let new_size = job.new_size;
-        let is_ours = (span.base..=span.top).any(|at| left.is_ours(at, span));
-        let remains = remains_of(&*host, &chain, &left)?;
-        let remains = remains.map(|remains| remains.paths(&*host)).transpose()?.unwrap_or_default();
+        let is_ours = (span.base..=span.top).any(|at| unfinished.is_ours(at, span));
+        let unremoved = obsolete_of(&*host, &chain, &unfinished)?;
+        let unremoved = unremoved.map(|unremoved| unremoved.paths(&*host)).transpose()?.unwrap_or_default();
         // Images that a merge has marked dirty must not stay so.
         if !is_ours && is_nothing(&stack, options, totals)? {
             let (active, base) = (shown(&stack.active.path), shown(&stack.base.path));
             let reason = format!("{active} is an empty overlay on {base}");
-            let mut done = done(host, options, &chain, reason, remains)?;
+            let mut done = done(host, options, &chain, reason, unremoved)?;
             done.settled.base = stack.base.path.clone();
             done.settled.base_size = stack.base.image.virtual_size();
             return Ok(
-                match left.base.is_none() && left.above.is_empty() && done.settled.remains.is_empty() {
+                match unfinished.base.is_none()
+                    && unfinished.above.is_empty()
+                    && done.settled.unremoved.is_empty()
+                {
                     true => Prepared::Nothing(Box::new(Nothing { done, chain })),
                     false => Prepared::Finish(Box::new(Finish {
                         done,
-                        unfinished: Unfinished::Journals(chain, Box::new(left)),
+                        unfinished: Unfinished::Journals(chain, Box::new(unfinished)),
                     })),
                 },
             );
@@ -159,7 +167,7 @@ impl Commit {
         let needed = Needed { size: new_size, totals, side_by_side };
         let mut plan = make_plan(&stack, options, needed, afterwards, found)?;
         plan.will_empty(&stack, &empties, kept)?;
-        (plan.resumed, plan.begins_anew, plan.remains) = (resumed, begins_anew, remains);
+        (plan.resumed, plan.begins_anew, plan.unremoved) = (resumed, begins_anew, unremoved);
         plan.strangers = journal::strangers(&*host, &chain.folders(&*host)?);
         header.restore_points_lost.clone_from(&plan.restore_points_lost);
         plan.room_unknown = safety::space(&*host, &stack, &plan)?;
@@ -175,7 +183,7 @@ impl Commit {
             bitmaps,
             shared,
             empties,
-            left,
+            unfinished,
             header,
             from,
             leaks,
@@ -188,11 +196,11 @@ impl Commit {
 fn over(host: Arc<dyn Host>, options: &CommitOptions, gone: Journal, asked: &Path) -> Result<Prepared> {
     let header = gone.header();
     let (base, active) = (header.base.clone(), header.active.clone());
-    let remains = Remains::of(&*host, &gone, None, false)?;
+    let unremoved = ObsoleteLayers::of(&*host, &gone, None, false)?;
     let settled = Settled {
         reason: before::was_merged(&active, &base),
         base_size: 0,
-        remains: remains.map(|remains| remains.paths(&*host)).transpose()?.unwrap_or_default(),
+        unremoved: unremoved.map(|unremoved| unremoved.paths(&*host)).transpose()?.unwrap_or_default(),
         base,
         top: active.clone(),
         active,
@@ -208,7 +216,7 @@ fn done(
     options: &CommitOptions,
     chain: &Chain,
     reason: String,
-    remains: Vec<PathBuf>,
+    unremoved: Vec<PathBuf>,
 ) -> Result<Done> {
     let (bottom, active) = (chain.layer(0)?, chain.layer(chain.active())?.path.clone());
     let base_size = match &bottom.image {
@@ -216,7 +224,7 @@ fn done(
         image => image.virtual_size(),
     };
     let base = bottom.path.clone();
-    let settled = Settled { base, top: active.clone(), active, base_size, reason, remains };
+    let settled = Settled { base, top: active.clone(), active, base_size, reason, unremoved };
     Ok(Done { host, options: options.clone(), settled })
 }
 
@@ -226,18 +234,18 @@ type Watermark = (u64, u64);
 /// Where the merge of a journal goes on: below which guest offset all is done, and the bytes that were written for that;
 /// or why it does not. What is not certain is proved by reading it back, or it does not count.
 fn resume(
-    left: &before::Leftovers,
+    unfinished: &before::UnfinishedInChain,
     header: &Header,
     job: &Job<'_>,
     options: &CommitOptions,
     cancel: &AtomicBool,
 ) -> Result<(Option<Watermark>, Option<BeginsAnew>)> {
-    let Some(left) = &left.base else { return Ok((None, None)) };
-    let begins_anew = left.begins_anew();
-    let Some((watermark, done)) = left.resume(header).filter(|_| !options.restart) else {
+    let Some(unfinished) = &unfinished.base else { return Ok((None, None)) };
+    let begins_anew = unfinished.begins_anew();
+    let Some((watermark, done)) = unfinished.resume(header).filter(|_| !options.restart) else {
         return Ok((None, begins_anew));
     };
-    if !left.needs_proof() {
+    if !unfinished.needs_proof() {
         return Ok((Some((watermark, done)), None));
     }
     // What lies behind the end of base's disk cannot be read yet.
@@ -248,8 +256,8 @@ fn resume(
     if job.holds(GuestOffset::new(end), cancel)? {
         return Ok(((end > 0).then_some((end, done)), None));
     }
-    match left.may_be_newer() {
-        true => Err(work::written_since(base.path(), left)),
+    match unfinished.may_be_newer() {
+        true => Err(work::written_since(base.path(), unfinished)),
         false => Ok((None, Some(BeginsAnew::NotProved))),
     }
 }

@@ -12,8 +12,8 @@ use super::emptying;
 use super::options::CommitOptions;
 use super::plan::Afterwards;
 use super::report::Report;
-use super::resume::describe::spent;
-use super::resume::remains::Remains;
+use super::resume::describe::obsolete;
+use super::resume::obsolete::ObsoleteLayers;
 use super::switch::mark::unlink;
 use super::switch::relink;
 use crate::chain::Layer;
@@ -46,15 +46,15 @@ impl Commit {
 
     /// Has base's journal list the layers that are to be removed, as they are now; `marked` tells for each whether
     /// it has a mark.
-    pub(super) fn note_spent(&self, journal: &Journal, marked: &[(PathBuf, bool)]) -> Result<()> {
-        let had = journal.spent().is_some();
+    pub(super) fn note_obsolete(&self, journal: &Journal, marked: &[(PathBuf, bool)]) -> Result<()> {
+        let had = journal.obsolete().is_some();
         if !self.options.delete && !had {
             return Ok(());
         }
         let is_marked = |layer: &Layer| marked.iter().any(|(path, marked)| *path == layer.path && *marked);
         let layers: Vec<_> = self.obsolete().map(|layer| (layer, is_marked(layer))).collect();
-        let files = self.options.delete.then(|| spent(&*self.host, &layers)).transpose()?;
-        journal.set_spent(files);
+        let files = self.options.delete.then(|| obsolete(&*self.host, &layers)).transpose()?;
+        journal.set_obsolete(files);
         let state = journal.state();
         journal.note(state.phase, state.watermark, state.done)
     }
@@ -209,8 +209,8 @@ pub(super) fn finish_removed(
     report: &mut Report,
 ) -> Result<()> {
     let journal = &gone.journal;
-    if let Some(remains) = Remains::of(host, journal, None, false)? {
-        remains.settle(host, None, options, report)?;
+    if let Some(unremoved) = ObsoleteLayers::of(host, journal, None, false)? {
+        unremoved.settle(host, None, options, report)?;
     }
     journal.remove(host)?;
     if unlink_dangling(host, &gone.asked, &journal.header().active)? {

@@ -10,9 +10,9 @@ use super::options::CommitOptions;
 use super::plan::Plan;
 use super::removal::{Gone, finish_removed};
 use super::report::Report;
-use super::resume::before::Leftovers;
+use super::resume::before::UnfinishedInChain;
 use super::resume::end::end_left;
-use super::resume::remains::Remains;
+use super::resume::obsolete::ObsoleteLayers;
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, FileOp, Result};
 use crate::journal;
@@ -47,7 +47,7 @@ pub struct Settled {
     /// The reason, in words.
     pub reason: String,
     /// Files of layers that a merge was to remove when it was stopped.
-    pub remains: Vec<PathBuf>,
+    pub unremoved: Vec<PathBuf>,
 }
 
 /// A merge that was stopped behind the switch of the chain, to be completed.
@@ -80,7 +80,7 @@ pub(super) enum Unfinished {
     /// The chain was switched: the journals of its layers tell what is left to be done.
     Switched(Chain),
     /// The images are locked, and as they should be: only their journals are there, and files that were to be removed.
-    Journals(Chain, Box<Leftovers>),
+    Journals(Chain, Box<UnfinishedInChain>),
 }
 
 impl Prepared {
@@ -152,14 +152,14 @@ impl Finish {
                 }
                 done.look(&chain, &mut report, cancel)?;
             }
-            Unfinished::Journals(chain, left) => {
+            Unfinished::Journals(chain, unfinished) => {
                 done.sweep(&chain)?;
-                if let Some(remains) = remains_of(host, &chain, &left)? {
+                if let Some(unremoved) = obsolete_of(host, &chain, &unfinished)? {
                     // Base's journal, which tells of them, is there until they are gone.
-                    remains.settle(host, Some(&chain), options, &mut report)?;
+                    unremoved.settle(host, Some(&chain), options, &mut report)?;
                 }
-                let above = left.above.values().map(|(left, _)| left);
-                left.base.iter().chain(above).try_for_each(|left| left.discard(host))?;
+                let above = unfinished.above.values().map(|(unfinished, _)| unfinished);
+                unfinished.base.iter().chain(above).try_for_each(|unfinished| unfinished.discard(host))?;
                 done.look(&chain, &mut report, cancel)?;
             }
         }
@@ -211,6 +211,15 @@ impl Done {
 ///
 /// # Errors
 /// The system's.
-pub(super) fn remains_of(host: &dyn Host, chain: &Chain, left: &Leftovers) -> Result<Option<Remains>> {
-    Ok(left.base.as_ref().map(|left| left.remains(host, chain)).transpose()?.flatten())
+pub(super) fn obsolete_of(
+    host: &dyn Host,
+    chain: &Chain,
+    unfinished: &UnfinishedInChain,
+) -> Result<Option<ObsoleteLayers>> {
+    Ok(unfinished
+        .base
+        .as_ref()
+        .map(|unfinished| unfinished.obsolete_layers(host, chain))
+        .transpose()?
+        .flatten())
 }

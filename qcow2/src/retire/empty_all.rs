@@ -19,7 +19,7 @@ use crate::storage::{FileId, Host};
 
 /// Layers that a merge has left above base.
 #[derive(Clone, Copy, Debug)]
-pub struct LeftBehind<'a> {
+pub struct MergedLayers<'a> {
     /// The layers, the uppermost first.
     pub layers: &'a [Known],
     /// The one that a configuration names by itself, the old active image: it is not marked as merged.
@@ -41,7 +41,7 @@ pub struct LeftBehind<'a> {
 /// The search for users fails, or base is not there. Nothing was changed then.
 pub fn empty_all_onto(
     host: &dyn Host,
-    left: &LeftBehind<'_>,
+    left: &MergedLayers<'_>,
     base: &Path,
     format: ImageFormat,
     options: &EmptyOptions,

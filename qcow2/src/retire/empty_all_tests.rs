@@ -14,8 +14,8 @@ use crate::transfer::put;
 use crate::units::GuestOffset;
 
 /// Layers of which the first is the active one.
-fn left_behind(layers: &[Known]) -> LeftBehind<'_> {
-    LeftBehind { layers, active: layers.first().map(|layer| layer.id), chain: &[], scan: &[] }
+fn merged_layers(layers: &[Known]) -> MergedLayers<'_> {
+    MergedLayers { layers, active: layers.first().map(|layer| layer.id), chain: &[], scan: &[] }
 }
 
 /// What a chain shows that somebody recorded: each image over the one before, whatever the headers say.
@@ -44,7 +44,7 @@ fn every_merged_layer_becomes_an_empty_overlay_as_large_as_asked() {
         let sizes: Vec<usize> = paths.iter().map(|path| see(&host, path).len()).collect();
         let layers = all_known(&host, &paths[1..]);
         let format = format_of(&host, base);
-        let left = left_behind(&layers);
+        let left = merged_layers(&layers);
         let all = empty_all_onto(&host, &left, base, format, &options, &never()).unwrap();
         assert_eq!(all.len(), layers.len());
         for (path, result) in all {
@@ -65,7 +65,7 @@ fn every_merged_layer_becomes_an_empty_overlay_as_large_as_asked() {
         }
         // The same call again finds that nothing is to be done.
         let layers = all_known(&host, &paths[1..]);
-        let left = left_behind(&layers);
+        let left = merged_layers(&layers);
         let again = empty_all_onto(&host, &left, base, format, &options, &never()).unwrap();
         assert!(again.iter().all(|(_, result)| result.as_ref().unwrap().was_empty), "seed {seed}");
     }
@@ -87,7 +87,7 @@ fn at_every_power_cut_the_headers_and_a_recorded_chain_show_the_disk() {
         let format = format_of(&host, base);
         deep += u32::from(layers.len() > 1);
         let disk = SimHost::over(&host);
-        let all = empty_all_onto(&disk, &left_behind(&layers), base, format, &options, &never()).unwrap();
+        let all = empty_all_onto(&disk, &merged_layers(&layers), base, format, &options, &never()).unwrap();
         assert!(all.iter().all(|(_, result)| result.is_ok()), "seed {seed}: {all:?}");
         power_cuts(disk.start(), &disk.log(), &cuts(seed), |cut| {
             assert_sound(&cut.state, &format!("seed {seed}: {cut}"));
@@ -113,7 +113,7 @@ fn below_a_layer_that_somebody_holds_or_has_written_to_nothing_is_emptied() {
             put(&host, middle, &local(), &[(GuestOffset::ZERO, vec![7; 512])]).unwrap();
         }
         let seen = see(&host, middle);
-        let (left, format) = (left_behind(&layers), format_of(&host, base));
+        let (left, format) = (merged_layers(&layers), format_of(&host, base));
         let all = empty_all_onto(&host, &left, base, format, &options(), &never()).unwrap();
         let mut results = all.into_iter().map(|(_, result)| result);
         assert!(results.next().unwrap().is_ok());
@@ -141,7 +141,7 @@ fn what_an_image_outside_reads_through_keeps_its_data() {
     let paths = ["/1", "/2", "/3"].map(PathBuf::from);
     let layers = all_known(&host, &paths);
     let base = Path::new("/0");
-    let all = empty_all_onto(&host, &left_behind(&layers), base, ImageFormat::Qcow2, &options(), &never());
+    let all = empty_all_onto(&host, &merged_layers(&layers), base, ImageFormat::Qcow2, &options(), &never());
     let all = all.unwrap();
     assert!(all[0].0 == Path::new("/3") && all[0].1.is_ok());
     let [_, (_, shared), (_, below)] = <[_; 3]>::try_from(all).unwrap();
@@ -162,7 +162,7 @@ fn a_call_that_was_stopped_anywhere_is_made_again() {
         let options = EmptyOptions { size: expected.len() as u64, ..options() };
         let (layers, format) = (all_known(&host, &paths[1..]), format_of(&host, base));
         let disk = SimHost::over(&host);
-        empty_all_onto(&disk, &left_behind(&layers), base, format, &options, &never()).unwrap();
+        empty_all_onto(&disk, &merged_layers(&layers), base, format, &options, &never()).unwrap();
         power_cuts(disk.start(), &disk.log(), &cuts(seed), |cut| {
             let case = format!("seed {seed}: {cut}");
             let host = cut.state.host();
@@ -178,7 +178,7 @@ fn a_call_that_was_stopped_anywhere_is_made_again() {
                     .header()
                     .clone()
             };
-            let left = left_behind(&layers);
+            let left = merged_layers(&layers);
             // Version 2 has no room for the bit: such a layer is left to the user.
             if paths.iter().skip(1).any(|path| head(path).version < 3) {
                 return;

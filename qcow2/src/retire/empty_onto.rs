@@ -415,7 +415,7 @@ fn new_table(image: &Qcow2, refcounts: &Refcounts, clusters: u64) -> Result<Host
 
 /// Gives back what the old L1 table led to, and the table.
 fn give_back_left(image: &mut Qcow2, refcounts: &Refcounts) -> Result<()> {
-    empty::give_back(image, refcounts, empty::Table::Left)?;
+    empty::free_clusters(image, refcounts, empty::FreedTable::Obsolete)?;
     let (old, bytes) = (image.header().l1_offset, image.header().l1_bytes());
     image.reload_header()?;
     free_table(image, refcounts, old, bytes)

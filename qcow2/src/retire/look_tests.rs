@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::{EmptyOptions, Known, LeftBehind, empty_all_onto};
+use super::{EmptyOptions, Known, MergedLayers, empty_all_onto};
 use crate::chain::OpenOptions;
 use crate::error::{Error, ErrorKind, Refusal, Result};
 use crate::image::{CreateOptions, ImageFormat, create};
@@ -102,7 +102,7 @@ fn a_layer_that_cannot_be_looked_at_is_not_another_one() {
     image(&host, "/vm/b", "a");
     let paths = ["/vm/b", "/vm/a"].map(PathBuf::from);
     let layers = paths.each_ref().map(|path| Known::now(&host, path).unwrap());
-    let left = LeftBehind { layers: &layers, active: None, chain: &[], scan: &[] };
+    let left = MergedLayers { layers: &layers, active: None, chain: &[], scan: &[] };
     let options =
         EmptyOptions { open: OpenOptions { lock: true, ..local() }, mark: true, ..EmptyOptions::default() };
     let empty = |host: &dyn Host| {

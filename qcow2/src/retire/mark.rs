@@ -15,7 +15,7 @@ use crate::storage::{FileId, FileKind, Host, LockMode, Place};
 /// What became of images that are no longer needed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Retired {
+pub struct RetireReport {
     /// Images that are marked as merged into base.
     pub marked: Vec<PathBuf>,
     /// Images whose header has no room for a mark, and raw ones; they stay as they were.
@@ -29,9 +29,9 @@ pub struct Retired {
 ///
 /// # Errors
 /// [`Error::InUse`]; [`Refusal::NotAsKnown`]; an I/O error; an image that is damaged.
-pub fn mark_merged(host: &dyn Host, images: &[Known], base: &Path) -> Result<Retired> {
+pub fn mark_merged(host: &dyn Host, images: &[Known], base: &Path) -> Result<RetireReport> {
     let base = host.canonicalize(base).unwrap_or_else(|_| base.to_owned());
-    let mut retired = Retired::default();
+    let mut retired = RetireReport::default();
     for image in images {
         let file = image.open(host, LockMode::Write)?;
         let marked = mark(image, file, &base)?;
@@ -47,8 +47,8 @@ pub fn mark_merged(host: &dyn Host, images: &[Known], base: &Path) -> Result<Ret
 ///
 /// # Errors
 /// [`Error::InUse`]; [`Refusal::NotAsKnown`]; [`Refusal::SharedBase`]; an I/O error.
-pub fn remove(host: &dyn Host, images: &[Known], chain: &[FileId], scan: &[PathBuf]) -> Result<Retired> {
-    let mut retired = Retired::default();
+pub fn remove(host: &dyn Host, images: &[Known], chain: &[FileId], scan: &[PathBuf]) -> Result<RetireReport> {
+    let mut retired = RetireReport::default();
     for image in images {
         let io = |op| move |e| Error::io(&image.path, op, None, e);
         let file = image.open(host, LockMode::Write)?;

@@ -9,7 +9,7 @@ mod look_tests;
 mod mark;
 
 pub use crate::merge::switch::mark::Known;
-pub use empty_all::{LeftBehind, empty_all_onto};
+pub use empty_all::{MergedLayers, empty_all_onto};
 pub use empty_onto::{Emptied, EmptyOptions, can_be_emptied, empty_onto};
 pub use interrupted::{BackingIs, Interrupted};
-pub use mark::{Retired, mark_merged, remove, unused};
+pub use mark::{RetireReport, mark_merged, remove, unused};

@@ -10,7 +10,7 @@ use qcow2::chain::Chain;
 use qcow2::chain::view::View;
 use qcow2::fuzzing::sample::Content;
 use qcow2::image::ClusterCache;
-use qcow2::merge::{Commit, CommitOptions, Report, Silent, abort, heal, pending};
+use qcow2::merge::{Commit, CommitOptions, Report, Silent, abort, heal, unfinished_merge};
 use qcow2::storage::sim::{Cuts, Fault, FaultKind, Garbage, Random, SimHost, power_cuts};
 use qcow2::storage::{Access, Host};
 use qcow2::units::GuestOffset;
@@ -45,7 +45,7 @@ enum Stop {
 
 /// What becomes of base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Fate {
+enum LayerFate {
     Untouched,
     /// Somebody writes to it two seconds later.
     Newer,
@@ -71,16 +71,16 @@ const KINDS: [BaseKind; 6] = [
     BaseKind::Device,
 ];
 const STOPS: [Stop; 4] = [Stop::Killed, Stop::InOrder, Stop::PowerCut, Stop::Twice];
-const FATES: [Fate; 9] = [
-    Fate::Untouched,
-    Fate::Newer,
-    Fate::Older,
-    Fate::OlderAtOnce,
-    Fate::Replaced,
-    Fate::OtherBytes,
-    Fate::Copied,
-    Fate::Moved,
-    Fate::CopiedWithoutJournal,
+const FATES: [LayerFate; 9] = [
+    LayerFate::Untouched,
+    LayerFate::Newer,
+    LayerFate::Older,
+    LayerFate::OlderAtOnce,
+    LayerFate::Replaced,
+    LayerFate::OtherBytes,
+    LayerFate::Copied,
+    LayerFate::Moved,
+    LayerFate::CopiedWithoutJournal,
 ];
 
 /// Bytes of base that no overlay hides, and bytes of the overlays.
@@ -135,17 +135,21 @@ impl BaseKind {
 }
 
 /// A base, a way to stop, and a fate, of which some do not go together.
-fn is_possible(kind: BaseKind, stop: Stop, fate: Fate) -> bool {
+fn is_possible(kind: BaseKind, stop: Stop, fate: LayerFate) -> bool {
     let elsewhere = matches!(
         fate,
-        Fate::Replaced | Fate::Older | Fate::Copied | Fate::Moved | Fate::CopiedWithoutJournal
+        LayerFate::Replaced
+            | LayerFate::Older
+            | LayerFate::Copied
+            | LayerFate::Moved
+            | LayerFate::CopiedWithoutJournal
     );
     // A data file is named by its path.
-    let moved = matches!(fate, Fate::Copied | Fate::Moved | Fate::CopiedWithoutJournal);
+    let moved = matches!(fate, LayerFate::Copied | LayerFate::Moved | LayerFate::CopiedWithoutJournal);
     let never = match kind {
         BaseKind::RawDevice | BaseKind::Device => elsewhere,
         BaseKind::DataFile => moved,
-        _ => stop == Stop::Twice && fate == Fate::CopiedWithoutJournal,
+        _ => stop == Stop::Twice && fate == LayerFate::CopiedWithoutJournal,
     };
     !never
 }
@@ -266,7 +270,7 @@ fn change(host: &SimHost, scenario: &Scenario, old: u8, new: u8, one: bool) {
 }
 
 /// Lets it happen; the folder of the chain afterwards.
-fn happen(host: &SimHost, scenario: &Scenario, kind: BaseKind, fate: Fate) -> &'static str {
+fn happen(host: &SimHost, scenario: &Scenario, kind: BaseKind, fate: LayerFate) -> &'static str {
     let start = scenario.start().host();
     let modified = |path: &Path| host.stat(path).unwrap().modified_ns;
     let put_back = |with_times: bool| {
@@ -297,8 +301,8 @@ fn happen(host: &SimHost, scenario: &Scenario, kind: BaseKind, fate: Fate) -> &'
         }
     };
     match fate {
-        Fate::Untouched => {}
-        Fate::Newer => {
+        LayerFate::Untouched => {}
+        LayerFate::Newer => {
             change(host, scenario, OF_BASE, FOREIGN, true);
             if kind.has_dirty_bit() {
                 // QEMU clears it when it opens the image.
@@ -309,16 +313,16 @@ fn happen(host: &SimHost, scenario: &Scenario, kind: BaseKind, fate: Fate) -> &'
             }
             of_base(scenario).iter().for_each(|(path, _)| host.write_later(path, LATER).unwrap());
         }
-        Fate::Older => put_back(true),
-        Fate::OlderAtOnce => put_back(false),
-        Fate::Replaced => {
+        LayerFate::Older => put_back(true),
+        LayerFate::OlderAtOnce => put_back(false),
+        LayerFate::Replaced => {
             for (path, bytes) in of_base(scenario) {
                 host.unlink(&path).unwrap();
                 host.create_new(&path).unwrap().write_all_at(&bytes, 0).unwrap();
                 host.set_modified(&path, start.stat(&path).unwrap().modified_ns).unwrap();
             }
         }
-        Fate::OtherBytes => {
+        LayerFate::OtherBytes => {
             let times: Vec<_> = of_base(scenario).iter().map(|(path, _)| modified(path)).collect();
             change(host, scenario, OF_TOP, FOREIGN, false);
             change(host, scenario, OF_TOP + 1, FOREIGN, false);
@@ -326,13 +330,13 @@ fn happen(host: &SimHost, scenario: &Scenario, kind: BaseKind, fate: Fate) -> &'
                 host.set_modified(path, modified).unwrap();
             }
         }
-        Fate::Copied => elsewhere("/copy", false, true),
-        Fate::CopiedWithoutJournal => elsewhere("/copy", false, false),
-        Fate::Moved => elsewhere("/moved", true, true),
+        LayerFate::Copied => elsewhere("/copy", false, true),
+        LayerFate::CopiedWithoutJournal => elsewhere("/copy", false, false),
+        LayerFate::Moved => elsewhere("/moved", true, true),
     }
     match fate {
-        Fate::Copied | Fate::CopiedWithoutJournal => "/copy",
-        Fate::Moved => "/moved",
+        LayerFate::Copied | LayerFate::CopiedWithoutJournal => "/copy",
+        LayerFate::Moved => "/moved",
         _ => "/vm",
     }
 }
@@ -340,7 +344,7 @@ fn happen(host: &SimHost, scenario: &Scenario, kind: BaseKind, fate: Fate) -> &'
 /// What came of one row, in a word; or what is wrong.
 fn row(
     scenario: &Scenario,
-    (kind, how, fate): (BaseKind, Stop, Fate),
+    (kind, how, fate): (BaseKind, Stop, LayerFate),
     host: &SimHost,
     gives_up: bool,
 ) -> std::result::Result<&'static str, String> {
@@ -354,7 +358,7 @@ fn row(
     let before = shows(host, &active);
     let options = merge_options(scenario);
     let dir = options.journal_dir.as_deref();
-    let begun = pending(host, &base, dir).ok().flatten();
+    let begun = unfinished_merge(host, &base, dir).ok().flatten();
     let is_begun = begun.is_some();
     if gives_up {
         let given_up = abort(host, &base, &options.open, dir, &AtomicBool::new(false));
@@ -372,7 +376,7 @@ fn row(
     }
     let judge = |result: &Result<Report>, with: &str| {
         let after = shows(host, &active);
-        let is_lost = |bytes: &Vec<u8>| *bytes != original && !matches!(fate, Fate::Newer);
+        let is_lost = |bytes: &Vec<u8>| *bytes != original && !matches!(fate, LayerFate::Newer);
         match (&before, &after, result) {
             (Ok(before), Ok(after), _) if before != after => {
                 let at = before.iter().zip(after).position(|(a, b)| a != b);
@@ -391,9 +395,9 @@ fn row(
     let result = merge(host, &active, &options);
     judge(&result, "")?;
     let must_go_on = |e: &Error| match fate {
-        Fate::Untouched | Fate::Moved | Fate::Copied => true,
+        LayerFate::Untouched | LayerFate::Moved | LayerFate::Copied => true,
         // Base, or a layer that was being emptied, is dirty, and nothing tells why.
-        Fate::CopiedWithoutJournal => e.kind() != ErrorKind::Damaged,
+        LayerFate::CopiedWithoutJournal => e.kind() != ErrorKind::Damaged,
         _ => false,
     };
     // Behind a restart of the system, the times of a device tell nothing: what was done is read back, and where nothing was
@@ -402,13 +406,15 @@ fn row(
     let is_known = !(kind.is_device() && how == Stop::PowerCut) || (kind.has_dirty_bit() && has_done);
     match &result {
         Err(e) if must_go_on(e) => return Err(format!("it is refused: {e}")),
-        Ok(_) if fate == Fate::Newer && is_begun && is_known => {
+        Ok(_) if fate == LayerFate::Newer && is_begun && is_known => {
             return Err("what somebody wrote later is merged over".into());
         }
         Ok(_) if shows(host, &base).ok() != shows(host, &active).ok() => {
             return Err("base does not show what was merged".into());
         }
-        Ok(_) if journals(host) > 0 && fate != Fate::Copied && fate != Fate::CopiedWithoutJournal => {
+        Ok(_)
+            if journals(host) > 0 && fate != LayerFate::Copied && fate != LayerFate::CopiedWithoutJournal =>
+        {
             return Err("a journal is left".into());
         }
         Ok(_) => return Ok("merged"),
@@ -423,7 +429,7 @@ fn row(
 #[test]
 fn no_row_of_the_table_of_unfinished_work_loses_a_byte() {
     let most = if share() == 1 { 24 } else { 5 };
-    let mut counts: BTreeMap<(BaseKind, Fate, &str), u64> = BTreeMap::new();
+    let mut counts: BTreeMap<(BaseKind, LayerFate, &str), u64> = BTreeMap::new();
     let (mut rows, mut bad) = (0, Vec::new());
     for kind in KINDS {
         let scenario = kind.scenario();

@@ -46,7 +46,7 @@ impl<'p> Images<'p> {
         if let Afterwards::Relink { overlay, .. } = &plan.afterwards {
             images.add(overlay, ImageRole::Overlay, Fate::Right);
         }
-        for file in plan.obsolete.iter().chain(&plan.remains) {
+        for file in plan.obsolete.iter().chain(&plan.unremoved) {
             let keeps_data = plan.kept.iter().any(|kept| kept.path == *file);
             let stays = if keeps_data { Fate::Stale } else { Fate::Changes };
             images.add(file, ImageRole::Merged, if plan.removes { Fate::Removed } else { stays });
@@ -62,7 +62,7 @@ impl<'p> Images<'p> {
     pub fn settled(settled: &'p Settled) -> Self {
         let mut images = Self::default();
         images.add(&settled.active, ImageRole::Active, Fate::Right);
-        for file in &settled.remains {
+        for file in &settled.unremoved {
             images.add(file, ImageRole::Merged, Fate::Changes);
         }
         images.add(&settled.top, ImageRole::Merged, Fate::Changes);

@@ -24,7 +24,7 @@ Examples:
 
 /// `qmerge live commit`
 #[derive(Debug, Args)]
-pub(crate) struct CommitArgs {
+pub(crate) struct LiveCommitArgs {
     /// The disk, as `live list` prints it
     pub(crate) disk: String,
 
@@ -112,7 +112,7 @@ pub(crate) struct CommitArgs {
     pub(crate) allow_plaintext: bool,
 }
 
-impl CommitArgs {
+impl LiveCommitArgs {
     /// What is asked for.
     pub(crate) fn request(&self) -> Request {
         let mut request = self.job.request(Request::commit());

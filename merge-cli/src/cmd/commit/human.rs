@@ -44,8 +44,8 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, Str
     if plan.bytes_freed > 0 {
         fields.add("to free", format!("at most {}", size::exact(plan.bytes_freed)));
     }
-    if let Some(remains) = remains(&plan.remains, args) {
-        fields.add("left over", format!("of a merge that was stopped: {remains}"));
+    if let Some(unremoved) = unremoved(&plan.unremoved, args) {
+        fields.add("left over", format!("of a merge that was stopped: {unremoved}"));
     }
     let what = if plan.restore_points_lost.len() == 1 { "a restore point" } else { "restore points" };
     let lost = list(&plan.restore_points_lost);
@@ -128,9 +128,9 @@ fn others(plan: &Plan, fields: &mut Fields) {
 /// What there is to say where nothing is merged.
 pub(super) fn settled(settled: &Settled, args: &CommitArgs) -> String {
     let reason = &settled.reason;
-    match remains(&settled.remains, args) {
+    match unremoved(&settled.unremoved, args) {
         None => format!("nothing to do: {reason}"),
-        Some(remains) => format!("nothing to merge: {reason}\nleft over of that:  {remains}"),
+        Some(unremoved) => format!("nothing to merge: {reason}\nleft over of that:  {unremoved}"),
     }
 }
 
@@ -257,7 +257,7 @@ fn keeps(kept: &Kept) -> String {
 }
 
 /// What a merge that was stopped has left to be removed, if anything.
-fn remains(files: &[PathBuf], args: &CommitArgs) -> Option<String> {
+fn unremoved(files: &[PathBuf], args: &CommitArgs) -> Option<String> {
     let what = if args.delete { "will be removed" } else { "stay, marked as merged" };
     (!files.is_empty()).then(|| format!("{}: {what}", list(files)))
 }

@@ -104,7 +104,7 @@ fn nothing(settled: &Settled, base_file_size: u64) -> Value {
         "base-virtual-size-after": settled.base_size,
         "old-tail": 0,
         "bitmaps-lost": [],
-        "left-over": paths(&settled.remains),
+        "left-over": paths(&settled.unremoved),
         "not-emptied": [],
         "afterwards": afterwards(&Afterwards::Keep),
         "obsolete": [],
@@ -128,7 +128,7 @@ fn common(plan: &Plan, totals: &Totals, base_file_size: u64) -> Value {
         "base-virtual-size-after": plan.base_size_after,
         "old-tail": plan.old_tail,
         "bitmaps-lost": bitmaps.collect::<Value>(),
-        "left-over": paths(&plan.remains),
+        "left-over": paths(&plan.unremoved),
         "not-emptied": not_emptied.collect::<Value>(),
         "afterwards": afterwards(&plan.afterwards),
     })

@@ -7,7 +7,7 @@ use qcow2::error::{FileOp, Holder};
 use qcow2::format::{Bitmap, Cluster0, Snapshot};
 use qcow2::image::{ImageFormat, Qcow2, read_bitmaps, read_snapshots};
 use qcow2::journal::{Stranger, strangers_about};
-use qcow2::merge::{self, Pending};
+use qcow2::merge::{self, UnfinishedMerge};
 use qcow2::storage::{Access, FileStat, Host, LockMode};
 use qcow2::{Error, Result};
 use qmp_client::{Outline, Unfinished};
@@ -34,7 +34,7 @@ pub(super) struct Facts {
     /// The processes that have it open, as far as they are visible.
     pub(super) holders: Vec<Holder>,
     /// The merge into it that was stopped, or is under way.
-    pub(super) pending: Option<Pending>,
+    pub(super) unfinished: Option<UnfinishedMerge>,
     /// Journals and records beside it that are about it, and are not believed: they belong to somebody else.
     pub(super) strangers: Vec<Stranger>,
     /// A merge of a running virtual machine of which this was the active image, and that has not come to its end:
@@ -75,7 +75,7 @@ impl Facts {
             used,
             has_locks: file.has_locks(),
             holders,
-            pending: merge::pending(host, path, journal_dir)?,
+            unfinished: merge::unfinished_merge(host, path, journal_dir)?,
             strangers: strangers_about(host, path),
             live_merge: live_merge(path),
             problem: None,

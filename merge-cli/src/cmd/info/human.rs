@@ -6,7 +6,7 @@ use qcow2::ErrorKind;
 use qcow2::error::shown;
 use qcow2::format::{Bitmap, Cluster0, FeatureKind, Snapshot, features};
 use qcow2::journal::Stranger;
-use qcow2::merge::Pending;
+use qcow2::merge::UnfinishedMerge;
 use qcow2::storage::LockMode;
 
 use super::Layer;
@@ -51,7 +51,7 @@ fn remarks(facts: &Facts) -> impl Iterator<Item = String> {
             .map(|_| "marked dirty: not closed cleanly".to_owned()),
         header.filter(|h| h.is_corrupt()).map(|_| "marked corrupt".to_owned()),
         facts.cluster0.as_ref().and_then(merged),
-        facts.pending.as_ref().map(pending),
+        facts.unfinished.as_ref().map(unfinished),
         live_merge(facts),
         (!facts.strangers.is_empty()).then(|| format!("not believed: {}", strangers(facts).join("; "))),
         (!facts.snapshots.is_empty())
@@ -63,20 +63,21 @@ fn remarks(facts: &Facts) -> impl Iterator<Item = String> {
 }
 
 /// `merge pending: 42 % of b.qcow2 into base.qcow2`, and what to do.
-fn pending(pending: &Pending) -> String {
-    if pending.is_removing {
+fn unfinished(unfinished: &UnfinishedMerge) -> String {
+    if unfinished.is_removing {
         return format!(
             "merge pending: all of {} is in {}, and layers that nobody needs any more are being removed; the same commit \
              goes on",
-            shown(&pending.top),
-            shown(&pending.base)
+            shown(&unfinished.top),
+            shown(&unfinished.base)
         );
     }
-    let part = if pending.is_switching { "all of".to_owned() } else { format!("{} % of", pending.percent) };
+    let part =
+        if unfinished.is_switching { "all of".to_owned() } else { format!("{} % of", unfinished.percent) };
     format!(
         "merge pending: {part} {} is in {}; the same commit goes on",
-        shown(&pending.top),
-        shown(&pending.base)
+        shown(&unfinished.top),
+        shown(&unfinished.base)
     )
 }
 
@@ -94,7 +95,7 @@ fn strangers(facts: &Facts) -> Vec<String> {
 
 /// Whether a merge that was stopped has set the dirty bit.
 fn explains_dirty(facts: &Facts) -> bool {
-    facts.pending.as_ref().is_some_and(|pending| !pending.is_removing)
+    facts.unfinished.as_ref().is_some_and(|unfinished| !unfinished.is_removing)
 }
 
 fn merged(cluster0: &Cluster0) -> Option<String> {
@@ -138,8 +139,8 @@ pub(super) fn image(facts: &Facts) -> String {
         fields.add("bitmaps", list(facts.bitmaps.iter().map(bitmap)));
         fields.add("state", state(facts, cluster0));
     }
-    if let Some(merge) = &facts.pending {
-        fields.add("pending", pending(merge));
+    if let Some(merge) = &facts.unfinished {
+        fields.add("pending", unfinished(merge));
     }
     for stranger in strangers(facts) {
         fields.add("not believed", stranger);

@@ -40,16 +40,16 @@ pub(super) fn image(facts: &Facts) -> Value {
         let holders = facts.holders.iter().map(|h| json!({ "pid": h.pid, "name": h.name }));
         out.insert("holders".into(), holders.collect());
     }
-    if let Some(pending) = &facts.pending {
+    if let Some(unfinished) = &facts.unfinished {
         let fields = json!({
-            "base": path(&pending.base),
-            "top": path(&pending.top),
-            "active": path(&pending.active),
-            "bytes-done": pending.done,
-            "bytes-total": pending.total,
-            "percent": pending.percent,
-            "switching": pending.is_switching,
-            "removing": pending.is_removing,
+            "base": path(&unfinished.base),
+            "top": path(&unfinished.top),
+            "active": path(&unfinished.active),
+            "bytes-done": unfinished.done,
+            "bytes-total": unfinished.total,
+            "percent": unfinished.percent,
+            "switching": unfinished.is_switching,
+            "removing": unfinished.is_removing,
         });
         out.insert("merge-pending".into(), fields);
     }

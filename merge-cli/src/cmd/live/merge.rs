@@ -25,7 +25,7 @@ pub(super) fn commit(
     console: &Console,
 ) -> Result<Exit, Failure> {
     let request = args.request();
-    Call { session, disk: &args.disk, job: &args.job, request, what: "merging", console }.run(monitor)
+    MergeCall { session, disk: &args.disk, job: &args.job, request, what: "merging", console }.run(monitor)
 }
 
 /// `live pull`.
@@ -36,11 +36,11 @@ pub(super) fn pull(
     console: &Console,
 ) -> Result<Exit, Failure> {
     let request = args.request();
-    Call { session, disk: &args.disk, job: &args.job, request, what: "pulling", console }.run(monitor)
+    MergeCall { session, disk: &args.disk, job: &args.job, request, what: "pulling", console }.run(monitor)
 }
 
 /// A call that begins a merge, or goes on with it.
-struct Call<'a> {
+struct MergeCall<'a> {
     session: &'a Session<'a>,
     disk: &'a str,
     job: &'a JobArgs,
@@ -50,7 +50,7 @@ struct Call<'a> {
     console: &'a Console,
 }
 
-impl Call<'_> {
+impl MergeCall<'_> {
     fn run(&self, monitor: Connection) -> Result<Exit, Failure> {
         let (session, console) = (self.session, self.console);
         let machine = look(session, &monitor)?;

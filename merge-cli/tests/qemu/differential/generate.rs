@@ -11,7 +11,7 @@ const G: u64 = 1 << 30;
 
 /// One image of the chain.
 #[derive(Clone, Debug)]
-pub(super) struct Layer {
+pub(super) struct RandomLayer {
     pub(super) name: String,
     pub(super) format: &'static str,
     pub(super) size: u64,
@@ -39,9 +39,9 @@ pub(super) enum Naming {
 
 /// A chain, bottom first, and what is to be merged: the layers above `base`, up to `top`.
 #[derive(Debug)]
-pub(super) struct Case {
+pub(super) struct MergeCase {
     pub(super) folder: Folder,
-    pub(super) layers: Vec<Layer>,
+    pub(super) layers: Vec<RandomLayer>,
     pub(super) base: usize,
     pub(super) top: usize,
     base_naming: Naming,
@@ -53,7 +53,7 @@ pub(super) struct Case {
     pub(super) flatten: Option<&'static str>,
 }
 
-impl Case {
+impl MergeCase {
     /// The case that belongs to `seed`.
     pub(super) fn new(seed: u64) -> Self {
         let random = &mut Random::new(seed.wrapping_mul(0x2545_f491_4f6c_dd1d));
@@ -93,7 +93,7 @@ impl Case {
     }
 
     /// The active image.
-    pub(super) fn active(&self) -> &Layer {
+    pub(super) fn active(&self) -> &RandomLayer {
         &self.layers[self.layers.len() - 1]
     }
 
@@ -142,12 +142,12 @@ impl Case {
         }
     }
 
-    fn bottom(&self, random: &mut Random, size: u64) -> Layer {
+    fn bottom(&self, random: &mut Random, size: u64) -> RandomLayer {
         if random.chance(40) {
             // A raw file may end anywhere; QEMU counts the last sector as whole.
             let odd = if size > 0 && random.chance(40) { random.between(1, 511) } else { 0 };
             self.folder.raw("layer0.raw", size - odd, 0, 0);
-            return Layer {
+            return RandomLayer {
                 name: "layer0.raw".to_owned(),
                 format: "raw",
                 size,
@@ -181,7 +181,7 @@ impl Case {
         layer
     }
 
-    fn overlay(&self, random: &mut Random, size: u64) -> Layer {
+    fn overlay(&self, random: &mut Random, size: u64) -> RandomLayer {
         let index = self.layers.len();
         let layer = self.qcow2(random, index, size);
         let below = &self.layers[index - 1];
@@ -199,11 +199,11 @@ impl Case {
             _ => below.name.clone(),
         };
         self.folder.overlay(&layer.name, &backing, below.format, Some(size), &layer.made);
-        Layer { made: format!("{} over {backing}", layer.made), ..layer }
+        RandomLayer { made: format!("{} over {backing}", layer.made), ..layer }
     }
 
     /// Options for a qcow2 image, in `made`; nothing is created.
-    fn qcow2(&self, random: &mut Random, index: usize, size: u64) -> Layer {
+    fn qcow2(&self, random: &mut Random, index: usize, size: u64) -> RandomLayer {
         let large = size > 64 * M;
         let clusters: &[u64] = match large {
             true => &[4 * K, 16 * K, 64 * K, 64 * K],
@@ -247,7 +247,7 @@ impl Case {
                 data_file = Some(name);
             }
         }
-        Layer {
+        RandomLayer {
             name: format!("layer{index}.qcow2"),
             format: "qcow2",
             size,
@@ -338,7 +338,7 @@ impl Case {
     }
 
     /// Writes the bottom image again with every cluster compressed.
-    fn compress_base(&mut self, layer: &Layer) {
+    fn compress_base(&mut self, layer: &RandomLayer) {
         let options: Vec<_> = layer
             .made
             .trim_end_matches(", shrunk")
@@ -354,7 +354,7 @@ impl Case {
     }
 }
 
-impl std::fmt::Display for Case {
+impl std::fmt::Display for MergeCase {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         for layer in &self.layers {
             write!(f, "{} {} bytes: {}", layer.name, layer.size, layer.made)?;
@@ -396,7 +396,7 @@ fn next_size(random: &mut Random, below: u64) -> u64 {
 }
 
 /// One `qemu-io` command inside the disk, or nothing where the disk has no room.
-fn operation(random: &mut Random, layer: &Layer, pattern: u64) -> String {
+fn operation(random: &mut Random, layer: &RandomLayer, pattern: u64) -> String {
     if layer.size < 512 {
         return String::new();
     }

@@ -2,12 +2,12 @@
 
 use serde_json::Value;
 
-use super::generate::{Case, Layer};
+use super::generate::{MergeCase, RandomLayer};
 use crate::support::{Files, Run, View};
 
 /// Our reading of the chain equals QEMU's, and changes nothing.
 #[track_caller]
-pub(super) fn reading(case: &Case) {
+pub(super) fn reading(case: &MergeCase) {
     let folder = &case.folder;
     let before = folder.files();
     let active = &case.active().name;
@@ -43,7 +43,7 @@ pub(super) fn reading(case: &Case) {
 
 /// The merge does what was asked, and nothing else.
 #[track_caller]
-pub(super) fn merging(case: &Case) {
+pub(super) fn merging(case: &MergeCase) {
     let folder = &case.folder;
     let count = case.layers.len();
     let base = &case.layers[case.base];
@@ -109,18 +109,18 @@ pub(super) fn merging(case: &Case) {
     }
 }
 
-fn view(case: &Case, layer: &Layer) -> View {
+fn view(case: &MergeCase, layer: &RandomLayer) -> View {
     case.folder.view(layer.format, &layer.name)
 }
 
-fn snapshots(case: &Case) -> Vec<(&str, &str, View)> {
+fn snapshots(case: &MergeCase) -> Vec<(&str, &str, View)> {
     let all = case.layers.iter().flat_map(|layer| layer.snapshots.iter().map(move |name| (layer, name)));
     all.map(|(layer, name)| (&*layer.name, &**name, case.folder.snapshot_view(&layer.name, name))).collect()
 }
 
 /// Base holds what top showed, and keeps its old tail where nothing lies over it.
 #[track_caller]
-fn judge_base(case: &Case, before: &View, at_top: &View) {
+fn judge_base(case: &MergeCase, before: &View, at_top: &View) {
     let after = view(case, &case.layers[case.base]);
     after.assert_same_range(at_top, 0, at_top.len(), &format!("{case}base against top's view"));
     let len = before.len().max(at_top.len());
@@ -133,7 +133,7 @@ fn judge_base(case: &Case, before: &View, at_top: &View) {
 
 /// Files outside the plan are byte-identical, deleted ones are gone, what is left is sound.
 #[track_caller]
-fn judge_files(case: &Case, before: &Files) {
+fn judge_files(case: &MergeCase, before: &Files) {
     let after = case.folder.files();
     for (index, layer) in case.layers.iter().enumerate() {
         let merged = index > case.base && index <= case.top;
@@ -170,7 +170,7 @@ fn judge_files(case: &Case, before: &Files) {
 }
 
 #[track_caller]
-fn judge_chain(case: &Case) {
+fn judge_chain(case: &MergeCase) {
     let count = case.layers.len();
     let above = match case.consolidates() {
         true if case.delete => count..count,
@@ -187,7 +187,7 @@ fn judge_chain(case: &Case) {
     }
 }
 
-fn kept_bitmaps(case: &Case) -> impl Iterator<Item = &Layer> {
+fn kept_bitmaps(case: &MergeCase) -> impl Iterator<Item = &RandomLayer> {
     let kept = move |index: &usize| *index <= case.base || *index > case.top;
     (0..case.layers.len())
         .filter(kept)
@@ -197,7 +197,7 @@ fn kept_bitmaps(case: &Case) -> impl Iterator<Item = &Layer> {
 
 /// Bitmaps of base and of layers outside the merge are still there and consistent.
 #[track_caller]
-fn judge_bitmaps(case: &Case, layer: &Layer) {
+fn judge_bitmaps(case: &MergeCase, layer: &RandomLayer) {
     let info = case.folder.img(&["info", "-U", "--output=json", "-f", "qcow2", &layer.name]).json();
     let bitmaps = info["format-specific"]["data"]["bitmaps"].as_array().cloned().unwrap_or_default();
     for name in &layer.bitmaps {
@@ -209,26 +209,26 @@ fn judge_bitmaps(case: &Case, layer: &Layer) {
 }
 
 /// One entry of a map, as both programs print it.
-struct Entry<'a> {
+struct MapEntry<'a> {
     start: u64,
     end: u64,
     fields: &'a Value,
 }
 
-fn entries(value: &Value) -> Vec<Entry<'_>> {
+fn entries(value: &Value) -> Vec<MapEntry<'_>> {
     let entry = |fields: &'_ Value| (fields["start"].as_u64().unwrap(), fields["length"].as_u64().unwrap());
     // QEMU prints one entry without length for an empty disk.
     let all = value.as_array().unwrap().iter().filter(|fields| fields["length"] != 0);
     all.map(|fields| {
         let (start, length) = entry(fields);
-        Entry { start, end: start + length, fields }
+        MapEntry { start, end: start + length, fields }
     })
     .collect()
 }
 
 /// Both maps say the same of every byte; the holes of raw files are the file system's affair.
 #[track_caller]
-fn assert_same_map(case: &Case, ours: &Run, theirs: &Run) {
+fn assert_same_map(case: &MergeCase, ours: &Run, theirs: &Run) {
     let (our_map, their_map) = (ours.json(), theirs.json());
     let (our_map, their_map) = (entries(&our_map), entries(&their_map));
     let (mut i, mut j, mut at) = (0, 0, 0);
@@ -240,7 +240,7 @@ fn assert_same_map(case: &Case, ours: &Run, theirs: &Run) {
             && case.layers[0].format == "raw"
             && b.fields["present"] == true;
         let offset =
-            |entry: &Entry<'_>| entry.fields["offset"].as_u64().map(|offset| offset + (at - entry.start));
+            |entry: &MapEntry<'_>| entry.fields["offset"].as_u64().map(|offset| offset + (at - entry.start));
         // Where no data is read from the file, a place in it tells nothing, and QEMU is of two minds about naming it.
         let placed = b.fields["present"] == true && b.fields["zero"] == false;
         let agree = if raw {
@@ -259,7 +259,7 @@ fn assert_same_map(case: &Case, ours: &Run, theirs: &Run) {
 }
 
 #[track_caller]
-fn assert_same_check(case: &Case, layer: &Layer, ours: &Run, theirs: &Run) {
+fn assert_same_check(case: &MergeCase, layer: &RandomLayer, ours: &Run, theirs: &Run) {
     let (our_report, their_report) = (ours.json(), theirs.json());
     let keys = [
         "corruptions",

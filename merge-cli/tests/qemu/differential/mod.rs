@@ -45,7 +45,7 @@ fn shard(shard: u64) {
 }
 
 fn case(seed: u64) {
-    let case = generate::Case::new(seed);
+    let case = generate::MergeCase::new(seed);
     judge::reading(&case);
     judge::merging(&case);
 }

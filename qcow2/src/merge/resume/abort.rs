@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use super::unfinished::Pending;
-use super::work::Left;
+use super::unfinished::UnfinishedMerge;
+use super::work::UnfinishedWork;
 use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::journal;
@@ -17,7 +17,7 @@ use crate::transfer::target::give_leaks_back;
 #[non_exhaustive]
 pub struct Aborted {
     /// The merge; `None` if none was pending.
-    pub pending: Option<Pending>,
+    pub unfinished: Option<UnfinishedMerge>,
     /// Layers that are restore points no more, base among them.
     pub restore_points_lost: Vec<PathBuf>,
     /// Whether somebody has written to base since the merge was stopped, so that only its journal was removed.
@@ -47,27 +47,28 @@ pub fn abort(
     let mut chain = Chain::open(host, base, &OpenOptions { lock: true, access, ..open.clone() })?;
     let at = chain.active();
     let nothing =
-        Aborted { pending: None, restore_points_lost: Vec::new(), written_since: false, put_back: false };
+        Aborted { unfinished: None, restore_points_lost: Vec::new(), written_since: false, put_back: false };
     let layer = chain.layer(at)?;
     let path = layer.path.clone();
-    let Some(left) = Left::find(host, layer, dir)? else {
+    let Some(stopped) = UnfinishedWork::find(host, layer, dir)? else {
         journal::refuse_strangers(host, &path, &**layer.image.file(), dir, journal::JOURNAL)?;
         return Ok(nothing);
     };
-    left.refuse_renamed(host, &path)?;
-    let pending = left.pending();
-    if let Some(Pending { is_switching: true, top, active, removes, .. }) = pending.clone() {
+    stopped.refuse_renamed(host, &path)?;
+    let unfinished = stopped.merge();
+    if let Some(UnfinishedMerge { is_switching: true, top, active, removes, .. }) = unfinished.clone() {
         return Err(Error::refused(&path, Refusal::MergeDone { top, active, removes }));
     }
-    let lost = if pending.is_some() { left.restore_points_lost() } else { Vec::new() };
-    let put_back = left.begins_anew().is_some();
-    let result = Aborted { pending, restore_points_lost: lost, written_since: left.is_foreign(), put_back };
-    if !left.is_ours() {
-        left.discard(host)?;
+    let lost = if unfinished.is_some() { stopped.restore_points_lost() } else { Vec::new() };
+    let put_back = stopped.begins_anew().is_some();
+    let result =
+        Aborted { unfinished, restore_points_lost: lost, written_since: stopped.is_foreign(), put_back };
+    if !stopped.is_ours() {
+        stopped.discard(host)?;
         return Ok(result);
     }
-    let work = left.take_up(host, chain.image_at(at)?, false)?;
-    if left.is_doubtful() {
+    let work = stopped.take_up(host, chain.image_at(at)?, false)?;
+    if stopped.is_doubtful() {
         // In memory it is as it would be written: a base that the journal does not fit stays as it is.
         safety::consistent(chain.layer(at)?, cancel)?;
     }

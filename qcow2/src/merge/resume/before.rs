@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 
 use super::describe::stamp;
 use super::heal::refuse_torn;
-use super::remains::Remains;
+use super::obsolete::ObsoleteLayers;
 use super::unfinished;
 use super::work;
-use super::work::{Left, Work};
+use super::work::{UnfinishedWork, Work};
 use crate::chain::{Chain, index};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::Cluster0;
@@ -27,55 +27,58 @@ use crate::units::GuestOffset;
 
 /// What stopped merges have left.
 #[derive(Debug, Default)]
-pub(crate) struct Leftovers {
-    pub(crate) base: Option<Left>,
+pub(crate) struct UnfinishedInChain {
+    pub(crate) base: Option<UnfinishedWork>,
     pub(crate) base_work: Option<Work>,
     /// Of layers above base that were being emptied, by their positions.
-    pub(crate) above: BTreeMap<usize, (Left, Option<Work>)>,
+    pub(crate) above: BTreeMap<usize, (UnfinishedWork, Option<Work>)>,
     /// Whether layers were emptied: what they held is nowhere but in base.
     pub(crate) has_emptied: bool,
 }
 
-impl Leftovers {
+impl UnfinishedInChain {
     /// Whether the layer at a position is as a stopped merge has left it.
     pub(crate) fn is_ours(&self, at: usize, span: Span) -> bool {
-        let left =
-            if at == span.base { self.base.as_ref() } else { self.above.get(&at).map(|(left, _)| left) };
-        left.is_some_and(Left::is_ours)
+        let unfinished = if at == span.base {
+            self.base.as_ref()
+        } else {
+            self.above.get(&at).map(|(unfinished, _)| unfinished)
+        };
+        unfinished.is_some_and(UnfinishedWork::is_ours)
     }
 }
 
 /// Finds what stopped merges have left in the images that are to be written, and has it read as it should
 /// be; nothing is written.
-pub(crate) fn leftovers(
+pub(crate) fn find_unfinished(
     host: &dyn Host,
     chain: &mut Chain,
     span: Span,
     options: &CommitOptions,
-) -> Result<Leftovers> {
-    let mut all = Leftovers::default();
+) -> Result<UnfinishedInChain> {
+    let mut all = UnfinishedInChain::default();
     let dir = options.journal_dir.as_deref();
     let is_kept = span.top == span.active && options.keep_active;
     for at in span.base..=span.top {
         let layer = chain.layer(at)?;
-        let Some(left) = Left::find(host, layer, dir)? else { continue };
+        let Some(unfinished) = UnfinishedWork::find(host, layer, dir)? else { continue };
         if !options.restart {
-            left.refuse_renamed(host, &layer.path)?;
+            unfinished.refuse_renamed(host, &layer.path)?;
         }
-        if left.is_foreign() && at == span.base && !options.restart && !left.may_have_emptied() {
-            return Err(work::written_since(&layer.path, &left));
+        if unfinished.is_foreign() && at == span.base && !options.restart && !unfinished.may_have_emptied() {
+            return Err(work::written_since(&layer.path, &unfinished));
         }
         // As long as it is not certain that base holds everything, the active image counts for what it holds.
-        let as_it_is = at != span.base && !all.base.as_ref().is_some_and(Left::is_certain);
+        let as_it_is = at != span.base && !all.base.as_ref().is_some_and(UnfinishedWork::is_certain);
         // Layers that are not written are looked at all the same: an earlier merge may have emptied them.
-        let work = match left.is_ours() && (at == span.base || !is_kept) {
-            true => Some(left.take_up(host, chain.image_at(at)?, as_it_is)?),
+        let work = match unfinished.is_ours() && (at == span.base || !is_kept) {
+            true => Some(unfinished.take_up(host, chain.image_at(at)?, as_it_is)?),
             false => None,
         };
         if at == span.base {
-            (all.base, all.base_work) = (Some(left), work);
+            (all.base, all.base_work) = (Some(unfinished), work);
         } else {
-            all.above.insert(at, (left, work));
+            all.above.insert(at, (unfinished, work));
         }
     }
     all.has_emptied = has_emptied(host, chain, span, &all)?;
@@ -83,28 +86,30 @@ pub(crate) fn leftovers(
         // They are not written, so what was left there is neither taken over nor removed.
         all.above.clear();
     }
-    let Some(left) = &all.base else { return Ok(all) };
+    let Some(unfinished) = &all.base else { return Ok(all) };
     let base = chain.layer(span.base)?;
     // Whatever the options say: nothing else holds the data.
-    if all.has_emptied && (left.may_lack_merged() || !left.holds_samples(&chain.images(), span.base)?) {
+    if all.has_emptied
+        && (unfinished.may_lack_merged() || !unfinished.holds_samples(&chain.images(), span.base)?)
+    {
         return Err(Error::refused(&base.path, Refusal::MergedDataLost));
     }
-    if left.is_foreign() && !options.restart {
-        return Err(work::written_since(&base.path, left));
+    if unfinished.is_foreign() && !options.restart {
+        return Err(work::written_since(&base.path, unfinished));
     }
     Ok(all)
 }
 
 /// Whether a merge that was stopped has emptied a layer, or has begun to: then the overlays do not hold everything any
 /// more. Not every header has room for a mark that says so.
-fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &Leftovers) -> Result<bool> {
+fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &UnfinishedInChain) -> Result<bool> {
     let Some(base) = all.base.as_ref().filter(|base| base.may_have_emptied()) else { return Ok(false) };
     // What a merge of other layers has emptied is not seen in this chain.
     if base.journal_has_emptied() || base.is_of_others(&chain.files()) {
         return Ok(true);
     }
     for (at, layer) in chain.layers().iter().enumerate().take(span.top + 1).skip(span.base + 1) {
-        if all.above.get(&at).is_some_and(|(left, _)| left.is_emptying()) {
+        if all.above.get(&at).is_some_and(|(unfinished, _)| unfinished.is_emptying()) {
             return Ok(true);
         }
         let Some(image) = layer.image.as_qcow2() else { continue };
@@ -136,8 +141,8 @@ pub(crate) enum Before {
 pub(crate) fn look(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Before> {
     let meant = meant(host, chain, options)?;
     let options = meant.as_ref().unwrap_or(options);
-    if let Some((reason, remains)) = switched(host, chain, options)? {
-        return Ok(Before::Switched(reason, remains));
+    if let Some((reason, obsolete)) = switched(host, chain, options)? {
+        return Ok(Before::Switched(reason, obsolete));
     }
     let Some(reason) = merged(host, chain, options)? else { return Ok(Before::Open(meant)) };
     Ok(match unfinished::is_switching(host, chain, options.journal_dir.as_deref())? {
@@ -226,8 +231,8 @@ fn switched(
             && !is_layer(merged)?;
         if is_switched && names(host, top, merged) {
             let reason = was_merged(merged, base);
-            let remains = Remains::of(host, &journal, Some(chain), false)?;
-            let paths = remains.map(|remains| remains.paths(host)).transpose()?;
+            let obsolete = ObsoleteLayers::of(host, &journal, Some(chain), false)?;
+            let paths = obsolete.map(|obsolete| obsolete.paths(host)).transpose()?;
             return Ok(Some((reason, paths.unwrap_or_default())));
         }
     }

@@ -4,7 +4,7 @@ use crate::chain::{Chain, Layer};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::journal;
-use crate::journal::record::{BLOCK, Guard, Header, MAX_BLOCKS, Purpose, Spent, SpentKind};
+use crate::journal::record::{BLOCK, Guard, Header, MAX_BLOCKS, ObsoleteFile, ObsoleteKind, Purpose};
 use crate::stamp::Stamp;
 use crate::storage::Host;
 use crate::transfer::ask::Span;
@@ -79,13 +79,13 @@ fn owns_data_file(layer: &Layer) -> bool {
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn spent(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec<Spent>> {
+pub(crate) fn obsolete(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec<ObsoleteFile>> {
     let mut all = Vec::new();
     for (layer, is_marked) in layers {
-        let mut kind = if *is_marked { SpentKind::Marked } else { SpentKind::Unmarked };
+        let mut kind = if *is_marked { ObsoleteKind::Marked } else { ObsoleteKind::Unmarked };
         for file in stamps(host, layer)?.into_iter().take(if owns_data_file(layer) { 2 } else { 1 }) {
-            all.push(Spent { file, kind });
-            kind = SpentKind::DataFile;
+            all.push(ObsoleteFile { file, kind });
+            kind = ObsoleteKind::DataFile;
         }
     }
     Ok(all)
@@ -95,7 +95,7 @@ pub(crate) fn spent(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec<Sp
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn data_file(host: &dyn Host, layer: &Layer) -> Result<Vec<Spent>> {
+pub(crate) fn data_file(host: &dyn Host, layer: &Layer) -> Result<Vec<ObsoleteFile>> {
     let files = stamps(host, layer)?.into_iter().skip(1).filter(|_| owns_data_file(layer));
-    Ok(files.map(|file| Spent { file, kind: SpentKind::DataFile }).collect())
+    Ok(files.map(|file| ObsoleteFile { file, kind: ObsoleteKind::DataFile }).collect())
 }

@@ -1,6 +1,6 @@
 //! The end of a merge that was stopped behind the switch of its chain.
 
-use super::work::Left;
+use super::work::UnfinishedWork;
 use crate::chain::Chain;
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::Image;
@@ -24,8 +24,8 @@ pub(crate) fn end_left(
 ) -> Result<()> {
     let dir = options.journal_dir.as_deref();
     let Some(layer) = chain.layers().get(at) else { return Ok(()) };
-    let Some(left) = Left::find(host, layer, dir)? else { return Ok(()) };
-    if !left.is_switching() {
+    let Some(unfinished) = UnfinishedWork::find(host, layer, dir)? else { return Ok(()) };
+    if !unfinished.is_switching() {
         return Ok(());
     }
     let path = &layer.path;
@@ -39,19 +39,19 @@ pub(crate) fn end_left(
     let Some(FoundJournal { journal, last, .. }) = found else { return Ok(()) };
     let data = layer.image.as_qcow2().filter(|q| q.has_data_file()).map(|q| q.data_file().clone());
     let mut image = Image::open(path, file, layer.image.format(), data)?;
-    let left = left.reopened(journal, last);
-    let work = if left.is_ours() { Some(left.take_up(host, &mut image, false)?) } else { None };
+    let unfinished = unfinished.reopened(journal, last);
+    let work = if unfinished.is_ours() { Some(unfinished.take_up(host, &mut image, false)?) } else { None };
     // Read under the journal, which makes whole what a power cut has torn.
     let images = chain.images().into_iter().enumerate();
     let images: Vec<&Image> = images.map(|(n, layer)| if n == at { &image } else { layer }).collect();
-    if left.was_put_back(&images, at)? {
+    if unfinished.was_put_back(&images, at)? {
         return Err(Error::refused(path, Refusal::MergedDataLost));
     }
     if let Some(work) = work {
         work.release(&mut image)?;
     }
-    if let Some(remains) = left.remains(host, chain)? {
-        remains.settle(host, Some(chain), options, report)?;
+    if let Some(obsolete) = unfinished.obsolete_layers(host, chain)? {
+        obsolete.settle(host, Some(chain), options, report)?;
     }
-    left.discard(host)
+    unfinished.discard(host)
 }

@@ -6,7 +6,7 @@ pub(crate) mod describe;
 pub(crate) mod emptied;
 pub(crate) mod end;
 pub(crate) mod heal;
-pub(crate) mod remains;
+pub(crate) mod obsolete;
 pub(crate) mod samples;
 pub(crate) mod unfinished;
 pub(crate) mod work;

@@ -11,7 +11,7 @@ use crate::storage::{Access, Host};
 /// A merge that was stopped, or is under way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Pending {
+pub struct UnfinishedMerge {
     /// The image that takes the data.
     pub base: PathBuf,
     /// The uppermost layer that is merged.
@@ -37,7 +37,7 @@ pub struct Pending {
 ///
 /// # Errors
 /// The image cannot be opened, or the journal cannot be read.
-pub fn pending(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<Pending>> {
+pub fn unfinished_merge(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<UnfinishedMerge>> {
     let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
     Ok(found.filter(|found| found.last.is_some()).and_then(|found| of(&found.journal)))
@@ -60,13 +60,13 @@ pub(crate) fn is_switching(host: &dyn Host, chain: &Chain, dir: Option<&Path>) -
 }
 
 /// The merge that a journal is about, unless all of it is done.
-pub(crate) fn of(journal: &journal::Journal) -> Option<Pending> {
+pub(crate) fn of(journal: &journal::Journal) -> Option<UnfinishedMerge> {
     let (header, state) = (journal.header(), journal.state());
-    let removes = journal.spent().is_some();
+    let removes = journal.obsolete().is_some();
     if header.purpose != Purpose::Merge || (state.phase == Phase::Done && !removes) {
         return None;
     }
-    Some(Pending {
+    Some(UnfinishedMerge {
         base: header.base.clone(),
         top: header.top.clone(),
         active: header.active.clone(),

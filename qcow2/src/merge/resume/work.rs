@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use super::describe::stamps;
 use super::emptied;
-use super::remains::Remains;
+use super::obsolete::ObsoleteLayers;
 use super::samples;
 use super::unfinished;
-use super::unfinished::Pending;
+use super::unfinished::UnfinishedMerge;
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::features;
@@ -31,7 +31,7 @@ pub(crate) struct Work {
 
 /// What a work that was stopped has left.
 #[derive(Debug)]
-pub(crate) struct Left {
+pub(crate) struct UnfinishedWork {
     journal: Arc<Journal>,
     judgement: Judgement,
     /// Whether the image is marked dirty.
@@ -39,7 +39,7 @@ pub(crate) struct Left {
     last: Option<Record>,
 }
 
-impl Left {
+impl UnfinishedWork {
     /// Looks for the journal of a layer, whose file is held under lock, and judges it.
     ///
     /// # Errors
@@ -70,7 +70,7 @@ impl Left {
     /// Whether the stopped work explains the image, dirty bit and all.
     pub(crate) fn is_ours(&self) -> bool {
         match self.judgement.verdict {
-            JournalVerdict::Pending | JournalVerdict::Unsure | JournalVerdict::Finished => true,
+            JournalVerdict::Unfinished | JournalVerdict::Unsure | JournalVerdict::Finished => true,
             JournalVerdict::PutBack | JournalVerdict::Copied => self.is_dirty,
             JournalVerdict::Over | JournalVerdict::Foreign => false,
         }
@@ -78,14 +78,14 @@ impl Left {
 
     /// Whether it is certain that the image is as the stopped work has left it.
     pub(crate) fn is_certain(&self) -> bool {
-        self.judgement.verdict == JournalVerdict::Pending && !self.needs_proof()
+        self.judgement.verdict == JournalVerdict::Unfinished && !self.needs_proof()
     }
 
     /// Whether the image may be another one than the stopped work has left. The times of a file that was put back within
     /// the second after a kill do not tell, so without a dirty bit only those that are known do.
     pub(crate) fn is_doubtful(&self) -> bool {
         match self.judgement.verdict {
-            JournalVerdict::Pending => self.needs_proof() && !self.judgement.is_as_known,
+            JournalVerdict::Unfinished => self.needs_proof() && !self.judgement.is_as_known,
             JournalVerdict::Finished => false,
             _ => true,
         }
@@ -169,7 +169,7 @@ impl Left {
         match self.judgement.verdict {
             JournalVerdict::Foreign | JournalVerdict::PutBack => true,
             JournalVerdict::Copied => !has_bit && !self.judgement.is_as_known,
-            JournalVerdict::Pending | JournalVerdict::Unsure => {
+            JournalVerdict::Unfinished | JournalVerdict::Unsure => {
                 let is_device = targets.iter().any(|target| target.is_device);
                 // While data moves, the work itself writes to base after what it noted last.
                 self.is_switching() && !has_bit && !is_device && self.judgement.may_be_newer
@@ -222,9 +222,9 @@ impl Left {
     }
 
     /// The merge that was stopped.
-    pub(crate) fn pending(&self) -> Option<Pending> {
+    pub(crate) fn merge(&self) -> Option<UnfinishedMerge> {
         unfinished::of(&self.journal)
-            .filter(|pending| pending.is_removing || self.judgement.verdict != JournalVerdict::Over)
+            .filter(|unfinished| unfinished.is_removing || self.judgement.verdict != JournalVerdict::Over)
     }
 
     /// The files of layers that the work has merged, and that nobody has written to since: not all of them have room for
@@ -255,10 +255,10 @@ impl Left {
     ///
     /// # Errors
     /// The system's.
-    pub(crate) fn remains(&self, host: &dyn Host, chain: &Chain) -> Result<Option<Remains>> {
+    pub(crate) fn obsolete_layers(&self, host: &dyn Host, chain: &Chain) -> Result<Option<ObsoleteLayers>> {
         // What was merged into a base that was put back is nowhere else.
         let is_doubtful = self.judgement.verdict == JournalVerdict::Foreign || self.judgement.is_older;
-        Remains::of(host, &self.journal, Some(chain), is_doubtful)
+        ObsoleteLayers::of(host, &self.journal, Some(chain), is_doubtful)
     }
 
     /// The layers that are restore points no more.
@@ -288,7 +288,8 @@ impl Left {
             && then.layers.len() == wanted.layers.len()
             && then.layers.iter().zip(&wanted.layers).all(|(then, now)| then.is_unchanged(now))
             && (then.new_size, then.zero_until) == (wanted.new_size, wanted.zero_until);
-        let may = same && matches!(self.judgement.verdict, JournalVerdict::Pending | JournalVerdict::Unsure);
+        let may =
+            same && matches!(self.judgement.verdict, JournalVerdict::Unfinished | JournalVerdict::Unsure);
         (may && state.watermark > 0).then_some((state.watermark, state.done))
     }
 
@@ -341,7 +342,7 @@ impl Work {
         Ok(work)
     }
 
-    /// Begins a work on an image: makes the journal, and sets the dirty bit. `left` is what an earlier work
+    /// Begins a work on an image: makes the journal, and sets the dirty bit. `unfinished` is what an earlier work
     /// has left, which is taken over.
     ///
     /// # Errors
@@ -351,15 +352,15 @@ impl Work {
         image: &mut Image,
         mut header: Header,
         dir: Option<&Path>,
-        left: Option<&Left>,
+        unfinished: Option<&UnfinishedWork>,
     ) -> Result<Self> {
         let place = journal::place(host, image.path(), &**image.file(), dir, journal::JOURNAL)?;
-        let inherited = left.and_then(Left::lazy);
+        let inherited = unfinished.and_then(UnfinishedWork::lazy);
         if let (Guard::DirtyBit { lazy }, Some(inherited)) = (&mut header.guard, inherited) {
             *lazy = inherited;
         }
-        let old = left.map(|left| left.journal.path()).filter(|old| **old != *place.path());
-        if left.is_none_or(|left| *left.journal.path() != place.path())
+        let old = unfinished.map(|unfinished| unfinished.journal.path()).filter(|old| **old != *place.path());
+        if unfinished.is_none_or(|unfinished| *unfinished.journal.path() != place.path())
             && let Some((theirs, _)) = Journal::open(host, &place, Access::Read)?
             && theirs.is_held()
         {
@@ -370,8 +371,8 @@ impl Work {
         let begun = inherited.is_some() || (header.has_emptied && header.guard == Guard::Stamp);
         let make = if begun { Journal::take_over } else { Journal::create };
         let journal = Arc::new(make(host, &place, header)?);
-        if let (Some(_), Some(left)) = (old, left) {
-            left.journal.remove(host)?;
+        if let (Some(_), Some(unfinished)) = (old, unfinished) {
+            unfinished.journal.remove(host)?;
         }
         let work = Self::wrap(image, &journal, None)?;
         if let (Image::Qcow2(qcow2), Guard::DirtyBit { .. }) = (image, journal.header().guard)
@@ -465,7 +466,7 @@ impl Work {
             _ => self.journal.note(Phase::Done, state.watermark, state.done)?,
         }
         self.unwrap(image)?;
-        match self.journal.spent() {
+        match self.journal.obsolete() {
             Some(_) => self.journal.note(Phase::Removing, state.watermark, state.done),
             None => Ok(()),
         }
@@ -494,6 +495,6 @@ fn replace(image: &mut Image, file: Arc<dyn Storage>, data: Option<Arc<dyn Stora
 }
 
 /// The refusal for an image that somebody has written to since a merge into it was stopped.
-pub(crate) fn written_since(path: &Path, left: &Left) -> Error {
-    Error::refused(path, Refusal::WrittenSince { percent: left.percent() })
+pub(crate) fn written_since(path: &Path, unfinished: &UnfinishedWork) -> Error {
+    Error::refused(path, Refusal::WrittenSince { percent: unfinished.percent() })
 }

@@ -32,43 +32,43 @@ pub(crate) fn may_grow(image: &Qcow2, size: u64) -> bool {
 /// An I/O error, or tables that are damaged.
 pub(crate) fn empty(image: &mut Qcow2) -> Result<()> {
     let mut refcounts = Refcounts::load(image)?;
-    give_back(image, &refcounts, Table::InUse)?;
+    free_clusters(image, &refcounts, FreedTable::InUse)?;
     finish(image, &mut refcounts)
 }
 
 /// Whose L1 table it is that everything is given back of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Table {
+pub(crate) enum FreedTable {
     /// The one that the header on disk names.
     InUse,
     /// The one that the header on disk named before; `image` still knows that header.
-    Left,
+    Obsolete,
 }
 
 /// Gives back what the L1 table leads to, a piece of the table at a time.
 ///
 /// # Errors
 /// As [`empty`].
-pub(crate) fn give_back(image: &Qcow2, refcounts: &Refcounts, whose: Table) -> Result<()> {
+pub(crate) fn free_clusters(image: &Qcow2, refcounts: &Refcounts, whose: FreedTable) -> Result<()> {
     let size = image.geometry().l2_coverage().saturating_mul(u64::from(image.header().l1_entries));
     let mut at = GuestOffset::ZERO;
     while let Some(start) = image.next_table(at)? {
-        let mut released = Vec::new();
+        let mut freed = Vec::new();
         let mut end = start;
         // One L2 table after the other, until a piece is full.
-        while end.get() < size && released.len() < PIECE {
+        while end.get() < size && freed.len() < PIECE {
             let range = GuestRange { start: end, len: image.geometry().l2_coverage() };
-            image.for_each_l1(range, |_, entry| references(image, entry, &mut released))?;
+            image.for_each_l1(range, |_, entry| references(image, entry, &mut freed))?;
             end = range.end();
         }
-        if whose == Table::InUse {
+        if whose == FreedTable::InUse {
             let (first, last) = (image.geometry().l1_index(start), image.geometry().l1_index(end));
             let zeros = vec![0; (last - first) as usize * 8];
             image.write(image.header().l1_offset + first * 8, &zeros)?;
             image.barrier()?;
         }
-        released.sort_unstable();
-        refcounts.lower(image, &released)?;
+        freed.sort_unstable();
+        refcounts.lower(image, &freed)?;
         at = end;
     }
     image.barrier()

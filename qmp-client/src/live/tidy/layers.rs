@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use qcow2::chain::{Chain, OpenOptions};
 use qcow2::image::ImageFormat;
-use qcow2::retire::{Known, LeftBehind, can_be_emptied, empty_all_onto, mark_merged, remove, unused};
+use qcow2::retire::{Known, MergedLayers, can_be_emptied, empty_all_onto, mark_merged, remove, unused};
 use qcow2::storage::{FileId, OsHost};
 use qcow2::{Error, Refusal};
 
@@ -156,7 +156,7 @@ impl Tidy<'_> {
         }
         let must_go = must_go.filter(|_| !self.state().allow_stale);
         let active = active.map(|known| known.id);
-        let behind = LeftBehind { layers: &going, active, chain: ids, scan };
+        let behind = MergedLayers { layers: &going, active, chain: ids, scan };
         let done = empty_all_onto(&OsHost, &behind, Path::new(&base.file), format, &options, self.cancel);
         let results = match done {
             Ok(results) => results,

@@ -6,16 +6,16 @@ use crate::storage::{Boot, FileId};
 
 /// A file that nobody needs when the work is done, and that is removed then.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Spent {
+pub struct ObsoleteFile {
     /// The file as the work has left it.
     pub file: Stamp,
     /// What it is.
-    pub kind: SpentKind,
+    pub kind: ObsoleteKind,
 }
 
 /// What a file is that nobody needs any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SpentKind {
+pub enum ObsoleteKind {
     /// A layer that bears the mark of the merge.
     Marked,
     /// A layer whose header has no room for a mark.
@@ -84,7 +84,7 @@ impl Times {
     }
 }
 
-impl Spent {
+impl ObsoleteFile {
     pub(super) fn encode(&self, out: &mut ByteWriter) {
         self.file.encode(out);
         out.u8(self.kind as u8);
@@ -93,9 +93,9 @@ impl Spent {
     pub(super) fn decode(from: &mut ByteReader<'_>) -> Option<Self> {
         let file = Stamp::decode(from)?;
         let kind = match from.u8()? {
-            0 => SpentKind::Marked,
-            1 => SpentKind::Unmarked,
-            2 => SpentKind::DataFile,
+            0 => ObsoleteKind::Marked,
+            1 => ObsoleteKind::Unmarked,
+            2 => ObsoleteKind::DataFile,
             _ => return None,
         };
         Some(Self { file, kind })

@@ -1,7 +1,7 @@
 //! Files of merged layers that were to be removed when a merge was stopped.
 //!
 //! The merge has noted which, and how it left them, before anything else stopped to need them (see
-//! [`crate::journal::record::Record::spent`]). Only what is as it was noted is removed: the same file under the
+//! [`crate::journal::record::Record::obsolete`]). Only what is as it was noted is removed: the same file under the
 //! same name, with the mark of this merge, written by nobody since, held by nobody, used by no image.
 
 use std::io;
@@ -13,7 +13,7 @@ use crate::chain::{Chain, Search, find_users_in};
 use crate::error::{Error, FileOp, Result};
 use crate::image::Qcow2;
 use crate::journal::Journal;
-use crate::journal::record::{Phase, Purpose, Spent, SpentKind};
+use crate::journal::record::{ObsoleteFile, ObsoleteKind, Phase, Purpose};
 use crate::merge::options::CommitOptions;
 use crate::merge::report::Report;
 use crate::merge::switch::mark::{Known, mark};
@@ -25,13 +25,13 @@ use crate::storage::{
 
 /// What a stopped merge has left to be removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Remains {
+pub(crate) struct ObsoleteLayers {
     /// The image that the layers were merged into.
     base: PathBuf,
     /// To whom the journal belongs that says so.
     owner: Owner,
     /// The uppermost layer first, a data file behind its image.
-    files: Vec<Spent>,
+    files: Vec<ObsoleteFile>,
     /// Layers that are not to be removed, and may lack the last mark and the name of base: those that the merge has made
     /// empty overlays before it changed the chain.
     emptied: Vec<PathBuf>,
@@ -50,12 +50,12 @@ enum Fate {
 }
 
 /// The file of a layer, if it is there.
-fn stat_of(host: &dyn Host, spent: &Spent) -> Result<Option<FileStat>> {
-    let path = &spent.file.path;
+fn stat_of(host: &dyn Host, obsolete: &ObsoleteFile) -> Result<Option<FileStat>> {
+    let path = &obsolete.file.path;
     if_there(host.stat(path)).map_err(|e| Error::io(path, FileOp::Stat, None, e))
 }
 
-impl Remains {
+impl ObsoleteLayers {
     /// What the merge of a journal has left to be removed, if it has changed the chain: none of that is in `chain`, if there is one
     /// any more. `is_doubtful` tells that somebody has written to base meanwhile.
     ///
@@ -73,7 +73,7 @@ impl Remains {
         if journal.state().phase < Phase::Switching {
             return Ok(None);
         }
-        let Some(files) = journal.spent() else {
+        let Some(files) = journal.obsolete() else {
             if header.purpose != Purpose::Merge {
                 return Ok(None);
             }
@@ -90,8 +90,8 @@ impl Remains {
             let files = Vec::new();
             return Ok((!emptied.is_empty()).then_some(Self { base, owner, files, emptied, is_doubtful }));
         };
-        for spent in &files {
-            if stat_of(host, spent)?.is_some_and(|stat| layers.contains(&stat.id)) {
+        for obsolete in &files {
+            if stat_of(host, obsolete)?.is_some_and(|stat| layers.contains(&stat.id)) {
                 return Ok(None);
             }
         }
@@ -105,9 +105,9 @@ impl Remains {
     /// The system's.
     pub(crate) fn paths(&self, host: &dyn Host) -> Result<Vec<PathBuf>> {
         let mut paths = Vec::new();
-        for spent in &self.files {
-            if stat_of(host, spent)?.is_some() {
-                paths.push(spent.file.path.clone());
+        for obsolete in &self.files {
+            if stat_of(host, obsolete)?.is_some() {
+                paths.push(obsolete.file.path.clone());
             }
         }
         Ok(paths)
@@ -134,13 +134,13 @@ impl Remains {
         let shared = self.shared(host, chain, options)?;
         let mut keeps_layers = false;
         let mut keeps_image = false;
-        for spent in &self.files {
-            let path = &spent.file.path;
-            let is_image = spent.kind != SpentKind::DataFile;
+        for obsolete in &self.files {
+            let path = &obsolete.file.path;
+            let is_image = obsolete.kind != ObsoleteKind::DataFile;
             if !is_image && keeps_image {
                 continue;
             }
-            let verdict = match self.judge(host, spent, &shared, options)? {
+            let verdict = match self.judge(host, obsolete, &shared, options)? {
                 // Whoever uses the layer that is kept reads through those below it.
                 Fate::Certain(..) if is_image && keeps_layers => {
                     Fate::Kept("a layer above it is kept".to_owned())
@@ -173,8 +173,8 @@ impl Remains {
     /// Those of the files that images use which are not among them.
     fn shared(&self, host: &dyn Host, chain: Option<&Chain>, options: &CommitOptions) -> Result<Vec<FileId>> {
         let mut there: Vec<(&Path, FileId)> = Vec::new();
-        for spent in &self.files {
-            there.extend(stat_of(host, spent)?.map(|stat| (&*spent.file.path, stat.id)));
+        for obsolete in &self.files {
+            there.extend(stat_of(host, obsolete)?.map(|stat| (&*obsolete.file.path, stat.id)));
         }
         let targets: Vec<FileId> = there.iter().map(|(_, id)| *id).collect();
         if targets.is_empty() {
@@ -192,11 +192,11 @@ impl Remains {
     fn judge(
         &self,
         host: &dyn Host,
-        spent: &Spent,
+        obsolete: &ObsoleteFile,
         shared: &[FileId],
         options: &CommitOptions,
     ) -> Result<Fate> {
-        let path = &spent.file.path;
+        let path = &obsolete.file.path;
         let kept = |why: &str| Ok(Fate::Kept(why.to_owned()));
         let failed = |op| move |e| Error::io(path, op, None, e);
         let moved = || kept("its name leads to another file now");
@@ -214,7 +214,7 @@ impl Remains {
         if shared.contains(&stat.id) {
             return kept("another image uses it");
         }
-        if stat.id.inode != spent.file.id.inode {
+        if stat.id.inode != obsolete.file.id.inode {
             return moved();
         }
         if stat.kind != FileKind::Regular {
@@ -243,10 +243,10 @@ impl Remains {
             LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
         })?;
         may_be_unlocked(host, path, stat.id, &*file, Access::ReadWrite, options.open.no_locks)?;
-        if !spent.file.is_unwritten(&Stamp::of(host, path, &*file)?) {
+        if !obsolete.file.is_unwritten(&Stamp::of(host, path, &*file)?) {
             return kept("it was written to since the merge was stopped");
         }
-        if spent.kind == SpentKind::Marked && !self.is_marked(path, &*file)? {
+        if obsolete.kind == ObsoleteKind::Marked && !self.is_marked(path, &*file)? {
             return kept("it bears no mark of the merge");
         }
         Ok(Fate::Certain(place, file))
@@ -281,25 +281,28 @@ mod tests {
         host
     }
 
-    fn spent(host: &MemHost, path: &str, kind: SpentKind) -> Spent {
+    fn obsolete(host: &MemHost, path: &str, kind: ObsoleteKind) -> ObsoleteFile {
         let file = host.open(Path::new(path), Access::Read).unwrap();
-        Spent { file: Stamp::of(host, Path::new(path), &*file).unwrap(), kind }
+        ObsoleteFile { file: Stamp::of(host, Path::new(path), &*file).unwrap(), kind }
     }
 
     /// A layer and its data file, as a merge into `/vm/0` has left them.
-    fn noted(host: &MemHost) -> Vec<Spent> {
-        vec![spent(host, "/vm/1", SpentKind::Marked), spent(host, "/vm/1.data", SpentKind::DataFile)]
+    fn noted(host: &MemHost) -> Vec<ObsoleteFile> {
+        vec![
+            obsolete(host, "/vm/1", ObsoleteKind::Marked),
+            obsolete(host, "/vm/1.data", ObsoleteKind::DataFile),
+        ]
     }
 
     /// A journal of a merge into `/vm/0` that was stopped in `phase`.
-    fn stopped(host: &MemHost, phase: Phase, files: Vec<Spent>) -> Journal {
+    fn stopped(host: &MemHost, phase: Phase, files: Vec<ObsoleteFile>) -> Journal {
         let header = Header {
             nonce: 1,
             purpose: Purpose::Merge,
             max_blocks: 1,
             guard: Guard::Stamp,
             boot: None,
-            targets: vec![spent(host, "/vm/0", SpentKind::Unmarked).file],
+            targets: vec![obsolete(host, "/vm/0", ObsoleteKind::Unmarked).file],
             layers: Vec::new(),
             base: "/vm/0".into(),
             top: "/vm/1".into(),
@@ -314,22 +317,22 @@ mod tests {
         };
         let journal =
             Journal::create(host, &Place::of_new(host, Path::new("/vm/journal")).unwrap(), header).unwrap();
-        journal.set_spent(Some(files));
+        journal.set_obsolete(Some(files));
         journal.note(phase, 0, 0).unwrap();
         journal
     }
 
     /// What is removed and what is kept, if `change` happens to the files in between.
-    fn settle(host: &MemHost, files: Vec<Spent>, policy: Policy, change: impl Fn(&MemHost)) -> Report {
+    fn settle(host: &MemHost, files: Vec<ObsoleteFile>, policy: Policy, change: impl Fn(&MemHost)) -> Report {
         let journal = stopped(host, Phase::Removing, files);
         change(host);
         let options = OpenOptions { policy, ..OpenOptions::default() };
         let chain = Chain::open(host, Path::new("/vm/0"), &options).unwrap();
-        let remains = Remains::of(host, &journal, Some(&chain), false).unwrap().unwrap();
+        let obsolete = ObsoleteLayers::of(host, &journal, Some(&chain), false).unwrap().unwrap();
         let options = CommitOptions { open: options, delete: true, ..CommitOptions::default() };
         let mut report = Report::default();
-        remains.settle(host, Some(&chain), &options, &mut report).unwrap();
-        assert!(remains.paths(host).unwrap().iter().all(|path| !report.deleted.contains(path)));
+        obsolete.settle(host, Some(&chain), &options, &mut report).unwrap();
+        assert!(obsolete.paths(host).unwrap().iter().all(|path| !report.deleted.contains(path)));
         report
     }
 
@@ -400,7 +403,7 @@ mod tests {
             let host = merged("/vm/0");
             let journal = {
                 let journal = stopped(&host, Phase::Switching, Vec::new());
-                let layers = vec![spent(&host, "/vm/1", SpentKind::Marked).file];
+                let layers = vec![obsolete(&host, "/vm/1", ObsoleteKind::Marked).file];
                 let header = Header { layers, ..journal.header().clone() };
                 let place = Place::of_new(&host, Path::new("/vm/journal")).unwrap();
                 let journal = Journal::create(&host, &place, header).unwrap();
@@ -410,8 +413,8 @@ mod tests {
             host.give("/vm/journal", Owner { user, group: 7, mode: 0o600 }).unwrap();
             let options = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
             let chain = Chain::open(&host, Path::new("/vm/0"), &options).unwrap();
-            let remains = Remains::of(&host, &journal, Some(&chain), false).unwrap();
-            let emptied = remains.map_or_else(Vec::new, |remains| remains.emptied);
+            let obsolete = ObsoleteLayers::of(&host, &journal, Some(&chain), false).unwrap();
+            let emptied = obsolete.map_or_else(Vec::new, |obsolete| obsolete.emptied);
             assert_eq!(emptied == [Path::new("/vm/1")], is_believed, "{emptied:?}");
         }
     }
@@ -424,13 +427,13 @@ mod tests {
         let chain = Chain::open(&host, Path::new("/vm/1"), &options).unwrap();
         let journal = stopped(&host, Phase::Switching, files.clone());
         assert_eq!(
-            Remains::of(&host, &journal, Some(&chain), false).unwrap(),
+            ObsoleteLayers::of(&host, &journal, Some(&chain), false).unwrap(),
             None,
             "it is a layer of the chain yet"
         );
         let chain = Chain::open(&host, Path::new("/vm/0"), &options).unwrap();
         let journal = stopped(&host, Phase::Moving, files);
-        assert_eq!(Remains::of(&host, &journal, Some(&chain), false).unwrap(), None);
+        assert_eq!(ObsoleteLayers::of(&host, &journal, Some(&chain), false).unwrap(), None);
     }
 
     #[test]
@@ -439,10 +442,10 @@ mod tests {
         let journal = stopped(&host, Phase::Switching, noted(&host));
         let options = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
         let chain = Chain::open(&host, Path::new("/vm/0"), &options).unwrap();
-        let remains = Remains::of(&host, &journal, Some(&chain), true).unwrap().unwrap();
+        let obsolete = ObsoleteLayers::of(&host, &journal, Some(&chain), true).unwrap().unwrap();
         let options = CommitOptions { open: options, delete: true, ..CommitOptions::default() };
         let mut report = Report::default();
-        remains.settle(&host, Some(&chain), &options, &mut report).unwrap();
+        obsolete.settle(&host, Some(&chain), &options, &mut report).unwrap();
         assert!(why(&report).contains("written to base"), "{report:?}");
     }
 }
