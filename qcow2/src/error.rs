@@ -225,9 +225,11 @@ impl Error {
                 }
             }
             Self::Refused { reason, .. } => match reason {
-                Refusal::Dirty | Refusal::TornHeader | Refusal::CorruptBit | Refusal::Inconsistent { .. } => {
-                    ErrorKind::Damaged
-                }
+                Refusal::Dirty
+                | Refusal::TornHeader
+                | Refusal::TornTables
+                | Refusal::CorruptBit
+                | Refusal::Inconsistent { .. } => ErrorKind::Damaged,
                 _ => ErrorKind::Refused,
             },
             Self::Foreign { .. } => ErrorKind::Unsupported,

@@ -10,6 +10,7 @@ use qcow2::chain::{OpenOptions, open_data_file};
 use qcow2::check::{self, CheckOptions, CheckReport, Severity, Verdict};
 use qcow2::error::FileOp;
 use qcow2::image::{ImageFormat, Qcow2};
+use qcow2::merge;
 use qcow2::repair::{self, RepairMode, RepairPlan};
 use qcow2::storage::{Access, Host, LockError, LockMode, OsHost, Storage, may_be_unlocked};
 use qcow2::{Error, ErrorKind};
@@ -91,7 +92,9 @@ fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<CheckO
     }
     let cluster0 = Qcow2::read_cluster0(image, &*file)?;
     let data = open_data_file(&OsHost, image, &*file, &cluster0, options)?;
-    let data = data.as_ref().map(|(_, storage)| &**storage as &dyn Storage);
+    let data_file = data.as_ref().map(|(data, storage)| (&*data.path, &**storage as &dyn Storage));
+    merge::refuse_torn(&OsHost, image, &*file, data_file, cluster0.header.is_dirty())?;
+    let data = data_file.map(|(_, storage)| storage);
     let how = CheckOptions::default();
     let Some(what) = args.repair else {
         return check::check(image, &*file, data, &how).map(CheckOutcome::Checked).map(Some);

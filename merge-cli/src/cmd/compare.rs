@@ -24,8 +24,8 @@ pub(super) fn run(args: &CompareArgs, call: &Call, console: &Console) -> Result<
     let first_options = OpenOptions { lock: true, ..open::options(&args.open) };
     let second_format = args.second_format.map(ImageFormat::from);
     let second_options = OpenOptions { active_format: second_format, ..first_options.clone() };
-    let first = open::chain(&args.first, &first_options, call)?;
-    let second = open::chain(&args.second, &second_options, call)?;
+    let first = open::whole_chain(&args.first, &first_options, call)?;
+    let second = open::whole_chain(&args.second, &second_options, call)?;
     open::warn_unlocked(&[first.unlocked(), second.unlocked()].concat(), console);
     let (a, b) = (first.images(), second.images());
     let stop = Stop::on_signals(call)?;

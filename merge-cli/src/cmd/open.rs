@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use qcow2::chain::{Chain, OpenOptions, Policy};
 use qcow2::image::ImageFormat;
+use qcow2::merge;
 use qcow2::storage::OsHost;
 
 use crate::call::Call;
@@ -41,4 +42,9 @@ pub(super) fn warn_unlocked(layers: &[PathBuf], console: &Console) {
 /// Opens a chain for reading, without locks: what only looks works beside a running QEMU.
 pub(super) fn chain(active: &Path, options: &OpenOptions, call: &Call) -> Result<Chain, Failure> {
     Chain::open(&OsHost, active, options).map_err(|e| Failure::engine(&e, call))
+}
+
+/// Opens a chain whose bytes are read: what a power cut has torn in the middle of a merge is refused.
+pub(super) fn whole_chain(active: &Path, options: &OpenOptions, call: &Call) -> Result<Chain, Failure> {
+    merge::open_whole(&OsHost, active, options, None).map_err(|e| Failure::engine(&e, call))
 }

@@ -90,7 +90,7 @@ fn is_torn(path: &Path) -> bool {
 }
 
 fn torn(path: &Path, call: &Call) -> Hints {
-    let why = "a power cut has torn its header while it was changed; the same qmerge commit makes it whole";
+    let why = "the same qmerge commit makes it whole";
     let abort = Hint::command(HintKind::Abort, "to give the merge up", Command::qmerge(["abort"]).file(path));
     match call.verb {
         VerbName::Commit => Hints::from(abort).first(Hint::command(HintKind::Again, why, call.in_earnest())),
@@ -235,7 +235,7 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
         Refusal::Bitmaps { .. } => {
             allowed(HintKind::DropBitmaps, "if no backup needs them", call, &["--drop-bitmaps"]).into()
         }
-        Refusal::TornHeader => torn(path, call),
+        Refusal::TornHeader | Refusal::TornTables => torn(path, call),
         Refusal::Dirty | Refusal::CorruptBit | Refusal::Inconsistent { .. } => damaged(path, call),
         Refusal::HeaderRoom { .. } => {
             Hints::from(Hint::advice("give base a shorter name")).or(flatten("or make a new file", call))

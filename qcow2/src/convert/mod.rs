@@ -20,6 +20,7 @@ use crate::image::alloc::Allocator;
 use crate::image::create::{CreateOptions, NewImageLayout, dir_of, whole_sectors};
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, ImageFormat, Qcow2, Raw};
+use crate::merge::open_whole;
 use crate::storage::{Host, MemFile, Storage};
 use crate::transfer::{Job, Progress, Question, Run, Totals, Writer, Zeros};
 use target::Temporary;
@@ -111,7 +112,7 @@ impl Flatten {
         target::refuse_existing(&*host, output)?;
         let open =
             OpenOptions { lock: true, access: Default::default(), as_qemu: true, ..options.open.clone() };
-        let chain = Chain::open(&*host, active, &open)?;
+        let chain = open_whole(&*host, active, &open, None)?;
         let below = match &options.base {
             Some(name) => below(&*host, &chain, name, options.to)?,
             None => 0,

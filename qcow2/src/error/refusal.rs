@@ -112,6 +112,11 @@ pub enum Refusal {
         "a power cut has stopped a change of its header in the middle, and what the header says is neither old nor new"
     )]
     TornHeader,
+    /// A power cut has torn tables or data while a merge was under way, and only the merge's journal makes them whole.
+    #[error(
+        "a power cut has stopped a merge into it in the middle, and has torn what only that merge can make whole"
+    )]
+    TornTables,
     /// The corrupt bit is set.
     #[error("the image is marked corrupt")]
     CorruptBit,

@@ -100,7 +100,7 @@ impl Journal {
         let mut fresh = place.name().to_owned();
         fresh.push(NEW);
         let fresh = place.beside(fresh);
-        clear(host, &fresh)?;
+        clear(host, &fresh, &header)?;
         let file = fresh.create(host).map_err(failed(FileOp::Create))?;
         let journal = Self::with(host, place, file, header, bytes.len());
         journal.hold(host)?;
@@ -135,7 +135,7 @@ impl Journal {
     ) -> Result<Self> {
         let path = &place.path();
         let failed = |e| Error::io(path, FileOp::Create, None, e);
-        clear(host, place)?;
+        clear(host, place, &header)?;
         let bytes = header.encode().ok_or_else(|| failed(io::ErrorKind::InvalidFilename.into()))?;
         let file = place.create(host).map_err(failed)?;
         file.write_all_at(&bytes, 0).map_err(failed)?;
@@ -238,9 +238,13 @@ impl Journal {
         }
     }
 
-    /// Whether another process works under this journal.
-    pub(crate) fn is_held(&self) -> bool {
-        self.file.used_by_others().is_ok_and(|mode| mode.is_some())
+    /// Whether another process works under this journal. Where the file system has no locks, nobody is seen.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn is_held(&self) -> Result<bool> {
+        let mode = self.file.used_by_others().map_err(|e| Error::io(&self.path, FileOp::Lock, None, e))?;
+        Ok(mode.is_some())
     }
 
     /// The error for a journal under which another process works.
@@ -485,21 +489,34 @@ pub(super) fn sync_folder(host: &dyn Host, place: &Place) -> Result<()> {
     host.sync_folder(folder).map_err(|e| Error::barrier(folder.path(), e))
 }
 
-/// Removes what an earlier work has left at a place where a file is to be made.
+/// Removes what an earlier work has left at a place where the file of a journal is to be made: what belongs to the caller, to
+/// root, or to somebody who may write the journal's targets.
 ///
 /// # Errors
 /// [`Refusal::Stranger`] for a file that is not ours to remove; the system's.
-fn clear(host: &dyn Host, place: &Place) -> Result<()> {
+fn clear(host: &dyn Host, place: &Place, header: &Header) -> Result<()> {
     let path = place.path();
     let owner = match place.stat(host) {
         Ok(stat) => stat.owner,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(Error::io(&path, FileOp::Stat, None, e)),
     };
-    if ![0, host.user()].contains(&owner.user) {
+    let is_ours = [0, host.user()].contains(&owner.user);
+    if !is_ours && !may_speak_for_all(host, &owner, header)? {
         return Err(Error::refused(&path, Refusal::Stranger { file: path.clone(), user: owner.user }));
     }
     place.unlink(host).map_err(|e| Error::io(&path, FileOp::Remove, None, e))
+}
+
+/// Whether a file of `owner` counts for each target of a journal.
+fn may_speak_for_all(host: &dyn Host, owner: &Owner, header: &Header) -> Result<bool> {
+    for target in &header.targets {
+        let stat = host.stat(&target.path).map_err(|e| Error::io(&target.path, FileOp::Stat, None, e))?;
+        if !owner.may_speak_for(&stat.owner, host.user()) {
+            return Ok(false);
+        }
+    }
+    Ok(!header.targets.is_empty())
 }
 
 #[cfg(test)]

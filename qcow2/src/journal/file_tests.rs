@@ -62,6 +62,26 @@ fn a_new_journal_takes_the_place_of_an_old_one() {
     assert!(Journal::open(&host, &at(&host, "/y.journal"), Access::Read).unwrap().is_none());
 }
 
+/// What was left of a journal by who may write the image does not keep root from making one.
+#[test]
+fn what_the_owner_of_the_image_has_left_is_in_nobody_s_way() {
+    for (user, is_removed) in [(7, true), (8, false)] {
+        let host = MemHost::new();
+        for target in &header().targets {
+            host.add(&target.path, b"").unwrap();
+            host.give(&target.path, Owner { user: 7, group: 7, mode: 0o600 }).unwrap();
+        }
+        host.add("/x.journal.new", b"left by a kill").unwrap();
+        host.give("/x.journal.new", Owner { user, group: 7, mode: 0o600 }).unwrap();
+        let made = Journal::create(&host, &at(&host, "/x.journal"), header());
+        match made {
+            Ok(_) => assert!(is_removed),
+            Err(Error::Refused { reason: Refusal::Stranger { user: 8, .. }, .. }) => assert!(!is_removed),
+            Err(e) => panic!("{e}"),
+        }
+    }
+}
+
 #[test]
 fn records_do_not_reach_into_each_other() {
     let host = MemHost::new();

@@ -190,7 +190,7 @@ fn torn_under_a_journal(
     let Some(found) = find(host, path, file, dir, Access::Read, JOURNAL)? else { return Ok(None) };
     let FoundJournal { journal, last: Some(last), .. } = &found else { return Ok(None) };
     // Somebody works under it, and the image is as that somebody has it.
-    if last.target != 0 || journal.is_held() {
+    if last.target != 0 || journal.is_held()? {
         return Ok(None);
     }
     let failed = |e| Error::io(path, FileOp::Read, Some(0), e);

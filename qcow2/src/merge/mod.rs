@@ -29,5 +29,6 @@ pub use plan::{Afterwards, BeginsAnew, DataFileFate, Kept, Plan, PlannedDataFile
 pub use report::Report;
 pub use resume::abort::{Aborted, abort};
 pub use resume::heal::heal;
+pub use resume::torn::{open_whole, refuse_torn};
 pub use resume::unfinished::{UnfinishedMerge, unfinished_merge};
 pub use settled::{Finish, Nothing, Prepared, Settled};

@@ -14,8 +14,8 @@ use super::plan::{BeginsAnew, Resumed};
 use super::removal::Gone;
 use super::resume::before::{self, Before};
 use super::resume::describe::describe;
-use super::resume::heal::refuse_torn;
 use super::resume::obsolete::ObsoleteLayers;
+use super::resume::torn::{refuse_torn_header, refuse_torn_tables};
 use super::resume::work;
 use super::settled::{Done, Finish, Nothing, Prepared, Settled, Unfinished, obsolete_of};
 use super::stack::Stack;
@@ -38,7 +38,7 @@ impl Commit {
     /// [`heal`](super::heal()).
     ///
     /// # Errors
-    /// [`Refusal::TornHeader`]; what [`Chain::open`] reports; [`Error::Usage`] for layers that are not there or in the wrong
+    /// [`Refusal::TornHeader`]; [`Refusal::TornTables`] of a layer below base; what [`Chain::open`] reports; [`Error::Usage`] for layers that are not there or in the wrong
     /// order; [`Error::Refused`] for every safety rule; [`Error::NoSpace`]; [`Error::Cancelled`].
     pub fn prepare(
         host: Arc<dyn Host>,
@@ -51,7 +51,8 @@ impl Commit {
         }
         let dir = options.journal_dir.as_deref();
         let unlocked = OpenOptions { lock: false, ..options.open.clone() };
-        let scout = Chain::open_after(&*host, active, &unlocked, &|path| refuse_torn(&*host, path, dir))?;
+        let scout =
+            Chain::open_after(&*host, active, &unlocked, &|path| refuse_torn_header(&*host, path, dir))?;
         // However often it is stopped, the same merge is known by the index that was asked for.
         let asked = options.top.as_deref().and_then(index);
         let meant = match before::look(&*host, &scout, options)? {
@@ -97,6 +98,9 @@ impl Commit {
         cancel: &AtomicBool,
     ) -> Result<Prepared> {
         let unfinished = before::find_unfinished(&*host, &mut chain, span, options)?;
+        // They are read where layers above them hold a part of a cluster.
+        let below = chain.layers().get(..span.base).unwrap_or_default();
+        refuse_torn_tables(&*host, below, options.journal_dir.as_deref())?;
         let stack = Stack::of(&chain, span)?;
         safety::layers(&stack, options, &|at| unfinished.is_ours(at, span))?;
         let merged = unfinished

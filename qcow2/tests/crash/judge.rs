@@ -9,7 +9,7 @@ use qcow2::chain::Chain;
 use qcow2::chain::view::View;
 use qcow2::check::{CheckOptions, check};
 use qcow2::image::ClusterCache;
-use qcow2::merge::{Commit, CommitOptions, Prepared, Report, Silent, abort, heal};
+use qcow2::merge::{BaseChoice, Commit, CommitOptions, Prepared, Report, Silent, abort, heal, open_whole};
 use qcow2::storage::sim::{Cut, State};
 use qcow2::storage::{Access, Host, MemHost};
 use qcow2::units::GuestOffset;
@@ -74,7 +74,62 @@ impl<'a> Judge<'a> {
 
     /// Judges a state in which sectors may hold garbage: it need not be sound before it was recovered.
     pub(crate) fn damaged(&self, state: &State) -> Judged {
-        caught(|| self.again(state))
+        caught(|| {
+            self.read_or_refused(state)?;
+            self.again(state)
+        })
+    }
+
+    /// Whoever opens the chain only to read it, as flatten does, reads what the guest wrote, or is refused.
+    fn read_or_refused(&self, state: &State) -> Judged {
+        if self.is_gone(state, self.scenario.active()) {
+            return Ok(());
+        }
+        match self.read_whole(&state.host()) {
+            Ok(shown) => self.is_seen(&shown).map_err(|what| format!("read as it lies: {what}")),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// What the active image shows to whoever reads no journal.
+    fn read_whole(&self, host: &dyn Host) -> Result<Vec<u8>> {
+        let options = self.scenario.options();
+        let active = self.scenario.path(self.scenario.active());
+        let chain = open_whole(host, active, &options.open, options.journal_dir.as_deref())?;
+        let images = chain.images();
+        let view = View::new(&images, 0, chain.active());
+        let mut bytes = vec![0xdd; view.size() as usize];
+        view.read(GuestOffset::ZERO, &mut bytes, &mut ClusterCache::new())?;
+        Ok(bytes)
+    }
+
+    /// Whether that is what the guest wrote.
+    fn is_seen(&self, shown: &[u8]) -> Judged {
+        let expected = &self.seen[self.scenario.active()];
+        match shown.iter().zip(expected).position(|(is, was)| is != was) {
+            Some(at) => Err(format!("the guest's bytes differ at {at}")),
+            None => Ok(()),
+        }
+    }
+
+    /// Judges the merge of the active image into the layer below it, in the middle of another merge. Says whether it was
+    /// done.
+    pub(crate) fn merged_above(&self, state: &State) -> std::result::Result<bool, String> {
+        let host = disk(self.scenario, state);
+        if self.is_gone(state, self.scenario.active()) {
+            return Ok(false);
+        }
+        let shallow =
+            CommitOptions { base: BaseChoice::Shallow, top: None, delete: false, ..self.scenario.options() };
+        let merged = merge_with(self.scenario, &shallow, Arc::new(host.clone()));
+        let after = |what: &str| format!("{what} after {merged:?}");
+        match self.read_whole(&host) {
+            Ok(shown) => self.is_seen(&shown).map_err(|what| after(&what))?,
+            Err(e) if merged.is_ok() => return Err(after(&e.to_string())),
+            // The power cut has left it like that.
+            Err(_) => {}
+        }
+        Ok(merged.is_ok())
     }
 
     /// Judges what is left when the merge is given up: base is sound, and the same merge can be begun anew.

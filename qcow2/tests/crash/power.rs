@@ -127,6 +127,40 @@ fn a_merge_that_a_power_cut_has_stopped_can_be_given_up() {
     all("power cuts, then given up", some, |scenario, seed| cut_and_give_up(scenario, seed, tier));
 }
 
+/// Of what a power cut leaves, the active image is merged into the layer below it.
+fn cut_and_merge_above(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
+    let judge = Judge::new(scenario);
+    let mut outcome = Outcome::default();
+    let disk = match undisturbed(&judge) {
+        Ok(disk) => disk,
+        Err(what) => {
+            outcome.fail(what);
+            return outcome;
+        }
+    };
+    let few = Cuts { exhaustive: 2, listed: 1, random: 1, ..cuts(seed, tier) };
+    let mut done = 0;
+    outcome.states =
+        power_cuts(disk.start(), &disk.log(), &few, |cut| match judge.merged_above(&cut.state) {
+            Ok(is_done) => done += u64::from(is_done),
+            Err(what) => outcome.fail(format!("seed {seed}: {cut}: {what}")),
+        });
+    if done == 0 {
+        outcome.fail("it is never done".into());
+    }
+    outcome
+}
+
+#[test]
+fn a_merge_above_one_that_a_power_cut_has_stopped_loses_nothing() {
+    let tier = tier();
+    let is_deep = |scenario: &Scenario| {
+        scenario.name.starts_with("recorded") && scenario.layers.len() > 2 && scenario.base == 0
+    };
+    let some = scenarios::some(tier, 1).into_iter().filter(is_deep).collect();
+    all("power cuts, then merged above", some, |scenario, seed| cut_and_merge_above(scenario, seed, tier));
+}
+
 /// What a power cut leaves is merged again, and the power is cut in the midst of that.
 fn cut_twice(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
     let judge = Judge::new(scenario);

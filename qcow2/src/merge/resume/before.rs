@@ -8,8 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::describe::stamp;
-use super::heal::refuse_torn;
 use super::obsolete::ObsoleteLayers;
+use super::torn::refuse_torn_header;
 use super::unfinished;
 use super::work;
 use super::work::{UnfinishedWork, Work};
@@ -274,7 +274,7 @@ fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Opt
         Err(not_found) => {
             // A layer that was merged is not in the chain any more.
             let path = Path::new(top);
-            refuse_torn(host, path, options.journal_dir.as_deref())?;
+            refuse_torn_header(host, path, options.journal_dir.as_deref())?;
             let opened = if_there(host.open(path, Access::Read));
             let Some(file) = opened.map_err(|e| Error::io(path, FileOp::Open, None, e))? else {
                 return Err(not_found);

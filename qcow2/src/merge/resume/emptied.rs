@@ -13,41 +13,59 @@ use crate::image::rewrite;
 use crate::journal::{Edit, edit_headers};
 use crate::merge::options::CommitOptions;
 use crate::merge::report::Report;
-use crate::merge::switch::mark::Known;
 use crate::merge::switch::relink;
-use crate::storage::{Access, FileKind, Host, LockMode, Storage};
+use crate::storage::{
+    Access, FileKind, Host, LockError, LockMode, Owner, Place, Storage, leads_nowhere, may_be_unlocked,
+};
 use crate::units::GuestOffset;
 
 /// Gives the image at `path` base as its backing file, and the last mark. Only an image that bears the first mark of this
-/// merge and holds nothing is written: whatever it names then, it shows the same. `chain` has base, if there is one.
+/// merge and holds nothing is written: whatever it names then, it shows the same. And only one that the journal's `owner`
+/// could have written. `chain` has base, if there is one.
 ///
 /// # Errors
 /// [`Error::InUse`]; the system's.
 pub(crate) fn finish(
     host: &dyn Host,
     path: &Path,
+    owner: &Owner,
     base: &Path,
     chain: Option<&Chain>,
     options: &CommitOptions,
     report: &mut Report,
 ) -> Result<()> {
-    let (stat, real) = match host.canonicalize(path).and_then(|real| Ok((host.stat(&real)?, real))) {
+    let failed = |op| move |e| Error::io(path, op, None, e);
+    // It was noted by a path without links.
+    let place = match Place::at(host, path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        found => found.map_err(|e| Error::io(path, FileOp::Stat, None, e))?,
+        Err(e) if leads_nowhere(&e) && host.canonicalize(path).is_ok() => return Ok(()),
+        place => place.map_err(failed(FileOp::Resolve))?,
+    };
+    let stat = match place.stat(host) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        stat => stat.map_err(failed(FileOp::Stat))?,
     };
     let is_file = matches!(stat.kind, FileKind::Regular | FileKind::Block);
-    if real != path || !is_file || !options.open.policy.allows(host, path) {
+    let is_believed = owner.may_speak_for(&stat.owner, host.user());
+    if !is_file || !is_believed || !options.open.policy.allows(host, path) {
         return Ok(());
     }
     let mut magic = [0; 4];
-    let look = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
-    look.read_exact_or_zero(&mut magic, 0).map_err(|e| Error::io(path, FileOp::Read, Some(0), e))?;
+    let look = place.open(host, Access::Read).map_err(failed(FileOp::Open))?;
+    look.read_exact_or_zero(&mut magic, 0).map_err(failed(FileOp::Read))?;
     if !is_qcow2(&magic) || !is_marked(&Qcow2::read_cluster0(path, &*look)?, base) {
         return Ok(());
     }
     drop(look);
-    let known = Known { no_locks: options.open.no_locks, ..Known::now(host, path)? };
-    let file = known.open(host, LockMode::Write)?;
+    let file = place.open(host, Access::ReadWrite).map_err(failed(FileOp::Open))?;
+    if file.stat().map_err(failed(FileOp::Stat))?.id != stat.id {
+        return Ok(());
+    }
+    file.lock(LockMode::Write).map_err(|e| match e {
+        LockError::Held { .. } => Error::InUse { path: path.to_owned(), holders: host.holders(stat.id) },
+        LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
+    })?;
+    may_be_unlocked(host, path, stat.id, &*file, Access::ReadWrite, options.open.no_locks)?;
     // Its tables tell whether it is empty: its data file need not be opened.
     let image = Qcow2::open(path, file.clone(), Some(file))?;
     if image.header().is_dirty()

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
 use crate::chain::{Chain, OpenOptions};
-use crate::error::{Error, Refusal, Result};
+use crate::error::{Error, Result};
 use crate::journal;
 use crate::merge::options::CommitOptions;
 use crate::storage::{Host, leads_nowhere};
@@ -15,7 +15,7 @@ use crate::storage::{Host, leads_nowhere};
 ///
 /// # Errors
 /// What [`Chain::open`] reports; [`Error::InUse`] if there is something to do and somebody holds the image;
-/// [`Refusal::JournalOfAnother`]; [`Refusal::JournalVersion`].
+/// [`Refusal::JournalOfAnother`](crate::Refusal::JournalOfAnother); [`Refusal::JournalVersion`](crate::Refusal::JournalVersion).
 pub fn heal(host: &dyn Host, active: &Path, options: &CommitOptions) -> Result<Vec<PathBuf>> {
     if host.stat(active).is_err_and(|e| leads_nowhere(&e)) {
         // Prepare says so, or knows that it was removed.
@@ -37,15 +37,4 @@ pub fn heal(host: &dyn Host, active: &Path, options: &CommitOptions) -> Result<V
         heal_one(Path::new(top))?;
     }
     Ok(healed.into_inner())
-}
-
-/// Refuses an image whose header a power cut has torn: what it says is neither old nor new.
-///
-/// # Errors
-/// [`Refusal::TornHeader`]; those of looking.
-pub(crate) fn refuse_torn(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<()> {
-    match journal::is_torn_header(host, path, dir)? {
-        true => Err(Error::refused(path, Refusal::TornHeader)),
-        false => Ok(()),
-    }
 }

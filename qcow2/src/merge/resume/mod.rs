@@ -8,5 +8,6 @@ pub(crate) mod end;
 pub(crate) mod heal;
 pub(crate) mod obsolete;
 pub(crate) mod samples;
+pub(crate) mod torn;
 pub(crate) mod unfinished;
 pub(crate) mod work;

@@ -126,7 +126,7 @@ impl ObsoleteLayers {
         report: &mut Report,
     ) -> Result<()> {
         for path in self.emptied.iter().filter(|_| !self.is_doubtful) {
-            emptied::finish(host, path, &self.base, chain, options, report)?;
+            emptied::finish(host, path, &self.owner, &self.base, chain, options, report)?;
         }
         if self.files.is_empty() {
             return Ok(());

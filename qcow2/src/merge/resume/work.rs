@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::describe::stamps;
 use super::emptied;
 use super::obsolete::ObsoleteLayers;
 use super::samples;
@@ -39,30 +38,62 @@ pub(crate) struct UnfinishedWork {
     last: Option<Record>,
 }
 
+/// An image of which a stopped work is looked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FoundImage<'a> {
+    pub(super) path: &'a Path,
+    pub(super) file: &'a dyn Storage,
+    /// Its external data file, if it has one.
+    pub(super) data: Option<(&'a Path, &'a dyn Storage)>,
+    pub(super) access: Access,
+    /// Whether it is marked dirty.
+    pub(super) is_dirty: bool,
+}
+
 impl UnfinishedWork {
     /// Looks for the journal of a layer, whose file is held under lock, and judges it.
     ///
     /// # Errors
     /// The system's.
     pub(crate) fn find(host: &dyn Host, layer: &Layer, dir: Option<&Path>) -> Result<Option<Self>> {
-        let file = &**layer.image.file();
-        let found = journal::find(host, &layer.path, file, dir, layer.access, journal::JOURNAL)?;
+        let data = match (&layer.data_file, layer.image.as_qcow2()) {
+            (Some(data), Some(image)) => Some((&*data.path, &**image.data_file())),
+            _ => None,
+        };
+        let found = FoundImage {
+            path: &layer.path,
+            file: &**layer.image.file(),
+            data,
+            access: layer.access,
+            is_dirty: is_dirty(&layer.image),
+        };
+        Self::of(host, &found, dir)
+    }
+
+    /// As [`UnfinishedWork::find`], for an image that need not be a layer of a chain.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn of(host: &dyn Host, image: &FoundImage<'_>, dir: Option<&Path>) -> Result<Option<Self>> {
+        let FoundImage { path, file, data, access, is_dirty } = *image;
+        let found = journal::find(host, path, file, dir, access, journal::JOURNAL)?;
         let Some(FoundJournal { journal, last, .. }) = found else { return Ok(None) };
         // What it holds is written to the data file, too.
-        if let (Some(data), Some(image)) = (&layer.data_file, layer.image.as_qcow2()) {
-            let stat = image.data_file().stat().map_err(|e| Error::io(&data.path, FileOp::Stat, None, e))?;
+        if let Some((data_path, data)) = data {
+            let stat = data.stat().map_err(|e| Error::io(data_path, FileOp::Stat, None, e))?;
             if !journal.owner()?.may_speak_for(&stat.owner, host.user()) {
                 return Ok(None);
             }
         }
-        if journal.is_held() {
+        if journal.is_held()? {
             return Err(journal.in_use(host));
         }
-        let is_dirty = is_dirty(&layer.image);
-        let data =
-            layer.image.as_qcow2().filter(|image| image.has_data_file()).map(|image| &**image.data_file());
-        let files = [Some(file), data].into_iter().flatten().collect();
-        let now = Now { stamps: stamps(host, layer)?, files, dirty: Some(is_dirty) };
+        let mut stamps = vec![Stamp::of(host, path, file)?];
+        if let Some((data_path, data)) = data {
+            stamps.push(Stamp::of(host, data_path, data)?);
+        }
+        let files = [Some(file), data.map(|(_, data)| data)].into_iter().flatten().collect();
+        let now = Now { stamps, files, dirty: Some(is_dirty) };
         let judgement = journal::judge(host, &journal, last.as_ref(), &now)?;
         Ok(Some(Self { journal: Arc::new(journal), judgement, is_dirty, last }))
     }
@@ -74,6 +105,11 @@ impl UnfinishedWork {
             JournalVerdict::PutBack | JournalVerdict::Copied => self.is_dirty,
             JournalVerdict::Over | JournalVerdict::Foreign => false,
         }
+    }
+
+    /// Whether a power cut has torn what the last record is to write again: until then the image does not show what it should.
+    pub(crate) fn is_torn(&self) -> bool {
+        self.is_ours() && self.judgement.replays && self.judgement.is_torn
     }
 
     /// Whether it is certain that the image is as the stopped work has left it.
@@ -362,7 +398,7 @@ impl Work {
         let old = unfinished.map(|unfinished| unfinished.journal.path()).filter(|old| **old != *place.path());
         if unfinished.is_none_or(|unfinished| *unfinished.journal.path() != place.path())
             && let Some((theirs, _)) = Journal::open(host, &place, Access::Read)?
-            && theirs.is_held()
+            && theirs.is_held()?
         {
             return Err(theirs.in_use(host));
         }

@@ -1,0 +1,71 @@
+//! What a power cut has torn while a merge was under way, and only the merge's journal tells: who reads the image without it
+//! reads something else than the guest wrote.
+
+use std::path::Path;
+
+use super::work::{FoundImage, UnfinishedWork};
+use crate::chain::{Chain, Layer, OpenOptions};
+use crate::error::{Error, Refusal, Result};
+use crate::journal;
+use crate::storage::{Access, Host, Storage};
+
+/// Opens a chain that is to be read without the journals of merges that were stopped.
+///
+/// # Errors
+/// [`Refusal::TornHeader`], [`Refusal::TornTables`]: the merge must be finished or given up first; what [`Chain::open`]
+/// reports.
+pub fn open_whole(
+    host: &dyn Host,
+    active: &Path,
+    options: &OpenOptions,
+    dir: Option<&Path>,
+) -> Result<Chain> {
+    let chain = Chain::open_after(host, active, options, &|path| refuse_torn_header(host, path, dir))?;
+    refuse_torn_tables(host, chain.layers(), dir)?;
+    Ok(chain)
+}
+
+/// Refuses an image that is to be read, or repaired, without the journal of a merge that was stopped. `data` is its external
+/// data file.
+///
+/// # Errors
+/// As [`open_whole`].
+pub fn refuse_torn(
+    host: &dyn Host,
+    path: &Path,
+    file: &dyn Storage,
+    data: Option<(&Path, &dyn Storage)>,
+    is_dirty: bool,
+) -> Result<()> {
+    let image = FoundImage { path, file, data, access: Access::Read, is_dirty };
+    refuse(path, UnfinishedWork::of(host, &image, None)?)
+}
+
+/// Refuses an image whose header a power cut has torn: what it says is neither old nor new.
+///
+/// # Errors
+/// [`Refusal::TornHeader`]; those of looking.
+pub(crate) fn refuse_torn_header(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<()> {
+    match journal::is_torn_header(host, path, dir)? {
+        true => Err(Error::refused(path, Refusal::TornHeader)),
+        false => Ok(()),
+    }
+}
+
+/// Refuses layers of which a power cut has torn what the journal of a merge is to write again.
+///
+/// # Errors
+/// [`Refusal::TornTables`]; [`Error::InUse`] if the merge is under way; the system's.
+pub(crate) fn refuse_torn_tables(host: &dyn Host, layers: &[Layer], dir: Option<&Path>) -> Result<()> {
+    for layer in layers {
+        refuse(&layer.path, UnfinishedWork::find(host, layer, dir)?)?;
+    }
+    Ok(())
+}
+
+fn refuse(path: &Path, work: Option<UnfinishedWork>) -> Result<()> {
+    match work.is_some_and(|work| work.is_torn()) {
+        true => Err(Error::refused(path, Refusal::TornTables)),
+        false => Ok(()),
+    }
+}
