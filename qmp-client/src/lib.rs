@@ -76,10 +76,10 @@ pub use live::discover::{
 pub use live::machine::{Machine, Settled};
 pub use live::outline::{Outline, OutlineLayer, Relink};
 pub use live::plan::{
-    Amounts, DataFate, End, Leaves, Nothing, Obstacle, Plan, Planned, Prepared, Request, Room,
+    DataFate, End, Leaves, Nothing, Obstacle, Plan, Planned, PlannedBytes, Prepared, Request, Room,
 };
 pub use live::recover::{Deed, Fact, Finding, Found, Next, Recovery, Trouble};
-pub use live::run::{Copying, Driver, Ended, Event as RunEvent, How, Left, Run, Step, Stopped};
+pub use live::run::{AfterFailure, Copying, Driver, Ended, Event as RunEvent, How, Run, Step, Stopped};
 pub use live::tidy::{Tidied, TidyOptions};
 pub use live::verdict::{Compared, Doubt, Header, Leads, Seen, Treated, Verdict};
 pub use live::{Hindrance, Merge, Throttle, Wishes};
@@ -93,6 +93,6 @@ pub use qmp::monitors::{is_machine, monitor_of};
 pub use qmp::naming::{Named, words_naming};
 pub use qmp::owner::Owner;
 pub use state::{
-    FileIdentity, Kind, Phase, Qemu, Rename, State, StateFile, StateLayer, Throttled, find_states, states_in,
-    states_of, sweep,
+    FileIdentity, Kind, Phase, Qemu, RecordedRelink, State, StateFile, StateLayer, Throttled, find_states,
+    states_in, states_of, sweep,
 };

@@ -48,7 +48,7 @@ fn images_are_changed_only_with_the_leave_of_the_judge() {
         ("empty_all_onto", &["live/tidy/layers.rs"][..]),
         ("mark_merged", &["live/tidy/layers.rs"]),
         ("remove(&OsHost", &["live/tidy/layers.rs"]),
-        ("opened.point_back", &["live/recover/act.rs"]),
+        ("opened.relink_back", &["live/recover/act.rs"]),
         ("Interrupted::open", &["live/recover/evidence.rs"]),
         ("Switched::noted", &["live/run/driver.rs"]),
         ("Switched::seen_in", &["live/machine.rs"]),
@@ -75,7 +75,7 @@ fn a_leave_is_made_by_the_judge_alone() {
     for leave in ["struct NotSwitched<'s>(&'s State);", "struct Switched<'s>(&'s State);"] {
         assert!(judge.contains(leave), "{leave}");
     }
-    assert!(judge.contains("struct PointBack<'s> {\n    state: &'s State,"));
+    assert!(judge.contains("struct RelinkBack<'s> {\n    state: &'s State,"));
     for (name, text) in sources(&src("qmp-client")) {
         let asks = says(&text, ".judge") || text.contains(".judge(");
         let may = name.starts_with("live/verdict/") || name.starts_with("fuzzing/");

@@ -182,7 +182,7 @@ impl Interrupted {
     /// # Errors
     /// [`Error::Refused`] for an overlay that names anything but base, a name that does not lead to top, or a
     /// header without room; then nothing was changed. An I/O error: it names the one or the other.
-    pub fn point_back(&mut self, host: &dyn Host, name: &str) -> Result<()> {
+    pub fn relink_back(&mut self, host: &dyn Host, name: &str) -> Result<()> {
         let top = self.chain.layers().last().map(|layer| (layer.id, layer.image.format()));
         let (Some(overlay), Some((top, format))) = (&mut self.overlay, top) else {
             return Err(Error::Broken { invariant: "only an overlay that was found is relinked" });

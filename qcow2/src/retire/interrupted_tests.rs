@@ -107,9 +107,9 @@ fn a_base_that_holds_everything_is_told_from_one_that_lost_it() {
         assert!(found.is_some() || !visible, "seed {seed}: the loss was not found");
         lost += u32::from(found.is_some());
         let mut opened = case.open(&case.host).unwrap();
-        opened.point_back(&case.host, &case.old_name).unwrap();
+        opened.relink_back(&case.host, &case.old_name).unwrap();
         assert_eq!(opened.backing(), BackingIs::Top, "seed {seed}");
-        let again = opened.point_back(&case.host, &case.old_name).unwrap_err();
+        let again = opened.relink_back(&case.host, &case.old_name).unwrap_err();
         assert!(again.to_string().contains("not the base"), "{again}");
         drop(opened);
         assert!(see(&case.host, case.active()) == case.model, "seed {seed}: the old chain is not back");
@@ -125,7 +125,7 @@ fn no_power_cut_leaves_an_overlay_that_names_neither() {
         case.lose_base();
         let lost = see(&case.host, case.active());
         let disk = SimHost::over(&case.host);
-        case.open(&disk).unwrap().point_back(&disk, &case.old_name).unwrap();
+        case.open(&disk).unwrap().relink_back(&disk, &case.old_name).unwrap();
         let (log, overlay) = (disk.log(), disk.start().inode(&case.paths[case.top + 1]));
         let elsewhere = |file: u64| Some(file) != overlay;
         assert!(!log.iter().any(|op| op.changed_file().is_some_and(elsewhere)), "seed {seed}");
@@ -163,7 +163,7 @@ fn what_is_not_as_it_was_is_refused() {
     put(&case.host, &top.path, &local(), &[(GuestOffset::ZERO, vec![9; 512])]).unwrap();
     assert!(is_refused(open(&merged, &base)), "a merged layer was written to");
     let mut opened = case.open(&case.host).unwrap();
-    let wrong = opened.point_back(&case.host, overlay.path.to_str().unwrap()).unwrap_err();
+    let wrong = opened.relink_back(&case.host, overlay.path.to_str().unwrap()).unwrap_err();
     assert!(wrong.to_string().contains("does not lead to the top"), "{wrong}");
 }
 

@@ -12,13 +12,16 @@ pub fn state(bytes: &[u8]) {
         Err(why) => return assert_short(&why.to_string()),
     };
     assert!(state.active().is_some() && state.target().is_some(), "a merge without layers");
-    let (merged, left) = (state.merged().count(), state.left().count());
+    let (merged, left) = (state.merged().count(), state.layers_after().count());
     assert!(merged > 0 && left > 0, "{merged} layers go and {left} stay");
     assert_eq!(merged + left, state.layers.len());
     assert!(state.layer(state.top).is_some(), "there is no top");
-    assert!(!state.left().any(|kept| state.merged().any(|gone| gone.index == kept.index)));
-    if let Some(rename) = &state.backing {
-        assert!(state.left().any(|layer| layer.index == rename.index), "the switch changes what goes");
+    assert!(!state.layers_after().any(|kept| state.merged().any(|gone| gone.index == kept.index)));
+    if let Some(relink) = &state.backing {
+        assert!(
+            state.layers_after().any(|layer| layer.index == relink.index),
+            "the switch changes what goes"
+        );
     }
     let text = match serde_json::to_vec_pretty(&state) {
         Ok(text) => text,
@@ -39,7 +42,7 @@ fn assert_judged(state: &State) {
     let others = changed(|id| FileIdentity { inode: !id.inode, ..*id });
     let gone = vec![None; state.layers.len()];
     let (old, new) = match &state.backing {
-        Some(rename) => (Some(rename.old.clone()), rename.new.clone()),
+        Some(relink) => (Some(relink.old.clone()), relink.new.clone()),
         None => (None, None),
     };
     let header = |name: Option<String>| name.map_or(Header::Nothing, Header::Names);
@@ -93,9 +96,9 @@ fn assert_verdict(state: &State, seen: &Seen, switches: &Header) {
             assert_eq!(likely, &state.valid_top);
             return assert_short(&doubt.to_string());
         }
-        Verdict::Switched => state.left().map(|layer| layer.index).collect(),
+        Verdict::Switched => state.layers_after().map(|layer| layer.index).collect(),
         Verdict::NotSwitched => state.layers.iter().map(|layer| layer.index).collect(),
-        Verdict::PointBack { .. } => {
+        Verdict::RelinkBack { .. } => {
             assert!(matches!(seen.compared, Compared::Differs(_)), "pointed back without a difference");
             assert_ne!(state.kind, Kind::Pull, "a pull has no layer to point back to");
             state.layers.iter().map(|layer| layer.index).filter(|index| *index >= state.base).collect()
@@ -146,18 +149,18 @@ pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         )
         .into_bytes()
     };
-    let rename = |index: usize| {
+    let relink = |index: usize| {
         format!(
             r#"{{"overlay": "/vm/{index}.qcow2", "index": {index}, "old": "3.qcow2", "old-format": null, "new": "1.qcow2"}}"#
         )
     };
     vec![
-        ("commit", file("commit", "copying", 1, 3, &rename(4))),
+        ("commit", file("commit", "copying", 1, 3, &relink(4))),
         ("active", file("active-commit", "switching", 1, 4, "null")),
-        ("pull", file("pull", "switched", 0, 3, &rename(4))),
-        ("top-below-base", file("commit", "copying", 3, 1, &rename(2))),
-        ("wrong-overlay", file("commit", "copying", 1, 2, &rename(4))),
-        ("beyond-the-chain", file("commit", "copying", 1, 9, &rename(10))),
+        ("pull", file("pull", "switched", 0, 3, &relink(4))),
+        ("top-below-base", file("commit", "copying", 3, 1, &relink(2))),
+        ("wrong-overlay", file("commit", "copying", 1, 2, &relink(4))),
+        ("beyond-the-chain", file("commit", "copying", 1, 9, &relink(10))),
     ]
 }
 

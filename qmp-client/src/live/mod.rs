@@ -123,8 +123,8 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
             let job = all.iter().find(|(job, _)| job.id == state.job);
             let is_it = match job {
                 Some((_, Some(at))) => at.name() == disk.name(),
-                Some((_, None)) => state.disk == disk.name() || has_chain(disk, state.left()),
-                None => state.phase == Phase::Switching && has_chain(disk, state.left()),
+                Some((_, None)) => state.disk == disk.name() || has_chain(disk, state.layers_after()),
+                None => state.phase == Phase::Switching && has_chain(disk, state.layers_after()),
             };
             if !is_it {
                 continue;
@@ -309,7 +309,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
 
     /// The disk with the chain that the merge leaves, if QEMU shows it.
     fn now_after(&self) -> Result<Option<Disk>> {
-        with_chain(self.monitor, self.procedure.left())
+        with_chain(self.monitor, self.procedure.layers_after())
     }
 
     /// If nobody saw the switch, somebody may have started base by hand, and the guest have gone on in the old active image:
@@ -433,7 +433,7 @@ fn new_state(procedure: &Procedure, address: &Address, wishes: &Wishes) -> Resul
         layers: layers.collect::<Result<_>>()?,
         base: span.base,
         top: span.top,
-        backing: procedure.rename(),
+        backing: procedure.relink(),
         delete: wishes.delete,
         allow_stale: wishes.allow_stale,
         scan: wishes.scan.clone(),

@@ -63,10 +63,10 @@ impl Outline {
             file: layer.file.clone(),
             format: layer.format.clone(),
         };
-        let relink = state.backing.as_ref().map(|rename| Relink {
-            overlay: rename.overlay.clone(),
-            old: rename.old.clone(),
-            new: rename.new.clone(),
+        let relink = state.backing.as_ref().map(|relink| Relink {
+            overlay: relink.overlay.clone(),
+            old: relink.old.clone(),
+            new: relink.new.clone(),
         });
         Self {
             disk: state.disk.clone(),

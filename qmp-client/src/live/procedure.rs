@@ -2,7 +2,7 @@
 
 use crate::block::graph::Layer;
 use crate::block::merge::{Direction, MergeOptions, Procedure, Span};
-use crate::state::{Kind, Rename, State, StateLayer};
+use crate::state::{Kind, RecordedRelink, State, StateLayer};
 
 impl Procedure {
     /// What is merged which way.
@@ -15,10 +15,10 @@ impl Procedure {
     }
 
     /// The header that the switch changes.
-    pub(super) fn rename(&self) -> Option<Rename> {
+    pub(super) fn relink(&self) -> Option<RecordedRelink> {
         let overlay = self.overlay()?;
         let backing = overlay.backing.as_ref();
-        Some(Rename {
+        Some(RecordedRelink {
             overlay: overlay.file.clone(),
             index: overlay.index,
             old: backing.map(|backing| backing.name.clone()).unwrap_or_default(),
@@ -33,7 +33,7 @@ impl Procedure {
         let direction = if state.kind == Kind::Pull { Direction::Up } else { Direction::Down };
         let span = Span { base: state.base, top: state.top };
         let options = MergeOptions {
-            backing_file: state.backing.as_ref().and_then(|rename| rename.new.clone()),
+            backing_file: state.backing.as_ref().and_then(|relink| relink.new.clone()),
             nbd_socket: state.nbd_socket.clone(),
             ..MergeOptions::default()
         };

@@ -67,7 +67,7 @@ pub struct State {
     /// The index of the uppermost layer that goes: top for a commit, the one below the active layer for a pull.
     pub top: usize,
     /// The header that the switch changes; none for an active commit.
-    pub backing: Option<Rename>,
+    pub backing: Option<RecordedRelink>,
     /// Whether the merged files are to be deleted afterwards.
     pub delete: bool,
     /// Folders that are searched for other users of the merged files before these are deleted, beside those of the
@@ -157,7 +157,7 @@ pub struct StateLayer {
 /// A backing name that the switch changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Rename {
+pub struct RecordedRelink {
     /// The file of the overlay whose header it is.
     pub overlay: String,
     /// The overlay's index in the chain.
@@ -197,7 +197,7 @@ impl State {
     }
 
     /// The layers that the disk has once the merge is switched, from the top.
-    pub fn left(&self) -> impl Iterator<Item = &StateLayer> {
+    pub fn layers_after(&self) -> impl Iterator<Item = &StateLayer> {
         self.layers.iter().filter(|layer| layer.index <= self.base || layer.index > self.top)
     }
 
@@ -231,7 +231,7 @@ impl State {
 
     /// The file that is the valid top once the merge is switched.
     pub(crate) fn top_after(&self) -> String {
-        self.left().next().map(|layer| layer.file.clone()).unwrap_or_default()
+        self.layers_after().next().map(|layer| layer.file.clone()).unwrap_or_default()
     }
 
     /// Reads a file's text.
@@ -265,7 +265,7 @@ impl State {
         if (self.kind == Kind::ActiveCommit) != (self.top == depth) {
             return Err(format!("its kind does not fit the top {} of {depth} layers", self.top));
         }
-        let renamed = self.backing.as_ref().map(|rename| rename.index);
+        let renamed = self.backing.as_ref().map(|relink| relink.index);
         let expected = (self.kind != Kind::ActiveCommit).then_some(self.top + 1);
         if renamed != expected {
             return Err("it names the wrong overlay for the switch".into());

@@ -52,7 +52,8 @@ impl State {
     pub fn disk_after<'g>(&self, graph: &'g Graph) -> Option<&'g Disk> {
         // The chain from before ends with base too.
         let before = self.disk_before(graph).map(Disk::name);
-        self.disk_on(graph, &self.left().collect::<Vec<_>>()).filter(|disk| Some(disk.name()) != before)
+        self.disk_on(graph, &self.layers_after().collect::<Vec<_>>())
+            .filter(|disk| Some(disk.name()) != before)
     }
 
     fn disk_on<'g>(&self, graph: &'g Graph, layers: &[&StateLayer]) -> Option<&'g Disk> {

@@ -40,7 +40,7 @@ pub(crate) fn state(folder: &str) -> State {
         layers: [4, 3, 2, 1].map(layer).into(),
         base: 1,
         top: 3,
-        backing: Some(Rename {
+        backing: Some(RecordedRelink {
             overlay: format!("{folder}/4.img"),
             index: 4,
             old: "3.img".into(),
@@ -104,7 +104,7 @@ fn a_place_is_named_for_what_is_no_file_too() {
 fn the_layers_that_go_and_those_that_stay() {
     let state = state("/vm");
     assert_eq!(state.merged().map(|l| l.index).collect::<Vec<_>>(), [3, 2]);
-    assert_eq!(state.left().map(|l| l.index).collect::<Vec<_>>(), [4, 1]);
+    assert_eq!(state.layers_after().map(|l| l.index).collect::<Vec<_>>(), [4, 1]);
     assert_eq!((state.active().unwrap().index, state.target().unwrap().index), (4, 1));
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use qmp_client::{Driver, Ended, How, Left, Run, RunEvent, Step, Stopped, Watch};
+use qmp_client::{AfterFailure, Driver, Ended, How, Run, RunEvent, Step, Stopped, Watch};
 use serde_json::json;
 
 use super::outcome::Outcome;
@@ -76,21 +76,21 @@ impl Follow<'_> {
                 let recover = Hint::command(HintKind::Recover, ended, session.other(&["recover"]));
                 session.failure_with(error, Hints::from(goes_on).or(recover))
             }
-            Stopped::Failed { merge, error, left } => {
+            Stopped::Failed { merge, error, after } => {
                 let disk = merge.disk.as_str();
                 let hints =
-                    match left {
-                        Left::AsItWas => again(
+                    match after {
+                        AfterFailure::AsItWas => again(
                             "the chain is as it was; look for the reason (dmesg, QEMU's log), then again",
                         )
                         .into(),
-                        Left::InDoubt => Hint::command(
+                        AfterFailure::InDoubt => Hint::command(
                             HintKind::Recover,
                             "which image is valid, and what to do",
                             session.other(&["recover", disk]),
                         )
                         .into(),
-                        Left::Waiting => {
+                        AfterFailure::Waiting => {
                             let cancel = session.other(&["cancel", disk]);
                             Hints::from(again("nothing is switched, and the job waits; again"))
                                 .or(Hint::command(HintKind::LiveCancel, "or give it up", cancel))

@@ -5,7 +5,6 @@ mod follow;
 mod foreign;
 mod guard;
 mod jobs;
-mod leftover;
 mod look;
 mod merge;
 mod outcome;
@@ -15,6 +14,7 @@ mod refused;
 mod snapshot;
 mod stall;
 mod trouble;
+mod unfinished_snapshot;
 
 use std::ffi::OsString;
 
@@ -52,7 +52,7 @@ pub(super) fn run(args: &LiveArgs, words: &[OsString], console: &Console) -> Res
         }
         LiveVerb::Jobs => {
             jobs::list(&session, &machine, console)?;
-            leftover::tell(&session, machine.monitor(), console)
+            unfinished_snapshot::tell(&session, machine.monitor(), console)
         }
         LiveVerb::Pause { disk }
         | LiveVerb::Resume { disk }

@@ -46,9 +46,9 @@ impl Outcome {
             Kind::Commit => format!("merged into {target}, in {time}"),
             Kind::Pull => format!("pulled into {target}, in {time}"),
         }];
-        if let Some(rename) = &state.relink {
-            let overlay = printable(&rename.overlay);
-            lines.push(match &rename.new {
+        if let Some(relink) = &state.relink {
+            let overlay = printable(&relink.overlay);
+            lines.push(match &relink.new {
                 Some(new) => format!("{overlay} now has {} as its backing file", printable(new)),
                 None => format!("{overlay} has no backing file any more"),
             });
@@ -200,7 +200,7 @@ fn add_files(
         files.iter().map(|f| printable(&f.to_string_lossy())).collect::<Vec<_>>().join(", ")
     };
     for (files, what) in
-        [(&tidied.deleted, "removed"), (&tidied.unneeded, "not needed any more by this disk")]
+        [(&tidied.deleted, "removed"), (&tidied.obsolete, "not needed any more by this disk")]
     {
         if !files.is_empty() {
             lines.push(format!("{what}: {}", list(files)));
@@ -228,7 +228,7 @@ fn add_files(
         lines.push(format!("to deal with them later: {later}"));
     }
     fields["deleted"] = paths(&tidied.deleted);
-    fields["unneeded"] = paths(&tidied.unneeded);
+    fields["unneeded"] = paths(&tidied.obsolete);
     fields["emptied"] = paths(&tidied.emptied);
     let stale = tidied.stale.iter().map(|(file, why)| json!({ "file": path(file), "reason": why }));
     fields["stale"] = stale.collect();

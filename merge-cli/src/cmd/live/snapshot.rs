@@ -6,7 +6,7 @@ use qmp_client::{Disk, Error, Machine, Refusal};
 
 use super::outcome::say_left;
 use super::trouble::Session;
-use super::{find, guard, leftover, look};
+use super::{find, guard, look, unfinished_snapshot};
 use crate::cli::Overlay;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
@@ -37,7 +37,7 @@ pub(super) fn run(
         return Err(taken(session, disk, file));
     }
     let folders: Vec<_> = wanted.iter().filter_map(|(_, file)| Some(file.parent()?.to_owned())).collect();
-    leftover::undo(session, machine.monitor(), &folders, console)?;
+    unfinished_snapshot::undo(session, machine.monitor(), &folders, console)?;
     for (disk, _) in &wanted {
         if machine.settle(disk).map_err(|e| session.failure(&e))?.is_some() {
             say_left(disk, console);

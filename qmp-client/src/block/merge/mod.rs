@@ -68,7 +68,7 @@ pub struct Procedure {
     base: Option<Layer>,
     overlay: Option<Layer>,
     merged: Vec<Layer>,
-    left: Vec<Layer>,
+    layers_after: Vec<Layer>,
     backing_file: Option<String>,
     job_id: String,
     filter: String,
@@ -152,7 +152,7 @@ impl Procedure {
     ) -> Option<Self> {
         let at = |index: usize| chain.iter().find(|layer| layer.index == index).cloned();
         let (base, overlay) = (at(span.base), at(span.top + 1));
-        let (merged, left) = chain.iter().cloned().partition(|layer| span.has(layer));
+        let (merged, layers_after) = chain.iter().cloned().partition(|layer| span.has(layer));
         Some(Self {
             receiver: if direction == Direction::Down { base.clone()? } else { overlay.clone()? },
             direction,
@@ -162,7 +162,7 @@ impl Procedure {
             base,
             overlay,
             merged,
-            left,
+            layers_after,
             backing_file: options.backing_file.clone(),
             job_id,
             filter: format!("filter-{}", unique()),
@@ -218,8 +218,8 @@ impl Procedure {
     }
 
     /// The layers that the disk has afterwards, from the top.
-    pub fn left(&self) -> &[Layer] {
-        &self.left
+    pub fn layers_after(&self) -> &[Layer] {
+        &self.layers_after
     }
 
     /// How the merge is to be done.
@@ -244,7 +244,7 @@ impl Procedure {
 
     /// The whole chain before the merge, from the active layer down.
     pub(crate) fn chain(&self) -> Vec<Layer> {
-        steps::chain(&self.merged, &self.left)
+        steps::chain(&self.merged, &self.layers_after)
     }
 
     /// Asks QEMU all that can be known before the job starts, and tries what it will have to do at the end:

@@ -78,8 +78,8 @@ pub(super) fn wrap_up<M: Monitor + ?Sized>(
     job: &Job<'_, M>,
     monitor: &M,
 ) -> Result<Merged> {
-    let Some(disk) = with_chain(monitor, &merge.left)? else {
-        let nodes: Vec<&str> = merge.left.iter().map(|l| l.node.as_str()).collect();
+    let Some(disk) = with_chain(monitor, &merge.layers_after)? else {
+        let nodes: Vec<&str> = merge.layers_after.iter().map(|l| l.node.as_str()).collect();
         let why = format!("it has ended, but no disk has the chain {}", nodes.join(", "));
         return Err(failed(job, why));
     };
@@ -94,7 +94,7 @@ pub(super) fn wrap_up<M: Monitor + ?Sized>(
         }
     }
     let server = merge.options.nbd_socket.as_deref();
-    Ok(Merged { disk, still_open: let_go(monitor, &merge.merged, &merge.left, server)? })
+    Ok(Merged { disk, still_open: let_go(monitor, &merge.merged, &merge.layers_after, server)? })
 }
 
 /// Closes layers that are no longer needed, once the overlay that named them durably names another backing file: QEMU
@@ -103,12 +103,12 @@ pub(super) fn wrap_up<M: Monitor + ?Sized>(
 pub(super) fn let_go(
     monitor: &(impl Monitor + ?Sized),
     merged: &[Layer],
-    left: &[Layer],
+    layers_after: &[Layer],
     server: Option<&Path>,
 ) -> Result<Vec<(String, String)>> {
     let top = merged.iter().map(|layer| layer.index).max();
     // The layers that are left come from the top.
-    if let Some(overlay) = left.iter().rfind(|layer| Some(layer.index) > top) {
+    if let Some(overlay) = layers_after.iter().rfind(|layer| Some(layer.index) > top) {
         flush(monitor, &overlay.node, server)?;
     }
     close(monitor, merged)
@@ -121,8 +121,8 @@ pub(crate) fn with_chain(monitor: &(impl Monitor + ?Sized), layers: &[Layer]) ->
 }
 
 /// The whole chain, from the layers that go and those that stay.
-pub(super) fn chain(merged: &[Layer], left: &[Layer]) -> Vec<Layer> {
-    let mut chain: Vec<Layer> = merged.iter().chain(left).cloned().collect();
+pub(super) fn chain(merged: &[Layer], layers_after: &[Layer]) -> Vec<Layer> {
+    let mut chain: Vec<Layer> = merged.iter().chain(layers_after).cloned().collect();
     chain.sort_by_key(|layer| std::cmp::Reverse(layer.index));
     chain
 }

@@ -182,10 +182,10 @@ fn a_migration_or_a_job_of_ours_is_found_before_anything_is_written() {
 
     let job = "[{\"id\":\"merge.vda.1.2.00\",\"type\":\"commit\",\"status\":\"concluded\",\
                \"current-progress\":0,\"total-progress\":0}]";
-    let left = Replay::of(&(answer("query-jobs", 1, job) + &answer("query-block-jobs", 2, "[]")));
-    let error = commit.preflight(&left).unwrap_err().to_string();
+    let layers_after = Replay::of(&(answer("query-jobs", 1, job) + &answer("query-block-jobs", 2, "[]")));
+    let error = commit.preflight(&layers_after).unwrap_err().to_string();
     assert!(error.contains("merge.vda.1.2.00"), "{error}");
-    assert!(left.asked.borrow().iter().all(|(command, _)| command.starts_with("query-")));
+    assert!(layers_after.asked.borrow().iter().all(|(command, _)| command.starts_with("query-")));
 }
 
 #[test]

@@ -3,8 +3,8 @@
 //! Until the switch, QEMU has a job or a node that tells each new file and its maker: what a killed client has left is
 //! found by them, see [`unfinished_snapshots`].
 
-mod leftover;
 mod maker;
+mod unfinished_snapshot;
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
@@ -15,9 +15,9 @@ use crate::block::graph::{Disk, Graph, Layer};
 use crate::block::jobs::{Goal, Job, LONGEST_STEP, Waited, Watch, failed, jobs, stuck};
 use crate::error::{Error, Refusal, Result};
 use crate::qmp::monitor::{Execute, Monitor};
-use leftover::remove_empty;
-pub use leftover::{Undone, UnfinishedSnapshot, unfinished_snapshots};
 use maker::Maker;
+use unfinished_snapshot::remove_empty;
+pub use unfinished_snapshot::{Undone, UnfinishedSnapshot, unfinished_snapshots};
 
 /// Puts a new qcow2 overlay on each of these disks, all in one transaction: either every guest write is
 /// before all of the new overlays, or after all. The paths are absolute, and the same for QEMU as here.

@@ -63,7 +63,7 @@ pub(super) fn no_other_job(monitor: &(impl Monitor + ?Sized), graph: &Graph, dis
 pub(super) fn room(plan: &Plan) -> Result<Room> {
     let Some((folder, free)) = &plan.room else { return Ok(Room::Unknown) };
     // What has no place yet in the receiving image needs one; zeros may be found there already.
-    let needed = if plan.amounts.counted { plan.amounts.new } else { 0 };
+    let needed = if plan.bytes.counted { plan.bytes.new } else { 0 };
     if needed > *free {
         let (file, folder) = (plan.receiver().file.clone(), folder.clone());
         return Err(Hindrance::NoSpace { file, needed, free: *free, folder }.into());

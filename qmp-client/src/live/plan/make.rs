@@ -1,6 +1,6 @@
 //! The plan of a merge, and the refusal of what this host sees to be harmful or futile.
 
-use super::amounts::{Amounts, amounts, free_space};
+use super::bytes::{PlannedBytes, free_space, planned_bytes};
 use super::{Plan, Request, checks, obstacle};
 use crate::block::graph::{Disk, Graph, Layer, Range};
 use crate::block::merge::{Direction, MergeOptions, Procedure};
@@ -38,7 +38,7 @@ pub(super) fn commit(
         end: request.end(merges_active),
         delete: request.delete,
         leaves,
-        amounts: amounts(disk, files, &merged, range.base),
+        bytes: planned_bytes(disk, files, &merged, range.base),
         room: free_space(files, range.base),
         searched,
         commands: commit.commands()?,
@@ -71,7 +71,7 @@ pub(super) fn pull(
         delete: false,
         leaves: Vec::new(),
         // Zeros stay what no layer has, or take no room.
-        amounts: Amounts { zero: 0, ..amounts(disk, files, pull.merged(), disk.active()) },
+        bytes: PlannedBytes { zero: 0, ..planned_bytes(disk, files, pull.merged(), disk.active()) },
         room: free_space(files, disk.active()),
         searched: Searched::default(),
         commands: pull.commands()?,

@@ -1,6 +1,6 @@
 //! What a live merge will do: one value for people, for programs and for the checks before it starts.
 
-mod amounts;
+mod bytes;
 mod checks;
 mod data;
 mod make;
@@ -19,7 +19,7 @@ use crate::block::graph::{Disk, Layer};
 use crate::block::merge::Direction;
 use crate::state::Kind;
 
-pub use amounts::Amounts;
+pub use bytes::PlannedBytes;
 pub(crate) use obstacle::how_to_empty;
 pub use obstacle::{Leaves, Obstacle};
 pub(crate) use prepare::recover_first;
@@ -88,7 +88,7 @@ pub struct Plan {
     /// What becomes of each merged layer that is not removed, from the top; empty for a pull, which changes none.
     pub leaves: Vec<Leaves>,
     /// How much is moved.
-    pub amounts: Amounts,
+    pub bytes: PlannedBytes,
     /// The folder of the image that receives the data, and the free bytes of its file system.
     pub room: Option<(PathBuf, u64)>,
     /// Where other users of the files were looked for.
@@ -113,8 +113,8 @@ impl Plan {
 
     /// Bytes of data that move, at most. A pull copies only what its receiver has no room for yet.
     pub fn bytes_to_copy(&self) -> u64 {
-        let counts_new = self.direction == Direction::Up && self.amounts.counted;
-        if counts_new { self.amounts.new } else { self.amounts.copy }
+        let counts_new = self.direction == Direction::Up && self.bytes.counted;
+        if counts_new { self.bytes.new } else { self.bytes.copy }
     }
 
     /// The layer that receives the data.
@@ -135,8 +135,8 @@ impl Plan {
     /// Bytes that the file of the receiving layer grows by, at most. QEMU writes the zeros of merged layers as
     /// data, unless the active layer is merged.
     pub fn growth(&self) -> u64 {
-        let zeros = if self.writes_zeros() { self.amounts.zero } else { 0 };
-        let data = if self.amounts.counted { self.amounts.new } else { self.amounts.copy };
+        let zeros = if self.writes_zeros() { self.bytes.zero } else { 0 };
+        let data = if self.bytes.counted { self.bytes.new } else { self.bytes.copy };
         data.saturating_add(zeros)
     }
 

@@ -51,7 +51,7 @@ pub(super) fn look_above(merge: &Unfinished, finding: &mut Finding, live: &[Stri
         }
         Err(error) => finding.facts.push(Fact::AboveNotSeen { top, error }),
     }
-    let is_settled = matches!(finding.outcome, Found::Completed | Found::NotSwitched | Found::PointedBack);
+    let is_settled = matches!(finding.outcome, Found::Completed | Found::NotSwitched | Found::RelinkedBack);
     if let (true, Found::Completed, Some(top)) =
         (finding.merge.merges_active(), finding.outcome, finding.valid_top.clone())
     {

@@ -9,7 +9,7 @@ use qcow2::storage::OsHost;
 use super::finding::{Deed, Fact, Finding, Found, Next, Trouble};
 use super::{Case, look};
 use crate::live::tidy::{Tidied, Tidy, TidyOptions};
-use crate::live::verdict::{NotSwitched, PointBack, Switched};
+use crate::live::verdict::{NotSwitched, RelinkBack, Switched};
 use crate::state::{Kind, StateLayer};
 
 impl Case<'_> {
@@ -28,10 +28,10 @@ impl Case<'_> {
     }
 
     /// The merge is complete: what it left becomes empty overlays on base, or is removed if that was the wish.
-    pub(super) fn switched(&self, leave: Switched<'_>, left: &[(&StateLayer, Known)]) -> Result<Finding> {
+    pub(super) fn switched(&self, leave: Switched<'_>, obsolete: &[(&StateLayer, Known)]) -> Result<Finding> {
         let state = leave.state();
         let mut finding = self.finding(Found::Completed);
-        finding.valid_top = state.left().next().map(|layer| layer.file.clone());
+        finding.valid_top = state.layers_after().next().map(|layer| layer.file.clone());
         match state.kind {
             Kind::Pull => {
                 finding.facts.push(Fact::Pulled(state.merged().map(|layer| layer.file.clone()).collect()));
@@ -40,42 +40,47 @@ impl Case<'_> {
             Kind::ActiveCommit => finding.facts.push(Fact::GuestMoved),
         }
         if state.kind != Kind::Pull {
-            self.clean(leave, left, &mut finding)?;
+            self.clean(leave, obsolete, &mut finding)?;
         }
         self.forget(&mut finding);
         Ok(finding)
     }
 
     /// Gives the overlay its former backing file back. `opened` are the images, as they were compared.
-    pub(super) fn point_back(&self, leave: PointBack<'_>, mut opened: Interrupted) -> Result<Finding> {
+    pub(super) fn relink_back(&self, leave: RelinkBack<'_>, mut opened: Interrupted) -> Result<Finding> {
         let state = leave.state();
         let (overlay, name) = state
             .backing
             .as_ref()
-            .map(|rename| (rename.overlay.clone(), rename.old.clone()))
+            .map(|relink| (relink.overlay.clone(), relink.old.clone()))
             .unwrap_or_default();
         if !self.options.dry_run {
-            opened.point_back(&OsHost, &name)?;
+            opened.relink_back(&OsHost, &name)?;
         }
         drop(opened);
-        let mut finding = self.finding(Found::PointedBack);
+        let mut finding = self.finding(Found::RelinkedBack);
         finding.valid_top = state.active().map(|layer| layer.file.clone());
         let base = state.layer(state.base).map(|base| base.file.clone()).unwrap_or_default();
         finding.facts.push(Fact::BaseLacks { base, at: leave.at });
-        finding.did.push(Deed::PointBack { overlay, name });
+        finding.did.push(Deed::RelinkBack { overlay, name });
         self.forget(&mut finding);
         finding.next = Some(self.offline());
         Ok(finding)
     }
 
     /// Removes layers, or makes them empty overlays on base: from the top, as they were seen.
-    fn clean(&self, leave: Switched<'_>, left: &[(&StateLayer, Known)], finding: &mut Finding) -> Result<()> {
+    fn clean(
+        &self,
+        leave: Switched<'_>,
+        obsolete: &[(&StateLayer, Known)],
+        finding: &mut Finding,
+    ) -> Result<()> {
         let state = leave.state();
         let mut options = TidyOptions::new(state.delete, &[]);
         options.no_lock = self.options.no_lock || self.options.dry_run;
         let mut tidied = Tidied::default();
         let (dry_run, cancel) = (self.options.dry_run, self.options.cancel);
-        Tidy { switched: leave, options: &options, dry_run, cancel }.run(left, &mut tidied);
+        Tidy { switched: leave, options: &options, dry_run, cancel }.run(obsolete, &mut tidied);
         if let Some(error) = tidied.error {
             return Err(error);
         }

@@ -51,12 +51,12 @@ impl Evidence {
     }
 
     fn read_header(&mut self, state: &State) -> Result<()> {
-        let Some(rename) = &state.backing else { return Ok(()) };
-        let is_there = |layer: &&StateLayer| layer.index == rename.index && layer.identity.is_some();
+        let Some(relink) = &state.backing else { return Ok(()) };
+        let is_there = |layer: &&StateLayer| layer.index == relink.index && layer.identity.is_some();
         if state.layers.iter().find(is_there).is_none_or(|layer| !Path::new(&layer.file).exists()) {
             return Ok(());
         }
-        let (name, leads_to) = look::backing(Path::new(&rename.overlay))?;
+        let (name, leads_to) = look::backing(Path::new(&relink.overlay))?;
         let is_it =
             |known: &Option<Known>| leads_to.is_some() && known.as_ref().map(|known| known.id) == leads_to;
         let mut layers = state.layers.iter().zip(&self.known);
@@ -92,7 +92,7 @@ impl Evidence {
     }
 
     /// The layers that the merge leaves behind and that are still there, from the top, as they were seen.
-    pub(super) fn left<'s>(&self, state: &'s State) -> Vec<(&'s StateLayer, Known)> {
+    pub(super) fn obsolete<'s>(&self, state: &'s State) -> Vec<(&'s StateLayer, Known)> {
         let merged = state.layers.iter().zip(&self.known).filter(|(layer, _)| {
             layer.index > state.base && layer.index <= state.top && layer.identity.is_some()
         });
@@ -141,7 +141,7 @@ impl Evidence {
             Err(error) => return Err(error),
         };
         if !is_switched {
-            let overlay = state.backing.as_ref().map(|rename| rename.overlay.as_str()).unwrap_or_default();
+            let overlay = state.backing.as_ref().map(|relink| relink.overlay.as_str()).unwrap_or_default();
             let what = "its backing file changed while it was looked at".to_owned();
             return Err(Error::refused(Path::new(overlay), Refusal::NotAsKnown { what }));
         }
@@ -156,7 +156,7 @@ impl Evidence {
         };
         // QEMU may close them meanwhile; the merged layers must be as they were seen.
         let any = |known: Known| Known { len: None, modified_ns: None, no_locks: no_lock, ..known };
-        let merged: Vec<Known> = self.left(state).into_iter().map(|(_, known)| known).collect();
+        let merged: Vec<Known> = self.obsolete(state).into_iter().map(|(_, known)| known).collect();
         let overlay = match state.kind {
             Kind::ActiveCommit => None,
             Kind::Commit | Kind::Pull => known(state.top + 1).map(any),

@@ -41,7 +41,7 @@ pub enum Found {
     /// It is complete.
     Completed,
     /// An overlay got its former backing file back.
-    PointedBack,
+    RelinkedBack,
     /// Only the user can tell.
     Unclear,
     /// An error came in between.
@@ -130,7 +130,7 @@ pub enum Deed {
         base: String,
     },
     /// An overlay gets its former backing file back.
-    PointBack {
+    RelinkBack {
         /// The overlay.
         overlay: String,
         /// The name.

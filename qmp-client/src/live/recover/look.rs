@@ -61,16 +61,16 @@ pub(super) fn is_empty_on(path: &Path, base: FileId) -> Result<bool> {
         return Ok(false);
     }
     let file = OsHost.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
-    let (mut at, mut left) = (cluster0.header.l1_offset.get(), cluster0.header.l1_bytes());
+    let (mut at, mut obsolete) = (cluster0.header.l1_offset.get(), cluster0.header.l1_bytes());
     let mut buffer = vec![0; 1 << 16];
-    while left > 0 {
-        let part = left.min(buffer.len() as u64) as usize;
+    while obsolete > 0 {
+        let part = obsolete.min(buffer.len() as u64) as usize;
         let Some(part) = buffer.get_mut(..part) else { break };
         file.read_exact_or_zero(part, at).map_err(|e| Error::io(path, FileOp::Read, Some(at), e))?;
         if part.iter().any(|byte| *byte != 0) {
             return Ok(false);
         }
-        (at, left) = (at.saturating_add(part.len() as u64), left - part.len() as u64);
+        (at, obsolete) = (at.saturating_add(part.len() as u64), obsolete - part.len() as u64);
     }
     Ok(true)
 }

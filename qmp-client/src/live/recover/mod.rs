@@ -99,12 +99,12 @@ impl Case<'_> {
             Ruling::Switched(leave) => {
                 unread?;
                 drop(compared);
-                self.switched(leave, &evidence.left(state))
+                self.switched(leave, &evidence.obsolete(state))
             }
-            Ruling::PointBack(leave) => {
+            Ruling::RelinkBack(leave) => {
                 unread?;
                 match compared {
-                    Some(opened) => self.point_back(leave, opened),
+                    Some(opened) => self.relink_back(leave, opened),
                     None => Err(not_compared(evidence)),
                 }
             }

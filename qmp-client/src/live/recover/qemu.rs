@@ -121,7 +121,7 @@ fn ask_one(address: &Address, merge: &Unfinished, dry_run: bool) -> Answer {
     let Ok(qemu) = Qemu::ask(&monitor, &graph, state) else { return Answer::Silence };
     let has_nodes = |disk: &Disk| {
         let now = disk.layers().iter().map(|layer| layer.node.as_str());
-        now.eq(state.left().map(|layer| layer.node.as_str()))
+        now.eq(state.layers_after().map(|layer| layer.node.as_str()))
     };
     let shown = state.disk_after(&graph).or_else(|| state.disk_before(&graph));
     let layers = shown.map_or(&[][..], Disk::layers);

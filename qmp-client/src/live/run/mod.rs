@@ -130,7 +130,7 @@ pub enum Stopped {
         /// Why.
         error: Error,
         /// What stands.
-        left: Left,
+        after: AfterFailure,
     },
     /// Another client has ended the job, and nobody saw how.
     #[error(
@@ -167,7 +167,7 @@ pub enum Stopped {
 /// What a merge that failed leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Left {
+pub enum AfterFailure {
     /// The job is gone, and nothing is switched: the chain is as it was.
     AsItWas,
     /// Nothing is switched, and the job waits for another try.
@@ -251,7 +251,7 @@ impl<'a> Run<'a> {
         merge: &mut dyn Driver,
         watch: &mut dyn FnMut(Event<'_>) -> Watch,
     ) -> RunResult<Step> {
-        let left = self.timeout.map(|timeout| timeout.saturating_sub(self.began.elapsed()));
+        let after = self.timeout.map(|timeout| timeout.saturating_sub(self.began.elapsed()));
         let outline = merge.outline();
         let throttle = self.throttle.as_ref().filter(|_| outline.merges_active());
         let (is_stalled, is_stopped) = (&mut self.is_stalled, &mut self.is_stopped);
@@ -271,7 +271,7 @@ impl<'a> Run<'a> {
             *is_stopped |= answer == Watch::Stop;
             answer
         };
-        let waited = merge.wait(throttle, left, &mut tell).map_err(|error| match error {
+        let waited = merge.wait(throttle, after, &mut tell).map_err(|error| match error {
             Error::Disconnected { .. } => Box::new(Stopped::Lost(error)),
             error => other(error),
         })?;
@@ -366,14 +366,14 @@ impl From<Error> for Box<Stopped> {
 /// A merge that did not end as it should.
 fn failed(merge: &mut dyn Driver, error: Error) -> Box<Stopped> {
     let outline = merge.outline();
-    let left = match (&error, outline.phase) {
+    let after = match (&error, outline.phase) {
         // The job is gone and nothing is switched: there is nothing left to know.
         (Error::Job { .. }, Phase::Copying) => {
             // If the file stays, the next merge finds that nothing was switched.
             let _ = merge.done();
-            Left::AsItWas
+            AfterFailure::AsItWas
         }
-        (_, Phase::Switching) => Left::InDoubt,
+        (_, Phase::Switching) => AfterFailure::InDoubt,
         (
             Error::Refused { .. }
             | Error::NotFlushed { .. }
@@ -381,8 +381,8 @@ fn failed(merge: &mut dyn Driver, error: Error) -> Box<Stopped> {
             | Error::State { .. }
             | Error::File { .. },
             _,
-        ) => Left::Waiting,
-        _ => Left::Unknown,
+        ) => AfterFailure::Waiting,
+        _ => AfterFailure::Unknown,
     };
-    Box::new(Stopped::Failed { merge: outline, error, left })
+    Box::new(Stopped::Failed { merge: outline, error, after })
 }

@@ -163,17 +163,20 @@ fn what_a_failure_leaves_is_told_by_its_kind_and_the_phase() {
     let refused =
         || Error::Refused { reason: crate::Refusal::FormatsDiffer { overlay: "a".into(), top: "b".into() } };
     let gone = || Error::Disconnected { why: "no".into() };
-    for (phase, error, left, asked) in [
-        (Phase::Copying, failed(), Left::AsItWas, &["finish", "done"][..]),
-        (Phase::Copying, refused(), Left::Waiting, &["finish"]),
-        (Phase::Copying, gone(), Left::Unknown, &["finish"]),
-        (Phase::Switching, failed(), Left::InDoubt, &["finish"]),
-        (Phase::Switching, refused(), Left::InDoubt, &["finish"]),
+    for (phase, error, after, asked) in [
+        (Phase::Copying, failed(), AfterFailure::AsItWas, &["finish", "done"][..]),
+        (Phase::Copying, refused(), AfterFailure::Waiting, &["finish"]),
+        (Phase::Copying, gone(), AfterFailure::Unknown, &["finish"]),
+        (Phase::Switching, failed(), AfterFailure::InDoubt, &["finish"]),
+        (Phase::Switching, refused(), AfterFailure::InDoubt, &["finish"]),
     ] {
         let mut told = Told::new(Kind::Commit, phase, [Waited::Reached(job(JobStatus::pending, 10))]);
         told.fails = Some(error);
         let stopped = run(End::Finish).follow(&mut told, &mut |_| Watch::GoOn).unwrap_err();
-        assert!(matches!(*stopped, Stopped::Failed { left: now, .. } if now == left), "{phase:?}: {stopped}");
+        assert!(
+            matches!(*stopped, Stopped::Failed { after: now, .. } if now == after),
+            "{phase:?}: {stopped}"
+        );
         assert_eq!(told.asked, asked);
     }
 }

@@ -44,7 +44,7 @@ pub struct Tidied {
     /// Files that are empty overlays on base now, from the top.
     pub emptied: Vec<PathBuf>,
     /// Files that the disk no longer needs, and that are what they were.
-    pub unneeded: Vec<PathBuf>,
+    pub obsolete: Vec<PathBuf>,
     /// Files that keep what they hold for good, each with the reason.
     pub stale: Vec<(PathBuf, String)>,
     /// Files that could not be treated now, each with the reason.
@@ -71,16 +71,16 @@ impl Tidy<'_> {
     }
 
     /// Deals with layers that are still what they were, from the top.
-    pub(crate) fn run(&self, left: &[(&StateLayer, Known)], tidied: &mut Tidied) {
+    pub(crate) fn run(&self, obsolete: &[(&StateLayer, Known)], tidied: &mut Tidied) {
         let allow = |known: &Known| Known { no_locks: self.options.no_lock, ..known.clone() };
-        let left: Vec<_> = left.iter().map(|(layer, known)| (*layer, allow(known))).collect();
-        let known: Vec<Known> = left.iter().map(|(_, known)| known.clone()).collect();
+        let obsolete: Vec<_> = obsolete.iter().map(|(layer, known)| (*layer, allow(known))).collect();
+        let known: Vec<Known> = obsolete.iter().map(|(_, known)| known.clone()).collect();
         let scan = [&self.state().scan[..], &self.options.scan[..]].concat();
         let ids: Vec<FileId> = self.state().layers.iter().filter_map(id).collect();
         if self.options.delete {
             self.delete(&known, &ids, &scan, tidied);
         } else {
-            self.empty(&left, &ids, &scan, tidied);
+            self.empty(&obsolete, &ids, &scan, tidied);
         }
     }
 
@@ -109,7 +109,13 @@ impl Tidy<'_> {
         }
     }
 
-    fn empty(&self, left: &[(&StateLayer, Known)], ids: &[FileId], scan: &[PathBuf], tidied: &mut Tidied) {
+    fn empty(
+        &self,
+        obsolete: &[(&StateLayer, Known)],
+        ids: &[FileId],
+        scan: &[PathBuf],
+        tidied: &mut Tidied,
+    ) {
         let Some(base) = self.state().layer(self.state().base) else { return };
         let of_base = Obstacle::of_base(base);
         let is_active = |layer: &StateLayer| {
@@ -118,7 +124,7 @@ impl Tidy<'_> {
         };
         let mut all_stay = of_base.map(|obstacle| obstacle.to_string());
         let mut going = Vec::new();
-        for (layer, known) in left {
+        for (layer, known) in obsolete {
             let own = Obstacle::of_overlay(layer).map(|obstacle| obstacle.to_string());
             if let Some(why) = all_stay.clone().or_else(|| own.clone()) {
                 self.leave(known, why, tidied);
@@ -144,7 +150,7 @@ impl Tidy<'_> {
         let mut options = how_to_empty(self.options.no_lock);
         options.data_files = Some(self.state().merged().filter_map(data_id).collect());
         options.size = self.size(base, format, &options.open);
-        let active = left.iter().find(|(layer, _)| is_active(layer)).map(|(_, known)| known);
+        let active = obsolete.iter().find(|(layer, _)| is_active(layer)).map(|(_, known)| known);
         let must_go = active.filter(|known| going.contains(known));
         let refused = must_go.and_then(|known| {
             let (path, base) = (&known.path, Path::new(&base.file));

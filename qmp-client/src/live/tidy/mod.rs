@@ -21,12 +21,12 @@ pub(crate) use layers::{Tidy, id};
 pub(crate) fn after(switched: Switched<'_>, files: &Files, options: &TidyOptions) -> Tidied {
     let state = switched.state();
     let mut tidied = Tidied::default();
-    let mut left = Vec::new();
+    let mut obsolete = Vec::new();
     for layer in state.merged() {
         let path = PathBuf::from(&layer.file);
         if state.kind == Kind::Pull {
             // They were not written, and others may use them.
-            tidied.unneeded.push(path);
+            tidied.obsolete.push(path);
         } else if !tidied.kept.is_empty() {
             // Whoever uses the layer that is kept reads through those below it.
             tidied.kept.push((path, "a layer above it is kept".to_owned()));
@@ -40,7 +40,7 @@ pub(crate) fn after(switched: Switched<'_>, files: &Files, options: &TidyOptions
                 Some(id) if files.has_open(id) => {
                     tidied.kept.push((path, "QEMU still has it open".to_owned()));
                 }
-                Some(id) => left.push((layer, known(path, id, identity))),
+                Some(id) => obsolete.push((layer, known(path, id, identity))),
             }
         } else {
             tidied.stale.push((path, "it is no file here".to_owned()));
@@ -48,7 +48,7 @@ pub(crate) fn after(switched: Switched<'_>, files: &Files, options: &TidyOptions
     }
     // It is short work, and half of it would have to be done again.
     let cancel = AtomicBool::new(false);
-    Tidy { switched, options, dry_run: false, cancel: &cancel }.run(&left, &mut tidied);
+    Tidy { switched, options, dry_run: false, cancel: &cancel }.run(&obsolete, &mut tidied);
     tidied
 }
 

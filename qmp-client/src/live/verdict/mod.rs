@@ -115,7 +115,7 @@ pub enum Verdict {
     Switched,
     /// The header was switched, and base lacks data that the merged layers hold as they held it: the overlay is to name top
     /// again.
-    PointBack {
+    RelinkBack {
         /// The first byte of the disk that base lacks.
         at: u64,
     },
@@ -142,8 +142,8 @@ pub(crate) enum Ruling<'s> {
     NotSwitched(NotSwitched<'s>),
     /// See [`Verdict::Switched`].
     Switched(Switched<'s>),
-    /// See [`Verdict::PointBack`].
-    PointBack(PointBack<'s>),
+    /// See [`Verdict::RelinkBack`].
+    RelinkBack(RelinkBack<'s>),
     /// See [`Verdict::Compare`].
     Compare,
     /// See [`Verdict::NotComparable`].
@@ -162,7 +162,7 @@ pub(crate) struct Switched<'s>(&'s State);
 
 /// Leave to give an overlay its former backing file back, and to forget the merge then.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct PointBack<'s> {
+pub(crate) struct RelinkBack<'s> {
     state: &'s State,
     /// The first byte of the disk that base lacks.
     pub(crate) at: u64,
@@ -203,7 +203,7 @@ impl<'s> NotSwitched<'s> {
     }
 }
 
-impl<'s> PointBack<'s> {
+impl<'s> RelinkBack<'s> {
     pub(crate) fn state(&self) -> &'s State {
         self.state
     }
@@ -266,7 +266,7 @@ impl State {
             Verdict::AtWork => Ruling::AtWork,
             Verdict::NotSwitched => Ruling::NotSwitched(NotSwitched(self)),
             Verdict::Switched => Ruling::Switched(Switched(self)),
-            Verdict::PointBack { at } => Ruling::PointBack(PointBack { state: self, at }),
+            Verdict::RelinkBack { at } => Ruling::RelinkBack(RelinkBack { state: self, at }),
             Verdict::Compare => Ruling::Compare,
             Verdict::NotComparable => Ruling::NotComparable,
             Verdict::InDoubt { doubt, .. } => Ruling::InDoubt(doubt),

@@ -32,14 +32,14 @@ impl State {
         }
         if old.identity.is_some() && seen.identities.first().is_none_or(Option::is_none) {
             // Base had all of it when the switch was noted, and it cannot be the disk any more.
-            return self.are_there(seen, self.left()).map(|()| Verdict::Switched);
+            return self.are_there(seen, self.layers_after()).map(|()| Verdict::Switched);
         }
         self.are_there(seen, [old])?;
         let pivot = self.judge_pivot(seen);
         if pivot == Ok(Verdict::NotSwitched) {
             return self.are_there(seen, &self.layers).map(|()| Verdict::NotSwitched);
         }
-        self.are_there(seen, self.left())?;
+        self.are_there(seen, self.layers_after())?;
         let base_is_written = matches!(self.written(seen, self.base), Some(Some(_)));
         match pivot {
             Ok(Verdict::Switched) if base_is_written || !base_is_known => Ok(Verdict::Switched),

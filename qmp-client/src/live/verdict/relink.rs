@@ -2,21 +2,21 @@
 
 use super::{Compared, Doubt, Doubtful, Header, Leads, Seen, Verdict};
 use crate::live::plan::Obstacle;
-use crate::state::{Kind, Phase, Qemu, Rename, State};
+use crate::state::{Kind, Phase, Qemu, RecordedRelink, State};
 
 impl State {
     /// A commit of layers below the active one, or a pull.
     pub(super) fn judge_relink(&self, seen: &Seen) -> Doubtful<Verdict> {
-        let Some(rename) = &self.backing else { return Err(Doubt::NoHeader) };
-        self.are_there(seen, self.layer(rename.index))?;
+        let Some(relink) = &self.backing else { return Err(Doubt::NoHeader) };
+        self.are_there(seen, self.layer(relink.index))?;
         if self.kind == Kind::Commit {
             self.are_there(seen, self.layer(self.base))?;
         }
-        let overlay = || rename.overlay.clone();
-        let old = names(seen, Some(&rename.old), self.top);
-        let new = names(seen, rename.new.as_deref(), self.base);
+        let overlay = || relink.overlay.clone();
+        let old = names(seen, Some(&relink.old), self.top);
+        let new = names(seen, relink.new.as_deref(), self.base);
         match (self.phase, old, new) {
-            (_, false, false) => Err(names_other(seen, rename)),
+            (_, false, false) => Err(names_other(seen, relink)),
             (_, true, true) => Err(Doubt::SameName { overlay: overlay() }),
             (_, true, _) if seen.qemu == Qemu::ShowsAfter => {
                 Err(Doubt::QemuDisagrees { overlay: overlay(), shows_after: true })
@@ -32,18 +32,18 @@ impl State {
             }
             (_, true, _) => self.are_there(seen, &self.layers).map(|()| Verdict::NotSwitched),
             (_, _, true) => {
-                self.are_there(seen, self.left())?;
-                self.judge_switched(seen, rename)
+                self.are_there(seen, self.layers_after())?;
+                self.judge_switched(seen, relink)
             }
         }
     }
 
     /// The overlay names base. Whether base holds all is not certain yet: QEMU writes the name before base's tables, and only
     /// this client flushes between the two.
-    fn judge_switched(&self, seen: &Seen, rename: &Rename) -> Doubtful<Verdict> {
+    fn judge_switched(&self, seen: &Seen, relink: &RecordedRelink) -> Doubtful<Verdict> {
         let by_another = self.phase == Phase::Copying && seen.qemu != Qemu::ShowsAfter;
         let unproved = || match by_another {
-            true => Err(Doubt::OtherClient { overlay: rename.overlay.clone() }),
+            true => Err(Doubt::OtherClient { overlay: relink.overlay.clone() }),
             // QEMU has gone on from there, or base was flushed before the switch was noted.
             false => Ok(Verdict::Switched),
         };
@@ -72,7 +72,7 @@ impl State {
             {
                 Err(Doubt::BaseDiffers { at })
             }
-            Compared::Differs(at) => Ok(Verdict::PointBack { at }),
+            Compared::Differs(at) => Ok(Verdict::RelinkBack { at }),
         }
     }
 }
@@ -87,8 +87,8 @@ fn names(seen: &Seen, name: Option<&str>, index: usize) -> bool {
     }
 }
 
-fn names_other(seen: &Seen, rename: &Rename) -> Doubt {
-    let overlay = rename.overlay.clone();
+fn names_other(seen: &Seen, relink: &RecordedRelink) -> Doubt {
+    let overlay = relink.overlay.clone();
     match &seen.header {
         Header::Unread => Doubt::Unread { overlay },
         Header::Nothing => Doubt::NamesOther { overlay, name: None },

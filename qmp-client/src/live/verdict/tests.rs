@@ -143,7 +143,7 @@ fn a_base_is_compared_before_it_is_trusted() {
                 // Somebody may have written there what is wanted.
                 assert!(is_doubt(&differs, "byte 7"), "{differs:?}");
             } else {
-                assert_eq!(differs, Verdict::PointBack { at: 7 }, "{phase:?}");
+                assert_eq!(differs, Verdict::RelinkBack { at: 7 }, "{phase:?}");
             }
         }
     }
@@ -157,7 +157,7 @@ fn merged_layers_must_be_what_was_merged_before_an_overlay_goes_back_to_them() {
         change(&mut seen);
         state.judge(&seen)
     };
-    assert_eq!(differs(&|_| {}), Verdict::PointBack { at: 7 });
+    assert_eq!(differs(&|_| {}), Verdict::RelinkBack { at: 7 });
     let written = differs(&|seen| seen.identities[1] = Some(identity(3, PENDING + 9)));
     assert!(is_doubt(&written, "3.img was merged"), "{written:?}");
     let timeless = differs(&|seen| seen.tells_no_time(&state, 2));

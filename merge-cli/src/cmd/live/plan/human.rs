@@ -10,12 +10,12 @@ pub(in crate::cmd::live) fn text(plan: &Plan) -> String {
     let from = list(plan.merged.iter().rev());
     fields.add("merge", format!("{from} into {}", show(plan.receiver())));
     fields.add("to copy", amount(plan));
-    if plan.writes_zeros() && plan.amounts.zero > 0 {
-        let zeros = size::exact(plan.amounts.zero);
+    if plan.writes_zeros() && plan.bytes.zero > 0 {
+        let zeros = size::exact(plan.bytes.zero);
         fields
             .add("to zero", format!("{zeros}; QEMU writes them as data, so that base's file grows by them"));
-    } else if plan.amounts.zero > 0 {
-        fields.add("to zero", size::exact(plan.amounts.zero));
+    } else if plan.bytes.zero > 0 {
+        fields.add("to zero", size::exact(plan.bytes.zero));
     }
     if let Some((folder, free)) = &plan.room {
         let (growth, free) = (plan.growth(), size::short(*free));
@@ -67,7 +67,7 @@ pub(in crate::cmd::live) fn text(plan: &Plan) -> String {
 
 fn amount(plan: &Plan) -> String {
     let bytes = size::exact(plan.bytes_to_copy());
-    match plan.amounts.counted {
+    match plan.bytes.counted {
         true if plan.merges_active() => {
             format!("{bytes}, and what the guest wrote last and writes meanwhile")
         }

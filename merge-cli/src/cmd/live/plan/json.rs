@@ -28,11 +28,11 @@ pub(in crate::cmd::live) fn fields(plan: &Plan) -> Value {
         "top": plan.merged.first().map(|top| &top.file),
         "active": plan.disk.active().file,
         "bytes-to-copy": plan.bytes_to_copy(),
-        "bytes-to-zero": plan.amounts.zero,
+        "bytes-to-zero": plan.bytes.zero,
         // QEMU decides, and does not tell.
         "clusters-to-allocate": null,
         "base-file-size-after": plan.receiver().actual_size.map(|size| size.saturating_add(plan.growth())),
-        "counted": plan.amounts.counted,
+        "counted": plan.bytes.counted,
         "obsolete": if plan.end == End::KeepOverlay { json!([]) } else { files(&plan.merged) },
         "becomes-empty": plan.emptied().map(|layer| layer.file.as_str()).collect::<Value>(),
         "stale": plan.stale().map(|(layer, why)| json!({"file": layer.file, "reason": why.to_string()})).collect::<Value>(),

@@ -11,7 +11,7 @@ use std::time::Duration;
 use qmp_client::{Address, Connection, Options, Owner, Recovery};
 
 use self::tell::Told;
-use super::leftover;
+use super::unfinished_snapshot;
 use crate::call::{Call, VerbName};
 use crate::cli::RecoverArgs;
 use crate::exit::Exit;
@@ -72,7 +72,7 @@ fn snapshots(qmp: Option<&Address>, call: &Call, console: &Console) -> Result<()
     if Owner::of(address, monitor.peer()).is_some() {
         return Ok(());
     }
-    leftover::undo_all(&monitor, &[], console).map_err(|error| {
+    unfinished_snapshot::undo_all(&monitor, &[], console).map_err(|error| {
         Report {
             kind: "qemu-refused",
             message: format!("what a snapshot has left stays: {error}"),

@@ -90,7 +90,7 @@ fn outcome(found: Found) -> &'static str {
         Found::InUse => "in-use",
         Found::NotSwitched => "not-switched",
         Found::Completed => "completed",
-        Found::PointedBack => "pointed-back",
+        Found::RelinkedBack => "pointed-back",
         Found::Unclear => "unclear",
         _ => "failed",
     }
@@ -152,7 +152,7 @@ fn deed(deed: &Deed) -> String {
             let what = if files.len() == 1 { "an empty overlay" } else { "empty overlays" };
             format!("make {} {what} on {base}", list(files))
         }
-        Deed::PointBack { overlay, name } => format!("give {overlay} its former backing file back: {name}"),
+        Deed::RelinkBack { overlay, name } => format!("give {overlay} its former backing file back: {name}"),
         Deed::Forget(file) => format!("remove the state file {}", file.display()),
         _ => String::new(),
     }

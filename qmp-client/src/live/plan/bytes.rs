@@ -13,7 +13,7 @@ use qcow2::units::{GuestOffset, GuestRange};
 /// Bytes that a merge moves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Amounts {
+pub struct PlannedBytes {
     /// Bytes of data.
     pub copy: u64,
     /// Bytes that the merged layers show as zeros.
@@ -26,15 +26,15 @@ pub struct Amounts {
 
 /// The bytes that `from` (the layers that are given up) supply to what lies above, seen from `top`, the highest
 /// of them, and that `into` does not hold yet.
-pub(crate) fn amounts(disk: &Disk, files: &Files, from: &[Layer], into: &Layer) -> Amounts {
+pub(crate) fn planned_bytes(disk: &Disk, files: &Files, from: &[Layer], into: &Layer) -> PlannedBytes {
     counted(disk, files, from, into).unwrap_or_else(|| {
         let held = from.iter().filter_map(|layer| layer.actual_size).fold(0, u64::saturating_add);
-        Amounts { copy: held, ..Amounts::default() }
+        PlannedBytes { copy: held, ..PlannedBytes::default() }
     })
 }
 
 /// `None` where a layer cannot be read here; the estimate is no reason to fail.
-fn counted(disk: &Disk, files: &Files, from: &[Layer], into: &Layer) -> Option<Amounts> {
+fn counted(disk: &Disk, files: &Files, from: &[Layer], into: &Layer) -> Option<PlannedBytes> {
     let highest = from.first()?.index.max(into.index);
     let highest = disk.layers().iter().find(|layer| layer.index == highest)?;
     let chain = open(files, highest)?;
@@ -64,10 +64,10 @@ fn open(files: &Files, layer: &Layer) -> Option<Chain> {
     Chain::open(&OsHost, &path, &options).ok()
 }
 
-fn count(images: &[&Image], first: usize, last: usize, into: usize) -> Option<Amounts> {
+fn count(images: &[&Image], first: usize, last: usize, into: usize) -> Option<PlannedBytes> {
     let merged = View::new(images, first, last);
     let receiver = View::new(images, into, into);
-    let mut amounts = Amounts { counted: true, ..Amounts::default() };
+    let mut bytes = PlannedBytes { counted: true, ..PlannedBytes::default() };
     let (mut parts, mut held) = (Vec::new(), Vec::new());
     let window = merged.window();
     let mut at = GuestOffset::new(0);
@@ -83,19 +83,19 @@ fn count(images: &[&Image], first: usize, last: usize, into: usize) -> Option<Am
         for part in &parts {
             match part.supply {
                 Supply::Layer { mapping: Mapping::Zero { .. }, .. } | Supply::PastEnd { .. } => {
-                    amounts.zero = amounts.zero.saturating_add(part.range.len);
+                    bytes.zero = bytes.zero.saturating_add(part.range.len);
                 }
                 Supply::Layer { .. } => {
-                    amounts.copy = amounts.copy.saturating_add(part.range.len);
+                    bytes.copy = bytes.copy.saturating_add(part.range.len);
                     let there: u64 = held.iter().filter_map(|h| data_in(h, &part.range)).sum();
-                    amounts.new = amounts.new.saturating_add(part.range.len.saturating_sub(there));
+                    bytes.new = bytes.new.saturating_add(part.range.len.saturating_sub(there));
                 }
                 Supply::Nothing => {}
             }
         }
         at = range.end();
     }
-    Some(amounts)
+    Some(bytes)
 }
 
 /// How many bytes of `range` a part of the receiving layer has allocated.
