@@ -234,3 +234,65 @@ fn circle(name: &Names, imports: &BTreeMap<Names, BTreeSet<Names>>) -> Option<St
     }
     None
 }
+
+/// The folders of the workspace's crates.
+const CRATES: [&str; 6] = ["qcow2", "qmp-client", "merge-cli", "benches", "fuzz", "testdata/kit"];
+
+/// The name of the type that a line of code begins to define, if it does. The types that an `impl` block names for its
+/// trait, as `type Output`, are indented, and say what the trait wants.
+fn type_name(line: &str) -> Option<&str> {
+    let is_inside = line.starts_with(' ');
+    let mut words = line.split(|c: char| c.is_whitespace() || "<({;:=".contains(c)).filter(|w| !w.is_empty());
+    let is_visibility = |word: &&str| *word == "pub" || matches!(*word, "crate)" | "super)" | "in" | "crate");
+    let word = words.find(|word| !is_visibility(word) && !word.ends_with(')'))?;
+    let names_type = matches!(word, "struct" | "enum" | "trait" | "union") || word == "type" && !is_inside;
+    let name = words.next().filter(|_| names_type)?;
+    name.starts_with(|c: char| c.is_ascii_uppercase()).then_some(name)
+}
+
+/// Where each type of a crate is defined, tests included.
+fn types(folder: &Path, all: &mut BTreeMap<String, Vec<String>>) {
+    let entries = std::fs::read_dir(folder).map(|entries| entries.map(|entry| entry.unwrap().path()));
+    for path in entries.into_iter().flatten() {
+        if path.is_dir() && !path.ends_with("target") {
+            types(&path, all);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            for (at, line) in std::fs::read_to_string(&path).unwrap().lines().enumerate() {
+                if let Some(name) = type_name(line) {
+                    all.entry(name.to_owned()).or_default().push(format!("{}:{}", path.display(), at + 1));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_name_means_one_type() {
+    for (line, name) in [
+        ("pub(in crate::repair) struct Recorded<'a> {", Some("Recorded")),
+        ("    enum Answer {", Some("Answer")),
+        ("type Names = Vec<String>;", Some("Names")),
+        ("    type Output = u64;", None),
+        ("pub fn structure(of: Type) {", None),
+        ("/// struct Words in a comment", None),
+    ] {
+        assert_eq!(type_name(line), name, "{line}");
+    }
+    for name in CRATES {
+        let mut all = BTreeMap::new();
+        types(&Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name), &mut all);
+        let twice: Vec<String> = all
+            .iter()
+            .filter(|(_, places)| places.len() > 1)
+            .map(|(name, places)| format!("{name}: {}", places.join(", ")))
+            .collect();
+        assert!(
+            twice.len() * 100 <= all.len() * 3,
+            "{name}: {} of {} names of types stand more than once, which is over 3 %:\n{}",
+            twice.len(),
+            all.len(),
+            twice.join("\n")
+        );
+        assert!(name != "qcow2" || all.len() > 300, "only {} types were found", all.len());
+    }
+}

@@ -5,12 +5,12 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::support::{Lab, Machine, Qemu, qemu_present};
+use crate::support::{Lab, MachineLine, Qemu, qemu_present};
 
 const CHAIN: [&str; 4] = ["base.qcow2", "a.qcow2", "b.qcow2", "c.qcow2"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Style {
+enum DriveStyle {
     /// `-drive if=virtio`
     Drive,
     /// `-drive if=none,id=` and `-device`
@@ -21,16 +21,16 @@ enum Style {
     Blockdev,
 }
 
-impl Style {
+impl DriveStyle {
     /// What `live list` calls the disk.
     fn disk(self) -> &'static str {
         if self == Self::Drive { "virtio0" } else { "vda" }
     }
 
-    fn machine(self, lab: &Lab) -> Machine {
+    fn machine(self, lab: &Lab) -> MachineLine {
         let path = |name: &str| lab.dir().join(name).display().to_string();
         let active = path(CHAIN[3]);
-        let machine = Machine::bare().with(&["-S"]);
+        let machine = MachineLine::bare().with(&["-S"]);
         match self {
             Self::Drive => machine.with(&["-drive", &format!("file={active},if=virtio,format=qcow2")]),
             Self::DriveId => machine
@@ -73,7 +73,7 @@ fn chain(qemu: &Qemu, disk: &str) -> Value {
     Value::Array(layers.as_array().unwrap().iter().map(|layer| Value::Object(plain(layer))).collect())
 }
 
-fn same_merges(style: Style) {
+fn same_merges(style: DriveStyle) {
     if !qemu_present() {
         return;
     }
@@ -133,22 +133,22 @@ fn held(qemu: &Qemu, lab: &Lab) -> Vec<&'static str> {
 
 #[test]
 fn a_drive() {
-    same_merges(Style::Drive);
+    same_merges(DriveStyle::Drive);
 }
 
 #[test]
 fn a_drive_with_a_device() {
-    same_merges(Style::DriveId);
+    same_merges(DriveStyle::DriveId);
 }
 
 #[test]
 fn a_blockdev_whose_layers_qemu_finds() {
-    same_merges(Style::BlockdevTop);
+    same_merges(DriveStyle::BlockdevTop);
 }
 
 #[test]
 fn a_blockdev_for_every_layer() {
-    same_merges(Style::Blockdev);
+    same_merges(DriveStyle::Blockdev);
 }
 
 /// QEMU 10.0.2 ends with SIGSEGV, and the guest with it, when it has copied all and cannot rewrite the header of the
@@ -158,7 +158,7 @@ fn an_overlay_that_qemu_may_not_rewrite_does_not_end_the_machine() {
     if !qemu_present() {
         return;
     }
-    for style in [Style::DriveId, Style::Blockdev] {
+    for style in [DriveStyle::DriveId, DriveStyle::Blockdev] {
         let lab = Lab::new();
         lab.chain(&CHAIN);
         let before = lab.bytes(CHAIN[3]);

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, Signal};
 
-use crate::support::{Lab, Machine, Qemu, present, qemu_present};
+use crate::support::{Lab, MachineLine, Qemu, present, qemu_present};
 
 const CHAIN: [&str; 4] = ["base.qcow2", "a.qcow2", "b.qcow2", "c.qcow2"];
 
@@ -57,7 +57,7 @@ fn machine(lab: &Lab) -> Qemu {
     let image = lab.dir().join(CHAIN[3]);
     let drive = format!("file={},if=none,id=drive0,format=qcow2", image.display());
     let machine =
-        Machine::bare().with(&["-S", "-drive", &drive, "-device", "virtio-blk-pci,drive=drive0,id=vda"]);
+        MachineLine::bare().with(&["-S", "-drive", &drive, "-device", "virtio-blk-pci,drive=drive0,id=vda"]);
     Qemu::start(lab.dir(), &machine).0
 }
 

@@ -11,7 +11,7 @@ mod saved;
 
 pub(crate) use guest::{Guest, Lab};
 pub(crate) use oracle::Oracle;
-pub(crate) use qemu::{Machine, Qemu};
+pub(crate) use qemu::{MachineLine, Qemu};
 
 use std::process::{Command, Stdio};
 

@@ -17,13 +17,13 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
 
 /// The command line of a machine, without disks.
 #[derive(Clone, Debug)]
-pub(crate) struct Machine {
+pub(crate) struct MachineLine {
     /// What comes before the program: another user to run it as.
     pub(crate) prefix: Vec<String>,
     pub(crate) args: Vec<String>,
 }
 
-impl Machine {
+impl MachineLine {
     /// Plain emulation of a small PC with nothing in it.
     pub(crate) fn bare() -> Self {
         // KVM may be there and still not boot, so it is never used.
@@ -46,7 +46,7 @@ pub(crate) struct Qemu {
 
 impl Qemu {
     /// Starts it in the folder and waits until its monitors answer.
-    pub(crate) fn start(dir: &Path, machine: &Machine) -> (Self, ChildStdin, ChildStdout) {
+    pub(crate) fn start(dir: &Path, machine: &MachineLine) -> (Self, ChildStdin, ChildStdout) {
         let (program, before) = match machine.prefix.split_first() {
             Some((first, rest)) => (first.as_str(), [rest, &["qemu-system-x86_64".to_owned()]].concat()),
             None => ("qemu-system-x86_64", Vec::new()),

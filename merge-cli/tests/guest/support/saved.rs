@@ -13,7 +13,7 @@ use serde_json::json;
 use super::guest::{DISK_SIZE, Serial, frontends};
 use super::initrd;
 use super::process::{end, run};
-use super::qemu::{Machine, Qemu};
+use super::qemu::{MachineLine, Qemu};
 
 /// Where the kernel lies, and all that is made of it.
 pub(crate) fn folder() -> PathBuf {
@@ -22,8 +22,8 @@ pub(crate) fn folder() -> PathBuf {
 
 /// The machine that was booted, and the file with its state. Boots it if that has not been done yet: once for this
 /// QEMU, kernel and init.
-pub(crate) fn state() -> &'static (Machine, PathBuf) {
-    static STATE: OnceLock<(Machine, PathBuf)> = OnceLock::new();
+pub(crate) fn state() -> &'static (MachineLine, PathBuf) {
+    static STATE: OnceLock<(MachineLine, PathBuf)> = OnceLock::new();
     STATE.get_or_init(|| {
         let folder = folder().canonicalize().unwrap();
         // Another run of these tests may be making the same.
@@ -44,12 +44,12 @@ pub(crate) fn state() -> &'static (Machine, PathBuf) {
     })
 }
 
-fn machine(kernel: &Path, archive: &Path) -> Machine {
+fn machine(kernel: &Path, archive: &Path) -> MachineLine {
     let options = "console=ttyS0 quiet panic=-1 rdinit=/init nokaslr mitigations=off tsc=reliable \
                    no_timer_check lpj=1000000";
     let (kernel, archive) = (kernel.to_str().unwrap(), archive.to_str().unwrap());
     let boot = ["-kernel", kernel, "-initrd", archive, "-append", options, "-serial", "stdio"];
-    Machine::bare().with(&boot)
+    MachineLine::bare().with(&boot)
 }
 
 /// Changes with everything that the state depends on.
@@ -76,7 +76,7 @@ fn remove_older(folder: &Path) {
     }
 }
 
-fn boot_and_save(machine: &Machine, state: &Path) {
+fn boot_and_save(machine: &MachineLine, state: &Path) {
     let folder = tempfile::tempdir().unwrap();
     let mut machine = machine.clone();
     for disk in ["vda", "vdb", "vdc"] {
