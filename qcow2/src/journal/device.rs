@@ -10,8 +10,6 @@
 //! callers, and what is written between two of them may still become durable in any order. When memory is
 //! full, there is a barrier more, which changes nothing for them either.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -19,8 +17,13 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::file::Journal;
-use super::record::{BLOCK, Block, SECTOR, sector_crcs};
-use crate::storage::{CopyError, FileStat, FileView, LockError, LockMode, Storage};
+use super::record::{self, BLOCK, Block, SECTORS, sector_crcs};
+use crate::storage::{
+    CopyError, FileStat, FileView, LockError, LockMode, PAGE, Page, Pages, SECTOR, Storage, end_of, pieces,
+};
+
+// The blocks of a record are pages of memory, and are written in the sectors whose checksums it holds.
+const _: () = assert!(BLOCK == PAGE && record::SECTOR == SECTOR);
 
 /// A file that is written under a journal. See the module.
 #[derive(Debug)]
@@ -34,31 +37,20 @@ pub(crate) struct Journaled {
 }
 
 /// What is in memory.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct HeldBlocks {
-    blocks: BTreeMap<u64, Changed>,
-    /// Behind the last byte of the blocks: the file may be shorter until they are written.
-    end: u64,
+    /// The blocks, each with the checksums of its sectors before. Only sectors that change are written: the dirty bit is
+    /// in one that must not be torn.
+    blocks: Pages<[u32; SECTORS]>,
     /// Why nothing can be written any more.
     failed: Option<(io::ErrorKind, String)>,
 }
 
-/// A block in memory, and which of its sectors are to be written: the others are left alone, so that nothing can tear
-/// them. (The dirty bit is such a sector's.)
-#[derive(Clone, Debug)]
-struct Changed {
-    block: Block,
-    /// A bit for each sector, the first one lowest.
-    sectors: u8,
-}
-
-/// All sectors of a block.
-const WHOLE: u8 = u8::MAX;
-
 impl Journaled {
     /// Puts `file`, which is target `target` of the journal, under it.
     pub(crate) fn new(file: Arc<dyn Storage>, journal: Arc<Journal>, target: u8) -> Self {
-        Self { file, journal, target, kept: Mutex::default(), count: AtomicUsize::new(0) }
+        let kept = HeldBlocks { blocks: Pages::new(sector_crcs), failed: None };
+        Self { file, journal, target, kept: Mutex::new(kept), count: AtomicUsize::new(0) }
     }
 
     /// As [`Journaled::new`], with blocks of a record that a power cut may have kept from the file: they are
@@ -71,11 +63,11 @@ impl Journaled {
         len: u64,
     ) -> Self {
         let this = Self::new(file, journal, target);
-        this.count.store(blocks.len(), Relaxed);
         let mut kept = this.lock();
-        kept.end = if blocks.is_empty() { 0 } else { len };
-        let whole = |block: Block| (block.number, Changed { block, sectors: WHOLE });
-        kept.blocks = blocks.into_iter().map(whole).collect();
+        for Block { number, before, bytes } in blocks {
+            kept.blocks.insert(number, Page::whole(bytes, before), len);
+        }
+        this.count.store(kept.blocks.len(), Relaxed);
         drop(kept);
         this
     }
@@ -96,9 +88,6 @@ impl Journaled {
     /// Notes how many blocks are kept, and makes room when there are too many.
     fn settle(&self, kept: &mut HeldBlocks) -> io::Result<()> {
         self.count.store(kept.blocks.len(), Relaxed);
-        if kept.blocks.is_empty() {
-            kept.end = 0;
-        }
         if kept.blocks.len() >= self.journal.max_blocks() { self.barrier(kept) } else { Ok(()) }
     }
 
@@ -109,14 +98,19 @@ impl Journaled {
             return self.file.sync();
         }
         let size = self.file.size()?;
-        let len = size.max(kept.end);
+        let len = kept.blocks.size_over(size);
         let mut turn = self.journal.turn();
-        let blocks: Vec<Block> = kept.blocks.values().map(|changed| changed.block.clone()).collect();
-        self.journal.append(&mut turn, self.target, len, false, blocks)?;
+        let blocks = kept.blocks.iter().map(|(number, page)| Block {
+            number,
+            before: page.note,
+            bytes: page.bytes.clone(),
+        });
+        self.journal.append(&mut turn, self.target, len, false, blocks.collect())?;
         // The barrier of the journal may have taken long.
         self.journal.beat_now();
-        let changed = kept.blocks.values().map(|changed| (&changed.block, changed.sectors));
-        let written = write_in_place(&*self.file, changed, len)
+        let written = kept
+            .blocks
+            .for_each_run(len, |at, bytes| self.file.write_all_at(bytes, at))
             .and_then(|()| match size < len && self.file.size()? < len {
                 // The last sectors are zeros, which nothing was written for.
                 true => self.file.set_len(len),
@@ -129,7 +123,6 @@ impl Journaled {
             return Err(e);
         }
         kept.blocks.clear();
-        kept.end = 0;
         self.count.store(0, Relaxed);
         Ok(())
     }
@@ -139,32 +132,13 @@ impl Journaled {
         &self,
         kept: &mut HeldBlocks,
         range: Range<u64>,
-        mut change: impl FnMut(&mut [u8], u64) -> io::Result<()>,
+        mut change: impl FnMut(&mut [u8], u64),
     ) -> io::Result<()> {
         kept.usable()?;
-        let mut at = range.start;
-        while at < range.end {
-            let number = at / BLOCK;
-            let end = range.end.min((number + 1).saturating_mul(BLOCK));
-            let block = match kept.blocks.entry(number) {
-                Entry::Occupied(there) => there.into_mut(),
-                Entry::Vacant(free) => {
-                    let mut bytes = vec![0; BLOCK as usize];
-                    self.file.read_exact_or_zero(&mut bytes, number * BLOCK)?;
-                    let before = sector_crcs(&bytes);
-                    let block = Block { number, before, bytes: bytes.into() };
-                    free.insert(Changed { block, sectors: 0 })
-                }
-            };
-            let inside = (at % BLOCK) as usize..(at % BLOCK + (end - at)) as usize;
-            if let Some(bytes) = block.block.bytes.get_mut(inside.clone()) {
-                let old = bytes.to_vec();
-                change(bytes, at)?;
-                block.sectors |= changed_sectors(&old, bytes, inside.start);
-            }
-            kept.end = kept.end.max(end);
+        for piece in pieces(range) {
+            let at = piece.start;
+            kept.blocks.edit(&*self.file, piece, |bytes| change(bytes, at))?;
             self.settle(kept)?;
-            at = end;
         }
         Ok(())
     }
@@ -174,7 +148,7 @@ impl Journaled {
         &self,
         range: Range<u64>,
         whole: impl FnOnce(Range<u64>) -> io::Result<()>,
-        mut part: impl FnMut(&mut [u8], u64) -> io::Result<()>,
+        mut part: impl FnMut(&mut [u8], u64),
     ) -> io::Result<()> {
         self.journal.beat();
         let (head, tail) = whole_blocks(&range);
@@ -194,11 +168,7 @@ impl Journaled {
     fn forget(&self, range: Range<u64>) -> io::Result<()> {
         if self.has_kept() {
             let mut kept = self.lock();
-            let numbers: Vec<u64> =
-                kept.blocks.range(range.start / BLOCK..range.end.div_ceil(BLOCK)).map(|(n, _)| *n).collect();
-            for number in numbers {
-                kept.blocks.remove(&number);
-            }
+            kept.blocks.forget(range);
             self.settle(&mut kept)?;
         }
         Ok(())
@@ -216,94 +186,22 @@ impl HeldBlocks {
     }
 }
 
-/// The sectors of a block in which bytes differ that lie at `from` in it.
-fn changed_sectors(old: &[u8], new: &[u8], from: usize) -> u8 {
-    let mut sectors = 0;
-    let mut at = from;
-    let (mut old, mut new) = (old, new);
-    while !new.is_empty() {
-        let len = (SECTOR - at % SECTOR).min(new.len());
-        let ((a, old_rest), (b, new_rest)) = (old.split_at(len), new.split_at(len));
-        if a != b {
-            sectors |= 1 << (at / SECTOR);
-        }
-        (old, new) = (old_rest, new_rest);
-        at += len;
-    }
-    sectors
-}
-
-/// Writes sectors of blocks where they belong, neighbours in one piece, and nothing behind `len`.
-fn write_in_place<'a>(
-    file: &dyn Storage,
-    blocks: impl Iterator<Item = (&'a Block, u8)>,
-    len: u64,
-) -> io::Result<()> {
-    let mut run: (u64, Vec<u8>) = (0, Vec::new());
-    let write = |(start, bytes): &(u64, Vec<u8>)| {
-        let end = usize::try_from(len.saturating_sub(*start)).unwrap_or(usize::MAX).min(bytes.len());
-        match bytes.get(..end) {
-            Some(bytes) if !bytes.is_empty() => file.write_all_at(bytes, *start),
-            _ => Ok(()),
-        }
-    };
-    for (block, sectors) in blocks {
-        let chosen = block.bytes.chunks(SECTOR).zip(0..).filter(|(_, n)| sectors >> n & 1 == 1);
-        for (bytes, n) in chosen {
-            let at = block.number * BLOCK + n * SECTOR as u64;
-            if run.0 + run.1.len() as u64 != at || run.1.is_empty() {
-                write(&run)?;
-                run = (at, Vec::new());
-            }
-            run.1.extend_from_slice(bytes);
-        }
-    }
-    write(&run)
-}
-
 /// The whole blocks of a range; nothing if the first offset is not below the second.
 fn whole_blocks(range: &Range<u64>) -> (u64, u64) {
     (range.start.next_multiple_of(BLOCK), range.end - range.end % BLOCK)
 }
 
-fn end_of(offset: u64, len: u64) -> io::Result<u64> {
-    let too_far =
-        || io::Error::new(io::ErrorKind::InvalidInput, "the range reaches past the largest offset of a file");
-    offset.checked_add(len).filter(|&end| i64::try_from(end).is_ok()).ok_or_else(too_far)
-}
-
 impl Storage for Journaled {
     fn size(&self) -> io::Result<u64> {
         let size = self.file.size()?;
-        Ok(if self.has_kept() { size.max(self.lock().end) } else { size })
+        Ok(if self.has_kept() { self.lock().blocks.size_over(size) } else { size })
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         if !self.has_kept() {
             return self.file.read_at(buf, offset);
         }
-        let kept = self.lock();
-        let end = end_of(offset, buf.len() as u64)?;
-        let mut n = self.file.read_at(buf, offset)?;
-        if offset + (n as u64) < end && kept.end > offset + n as u64 {
-            let there = (kept.end.min(end) - offset) as usize;
-            if let Some(gap) = buf.get_mut(n..there) {
-                gap.fill(0);
-                n = there;
-            }
-        }
-        let end = offset + n as u64;
-        for block in kept.blocks.range(offset / BLOCK..end.div_ceil(BLOCK)).map(|(_, changed)| &changed.block)
-        {
-            let start = block.number * BLOCK;
-            let (from, to) = (offset.max(start), end.min(start + BLOCK));
-            let target = buf.get_mut((from - offset) as usize..(to - offset) as usize);
-            let source = block.bytes.get((from - start) as usize..(to - start) as usize);
-            if let (Some(target), Some(source)) = (target, source) {
-                target.copy_from_slice(source);
-            }
-        }
-        Ok(n)
+        self.lock().blocks.read(&*self.file, buf, offset)
     }
 
     fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
@@ -317,7 +215,6 @@ impl Storage for Journaled {
             |bytes, at| {
                 let end = at + bytes.len() as u64;
                 bytes.copy_from_slice(piece(at..end));
-                Ok(())
             },
         )
     }
@@ -327,7 +224,6 @@ impl Storage for Journaled {
         self.keep(&mut self.lock(), range, |bytes, at| {
             let from = (at - offset) as usize;
             bytes.copy_from_slice(buf.get(from..from + bytes.len()).unwrap_or_default());
-            Ok(())
         })
     }
 
@@ -335,10 +231,7 @@ impl Storage for Journaled {
         self.split(
             offset..end_of(offset, len)?,
             |whole| self.file.write_zeroes(whole.start, whole.end - whole.start),
-            |bytes, _| {
-                bytes.fill(0);
-                Ok(())
-            },
+            |bytes, _| bytes.fill(0),
         )
     }
 
@@ -382,15 +275,7 @@ impl Storage for Journaled {
     fn set_len(&self, len: u64) -> io::Result<()> {
         if self.has_kept() {
             let mut kept = self.lock();
-            if len < kept.end {
-                // What lies behind the new end must not come back.
-                let behind = kept.blocks.split_off(&len.div_ceil(BLOCK));
-                drop(behind);
-                if let Some(last) = kept.blocks.get_mut(&(len / BLOCK)) {
-                    last.block.bytes.get_mut((len % BLOCK) as usize..).unwrap_or_default().fill(0);
-                }
-                kept.end = len;
-            }
+            kept.blocks.cut(len);
             self.settle(&mut kept)?;
         }
         self.file.set_len(len)
@@ -405,16 +290,7 @@ impl Storage for Journaled {
         if !self.has_kept() {
             return Ok(found);
         }
-        let kept = self.lock();
-        let first = kept.blocks.range(offset / BLOCK..).next().map(|(number, _)| {
-            let start = number * BLOCK;
-            offset.max(start)..(start + BLOCK).min(kept.end.max(offset))
-        });
-        Ok(match (found, first.filter(|first| !first.is_empty())) {
-            (Some(found), Some(first)) if first.start < found.start => Some(first),
-            (None, Some(first)) => Some(first),
-            (found, _) => found,
-        })
+        Ok(self.lock().blocks.next_data(offset, found))
     }
 
     fn stat(&self) -> io::Result<FileStat> {

@@ -43,7 +43,7 @@ use crate::format::features;
 use crate::storage::{Host, Storage};
 
 use self::disk::ImageWriter;
-use self::scratch::Scratch;
+use self::scratch::{Never, Scratch};
 use self::survey::Survey;
 
 pub use self::backup::{RestoreOptions, RestorePlan, plan_restore, restore};
@@ -76,7 +76,7 @@ pub fn plan(
     mode: RepairMode,
     options: &CheckOptions<'_>,
 ) -> Result<RepairPlan> {
-    let scratch = Scratch::over(file).map_err(|e| Error::io(path, FileOp::Size, None, e))?;
+    let scratch = Scratch::new(file, Never);
     repair(path, &scratch, data_file, mode, options)
 }
 
@@ -141,7 +141,7 @@ pub fn repair_with_backup(
 ) -> Result<RepairPlan> {
     let recorded = backup::record(path, file, host, to, options)?;
     let plan = repair(path, &recorded, data_file, mode, options)?;
-    recorded.end().map_err(|e| Error::io(to, FileOp::Write, None, e))?;
+    recorded.note_end().map_err(|e| Error::io(to, FileOp::Write, None, e))?;
     Ok(plan)
 }
 

@@ -13,7 +13,9 @@ mod mem_content;
 mod os;
 mod os_file;
 mod os_folder;
+mod overlay;
 mod owner;
+mod pages;
 mod rights;
 #[cfg(feature = "testing")]
 #[doc(hidden)]
@@ -36,7 +38,9 @@ pub use folder::{Folder, Place};
 pub use mem::{MemFile, MemHost};
 pub use os::OsHost;
 pub use os_file::OsFile;
+pub(crate) use overlay::{Flush, PageOverlay};
 pub use owner::Owner;
+pub(crate) use pages::{PAGE, Page, Pages, SECTOR, end_of, pieces};
 pub use unlocked::may_be_unlocked;
 pub use view::FileView;
 
