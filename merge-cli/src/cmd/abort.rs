@@ -18,8 +18,16 @@ use crate::signals::Stop;
 pub(super) fn run(args: &AbortArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
     let stop = Stop::on_signals(call)?;
     let dir = args.journal_dir.as_deref();
-    let done = merge::abort(&OsHost, &args.base, &open::options(&args.open), dir, stop.flag())
-        .map_err(|e| Failure::engine(&e, call))?;
+    let options = open::options(&args.open);
+    let healed = merge::heal_image(&OsHost, &args.base, &options, dir);
+    let done = healed.and_then(|healed| {
+        if healed {
+            console
+                .note(&format!("{}: a power cut had torn its header; it is whole again", shown(&args.base)));
+        }
+        merge::abort(&OsHost, &args.base, &options, dir, stop.flag())
+    });
+    let done = done.map_err(|e| Failure::engine(&e, call))?;
     if console.is_json() {
         console.document(&json!({
             "base": path(&args.base),

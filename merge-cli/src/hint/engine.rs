@@ -9,8 +9,7 @@ use qcow2::chain::BackingName;
 use qcow2::error::{Role, shown};
 use qcow2::format::Container;
 use qcow2::image::ImageFormat;
-use qcow2::journal::has_edit;
-use qcow2::merge::{self, UnfinishedMerge};
+use qcow2::merge;
 use qcow2::storage::OsHost;
 use qcow2::{Error, FileOp, Refusal};
 
@@ -25,7 +24,7 @@ pub(crate) fn hints(error: &Error, call: &Call) -> Hints {
         Error::Io { path, op, source, .. } => io_hints(path, *op, source, call),
         Error::Barrier { path, source } => io_hints(path, FileOp::Write, source, call),
         Error::Unreadable { path, source, .. } => io_hints(path, FileOp::Read, source, call),
-        Error::Format { path, .. } if is_torn(path) => torn(path, call),
+        Error::Format { path, .. } if merge::can_be_healed(&OsHost, path) => torn(path, call),
         Error::Format { path, source } | Error::Mapping { path, source, .. } => {
             if source.is_unsupported() { unsupported(path, call) } else { malformed(path, call) }
         }
@@ -80,13 +79,6 @@ fn flatten(why: &str, call: &Call) -> Option<Hint> {
 
 fn allowed<W: AsRef<OsStr>>(kind: HintKind, why: &str, call: &Call, options: &[W]) -> Hint {
     Hint::command(kind, why, call.again_with(options))
-}
-
-/// Whether a record lies beside an image from which its header can be made whole.
-fn is_torn(path: &Path) -> bool {
-    let is_written = |pending: UnfinishedMerge| !pending.is_removing;
-    has_edit(&OsHost, path)
-        || merge::unfinished_merge(&OsHost, path, None).is_ok_and(|left| left.is_some_and(is_written))
 }
 
 fn torn(path: &Path, call: &Call) -> Hints {

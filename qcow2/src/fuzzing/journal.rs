@@ -10,8 +10,8 @@ use super::crash::{ENDINGS, Merge, is_journal, on_one_thread};
 use super::model::Input;
 use super::mutate::{Random, VALUES, mutate};
 use crate::journal::record::{BLOCK, Guard, Header, Phase, Purpose, Record};
-use crate::merge::abort;
 use crate::merge::{CommitOptions, unfinished_merge};
+use crate::merge::{abort, heal_image};
 use crate::stamp::{Stamp, Times};
 use crate::storage::sim::{Fault, FaultKind, State};
 use crate::storage::{Boot, MemHost};
@@ -232,7 +232,8 @@ impl Tampered<'_> {
         }
         let host = self.state.host();
         let base = &self.merge.layers[self.merge.case.base].path;
-        let _ = abort(&host, base, &options(), None, &AtomicBool::new(false));
+        let healed = heal_image(&host, base, &options(), None);
+        let _ = healed.and_then(|_| abort(&host, base, &options(), None, &AtomicBool::new(false)));
         unwritten(&host, "giving up");
         if believed.is_empty() || self.is_honest {
             self.merge.assert_guest(&host);

@@ -22,13 +22,14 @@ mod settled;
 mod stack;
 pub(crate) mod switch;
 
+pub use crate::journal::{Stranger, strangers_about};
 pub use crate::transfer::{Progress, Silent, Totals, put};
 pub use commit::Commit;
 pub use options::{BaseChoice, CommitOptions};
 pub use plan::{Afterwards, BeginsAnew, DataFileFate, Kept, Plan, PlannedDataFile, Resumed, Signs};
 pub use report::Report;
 pub use resume::abort::{Aborted, abort};
-pub use resume::heal::heal;
-pub use resume::torn::{open_whole, refuse_torn};
+pub use resume::heal::{heal, heal_image};
+pub use resume::torn::{can_be_healed, open_whole, refuse_torn};
 pub use resume::unfinished::{UnfinishedMerge, unfinished_merge};
 pub use settled::{Finish, Nothing, Prepared, Settled};

@@ -9,7 +9,9 @@ use qcow2::chain::Chain;
 use qcow2::chain::view::View;
 use qcow2::check::{CheckOptions, check};
 use qcow2::image::ClusterCache;
-use qcow2::merge::{BaseChoice, Commit, CommitOptions, Prepared, Report, Silent, abort, heal, open_whole};
+use qcow2::merge::{
+    BaseChoice, Commit, CommitOptions, Prepared, Report, Silent, abort, heal, heal_image, open_whole,
+};
 use qcow2::storage::sim::{Cut, State};
 use qcow2::storage::{Access, Host, MemHost};
 use qcow2::units::GuestOffset;
@@ -138,7 +140,8 @@ impl<'a> Judge<'a> {
             let host = disk(self.scenario, state);
             let (base, options) = (self.scenario.path(self.scenario.base), self.scenario.options());
             let dir = options.journal_dir.as_deref();
-            match abort(&host, base, &options.open, dir, &AtomicBool::new(false)) {
+            let healed = heal_image(&host, base, &options.open, dir);
+            match healed.and_then(|_| abort(&host, base, &options.open, dir, &AtomicBool::new(false))) {
                 Ok(_) => {}
                 // The chain was changed: the merge is done, and can only be finished.
                 Err(Error::Refused { reason: Refusal::MergeDone { .. }, .. }) => return Ok(()),

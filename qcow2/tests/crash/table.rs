@@ -10,7 +10,7 @@ use qcow2::chain::Chain;
 use qcow2::chain::view::View;
 use qcow2::fuzzing::sample::Content;
 use qcow2::image::ClusterCache;
-use qcow2::merge::{Commit, CommitOptions, Report, Silent, abort, heal, unfinished_merge};
+use qcow2::merge::{Commit, CommitOptions, Report, Silent, abort, heal, heal_image, unfinished_merge};
 use qcow2::storage::sim::{Cuts, Fault, FaultKind, Garbage, Random, SimHost, power_cuts};
 use qcow2::storage::{Access, Host};
 use qcow2::units::GuestOffset;
@@ -361,7 +361,8 @@ fn row(
     let begun = unfinished_merge(host, &base, dir).ok().flatten();
     let is_begun = begun.is_some();
     if gives_up {
-        let given_up = abort(host, &base, &options.open, dir, &AtomicBool::new(false));
+        let healed = heal_image(host, &base, &options.open, dir);
+        let given_up = healed.and_then(|_| abort(host, &base, &options.open, dir, &AtomicBool::new(false)));
         let same = match (&before, shows(host, &active)) {
             (Ok(before), Ok(after)) => *before == after,
             (Err(_), _) => true,

@@ -10,7 +10,7 @@ use qcow2::chain::view::{Supplied, View};
 use qcow2::compare::compare;
 use qcow2::convert::{Flatten, FlattenOptions};
 use qcow2::image::{ClusterCache, ImageFormat};
-use qcow2::merge::{Silent, abort};
+use qcow2::merge::{Silent, abort, heal_image};
 use qcow2::storage::Host;
 use qcow2::storage::sim::{Fault, FaultKind, SimHost, State};
 use qcow2::units::{GuestOffset, GuestRange};
@@ -97,7 +97,9 @@ fn give_up(scenario: &Scenario, _: u64) -> Outcome {
     let dir = scenario.options().journal_dir;
     for state in stopped(&judge) {
         let call = |disk: &SimHost| {
-            match abort(disk, base, &scenario.options().open, dir.as_deref(), &AtomicBool::new(false)) {
+            let (open, dir) = (scenario.options().open, dir.as_deref());
+            let healed = heal_image(disk, base, &open, dir);
+            match healed.and_then(|_| abort(disk, base, &open, dir, &AtomicBool::new(false))) {
                 // The chain was changed: the merge is done, and can only be finished.
                 Err(Error::Refused { reason: Refusal::MergeDone { .. }, .. }) => Ok(()),
                 other => other.map(drop),

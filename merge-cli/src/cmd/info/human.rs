@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use qcow2::ErrorKind;
 use qcow2::error::shown;
 use qcow2::format::{Bitmap, Cluster0, FeatureKind, Snapshot, features};
-use qcow2::journal::Stranger;
-use qcow2::merge::UnfinishedMerge;
+use qcow2::merge::{Stranger, UnfinishedMerge};
 use qcow2::storage::LockMode;
 
 use super::Layer;

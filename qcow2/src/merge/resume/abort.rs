@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use super::torn::refuse_torn_header;
 use super::unfinished::UnfinishedMerge;
 use super::work::UnfinishedWork;
 use crate::chain::{Chain, OpenOptions};
@@ -27,12 +28,12 @@ pub struct Aborted {
     pub put_back: bool,
 }
 
-/// Gives up the merge that is pending into the image at `base`: what a power cut has torn is made whole,
-/// leaked clusters are given back, the dirty bit is cleared, and the journal removed. The overlays hold all
-/// that they held. If somebody has written to base since, only the journal is removed.
+/// Gives up the merge that is pending into the image at `base`: leaked clusters are given back, the dirty bit is cleared, and the journal removed. The overlays hold all
+/// that they held. If somebody has written to base since, only the journal is removed. A header that a power cut has torn
+/// must be whole: see [`heal_image`](super::heal::heal_image).
 ///
 /// # Errors
-/// [`Refusal::MergeDone`] if the chain has been changed already; [`Refusal::JournalOfRenamed`]; [`Error::InUse`]; a base that cannot be
+/// [`Refusal::TornHeader`]; [`Refusal::MergeDone`] if the chain has been changed already; [`Refusal::JournalOfRenamed`]; [`Error::InUse`]; a base that cannot be
 /// opened or written.
 pub fn abort(
     host: &dyn Host,
@@ -41,7 +42,7 @@ pub fn abort(
     dir: Option<&Path>,
     cancel: &AtomicBool,
 ) -> Result<Aborted> {
-    journal::heal(host, base, dir, open.no_locks)?;
+    refuse_torn_header(host, base, dir)?;
     let id = host.stat(base).map_err(|e| Error::io(base, FileOp::Open, None, e))?.id;
     let access = [(id, Access::ReadWrite)].into();
     let mut chain = Chain::open(host, base, &OpenOptions { lock: true, access, ..open.clone() })?;

@@ -1,6 +1,7 @@
 //! What was before: merges that were stopped, or done, and what the layers asked for mean therefore.
 
 use crate::error::shown;
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io;
@@ -10,7 +11,6 @@ use std::path::{Path, PathBuf};
 use super::describe::stamp;
 use super::obsolete::ObsoleteLayers;
 use super::torn::refuse_torn_header;
-use super::unfinished;
 use super::work;
 use super::work::{UnfinishedWork, Work};
 use crate::chain::{Chain, index};
@@ -139,13 +139,15 @@ pub(crate) enum Before {
 /// # Errors
 /// A layer that is not there; the system's.
 pub(crate) fn look(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Before> {
-    let meant = meant(host, chain, options)?;
+    let journals = Journals { host, chain, dir: options.journal_dir.as_deref(), found: OnceCell::new() };
+    let meant = meant(host, chain, options, &journals)?;
     let options = meant.as_ref().unwrap_or(options);
-    if let Some((reason, obsolete)) = switched(host, chain, options)? {
+    if let Some((reason, obsolete)) = switched(host, chain, options, &journals)? {
         return Ok(Before::Switched(reason, obsolete));
     }
     let Some(reason) = merged(host, chain, options)? else { return Ok(Before::Open(meant)) };
-    Ok(match unfinished::is_switching(host, chain, options.journal_dir.as_deref())? {
+    let is_switching = journals.all()?.iter().any(|(_, journal)| journal.state().phase >= Phase::Switching);
+    Ok(match is_switching {
         true => Before::Switched(reason, Vec::new()),
         false => Before::Merged(reason),
     })
@@ -169,18 +171,32 @@ pub(crate) fn removed(host: &dyn Host, active: &Path, options: &CommitOptions) -
     journal::find_removed(host, active, options.journal_dir.as_deref())
 }
 
-/// The journals of the layers of a chain, from the bottom up.
-fn journals<'a>(
+/// The journals of the layers of a chain, looked for once, when something depends on them.
+struct Journals<'a> {
     host: &'a dyn Host,
     chain: &'a Chain,
     dir: Option<&'a Path>,
-) -> impl Iterator<Item = Result<(&'a Path, Journal)>> {
-    chain.layers().iter().filter_map(move |layer| {
-        let file = &**layer.image.file();
-        let found =
-            journal::find(host, &layer.path, file, dir, layer.access, journal::JOURNAL).transpose()?;
-        Some(found.map(|found| (layer.path.as_path(), found.journal)))
-    })
+    found: OnceCell<Vec<(&'a Path, Journal)>>,
+}
+
+impl<'a> Journals<'a> {
+    /// Each with the path of its layer, from the bottom up.
+    ///
+    /// # Errors
+    /// The system's.
+    fn all(&self) -> Result<&[(&'a Path, Journal)]> {
+        if let Some(found) = self.found.get() {
+            return Ok(found);
+        }
+        let mut all = Vec::new();
+        for layer in self.chain.layers() {
+            let file = &**layer.image.file();
+            let found =
+                journal::find(self.host, &layer.path, file, self.dir, layer.access, journal::JOURNAL)?;
+            all.extend(found.map(|found| (layer.path.as_path(), found.journal)));
+        }
+        Ok(self.found.get_or_init(|| all))
+    }
 }
 
 /// The options of a merge whose top is the active image by an index that it has no more, and no other layer: it had that
@@ -188,15 +204,19 @@ fn journals<'a>(
 ///
 /// # Errors
 /// The system's.
-fn meant(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<CommitOptions>> {
+fn meant(
+    host: &dyn Host,
+    chain: &Chain,
+    options: &CommitOptions,
+    journals: &Journals<'_>,
+) -> Result<Option<CommitOptions>> {
     let Some(top) = &options.top else { return Ok(None) };
     let (Some(asked), Some(active)) = (index(top), chain.layers().last()) else { return Ok(None) };
     match chain.find(host, top) {
         Err(Error::Usage(_)) => {}
         found => return found.map(|_| None),
     }
-    for found in journals(host, chain, options.journal_dir.as_deref()) {
-        let (_, journal) = found?;
+    for (_, journal) in journals.all()? {
         let header = journal.header();
         let may = header.top == header.active && header.top_index as usize == asked;
         if may && id_of(host, &header.active)? == Some(active.id) {
@@ -216,6 +236,7 @@ fn switched(
     host: &dyn Host,
     chain: &Chain,
     options: &CommitOptions,
+    journals: &Journals<'_>,
 ) -> Result<Option<(String, Vec<PathBuf>)>> {
     let Some(top) = &options.top else { return Ok(None) };
     let files = chain.files();
@@ -223,15 +244,14 @@ fn switched(
     if is_layer(Path::new(top))? {
         return Ok(None);
     }
-    for found in journals(host, chain, options.journal_dir.as_deref()) {
-        let (base, journal) = found?;
+    for (base, journal) in journals.all()? {
         let merged = &journal.header().top;
         let is_switched = journal.header().purpose == Purpose::Merge
             && journal.state().phase >= Phase::Switching
             && !is_layer(merged)?;
         if is_switched && names(host, top, merged) {
             let reason = was_merged(merged, base);
-            let obsolete = ObsoleteLayers::of(host, &journal, Some(chain), false)?;
+            let obsolete = ObsoleteLayers::of(host, journal, Some(chain), false)?;
             let paths = obsolete.map(|obsolete| obsolete.paths(host)).transpose()?;
             return Ok(Some((reason, paths.unwrap_or_default())));
         }

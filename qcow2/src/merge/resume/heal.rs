@@ -1,4 +1,4 @@
-//! Headers that a power cut has torn: made whole, or found.
+//! Headers that a power cut has torn, made whole.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -37,4 +37,13 @@ pub fn heal(host: &dyn Host, active: &Path, options: &CommitOptions) -> Result<V
         heal_one(Path::new(top))?;
     }
     Ok(healed.into_inner())
+}
+
+/// Makes the header of one image whole, as [`heal`] does for those of a chain: to be called before a merge into it is given
+/// up. `dir` is where journals lie that are not beside their images. Tells whether the image was written.
+///
+/// # Errors
+/// As [`heal`], but for those of the chain.
+pub fn heal_image(host: &dyn Host, path: &Path, open: &OpenOptions, dir: Option<&Path>) -> Result<bool> {
+    journal::heal(host, path, dir, open.no_locks)
 }

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use super::unfinished::{UnfinishedMerge, unfinished_merge};
 use super::work::{FoundImage, UnfinishedWork};
 use crate::chain::{Chain, Layer, OpenOptions};
 use crate::error::{Error, Refusal, Result};
@@ -39,6 +40,14 @@ pub fn refuse_torn(
 ) -> Result<()> {
     let image = FoundImage { path, file, data, access: Access::Read, is_dirty };
     refuse(path, UnfinishedWork::of(host, &image, None)?)
+}
+
+/// Whether a record lies beside an image that can make whole what a power cut has torn of it: that of an edit of its header,
+/// or the journal of a merge that was stopped.
+pub fn can_be_healed(host: &dyn Host, path: &Path) -> bool {
+    let is_written = |merge: UnfinishedMerge| !merge.is_removing;
+    journal::has_edit(host, path)
+        || unfinished_merge(host, path, None).is_ok_and(|merge| merge.is_some_and(is_written))
 }
 
 /// Refuses an image whose header a power cut has torn: what it says is neither old nor new.

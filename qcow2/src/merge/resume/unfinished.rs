@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::chain::Chain;
 use crate::error::{Error, FileOp, Result};
 use crate::journal;
 use crate::journal::record::{Phase, Purpose};
@@ -41,22 +40,6 @@ pub fn unfinished_merge(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Res
     let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
     Ok(found.filter(|found| found.last.is_some()).and_then(|found| of(&found.journal)))
-}
-
-/// Whether a merge into a layer of the chain was stopped behind the switch of the chain, as the journals beside the layers
-/// or in `dir` tell.
-///
-/// # Errors
-/// The system's.
-pub(crate) fn is_switching(host: &dyn Host, chain: &Chain, dir: Option<&Path>) -> Result<bool> {
-    for layer in chain.layers() {
-        let file = &**layer.image.file();
-        let found = journal::find(host, &layer.path, file, dir, layer.access, journal::JOURNAL)?;
-        if found.is_some_and(|found| found.journal.state().phase >= Phase::Switching) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 /// The merge that a journal is about, unless all of it is done.
