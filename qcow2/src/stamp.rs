@@ -6,10 +6,12 @@
 //! the time of the last change (ctime), which no program can set back, and [`Stamp::judge`] weighs them
 //! in one place.
 
+use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, FileOp, Result};
-use crate::storage::{Boot, FileId, FileKind, FileStat, Host, Storage};
+use crate::storage::{Access, Boot, FileId, FileKind, FileStat, Host, Storage, if_there};
 
 /// How much of the beginning of a file its checksum covers, in bytes: one sector.
 const HEAD: usize = 512;
@@ -29,7 +31,7 @@ const CLOCK_JITTER_NS: i128 = 500_000_000;
 /// A file as it was when somebody looked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stamp {
-    /// Its absolute path, without symbolic links.
+    /// Its absolute path, without symbolic links; or the name by which a caller wants it opened and reported.
     pub path: PathBuf,
     /// Device and inode. The device may get another number when the system starts again.
     pub id: FileId,
@@ -41,7 +43,7 @@ pub struct Stamp {
     pub born_ns: Option<i128>,
     /// Its length and its times.
     pub times: Times,
-    /// The CRC-32 of its first sector.
+    /// The CRC-32 of its first sector; 0 where the file may be looked at, and not be read.
     pub head_crc: u32,
 }
 
@@ -98,6 +100,36 @@ pub enum SameFile {
     No,
     /// Inode numbers are equal, and nothing tells the file systems apart or one.
     Unsure,
+}
+
+/// The first thing that tells that a file is not as it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Difference {
+    /// It is another file.
+    OtherFile,
+    /// It has another length, in bytes.
+    Length {
+        /// Its length then.
+        then: u64,
+        /// Its length now.
+        now: u64,
+    },
+    /// The time of its last write, or its first sector, is another one.
+    Written,
+    /// Only the time of its last change is another one: of its name, its rights, or of a write whose time was set back.
+    Changed,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OtherFile => f.write_str("its name leads to another file now"),
+            Self::Length { then, now } => write!(f, "it was {then} bytes long, and is {now} bytes long now"),
+            Self::Written => f.write_str("it was written to since"),
+            Self::Changed => f.write_str("it was changed since"),
+        }
+    }
 }
 
 impl Times {
@@ -159,6 +191,34 @@ impl Stamp {
         })
     }
 
+    /// Looks at the file that a name leads to, links followed. `None` if there is none, or if it is neither a regular file
+    /// nor a block device.
+    ///
+    /// # Errors
+    /// The system's: nobody knows then whether there is a file.
+    pub fn now(host: &dyn Host, path: &Path) -> Result<Option<Self>> {
+        let failed = |op: FileOp| move |e| Error::io(path, op, None, e);
+        let stat = if_there(host.stat(path)).map_err(failed(FileOp::Stat))?;
+        let Some(stat) = stat.filter(|stat| matches!(stat.kind, FileKind::Regular | FileKind::Block)) else {
+            return Ok(None);
+        };
+        match if_there(host.open(path, Access::Read)) {
+            Ok(Some(file)) => Self::of(host, path, &*file).map(Some),
+            Ok(None) => Ok(None),
+            // Whoever commands QEMU need not be allowed to read its images. Length and times tell the most.
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(Some(Self {
+                path: host.canonicalize(path).map_err(failed(FileOp::Resolve))?,
+                id: stat.id,
+                is_device: stat.kind == FileKind::Block,
+                file_system: None,
+                born_ns: stat.born_ns,
+                times: Times::of(&stat),
+                head_crc: 0,
+            })),
+            Err(e) => Err(failed(FileOp::Open)(e)),
+        }
+    }
+
     /// Whether `now` is of the same file: by inode, time of birth and file system; a device by its path or number.
     pub fn same_file(&self, now: &Self) -> SameFile {
         if self.is_device || now.is_device {
@@ -178,6 +238,50 @@ impl Stamp {
     /// Whether `now` is for certain the same file.
     pub fn is_same_file(&self, now: &Self) -> bool {
         self.same_file(now) == SameFile::Yes
+    }
+
+    /// Whether `now` is the same file, where the system may have started again in between. File systems get other numbers
+    /// then, so an equal inode number counts if nothing else tells; within one run of the system it does not.
+    pub fn is_same_file_after(&self, now: &Self, is_same_boot: bool) -> bool {
+        match self.same_file(now) {
+            SameFile::Yes => true,
+            SameFile::No => false,
+            SameFile::Unsure => !is_same_boot,
+        }
+    }
+
+    /// Whether somebody may have written between this look and `now`. Any difference counts as a write, the time of the
+    /// last change included: a program that writes may set the time of the write back. `None` for a device, which keeps no
+    /// times that tell.
+    pub fn is_written(&self, now: &Self) -> Option<bool> {
+        let is_file = !self.is_device && !now.is_device;
+        is_file.then(|| self.times != now.times || self.has_other_head(now))
+    }
+
+    /// Whether the first sector was read both times, and is another one.
+    fn has_other_head(&self, now: &Self) -> bool {
+        self.head_crc != 0 && now.head_crc != 0 && self.head_crc != now.head_crc
+    }
+
+    /// When the last write may have been, at the latest, in nanoseconds since 1970.
+    pub fn last_written_ns(&self) -> i128 {
+        self.times.modified_ns.max(self.times.changed_ns)
+    }
+
+    /// What tells that `now` is not the same file as it was; `None` if nothing does. Of a device only that it is another
+    /// one is told.
+    pub fn difference(&self, now: &Self) -> Option<Difference> {
+        let (then, times) = (self.times, now.times);
+        match () {
+            () if !self.is_same_file(now) => Some(Difference::OtherFile),
+            () if self.is_device => None,
+            () if then.len != times.len => Some(Difference::Length { then: then.len, now: times.len }),
+            () if then.modified_ns != times.modified_ns || self.has_other_head(now) => {
+                Some(Difference::Written)
+            }
+            () if then.changed_ns != times.changed_ns => Some(Difference::Changed),
+            () => None,
+        }
     }
 
     /// Whether `now` is the same file with the same content, and nobody has touched it in between.

@@ -161,3 +161,56 @@ fn a_file_that_was_written_is_known_for_it() {
         assert!(!was.is_unwritten(&other), "{other:?}");
     }
 }
+
+#[test]
+fn the_first_difference_is_told() {
+    let was = stamp();
+    let device = |stamp: Stamp| Stamp { is_device: true, ..stamp };
+    for (now, difference, is_written) in [
+        (was.clone(), None, Some(false)),
+        (
+            Stamp { id: FileId { device: 7, inode: 8 }, ..was.clone() },
+            Some(Difference::OtherFile),
+            Some(false),
+        ),
+        (
+            Stamp { times: Times { len: 1, ..was.times }, ..was.clone() },
+            Some(Difference::Length { then: 4096, now: 1 }),
+            Some(true),
+        ),
+        (Stamp { times: at(99, 101), ..was.clone() }, Some(Difference::Written), Some(true)),
+        (Stamp { times: at(100, 101), ..was.clone() }, Some(Difference::Changed), Some(true)),
+        (Stamp { head_crc: 5, ..was.clone() }, Some(Difference::Written), Some(true)),
+        (Stamp { head_crc: 0, ..was.clone() }, None, Some(false)),
+        (Stamp { path: "/moved".into(), ..was.clone() }, None, Some(false)),
+    ] {
+        assert_eq!(was.difference(&now), difference, "{now:?}");
+        assert_eq!(was.is_written(&now), is_written, "{now:?}");
+        let other = difference.filter(|difference| *difference == Difference::OtherFile);
+        let is_here = device(was.clone()).path == now.path;
+        assert_eq!(
+            device(was.clone()).difference(&device(now.clone())),
+            other.filter(|_| !is_here),
+            "{now:?}"
+        );
+        assert_eq!(device(was.clone()).is_written(&device(now)), None);
+    }
+}
+
+#[test]
+fn an_inode_number_counts_only_after_a_start_of_the_system_if_nothing_else_tells() {
+    let unknown = Stamp { id: FileId { device: 8, inode: 12 }, file_system: None, born_ns: None, ..stamp() };
+    assert!(stamp().is_same_file_after(&unknown, false));
+    assert!(!stamp().is_same_file_after(&unknown, true));
+    let other = Stamp { born_ns: Some(6), ..stamp() };
+    assert!(!stamp().is_same_file_after(&other, false));
+}
+
+#[test]
+fn a_name_has_a_stamp_only_if_it_leads_to_a_file() {
+    let host = crate::storage::MemHost::new();
+    host.add("/vm/base", b"bytes").unwrap();
+    let stamp = Stamp::now(&host, Path::new("/vm/base")).unwrap().unwrap();
+    assert_eq!((stamp.times.len, stamp.head_crc != 0), (5, true));
+    assert_eq!(Stamp::now(&host, Path::new("/vm/none")).unwrap(), None);
+}

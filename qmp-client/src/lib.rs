@@ -93,6 +93,6 @@ pub use qmp::monitors::{is_machine, monitor_of};
 pub use qmp::naming::{Named, words_naming};
 pub use qmp::owner::Owner;
 pub use state::{
-    FileIdentity, Kind, Phase, Qemu, RecordedRelink, State, StateFile, StateLayer, Throttled, find_states,
-    states_in, states_of, sweep,
+    Kind, Phase, Qemu, RecordedRelink, State, StateFile, StateLayer, Throttled, find_states, states_in,
+    states_of, sweep,
 };

@@ -21,7 +21,7 @@ fn the_state_file_says_how_far_an_intermediate_merge_is() {
     assert_eq!((said.phase, &said), (Phase::Copying, merge.state()));
     assert_eq!(said.valid_top, chain.name(4));
     assert_eq!(said.backing.as_ref().unwrap().new.as_deref(), Some("1.img"));
-    assert!(said.layers.iter().all(|layer| layer.identity.is_some()));
+    assert!(said.layers.iter().all(|layer| layer.stamp.is_some()));
     assert_eq!(states_of(&daemon.address()).unwrap().len(), 1);
 
     copied(&merge);

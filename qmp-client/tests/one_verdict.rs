@@ -87,7 +87,7 @@ fn a_leave_is_made_by_the_judge_alone() {
 #[test]
 fn the_command_knows_no_states() {
     for (name, text) in sources(&src("merge-cli")) {
-        for word in ["StateFile", "StateLayer", "FileIdentity", "find_states", "states_in", "Known"] {
+        for word in ["StateFile", "StateLayer", "Stamp", "find_states", "states_in", "stamp_of"] {
             assert!(!says(&text, word), "the command's {name} has {word}");
         }
     }

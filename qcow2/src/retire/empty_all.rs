@@ -14,14 +14,15 @@ use super::empty_onto::{Emptied, EmptyOptions, empty_onto, is_empty_on};
 use super::mark::unused;
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::ImageFormat;
-use crate::merge::switch::mark::Known;
-use crate::storage::{FileId, Host};
+use crate::merge::switch::mark::require_unchanged;
+use crate::stamp::Stamp;
+use crate::storage::{Access, FileId, Host};
 
 /// Layers that a merge has left above base.
 #[derive(Clone, Copy, Debug)]
 pub struct MergedLayers<'a> {
     /// The layers, the uppermost first.
-    pub layers: &'a [Known],
+    pub layers: &'a [Stamp],
     /// The one that a configuration names by itself, the old active image: it is not marked as merged.
     pub active: Option<FileId>,
     /// Images that may use the layers, because what they show does not depend on them any more.
@@ -34,7 +35,7 @@ pub struct MergedLayers<'a> {
 /// uppermost first. All but the active one are marked as merged.
 ///
 /// An image that another one uses, in the same folders or in `scan`, keeps its data, and so does all below it: who uses it
-/// reads through them. The same is true of an image that somebody holds, or has written to since it was known. One
+/// reads through them. The same is true of an image that somebody holds, or has written to since the stamp was taken. One
 /// that cannot be emptied for another reason keeps no other from it.
 ///
 /// # Errors
@@ -72,7 +73,7 @@ pub fn empty_all_onto(
 }
 
 /// Whether nobody holds the layer, and nobody has written to it since it was known, but an earlier call that emptied it.
-fn is_left_alone(host: &dyn Host, layer: &Known, base: FileId, options: &EmptyOptions) -> Result<()> {
+fn is_left_alone(host: &dyn Host, layer: &Stamp, base: FileId, options: &EmptyOptions) -> Result<()> {
     match is_empty_on(host, layer, base, &options.open) {
         Ok(true) => return Ok(()),
         Err(
@@ -83,8 +84,9 @@ fn is_left_alone(host: &dyn Host, layer: &Known, base: FileId, options: &EmptyOp
         // What else is wrong with it is told when it is its turn.
         Ok(false) | Err(_) => {}
     }
-    let stat = host.stat(&layer.path).map_err(|e| Error::io(&layer.path, FileOp::Stat, None, e))?;
-    layer.judge(&stat)
+    let file = host.open(&layer.path, Access::Read);
+    let file = file.map_err(|e| Error::io(&layer.path, FileOp::Open, None, e))?;
+    require_unchanged(host, layer, &*file)
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use crate::transfer::put;
 use crate::units::GuestOffset;
 
 /// Layers of which the first is the active one.
-fn merged_layers(layers: &[Known]) -> MergedLayers<'_> {
+fn merged_layers(layers: &[Stamp]) -> MergedLayers<'_> {
     MergedLayers { layers, active: layers.first().map(|layer| layer.id), chain: &[], scan: &[] }
 }
 
@@ -28,8 +28,8 @@ fn recorded(host: &MemHost, paths: &[PathBuf]) -> Vec<u8> {
     bytes
 }
 
-fn all_known(host: &MemHost, paths: &[PathBuf]) -> Vec<Known> {
-    paths.iter().rev().map(|path| Known::now(host, path).unwrap()).collect()
+fn all_stamps(host: &MemHost, paths: &[PathBuf]) -> Vec<Stamp> {
+    paths.iter().rev().map(|path| Stamp::now(host, path).unwrap().unwrap()).collect()
 }
 
 #[test]
@@ -42,7 +42,7 @@ fn every_merged_layer_becomes_an_empty_overlay_as_large_as_asked() {
         let size = expected.len() as u64;
         let options = EmptyOptions { size, ..options() };
         let sizes: Vec<usize> = paths.iter().map(|path| see(&host, path).len()).collect();
-        let layers = all_known(&host, &paths[1..]);
+        let layers = all_stamps(&host, &paths[1..]);
         let format = format_of(&host, base);
         let left = merged_layers(&layers);
         let all = empty_all_onto(&host, &left, base, format, &options, &never()).unwrap();
@@ -64,7 +64,7 @@ fn every_merged_layer_becomes_an_empty_overlay_as_large_as_asked() {
             grown += u32::from((was as u64) < size);
         }
         // The same call again finds that nothing is to be done.
-        let layers = all_known(&host, &paths[1..]);
+        let layers = all_stamps(&host, &paths[1..]);
         let left = merged_layers(&layers);
         let again = empty_all_onto(&host, &left, base, format, &options, &never()).unwrap();
         assert!(again.iter().all(|(_, result)| result.as_ref().unwrap().was_empty), "seed {seed}");
@@ -83,7 +83,7 @@ fn at_every_power_cut_the_headers_and_a_recorded_chain_show_the_disk() {
         // Base is larger than the disk in some of them: a recorded chain ends where the active image does.
         assert!(recorded(&host, &paths) == expected, "seed {seed}");
         let options = EmptyOptions { size: expected.len() as u64, ..options() };
-        let layers = all_known(&host, &paths[1..]);
+        let layers = all_stamps(&host, &paths[1..]);
         let format = format_of(&host, base);
         deep += u32::from(layers.len() > 1);
         let disk = SimHost::over(&host);
@@ -105,7 +105,7 @@ fn below_a_layer_that_somebody_holds_or_has_written_to_nothing_is_emptied() {
     for held in [true, false] {
         let (host, paths, _) = (400..).map(just_merged).find(|(_, paths, _)| paths.len() > 2).unwrap();
         let (base, middle) = (&paths[0], &paths[paths.len() - 2]);
-        let layers = all_known(&host, &paths[1..]);
+        let layers = all_stamps(&host, &paths[1..]);
         let file = host.open(middle, Access::ReadWrite).unwrap();
         if held {
             file.lock(LockMode::Read).unwrap();
@@ -139,7 +139,7 @@ fn what_an_image_outside_reads_through_keeps_its_data() {
     }
     let seen = see(&host, Path::new("/other"));
     let paths = ["/1", "/2", "/3"].map(PathBuf::from);
-    let layers = all_known(&host, &paths);
+    let layers = all_stamps(&host, &paths);
     let base = Path::new("/0");
     let all = empty_all_onto(&host, &merged_layers(&layers), base, ImageFormat::Qcow2, &options(), &never());
     let all = all.unwrap();
@@ -150,7 +150,7 @@ fn what_an_image_outside_reads_through_keeps_its_data() {
     assert!(see(&host, Path::new("/other")) == seen);
 }
 
-/// A call that was stopped at any moment is made again with what was known at first: what it has written itself is no reason
+/// A call that was stopped at any moment is made again with what was stamp at first: what it has written itself is no reason
 /// to leave a layer alone. Where somebody else has written since, it is.
 #[test]
 fn a_call_that_was_stopped_anywhere_is_made_again() {
@@ -160,7 +160,7 @@ fn a_call_that_was_stopped_anywhere_is_made_again() {
         let (active, base) = (paths.last().unwrap(), &paths[0]);
         let expected = base_through(&host, active);
         let options = EmptyOptions { size: expected.len() as u64, ..options() };
-        let (layers, format) = (all_known(&host, &paths[1..]), format_of(&host, base));
+        let (layers, format) = (all_stamps(&host, &paths[1..]), format_of(&host, base));
         let disk = SimHost::over(&host);
         empty_all_onto(&disk, &merged_layers(&layers), base, format, &options, &never()).unwrap();
         power_cuts(disk.start(), &disk.log(), &cuts(seed), |cut| {

@@ -26,7 +26,8 @@ use crate::image::alloc::Allocator;
 use crate::image::refcounts::Refcounts;
 use crate::image::{ImageFormat, Qcow2, bitmap_names, bitmaps, grow};
 use crate::merge::switch::empty;
-use crate::merge::switch::mark::Known;
+use crate::merge::switch::mark::{self, require_unchanged};
+use crate::stamp::Stamp;
 use crate::storage::{Access, FileId, Host, LockMode, Storage, if_there};
 use crate::units::{GuestOffset, HostOffset};
 
@@ -63,7 +64,7 @@ pub struct Emptied {
 }
 
 /// Makes `overlay` an empty overlay directly on `base`, an image of `format`. The overlay is locked for
-/// it and then must be the known file. The base is neither locked nor written: a running virtual machine
+/// it and then must be the file of the stamp. The base is neither locked nor written: a running virtual machine
 /// may hold it. What base holds is not compared with the overlay: the caller knows that the merge is done.
 ///
 /// # Errors
@@ -73,7 +74,7 @@ pub struct Emptied {
 /// overlay. Then nothing was changed. An I/O error: the overlay is what it was, or shows base.
 pub fn empty_onto(
     host: &dyn Host,
-    overlay: &Known,
+    overlay: &Stamp,
     base: &Path,
     format: ImageFormat,
     options: &EmptyOptions,
@@ -98,8 +99,7 @@ pub fn empty_onto(
     let was_empty = stands && same_format && same_size && empty && !bitmaps;
     if !was_empty && !image.header().is_sealed() {
         // What was emptied by a call that did not come to its end has changed, and holds nothing.
-        let stat = image.file().stat().map_err(|e| Error::io(image.path(), FileOp::Stat, None, e))?;
-        overlay.judge(&stat)?;
+        require_unchanged(host, overlay, &**image.file())?;
     }
     judge_header(&image, options, &wanted)?;
     if image.header().is_dirty() {
@@ -226,7 +226,7 @@ fn l1_entries(image: &Qcow2, size: u64) -> Result<u32> {
 /// [`Error::InUse`]; an image that is another file now, is not qcow2, or is damaged.
 pub(super) fn is_empty_on(
     host: &dyn Host,
-    overlay: &Known,
+    overlay: &Stamp,
     base: FileId,
     options: &OpenOptions,
 ) -> Result<bool> {
@@ -246,9 +246,8 @@ fn leads_to(host: &dyn Host, name: &BackingName, image: &Qcow2, base: FileId) ->
     Ok(stat.is_some_and(|stat| stat.id == base))
 }
 
-fn open(host: &dyn Host, overlay: &Known, options: &OpenOptions) -> Result<Qcow2> {
-    let any = Known { len: None, modified_ns: None, ..overlay.clone() };
-    let file = any.open(host, LockMode::Write)?;
+fn open(host: &dyn Host, overlay: &Stamp, options: &OpenOptions) -> Result<Qcow2> {
+    let file = mark::open(host, overlay, LockMode::Write, options.no_locks)?;
     let options =
         OpenOptions { lock: true, access: [(overlay.id, Access::ReadWrite)].into(), ..options.clone() };
     image_of(host, &overlay.path, file, &options)

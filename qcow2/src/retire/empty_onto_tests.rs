@@ -55,7 +55,7 @@ pub(crate) fn format_of(host: &MemHost, path: &Path) -> ImageFormat {
 }
 
 fn empty(host: &dyn Host, overlay: &Path, base: &Path, format: ImageFormat) -> Result<Emptied> {
-    empty_onto(host, &Known::now(host, overlay).unwrap(), base, format, &options(), &never())
+    empty_onto(host, &Stamp::now(host, overlay).unwrap().unwrap(), base, format, &options(), &never())
 }
 
 /// What an empty overlay as large as `/active` shows of `/0`.
@@ -146,20 +146,20 @@ fn an_image_that_was_written_to_or_replaced_is_left_alone() {
     let (host, paths, _) = merged(7);
     let (active, base) = (paths.last().unwrap(), &paths[0]);
     let format = format_of(&host, base);
-    let known = Known::now(&host, active).unwrap();
+    let stamp = Stamp::now(&host, active).unwrap().unwrap();
     put(&host, active, &local(), &[(GuestOffset::ZERO, vec![1; 512])]).unwrap();
     let shown = see(&host, active);
-    let written = empty_onto(&host, &known, base, format, &options(), &never());
+    let written = empty_onto(&host, &stamp, base, format, &options(), &never());
     assert!(matches!(reason(written), Refusal::NotAsKnown { .. }));
     let copy = host.content(active).unwrap();
     host.add(active, &copy).unwrap();
-    let only_id = Known { len: None, modified_ns: None, ..known.clone() };
-    let replaced = empty_onto(&host, &only_id, base, format, &options(), &never());
+    let replaced = empty_onto(&host, &stamp, base, format, &options(), &never());
     assert!(matches!(reason(replaced), Refusal::NotAsKnown { .. }));
     assert!(see(&host, active) == shown);
     // An empty overlay has nothing to lose, whoever made it one.
     empty(&host, active, base, format).unwrap();
-    let old = Known { modified_ns: Some(1), ..Known::now(&host, active).unwrap() };
+    let now = Stamp::now(&host, active).unwrap().unwrap();
+    let old = Stamp { times: crate::stamp::Times { modified_ns: 1, ..now.times }, ..now };
     assert!(empty_onto(&host, &old, base, format, &options(), &never()).unwrap().was_empty);
 }
 
@@ -221,8 +221,8 @@ fn snapshots_and_bitmaps_are_given_up_only_when_asked() {
     let try_with = |allow_snapshot_change, drop_bitmaps| {
         let options =
             EmptyOptions { open: local(), drop_bitmaps, allow_snapshot_change, ..EmptyOptions::default() };
-        let known = Known::now(&OsHost, top).unwrap();
-        empty_onto(&OsHost, &known, base, ImageFormat::Qcow2, &options, &never())
+        let stamp = Stamp::now(&OsHost, top).unwrap().unwrap();
+        empty_onto(&OsHost, &stamp, base, ImageFormat::Qcow2, &options, &never())
     };
     assert!(matches!(reason(try_with(false, true)), Refusal::Snapshots { count: 1 }));
     assert!(matches!(reason(try_with(true, false)), Refusal::Bitmaps { .. }));
@@ -244,13 +244,13 @@ fn no_power_cut_leaves_a_layer_that_is_half_emptied_or_too_short() {
         let size = new.len() as u64 + (3 << 20);
         let options = EmptyOptions { size, mark: true, ..options() };
         let format = format_of(&host, base);
-        let known = Known::now(&host, layer).unwrap();
+        let stamp = Stamp::now(&host, layer).unwrap().unwrap();
         if stale.len() > new.len() {
             continue;
         }
         tried += 1;
         let disk = SimHost::over(&host);
-        empty_onto(&disk, &known, base, format, &options, &never()).unwrap();
+        empty_onto(&disk, &stamp, base, format, &options, &never()).unwrap();
         let mut shown_new = [new.clone(), vec![0; 3 << 20]].concat();
         shown_new.truncate(size as usize);
         power_cuts(disk.start(), &disk.log(), &cuts(seed), |cut| {

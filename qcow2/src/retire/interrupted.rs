@@ -14,7 +14,8 @@ use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::plan_backing_switch;
 use crate::image::rewrite;
 use crate::image::{ClusterCache, Image, ImageFormat, Mapping, Qcow2};
-use crate::merge::switch::mark::Known;
+use crate::merge::switch::mark::{self, require_unchanged};
+use crate::stamp::{Difference, Stamp};
 use crate::storage::{Access, FileId, Host, LockMode, if_there};
 use crate::transfer::ask::Span;
 use crate::transfer::ask::down;
@@ -51,8 +52,8 @@ pub enum BackingIs {
 }
 
 impl Interrupted {
-    /// Opens and locks the layers. `merged` are those above base, the top first; each must be the known
-    /// one, and lead to the next and at last to `base`. `overlay` is the image above top, where there is one:
+    /// Opens and locks the layers. `merged` are those above base, the top first; each must be as it was,
+    /// and lead to the next and at last to `base`. `overlay` is the image above top, where there is one:
     /// it must be qcow2. `options` has policy and formats; its `active_format` is that of top.
     ///
     /// # Errors
@@ -60,24 +61,29 @@ impl Interrupted {
     /// was changed, and for a chain that goes another way.
     pub fn open(
         host: &dyn Host,
-        overlay: Option<&Known>,
-        merged: &[Known],
-        base: &Known,
+        overlay: Option<&Stamp>,
+        merged: &[Stamp],
+        base: &Stamp,
         options: &OpenOptions,
     ) -> Result<Self> {
         let top = merged.first().ok_or_else(|| Error::Usage("no layer was merged".into()))?;
-        let overlay = overlay.map(|known| open_overlay(host, known, options)).transpose()?;
+        let overlay = overlay.map(|overlay| open_overlay(host, overlay, options)).transpose()?;
         let below = OpenOptions { lock: true, access: Default::default(), ..options.clone() };
         let chain = Chain::open(host, &top.path, &below)?;
         let expected = merged.iter().chain([base]);
-        for (layer, known) in chain.layers().iter().rev().zip(expected.clone()) {
-            let stat =
-                layer.image.file().stat().map_err(|e| Error::io(&layer.path, FileOp::Stat, None, e))?;
-            known.judge(&stat)?;
+        for (at, (layer, stamp)) in chain.layers().iter().rev().zip(expected).enumerate() {
+            let file = &**layer.image.file();
+            if at < merged.len() {
+                require_unchanged(host, stamp, file)?;
+            } else if !stamp.is_same_file(&Stamp::of(host, &layer.path, file)?) {
+                // QEMU may have written to base, and may write as it closes it.
+                let what = Difference::OtherFile.to_string();
+                return Err(Error::refused(&layer.path, Refusal::NotAsKnown { what }));
+            }
         }
-        let known = expected.count();
-        let Some(base) = chain.layers().len().checked_sub(known) else {
-            let what = format!("its chain has {} layers, fewer than {known}", chain.layers().len());
+        let count = merged.len() + 1;
+        let Some(base) = chain.layers().len().checked_sub(count) else {
+            let what = format!("its chain has {} layers, fewer than {count}", chain.layers().len());
             return Err(Error::refused(&top.path, Refusal::NotAsKnown { what }));
         };
         Ok(Self { chain, base, overlay })
@@ -211,19 +217,19 @@ impl Interrupted {
     }
 }
 
-fn open_overlay(host: &dyn Host, known: &Known, options: &OpenOptions) -> Result<Overlay> {
-    let file = known.open(host, LockMode::Write)?;
-    if ImageFormat::detect(&known.path, &*file)? != ImageFormat::Qcow2 {
+fn open_overlay(host: &dyn Host, stamp: &Stamp, options: &OpenOptions) -> Result<Overlay> {
+    let file = mark::open(host, stamp, LockMode::Write, options.no_locks)?;
+    if ImageFormat::detect(&stamp.path, &*file)? != ImageFormat::Qcow2 {
         let what = "it is no qcow2 image any more".to_owned();
-        return Err(Error::refused(&known.path, Refusal::NotAsKnown { what }));
+        return Err(Error::refused(&stamp.path, Refusal::NotAsKnown { what }));
     }
-    let cluster0 = Qcow2::read_cluster0(&known.path, &*file)?;
-    let access = [(known.id, Access::ReadWrite)].into();
+    let cluster0 = Qcow2::read_cluster0(&stamp.path, &*file)?;
+    let access = [(stamp.id, Access::ReadWrite)].into();
     let options = OpenOptions { lock: true, access, ..options.clone() };
-    let data_file = open_data_file(host, &known.path, &*file, &cluster0, &options)?;
-    let image = Qcow2::open(&known.path, file, data_file.map(|(_, file)| file))?;
+    let data_file = open_data_file(host, &stamp.path, &*file, &cluster0, &options)?;
+    let image = Qcow2::open(&stamp.path, file, data_file.map(|(_, file)| file))?;
     let name = image.cluster0().backing_name.as_deref();
-    let names = name.map(|name| leads_to(host, name, &known.path)).transpose()?.flatten();
+    let names = name.map(|name| leads_to(host, name, &stamp.path)).transpose()?.flatten();
     Ok(Overlay { image: Image::Qcow2(image), names })
 }
 

@@ -59,23 +59,23 @@ impl InterruptedCase {
         self.paths.last().unwrap()
     }
 
-    fn known(&self, host: &dyn Host, at: usize) -> Known {
-        Known::now(host, &self.paths[at]).unwrap()
+    fn stamp(&self, host: &dyn Host, at: usize) -> Stamp {
+        Stamp::now(host, &self.paths[at]).unwrap().unwrap()
     }
 
     fn open(&self, host: &dyn Host) -> Result<Interrupted> {
         self.open_as(host, host)
     }
 
-    /// The files as they are known before `host` begins to fail.
-    fn open_known(&self, host: &SimHost) -> Result<Interrupted> {
+    /// The stamps are taken before `host` begins to fail.
+    fn open_stamped(&self, host: &SimHost) -> Result<Interrupted> {
         self.open_as(host, &SimHost::over(&self.host))
     }
 
-    fn open_as(&self, host: &dyn Host, known: &dyn Host) -> Result<Interrupted> {
-        let merged: Vec<Known> = (self.base + 1..=self.top).rev().map(|at| self.known(known, at)).collect();
-        let overlay = self.known(known, self.top + 1);
-        let base = Known { len: None, modified_ns: None, ..self.known(known, self.base) };
+    fn open_as(&self, host: &dyn Host, before: &dyn Host) -> Result<Interrupted> {
+        let merged: Vec<Stamp> = (self.base + 1..=self.top).rev().map(|at| self.stamp(before, at)).collect();
+        let overlay = self.stamp(before, self.top + 1);
+        let base = self.stamp(before, self.base);
         Interrupted::open(host, Some(&overlay), &merged, &base, &local())
     }
 
@@ -144,15 +144,15 @@ fn no_power_cut_leaves_an_overlay_that_names_neither() {
 #[test]
 fn what_is_not_as_it_was_is_refused() {
     let case = merged(3);
-    let top = case.known(&case.host, case.top);
-    let overlay = case.known(&case.host, case.top + 1);
-    let base = case.known(&case.host, case.base);
-    let open = |merged: &[Known], base: &Known| {
+    let top = case.stamp(&case.host, case.top);
+    let overlay = case.stamp(&case.host, case.top + 1);
+    let base = case.stamp(&case.host, case.base);
+    let open = |merged: &[Stamp], base: &Stamp| {
         Interrupted::open(&case.host, Some(&overlay), merged, base, &local()).map(|_| ())
     };
     let is_refused =
         |result: Result<()>| matches!(result, Err(Error::Refused { reason: Refusal::NotAsKnown { .. }, .. }));
-    let merged: Vec<Known> = (case.base + 1..=case.top).rev().map(|at| case.known(&case.host, at)).collect();
+    let merged: Vec<Stamp> = (case.base + 1..=case.top).rev().map(|at| case.stamp(&case.host, at)).collect();
     open(&merged, &base).unwrap();
     assert!(is_refused(open(&merged, &top)), "another base");
     assert!(is_refused(open(&[&merged[..], &merged[..]].concat(), &base)), "a longer chain");
@@ -184,10 +184,10 @@ fn an_active_image_is_compared_without_an_overlay() {
     commit.execute(&Silent, &never).unwrap();
     let difference = || {
         let chain = Chain::open(&case.host, case.active(), &local()).unwrap();
-        let known: Vec<Known> =
-            chain.layers().iter().rev().map(|l| Known::now(&case.host, &l.path).unwrap()).collect();
+        let stamps: Vec<Stamp> =
+            chain.layers().iter().rev().map(|l| Stamp::now(&case.host, &l.path).unwrap().unwrap()).collect();
         drop(chain);
-        let (base, merged) = known.split_last().unwrap();
+        let (base, merged) = stamps.split_last().unwrap();
         let opened = Interrupted::open(&case.host, None, merged, base, &local()).unwrap();
         assert_eq!(opened.backing(), BackingIs::Top);
         opened.first_difference(size, &Silent, &never).unwrap()
@@ -206,7 +206,7 @@ fn a_name_that_cannot_be_looked_at_leads_nowhere_else() {
     for nth in 1.. {
         let disk = SimHost::over(&case.host);
         disk.fail(Some(Fault { kind: FaultKind::Io, nth, for_ever: false }));
-        match case.open_known(&disk) {
+        match case.open_stamped(&disk) {
             Ok(opened) => assert_eq!(opened.backing(), is_on_base, "operation {nth}"),
             Err(e) => assert!(
                 matches!(e.kind(), ErrorKind::Io) || matches!(e, Error::MissingLayer { .. }),

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::{EmptyOptions, Known, MergedLayers, empty_all_onto};
+use super::{EmptyOptions, MergedLayers, empty_all_onto};
 use crate::chain::OpenOptions;
 use crate::error::{Error, ErrorKind, Refusal, Result};
 use crate::image::{CreateOptions, ImageFormat, create};
 use crate::merge::{Commit, CommitOptions, Plan};
+use crate::stamp::Stamp;
 use crate::storage::sim::{Fault, FaultKind, SimHost};
 use crate::storage::{Host, MemHost};
 use crate::testing::local;
@@ -101,7 +102,7 @@ fn a_layer_that_cannot_be_looked_at_is_not_another_one() {
     image(&host, "/vm/a", "base");
     image(&host, "/vm/b", "a");
     let paths = ["/vm/b", "/vm/a"].map(PathBuf::from);
-    let layers = paths.each_ref().map(|path| Known::now(&host, path).unwrap());
+    let layers = paths.each_ref().map(|path| Stamp::now(&host, path).unwrap().unwrap());
     let left = MergedLayers { layers: &layers, active: None, chain: &[], scan: &[] };
     let options =
         EmptyOptions { open: OpenOptions { lock: true, ..local() }, mark: true, ..EmptyOptions::default() };

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use crate::chain::{Search, find_users_in};
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::merge::switch::mark::unlink;
-use crate::merge::switch::mark::{Known, mark};
+use crate::merge::switch::mark::{mark, open, require_unchanged, unlink};
+use crate::stamp::{Difference, Stamp};
 use crate::storage::{FileId, FileKind, Host, LockMode, Place};
 
 /// What became of images that are no longer needed.
@@ -29,12 +29,13 @@ pub struct RetireReport {
 ///
 /// # Errors
 /// [`Error::InUse`]; [`Refusal::NotAsKnown`]; an I/O error; an image that is damaged.
-pub fn mark_merged(host: &dyn Host, images: &[Known], base: &Path) -> Result<RetireReport> {
+pub fn mark_merged(host: &dyn Host, images: &[Stamp], base: &Path, no_locks: bool) -> Result<RetireReport> {
     let base = host.canonicalize(base).unwrap_or_else(|_| base.to_owned());
     let mut retired = RetireReport::default();
     for image in images {
-        let file = image.open(host, LockMode::Write)?;
-        let marked = mark(image, file, &base)?;
+        let file = open(host, image, LockMode::Write, no_locks)?;
+        require_unchanged(host, image, &*file)?;
+        let marked = mark(&image.path, file, &base)?;
         if marked { &mut retired.marked } else { &mut retired.unmarked }.push(image.path.clone());
     }
     Ok(retired)
@@ -47,14 +48,24 @@ pub fn mark_merged(host: &dyn Host, images: &[Known], base: &Path) -> Result<Ret
 ///
 /// # Errors
 /// [`Error::InUse`]; [`Refusal::NotAsKnown`]; [`Refusal::SharedBase`]; an I/O error.
-pub fn remove(host: &dyn Host, images: &[Known], chain: &[FileId], scan: &[PathBuf]) -> Result<RetireReport> {
+pub fn remove(
+    host: &dyn Host,
+    images: &[Stamp],
+    chain: &[FileId],
+    scan: &[PathBuf],
+    no_locks: bool,
+) -> Result<RetireReport> {
     let mut retired = RetireReport::default();
     for image in images {
         let io = |op| move |e| Error::io(&image.path, op, None, e);
-        let file = image.open(host, LockMode::Write)?;
+        let file = open(host, image, LockMode::Write, no_locks)?;
+        require_unchanged(host, image, &*file)?;
         let place = Place::of_file(host, &image.path, &*file)?;
         let stat = place.stat(host).map_err(io(FileOp::Stat))?;
-        image.judge(&stat)?;
+        if stat.id != file.stat().map_err(io(FileOp::Stat))?.id {
+            let what = Difference::OtherFile.to_string();
+            return Err(Error::refused(&image.path, Refusal::NotAsKnown { what }));
+        }
         if stat.kind != FileKind::Regular {
             return Err(Error::refused(&image.path, Refusal::NotRegular));
         }
@@ -76,7 +87,7 @@ pub fn remove(host: &dyn Host, images: &[Known], chain: &[FileId], scan: &[PathB
 /// An I/O error.
 pub fn unused(
     host: &dyn Host,
-    images: &[Known],
+    images: &[Stamp],
     chain: &[FileId],
     scan: &[PathBuf],
 ) -> Result<(usize, Vec<PathBuf>)> {
@@ -92,8 +103,8 @@ pub fn unused(
 /// The images in the same folders, or in `scan`, that use an image, without those that are about to go or to change.
 fn users_of(
     host: &dyn Host,
-    image: &Known,
-    images: &[Known],
+    image: &Stamp,
+    images: &[Stamp],
     chain: &[FileId],
     scan: &[PathBuf],
 ) -> Result<Vec<PathBuf>> {
@@ -126,8 +137,8 @@ mod tests {
         host
     }
 
-    fn known(host: &MemHost, path: &str) -> Known {
-        Known::now(host, Path::new(path)).unwrap()
+    fn stamp(host: &MemHost, path: &str) -> Stamp {
+        Stamp::now(host, Path::new(path)).unwrap().unwrap()
     }
 
     fn mark_of(host: &MemHost, path: &str) -> Option<PathBuf> {
@@ -141,8 +152,8 @@ mod tests {
         create_raw(&host, Path::new("/raw"), 1 << 20).unwrap();
         let held = host.open(Path::new("/0"), Access::ReadWrite).unwrap();
         held.lock(LockMode::Write).unwrap();
-        let images = [known(&host, "/2"), known(&host, "/raw"), known(&host, "/1")];
-        let retired = mark_merged(&host, &images, Path::new("/0")).unwrap();
+        let images = [stamp(&host, "/2"), stamp(&host, "/raw"), stamp(&host, "/1")];
+        let retired = mark_merged(&host, &images, Path::new("/0"), false).unwrap();
         assert_eq!(retired.marked, [Path::new("/2"), Path::new("/1")]);
         assert_eq!(retired.unmarked, [Path::new("/raw")]);
         assert_eq!(mark_of(&host, "/1").as_deref(), Some("/0".as_ref()));
@@ -153,16 +164,16 @@ mod tests {
     #[test]
     fn an_image_in_use_or_changed_is_not_marked() {
         let host = chain();
-        let image = known(&host, "/1");
+        let image = stamp(&host, "/1");
         let held = host.open(Path::new("/1"), Access::Read).unwrap();
         held.lock(LockMode::Read).unwrap();
-        let result = mark_merged(&host, std::slice::from_ref(&image), Path::new("/0"));
+        let result = mark_merged(&host, std::slice::from_ref(&image), Path::new("/0"), false);
         assert!(matches!(result, Err(Error::InUse { .. })), "{result:?}");
         drop(held);
         let file = host.open(Path::new("/1"), Access::ReadWrite).unwrap();
         file.write_all_at(&[0; 512], 1 << 16).unwrap();
         drop(file);
-        let result = mark_merged(&host, &[image], Path::new("/0"));
+        let result = mark_merged(&host, &[image], Path::new("/0"), false);
         let changed = matches!(&result, Err(Error::Refused { reason: Refusal::NotAsKnown { .. }, .. }));
         assert!(changed && mark_of(&host, "/1").is_none(), "{result:?}");
     }
@@ -170,30 +181,30 @@ mod tests {
     #[test]
     fn only_what_nobody_uses_is_removed() {
         let host = chain();
-        let refused = remove(&host, &[known(&host, "/1")], &[], &[]).unwrap_err();
+        let refused = remove(&host, &[stamp(&host, "/1")], &[], &[], false).unwrap_err();
         let Error::Refused { reason: Refusal::SharedBase { users }, .. } = &refused else {
             panic!("{refused}")
         };
         assert_eq!(users[..], [Path::new("/2")]);
-        let images = [known(&host, "/2"), known(&host, "/1")];
+        let images = [stamp(&host, "/2"), stamp(&host, "/1")];
         assert_eq!(unused(&host, &images, &[], &[]).unwrap(), (2, vec![]));
         assert_eq!(unused(&host, &images[1..], &[], &[]).unwrap(), (0, vec!["/2".into()]));
-        let retired = remove(&host, &images, &[], &[]).unwrap();
+        let retired = remove(&host, &images, &[], &[], false).unwrap();
         assert_eq!(retired.deleted, [Path::new("/2"), Path::new("/1")]);
         assert_eq!(host.list(Path::new("/")).unwrap(), [Path::new("/0")]);
         // The overlay above is about to be re-pointed, or was.
         let host = chain();
-        let above = known(&host, "/2").id;
-        remove(&host, &[known(&host, "/1")], &[above], &[]).unwrap();
+        let above = stamp(&host, "/2").id;
+        remove(&host, &[stamp(&host, "/1")], &[above], &[], false).unwrap();
         assert!(host.stat(Path::new("/1")).is_err() && host.stat(Path::new("/2")).is_ok());
     }
 
     #[test]
     fn a_file_that_took_the_place_of_a_layer_is_not_removed() {
         let host = chain();
-        let was = known(&host, "/2");
+        let was = stamp(&host, "/2");
         host.add("/2", b"somebody else's").unwrap();
-        let result = remove(&host, &[was], &[], &[]);
+        let result = remove(&host, &[was], &[], &[], false);
         let changed = matches!(&result, Err(Error::Refused { reason: Refusal::NotAsKnown { .. }, .. }));
         assert!(changed && host.content("/2").unwrap() == b"somebody else's", "{result:?}");
     }

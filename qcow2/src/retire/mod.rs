@@ -8,7 +8,6 @@ mod interrupted;
 mod look_tests;
 mod mark;
 
-pub use crate::merge::switch::mark::Known;
 pub use empty_all::{MergedLayers, empty_all_onto};
 pub use empty_onto::{Emptied, EmptyOptions, can_be_emptied, empty_onto};
 pub use interrupted::{BackingIs, Interrupted};

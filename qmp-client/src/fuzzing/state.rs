@@ -2,7 +2,9 @@
 
 use super::assert_short;
 use crate::live::verdict::{Compared, Header, Leads, Seen, Treated, Verdict};
-use crate::state::{FileIdentity, Kind, Qemu, State, StateLayer};
+use crate::state::{Kind, Qemu, State, StateLayer};
+use qcow2::stamp::{Stamp, Times};
+use qcow2::storage::FileId;
 
 /// Any text as a state file: refused in few words, or a state whose parts fit together, and which reads the same
 /// when it is written again. Whatever is seen of such a merge, a verdict on it keeps to what was seen.
@@ -34,12 +36,18 @@ pub fn state(bytes: &[u8]) {
 /// The merge is judged with files as they were, written since, other ones and gone; with each name in the header; and
 /// with each thing that QEMU may show.
 fn assert_judged(state: &State) {
-    let as_they_were: Vec<_> = state.layers.iter().map(|layer| layer.identity).collect();
-    let changed = |change: fn(&FileIdentity) -> FileIdentity| -> Vec<_> {
-        as_they_were.iter().map(|identity| identity.as_ref().map(change)).collect()
+    let as_they_were: Vec<_> = state.layers.iter().map(|layer| layer.stamp.clone()).collect();
+    let changed = |change: fn(&Stamp) -> Stamp| -> Vec<_> {
+        as_they_were.iter().map(|stamp| stamp.as_ref().map(change)).collect()
     };
-    let written = changed(|id| FileIdentity { modified_ns: id.modified_ns.saturating_add(1), ..*id });
-    let others = changed(|id| FileIdentity { inode: !id.inode, ..*id });
+    let written = changed(|stamp| {
+        let times = Times { modified_ns: stamp.times.modified_ns.saturating_add(1), ..stamp.times };
+        Stamp { times, ..stamp.clone() }
+    });
+    let others = changed(|stamp| {
+        let id = FileId { inode: !stamp.id.inode, device: !stamp.id.device };
+        Stamp { id, path: "/other".into(), ..stamp.clone() }
+    });
     let gone = vec![None; state.layers.len()];
     let (old, new) = match &state.backing {
         Some(relink) => (Some(relink.old.clone()), relink.new.clone()),
@@ -53,8 +61,8 @@ fn assert_judged(state: &State) {
     // A name in the state may lead to what nobody may look at.
     let Ok(mut seen) = Seen::of(state, Qemu::Gone, Header::Unread) else { return };
     let as_seen = seen.clone();
-    for identities in [&as_they_were, &written, &others, &gone] {
-        seen.identities.clone_from(identities);
+    for stamps in [&as_they_were, &written, &others, &gone] {
+        seen.stamps.clone_from(stamps);
         for header in &headers {
             seen.header.clone_from(header);
             for qemu in [Qemu::Gone, Qemu::ShowsBefore, Qemu::ShowsAfter, Qemu::ShowsNeither] {
@@ -69,7 +77,7 @@ fn assert_judged(state: &State) {
             }
         }
     }
-    let seen = Seen { identities: as_they_were, ..as_seen };
+    let seen = Seen { stamps: as_they_were, ..as_seen };
     assert!(state.touched(&seen).is_empty(), "touched, and as it was");
     // A name that leads to a file is that file, whatever its letters are.
     for layer in &state.layers {
@@ -112,14 +120,14 @@ fn assert_verdict(state: &State, seen: &Seen, switches: &Header) {
             Vec::new()
         }
     };
-    let is_there = |(layer, now): (&StateLayer, &Option<FileIdentity>)| {
-        let same = |before: FileIdentity| now.is_some_and(|now| now.inode == before.inode);
-        !needed.contains(&layer.index) || layer.identity.is_none_or(same)
+    let is_there = |(layer, now): (&StateLayer, &Option<Stamp>)| {
+        let same = |before: &Stamp| {
+            let is_it = |now: &Stamp| before.is_device || now.id.inode == before.id.inode;
+            now.as_ref().is_some_and(is_it)
+        };
+        !needed.contains(&layer.index) || layer.stamp.as_ref().is_none_or(same)
     };
-    assert!(
-        state.layers.iter().zip(&seen.identities).all(is_there),
-        "a chain with a layer that is not there"
-    );
+    assert!(state.layers.iter().zip(&seen.stamps).all(is_there), "a chain with a layer that is not there");
     if state.kind != Kind::ActiveCommit {
         let says_switched = seen.header == *switches;
         assert_eq!(verdict != Verdict::NotSwitched, says_switched, "not what the header says");
@@ -130,17 +138,20 @@ fn assert_verdict(state: &State, seen: &Seen, switches: &Header) {
 pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     // All but the second layer are files here.
     let layer = |index: usize| {
-        let id = format!(r#"{{"device": 1, "inode": {index}, "size": 9, "modified-ns": {index}}}"#);
+        let id = format!(
+            r#"{{"path": "/vm/{index}.qcow2", "device": 1, "inode": {index}, "is-device": false, "file-system": 3,
+                "born-ns": 1, "size": 9, "modified-ns": {index}, "changed-ns": {index}, "head-crc": 7}}"#
+        );
         let id = if index == 2 { "null" } else { &id };
         format!(
             r#"{{"index": {index}, "node": "n{index}", "protocol-node": null, "file": "/vm/{index}.qcow2",
-                "format": "qcow2", "virtual-size": 1073741824, "identity": {id}}}"#
+                "format": "qcow2", "virtual-size": 1073741824, "data-file-stamp": null, "stamp": {id}}}"#
         )
     };
     let file = |kind: &str, phase: &str, base: usize, top: usize, backing: &str| {
         let layers: Vec<_> = (1..=4).rev().map(layer).collect();
         format!(
-            r#"{{"version": 1, "created-ns": 1, "changed-ns": 2, "boot": "b", "address": "/run/qmp.sock",
+            r#"{{"version": 2, "created-ns": 1, "changed-ns": 2, "boot": "b", "address": "/run/qmp.sock",
                 "disk": "vda", "job": "merge.vda.{base}.{top}.0", "kind": "{kind}", "phase": "{phase}",
                 "valid-top": "/vm/4.qcow2", "layers": [{}], "base": {base}, "top": {top}, "backing": {backing},
                 "delete": false, "pivot": true, "keep-overlay": false, "nbd-socket": null,

@@ -130,9 +130,9 @@ impl Definitions {
     /// The disks whose definitions name any of these images, which a name or the same file tells. A domain that is defined and
     /// runs is told once, as it is defined, unless only the other file names one.
     pub fn naming(&self, images: &[&Path]) -> Vec<Mention<'_>> {
-        let wanted: Vec<_> = images.iter().map(|path| (*path, identity(path))).collect();
+        let wanted: Vec<_> = images.iter().map(|path| (*path, file_id(path))).collect();
         let place = |image: &Path| {
-            let id = identity(image);
+            let id = file_id(image);
             wanted.iter().position(|(path, other)| *path == image || (id.is_some() && *other == id))
         };
         let mut mentions: Vec<Mention<'_>> = Vec::new();
@@ -187,6 +187,6 @@ fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
-fn identity(path: &Path) -> Option<(u64, u64)> {
+fn file_id(path: &Path) -> Option<(u64, u64)> {
     fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }

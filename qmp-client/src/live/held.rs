@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::block::graph::{Disk, Graph};
 use crate::error::Result;
 use crate::qmp::monitor::{Execute, Monitor};
-use crate::state::{FileIdentity, Kind, Phase, State, StateFile, now_ns};
+use crate::state::{Kind, Phase, State, StateFile, now_ns, stamp_of};
 
 /// Two writes that are further apart than this have different times in that order: the kernel's clock for files goes in
 /// steps of some milliseconds.
@@ -51,9 +51,10 @@ pub(super) fn is_written_while_held(monitor: &(impl Monitor + ?Sized), state: &S
 /// steps of some milliseconds; guest writes are held meanwhile.
 fn settle(state: &State) {
     let layers = [state.active(), state.target()].into_iter().flatten();
-    let known = layers.filter(|layer| layer.identity.is_some());
-    let last = known.filter_map(|layer| FileIdentity::of(Path::new(&layer.file)).ok().flatten());
-    let last = last.map(|identity| identity.modified_ns).max().unwrap_or(0);
+    let here = layers.filter(|layer| layer.stamp.is_some());
+    let last = here.filter_map(|layer| stamp_of(Path::new(&layer.file)).ok().flatten());
+    let last = last.filter(|stamp| !stamp.is_device).map(|stamp| stamp.times.modified_ns).max();
+    let last = last.and_then(|last| u64::try_from(last).ok()).unwrap_or(0);
     let age = Duration::from_nanos(now_ns().saturating_sub(last));
     if let Some(rest) = CLOCK_STEP.checked_sub(age) {
         thread::sleep(rest);

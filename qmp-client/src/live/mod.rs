@@ -49,7 +49,7 @@ pub struct Wishes {
     pub keep_overlay: bool,
     /// The indexes of the layers whose external data file is emptied with them: those files are noted. Others stay.
     pub data_files: Vec<usize>,
-    /// The names of files that QEMU tells mean other files here, as from inside a container: no identity is taken.
+    /// The names of files that QEMU tells mean other files here, as from inside a container: no stamp is taken.
     pub files_are_elsewhere: bool,
 }
 
@@ -315,13 +315,13 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// If nobody saw the switch, somebody may have started base by hand, and the guest have gone on in the old active image:
     /// that one must be as it was when the switch was noted, or it is not touched.
     fn note_switched(&mut self, unseen: bool) -> Result<()> {
-        let before = self.state.active().and_then(|layer| layer.identity);
+        let before = self.state.active().and_then(|layer| layer.stamp.clone());
         self.state.paused = false;
         self.state.enter(Phase::Switched, self.state.top_after());
         if let (true, Kind::ActiveCommit, Some(active)) =
             (unseen, self.state.kind, self.state.layers.first_mut())
         {
-            active.identity = before;
+            active.stamp = before;
         }
         self.file.save(&mut self.state)
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use qcow2::storage::Place;
 
-use super::identity::if_there;
+use super::stamp::if_there;
 use super::{State, StateTrouble, failed, folder, now_ns, pointer, unreadable};
 use crate::error::{Result, StateFault};
 use crate::qmp::address::Address;

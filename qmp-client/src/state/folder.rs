@@ -9,8 +9,8 @@ use std::sync::Arc;
 use qcow2::storage::{Access, FileKind, Folder, Host, OsHost, Owner, Place, Storage};
 
 use super::StateTrouble;
-use super::identity::if_there;
 use super::litter::NewFile;
+use super::stamp::if_there;
 use crate::error::StateFault;
 
 /// A state takes some hundred bytes for each layer; nothing longer is one.

@@ -6,31 +6,31 @@
 
 mod file;
 mod folder;
-mod identity;
 mod litter;
 mod pointer;
 mod shown;
+mod stamp;
 #[cfg(test)]
 pub(crate) mod tests;
 
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use qcow2::stamp::Stamp;
 use serde::{Deserialize, Serialize};
 
 use crate::block::graph::Layer;
 use crate::error::{Error, Result, StateFault};
 
 pub use file::{StateFile, find_states, states_in};
-pub use identity::FileIdentity;
-pub(crate) use identity::boot;
 pub use litter::sweep;
 pub(crate) use pointer::Pointer;
 pub use pointer::states_of;
 pub use shown::Qemu;
+pub(crate) use stamp::{boot, stamp_of};
 
 /// The version of the file's content that is written, and the only one that is read.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// A merge as its state file describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,8 +132,8 @@ pub struct StateLayer {
     #[serde(default)]
     pub data_file: Option<String>,
     /// Which file that was, if it is to be emptied with its image.
-    #[serde(default)]
-    pub data_file_identity: Option<FileIdentity>,
+    #[serde(with = "stamp")]
+    pub data_file_stamp: Option<Stamp>,
     /// The file's name as QEMU had it, or the address of what is no file.
     pub file: String,
     /// The driver of that node, such as `file` or `nbd`.
@@ -151,7 +151,8 @@ pub struct StateLayer {
     pub virtual_size: u64,
     /// Which file that was, where it is one here. For base, top and the active layer it is taken again at the
     /// switch and after it.
-    pub identity: Option<FileIdentity>,
+    #[serde(with = "stamp")]
+    pub stamp: Option<Stamp>,
 }
 
 /// A backing name that the switch changes.
@@ -201,7 +202,7 @@ impl State {
         self.layers.iter().filter(|layer| layer.index <= self.base || layer.index > self.top)
     }
 
-    /// The layer whose identity tells, in doubt, what happened to the disk: the one that the copy went to. None
+    /// The layer whose stamp tells, in doubt, what happened to the disk: the one that the copy went to. None
     /// if the state names no such layer.
     pub fn target(&self) -> Option<&StateLayer> {
         match self.kind {
@@ -281,21 +282,21 @@ impl StateLayer {
     /// [`Error::File`] if that cannot be looked at.
     pub(crate) fn of(layer: &Layer, here: bool) -> Result<Self> {
         let path = std::path::Path::new(&layer.file);
-        let identity = if here { FileIdentity::of(path).map_err(|e| unreadable(path, e))? } else { None };
+        let stamp = if here { stamp_of(path).map_err(|e| unreadable(path, e))? } else { None };
         Ok(Self {
             index: layer.index,
             node: layer.node.clone(),
             protocol_node: layer.protocol_node.clone(),
             data_file_node: layer.data_file_node.clone(),
             data_file: layer.data_file.clone(),
-            data_file_identity: None,
+            data_file_stamp: None,
             file: layer.file.clone(),
             protocol: layer.protocol.clone(),
             format: layer.format.clone(),
             encrypted: layer.encrypted,
             part: layer.part,
             virtual_size: layer.virtual_size,
-            identity,
+            stamp,
         })
     }
 
@@ -305,17 +306,17 @@ impl StateLayer {
     /// [`Error::File`] if it cannot be looked at.
     pub(crate) fn note_data_file(&mut self) -> Result<()> {
         if let Some(path) = self.data_file.as_deref().map(std::path::Path::new) {
-            self.data_file_identity = FileIdentity::of(path).map_err(|e| unreadable(path, e))?;
+            self.data_file_stamp = stamp_of(path).map_err(|e| unreadable(path, e))?;
         }
         Ok(())
     }
 
-    /// Takes the file's identity anew, if it is still the same file. Where nobody can tell, the old one stays, and the file
+    /// Takes the file's stamp anew, if it is still the same file. Where nobody can tell, the old one stays, and the file
     /// looks as if it was written since: that is in doubt later, and safe.
     pub(crate) fn look_again(&mut self) {
-        let now = FileIdentity::of(std::path::Path::new(&self.file)).ok().flatten();
-        if let (Some(before), Some(now)) = (&mut self.identity, now)
-            && now.is_same_file(before)
+        let now = stamp_of(std::path::Path::new(&self.file)).ok().flatten();
+        if let (Some(before), Some(now)) = (&mut self.stamp, now)
+            && before.is_same_file(&now)
         {
             *before = now;
         }

@@ -16,14 +16,14 @@ pub(crate) fn state(folder: &str) -> State {
         protocol_node: Some(format!("f{index}")),
         data_file_node: None,
         data_file: None,
-        data_file_identity: None,
+        data_file_stamp: None,
         file: format!("{folder}/{index}.img"),
         protocol: Some("file".into()),
         format: "qcow2".into(),
         encrypted: false,
         part: false,
         virtual_size: 1 << 24,
-        identity: None,
+        stamp: None,
     };
     State {
         version: VERSION,
@@ -121,7 +121,7 @@ fn damaged_and_foreign_files_are_errors_that_name_them() {
     }
     type Damage = fn(&mut State);
     let damages: [(&str, Damage); 8] = [
-        ("version 2", |s| s.version = 2),
+        ("version 3", |s| s.version = 3),
         ("not numbered", |s| s.layers[1].index = 9),
         ("merges layers", |s| s.top = 1),
         ("merges layers", |s| s.base = 0),

@@ -16,7 +16,7 @@ use crate::journal::Journal;
 use crate::journal::record::{ObsoleteFile, ObsoleteKind, Phase, Purpose};
 use crate::merge::options::CommitOptions;
 use crate::merge::report::Report;
-use crate::merge::switch::mark::{Known, mark};
+use crate::merge::switch::mark::mark;
 use crate::stamp::Stamp;
 use crate::storage::{
     Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner, Place, Storage, if_there,
@@ -160,8 +160,7 @@ impl ObsoleteLayers {
                     report.deleted.push(path.clone());
                 }
                 Fate::Certain(_, file) if is_image => {
-                    let known = Known::now(host, path)?;
-                    let marked = mark(&known, file, &self.base)?;
+                    let marked = mark(path, file, &self.base)?;
                     if marked { &mut report.marked } else { &mut report.unmarked }.push(path.clone());
                 }
                 Fate::Certain(..) => {}
@@ -275,8 +274,8 @@ mod tests {
         create(&host, Path::new("/vm/1"), &CreateOptions { backing, ..CreateOptions::new(1 << 20) }).unwrap();
         create_raw(&host, Path::new("/vm/1.data"), 512).unwrap();
         if !into.is_empty() {
-            let image = Known::now(&host, Path::new("/vm/1")).unwrap();
-            mark_merged(&host, &[image], Path::new(into)).unwrap();
+            let image = Stamp::now(&host, Path::new("/vm/1")).unwrap().unwrap();
+            mark_merged(&host, &[image], Path::new(into), false).unwrap();
         }
         host
     }

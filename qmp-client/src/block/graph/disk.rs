@@ -296,8 +296,8 @@ fn leaf(description: &str) -> Option<String> {
 
 /// Whether `name` is the file of this layer, by its text or by being the same file here.
 fn is_file(layer: &Layer, name: &str) -> bool {
-    let identity = |path: &str| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
-    layer.file == name || identity(name).is_some_and(|here| identity(&layer.file) == Some(here))
+    let file_id = |path: &str| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    layer.file == name || file_id(name).is_some_and(|here| file_id(&layer.file) == Some(here))
 }
 
 #[cfg(test)]

@@ -30,8 +30,8 @@ pub(super) fn backing_name(
             "'{name}' is no backing name that every tool can read; give another one"
         )));
     }
-    if let (Some(resolved), Some(base)) = (resolve(&name, &above.file), identity(Path::new(&range.base.file)))
-        && identity(&resolved) != Some(base)
+    if let (Some(resolved), Some(base)) = (resolve(&name, &above.file), file_id(Path::new(&range.base.file)))
+        && file_id(&resolved) != Some(base)
     {
         let (resolved, base) = (resolved.display(), &range.base.file);
         return Err(refused(format!("the backing name '{name}' would lead to {resolved}, not to {base}")));
@@ -80,7 +80,7 @@ fn resolve(name: &str, overlay: &str) -> Option<PathBuf> {
     Path::new(overlay).is_absolute().then(|| Path::new(overlay).parent().map(|folder| folder.join(name)))?
 }
 
-fn identity(path: &Path) -> Option<(u64, u64)> {
+fn file_id(path: &Path) -> Option<(u64, u64)> {
     fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 

@@ -49,7 +49,7 @@ impl Files {
         let mut meant: Vec<_> = open.iter().filter(|(path, _)| path.ends_with(relative)).collect();
         meant.dedup_by_key(|(_, id)| *id);
         match meant.as_slice() {
-            [(path, id)] if identity(path) == Some(*id) => path.to_str().map(str::to_owned),
+            [(path, id)] if file_id(path) == Some(*id) => path.to_str().map(str::to_owned),
             _ => None,
         }
     }
@@ -57,7 +57,7 @@ impl Files {
     /// Where the file of a layer is.
     pub(crate) fn place(&self, layer: &Layer) -> Place {
         let path = Path::new(&layer.file);
-        let Some(id) = path.is_absolute().then(|| identity(path)).flatten() else { return Place::Elsewhere };
+        let Some(id) = path.is_absolute().then(|| file_id(path)).flatten() else { return Place::Elsewhere };
         if self.is_elsewhere(id) { Place::Other } else { Place::Here(path.to_owned(), id) }
     }
 
@@ -78,7 +78,7 @@ impl Files {
 }
 
 /// What a name leads to here.
-pub(crate) fn identity(path: &Path) -> Option<FileId> {
+pub(crate) fn file_id(path: &Path) -> Option<FileId> {
     OsHost.stat(path).ok().map(|stat| stat.id)
 }
 
@@ -90,7 +90,7 @@ fn open_files(pid: u32) -> Option<Vec<(PathBuf, FileId)>> {
         let link = entry.path();
         // Sockets and pipes lead to no name.
         let Some(name) = fs::read_link(&link).ok().filter(|name| name.is_absolute()) else { continue };
-        if let Some(id) = identity(&link)
+        if let Some(id) = file_id(&link)
             && seen.insert((name.clone(), id))
         {
             files.push((name, id));
@@ -108,7 +108,7 @@ mod tests {
             let path = folder.join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(&path, "x").unwrap();
-            let id = identity(&path).unwrap();
+            let id = file_id(&path).unwrap();
             (path, id)
         });
         Files { process: None, open: Some(open.collect()) }
@@ -135,7 +135,7 @@ mod tests {
     fn the_files_of_a_process_are_seen() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let open = open_files(std::process::id()).unwrap();
-        assert!(open.contains(&(file.path().to_owned(), identity(file.path()).unwrap())), "{open:?}");
+        assert!(open.contains(&(file.path().to_owned(), file_id(file.path()).unwrap())), "{open:?}");
         assert_eq!(open_files(u32::MAX), None);
     }
 }

@@ -6,7 +6,7 @@ mod unfinished;
 mod users;
 
 pub use files::Files;
-pub(crate) use files::{Place, identity};
+pub(crate) use files::{Place, file_id};
 pub(crate) use unfinished::states;
 pub use unfinished::{Interrupted, Unfinished, folders_of_disks, folders_of_image, sweep_folders};
 pub use users::Searched;

@@ -7,7 +7,7 @@ use qcow2::chain::{Search, find_users_in};
 use qcow2::error::FileOp;
 use qcow2::storage::{FileId, OsHost};
 
-use super::files::{Files, Place, identity};
+use super::files::{Files, Place, file_id};
 use crate::block::graph::{Disk, Graph, Layer};
 use crate::error::{Error, Result};
 use crate::live::hindrance::Hindrance;
@@ -45,7 +45,7 @@ pub(crate) fn search(
         _ => None,
     };
     let layer_of = |name: &str| {
-        let id = Path::new(name).is_absolute().then(|| identity(Path::new(name))).flatten()?;
+        let id = Path::new(name).is_absolute().then(|| file_id(Path::new(name))).flatten()?;
         let is_it = |layer: &&&Layer| here(layer).is_some_and(|(_, other)| other == id);
         touched.iter().find(is_it).map(|layer| layer.index)
     };

@@ -88,7 +88,7 @@ impl Obstacle {
     fn of_state(layer: &StateLayer) -> Option<Self> {
         let nature = by_nature(&layer.file, layer.protocol.as_deref(), &layer.format, layer.encrypted);
         nature.or_else(|| {
-            let elsewhere = layer.identity.is_none();
+            let elsewhere = layer.stamp.is_none();
             elsewhere.then(|| Self::Elsewhere { file: layer.file.clone() })
         })
     }

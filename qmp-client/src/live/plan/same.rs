@@ -6,7 +6,7 @@ use std::path::Path;
 use super::Request;
 use crate::block::graph::Disk;
 use crate::block::merge::Direction;
-use crate::live::discover::identity;
+use crate::live::discover::file_id;
 use crate::state::{Kind, State, StateLayer};
 
 /// Whether the state speaks of this merge.
@@ -39,7 +39,7 @@ fn index(state: &State, disk: &Disk, name: &str) -> Option<usize> {
     }
     let is_file = |layer: &&StateLayer| {
         let (path, file) = (Path::new(name), Path::new(&layer.file));
-        let same = identity(path).is_some_and(|id| identity(file) == Some(id));
+        let same = file_id(path).is_some_and(|id| file_id(file) == Some(id));
         same || std::path::absolute(path).is_ok_and(|path| path == file) || layer.file == name
     };
     let by_node = state.layers.iter().find(|layer| layer.node == name);

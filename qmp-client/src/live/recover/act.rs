@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use qcow2::Result;
-use qcow2::retire::{Interrupted, Known};
+use qcow2::retire::Interrupted;
+use qcow2::stamp::Stamp;
 use qcow2::storage::OsHost;
 
 use super::finding::{Deed, Fact, Finding, Found, Next, Trouble};
@@ -28,7 +29,7 @@ impl Case<'_> {
     }
 
     /// The merge is complete: what it left becomes empty overlays on base, or is removed if that was the wish.
-    pub(super) fn switched(&self, leave: Switched<'_>, obsolete: &[(&StateLayer, Known)]) -> Result<Finding> {
+    pub(super) fn switched(&self, leave: Switched<'_>, obsolete: &[(&StateLayer, Stamp)]) -> Result<Finding> {
         let state = leave.state();
         let mut finding = self.finding(Found::Completed);
         finding.valid_top = state.layers_after().next().map(|layer| layer.file.clone());
@@ -72,7 +73,7 @@ impl Case<'_> {
     fn clean(
         &self,
         leave: Switched<'_>,
-        obsolete: &[(&StateLayer, Known)],
+        obsolete: &[(&StateLayer, Stamp)],
         finding: &mut Finding,
     ) -> Result<()> {
         let state = leave.state();

@@ -6,20 +6,21 @@ use std::sync::atomic::AtomicBool;
 use qcow2::chain::{OpenOptions, Policy};
 use qcow2::error::FileOp;
 use qcow2::merge::Progress;
-use qcow2::retire::{BackingIs, Interrupted, Known};
+use qcow2::retire::{BackingIs, Interrupted};
+use qcow2::stamp::Stamp;
 use qcow2::storage::OsHost;
 use qcow2::{Error, ErrorKind, Refusal, Result};
 
 use super::look;
 use crate::live::verdict::{Compared, Header, Leads, Seen, Treated};
-use crate::state::{Kind, Phase, Qemu, State, StateLayer};
+use crate::state::{Kind, Phase, Qemu, State, StateLayer, stamp_of};
 
 /// What is seen, and the files as they were then.
 pub(super) struct Evidence {
     /// For the judge.
     pub(super) seen: Seen,
     /// The files, in the order of the state's layers: what is changed later must still be so.
-    pub(super) known: Vec<Option<Known>>,
+    pub(super) stamps: Vec<Option<Stamp>>,
     /// Why something could not be read that matters only when something is to be changed.
     pub(super) unread: Option<Error>,
     /// Why nothing could be compared.
@@ -33,12 +34,12 @@ impl Evidence {
     /// A file cannot be looked at, or the header that tells which chain stands cannot be read.
     pub(super) fn of(state: &State, qemu: Qemu) -> Result<Self> {
         // First: what is written between this and the next look must be seen as a change.
-        let known = state.layers.iter().map(known_now).collect::<Result<_>>()?;
+        let stamps = state.layers.iter().map(stamp_now).collect::<Result<_>>()?;
         let seen = Seen::of(state, qemu, Header::Unread).map_err(|error| match error {
             crate::Error::File { file, source } => Error::io(&file, FileOp::Stat, None, source),
             other => Error::io(Path::new(&state.valid_top), FileOp::Stat, None, std::io::Error::other(other)),
         })?;
-        let mut evidence = Self { seen, known, unread: None, not_compared: None };
+        let mut evidence = Self { seen, stamps, unread: None, not_compared: None };
         evidence.read_header(state)?;
         if state.kind != Kind::Pull {
             for (place, layer) in state.layers.iter().enumerate() {
@@ -52,15 +53,15 @@ impl Evidence {
 
     fn read_header(&mut self, state: &State) -> Result<()> {
         let Some(relink) = &state.backing else { return Ok(()) };
-        let is_there = |layer: &&StateLayer| layer.index == relink.index && layer.identity.is_some();
+        let is_there = |layer: &&StateLayer| layer.index == relink.index && layer.stamp.is_some();
         if state.layers.iter().find(is_there).is_none_or(|layer| !Path::new(&layer.file).exists()) {
             return Ok(());
         }
         let (name, leads_to) = look::backing(Path::new(&relink.overlay))?;
         let is_it =
-            |known: &Option<Known>| leads_to.is_some() && known.as_ref().map(|known| known.id) == leads_to;
-        let mut layers = state.layers.iter().zip(&self.known);
-        self.seen.leads = match layers.find(|(_, known)| is_it(known)) {
+            |stamp: &Option<Stamp>| leads_to.is_some() && stamp.as_ref().map(|stamp| stamp.id) == leads_to;
+        let mut layers = state.layers.iter().zip(&self.stamps);
+        self.seen.leads = match layers.find(|(_, stamp)| is_it(stamp)) {
             Some((layer, _)) => Leads::To(layer.index),
             None if leads_to.is_some() => Leads::Elsewhere,
             None => Leads::Nowhere,
@@ -72,8 +73,7 @@ impl Evidence {
     fn read_layer(&mut self, state: &State, place: usize, layer: &StateLayer) -> Result<()> {
         let is_merged = layer.index > state.base && layer.index <= state.top;
         let is_base = layer.index == state.base;
-        let is_here =
-            layer.identity.is_some() && self.seen.identities.get(place).is_some_and(Option::is_some);
+        let is_here = layer.stamp.is_some() && self.seen.stamps.get(place).is_some_and(Option::is_some);
         if !is_here || !(is_merged || is_base) {
             return Ok(());
         }
@@ -92,11 +92,11 @@ impl Evidence {
     }
 
     /// The layers that the merge leaves behind and that are still there, from the top, as they were seen.
-    pub(super) fn obsolete<'s>(&self, state: &'s State) -> Vec<(&'s StateLayer, Known)> {
-        let merged = state.layers.iter().zip(&self.known).filter(|(layer, _)| {
-            layer.index > state.base && layer.index <= state.top && layer.identity.is_some()
+    pub(super) fn obsolete<'s>(&self, state: &'s State) -> Vec<(&'s StateLayer, Stamp)> {
+        let merged = state.layers.iter().zip(&self.stamps).filter(|(layer, _)| {
+            layer.index > state.base && layer.index <= state.top && layer.stamp.is_some()
         });
-        merged.filter_map(|(layer, known)| Some((layer, known.clone()?))).collect()
+        merged.filter_map(|(layer, stamp)| Some((layer, stamp.clone()?))).collect()
     }
 
     /// Compares base with what was merged into it, and notes what that shows. Returns the images, opened and locked, where
@@ -150,20 +150,22 @@ impl Evidence {
     }
 
     fn open(&self, state: &State, no_lock: bool) -> Result<Interrupted> {
-        let known = |index: usize| {
-            let mut all = state.layers.iter().zip(&self.known);
-            all.find(|(layer, _)| layer.index == index).and_then(|(_, known)| known.clone())
+        let stamp = |index: usize| {
+            let mut all = state.layers.iter().zip(&self.stamps);
+            all.find(|(layer, _)| layer.index == index).and_then(|(_, stamp)| stamp.clone())
         };
-        // QEMU may close them meanwhile; the merged layers must be as they were seen.
-        let any = |known: Known| Known { len: None, modified_ns: None, no_locks: no_lock, ..known };
-        let merged: Vec<Known> = self.obsolete(state).into_iter().map(|(_, known)| known).collect();
+        let merged: Vec<Stamp> = self.obsolete(state).into_iter().map(|(_, stamp)| stamp).collect();
         let overlay = match state.kind {
             Kind::ActiveCommit => None,
-            Kind::Commit | Kind::Pull => known(state.top + 1).map(any),
+            Kind::Commit | Kind::Pull => stamp(state.top + 1),
         };
-        let base = match known(state.base) {
-            Some(base) => any(base),
-            None => Known::now(&OsHost, Path::new(state.layer(state.base).map_or("", |base| &base.file)))?,
+        let base = match stamp(state.base) {
+            Some(base) => base,
+            None => {
+                let path = Path::new(state.layer(state.base).map_or("", |base| &base.file));
+                let nowhere = || Error::io(path, FileOp::Open, None, std::io::ErrorKind::NotFound.into());
+                Stamp::now(&OsHost, path)?.ok_or_else(nowhere)?
+            }
         };
         // As their headers say, wherever that leads. The format of top is known.
         let active_format = state.layer(state.top).map(look::format);
@@ -174,13 +176,9 @@ impl Evidence {
 }
 
 /// The file of a layer as it is now, if it is there.
-fn known_now(layer: &StateLayer) -> Result<Option<Known>> {
+fn stamp_now(layer: &StateLayer) -> Result<Option<Stamp>> {
     let path = Path::new(&layer.file);
-    // A relative name is QEMU's, whose folder is another.
-    match path.is_absolute() && look::id(path)?.is_some() {
-        true => Known::now(&OsHost, path).map(Some),
-        false => Ok(None),
-    }
+    stamp_of(path).map_err(|source| Error::io(path, FileOp::Stat, None, source))
 }
 
 /// What an earlier clean-up has done to a merged layer.

@@ -7,14 +7,14 @@ use std::sync::atomic::AtomicBool;
 
 use qcow2::chain::{Chain, OpenOptions};
 use qcow2::image::ImageFormat;
-use qcow2::retire::{Known, MergedLayers, can_be_emptied, empty_all_onto, mark_merged, remove, unused};
+use qcow2::retire::{MergedLayers, can_be_emptied, empty_all_onto, mark_merged, remove, unused};
+use qcow2::stamp::Stamp;
 use qcow2::storage::{FileId, OsHost};
 use qcow2::{Error, Refusal};
 
-use crate::live::discover::identity;
 use crate::live::plan::{Obstacle, how_to_empty};
 use crate::live::verdict::Switched;
-use crate::state::{FileIdentity, Kind, State, StateLayer};
+use crate::state::{Kind, State, StateLayer, stamp_of};
 
 /// What to do with files that are no longer needed.
 #[derive(Clone, Debug, Default)]
@@ -71,32 +71,30 @@ impl Tidy<'_> {
     }
 
     /// Deals with layers that are still what they were, from the top.
-    pub(crate) fn run(&self, obsolete: &[(&StateLayer, Known)], tidied: &mut Tidied) {
-        let allow = |known: &Known| Known { no_locks: self.options.no_lock, ..known.clone() };
-        let obsolete: Vec<_> = obsolete.iter().map(|(layer, known)| (*layer, allow(known))).collect();
-        let known: Vec<Known> = obsolete.iter().map(|(_, known)| known.clone()).collect();
+    pub(crate) fn run(&self, obsolete: &[(&StateLayer, Stamp)], tidied: &mut Tidied) {
+        let stamps: Vec<Stamp> = obsolete.iter().map(|(_, stamp)| stamp.clone()).collect();
         let scan = [&self.state().scan[..], &self.options.scan[..]].concat();
         let ids: Vec<FileId> = self.state().layers.iter().filter_map(id).collect();
         if self.options.delete {
-            self.delete(&known, &ids, &scan, tidied);
+            self.delete(&stamps, &ids, &scan, tidied);
         } else {
-            self.empty(&obsolete, &ids, &scan, tidied);
+            self.empty(obsolete, &ids, &scan, tidied);
         }
     }
 
     /// Removes them, the uppermost first, until one that another image uses.
-    fn delete(&self, known: &[Known], ids: &[FileId], scan: &[PathBuf], tidied: &mut Tidied) {
-        let (free, users) = match unused(&OsHost, known, ids, scan) {
+    fn delete(&self, stamp: &[Stamp], ids: &[FileId], scan: &[PathBuf], tidied: &mut Tidied) {
+        let (free, users) = match unused(&OsHost, stamp, ids, scan) {
             Ok(found) => found,
-            Err(error) => return keep(tidied, known, error),
+            Err(error) => return keep(tidied, stamp, error),
         };
-        let (going, staying) = known.split_at(free);
+        let (going, staying) = stamp.split_at(free);
         for (at, image) in going.iter().enumerate() {
             if self.dry_run {
                 tidied.deleted.push(image.path.clone());
                 continue;
             }
-            match remove(&OsHost, std::slice::from_ref(image), ids, scan) {
+            match remove(&OsHost, std::slice::from_ref(image), ids, scan, self.options.no_lock) {
                 Ok(removed) => tidied.deleted.extend(removed.deleted),
                 // Whoever uses the layer that is kept reads through those below it.
                 Err(error) => return keep(tidied, going.get(at..).unwrap_or_default(), error),
@@ -111,7 +109,7 @@ impl Tidy<'_> {
 
     fn empty(
         &self,
-        obsolete: &[(&StateLayer, Known)],
+        obsolete: &[(&StateLayer, Stamp)],
         ids: &[FileId],
         scan: &[PathBuf],
         tidied: &mut Tidied,
@@ -124,12 +122,12 @@ impl Tidy<'_> {
         };
         let mut all_stay = of_base.map(|obstacle| obstacle.to_string());
         let mut going = Vec::new();
-        for (layer, known) in obsolete {
+        for (layer, stamp) in obsolete {
             let own = Obstacle::of_overlay(layer).map(|obstacle| obstacle.to_string());
             if let Some(why) = all_stay.clone().or_else(|| own.clone()) {
-                self.leave(known, why, tidied);
+                self.leave(stamp, why, tidied);
             } else {
-                going.push(known.clone());
+                going.push(stamp.clone());
             }
             if own.is_some() && is_active(layer) {
                 // Who accepts that it stays may want what it shows.
@@ -150,25 +148,25 @@ impl Tidy<'_> {
         let mut options = how_to_empty(self.options.no_lock);
         options.data_files = Some(self.state().merged().filter_map(data_id).collect());
         options.size = self.size(base, format, &options.open);
-        let active = obsolete.iter().find(|(layer, _)| is_active(layer)).map(|(_, known)| known);
-        let must_go = active.filter(|known| going.contains(known));
-        let refused = must_go.and_then(|known| {
-            let (path, base) = (&known.path, Path::new(&base.file));
+        let active = obsolete.iter().find(|(layer, _)| is_active(layer)).map(|(_, stamp)| stamp);
+        let must_go = active.filter(|stamp| going.contains(stamp));
+        let refused = must_go.and_then(|stamp| {
+            let (path, base) = (&stamp.path, Path::new(&base.file));
             can_be_emptied(&OsHost, path, base, format, &options, false, self.cancel).err()
         });
-        if let (Some(known), Some(error)) = (must_go, refused) {
+        if let (Some(stamp), Some(error)) = (must_go, refused) {
             // Below it nothing may change as long as it shows the old disk.
-            return self.old_stays(known, &going, error, tidied);
+            return self.old_stays(stamp, &going, error, tidied);
         }
         let must_go = must_go.filter(|_| !self.state().allow_stale);
-        let active = active.map(|known| known.id);
+        let active = active.map(|stamp| stamp.id);
         let behind = MergedLayers { layers: &going, active, chain: ids, scan };
         let done = empty_all_onto(&OsHost, &behind, Path::new(&base.file), format, &options, self.cancel);
         let results = match done {
             Ok(results) => results,
             Err(error) => return keep(tidied, &going, error),
         };
-        let is_stuck = |(image, (_, result)): (&Known, &(PathBuf, qcow2::Result<_>))| {
+        let is_stuck = |(image, (_, result)): (&Stamp, &(PathBuf, qcow2::Result<_>))| {
             must_go == Some(image) && result.as_ref().is_err_and(|error| !may_pass(error))
         };
         tidied.is_stuck = going.iter().zip(&results).any(is_stuck);
@@ -198,7 +196,7 @@ impl Tidy<'_> {
 
     /// The old active image cannot be emptied: it and all layers below it stay as they are. Who has accepted that is told so;
     /// otherwise the merge is not forgotten.
-    fn old_stays(&self, active: &Known, going: &[Known], error: Error, tidied: &mut Tidied) {
+    fn old_stays(&self, active: &Stamp, going: &[Stamp], error: Error, tidied: &mut Tidied) {
         if may_pass(&error) || !self.state().allow_stale {
             tidied.is_stuck = !may_pass(&error);
             return keep(tidied, going, error);
@@ -209,7 +207,7 @@ impl Tidy<'_> {
         }
     }
 
-    fn would_empty(&self, going: &[Known], ids: &[FileId], scan: &[PathBuf], tidied: &mut Tidied) {
+    fn would_empty(&self, going: &[Stamp], ids: &[FileId], scan: &[PathBuf], tidied: &mut Tidied) {
         let (free, users) = match unused(&OsHost, going, ids, scan) {
             Ok(found) => found,
             Err(error) => return keep(tidied, going, error),
@@ -224,11 +222,11 @@ impl Tidy<'_> {
     }
 
     /// Leaves an image as it is, for good. A mark keeps it from being merged again, where it can carry one.
-    fn leave(&self, image: &Known, why: String, tidied: &mut Tidied) {
+    fn leave(&self, image: &Stamp, why: String, tidied: &mut Tidied) {
         let base = self.state().layer(self.state().base).map_or(Path::new(""), |base| Path::new(&base.file));
         if !self.dry_run {
             // What cannot be marked is named all the same.
-            let _ = mark_merged(&OsHost, std::slice::from_ref(image), base);
+            let _ = mark_merged(&OsHost, std::slice::from_ref(image), base, self.options.no_lock);
         }
         tidied.stale.push((image.path.clone(), why));
     }
@@ -238,22 +236,22 @@ const BELOW: &str = "a layer above it is kept";
 
 /// The file of a layer, if its name leads to it still, for certain.
 pub(crate) fn id(layer: &StateLayer) -> Option<FileId> {
-    still(Path::new(&layer.file), layer.identity.as_ref()?)
+    still(Path::new(&layer.file), layer.stamp.as_ref()?)
 }
 
 /// The same for its external data file, if that is to be emptied.
 fn data_id(layer: &StateLayer) -> Option<FileId> {
-    still(Path::new(layer.data_file.as_ref()?), layer.data_file_identity.as_ref()?)
+    still(Path::new(layer.data_file.as_ref()?), layer.data_file_stamp.as_ref()?)
 }
 
 /// The file of this name, if it is still the one that it was.
-fn still(path: &Path, before: &FileIdentity) -> Option<FileId> {
-    let same = FileIdentity::of(path).ok()??.is_same_file(before);
-    same.then(|| identity(path)).flatten()
+fn still(path: &Path, before: &Stamp) -> Option<FileId> {
+    let now = stamp_of(path).ok()??;
+    before.is_same_file(&now).then_some(now.id)
 }
 
 /// The first cannot be treated now, and so no other can: who uses it reads through them.
-fn keep(tidied: &mut Tidied, images: &[Known], error: Error) {
+fn keep(tidied: &mut Tidied, images: &[Stamp], error: Error) {
     for (at, image) in images.iter().enumerate() {
         let why = if at == 0 { error.to_string() } else { BELOW.to_owned() };
         tidied.kept.push((image.path.clone(), why));

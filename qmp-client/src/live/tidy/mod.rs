@@ -6,12 +6,11 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use qcow2::retire::Known;
-use qcow2::storage::FileId;
+use qcow2::stamp::Stamp;
 
 use super::discover::Files;
 use super::verdict::Switched;
-use crate::state::{FileIdentity, Kind};
+use crate::state::Kind;
 
 pub use layers::{Tidied, TidyOptions};
 pub(crate) use layers::{Tidy, id};
@@ -30,7 +29,7 @@ pub(crate) fn after(switched: Switched<'_>, files: &Files, options: &TidyOptions
         } else if !tidied.kept.is_empty() {
             // Whoever uses the layer that is kept reads through those below it.
             tidied.kept.push((path, "a layer above it is kept".to_owned()));
-        } else if let Some(identity) = &layer.identity {
+        } else if let Some(stamp) = &layer.stamp {
             if is_gone(&path) {
                 // An earlier call has removed it, or the user.
                 continue;
@@ -40,7 +39,8 @@ pub(crate) fn after(switched: Switched<'_>, files: &Files, options: &TidyOptions
                 Some(id) if files.has_open(id) => {
                     tidied.kept.push((path, "QEMU still has it open".to_owned()));
                 }
-                Some(id) => obsolete.push((layer, known(path, id, identity))),
+                // The host may have started again since, and the file system have another number.
+                Some(id) => obsolete.push((layer, Stamp { path, id, ..stamp.clone() })),
             }
         } else {
             tidied.stale.push((path, "it is no file here".to_owned()));
@@ -54,15 +54,4 @@ pub(crate) fn after(switched: Switched<'_>, files: &Files, options: &TidyOptions
 
 fn is_gone(path: &Path) -> bool {
     path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound)
-}
-
-fn known(path: PathBuf, id: FileId, identity: &FileIdentity) -> Known {
-    Known {
-        path,
-        id,
-        len: (identity.size > 0).then_some(identity.size),
-        modified_ns: (identity.modified_ns > 0).then_some(identity.modified_ns.into()),
-        changed_ns: (identity.changed_ns > 0).then_some(identity.changed_ns.into()),
-        no_locks: false,
-    }
 }

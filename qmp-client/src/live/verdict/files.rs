@@ -1,7 +1,9 @@
 //! What the files of a merge tell: whether they are those that they were, and whether somebody has written to them.
 
+use qcow2::stamp::Stamp;
+
 use super::{Doubt, Doubtful, Seen, Treated};
-use crate::state::{FileIdentity, Kind, Phase, State, StateLayer};
+use crate::state::{Kind, Phase, State, StateLayer};
 
 /// What is seen of layers that were merged.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,16 +30,15 @@ impl State {
             (Kind::Commit, _) => [self.base, self.top.saturating_add(1), active].contains(&index),
             (Kind::Pull, _) => index == active,
         };
-        let is_touched = |(layer, now): &(&StateLayer, &Option<FileIdentity>)| match (&layer.identity, now) {
+        let is_touched = |layer: &&StateLayer| match (&layer.stamp, seen.stamp(self, layer.index)) {
             (None, _) => false,
             (Some(_), None) => true,
-            (Some(before), Some(now)) => {
-                let written = now.is_written_since(before) == Some(true) && !may_be_written(layer.index);
-                written || !is_same(before, now, seen.same_boot)
+            (Some(before), Some((now, tells_time))) => {
+                let written = tells_time && before.is_written(now) == Some(true);
+                (written && !may_be_written(layer.index)) || !before.is_same_file_after(now, seen.same_boot)
             }
         };
-        let all = self.layers.iter().zip(&seen.identities).filter(is_touched);
-        all.map(|(layer, _)| layer.index).collect()
+        self.layers.iter().filter(is_touched).map(|layer| layer.index).collect()
     }
 
     /// What an earlier clean-up has done to the layer of this index.
@@ -46,17 +47,16 @@ impl State {
         all.find(|(layer, _)| layer.index == index).map_or(Treated::Not, |(_, treated)| *treated)
     }
 
-    /// When a layer was written last, at the latest, if that is after its identity was taken; none if it was not, and none at all if
-    /// that cannot be known.
-    pub(super) fn written(&self, seen: &Seen, index: usize) -> Option<Option<u64>> {
-        let (layer, now) =
-            self.layers.iter().zip(&seen.identities).find(|(layer, _)| layer.index == index)?;
-        let now = now.as_ref()?;
+    /// When a layer was written last, at the latest, in nanoseconds since 1970, if that is after its stamp was taken; none if
+    /// it was not, and none at all if that cannot be known.
+    pub(super) fn written(&self, seen: &Seen, index: usize) -> Option<Option<i128>> {
+        let (now, tells_time) = seen.stamp(self, index)?;
         if self.treated(seen, index) == Treated::Sealed {
             // The clean-up wrote there, and nobody behind it.
             return Some(None);
         }
-        Some(now.is_written_since(layer.identity.as_ref()?)?.then_some(now.written_ns()))
+        let before = self.layer(index)?.stamp.as_ref().filter(|_| tells_time)?;
+        Some(before.is_written(now)?.then_some(now.last_written_ns()))
     }
 
     /// Whether these layers are the files that they were, as far as they were files here.
@@ -66,10 +66,9 @@ impl State {
         needed: impl IntoIterator<Item = &'a StateLayer>,
     ) -> Doubtful<()> {
         for needed in needed {
-            let Some(before) = needed.identity else { continue };
-            let mut all = self.layers.iter().zip(&seen.identities);
-            let now = all.find(|(layer, _)| layer.index == needed.index).and_then(|(_, now)| now.as_ref());
-            let is_it = now.map(|now| is_same(&before, now, seen.same_boot));
+            let Some(before) = &needed.stamp else { continue };
+            let now = seen.stamp(self, needed.index);
+            let is_it = now.map(|(now, _)| before.is_same_file_after(now, seen.same_boot));
             if is_it != Some(true) {
                 return Err(Doubt::Moved { file: needed.file.clone(), gone: is_it.is_none() });
             }
@@ -86,10 +85,10 @@ impl State {
     ) -> Doubtful<MergedFacts> {
         let mut merged = MergedFacts::default();
         for layer in layers {
-            if layer.identity.is_none() {
+            if layer.stamp.is_none() {
                 return Err(Doubt::Moved { file: layer.file.clone(), gone: false });
             }
-            let mut all = self.layers.iter().zip(&seen.identities);
+            let mut all = self.layers.iter().zip(&seen.stamps);
             if all.any(|(other, now)| other.index == layer.index && now.is_none()) {
                 merged.gone += 1;
                 continue;
@@ -107,7 +106,12 @@ impl State {
     }
 }
 
-/// File systems get other numbers when the host starts again; files in them keep theirs.
-pub(super) fn is_same(before: &FileIdentity, now: &FileIdentity, same_boot: bool) -> bool {
-    if same_boot { now.is_same_file(before) } else { now.inode == before.inode }
+impl Seen {
+    /// The stamp of the layer of this index as its file is now, if it is there, and whether its times tell when the image was
+    /// written.
+    fn stamp(&self, state: &State, index: usize) -> Option<(&Stamp, bool)> {
+        let place = state.layers.iter().position(|layer| layer.index == index)?;
+        let now = self.stamps.get(place)?.as_ref()?;
+        Some((now, !self.timeless.get(place).copied().unwrap_or(false)))
+    }
 }

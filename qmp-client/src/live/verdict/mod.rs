@@ -15,7 +15,9 @@ use std::path::Path;
 
 use crate::block::graph::Graph;
 use crate::error::{Error, Result};
-use crate::state::{FileIdentity, Kind, Phase, Qemu, State, StateLayer};
+use qcow2::stamp::Stamp;
+
+use crate::state::{Kind, Phase, Qemu, State, StateLayer, stamp_of};
 
 pub use doubt::Doubt;
 
@@ -32,7 +34,9 @@ pub struct Seen {
     /// Where that name leads.
     pub leads: Leads,
     /// The files as they are now, in the order of [`State::layers`].
-    pub identities: Vec<Option<FileIdentity>>,
+    pub stamps: Vec<Option<Stamp>>,
+    /// Whether their times tell nothing of their images, whose bytes go to another file; in the same order.
+    pub timeless: Vec<bool>,
     /// What an earlier clean-up has done to them, in the same order.
     pub treated: Vec<Treated>,
     /// Whether QEMU writes to base when it closes it, without a write of the guest's: for lazy refcounts or bitmaps.
@@ -217,13 +221,14 @@ impl Seen {
     pub fn of(state: &State, qemu: Qemu, header: Header) -> Result<Self> {
         let look = |layer: &StateLayer| {
             let path = Path::new(&layer.file);
-            FileIdentity::of(path).map_err(|source| Error::File { file: path.to_owned(), source })
+            stamp_of(path).map_err(|source| Error::File { file: path.to_owned(), source })
         };
         Ok(Self {
             qemu,
             header,
             leads: Leads::Nowhere,
-            identities: state.layers.iter().map(look).collect::<Result<_>>()?,
+            stamps: state.layers.iter().map(look).collect::<Result<_>>()?,
+            timeless: vec![false; state.layers.len()],
             treated: vec![Treated::Not; state.layers.len()],
             closing_writes_base: true,
             same_boot: state.is_of_this_boot(),
@@ -234,10 +239,8 @@ impl Seen {
 
     /// The file of this layer, by index, does not tell when its image was written: the bytes go to another file.
     pub fn tells_no_time(&mut self, state: &State, index: usize) {
-        for (layer, now) in state.layers.iter().zip(&mut self.identities) {
-            if let Some(now) = now.as_mut().filter(|_| layer.index == index) {
-                (now.modified_ns, now.changed_ns) = (0, 0);
-            }
+        for (layer, is_timeless) in state.layers.iter().zip(&mut self.timeless) {
+            *is_timeless |= layer.index == index;
         }
     }
 }
@@ -247,7 +250,7 @@ impl State {
     ///
     /// Headers are believed before memory: a header that was written tells that the switch has begun, and what it names
     /// was made durable before. For an active commit no header changes, so files tell: base and the old active
-    /// layer were equal, and held, when their identities were taken, so whichever was written since is the one
+    /// layer were equal, and held, when their stamps were taken, so whichever was written since is the one
     /// that the guest went on with. A QEMU that runs on base says little: somebody may have started it there.
     pub fn judge(&self, seen: &Seen) -> Verdict {
         if let Qemu::HasJob(_) = seen.qemu {

@@ -16,7 +16,7 @@ impl State {
             self.are_there(seen, [base])?;
         }
         if self.phase == Phase::Copying {
-            if base_is_known && old.identity.is_none() {
+            if base_is_known && old.stamp.is_none() {
                 return Err(Doubt::Moved { file: old.file.clone(), gone: false });
             }
             self.are_there(seen, [old])?;
@@ -27,10 +27,10 @@ impl State {
             return self.judge_unnoted(seen, base_is_known);
         }
         let rest = self.look_at_merged(seen, self.merged().filter(|layer| layer.index != old.index))?;
-        if old.identity.is_none() && base_is_known {
+        if old.stamp.is_none() && base_is_known {
             return Err(Doubt::Moved { file: old.file.clone(), gone: false });
         }
-        if old.identity.is_some() && seen.identities.first().is_none_or(Option::is_none) {
+        if old.stamp.is_some() && seen.stamps.first().is_none_or(Option::is_none) {
             // Base had all of it when the switch was noted, and it cannot be the disk any more.
             return self.are_there(seen, self.layers_after()).map(|()| Verdict::Switched);
         }
@@ -60,7 +60,7 @@ impl State {
         let unwritten = base == Some(None);
         // A client that waited until all was copied saw QEMU go before. QEMU pivots only after.
         let gone_before =
-            matches!((base, self.gone_ns), (Some(Some(written)), Some(gone)) if written <= gone);
+            matches!((base, self.gone_ns), (Some(Some(written)), Some(gone)) if written <= i128::from(gone));
         if seen.same_boot && (unwritten || gone_before) {
             return Ok(Verdict::NotSwitched);
         }
@@ -119,7 +119,7 @@ impl State {
             (Phase::Switched, _) => match active {
                 Some(None) => Ok(Verdict::Switched),
                 Some(Some(_)) => Err(Doubt::OldWritten),
-                None if seen.identities.first().is_none_or(Option::is_none) => Ok(Verdict::Switched),
+                None if seen.stamps.first().is_none_or(Option::is_none) => Ok(Verdict::Switched),
                 None => Err(Doubt::OldUnseen),
             },
             (Phase::Switching, _) => match (base, active) {
@@ -131,7 +131,7 @@ impl State {
                 (Some(Some(base)), Some(Some(active)))
                     if !seen.closing_writes_base
                         && seen.same_boot
-                        && self.gone_ns.is_some_and(|gone| base.max(active) <= gone) =>
+                        && self.gone_ns.is_some_and(|gone| base.max(active) <= i128::from(gone)) =>
                 {
                     Ok(Verdict::Switched)
                 }

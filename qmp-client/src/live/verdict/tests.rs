@@ -1,6 +1,8 @@
 //! Every phase of every kind of merge, with everything that can be seen afterwards.
 
 use qapi::qmp::JobStatus;
+use qcow2::stamp::Times;
+use qcow2::storage::FileId;
 
 use super::*;
 use crate::state::tests::state;
@@ -10,15 +12,27 @@ const PENDING: u64 = 1_000_000_000;
 const GONE: u64 = PENDING + 1_000_000_000;
 const QEMUS: [Qemu; 4] = [Qemu::Gone, Qemu::ShowsBefore, Qemu::ShowsAfter, Qemu::ShowsNeither];
 
-fn identity(inode: u64, modified_ns: u64) -> FileIdentity {
-    FileIdentity { device: 1, inode, size: 1 << 20, modified_ns, changed_ns: modified_ns }
+fn stamp(inode: u64, written_ns: u64) -> Stamp {
+    Stamp {
+        path: format!("/vm/{inode}.img").into(),
+        id: FileId { device: 1, inode },
+        is_device: false,
+        file_system: None,
+        born_ns: None,
+        times: times(written_ns, written_ns),
+        head_crc: 7,
+    }
+}
+
+fn times(modified_ns: u64, changed_ns: u64) -> Times {
+    Times { len: 1 << 20, modified_ns: modified_ns.into(), changed_ns: changed_ns.into() }
 }
 
 fn merge(kind: Kind, phase: Phase) -> State {
     let mut state = state("/vm");
     (state.kind, state.phase) = (kind, phase);
     for layer in &mut state.layers {
-        layer.identity = Some(identity(layer.index as u64, PENDING));
+        layer.stamp = Some(stamp(layer.index as u64, PENDING));
     }
     match kind {
         Kind::Commit => {}
@@ -36,7 +50,8 @@ fn seen(state: &State, qemu: Qemu, header: Header) -> Seen {
         qemu,
         header,
         leads: Leads::Nowhere,
-        identities: state.layers.iter().map(|layer| layer.identity).collect(),
+        stamps: state.layers.iter().map(|layer| layer.stamp.clone()).collect(),
+        timeless: vec![false; state.layers.len()],
         treated: vec![Treated::Not; state.layers.len()],
         closing_writes_base: false,
         same_boot: true,
@@ -118,7 +133,7 @@ fn a_switched_overlay_that_names_top_again_is_on_the_old_chain_if_that_is_whole(
     let state = merge(Kind::Commit, Phase::Switched);
     let mut seen = seen(&state, Qemu::Gone, names("3.img"));
     assert_eq!(state.judge(&seen), Verdict::NotSwitched);
-    seen.identities[1] = Some(identity(3, PENDING + 9));
+    seen.stamps[1] = Some(stamp(3, PENDING + 9));
     assert!(is_doubt(&state.judge(&seen), "names again"));
 }
 
@@ -128,7 +143,7 @@ fn a_base_is_compared_before_it_is_trusted() {
         let state = merge(Kind::Commit, phase);
         let judge = |compared, base: u64| {
             let mut seen = Seen { compared, ..seen(&state, Qemu::Gone, names("1.img")) };
-            seen.identities[3] = Some(identity(1, PENDING + base));
+            seen.stamps[3] = Some(stamp(1, PENDING + base));
             state.judge(&seen)
         };
         for base in [0, 9] {
@@ -158,16 +173,16 @@ fn merged_layers_must_be_what_was_merged_before_an_overlay_goes_back_to_them() {
         state.judge(&seen)
     };
     assert_eq!(differs(&|_| {}), Verdict::RelinkBack { at: 7 });
-    let written = differs(&|seen| seen.identities[1] = Some(identity(3, PENDING + 9)));
+    let written = differs(&|seen| seen.stamps[1] = Some(stamp(3, PENDING + 9)));
     assert!(is_doubt(&written, "3.img was merged"), "{written:?}");
     let timeless = differs(&|seen| seen.tells_no_time(&state, 2));
     assert!(is_doubt(&timeless, "byte 7"), "{timeless:?}");
-    let gone = differs(&|seen| seen.identities[2] = None);
+    let gone = differs(&|seen| seen.stamps[2] = None);
     assert!(is_doubt(&gone, "merged layers are gone"), "{gone:?}");
     // A clean-up begins only when base is known to be whole.
     for treated in [Treated::Marked, Treated::Emptied, Treated::Sealed] {
         let begun = differs(&|seen| {
-            (seen.treated[1], seen.identities[1]) = (treated, Some(identity(3, PENDING + 9)));
+            (seen.treated[1], seen.stamps[1]) = (treated, Some(stamp(3, PENDING + 9)));
         });
         assert_eq!(begun, Verdict::Switched, "{treated:?}");
     }
@@ -190,8 +205,8 @@ fn before_the_switch_nothing_that_was_written_matters_where_base_has_everything(
     for qemu in QEMUS {
         let mut seen = seen(&state, qemu, Header::Unread);
         for written in [[0, 0], [0, 9], [9, 0], [9, 9]] {
-            seen.identities[0] = Some(identity(4, PENDING + written[0]));
-            seen.identities[3] = Some(identity(1, PENDING + written[1]));
+            seen.stamps[0] = Some(stamp(4, PENDING + written[0]));
+            seen.stamps[3] = Some(stamp(1, PENDING + written[1]));
             if qemu == Qemu::ShowsAfter {
                 // Another client has pivoted, or somebody has started base.
                 assert!(is_doubt(&state.judge(&seen), "no pivot is noted"), "{written:?}");
@@ -222,7 +237,7 @@ fn a_base_that_differs_and_may_have_been_the_disk_is_a_doubt_though_no_pivot_is_
             let judge = |compared| {
                 let mut seen =
                     Seen { compared, same_boot, never_copied, ..seen(&state, qemu, Header::Unread) };
-                seen.identities[3] = Some(identity(1, PENDING + base));
+                seen.stamps[3] = Some(stamp(1, PENDING + base));
                 state.judge(&seen)
             };
             let (case, differs) = ((base, gone, same_boot, never_copied), judge(Compared::Differs(7)));
@@ -279,14 +294,13 @@ fn at_the_pivot_the_file_that_was_written_tells_where_the_guest_went() {
     for (base, active, same_boot, expected) in table {
         let mut state = merge(Kind::ActiveCommit, Phase::Switching);
         state.gone_ns = Some(GONE);
-        let now =
-            |inode, time| FileIdentity { size: if time == 0 { 0 } else { 1 << 20 }, ..identity(inode, time) };
+        let now = |inode, time| Stamp { is_device: time == 0, ..stamp(inode, time) };
         let mut seen = seen(&state, Qemu::Gone, Header::Unread);
-        (seen.identities[0], seen.identities[3]) = (Some(now(4, active)), Some(now(1, base)));
+        (seen.stamps[0], seen.stamps[3]) = (Some(now(4, active)), Some(now(1, base)));
         seen.same_boot = same_boot;
         for (layer, time) in [(0, active), (3, base)] {
             if time == 0 {
-                state.layers[layer].identity = seen.identities[layer];
+                state.layers[layer].stamp = seen.stamps[layer].clone();
             }
         }
         let assert_is = |state: &State, seen: &mut Seen, is: Is| {
@@ -342,7 +356,7 @@ fn a_qemu_that_runs_and_the_files_must_agree() {
     ] {
         let state = merge(Kind::ActiveCommit, phase);
         let mut seen = seen(&state, qemu, Header::Unread);
-        seen.identities[3] = Some(identity(1, base));
+        seen.stamps[3] = Some(stamp(1, base));
         let verdict = state.judge(&seen);
         match expected {
             Some(expected) => assert_eq!(verdict, expected, "{phase:?} {qemu:?}"),
@@ -358,12 +372,12 @@ fn an_old_active_image_that_was_used_after_the_pivot_is_a_doubt_unless_it_was_em
     let state = merge(Kind::ActiveCommit, Phase::Switched);
     let mut seen = seen(&state, Qemu::Gone, Header::Unread);
     seen.compared = Compared::Differs(9);
-    seen.identities[0] = Some(identity(4, PENDING + 9));
+    seen.stamps[0] = Some(stamp(4, PENDING + 9));
     assert!(is_doubt(&state.judge(&seen), "bytes that base does not"));
     assert_eq!(state.touched(&seen), [4]);
     // Somebody has started base again, too.
     seen.qemu = Qemu::ShowsAfter;
-    seen.identities[3] = Some(identity(1, PENDING + 99));
+    seen.stamps[3] = Some(stamp(1, PENDING + 99));
     assert!(is_doubt(&state.judge(&seen), "bytes that base does not"));
     for treated in [Treated::Emptied, Treated::Sealed] {
         seen.treated[0] = treated;
@@ -371,7 +385,7 @@ fn an_old_active_image_that_was_used_after_the_pivot_is_a_doubt_unless_it_was_em
     }
     // It is gone, and base had all of it.
     seen.treated[0] = Treated::Not;
-    seen.identities[0] = None;
+    seen.stamps[0] = None;
     assert_eq!(state.judge(&seen), Verdict::Switched);
 }
 
@@ -379,18 +393,14 @@ fn an_old_active_image_that_was_used_after_the_pivot_is_a_doubt_unless_it_was_em
 #[test]
 fn an_old_active_image_whose_time_was_set_back_is_compared() {
     for phase in [Phase::Switching, Phase::Switched] {
-        for (modified_ns, changed_ns) in [
-            (PENDING - 9, PENDING + 9),
-            (PENDING - 9, PENDING),
-            (PENDING, PENDING + 9),
-            // From a state that did not note the change yet.
-            (PENDING - 9, 0),
-        ] {
+        for (modified_ns, changed_ns) in
+            [(PENDING - 9, PENDING + 9), (PENDING - 9, PENDING), (PENDING, PENDING + 9)]
+        {
             let state = merge(Kind::ActiveCommit, phase);
             for base in [PENDING, PENDING + 9] {
                 let mut seen = seen(&state, Qemu::Gone, Header::Unread);
-                seen.identities[0] = Some(FileIdentity { modified_ns, changed_ns, ..identity(4, PENDING) });
-                seen.identities[3] = Some(identity(1, base));
+                seen.stamps[0] = Some(Stamp { times: times(modified_ns, changed_ns), ..stamp(4, PENDING) });
+                seen.stamps[3] = Some(stamp(1, base));
                 let case = format!("{phase:?} {modified_ns} {changed_ns} {base}");
                 seen.compared = Compared::Differs(9);
                 let verdict = state.judge(&seen);
@@ -438,13 +448,13 @@ fn an_old_active_image_that_keeps_no_time_is_compared_after_the_pivot() {
 #[test]
 fn a_base_that_is_no_file_here_leaves_the_old_active_image_to_tell() {
     let mut state = merge(Kind::ActiveCommit, Phase::Switching);
-    state.layers[3].identity = None;
+    state.layers[3].stamp = None;
     let mut seen = seen(&state, Qemu::Gone, Header::Unread);
     assert_eq!(state.judge(&seen), Verdict::Switched);
-    seen.identities[0] = Some(identity(4, PENDING + 9));
+    seen.stamps[0] = Some(stamp(4, PENDING + 9));
     assert!(is_doubt(&state.judge(&seen), "cannot be seen"));
     let mut state = merge(Kind::Commit, Phase::Copying);
-    state.layers[3].identity = None;
+    state.layers[3].stamp = None;
     let judge = |qemu, phase, name| {
         let state = State { phase, ..state.clone() };
         state.judge(&Seen { compared: Compared::NotYet, ..self::seen(&state, qemu, names(name)) })
@@ -459,10 +469,10 @@ fn a_base_that_is_no_file_here_leaves_the_old_active_image_to_tell() {
 fn a_file_that_is_needed_and_gone_or_replaced_is_a_doubt() {
     for (place, name) in [(0, "4.img"), (1, "3.img"), (3, "1.img")] {
         let state = merge(Kind::Commit, Phase::Switching);
-        for now in [None, Some(identity(77, PENDING))] {
+        for now in [None, Some(stamp(77, PENDING))] {
             let judge = |header, same_boot| {
                 let mut seen = seen(&state, Qemu::Gone, header);
-                seen.identities[place] = now;
+                seen.stamps[place] = now.clone();
                 seen.same_boot = same_boot;
                 assert_eq!(state.touched(&seen), [4 - place]);
                 state.judge(&seen)
@@ -485,8 +495,8 @@ fn a_file_that_is_needed_and_gone_or_replaced_is_a_doubt() {
 fn a_file_system_may_have_another_number_after_a_start_of_the_host() {
     let state = merge(Kind::Commit, Phase::Switching);
     let mut seen = seen(&state, Qemu::Gone, names("1.img"));
-    for identity in seen.identities.iter_mut().flatten() {
-        identity.device = 2;
+    for stamp in seen.stamps.iter_mut().flatten() {
+        stamp.id.device = 2;
     }
     assert!(is_doubt(&state.judge(&seen), "not the file that it was"));
     seen.same_boot = false;
@@ -511,12 +521,12 @@ fn layers_that_nobody_should_have_written_are_told() {
         let mut state = merge(kind, phase);
         let mut seen = seen(&state, Qemu::Gone, Header::Unread);
         assert_eq!(state.touched(&seen), [0; 0]);
-        for (place, identity) in seen.identities.iter_mut().flatten().enumerate() {
-            identity.modified_ns += 1 + place as u64;
+        for (place, stamp) in seen.stamps.iter_mut().flatten().enumerate() {
+            stamp.times.modified_ns += 1 + place as i128;
         }
         assert_eq!(state.touched(&seen), expected, "{kind:?} {phase:?}");
         // What was no file here is not looked at.
-        state.layers.iter_mut().for_each(|layer| layer.identity = None);
+        state.layers.iter_mut().for_each(|layer| layer.stamp = None);
         assert_eq!(state.touched(&seen), [0; 0]);
     }
 }
