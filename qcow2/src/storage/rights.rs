@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::{Gid, Mode, Uid, XattrFlags};
+use rustix::io::Errno;
 
 use super::Owner;
 
@@ -46,8 +47,14 @@ impl Rights {
             let group = if same_group { owner.mode & GROUPS } else { (owner.mode & ALL) << 3 };
             mode &= OWNERS | group | (owner.mode & ALL);
         }
-        // With a list, the group's permissions are those that the list may give to anybody.
-        if inputs.iter().any(|input| input.acl != first.acl) {
+        // With a list, the group's permissions are those that the list may give to anybody. The list names neither the
+        // owner nor the group, so that the same list may mean others.
+        let is_same = |input: &Self| {
+            let (one, other) = (&input.owner, &first.owner);
+            input.acl == first.acl
+                && (input.acl.is_none() || (one.user, one.group) == (other.user, other.group))
+        };
+        if !inputs.iter().all(is_same) {
             rights.acl = None;
             mode &= !GROUPS;
         }
@@ -61,12 +68,18 @@ impl Rights {
 /// the others. What cannot be given is left out.
 pub(super) fn take(file: &File, inputs: &[&File]) {
     let rights: Option<Vec<Rights>> = inputs.iter().map(|input| look(input)).collect();
+    // The list that the folder gives to its new files. It gives nothing while the group has no permission; the mode
+    // below would give it some.
+    if !remove_list(file) {
+        return;
+    }
     let Some(Rights { owner, acl }) = rights.and_then(|rights| Rights::of_all(&rights)) else { return };
     let (user, group) = (Uid::from_raw(owner.user), Gid::from_raw(owner.group));
     let mut mode = owner.mode;
     let is_group = rustix::fs::fchown(file, Some(user), Some(group)).is_ok()
         || rustix::fs::fchown(file, None, Some(group)).is_ok();
-    if !is_group {
+    // Where there is a list, the group's permissions come with it: without it, they are more than the group's.
+    if !is_group || acl.is_some() {
         mode &= !GROUPS;
     }
     // Each of these is a widening, so that one that fails leaves the file tighter.
@@ -83,6 +96,12 @@ fn look(file: &File) -> Option<Rights> {
     let meta = file.metadata().ok()?;
     let owner = Owner { user: meta.uid(), group: meta.gid(), mode: meta.mode() & 0o777 };
     Some(Rights { owner, acl: attribute(file, ACL) })
+}
+
+/// Takes a file's access list away, so that its mode says all; whether there is none now.
+fn remove_list(file: &File) -> bool {
+    // The system has no lists here, or the file has none.
+    matches!(rustix::fs::fremovexattr(file, ACL), Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP))
 }
 
 fn attribute(file: &File, name: &str) -> Option<Vec<u8>> {
@@ -128,8 +147,60 @@ mod tests {
             let rights = Rights::of_all(&[listed(1), other]).unwrap();
             assert_eq!((rights.acl, rights.owner.mode), (None, 0o600));
         }
+        // The same list, but of another group.
+        let other = Rights { owner: Owner { user: 1, group: 2, mode: 0o660 }, acl: Some(vec![1]) };
+        let rights = Rights::of_all(&[listed(1), other]).unwrap();
+        assert_eq!((rights.acl, rights.owner.mode), (None, 0o600));
         // Whom the list of another one lets read is not known here.
         let other = Rights { owner: Owner { user: 0, group: 1, mode: 0o660 }, acl: Some(vec![1]) };
         assert_eq!(Rights::of_all(&[file(1, 1, 0o660), other]), None);
+    }
+
+    /// A list as Linux keeps it: its version, then tag, permissions and id of each entry, all little endian. Beside
+    /// the owner it lets the user 65534 read and write.
+    fn list(group: u8) -> Vec<u8> {
+        let entry = |tag: u8, permissions: u8, id: u32| [[tag, 0, permissions, 0], id.to_le_bytes()].concat();
+        let entries = [
+            entry(0x01, 6, u32::MAX),
+            entry(0x02, 6, 65534),
+            entry(0x04, group, u32::MAX),
+            entry(0x10, 6, u32::MAX),
+            entry(0x20, 0, u32::MAX),
+        ];
+        [vec![2, 0, 0, 0], entries.concat()].concat()
+    }
+
+    #[test]
+    fn a_folder_gives_nobody_what_the_inputs_do_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let new = |name: &str| {
+            let mut options = File::options();
+            options.read(true).write(true).create_new(true);
+            std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+            options.open(dir.path().join(name)).unwrap()
+        };
+        let plain = new("plain");
+        rustix::fs::fchmod(&plain, Mode::from_raw_mode(0o640)).unwrap();
+        let listed = new("listed");
+        let set = rustix::fs::fsetxattr(&listed, ACL, &list(4), XattrFlags::empty());
+        if set == Err(Errno::OPNOTSUPP) {
+            eprintln!("skipped: {} has no access lists", dir.path().display());
+            return;
+        }
+        set.unwrap();
+        let inherited = "system.posix_acl_default";
+        rustix::fs::setxattr(dir.path(), inherited, &list(6), XattrFlags::empty()).unwrap();
+        for (name, inputs, acl, mode) in [
+            ("a", [&plain, &plain], None, 0o640),
+            ("b", [&listed, &listed], Some(list(4)), 0o660),
+            ("c", [&listed, &plain], None, 0o600),
+            ("d", [&plain, &listed], None, 0o600),
+        ] {
+            let file = new(name);
+            assert_eq!(attribute(&file, ACL).map(|list| list.len()), Some(list(6).len()), "{name}");
+            take(&file, &inputs);
+            assert_eq!(attribute(&file, ACL), acl, "{name}");
+            assert_eq!(file.metadata().unwrap().mode() & 0o777, mode, "{name}");
+        }
     }
 }
