@@ -126,6 +126,9 @@ fn damaged(path: &Path, call: &Call) -> Hints {
 fn foreign(path: &Path, container: Container, call: &Call) -> Hints {
     let elsewhere = match (container.packer(), ImageFormat::from_name(container.name())) {
         (Some(packer), _) => format!("unpack it with {packer} first"),
+        _ if container.is_machine_state() => {
+            "it holds a machine's memory and no disk: name the disk's image".to_owned()
+        }
         (None, Some(_)) => "convert it with qemu-img, which reads it".to_owned(),
         (None, None) => "unpack it first".to_owned(),
     };

@@ -49,11 +49,38 @@ pub enum Container {
     Zip,
     /// A 7-Zip archive.
     SevenZip,
+    /// Packed with compress.
+    Compress,
+    /// Packed with lzip.
+    Lzip,
+    /// Packed with lzop, as `virsh dump` and `virsh save` may do it.
+    Lzop,
+    /// Packed as xz's predecessor does it.
+    Lzma,
+    /// A RAR archive.
+    Rar,
+    /// A tar archive: an appliance (OVA, XVA) is one.
+    Tar,
+    /// Microsoft's imaging format.
+    Wim,
+    /// Partclone, as Clonezilla saves partitions.
+    Partclone,
+    /// A sparse image of Android's.
+    AndroidSparse,
+    /// A backup of Proxmox.
+    Vma,
+    /// The state of a machine that libvirt has saved.
+    LibvirtSave,
+    /// The state of a machine that QEMU has saved, or streams to another host.
+    QemuState,
+    /// EnCase's evidence files.
+    Ewf,
 }
 
 use Container::{
-    Bochs, Bzip2, Cloop, Dmg, Gzip, Luks, Lz4, Parallels, Qcow, Qed, SevenZip, Vdi, Vhdx, Vmdk, Vpc,
-    VpcFixed, Xz, Zip, Zstd,
+    AndroidSparse, Bochs, Bzip2, Cloop, Compress, Dmg, Ewf, Gzip, LibvirtSave, Luks, Lz4, Lzip, Lzma, Lzop,
+    Parallels, Partclone, Qcow, Qed, QemuState, Rar, SevenZip, Tar, Vdi, Vhdx, Vma, Vmdk, Vpc, VpcFixed, Wim,
+    Xz, Zip, Zstd,
 };
 
 /// How many bytes at the start of a file are looked at.
@@ -66,6 +93,7 @@ pub const CONTAINER_TAIL: usize = 512;
 const MAGICS: &[(&[u8], Container)] = &[
     (b"KDMV", Vmdk),
     (b"COWD", Vmdk),
+    (b"\xbe\xba\xfe\xca\0\0\0\0\x01\0\0\0\x02\0\0\0", Vmdk),
     (b"# Disk DescriptorFile", Vmdk),
     (b"conectix", Vpc),
     (b"vhdxfile", Vhdx),
@@ -80,16 +108,35 @@ const MAGICS: &[(&[u8], Container)] = &[
     (b"\xfd7zXZ\0", Xz),
     (b"\x28\xb5\x2f\xfd", Zstd),
     (b"\x04\x22\x4d\x18", Lz4),
+    (b"\x02\x21\x4c\x18", Lz4),
     (b"PK\x03\x04", Zip),
     (b"7z\xbc\xaf\x27\x1c", SevenZip),
+    (b"LZIP\x01", Lzip),
+    (b"\x89LZO\0\r\n\x1a\n", Lzop),
+    (b"Rar!\x1a\x07", Rar),
+    (b"MSWIM\0\0\0", Wim),
+    (b"partclone-image", Partclone),
+    (b"\x3a\xff\x26\xed\x01\0", AndroidSparse),
+    (b"VMA\0\0\0\0\x01", Vma),
+    (b"LibvirtQemudSave", LibvirtSave),
+    (b"LibvirtQemudPart", LibvirtSave),
+    (b"QEVM\0\0\0\x03", QemuState),
+    (b"EVF\t\r\n\xff\0", Ewf),
+    (b"LVF\t\r\n\xff\0", Ewf),
+    (b"EVF2\r\n\x81\0", Ewf),
 ];
 
 /// Where VDI's signature stands, and the signature.
 const VDI: (usize, [u8; 4]) = (0x40, [0x7f, 0x10, 0xda, 0xbe]);
 
-/// In the footer of a VHD: the disk type, its value for a fixed disk, and the checksum.
+/// Where the magic of a tar archive stands, with the version that POSIX and that GNU gives it.
+const TAR: (usize, [&[u8; 8]; 2]) = (257, [b"ustar\x0000", b"ustar  \0"]);
+
+/// In the footer of a VHD: the disk type, its values, and the checksum.
 const VHD_TYPE: usize = 60;
 const VHD_FIXED: u32 = 2;
+const VHD_DYNAMIC: u32 = 3;
+const VHD_DIFFERENCING: u32 = 4;
 const VHD_CHECKSUM: usize = 64;
 
 impl Container {
@@ -101,10 +148,14 @@ impl Container {
         let is_vdi = || head.get(VDI.0..).is_some_and(|rest| rest.starts_with(&VDI.1));
         at_start
             .or_else(|| is_bzip2(head).then_some(Bzip2))
+            .or_else(|| begins_with_skippable(head).then_some(Zstd))
+            .or_else(|| is_compress(head).then_some(Compress))
+            .or_else(|| is_lzma(head).then_some(Lzma))
             .or_else(|| is_qcow1(head).then_some(Qcow))
             .or_else(|| is_vdi().then_some(Vdi))
             .or_else(|| is_vmdk_text(head).then_some(Vmdk))
-            .or_else(|| is_fixed_vhd(tail).then_some(VpcFixed))
+            .or_else(|| is_tar(head).then_some(Tar))
+            .or_else(|| footer_of_vhd(tail))
             .or_else(|| is_dmg(tail).then_some(Dmg))
     }
 
@@ -136,6 +187,19 @@ impl Container {
             Lz4 => "lz4",
             Zip => "zip",
             SevenZip => "7z",
+            Compress => "compress",
+            Lzip => "lzip",
+            Lzop => "lzop",
+            Lzma => "lzma",
+            Rar => "rar",
+            Tar => "tar",
+            Wim => "wim",
+            Partclone => "partclone",
+            AndroidSparse => "simg",
+            Vma => "vma",
+            LibvirtSave => "libvirt-save",
+            QemuState => "qemu-state",
+            Ewf => "ewf",
         }
     }
 
@@ -161,18 +225,38 @@ impl Container {
             Lz4 => "packed with lz4",
             Zip => "a zip archive",
             SevenZip => "a 7-Zip archive",
+            Compress => "packed with compress",
+            Lzip => "packed with lzip",
+            Lzop => "packed with lzop",
+            Lzma => "packed with lzma",
+            Rar => "a rar archive",
+            Tar => "a tar archive (an appliance, for instance)",
+            Wim => "a wim image (Microsoft)",
+            Partclone => "an image of partclone's",
+            AndroidSparse => "a sparse image of Android's",
+            Vma => "a vma backup (Proxmox)",
+            LibvirtSave => "the saved state of a machine (libvirt)",
+            QemuState => "the saved state of a machine (QEMU)",
+            Ewf => "an ewf image (EnCase)",
         }
     }
 
     /// The program that unpacks the file, if it is packed.
     pub fn packer(self) -> Option<&'static str> {
-        matches!(self, Gzip | Bzip2 | Xz | Zstd | Lz4).then(|| self.name())
+        matches!(self, Gzip | Bzip2 | Xz | Zstd | Lz4 | Compress | Lzip | Lzop | Lzma).then(|| self.name())
+    }
+
+    /// Whether the file holds a machine's memory, and no disk.
+    pub fn is_machine_state(self) -> bool {
+        matches!(self, LibvirtSave | QemuState)
     }
 
     /// Whether a guest may well have written this at the start of its own disk, which has no partitions then, or
     /// whether the disk's bytes stand in the file as they are: an overlay that calls such a file raw is right.
     pub fn may_be_raw(self) -> bool {
-        matches!(self, VpcFixed | Luks | Gzip | Bzip2 | Xz | Zstd | Lz4 | Zip | SevenZip | Dmg)
+        let is_packed = self.packer().is_some();
+        is_packed
+            || matches!(self, VpcFixed | Luks | Zip | SevenZip | Rar | Tar | Wim | Partclone | Ewf | Dmg)
     }
 }
 
@@ -193,13 +277,52 @@ fn is_vmdk_text(head: &[u8]) -> bool {
     matches!(lines.next(), Some(b"version=1" | b"version=2" | b"version=3"))
 }
 
-/// A footer of a fixed disk, whole: eight letters alone may be a guest's.
-fn is_fixed_vhd(tail: &[u8]) -> bool {
+/// A frame that zstd and lz4 pass over, at the start of a file that one of them has packed.
+fn begins_with_skippable(head: &[u8]) -> bool {
+    matches!(head, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..])
+}
+
+/// The magic has two letters only, so that more is looked at: codes of at most 16 bits, as everybody packs; the first
+/// code is a byte, and the second one is at most the first that the table learns.
+fn is_compress(head: &[u8]) -> bool {
+    let &[0x1f, 0x9d, 0x90, a, b, c, ..] = head else { return false };
+    let bits = u32::from_le_bytes([a, b, c, 0]);
+    let (first, second) = (bits & 0x1ff, (bits >> 9) & 0x1ff);
+    first < 256 && second <= 257
+}
+
+/// There is no magic: the settings that everybody uses, a dictionary of a power of two, a length that is unknown or less than
+/// 2^48, and the zero that the packed bytes begin with.
+fn is_lzma(head: &[u8]) -> bool {
+    let Some((&[0x5d, d0, d1, d2, d3, ref len @ .., 0], _)) = head.split_first_chunk::<14>() else {
+        return false;
+    };
+    let dictionary = u32::from_le_bytes([d0, d1, d2, d3]);
+    let len = u64::from_le_bytes(*len);
+    dictionary.is_power_of_two() && dictionary >= 1 << 16 && (len == u64::MAX || (1..1 << 48).contains(&len))
+}
+
+fn is_tar(head: &[u8]) -> bool {
+    let magic = head.get(TAR.0..).unwrap_or_default();
+    TAR.1.iter().any(|known| magic.starts_with(*known))
+}
+
+/// What the footer at the end of a VHD says; old writers made it of 511 bytes. It is whole: eight letters alone may be a
+/// guest's. Where the disk is none of fixed size, a copy stands at the start, and that one is damaged here.
+fn footer_of_vhd(tail: &[u8]) -> Option<Container> {
+    let footers = [Some(tail), tail.get(1..)];
+    let footer = footers.into_iter().flatten().find(|footer| is_footer_of_vhd(footer))?;
+    match u32_at(footer, VHD_TYPE) {
+        VHD_FIXED => Some(VpcFixed),
+        VHD_DYNAMIC | VHD_DIFFERENCING => Some(Vpc),
+        _ => None,
+    }
+}
+
+fn is_footer_of_vhd(footer: &[u8]) -> bool {
     let sum = |bytes: &[u8]| bytes.iter().map(|&b| u32::from(b)).sum::<u32>();
-    let others = sum(tail).wrapping_sub(tail.get(VHD_CHECKSUM..VHD_CHECKSUM + 4).map_or(0, sum));
-    tail.starts_with(b"conectix")
-        && u32_at(tail, VHD_TYPE) == VHD_FIXED
-        && u32_at(tail, VHD_CHECKSUM) == !others
+    let others = sum(footer).wrapping_sub(footer.get(VHD_CHECKSUM..VHD_CHECKSUM + 4).map_or(0, sum));
+    footer.starts_with(b"conectix") && u32_at(footer, VHD_CHECKSUM) == !others
 }
 
 /// A trailer of version 4, which is 512 bytes long and says so.
@@ -241,9 +364,42 @@ mod tests {
         for version in [0, 2, 3, 4] {
             assert_eq!(at_start(&[b'Q', b'F', b'I', 0xfb, 0, 0, 0, version]), None);
         }
+        for frame in 0x50..=0x5f {
+            assert_eq!(at_start(&[frame, 0x2a, 0x4d, 0x18]), Some(Zstd));
+        }
+        for none in [0x4f, 0x60] {
+            assert_eq!(at_start(&[none, 0x2a, 0x4d, 0x18]), None);
+        }
+        let mut tar = vec![b'a'; TAR.0];
+        tar.extend(b"ustar  \0");
+        assert_eq!(at_start(&tar), Some(Tar));
         let mut vdi = vec![b'<'; 0x40];
         vdi.extend(VDI.1);
         assert_eq!(at_start(&vdi), Some(Vdi));
+    }
+
+    #[test]
+    fn short_magics_count_with_what_must_follow_them() {
+        // What compress makes of zeros, of ones and of an empty file.
+        assert_eq!(at_start(&[0x1f, 0x9d, 0x90, 0x00, 0x02, 0x0a]), Some(Compress));
+        assert_eq!(at_start(&[0x1f, 0x9d, 0x90, b'a', b'b' << 1, 0]), Some(Compress));
+        // A code that the table does not have yet; codes of a byte; the magic alone.
+        assert_eq!(at_start(&[0x1f, 0x9d, 0x90, 0, 0xfe, 0x03]), None);
+        assert_eq!(at_start(&[0x1f, 0x9d, 0x90, 0, 1, 0]), None);
+        assert_eq!(at_start(&[0x1f, 0x9d, 0x08, 0, 0, 0]), None);
+        assert_eq!(Container::of(&[0x1f, 0x9d, 0x90], &[]), None);
+
+        let lzma = |dictionary: u32, len: u64, first: u8| {
+            let bytes = [&[0x5d], &dictionary.to_le_bytes()[..], &len.to_le_bytes(), &[first]].concat();
+            at_start(&bytes)
+        };
+        assert_eq!(lzma(1 << 23, u64::MAX, 0), Some(Lzma));
+        assert_eq!(lzma(1 << 16, 4 << 30, 0), Some(Lzma));
+        for (dictionary, len, first) in
+            [(1 << 15, 9, 0), (3 << 20, 9, 0), (1 << 23, 0, 0), (1 << 23, 1 << 48, 0), (1 << 23, 9, 1)]
+        {
+            assert_eq!(lzma(dictionary, len, first), None);
+        }
     }
 
     #[test]
@@ -258,14 +414,19 @@ mod tests {
 
     #[test]
     fn footers_count_only_if_they_are_whole() {
-        let mut footer = vec![0; 512];
-        footer[..8].copy_from_slice(b"conectix");
-        footer[VHD_TYPE + 3] = 2;
-        let sum: u32 = footer.iter().map(|&b| u32::from(b)).sum();
-        footer[VHD_CHECKSUM..VHD_CHECKSUM + 4].copy_from_slice(&(!sum).to_be_bytes());
-        assert_eq!(at_end(&footer), Some(VpcFixed));
-        footer[100] = 1;
-        assert_eq!(at_end(&footer), None);
+        for (kind, known) in [(1, None), (2, Some(VpcFixed)), (3, Some(Vpc)), (4, Some(Vpc)), (5, None)] {
+            let mut footer = vec![0; 512];
+            footer[..8].copy_from_slice(b"conectix");
+            footer[VHD_TYPE + 3] = kind;
+            let sum: u32 = footer.iter().map(|&b| u32::from(b)).sum();
+            footer[VHD_CHECKSUM..VHD_CHECKSUM + 4].copy_from_slice(&(!sum).to_be_bytes());
+            assert_eq!(at_end(&footer), known, "{kind}");
+            // Of 511 bytes, behind the disk's last one.
+            let old = [&[0x5a], &footer[..511]].concat();
+            assert_eq!(at_end(&old), known, "{kind}");
+            footer[100] = 1;
+            assert_eq!(at_end(&footer), None);
+        }
         let koly = [b"koly".as_slice(), &[0, 0, 0, 4, 0, 0, 2, 0]].concat();
         assert_eq!(at_end(&koly), Some(Dmg));
         assert_eq!(at_end(b"koly is a name"), None);
