@@ -294,8 +294,15 @@ fn with_job<T>(
     let size = view.size();
     let below_size =
         below.checked_sub(1).and_then(|at| layers.get(at)).map_or(0, |image| image.virtual_size());
-    let question =
-        Question { view, base: new, below_size, base_size: size, zero_until: size, limit: u64::MAX };
+    let question = Question {
+        view,
+        base: new,
+        below_size,
+        own: None,
+        base_size: size,
+        zero_until: size,
+        limit: u64::MAX,
+    };
     let (new_size, from) = (new.virtual_size(), crate::units::GuestOffset::ZERO);
     f(&Job { layers: &layers, base: below, question, new_size, from, zeros })
 }

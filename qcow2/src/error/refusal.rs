@@ -117,6 +117,12 @@ pub enum Refusal {
         "a power cut has stopped a merge into it in the middle, and has torn what only that merge can make whole"
     )]
     TornTables,
+    /// A merge was stopped, and must be finished or given up first.
+    #[error("a merge was stopped here at {percent} %, and must be finished or given up first")]
+    UnfinishedMerge {
+        /// How far it was, in percent.
+        percent: u64,
+    },
     /// The corrupt bit is set.
     #[error("the image is marked corrupt")]
     CorruptBit,

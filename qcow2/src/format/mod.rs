@@ -46,8 +46,8 @@ pub use l2::{L2Entry, SubclusterState, Subclusters};
 pub use limits::{MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS};
 pub use refcount::{RefcountTableEntry, RefcountWidth, max_refcount};
 pub use rewrite::{
-    EmptyDisk, Mark, Switch, Write, plan_backing_switch, plan_drop_bitmaps, plan_empty_switch,
-    plan_feature_bits, plan_mark, plan_mark_and_backing,
+    EmptyDisk, Mark, Switch, Write, plan_backing_removal, plan_backing_switch, plan_drop_bitmaps,
+    plan_empty_switch, plan_feature_bits, plan_mark, plan_mark_and_backing,
 };
 pub use snapshot::{
     MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE, Snapshot, SnapshotLengths, decode_snapshots, snapshot_table_bound,

@@ -67,6 +67,17 @@ pub fn plan_backing_switch(
     old.choose(&[old.with_backing_format(format)], name.as_ref())
 }
 
+/// Plans to remove the name of the backing file, and its format.
+///
+/// # Errors
+/// A cluster 0 that must not be edited.
+pub fn plan_backing_removal(cluster0: &[u8]) -> Result<Switch, RewriteError> {
+    let old = OldCluster0::read(cluster0)?;
+    let mut list = old.cluster0.extensions.clone();
+    list.retain(|e| e.magic != EXT_BACKING_FORMAT);
+    old.choose(&[list], b"")
+}
+
 /// What an image becomes that is emptied by one write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EmptyDisk<'a> {

@@ -19,7 +19,7 @@ use crate::storage::{Boot, MemHost};
 /// The bytes of an input that say what becomes of the journals; the chain is made from the others.
 const HEAD: usize = 32;
 /// What a record begins with.
-const RECORD: &[u8; 8] = b"qmgJR003";
+const RECORD: &[u8; 8] = b"qmgJR004";
 
 /// The files of a disk by name.
 type Files = BTreeMap<PathBuf, Vec<u8>>;
@@ -107,7 +107,7 @@ fn change_header(bytes: &mut [u8], input: &mut Input<'_>) {
     let Some(mut header) = Header::parse(bytes) else { return };
     match input.below(14) {
         0 => header.nonce = value(input, header.nonce),
-        1 => header.purpose = [Purpose::Merge, Purpose::Empty][input.below(2) as usize],
+        1 => header.purpose = [Purpose::Merge, Purpose::Empty, Purpose::Pull][input.below(3) as usize],
         2 => header.purpose = Purpose::Header { atomic: input.one_in(2) },
         3 => {
             header.guard = [Guard::Stamp, Guard::DirtyBit { lazy: false }, Guard::DirtyBit { lazy: true }]

@@ -25,9 +25,9 @@ const MAX_TARGETS: usize = 2;
 pub const MAX_BLOCKS: usize = 2048;
 
 /// The version of the format, which its magics hold.
-pub const VERSION: u32 = 3;
-const HEADER_MAGIC: &[u8; 8] = b"qmgJH003";
-const RECORD_MAGIC: &[u8; 8] = b"qmgJR003";
+pub const VERSION: u32 = 4;
+const HEADER_MAGIC: &[u8; 8] = b"qmgJH004";
+const RECORD_MAGIC: &[u8; 8] = b"qmgJR004";
 /// What the header of any version but the first begins with; three digits follow.
 const HEADER_OF_ANY: &[u8; 5] = b"qmgJH";
 /// The header of version 1.
@@ -51,6 +51,8 @@ pub enum Purpose {
     Merge,
     /// The image, once active, becomes an empty overlay.
     Empty,
+    /// Data of the layers below moves up into the image.
+    Pull,
     /// Cluster 0 of the image is edited.
     Header {
         /// Whether each state between two sectors is the old one or the new one.
@@ -241,6 +243,7 @@ impl Header {
             Purpose::Empty => 1,
             Purpose::Header { atomic: false } => 2,
             Purpose::Header { atomic: true } => 3,
+            Purpose::Pull => 4,
         });
         out.u8(match self.guard {
             Guard::Stamp => 0,
@@ -278,6 +281,7 @@ impl Header {
             1 => Purpose::Empty,
             2 => Purpose::Header { atomic: false },
             3 => Purpose::Header { atomic: true },
+            4 => Purpose::Pull,
             _ => return None,
         };
         let guard = match from.u8()? {

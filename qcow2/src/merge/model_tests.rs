@@ -144,7 +144,15 @@ impl World {
                 let mut allocator = Allocator::new(&refcounts);
                 let mut source = Source { image, refcounts: &refcounts, allocator: &mut allocator };
                 let below = (at > 0).then(|| View::new(&images, 0, at - 1));
-                let base = Base { image, layer: at, below, size: image.virtual_size(), blank_from: u64::MAX };
+                let below_size = below.map_or(0, |below| below.size());
+                let base = Base {
+                    image,
+                    layer: at,
+                    below,
+                    below_size,
+                    size: image.virtual_size(),
+                    blank_from: u64::MAX,
+                };
                 let (mut batch, mut ops) = (Batch::default(), Ops::default());
                 for_each_cluster(&[need], image.geometry().cluster_size(), |start, needs| {
                     base.take(start, needs, &mut batch, &mut ops, &mut source).map(drop)

@@ -30,12 +30,35 @@ pub(crate) fn down<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
         view: View::new(images, span.base + 1, span.top),
         base: image,
         below_size: span.base.checked_sub(1).map_or(0, size),
+        own: None,
         base_size: base,
         zero_until: base.min(seen_above).max(top),
         limit: u64::MAX,
     };
     let from = GuestOffset::ZERO;
     Ok(Job { layers: images, base: span.base, question, new_size: base.max(top), from, zeros: Zeros::Mapped })
+}
+
+/// Has the image at `active` hold what the layers between it and `base` show: data moves up. Without a base, all layers
+/// below it.
+///
+/// # Errors
+/// [`Error::Broken`]: a merge has all its layers.
+pub(crate) fn up<'a>(images: &'a [&'a Image], base: Option<usize>, active: usize) -> Result<Job<'a>> {
+    let image = images.get(active).ok_or(Error::Broken { invariant: "a merge has all its layers" })?;
+    let size = image.virtual_size();
+    let question = Question {
+        view: View::new(images, base.map_or(0, |base| base + 1), active),
+        base: image,
+        below_size: base.and_then(|base| images.get(base)).map_or(0, |image| image.virtual_size()),
+        own: Some(active),
+        // Its disk stays as large as it is.
+        base_size: u64::MAX,
+        zero_until: size,
+        limit: size,
+    };
+    let from = GuestOffset::ZERO;
+    Ok(Job { layers: images, base: active, question, new_size: size, from, zeros: Zeros::Mapped })
 }
 
 /// How far the overlay at `at` looks: its own disk, or that of an internal snapshot that is larger.

@@ -97,7 +97,8 @@ impl<'a> Job<'a> {
             FileKind::Regular => image.file_len().div_ceil(image.geometry().cluster_size()),
             _ => u64::MAX,
         };
-        Ok(Base { image, layer: self.base, below, size: self.new_size, blank_from })
+        let below_size = below.map_or(0, |below| below.size()).max(self.question.below_size);
+        Ok(Base { image, layer: self.base, below, below_size, size: self.new_size, blank_from })
     }
 
     /// Calls `f` with the needs of each window in order, and where the window ends; windows are resolved in

@@ -31,8 +31,10 @@ pub(crate) struct Question<'a> {
     pub(crate) view: View<'a>,
     /// The base.
     pub(crate) base: &'a Image,
-    /// The size of the disk below base; zero if there is none.
+    /// The size of the disk below base when the merge is done; zero if there is none.
     pub(crate) below_size: u64,
+    /// The position of the base in the view, where data moves up: what the base holds itself, it need not take.
+    pub(crate) own: Option<usize>,
     /// The base's size before the merge, in bytes.
     pub(crate) base_size: u64,
     /// Behind the end of a short top: up to where the layer above it would see base's old data. Equal
@@ -89,7 +91,11 @@ impl Question<'_> {
         let mut supplied: Vec<Supplied> = Vec::new();
         self.view.resolve(window, &mut supplied)?;
         let mut needs: Vec<Need> = Vec::with_capacity(supplied.len());
+        // Where data moves up, zeros are needed only where they hide what will lie below.
+        let zeros_end = GuestOffset::new(if self.own.is_some() { self.below_size } else { u64::MAX });
         let mut push = |range: GuestRange, origin| {
+            let end = if origin == Origin::Zeros { range.end().min(zeros_end) } else { range.end() };
+            let range = GuestRange::between(range.start, end);
             if let Some(last) = needs.last_mut()
                 && last.range.end() == range.start
                 && last.origin == Origin::Zeros
@@ -102,6 +108,7 @@ impl Question<'_> {
         };
         for part in supplied {
             match part.supply {
+                Supply::Layer { layer, .. } if Some(layer) == self.own => {}
                 Supply::Layer { layer, mapping: Mapping::Data { host } } => {
                     push(part.range, Origin::Plain { layer, host });
                 }

@@ -119,10 +119,12 @@ fn writable(image: &Qcow2) -> Result<()> {
 /// The active image as the cluster steps see it; `chain` ends with it.
 fn base_of<'a>(image: &'a Qcow2, chain: &'a [&'a Image]) -> Base<'a> {
     let layer = chain.len().saturating_sub(1);
+    let below = layer.checked_sub(1).map(|top| View::new(chain, 0, top));
     Base {
         image,
         layer,
-        below: layer.checked_sub(1).map(|top| View::new(chain, 0, top)),
+        below,
+        below_size: below.map_or(0, |below| below.size()),
         size: image.virtual_size(),
         // Nothing is taken for blank: there is too little to save.
         blank_from: u64::MAX,

@@ -167,6 +167,11 @@ impl UnfinishedWork {
         self.judgement.verdict == JournalVerdict::Foreign && self.journal.header().purpose == Purpose::Merge
     }
 
+    /// What the work is.
+    pub(crate) fn purpose(&self) -> Purpose {
+        self.journal.header().purpose
+    }
+
     /// Whether base held everything when the work was stopped, and the layers above it were being changed.
     pub(crate) fn is_switching(&self) -> bool {
         self.journal.state().phase >= Phase::Switching
@@ -175,7 +180,9 @@ impl UnfinishedWork {
     /// Whether the work may have emptied layers by then, or an earlier run of it has: a merge that goes on moves what
     /// was written since.
     pub(crate) fn may_have_emptied(&self) -> bool {
-        (self.is_switching() || self.journal_has_emptied()) && self.judgement.verdict != JournalVerdict::Over
+        self.purpose() == Purpose::Merge
+            && (self.is_switching() || self.journal_has_emptied())
+            && self.judgement.verdict != JournalVerdict::Over
     }
 
     /// Whether layers were empty already when the journal was made.

@@ -24,6 +24,8 @@ pub(crate) struct Base<'a> {
     pub(crate) layer: usize,
     /// The layers below it, if there are any.
     pub(crate) below: Option<View<'a>>,
+    /// The size of the disk below it, in bytes, before the merge or when it is done: whichever is larger.
+    pub(crate) below_size: u64,
     /// The size of the disk when the merge is done, in bytes.
     pub(crate) size: u64,
     /// Clusters of the image file from here on read as zeros until they are written.
@@ -67,7 +69,7 @@ impl Base<'_> {
             unit_size: geometry.subcluster_size(),
             has_zero_clusters: self.image.header().version >= 3,
             has_data_file: self.image.has_data_file(),
-            below: self.below.map_or(0, |below| below.size()),
+            below: self.below_size,
             size: self.size,
         }
     }
