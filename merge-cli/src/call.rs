@@ -22,6 +22,8 @@ pub(crate) enum VerbName {
     Compare,
     /// `qmerge commit`
     Commit,
+    /// `qmerge pull`
+    Pull,
     /// `qmerge abort`
     Abort,
     /// `qmerge flatten`
@@ -41,6 +43,7 @@ impl VerbName {
             "check" => Self::Check,
             "compare" => Self::Compare,
             "commit" => Self::Commit,
+            "pull" => Self::Pull,
             "abort" => Self::Abort,
             "flatten" => Self::Flatten,
             "demo" => Self::Demo,
@@ -56,6 +59,7 @@ impl VerbName {
             Self::Check | Self::Restore => "check",
             Self::Compare => "compare",
             Self::Commit => "commit",
+            Self::Pull => "pull",
             Self::Abort => "abort",
             Self::Flatten => "flatten",
             Self::Demo => "demo",

@@ -14,11 +14,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::demo::DemoArgs;
 pub(crate) use self::live::{
-    EndArgs, JobArgs, LiveArgs, LiveCommitArgs, LiveVerb, Overlay, PullArgs, RecoverArgs,
+    EndArgs, JobArgs, LiveArgs, LiveCommitArgs, LivePullArgs, LiveVerb, Overlay, RecoverArgs,
 };
 pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, RepairWhat};
 use self::merge::COMMIT_EXAMPLES;
-pub(crate) use self::merge::{AbortArgs, CommitArgs, FlattenArgs};
+pub(crate) use self::merge::{AbortArgs, CommitArgs, FlattenArgs, PullArgs};
 use crate::exit;
 
 /// Merges QEMU disk image chains: safely, fast, and without QEMU.
@@ -99,6 +99,16 @@ pub(crate) enum Verb {
     /// machine must be shut down. What the guest sees through ACTIVE does not change, at no instant.
     #[command(after_long_help = COMMIT_EXAMPLES)]
     Commit(CommitArgs),
+
+    /// Move data of the layers below up into an image
+    ///
+    /// The image takes in what it does not hold of the layers above base; then base is its backing file. Nothing else is
+    /// written: the way for a base that others use, and the cheap one where the layers below hold little. The virtual machine
+    /// must be shut down.
+    #[command(
+        after_long_help = "Examples, for the chain base.raw <- a.qcow2 <- b.qcow2 <- c.qcow2:\n  qmerge pull c.qcow2 --base base.raw    base.raw <- c.qcow2 is left\n  qmerge pull c.qcow2                    c.qcow2 needs no other file then"
+    )]
+    Pull(PullArgs),
 
     /// Give up a merge that was stopped
     ///

@@ -140,6 +140,7 @@ fn refusal_kind(reason: &Refusal) -> &'static str {
         Refusal::Snapshots { .. } => "snapshots",
         Refusal::Bitmaps { .. } => "bitmaps",
         Refusal::Dirty => "dirty",
+        Refusal::UnfinishedMerge { .. } => "unfinished-merge",
         Refusal::CorruptBit => "corrupt",
         Refusal::Inconsistent { .. } => "inconsistent",
         Refusal::HeaderRoom { .. } => "header-room",

@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use qmp_client::Address;
 
 use self::merge::{COMMIT_EXAMPLES, PULL_EXAMPLES};
-pub(crate) use self::merge::{EndArgs, JobArgs, LiveCommitArgs, PullArgs};
+pub(crate) use self::merge::{EndArgs, JobArgs, LiveCommitArgs, LivePullArgs};
 use crate::output::size;
 
 /// `qmerge live`
@@ -73,7 +73,7 @@ pub(crate) enum LiveVerb {
     ///
     /// No layer below is written: each stays what it was, for whoever else uses it.
     #[command(after_long_help = PULL_EXAMPLES)]
-    Pull(PullArgs),
+    Pull(LivePullArgs),
 
     /// Switch a merge that was started with --async, as soon as all is copied
     #[command(after_long_help = "Example:\n  qmerge live finish vda --qmp /run/vm1/qmp.sock")]

@@ -86,6 +86,38 @@ pub(crate) struct CommitArgs {
     pub(crate) open: ChainArgs,
 }
 
+/// `qmerge pull`
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// The image that takes the data, in most cases the chain's top file
+    pub(crate) active: PathBuf,
+
+    /// The layer that becomes the backing file [default: nothing]
+    ///
+    /// A layer is named by its path, or by its index: [1] is the bottom of the chain.
+    #[arg(long, value_name = "LAYER")]
+    pub(crate) base: Option<OsString>,
+
+    /// Print the plan and change nothing
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+
+    /// Compare what the guest will see with what it sees, before the backing file changes
+    #[arg(long)]
+    pub(crate) verify: bool,
+
+    /// Pull although internal snapshots of the image will show something else
+    #[arg(long)]
+    pub(crate) allow_snapshot_change: bool,
+
+    /// Keep the journal in DIR, for block devices and folders that cannot be written
+    #[arg(long, value_name = "DIR", hide_short_help = true)]
+    pub(crate) journal_dir: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) open: ChainArgs,
+}
+
 /// `qmerge abort`
 #[derive(Debug, Args)]
 pub(crate) struct AbortArgs {

@@ -16,7 +16,7 @@ use qcow2::{Error, ErrorKind, Refusal};
 use qmp_client::libvirt::Images;
 use serde_json::Value;
 
-use super::open;
+use super::{interrupted, open};
 use crate::call::Call;
 use crate::cli::CommitArgs;
 use crate::domains;
@@ -33,7 +33,7 @@ pub(super) fn run(args: &CommitArgs, call: &Call, console: &Console) -> Result<E
 
 /// As [`run`], where signals are watched already.
 pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &Stop) -> Result<Exit, Failure> {
-    live::refuse_interrupted(args, call)?;
+    interrupted::refuse(&args.active, |holders| live::in_use(&args.active, holders, args, call))?;
     let options = options(args);
     let healed = if args.dry_run { Ok(Vec::new()) } else { merge::heal(&OsHost, &args.active, &options) };
     let prepared = healed.and_then(|healed| {

@@ -7,9 +7,11 @@ mod compare;
 mod demo;
 mod flatten;
 mod info;
+mod interrupted;
 mod live;
 mod map;
 mod open;
+mod pull;
 mod walk;
 
 use std::ffi::OsString;
@@ -29,6 +31,7 @@ pub(crate) fn run(verb: &Verb, words: &[OsString], console: &Console) -> Result<
         Verb::Info(args) => info::run(args, &call(VerbName::Info, &args.image), console),
         Verb::Check(args) => check::run(args, &call(VerbName::Check, &args.image), console),
         Verb::Commit(args) => commit::run(args, &call(VerbName::Commit, &args.active), console),
+        Verb::Pull(args) => pull::run(args, &call(VerbName::Pull, &args.active), console),
         Verb::Compare(args) => compare::run(args, &call(VerbName::Compare, &args.first), console),
         Verb::Flatten(args) => flatten::run(args, &call(VerbName::Flatten, &args.active), console),
         Verb::Demo(args) => demo::run(args, &call(VerbName::Demo, Path::new("c.qcow2")), console),

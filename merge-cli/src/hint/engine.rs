@@ -85,9 +85,28 @@ fn torn(path: &Path, call: &Call) -> Hints {
     let why = "the same qmerge commit makes it whole";
     let abort = Hint::command(HintKind::Abort, "to give the merge up", Command::qmerge(["abort"]).file(path));
     match call.verb {
-        VerbName::Commit => Hints::from(abort).first(Hint::command(HintKind::Again, why, call.in_earnest())),
+        VerbName::Commit | VerbName::Pull => {
+            Hints::from(abort).first(Hint::command(HintKind::Again, why, call.in_earnest()))
+        }
         _ => Hints::from(abort).first(Hint::advice(why)),
     }
+}
+
+/// A merge that was stopped keeps another verb from its images.
+fn unfinished(path: &Path) -> Hints {
+    let stopped = merge::unfinished_merge(&OsHost, path, None).ok().flatten();
+    let finish = stopped.map(|merge| {
+        let command = Command::qmerge(["commit"]).file(&merge.active).word("--base").file(&merge.base);
+        let command =
+            if merge.top == merge.active { command } else { command.word("--top").file(&merge.top) };
+        let command = if merge.removes { command.word("--delete") } else { command };
+        Hint::command(HintKind::Finish, "finish it", command)
+    });
+    Hints::from(info("what was stopped", path)).or(finish).or(Hint::command(
+        HintKind::Abort,
+        "to give it up",
+        Command::qmerge(["abort"]).file(path),
+    ))
 }
 
 fn unsupported(path: &Path, call: &Call) -> Hints {
@@ -231,6 +250,7 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
             allowed(HintKind::DropBitmaps, "if no backup needs them", call, &["--drop-bitmaps"]).into()
         }
         Refusal::TornHeader | Refusal::TornTables => torn(path, call),
+        Refusal::UnfinishedMerge { .. } => unfinished(path),
         Refusal::Dirty | Refusal::CorruptBit | Refusal::Inconsistent { .. } => damaged(path, call),
         Refusal::HeaderRoom { .. } => {
             Hints::from(Hint::advice("give base a shorter name")).or(flatten("or make a new file", call))

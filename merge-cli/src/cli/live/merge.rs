@@ -138,7 +138,7 @@ impl LiveCommitArgs {
 
 /// `qmerge live pull`
 #[derive(Debug, Args)]
-pub(crate) struct PullArgs {
+pub(crate) struct LivePullArgs {
     /// The disk, as `live list` prints it
     pub(crate) disk: String,
 
@@ -170,7 +170,7 @@ pub(crate) struct PullArgs {
     pub(crate) allow_plaintext: bool,
 }
 
-impl PullArgs {
+impl LivePullArgs {
     /// What is asked for.
     pub(crate) fn request(&self) -> Request {
         let mut request = self.job.request(Request::pull());

@@ -1,44 +1,18 @@
-//! Where the merge of a stopped machine meets one that runs: the same merge, as its QEMU or its libvirt does it; and the
-//! traces of one that was interrupted.
+//! Where the merge of a stopped machine meets one that runs: the same merge, as its QEMU or its libvirt does it.
 
 use std::path::Path;
 
 use qcow2::Error;
-use qcow2::error::{Holder, shown};
+use qcow2::error::Holder;
 use qmp_client::libvirt::{RunningDomain, running_domain};
-use qmp_client::{Address, Interrupted, RunningMerge, monitor_of};
+use qmp_client::{Address, RunningMerge, monitor_of};
 
 use crate::call::Call;
 use crate::cli::CommitArgs;
-use crate::cmd::live::recover::{damaged, tell};
 use crate::domains::{self, command};
-use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind, Hints};
 use crate::output::human::{printable, shell_word};
-
-/// Refuses where a live merge of the image has not come to its end: which image is the right one is to be
-/// settled first.
-pub(super) fn refuse_interrupted(args: &CommitArgs, call: &Call) -> Result<(), Failure> {
-    let active = &args.active;
-    let merge = match Interrupted::of_image(active).map_err(|e| damaged(&e))? {
-        Interrupted::No => return Ok(()),
-        Interrupted::InUse(holders) => return Err(in_use(active, &holders, args, call)),
-        Interrupted::Yes(merge) => merge,
-    };
-    Err(Report {
-        kind: "recover-first",
-        message: format!(
-            "{}: {} was interrupted, as {} says; nothing was changed",
-            shown(active),
-            tell::what(&merge),
-            shown(merge.state_file())
-        ),
-        hint: Hint::command(HintKind::Recover, "", Command::qmerge(["live", "recover"]).file(active)).into(),
-        exit: Exit::REFUSED,
-    }
-    .into())
-}
 
 /// The failure of a merge whose images a process holds; where that is a domain of libvirt's or shows a monitor, with the command
 /// that does the same merge as it runs.

@@ -8,7 +8,7 @@ use super::outcome::Outcome;
 use super::plan::{fields, show, text};
 use super::trouble::{self, Session};
 use super::{find, guard, look};
-use crate::cli::{JobArgs, LiveCommitArgs, PullArgs};
+use crate::cli::{JobArgs, LiveCommitArgs, LivePullArgs};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Console;
@@ -32,7 +32,7 @@ pub(super) fn commit(
 pub(super) fn pull(
     session: &Session<'_>,
     monitor: Connection,
-    args: &PullArgs,
+    args: &LivePullArgs,
     console: &Console,
 ) -> Result<Exit, Failure> {
     let request = args.request();

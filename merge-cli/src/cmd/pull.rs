@@ -1,0 +1,169 @@
+//! `qmerge pull`: an image takes in what the layers below it show.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use qcow2::chain::Chain;
+use qcow2::error::shown;
+use qcow2::merge::{self, CommitOptions, PreparedPull, Pull, PullOptions, PullPlan, PullReport, Totals};
+use qcow2::storage::OsHost;
+use qcow2::{Error, ErrorKind};
+use serde_json::{Value, json};
+
+use super::{interrupted, open};
+use crate::call::Call;
+use crate::cli::PullArgs;
+use crate::exit::Exit;
+use crate::failure::{Failure, Report};
+use crate::output::human::{Fields, plural};
+use crate::output::json::{path, paths};
+use crate::output::progress::Meter;
+use crate::output::{Console, size};
+use crate::signals::Stop;
+
+/// Plans, and carries the plan out unless it is a dry run.
+pub(super) fn run(args: &PullArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
+    interrupted::refuse(&args.active, |holders| {
+        let error = Error::InUse { path: args.active.clone(), holders: holders.to_vec() };
+        Failure::engine(&error, call)
+    })?;
+    let stop = Stop::on_signals(call)?;
+    let options = options(args);
+    if !args.dry_run {
+        let heals = CommitOptions {
+            open: options.open.clone(),
+            journal_dir: options.journal_dir.clone(),
+            ..CommitOptions::default()
+        };
+        for image in merge::heal(&OsHost, &args.active, &heals).map_err(|e| Failure::engine(&e, call))? {
+            console.note(&format!("{}: a power cut had torn its header; it is whole again", shown(&image)));
+        }
+    }
+    let prepared = Pull::prepare(Arc::new(OsHost), &args.active, &options, stop.flag())
+        .map_err(|e| stopped(&e, "before the first write", &stop, call))?;
+    open::warn_unlocked(&prepared.chain().map(Chain::unlocked).unwrap_or_default(), console);
+    let plan = prepared.plan().clone();
+    let is_nothing = matches!(prepared, PreparedPull::Nothing(_));
+    console.event("plan", plan_json(&plan))?;
+    let words = if is_nothing { nothing(&plan) } else { plan_words(&plan) };
+    if args.dry_run {
+        console.result(&words)?;
+        console.note("dry run: nothing was changed");
+        return Ok(Exit::DONE);
+    }
+    if !is_nothing && !console.is_json() {
+        console.note(&words);
+    }
+    let meter = Meter::new(console, "pulling");
+    let report = prepared.execute(&meter, stop.flag()).map_err(|e| {
+        meter.clear();
+        stopped(&e, "in the middle; what was taken in stays", &stop, call)
+    })?;
+    drop(meter);
+    console.event("result", result_json(&plan, &report))?;
+    console.result(&if is_nothing { words } else { result_words(&plan, &report) })?;
+    Ok(Exit::DONE)
+}
+
+fn options(args: &PullArgs) -> PullOptions {
+    PullOptions {
+        base: args.base.clone(),
+        open: open::options(&args.open),
+        verify: args.verify,
+        allow_snapshot_change: args.allow_snapshot_change,
+        journal_dir: args.journal_dir.clone(),
+    }
+}
+
+/// The failure of a pull that has stopped `when`: the guest's view is what it was.
+fn stopped(error: &Error, when: &str, stop: &Stop, call: &Call) -> Failure {
+    if let (ErrorKind::Cancelled, Some(exit)) = (error.kind(), stop.exit()) {
+        return Failure::interrupted(when, exit, call);
+    }
+    match Failure::engine(error, call) {
+        Failure::Reported(report) if error.kind() == ErrorKind::Io && !when.starts_with("before") => {
+            let message = format!("{}\nstopped {when}; nothing is lost", report.message);
+            Report { exit: Exit::HALFWAY, message, ..report }.into()
+        }
+        failure => failure,
+    }
+}
+
+/// The chain as it will be.
+fn afterwards(plan: &PullPlan) -> String {
+    match &plan.base {
+        Some(base) => format!("{} reads through {}", shown(&plan.active), shown(base)),
+        None => format!("{} has no backing file, and needs no other image", shown(&plan.active)),
+    }
+}
+
+fn plan_words(plan: &PullPlan) -> String {
+    let mut fields = Fields::default();
+    let pulled: Vec<_> = plan.pulled.iter().map(shown).collect();
+    let from = if pulled.is_empty() { "nothing more".to_owned() } else { pulled.join(", ") };
+    fields.add("pull", format!("{from} into {}", shown(&plan.active)));
+    if plan.is_resumed {
+        fields.add("continues", "where the same pull was stopped");
+    }
+    fields.add("to copy", size::exact(plan.totals.bytes_to_copy));
+    fields.add("to zero", size::exact(plan.totals.bytes_to_zero));
+    if plan.totals.clusters_to_allocate > 0 {
+        fields.add("to allocate", plural(plan.totals.clusters_to_allocate, "cluster", "clusters"));
+    }
+    fields.add("its file", format!("at most {} afterwards", size::exact(plan.file_size_after)));
+    if plan.is_room_unknown {
+        fields.add("not known", "whether there is room");
+    }
+    fields.add("afterwards", afterwards(plan));
+    if !pulled.is_empty() {
+        fields.add("not needed by it", format!("{}; other images may use what is there", pulled.join(", ")));
+    }
+    fields.render()
+}
+
+fn nothing(plan: &PullPlan) -> String {
+    format!("nothing to do: {}", afterwards(plan))
+}
+
+fn result_words(plan: &PullPlan, report: &PullReport) -> String {
+    let mut lines = vec![format!(
+        "{}: {} copied in {}",
+        afterwards(plan),
+        size::short(report.totals.bytes_to_copy),
+        size::duration(report.elapsed.as_secs_f64())
+    )];
+    if let Some(digest) = report.digest {
+        lines.push(format!("verified: the guest sees the same bytes, digest {digest:08x}"));
+    }
+    lines.join("\n")
+}
+
+fn plan_json(plan: &PullPlan) -> Value {
+    let mut fields = common(plan, &plan.totals, plan.file_size_after);
+    fields["resumed"] = plan.is_resumed.into();
+    fields["room-unknown"] = plan.is_room_unknown.into();
+    fields
+}
+
+fn result_json(plan: &PullPlan, report: &PullReport) -> Value {
+    let mut fields = common(plan, &report.totals, report.file_size);
+    fields["seconds"] = report.elapsed.as_secs_f64().into();
+    if let Some(digest) = report.digest {
+        fields["digest"] = format!("{digest:08x}").into();
+    }
+    fields
+}
+
+fn common(plan: &PullPlan, totals: &Totals, file_size: u64) -> Value {
+    json!({
+        "active": path(&plan.active),
+        "base": plan.base.as_deref().map(path),
+        "backing-filename": plan.backing_name.as_ref().map(|name| path(Path::new(name))),
+        "pulled": paths(&plan.pulled),
+        "virtual-size": plan.virtual_size,
+        "bytes-to-copy": totals.bytes_to_copy,
+        "bytes-to-zero": totals.bytes_to_zero,
+        "clusters-to-allocate": totals.clusters_to_allocate,
+        "file-size-after": file_size,
+    })
+}
