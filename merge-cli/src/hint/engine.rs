@@ -325,6 +325,12 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
             let why = "or, if the merge that was stopped is not to go on";
             allowed(HintKind::Restart, why, call, &["--restart"])
         })),
+        Refusal::MergedBefore { .. } => {
+            info_chain("its layers", call).or(flatten("what the chain shows, as a new file", call))
+        }
+        Refusal::TwoChains { real, .. } => {
+            Hint::command(HintKind::Info, "which one is meant: the chain of the file itself", Command::qmerge(["info", "--chain"]).file(real)).into()
+        }
         Refusal::MergeDone { top, active, removes } => {
             let command = Command::qmerge(["commit"]).file(active).word("--base").file(path);
             let command = if top == active { command } else { command.word("--top").file(top) };

@@ -31,6 +31,8 @@ mod kills;
 mod locks;
 mod malformed;
 mod neighbours;
+mod obsolete;
+mod pull;
 mod put_back;
 mod recorded;
 mod repair;

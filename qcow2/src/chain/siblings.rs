@@ -127,7 +127,8 @@ pub fn find_users_in(
         for image in users {
             let used = image.uses.iter().find_map(|(id, role)| Some((*roots.get(id)?, *role)));
             let Some((uses, role)) = used else { continue };
-            if image.is_merged || (image.is_emptied && image.is_empty(host)?) {
+            // A marked layer that somebody has written to since is an image like any other.
+            if image.is_marked && is_empty(host, &image.path)? {
                 roots.entry(image.id).or_insert(uses);
             } else {
                 found.users.push(Sibling { path: image.path, uses, role });
@@ -144,27 +145,29 @@ struct OutsideImage {
     id: FileId,
     /// The files that it may use, and as what.
     uses: Vec<(FileId, Role)>,
-    /// An earlier merge has made it obsolete and marked it so, or was about to.
-    is_merged: bool,
-    /// A merge has made it an empty overlay, and marked it so: a fresh overlay of somebody else looks the same.
-    is_emptied: bool,
+    /// An earlier merge has made it obsolete, or an empty overlay, and marked it so, or was about to.
+    is_marked: bool,
 }
 
-impl OutsideImage {
-    /// Whether the image holds nothing itself, and no internal snapshot does. What is damaged holds something.
-    fn is_empty(&self, host: &dyn Host) -> Result<bool> {
-        let file =
-            host.open(&self.path, Access::Read).map_err(|e| Error::io(&self.path, FileOp::Open, None, e))?;
-        // Its tables tell that: its data file need not be opened.
-        let image = Qcow2::open(&self.path, file.clone(), Some(file));
-        let empty = image.and_then(|image| {
-            Ok(image.header().snapshots == 0 && image.next_allocated(GuestOffset::ZERO)?.is_none())
-        });
-        match empty {
-            Err(e @ Error::Io { .. }) => Err(e),
-            empty => Ok(empty.unwrap_or(false)),
-        }
+/// Whether the image at `path` holds nothing itself, and no internal snapshot does. What is damaged holds something.
+///
+/// # Errors
+/// It cannot be read.
+pub(super) fn is_empty(host: &dyn Host, path: &Path) -> Result<bool> {
+    let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
+    // Its tables tell that: its data file need not be opened.
+    match Qcow2::open(path, file.clone(), Some(file)).and_then(|image| {
+        Ok(image.header().snapshots == 0 && image.next_allocated(GuestOffset::ZERO)?.is_none())
+    }) {
+        Err(e @ Error::Io { .. }) => Err(e),
+        empty => Ok(empty.unwrap_or(false)),
     }
+}
+
+/// Whether an image bears one of our marks.
+pub(super) fn is_marked(cluster0: &Cluster0) -> bool {
+    let merged = cluster0.merged_into().or_else(|| cluster0.merging_into());
+    merged.or_else(|| cluster0.emptied_onto()).is_some()
 }
 
 /// The image at `path`, if it is one outside `chain` that uses a file.
@@ -184,8 +187,7 @@ fn look(host: &dyn Host, path: &Path, chain: &[FileId]) -> io::Result<Option<Out
         Err(e) => return Err(e),
     };
     let Some(cluster0) = read_names(&*file)? else { return Ok(None) };
-    let is_merged = cluster0.merged_into().or_else(|| cluster0.merging_into()).is_some();
-    let is_emptied = cluster0.emptied_onto().is_some();
+    let is_marked = is_marked(&cluster0);
     let backing = cluster0.backing_name.as_deref().map(|name| possible_paths(name, path));
     let data = cluster0
         .data_file_name()
@@ -198,13 +200,7 @@ fn look(host: &dyn Host, path: &Path, chain: &[FileId]) -> io::Result<Option<Out
             uses.extend(if_there(host.stat(&named))?.map(|stat| (stat.id, role)));
         }
     }
-    Ok((!uses.is_empty()).then(|| OutsideImage {
-        path: path.to_owned(),
-        id: stat.id,
-        uses,
-        is_merged,
-        is_emptied,
-    }))
+    Ok((!uses.is_empty()).then(|| OutsideImage { path: path.to_owned(), id: stat.id, uses, is_marked }))
 }
 
 /// Cluster 0 of a qcow2 image as far as it holds names; `None` if it is no such image, or damaged.

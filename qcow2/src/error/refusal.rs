@@ -386,11 +386,26 @@ pub enum Refusal {
          then: only base as it was holds their data"
     )]
     MergedDataLost,
-    /// A layer that was merged before holds data again.
-    #[error("it was merged into {} before; merging it again could bring old data back", shown(base))]
+    /// A layer that was merged before holds data: it was written to since, or could not be emptied.
+    #[error(
+        "it was merged into {} before, and holds data: merging it again could bring old data back, if that was not written \
+         since",
+        shown(base)
+    )]
     MergedBefore {
         /// The base that it was merged into.
         base: PathBuf,
+    },
+    /// The name of an image is a symbolic link, and the image means another chain beside the link than beside the file.
+    #[error(
+        "it is a symbolic link, and beside the file itself its backing name leads to {}: it means two chains",
+        shown(beside)
+    )]
+    TwoChains {
+        /// The file itself.
+        real: PathBuf,
+        /// Where the backing name leads from there.
+        beside: PathBuf,
     },
     /// There is no memory to count the references of an image.
     #[error("there is no memory for {counters} refcounts")]

@@ -52,6 +52,9 @@ pub(super) fn plan(stack: &Stack<'_>, options: &CommitOptions, found: &Searched)
         let why = match () {
             () if is_shared => Some("another image uses it"),
             () if read_through => Some("another image reads through it"),
+            () if found.signs.linked.contains(&layer.path) => {
+                Some("its file has another name, by a hard link")
+            }
             () => cannot(layer, size),
         };
         read_through |= is_shared;

@@ -130,6 +130,8 @@ pub struct Signs {
     pub links: u64,
     /// Those that were found, without base's own.
     pub other_names: Vec<PathBuf>,
+    /// Merged layers whose files, or data files, have other names: hard links.
+    pub linked: Vec<PathBuf>,
     /// Nobody has the permission to write base, as is usual for a template.
     pub is_read_only: bool,
     /// Base lies in another folder than the active image.

@@ -76,7 +76,12 @@ impl Commit {
                 || (at == span.top + 1);
             let spared = span.base < at && at <= span.top && at != span.active;
             // A layer that cannot be written keeps its data, and the plan says so.
-            if written && (!spared || emptying::is_writable(&*host, layer)) {
+            let may_be_emptied = || {
+                Ok::<_, Error>(
+                    emptying::is_writable(&*host, layer) && !safety::has_other_names(&*host, layer)?,
+                )
+            };
+            if written && (!spared || may_be_emptied()?) {
                 open.access.insert(layer.id, Access::ReadWrite);
             }
         }
@@ -101,6 +106,7 @@ impl Commit {
         // They are read where layers above them hold a part of a cluster.
         let below = chain.layers().get(..span.base).unwrap_or_default();
         refuse_torn_tables(&*host, below, options.journal_dir.as_deref())?;
+        safety::one_chain(&*host, &chain)?;
         let stack = Stack::of(&chain, span)?;
         safety::layers(&stack, options, &|at| unfinished.is_ours(at, span))?;
         let merged = unfinished

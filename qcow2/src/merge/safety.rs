@@ -7,12 +7,15 @@ use std::sync::atomic::AtomicBool;
 use super::options::CommitOptions;
 use super::plan::{Afterwards, Plan, Signs};
 use super::stack::Stack;
-use crate::chain::{Layer, Lookalike, Looked, Search, Sibling, find_lookalikes, find_users_in, other_names};
+use crate::chain::{
+    BackingName, Chain, Layer, Lookalike, Looked, Search, Sibling, find_lookalikes, find_users_in,
+    other_names,
+};
 use crate::check::{CheckOptions, check_consistent};
 use crate::error::{Error, FileOp, Refusal, Result, Role};
 use crate::image::{Image, bitmap_names};
 use crate::journal;
-use crate::storage::{Access, FileId, FileKind, Host};
+use crate::storage::{Access, FileId, FileKind, Host, if_there};
 use crate::units::GuestOffset;
 
 /// Rules that the headers alone decide; `ours` tells whether the layer at a position is marked dirty by a
@@ -177,6 +180,11 @@ pub(super) fn siblings(
     let failed = |e| Error::io(&base.path, FileOp::Stat, None, e);
     signs.is_read_only = base.image.file().stat().map_err(failed)?.owner.mode & WRITABLE == 0;
     signs.links = host.links(&base.path).map_err(failed)?;
+    for layer in touched.iter().filter(|layer| layer.id != base.id) {
+        if has_other_names(host, layer)? {
+            signs.linked.push(layer.path.clone());
+        }
+    }
     let Looked { found: names, unreadable } = other_names(host, &found.files, base).map_err(failed)?;
     signs.other_names = names;
     found.unreadable.extend(unreadable);
@@ -184,6 +192,39 @@ pub(super) fn siblings(
     let unreadable = unreadable.into_iter().collect();
     let searched = [folders, options.scan.clone()].concat();
     Ok(Searched { searched, unreadable, shared, signs })
+}
+
+/// Whether the file of a layer, or its data file, has another name, by which somebody may use it whom nobody finds.
+pub(super) fn has_other_names(host: &dyn Host, layer: &Layer) -> Result<bool> {
+    for path in [Some(&layer.path), layer.data_file.as_ref().map(|data| &data.path)].into_iter().flatten() {
+        if host.links(path).map_err(|e| Error::io(path, FileOp::Stat, None, e))? > 1 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Each image means the same chain by the name that leads to it and by the name of the file itself: a relative backing name
+/// begins at the folder of a symbolic link.
+///
+/// # Errors
+/// [`Refusal::TwoChains`]; the system's.
+pub(super) fn one_chain(host: &dyn Host, chain: &Chain) -> Result<()> {
+    let looked = |path: &Path| if_there(host.stat(path)).map_err(|e| Error::io(path, FileOp::Stat, None, e));
+    for layer in chain.layers() {
+        let real =
+            host.canonicalize(&layer.path).map_err(|e| Error::io(&layer.path, FileOp::Resolve, None, e))?;
+        let name = layer.image.as_qcow2().and_then(|image| image.cluster0().backing_name.as_deref());
+        let Some(Ok(name)) = name.map(BackingName::parse) else { continue };
+        if !name.is_relative() || name.depends_on_working_dir() {
+            continue;
+        }
+        let (by_name, beside) = (looked(&name.resolve(&layer.path))?, name.resolve_beside(&real));
+        if by_name.zip(looked(&beside)?).is_some_and(|(by_name, beside)| by_name.id != beside.id) {
+            return Err(Error::refused(&layer.path, Refusal::TwoChains { real, beside }));
+        }
+    }
+    Ok(())
 }
 
 /// The permission to write, of whomever.

@@ -120,6 +120,10 @@ fn others(plan: &Plan, fields: &mut Fields) {
             format!("base has {others}, by a hard link{known}: what is read there changes too"),
         );
     }
+    if !signs.linked.is_empty() {
+        let what = "have other names, by hard links: who reads there may miss what is merged";
+        fields.add("take care", format!("{}: {what}", list(&signs.linked)));
+    }
     if signs.is_read_only {
         fields.add("take care", "nobody has the permission to write base: is it a template for others?");
     }

@@ -141,6 +141,7 @@ fn signs(signs: &Signs) -> Value {
         "not-searched": paths(&signs.left_out),
         "base-links": signs.links,
         "base-other-names": paths(&signs.other_names),
+        "linked-layers": paths(&signs.linked),
         "base-read-only": signs.is_read_only,
         "base-elsewhere": signs.is_elsewhere,
         "possible-users": paths(&signs.possible_users),

@@ -8,6 +8,7 @@ use qcow2::format::{Bitmap, Cluster0, Snapshot};
 use qcow2::image::{ImageFormat, Qcow2, read_bitmaps, read_snapshots};
 use qcow2::merge::{self, Stranger, UnfinishedMerge, strangers_about};
 use qcow2::storage::{Access, FileStat, Host, LockMode};
+use qcow2::units::GuestOffset;
 use qcow2::{Error, Result};
 use qmp_client::{Outline, Unfinished};
 
@@ -22,6 +23,8 @@ pub(super) struct Facts {
     pub(super) stat: FileStat,
     /// What cluster 0 says, if the image is qcow2.
     pub(super) cluster0: Option<Cluster0>,
+    /// Whether an image that a merge has marked as merged holds data all the same.
+    pub(super) holds_data: bool,
     /// The internal snapshots.
     pub(super) snapshots: Vec<Snapshot>,
     /// The persistent bitmaps.
@@ -69,6 +72,7 @@ impl Facts {
             format,
             stat,
             cluster0: None,
+            holds_data: false,
             snapshots: Vec::new(),
             bitmaps: Vec::new(),
             used,
@@ -87,6 +91,11 @@ impl Facts {
                 Ok(())
             });
             facts.problem = problem.err();
+            if facts.problem.is_none() && cluster0.merged_into().is_some() {
+                // Its tables tell: its data file need not be opened.
+                let image = Qcow2::open(path, file.clone(), Some(file))?;
+                facts.holds_data = image.next_allocated(GuestOffset::ZERO)?.is_some();
+            }
             facts.cluster0 = Some(cluster0);
         }
         Ok(facts)

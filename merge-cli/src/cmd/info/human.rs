@@ -49,7 +49,7 @@ fn remarks(facts: &Facts) -> impl Iterator<Item = String> {
             .filter(|h| h.is_dirty() && !explains_dirty(facts))
             .map(|_| "marked dirty: not closed cleanly".to_owned()),
         header.filter(|h| h.is_corrupt()).map(|_| "marked corrupt".to_owned()),
-        facts.cluster0.as_ref().and_then(merged),
+        facts.cluster0.as_ref().and_then(|cluster0| merged(cluster0, facts.holds_data)),
         facts.unfinished.as_ref().map(unfinished),
         live_merge(facts),
         (!facts.strangers.is_empty()).then(|| format!("not believed: {}", strangers(facts).join("; "))),
@@ -97,10 +97,14 @@ fn explains_dirty(facts: &Facts) -> bool {
     facts.unfinished.as_ref().is_some_and(|unfinished| !unfinished.is_removing)
 }
 
-fn merged(cluster0: &Cluster0) -> Option<String> {
+fn merged(cluster0: &Cluster0, holds_data: bool) -> Option<String> {
     let name = |into: PathBuf| if into.as_os_str().is_empty() { "its base".to_owned() } else { shown(into) };
     if let Some(into) = cluster0.merged_into() {
-        return Some(format!("merged into {}; no longer needed", name(into)));
+        let rest = match holds_data {
+            false => "no longer needed",
+            true => "it holds data, which was written since or could not be given back",
+        };
+        return Some(format!("merged into {}; {rest}", name(into)));
     }
     let into = cluster0.merging_into()?;
     Some(format!("a merge into {} was stopped; the same commit goes on", name(into)))
@@ -229,7 +233,7 @@ fn state(facts: &Facts, cluster0: &Cluster0) -> String {
         let what = if problem.kind() == ErrorKind::Unsupported { "not supported" } else { "cannot be used" };
         words.push(format!("{what}: {problem}"));
     }
-    words.extend(merged(cluster0));
+    words.extend(merged(cluster0, facts.holds_data));
     if words.is_empty() { "no mark of damage".to_owned() } else { words.join("\n") }
 }
 

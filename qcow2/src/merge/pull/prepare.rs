@@ -47,6 +47,7 @@ impl Pull {
         if chain.files() != files {
             return Err(Error::refused(active, Refusal::ChainChanged));
         }
+        safety::one_chain(&*host, &chain)?;
         let (at, base) = (chain.active(), base_of(&*host, &chain, options)?);
         let unfinished = unfinished(&*host, &mut chain, dir)?;
         let layer = chain.layer(at)?;

@@ -145,11 +145,15 @@ pub(crate) fn look(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> R
     if let Some((reason, obsolete)) = switched(host, chain, options, &journals)? {
         return Ok(Before::Switched(reason, obsolete));
     }
-    let Some(reason) = merged(host, chain, options)? else { return Ok(Before::Open(meant)) };
-    let is_switching = journals.all()?.iter().any(|(_, journal)| journal.state().phase >= Phase::Switching);
+    let Some((reason, holds_nothing)) = merged(host, chain, options)? else { return Ok(Before::Open(meant)) };
+    let is_switching = journals.all()?.iter().any(|(_, journal)| {
+        journal.state().phase >= Phase::Switching && journal.header().purpose != Purpose::Pull
+    });
     Ok(match is_switching {
         true => Before::Switched(reason, Vec::new()),
-        false => Before::Merged(reason),
+        false if holds_nothing => Before::Merged(reason),
+        // Somebody has written to it since.
+        false => Before::Open(meant),
     })
 }
 
@@ -273,23 +277,23 @@ fn names(host: &dyn Host, top: &OsStr, merged: &Path) -> bool {
     index(top).is_some() || host.resolve(Path::new(top)).is_ok_and(|path| path == merged) || same_name()
 }
 
-/// The reason why there is nothing to do, if the layers asked for bear the mark of a merge.
+/// The reason why there is nothing to do, if the layers asked for bear the mark of a merge; and whether the uppermost holds
+/// nothing, or is no layer of the chain.
 ///
 /// # Errors
 /// A layer that is not there; the system's.
-fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<String>> {
+fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<(String, bool)>> {
     let either = |cluster0: &Cluster0| cluster0.merged_into().or_else(|| cluster0.merging_into());
-    let reason = |path: &Path, base: PathBuf| Some(was_merged(path, &base));
-    let Some(top) = &options.top else {
-        let active = chain.layers().last();
-        return Ok(active.and_then(|l| reason(&l.path, either(l.image.as_qcow2()?.cluster0())?)));
+    let of_layer = |at: usize, mark: &dyn Fn(&Cluster0) -> Option<PathBuf>| {
+        let layer = chain.layer(at)?;
+        let Some(image) = layer.image.as_qcow2() else { return Ok(None) };
+        let Some(base) = mark(image.cluster0()) else { return Ok(None) };
+        Ok(Some((was_merged(&layer.path, &base), image.next_allocated(GuestOffset::ZERO)?.is_none())))
     };
+    let Some(top) = &options.top else { return of_layer(chain.active(), &either) };
     match chain.find(host, top) {
         // A layer that is still in its chain, and was only about to be merged, must be merged yet.
-        Ok(at) => Ok(chain
-            .layers()
-            .get(at)
-            .and_then(|l| reason(&l.path, l.image.as_qcow2()?.cluster0().merged_into()?))),
+        Ok(at) => of_layer(at, &Cluster0::merged_into),
         Err(e @ Error::Io { .. }) => Err(e),
         Err(not_found) => {
             // A layer that was merged is not in the chain any more.
@@ -304,7 +308,7 @@ fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Opt
                 other => other.ok(),
             };
             match cluster0.as_ref().and_then(either) {
-                Some(base) => Ok(reason(path, base)),
+                Some(base) => Ok(Some((was_merged(path, &base), true))),
                 None => Err(not_found),
             }
         }
