@@ -231,7 +231,7 @@ pub enum Refusal {
         /// Where the journal would lie to be found with that image.
         wanted: PathBuf,
     },
-    /// A merge into the image is pending, and somebody has written to the image since it was stopped.
+    /// A merge into the image is unfinished, and somebody has written to the image since it was stopped.
     #[error(
         "a merge into it was stopped at {percent} %, and somebody has opened it for writing since: what the \
          merge noted does not fit it any more"
@@ -240,7 +240,7 @@ pub enum Refusal {
         /// How far the merge was.
         percent: u64,
     },
-    /// A pending merge cannot be given up: the chain has been changed already.
+    /// An unfinished merge cannot be given up: the chain has been switched already.
     #[error("the merge of {} into it has begun to change the chain, and can only be finished", shown(top))]
     MergeDone {
         /// The uppermost layer that was merged.

@@ -1,11 +1,14 @@
-//! Changes to the mapping of an image, collected for a batch and brought to disk in the order that a
-//! crash cannot hurt.
+//! Changes to the mapping of an image. A batch collects them, and brings them to disk in an order in which a crash leaks
+//! clusters at most.
 //!
 //! 1. [`Batch::stage`]: raised refcounts and whole new L2 tables, to which nothing refers yet (the
 //!    caller has written the data); barrier.
 //! 2. [`Batch::publish`]: entries of live L2 tables and of the L1 table; barrier.
-//! 3. [`Batch::settle`]: refcounts of what is no longer referred to are given back; barrier; only then
-//!    are the freed clusters' blocks given back.
+//! 3. [`Batch::settle`]: the refcounts of freed clusters are lowered; barrier; only then are holes punched into the file
+//!    where these clusters lie.
+//!
+//! Each step rests on the barrier before it. An entry must not point to a cluster whose refcount says that it is free: the
+//! next writer would take it. And a cluster must not be free on disk while an old entry still points to it.
 
 use std::ops::Range;
 
@@ -55,7 +58,7 @@ pub(crate) struct Batch {
     /// The bytes of the changed tables.
     table_bytes: usize,
     allocated: Vec<Range<ClusterIndex>>,
-    released: Vec<ClusterIndex>,
+    freed: Vec<ClusterIndex>,
 }
 
 impl Batch {
@@ -94,10 +97,11 @@ impl Batch {
             TablePlace::Shared(host) => Some(Some(host)),
         };
         if let Some(replaces) = replaces {
+            // A snapshot reads a shared table too, so the batch changes a copy, and one L1 entry makes it visible.
             let host = HostOffset::new(self.allocate(source)? << geometry.cluster_bits());
             self.table(image, cluster)?.place = TablePlace::Fresh { host, replaces };
             if let Some(old) = replaces {
-                self.released.push(old.get() >> geometry.cluster_bits());
+                self.freed.push(old.get() >> geometry.cluster_bits());
             }
         }
         let index = geometry.l2_index(cluster);
@@ -118,10 +122,10 @@ impl Batch {
         Ok(cluster)
     }
 
-    /// Notes that the host clusters of `len` bytes at `host` are no longer referred to.
-    pub(crate) fn release(&mut self, image: &Qcow2, host: HostOffset, len: u64) {
+    /// Notes that no entry refers to the host clusters of `len` bytes at `host` any more: [`Batch::settle`] frees them.
+    pub(crate) fn free(&mut self, image: &Qcow2, host: HostOffset, len: u64) {
         let bits = image.geometry().cluster_bits();
-        self.released.extend(host.get() >> bits..=(host.get() + len.max(1) - 1) >> bits);
+        self.freed.extend(host.get() >> bits..=(host.get() + len.max(1) - 1) >> bits);
     }
 
     /// How many clusters the batch has allocated, data and L2 tables.
@@ -131,13 +135,13 @@ impl Batch {
 
     /// The memory that the batch takes, in bytes.
     pub(crate) fn memory(&self) -> usize {
-        self.table_bytes + self.released.len() * 8
+        self.table_bytes + self.freed.len() * 8
     }
 
     /// Whether there is nothing to bring to disk.
     pub(crate) fn is_empty(&self) -> bool {
         let clean = self.current.as_ref().is_none_or(|t| t.dirty.is_none());
-        clean && self.changed.is_empty() && self.allocated.is_empty() && self.released.is_empty()
+        clean && self.changed.is_empty() && self.allocated.is_empty() && self.freed.is_empty()
     }
 
     /// Forgets everything but the table that is being looked at: for planning, where nothing is written.
@@ -145,7 +149,7 @@ impl Batch {
         self.changed.clear();
         self.table_bytes = 0;
         self.allocated.clear();
-        self.released.clear();
+        self.freed.clear();
     }
 
     fn table(&mut self, image: &Qcow2, cluster: GuestOffset) -> Result<&mut BatchTable> {
@@ -199,6 +203,7 @@ impl Batch {
             }
             _ => None,
         });
+        // Neighbouring L1 entries go in one write.
         let mut run: (u64, Vec<u64>) = (0, Vec::new());
         for (index, entry) in fresh {
             if run.0 + run.1.len() as u64 != index {
@@ -210,16 +215,17 @@ impl Batch {
         write_l1(image, &run)
     }
 
-    /// Gives back what is no longer referred to; the changes that let go of it are durable.
+    /// Frees the clusters that nothing refers to any more. The caller has made the entries durable that referred to them.
     ///
     /// # Errors
     /// An I/O error, or refcounts that are not what they should be.
     pub(crate) fn settle(mut self, image: &Qcow2, refcounts: &Refcounts) -> Result<()> {
-        if self.released.is_empty() {
+        if self.freed.is_empty() {
             return Ok(());
         }
-        self.released.sort_unstable();
-        let freed = refcounts.lower(image, &self.released)?;
+        self.freed.sort_unstable();
+        let freed = refcounts.lower(image, &self.freed)?;
+        // A hole in a cluster that a power cut brings back into use would lose its data.
         image.barrier()?;
         let bits = image.geometry().cluster_bits();
         let len = image.file_size()?;

@@ -7,8 +7,8 @@
 //!
 //! Whole blocks of data go straight to the file. A barrier first makes a record of the blocks in memory
 //! durable, then writes them in place, then syncs the file. So one barrier stays one barrier for the
-//! callers, and what is written between two of them may still become durable in any order. When memory is
-//! full, there is a barrier more, which changes nothing for them either.
+//! callers, and what is written between two of them may still become durable in any order. When memory is full, the
+//! journal puts in one more barrier; callers do not see it, since more order breaks nothing.
 
 use std::fs::File;
 use std::io;
@@ -32,7 +32,7 @@ pub(crate) struct Journaled {
     journal: Arc<Journal>,
     target: u8,
     kept: Mutex<HeldBlocks>,
-    /// How many blocks are kept; nobody asks for the lock while there are none.
+    /// How many blocks are kept. Readers take the lock only if there are some, since most reads touch none.
     count: AtomicUsize,
 }
 
@@ -91,7 +91,8 @@ impl Journaled {
         if kept.blocks.len() >= self.journal.max_blocks() { self.barrier(kept) } else { Ok(()) }
     }
 
-    /// The record, then the blocks in place, then the file.
+    /// Makes the record durable, writes the blocks in place, and syncs the file. In this order, because a power cut while a
+    /// block is written in place may tear it, and then the record must be there to heal it.
     fn barrier(&self, kept: &mut HeldBlocks) -> io::Result<()> {
         kept.usable()?;
         if kept.blocks.is_empty() {
@@ -236,7 +237,7 @@ impl Storage for Journaled {
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
-        // What is given back may hold anything, so blocks at its ends are left alone.
+        // A hole may hold anything afterwards, so blocks that it covers only in part stay as they are.
         let (start, end) = (offset.next_multiple_of(BLOCK), end_of(offset, len)?);
         let end = if end >= self.file.size()? { end } else { end - end % BLOCK };
         if start >= end {
@@ -256,7 +257,7 @@ impl Storage for Journaled {
         let range = dst_offset..end_of(dst_offset, len).map_err(CopyError::write(dst_offset))?;
         let (head, tail) = whole_blocks(&range);
         let parts = if head < tail { [range.start..head, tail..range.end] } else { [range, 0..0] };
-        // What is kept is read before it is locked: the source may be this file itself.
+        // The source may be this file itself, so it is read before the lock is taken.
         for part in parts.into_iter().filter(|part| !part.is_empty()) {
             let mut bytes = vec![0; (part.end - part.start) as usize];
             let from = src_offset + (part.start - dst_offset);
@@ -324,8 +325,8 @@ impl Storage for Journaled {
         self.file.start_writing(offset, len);
     }
 
-    /// Nobody reads what was written since the last barrier through this, nor through a view: what moves is
-    /// durable already, or comes from another file.
+    /// A view shows the file, not the blocks in memory. That is right here: the caller only moves bytes that are durable,
+    /// or that come from another file.
     fn as_file(&self) -> Option<&File> {
         self.file.as_file()
     }

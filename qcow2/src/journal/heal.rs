@@ -1,4 +1,4 @@
-//! Edits of cluster 0 that survive a power cut, and headers made whole after one.
+//! Edits of cluster 0 that survive a power cut, and the repair of headers that one has torn.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -34,7 +34,7 @@ pub(crate) struct Edit<'a> {
 }
 
 /// Carries out edits of different images side by side; each is redone after a power cut that tears it. The
-/// records lie beside the images or in `dir`, and are gone afterwards.
+/// records lie beside the images or in `dir`, and are removed afterwards.
 ///
 /// # Errors
 /// The system's; a place where no record can be made.
@@ -119,7 +119,7 @@ pub(crate) fn nonce() -> u64 {
 pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: bool) -> Result<bool> {
     let file = match host.open(path, Access::Read) {
         Ok(file) => file,
-        // Whoever uses the image says so.
+        // An image that cannot be opened is told where it is used.
         Err(e) if leads_nowhere(&e) || e.kind() == std::io::ErrorKind::PermissionDenied => return Ok(false),
         Err(e) => return Err(Error::io(path, FileOp::Open, None, e)),
     };
@@ -130,7 +130,7 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: b
         let file = hold()?;
         is_written = end_edit(host, path, &*file, &found)?;
     }
-    // A record that is not whole: the edit was not begun.
+    // The record is not whole. The edit begins only when its record is durable, so it was not begun.
     let owner = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.owner;
     for record in places(host, &image, dir, SWITCH)? {
         let stat =
@@ -147,11 +147,11 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: b
     let file = hold()?;
     let was = seen(journal, Some(last), 0, &found.now, host.boot())?;
     write_back(path, &*file, last)?;
-    // The image is newer now than the journal knew it, by what the journal itself says.
+    // Healing writes to the image. The journal must note the new times, or they would look like somebody else's write.
     if matches!(was, FileFate::Untouched | FileFate::Moved | FileFate::Unsure)
         && let Some((journal, Some(last))) = Journal::open(host, journal.place(), Access::ReadWrite)?
     {
-        // Whether it was as the work left it, its times cannot tell any more.
+        // From now on the times cannot tell whether the image was as the work wrote it.
         let known = last.known.first().is_some_and(|known| {
             (known.len, known.modified_ns) == (found.now.times.len, found.now.times.modified_ns)
         });
@@ -168,7 +168,7 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: b
 pub(crate) fn is_torn_header(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<bool> {
     let file = match host.open(path, Access::Read) {
         Ok(file) => file,
-        // Whoever uses the image says so.
+        // An image that cannot be opened is told where it is used.
         Err(e) if leads_nowhere(&e) || e.kind() == std::io::ErrorKind::PermissionDenied => return Ok(false),
         Err(e) => return Err(Error::io(path, FileOp::Open, None, e)),
     };
@@ -189,7 +189,7 @@ fn torn_under_a_journal(
 ) -> Result<Option<FoundJournal>> {
     let Some(found) = find(host, path, file, dir, Access::Read, JOURNAL)? else { return Ok(None) };
     let FoundJournal { journal, last: Some(last), .. } = &found else { return Ok(None) };
-    // Somebody works under it, and the image is as that somebody has it.
+    // A running work holds the journal, and is changing the image: nothing is torn.
     if last.target != 0 || journal.is_held()? {
         return Ok(None);
     }
@@ -198,19 +198,19 @@ fn torn_under_a_journal(
     let has_header = last.blocks.first().is_some_and(|block| block.number == 0 && is_qcow2(&block.bytes));
     let torn = match whole {
         false => has_header && is_torn(host, path, file, &found, last)?,
-        // The sector with the dirty bit is as it is to be, and another one of the same record may not be.
+        // The sector with the dirty bit may be written, and another sector of the same record may be torn.
         true => has_header && is_torn_beside_the_dirty_bit(host, path, file, &found, last)?,
     };
     if !torn || seen(journal, Some(last), 0, &found.now, host.boot())? == FileFate::Older {
         return Ok(None);
     }
-    // Without a power cut hardly anything is torn. Who puts an image back at once changes more than one sector.
+    // Without a power cut hardly anything is torn: sectors that differ come from an image that was put back at once.
     let is_same_run = last.boot.zip(host.boot()).is_some_and(|(then, now)| then.id == now.id);
     let foreign = compare(last, file).map_err(failed)?.foreign;
     Ok((!is_same_run || foreign < 2).then_some(found))
 }
 
-/// How an edit of a header stands that left a record.
+/// How far an edit of a header came, as its record and the image tell.
 enum Edited<'a> {
     /// The record is about another file: it stays.
     Elsewhere,
@@ -220,8 +220,8 @@ enum Edited<'a> {
     Between(&'a Record),
 }
 
-/// How the edit of a record stands in the image at `path`. A record that was made for another file of that name is only
-/// believed if all that it did not change is as it found it.
+/// How far the edit of a record came in the image at `path`. A record that was made for another file of that name counts
+/// only if every sector that it does not change is as the record found it.
 fn judge_edit<'a>(
     host: &dyn Host,
     path: &Path,
@@ -264,8 +264,9 @@ fn end_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &FoundJourn
     Ok(is_written)
 }
 
-/// Ends edits of headers that a power cut has left in `folders`, of images that nobody holds. What lies there is only
-/// believed about the image beside it, and from somebody who may write that: it may be anybody's, and could name any file.
+/// Ends edits of headers in `folders` that a power cut has stopped, of images that nobody holds. A record counts only for
+/// the image beside it, and only if its owner may write that image: anybody may have put it there, and it could name any
+/// file.
 /// `dir` is the caller's own. On file systems without locks nothing is done, unless `no_locks`.
 ///
 /// # Errors
@@ -289,7 +290,7 @@ pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>, no
         for name in names.unwrap_or_default() {
             if name.as_bytes().ends_with(SWITCH.as_bytes()) {
                 match sweep_one(host, &Place::within(Arc::clone(&folder), name), may_be_elsewhere, no_locks) {
-                    // It is nobody's of this chain, and stays where it is.
+                    // It is about no image of this chain, and stays where it is.
                     Err(Error::Refused {
                         reason:
                             Refusal::JournalVersion { .. } | Refusal::JournalOfAnother { .. } | Refusal::NoLocks,
@@ -304,7 +305,7 @@ pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>, no
 }
 
 fn sweep_one(host: &dyn Host, record: &Place, may_be_elsewhere: bool, no_locks: bool) -> Result<()> {
-    // Before it is opened: what nobody believes need not be able to be read.
+    // First, because a record that does not count need not be readable.
     let failed = |e| Error::io(&record.path(), FileOp::Stat, None, e);
     let owner = match record.stat(host) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
@@ -408,8 +409,8 @@ fn is_between(
     Ok(between || is_torn(host, path, file, found, last)?)
 }
 
-/// Whether the header of an image was torn as it was written with this record. One whose names nobody would write was torn
-/// behind its first bytes.
+/// Whether a power cut tore the header as this record was written into it. If its names are no text, it was torn behind
+/// its first bytes.
 fn is_torn(
     host: &dyn Host,
     path: &Path,
@@ -426,8 +427,8 @@ fn is_torn(
     Ok(sectors.foreign > 0 && !is_newer && !has_clean_names(file).map_err(failed)?)
 }
 
-/// Whether sectors are torn that were written with the one that holds the dirty bit. That one is as it is to be, so that
-/// the bit alone would say that all is done, or that nothing was begun.
+/// Whether sectors are torn that were written together with the one that holds the dirty bit. That one is whole, so the bit
+/// alone would say that all is done, or that nothing was begun.
 fn is_torn_beside_the_dirty_bit(
     host: &dyn Host,
     path: &Path,
@@ -444,7 +445,7 @@ fn is_torn_beside_the_dirty_bit(
     let mut head = [0; SECTOR];
     file.read_exact_or_zero(&mut head, 0).map_err(failed)?;
     let is_written = last.blocks.first().is_some_and(|block| block.bytes.starts_with(&head));
-    // Later, somebody has used the image: then it is as that somebody has left it.
+    // If the image is newer, somebody has used it since, and its header is that of the last user.
     let seen = seen(&found.journal, Some(last), 0, &found.now, host.boot())?;
     Ok(sectors.foreign > 0
         && is_written

@@ -1,7 +1,8 @@
-//! What a journal that was found means for the image as it is now.
+//! Judges a journal that was found: may the work go on in the image as it is now?
 //!
-//! [`crate::stamp`] says what has become of the files since. Here that is put together with what only the journal
-//! knows: the phase, the dirty bit, and the sectors of the last record.
+//! [`crate::stamp`] says what has become of the files since the work was stopped. This module adds what only the journal
+//! tells: the phase of the work, the dirty bit that the work has set, and the sectors of the last record. Each source
+//! lies in some case, so a verdict says "unfinished" only where none of them speaks against it.
 
 use std::io;
 
@@ -17,15 +18,15 @@ use crate::storage::{Boot, Host, Storage};
 pub(crate) enum JournalVerdict {
     /// The work has not begun, or is over: the journal can go.
     Over,
-    /// The work is over, but for the image's dirty bit or for the proof that it is the same image.
+    /// The work is over. Only the dirty bit is still to be cleared, or the image to be proved the same.
     Finished,
     /// The work was stopped, and nobody has written to the image since.
     Unfinished,
-    /// The work was stopped; whether the image is as it was left is not certain, and must be proved.
+    /// The work was stopped. Nothing proves that the image is as the work wrote it last, so what is done must be proved.
     Unsure,
-    /// The image is older than what the journal knew: it was put back from a copy. The work begins anew.
+    /// The image is older than its stamp: it was put back from a copy. The work begins anew.
     PutBack,
-    /// The image is another file than the journal knew, a copy of it or its successor. The work begins anew.
+    /// The image is another file than the one of the stamp: a copy, or what has taken its place. The work begins anew.
     Copied,
     /// Somebody has written to the image since.
     Foreign,
@@ -41,10 +42,10 @@ pub(crate) struct Judgement {
     pub(crate) is_torn: bool,
     /// Whether somebody may have written to the image since, as far as its times tell.
     pub(crate) may_be_newer: bool,
-    /// Whether one of the files is older than the journal knew it.
+    /// Whether one of the files is older than its stamp.
     pub(crate) is_older: bool,
-    /// Whether every file has the length and the time of modification that the journal knew it by: then nobody has
-    /// written to it behind the last record, the stopped work included.
+    /// Whether every file has the length and the time of modification that the last record notes: then nobody has
+    /// written to it since that record, not even the work itself.
     pub(crate) is_as_known: bool,
 }
 
@@ -112,12 +113,12 @@ pub(crate) fn judge(
     let is_stamped = header.guard == Guard::Stamp;
     let verdict = match (is_stamped, now.dirty, last.phase) {
         (_, _, Phase::Removing) => JournalVerdict::Over,
-        // Its last write, which said so, came later.
+        // The work wrote that it was done after its last write to the image. An older image does not have that write.
         (_, _, Phase::Done) if matches!(seen, FileFate::Older) => JournalVerdict::PutBack,
         (true, _, Phase::Done) => JournalVerdict::Over,
-        // Somebody has used it since.
+        // The bit is clear and the file newer: somebody has used the finished image since.
         (false, Some(false), Phase::Done) if is_newer && !is_doubtful => JournalVerdict::Over,
-        // The bit alone does not tell what is done from an image that was put back at once, or whose header was healed.
+        // An image that was put back at once, or whose header was healed, has the same bit. So it must be proved.
         (false, _, Phase::Done) => JournalVerdict::Finished,
         (false, Some(false), Phase::Arming) if is_newer => JournalVerdict::Foreign,
         (false, Some(false), Phase::Arming) => JournalVerdict::Over,
@@ -127,18 +128,18 @@ pub(crate) fn judge(
             _ => JournalVerdict::Foreign,
         },
         _ => match seen {
-            // Whoever opens the image with QEMU clears its dirty bit.
+            // Without a dirty bit only the time tells. With one, whoever opens the image with QEMU clears the bit.
             FileFate::Newer if is_stamped => JournalVerdict::Foreign,
             FileFate::Older => JournalVerdict::PutBack,
             FileFate::Copied | FileFate::Other => JournalVerdict::Copied,
-            // No power cut, so nothing is torn: somebody else has written there.
+            // The system has not started again, so no power cut has torn a sector: somebody else has written there.
             FileFate::Untouched | FileFate::Moved
                 if is_stamped && sectors.foreign > 0 && is_same(last, boot) =>
             {
                 JournalVerdict::Foreign
             }
             FileFate::Untouched | FileFate::Moved => JournalVerdict::Unfinished,
-            // What the record did not change is not as the record found it.
+            // A sector that the record does not change is not as the record found it: no torn write explains that.
             FileFate::Unsure | FileFate::Newer if sectors.beside > 0 && may_be_newer => {
                 JournalVerdict::Foreign
             }
@@ -147,8 +148,8 @@ pub(crate) fn judge(
         },
     };
     let replays = match verdict {
-        // Where nothing of the record was written, the image is whole without it. That is also how one looks that was put
-        // back within the second after a kill, and then the record does not fit it.
+        // If no sector of the record was written, the image is whole without the record. An image that was put back within
+        // the second after a kill looks the same, and the record does not fit it. So the record is left out.
         JournalVerdict::Unfinished => !is_stamped || sectors.new > 0 || sectors.foreign > 0,
         JournalVerdict::Unsure | JournalVerdict::Copied => sectors.foreign > 0 && sectors.beside == 0,
         _ => false,
@@ -161,7 +162,7 @@ fn is_same(last: &Record, boot: Option<Boot>) -> bool {
     last.boot.zip(boot).is_some_and(|(then, now)| then.id == now.id)
 }
 
-/// What has become of one of the targets of a journal, which is as `now` says.
+/// What has become of one target of a journal since the work was stopped; `now` is its stamp as it is now.
 ///
 /// # Errors
 /// The system's.
@@ -177,7 +178,7 @@ pub(super) fn seen(
     Ok(work.map_or(FileFate::Other, |work| then.judge(&work, now)))
 }
 
-/// What a journal knows of the work on one of its targets; `None` if it has no such target.
+/// Until when the work wrote to one of its targets, as the journal tells; `None` if it has no such target.
 fn work(
     journal: &Journal,
     last: Option<&Record>,
@@ -194,7 +195,7 @@ fn work(
     Ok(Some(WorkTimes { known, alive_ns, boot: run, now: boot }))
 }
 
-/// What has become of the targets of a journal: of all, what is most against going on.
+/// What has become of the targets of a journal. One answer for all: the one that speaks most against going on.
 fn seen_of_all(
     journal: &Journal,
     last: Option<&Record>,
@@ -224,9 +225,9 @@ pub(super) struct SectorCounts {
     pub(super) old: usize,
     /// Changed by the record, and as they are to be.
     pub(super) new: usize,
-    /// Neither as before nor as they are to be.
+    /// Neither as before nor as they are to be: torn, or written by somebody else.
     pub(super) foreign: usize,
-    /// Those of them that the record does not change. The others a power cut may have torn.
+    /// The foreign ones that the record does not change. A power cut cannot have torn these.
     pub(super) beside: usize,
 }
 

@@ -1,19 +1,19 @@
-//! Stamps of files, and files to be removed, as bytes.
+//! Stamps of files, and lists of obsolete files, as bytes.
 
 use super::bytes::{ByteReader, ByteWriter};
 use crate::stamp::{Stamp, Times};
 use crate::storage::{Boot, FileId};
 
-/// A file that nobody needs when the work is done, and that is removed then.
+/// A file that is obsolete when the work is done, and that is removed then.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObsoleteFile {
-    /// The file as the work has left it.
+    /// The file as the work has written it last.
     pub file: Stamp,
     /// What it is.
     pub kind: ObsoleteKind,
 }
 
-/// What a file is that nobody needs any more.
+/// What an obsolete file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ObsoleteKind {
     /// A layer that bears the mark of the merge.

@@ -221,12 +221,12 @@ pub(crate) fn find(
             stat => stat.map_err(|e| Error::io(&candidate.path(), FileOp::Stat, None, e))?,
         };
         let owner = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.owner;
-        // Not even opened: what it is not believed, it need not be able to be read.
+        // It is not even opened: a journal that does not count need not be readable.
         if !stat.owner.may_speak_for(&owner, host.user()) {
             continue;
         }
         let opened = match Journal::open(host, &candidate, access) {
-            // Whose it is cannot be told.
+            // Nothing tells which image it belongs to.
             Err(Error::Refused { reason: Refusal::JournalVersion { .. }, .. }) if !is_beside => continue,
             opened => opened?,
         };

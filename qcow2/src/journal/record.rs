@@ -39,7 +39,7 @@ pub const MAX_HEADER: usize = 2 << 20;
 /// The longest payload of a record, in bytes.
 pub const MAX_RECORD: usize = record_room(MAX_BLOCKS) + 2 * MAX_HEADER;
 
-/// The longest payload of a record of so many blocks, but for its list of spent files, in bytes.
+/// The longest payload of a record of so many blocks, without its list of obsolete files, in bytes.
 pub const fn record_room(blocks: usize) -> usize {
     256 + blocks * (8 + 4 * SECTORS + BLOCK as usize)
 }
@@ -123,7 +123,7 @@ pub enum Phase {
     Switching,
     /// All is done but releasing the image.
     Done,
-    /// The image is released, and anybody may write to it. Files that nobody needs any more are being removed.
+    /// The image is released, and anybody may write to it. Obsolete files are being removed.
     Removing,
 }
 

@@ -96,7 +96,7 @@ pub(super) fn rebuild(
     disk.write(TABLE_FIELDS, &fields)?;
     disk.barrier()?;
     if !survey.damaged {
-        give_back(survey, disk);
+        free_old_structures(survey, disk);
     }
     Ok(Ok(Rebuilt { blocks: place.blocks.len() as u64, table: place.table_clusters() }))
 }
@@ -114,7 +114,7 @@ impl NewPlace {
 }
 
 /// Gives the blocks of the old structures back to the file system, of those that lay alone.
-fn give_back(survey: &Survey<'_>, disk: &ImageWriter<'_>) {
+fn free_old_structures(survey: &Survey<'_>, disk: &ImageWriter<'_>) {
     let subject = survey.subject;
     let (table, len) = (subject.header.refcount_table_offset.get(), subject.header.refcount_table_bytes());
     if !subject.is_past_end(table, len) && survey.may_write(table, len) {

@@ -18,7 +18,7 @@ use crate::merge::switch::mark::require_unchanged;
 use crate::stamp::Stamp;
 use crate::storage::{Access, FileId, Host};
 
-/// Layers that a merge has left above base.
+/// Layers that QEMU has merged into base, and that still lie above it.
 #[derive(Clone, Copy, Debug)]
 pub struct MergedLayers<'a> {
     /// The layers, the uppermost first.
@@ -72,7 +72,7 @@ pub fn empty_all_onto(
     Ok(paths.zip(emptied.into_iter().rev().chain(kept)).collect())
 }
 
-/// Whether nobody holds the layer, and nobody has written to it since it was known, but an earlier call that emptied it.
+/// Whether nobody holds the layer, and nobody has written to it since its stamp was taken, except an earlier call that emptied it.
 fn is_left_alone(host: &dyn Host, layer: &Stamp, base: FileId, options: &EmptyOptions) -> Result<()> {
     match is_empty_on(host, layer, base, &options.open) {
         Ok(true) => return Ok(()),

@@ -2,12 +2,12 @@
 //! machine ran: the active image of before, and the layers below it, which a recorded chain still puts over base. The
 //! base is in use, and only looked at.
 //!
-//! The merge of a stopped machine first re-points the overlay and then empties it: what is left of its
+//! The merge of a stopped machine first relinks the overlay and then empties it: what is left of its
 //! clusters hides equal bytes of the base, so every state in between shows the same disk. Here the base
-//! may have been written to since, and an overlay that is half emptied, or re-pointed and still full, would
+//! may have been written to since, and an overlay that is half emptied, or relinked and still full, would
 //! show a mixture of old and new. So there is no state in between: backing name, backing format, an
 //! empty L1 table and the size of the disk take effect in one write inside the header's first sector. Before it the image is
-//! what it was, behind it it is the base; what the old table led to is given back when that is durable.
+//! what it was, behind it it is the base; the clusters of the old table are freed when that is durable.
 
 use crate::error::shown;
 use crate::image::rewrite;
@@ -59,7 +59,7 @@ pub struct Emptied {
     pub name: OsString,
     /// Whether it was an empty overlay on base before.
     pub was_empty: bool,
-    /// Bytes on disk that were given back, its external data file's among them.
+    /// Bytes on disk that were freed, those of its external data file included.
     pub freed: u64,
 }
 
@@ -412,7 +412,7 @@ fn new_table(image: &Qcow2, refcounts: &Refcounts, clusters: u64) -> Result<Host
     Ok(at)
 }
 
-/// Gives back what the old L1 table led to, and the table.
+/// Frees the clusters that the old L1 table referred to, and the table itself.
 fn give_back_left(image: &mut Qcow2, refcounts: &Refcounts) -> Result<()> {
     empty::free_clusters(image, refcounts, empty::FreedTable::Obsolete)?;
     let (old, bytes) = (image.header().l1_offset, image.header().l1_bytes());

@@ -1,8 +1,8 @@
-//! What becomes of images that a merge made superfluous, when the merge itself was somebody else's: a
+//! What becomes of images that are obsolete after a merge, when the merge itself was somebody else's: a
 //! virtual machine still runs on the base, and only what it has let go of may be touched.
 //!
 //! Nothing here opens the base for writing, or takes a lock on it. Every image that is changed is first
-//! locked as its only user, and then compared with what the caller knows of it.
+//! locked as by its only user, and then compared with the stamp that the caller has of it.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ use crate::merge::switch::mark::{mark, open, require_unchanged, unlink};
 use crate::stamp::{Difference, Stamp};
 use crate::storage::{FileId, FileKind, Host, LockMode, Place};
 
-/// What became of images that are no longer needed.
+/// What became of obsolete images.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RetireReport {
@@ -41,10 +41,10 @@ pub fn mark_merged(host: &dyn Host, images: &[Stamp], base: &Path, no_locks: boo
     Ok(retired)
 }
 
-/// Removes images that nobody needs any more, in the order given: the uppermost first. Each must be a
+/// Removes obsolete images in the order given: the uppermost first. Each must be a
 /// regular file that no process holds and no image in the same folders, or in `scan`, uses. `chain` are
 /// images that may use them, because they are about to go too or to be changed. External data files
-/// stay. The first image that cannot be removed ends it, and those before it are gone then.
+/// stay. The first image that cannot be removed ends it; those before it are removed by then.
 ///
 /// # Errors
 /// [`Error::InUse`]; [`Refusal::NotAsKnown`]; [`Refusal::SharedBase`]; an I/O error.

@@ -141,7 +141,7 @@ fn fresh_table(parts: &BTreeSet<(Part, bool)>) -> bool {
     parts.contains(&(Part::L2, false))
 }
 
-fn given_back(parts: &BTreeSet<(Part, bool)>) -> bool {
+fn freed(parts: &BTreeSet<(Part, bool)>) -> bool {
     has(parts, Part::Refcounts) && !live(parts) && !fresh_table(parts)
 }
 
@@ -158,7 +158,7 @@ const WRONG: [(&str, Spoil); 8] = [
     }),
     ("mappings together with refcounts", |r| r.joined(staged, live)),
     ("mappings before refcounts", |r| r.exchanged(staged, live)),
-    ("refcounts given back before the mappings change", |r| r.exchanged(live, given_back)),
+    ("refcounts given back before the mappings change", |r| r.exchanged(live, freed)),
     ("the switch before the data", |r| {
         let (switch, rest): (Vec<DiskOp>, Vec<DiskOp>) = r.log.iter().cloned().partition(|op| match op {
             DiskOp::Sync { file, .. } | DiskOp::Write { file, .. } | DiskOp::SetLen { file, .. } => {

@@ -47,12 +47,12 @@ impl BitmapGrowth {
     /// Notes new clusters.
     pub(super) fn adopt(&mut self, image: &Qcow2, run: &Range<ClusterIndex>) {
         let bits = image.geometry().cluster_bits();
-        self.fresh.release(image, HostOffset::new(run.start << bits), (run.end - run.start) << bits);
+        self.fresh.free(image, HostOffset::new(run.start << bits), (run.end - run.start) << bits);
     }
 
     /// Notes clusters that are not needed any more once the disk has grown.
-    pub(super) fn release(&mut self, image: &Qcow2, host: HostOffset, len: u64) {
-        self.old.release(image, host, len);
+    pub(super) fn free(&mut self, image: &Qcow2, host: HostOffset, len: u64) {
+        self.old.free(image, host, len);
     }
 
     /// Switches to the new size; nothing happens if the disk has it already. What the guest can see
@@ -86,7 +86,7 @@ impl BitmapGrowth {
         })?;
         image.barrier()?;
         image.reload_header()?;
-        self.old.release(image, extension.directory_offset, extension.directory_size);
+        self.old.free(image, extension.directory_offset, extension.directory_size);
         self.old.settle(image, refcounts)
     }
 

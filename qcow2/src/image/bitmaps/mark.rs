@@ -261,7 +261,7 @@ impl Marked {
             image.read_table(from, bytes.get_mut(..here).unwrap_or_default())?;
             image.write(next.place(0) + n * cluster, &bytes)?;
         }
-        disk.growth.release(image, self.bitmap.table_offset, self.bitmap.table_bytes());
+        disk.growth.free(image, self.bitmap.table_offset, self.bitmap.table_bytes());
         self.table = next;
         self.staged = true;
         self.current = None;
@@ -318,7 +318,7 @@ impl MarkedDisk<'_> {
     fn copy_cluster(&mut self, from: HostOffset, to: HostOffset) -> Result<()> {
         let mut bytes = vec![0; self.image.geometry().cluster_size() as usize];
         self.image.read_table(from, &mut bytes)?;
-        self.growth.release(self.image, from, bytes.len() as u64);
+        self.growth.free(self.image, from, bytes.len() as u64);
         self.image.write(to, &bytes)
     }
 

@@ -33,12 +33,12 @@ pub(crate) fn drop_all(image: &mut Qcow2, refcounts: &Refcounts) -> Result<()> {
     for bitmap in &bitmaps {
         let mut batch = Batch::default();
         let cluster = image.geometry().cluster_size();
-        for_each_cluster(image, BitmapTable::of(bitmap), |host| batch.release(image, host, cluster))?;
-        batch.release(image, bitmap.table_offset, bitmap.table_bytes());
+        for_each_cluster(image, BitmapTable::of(bitmap), |host| batch.free(image, host, cluster))?;
+        batch.free(image, bitmap.table_offset, bitmap.table_bytes());
         batch.settle(image, refcounts)?;
     }
     let mut batch = Batch::default();
-    batch.release(image, extension.directory_offset, extension.directory_size);
+    batch.free(image, extension.directory_offset, extension.directory_size);
     batch.settle(image, refcounts)
 }
 

@@ -1,4 +1,4 @@
-//! Giving a pending merge up, and saying that there is one.
+//! Gives up an unfinished merge.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -17,7 +17,7 @@ use crate::transfer::target::give_leaks_back;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Aborted {
-    /// The merge; `None` if none was pending.
+    /// The merge; `None` if none was unfinished.
     pub unfinished: Option<UnfinishedMerge>,
     /// Layers that are restore points no more, base among them.
     pub restore_points_lost: Vec<PathBuf>,
@@ -28,7 +28,8 @@ pub struct Aborted {
     pub put_back: bool,
 }
 
-/// Gives up the merge that is pending into the image at `base`: leaked clusters are given back, the dirty bit is cleared, and the journal removed. The overlays hold all
+/// Gives up the unfinished merge into the image at `base`: leaked clusters are freed, the dirty bit is cleared, and the
+/// journal is removed. The overlays hold all
 /// that they held. If somebody has written to base since, only the journal is removed. A header that a power cut has torn
 /// must be whole: see [`heal_image`](super::heal::heal_image).
 ///

@@ -1,4 +1,5 @@
-//! What was before: merges that were stopped, or done, and what the layers asked for mean therefore.
+//! Looks, before a merge is planned, for merges of the same layers that are unfinished or done. They decide what the layers
+//! mean that the caller asks for.
 
 use crate::error::shown;
 use std::cell::OnceCell;
@@ -25,7 +26,7 @@ use crate::storage::{Access, FileId, Host, if_there};
 use crate::transfer::ask::Span;
 use crate::units::GuestOffset;
 
-/// What stopped merges have left.
+/// The unfinished work in the images of a chain.
 #[derive(Debug, Default)]
 pub(crate) struct UnfinishedInChain {
     pub(crate) base: Option<UnfinishedWork>,
@@ -37,7 +38,7 @@ pub(crate) struct UnfinishedInChain {
 }
 
 impl UnfinishedInChain {
-    /// Whether the layer at a position is as a stopped merge has left it.
+    /// Whether the unfinished work explains the layer at a position as it is: nobody else has written to it.
     pub(crate) fn is_ours(&self, at: usize, span: Span) -> bool {
         let unfinished = if at == span.base {
             self.base.as_ref()
@@ -48,8 +49,8 @@ impl UnfinishedInChain {
     }
 }
 
-/// Finds what stopped merges have left in the images that are to be written, and has it read as it should
-/// be; nothing is written.
+/// Finds unfinished work in the images that are to be written. Torn headers read as they should be from then on; nothing
+/// is written.
 pub(crate) fn find_unfinished(
     host: &dyn Host,
     chain: &mut Chain,
@@ -127,8 +128,8 @@ pub(crate) enum Before {
     /// Nothing that keeps it from being planned; with the options as they are meant, if the layers are others than when the
     /// same merge was stopped.
     Open(Option<CommitOptions>),
-    /// It is done but for what is left to be completed: the reason why nothing is merged, and the files that are left to
-    /// be removed.
+    /// The chain is switched, and only the end of the merge is unfinished: the reason why nothing is merged, and the
+    /// obsolete files that are still to be removed.
     Switched(String, Vec<PathBuf>),
     /// It is done: the reason why nothing is merged.
     Merged(String),
@@ -203,8 +204,8 @@ impl<'a> Journals<'a> {
     }
 }
 
-/// The options of a merge whose top is the active image by an index that it has no more, and no other layer: it had that
-/// when the same merge was stopped.
+/// The options with the active image as top, if the caller names top by an index that no layer has any more, and the active
+/// image had it when the same merge was stopped.
 ///
 /// # Errors
 /// The system's.
@@ -230,9 +231,9 @@ fn meant(
     Ok(None)
 }
 
-/// The reason why there is nothing to do but to clean up, and the files that are left to be removed, if a merge was
-/// stopped behind the switch of the chain, and the layer asked for as top is in the chain no more, or is an index: what
-/// it meant then, it means no more.
+/// The reason why nothing is merged, and the obsolete files that are still to be removed, if a merge was stopped behind the
+/// switch of the chain. The layer asked for as top must have left the chain by that switch, or be named by an index: an
+/// index means another layer by now.
 ///
 /// # Errors
 /// The system's.

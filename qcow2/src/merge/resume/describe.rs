@@ -1,4 +1,4 @@
-//! What a journal says of the layers of a merge: as they are now, and which of their files nobody needs when it is done.
+//! What a journal says of the layers of a merge: their stamps now, and which of their files are obsolete when it is done.
 
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, Result};
@@ -74,8 +74,8 @@ fn owns_data_file(layer: &Layer) -> bool {
     layer.data_file.as_ref().is_some_and(|data| data.kept.is_none())
 }
 
-/// The files that nobody needs when the work is done, as they are now: `layers` with their own data files, in this order.
-/// Of each it is known whether its header has the mark of the merge.
+/// The files that are obsolete when the work is done, with their stamps now: `layers` with their own data files, in this
+/// order. Each layer comes with whether its header has the mark of the merge.
 ///
 /// # Errors
 /// The system's.

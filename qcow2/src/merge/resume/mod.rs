@@ -1,4 +1,4 @@
-//! Merges that were stopped: what their journals tell, and how they are taken up, or given up.
+//! Unfinished merges: what their journals tell, and how a merge goes on with one, or gives it up.
 
 pub(crate) mod abort;
 pub(crate) mod before;

@@ -23,7 +23,7 @@ use crate::storage::{
     leads_nowhere, may_be_unlocked,
 };
 
-/// What a stopped merge has left to be removed.
+/// The obsolete layers of an unfinished merge, which are still to be marked or removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ObsoleteLayers {
     /// The image that the layers were merged into.
@@ -56,8 +56,8 @@ fn stat_of(host: &dyn Host, obsolete: &ObsoleteFile) -> Result<Option<FileStat>>
 }
 
 impl ObsoleteLayers {
-    /// What the merge of a journal has left to be removed, if it has changed the chain: none of that is in `chain`, if there is one
-    /// any more. `is_doubtful` tells that somebody has written to base meanwhile.
+    /// The obsolete layers that the merge of a journal lists, if it has switched the chain: none of them is a layer of `chain`,
+    /// if there still is a chain. `is_doubtful` tells that somebody has written to base meanwhile.
     ///
     /// # Errors
     /// The system's.

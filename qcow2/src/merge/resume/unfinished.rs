@@ -31,7 +31,7 @@ pub struct UnfinishedMerge {
     pub is_removing: bool,
 }
 
-/// The merge into the image at `path` that is pending, by the journal beside it or in `dir`. Takes no lock, and
+/// The unfinished merge into the image at `path`, by the journal beside it or in `dir`; `None` if there is none. Takes no lock, and
 /// opens nothing but the image and the journal.
 ///
 /// # Errors
@@ -62,7 +62,7 @@ pub(crate) fn of(journal: &journal::Journal) -> Option<UnfinishedMerge> {
     })
 }
 
-/// The part that is done, in percent; never 100 as long as the work is pending.
+/// The part that is done, in percent; never 100 as long as the work is unfinished.
 pub(crate) fn percent(done: u64, total: u64) -> u64 {
     (u128::from(done) * 100 / u128::from(total.max(1))).min(99) as u64
 }

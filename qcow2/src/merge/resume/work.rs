@@ -1,4 +1,4 @@
-//! An image under a journal: armed, written, and released; and what an earlier work has left of that.
+//! An image that is written under a journal: how the work begins, goes on and ends; and a work that was stopped.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub(crate) struct Work {
     data: Option<Arc<Journaled>>,
 }
 
-/// What a work that was stopped has left.
+/// A work that was stopped: its journal, and what that means for the image as it is now.
 #[derive(Debug)]
 pub(crate) struct UnfinishedWork {
     journal: Arc<Journal>,
@@ -112,13 +112,13 @@ impl UnfinishedWork {
         self.is_ours() && self.judgement.replays && self.judgement.is_torn
     }
 
-    /// Whether it is certain that the image is as the stopped work has left it.
+    /// Whether it is certain that nobody has written to the image since the work was stopped.
     pub(crate) fn is_certain(&self) -> bool {
         self.judgement.verdict == JournalVerdict::Unfinished && !self.needs_proof()
     }
 
-    /// Whether the image may be another one than the stopped work has left. The times of a file that was put back within
-    /// the second after a kill do not tell, so without a dirty bit only those that are known do.
+    /// Whether the image may be another one than the stopped work wrote. A file that was put back within the second after a
+    /// kill has times that fit. So without a dirty bit only the times count that the last record notes.
     pub(crate) fn is_doubtful(&self) -> bool {
         match self.judgement.verdict {
             JournalVerdict::Unfinished => self.needs_proof() && !self.judgement.is_as_known,
@@ -136,7 +136,7 @@ impl UnfinishedWork {
         }
     }
 
-    /// Refuses if what was left belongs to another file, which was renamed and lies beside the image at `path`.
+    /// Refuses if the journal belongs to another file that lies beside the image at `path` under a new name.
     ///
     /// # Errors
     /// [`Refusal::JournalOfRenamed`]; the system's.
@@ -247,7 +247,7 @@ impl UnfinishedWork {
             && self.journal.header().layers.iter().any(|layer| !files.contains(&layer.id))
     }
 
-    /// Whether the image is as an emptying that was stopped has left it.
+    /// Whether the image was being emptied when the work was stopped, and nobody has written to it since.
     pub(crate) fn is_emptying(&self) -> bool {
         let is_begun = self.journal.state().phase >= Phase::Moving;
         self.journal.header().purpose == Purpose::Empty && is_begun && self.is_ours()

@@ -1,9 +1,9 @@
-//! Turning an image into an empty overlay: all its clusters are given back, the file shrinks.
+//! Turns an image into an empty overlay: frees all its clusters, and makes the file smaller.
 //!
-//! Order: L1 entries become zero, a piece of the table at a time; barrier; the refcounts of what they
-//! led to are given back; at the end, when that is durable too, refcount blocks that cover nothing but
-//! themselves are dropped, the file is cut, and the blocks of what is left unused are given back. A crash
-//! in between leaks clusters, and nothing else.
+//! The order, a piece of the L1 table at a time: the entries become zero; barrier; the refcounts of the clusters that they
+//! referred to are lowered. When all of that is durable, refcount blocks that count only themselves are dropped, the file
+//! is cut behind its last cluster, and holes are punched where clusters are free. A crash in between leaks clusters at
+//! most, because no entry refers to a cluster that is already free.
 
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ use crate::image::refcounts::{ClusterIndex, Refcounts};
 use crate::storage::FileKind;
 use crate::units::{GuestOffset, GuestRange};
 
-/// How many references are collected before they are given back.
+/// How many references are collected before their clusters are freed: this bounds the memory.
 const PIECE: usize = 1 << 18;
 
 /// Why an image of version 2 with internal snapshots keeps its size.
@@ -26,7 +26,7 @@ pub(crate) fn may_grow(image: &Qcow2, size: u64) -> bool {
     size <= image.virtual_size() || image.header().version >= 3 || image.header().snapshots == 0
 }
 
-/// Gives back everything that the active L1 table of the image leads to.
+/// Frees every cluster that the active L1 table of the image refers to, and the room in the file.
 ///
 /// # Errors
 /// An I/O error, or tables that are damaged.
@@ -36,16 +36,17 @@ pub(crate) fn empty(image: &mut Qcow2) -> Result<()> {
     finish(image, &mut refcounts)
 }
 
-/// Whose L1 table it is that everything is given back of.
+/// The L1 table whose clusters are freed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FreedTable {
-    /// The one that the header on disk names.
+    /// The header on disk names it: its entries become zero before their clusters are freed.
     InUse,
-    /// The one that the header on disk named before; `image` still knows that header.
+    /// The header on disk names another one by now, and only `image` still has the old header. Its entries need not
+    /// change, since nobody finds them any more.
     Obsolete,
 }
 
-/// Gives back what the L1 table leads to, a piece of the table at a time.
+/// Frees the clusters that the L1 table refers to, a piece of the table at a time.
 ///
 /// # Errors
 /// As [`empty`].
@@ -74,7 +75,7 @@ pub(crate) fn free_clusters(image: &Qcow2, refcounts: &Refcounts, whose: FreedTa
     image.barrier()
 }
 
-/// Frees the room of an image whose L1 table leads to nothing any more.
+/// Frees the room in the file of an image whose L1 table refers to nothing any more.
 ///
 /// # Errors
 /// An I/O error.
@@ -122,8 +123,8 @@ fn references(image: &Qcow2, entry: L1Entry, out: &mut Vec<ClusterIndex>) -> Res
     Ok(())
 }
 
-/// Drops refcount blocks at the end of the file that count nothing but themselves, cuts the file
-/// behind its last cluster, and gives back the blocks of free clusters.
+/// Drops refcount blocks at the end of the file that count nothing but themselves, cuts the file behind its last
+/// cluster, and punches holes where clusters are free.
 fn trim(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
     let bits = image.geometry().cluster_bits();
     let per_block = refcounts.per_block();

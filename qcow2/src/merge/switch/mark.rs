@@ -1,4 +1,4 @@
-//! One merged layer, held as its only user: opened again, marked, or removed.
+//! One merged layer: opened again by its stamp and locked as by its only user, marked, or removed.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -68,7 +68,7 @@ pub(crate) fn mark(path: &Path, file: Arc<dyn Storage>, base: &Path) -> Result<b
     let io = |op, at| move |e| Error::io(path, op, Some(at), e);
     file.read_exact_or_zero(&mut cluster, 0).map_err(io(FileOp::Read, 0))?;
     let Ok(switch) = plan_mark(&cluster, base.as_os_str().as_bytes(), Mark::Merged) else { return Ok(false) };
-    // An image that nobody needs is not worth a write that a power cut may tear.
+    // The image is obsolete: a mark is not worth a write that a power cut may tear.
     if !switch.atomic {
         return Ok(false);
     }

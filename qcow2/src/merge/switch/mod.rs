@@ -1,4 +1,4 @@
-//! The switch of metadata, a layer at a time: another backing name, a mark, an empty disk, a removed file.
+//! What a merge does to single layers once base holds their data: it relinks, marks, empties or removes one.
 
 pub(crate) mod empty;
 pub(crate) mod mark;

@@ -1,5 +1,8 @@
-//! The switch of metadata when base holds the data: relinking the overlay above top, or turning the
-//! active image into an empty overlay; marking and removing what is no longer needed.
+//! Edits of headers once base holds the data: the overlay above top is relinked to base, and merged layers get their marks.
+//!
+//! Every edit is planned before the merge copies anything, because a header may have no room for the new name. The marks go
+//! in two steps: `Merging` before the switch, `Merged` behind it. So a layer that a power cut leaves in between is told from
+//! one that is obsolete.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -66,7 +69,7 @@ pub(crate) fn relink(
     edit_headers(host, &edit(overlay, switch).into_iter().collect::<Vec<_>>(), dir)
 }
 
-/// Gives an image that is written under a journal another backing file.
+/// Relinks an image that is written under a journal: the journal heals the edit if a power cut tears it.
 pub(crate) fn relink_journaled(image: &Qcow2, name: &OsStr, format: &str) -> Result<()> {
     let cluster = read_cluster(image)?;
     let switch = plan_backing_switch(&cluster, name.as_bytes(), format)
@@ -74,8 +77,8 @@ pub(crate) fn relink_journaled(image: &Qcow2, name: &OsStr, format: &str) -> Res
     apply(image, &switch)
 }
 
-/// Marks layers as being merged, side by side; says for each whether its header had room. One without room, or that
-/// cannot be written, stays as it is.
+/// Marks layers as being merged, all in one go, and says for each whether its header had room for the mark. A layer
+/// without room, or one that cannot be written, stays as it is.
 pub(crate) fn mark_merging(
     host: &dyn Host,
     layers: &[&Layer],
@@ -178,7 +181,7 @@ pub(crate) fn mark_emptied(image: &Qcow2, base: &Path, backing: Option<(&OsStr, 
             plan_mark_and_backing(&cluster, (Mark::Emptied, base), name.as_bytes(), format)
                 .map_err(|e| rewrite_error(image.path(), name, e))?
         }
-        // Without the mark, the next merge into base finds a user more.
+        // It can do without the mark: the next merge into base then finds one more user of base, and refuses.
         None => match plan_mark(&cluster, base, Mark::Emptied) {
             Ok(switch) => switch,
             Err(_) => return Ok(()),

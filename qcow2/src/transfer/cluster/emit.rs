@@ -53,9 +53,9 @@ impl Base<'_> {
         batch.set(self.image, cluster.start, entry, source)?;
         if !matches!(outcome, Outcome::InPlace { .. }) {
             if let Some(part) = cluster.compressed {
-                batch.release(self.image, part.host, part.len);
+                batch.free(self.image, part.host, part.len);
             } else if let Some(old) = cluster.host {
-                batch.release(self.image, old, 1);
+                batch.free(self.image, old, 1);
             }
         }
         Ok(())

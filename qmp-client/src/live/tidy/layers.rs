@@ -1,5 +1,5 @@
-//! What becomes of the layers that a merge of QEMU's has left: they are removed, become empty overlays on base, or keep what they
-//! hold, and why. For the end of a merge and for its recovery alike.
+//! What becomes of obsolete layers that QEMU has merged: each is removed, becomes an empty overlay on base, or keeps its data
+//! for a reason that is told. For the end of a merge and for its recovery alike.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::live::plan::{Obstacle, how_to_empty};
 use crate::live::verdict::Switched;
 use crate::state::{Kind, State, StateLayer, stamp_of};
 
-/// What to do with files that are no longer needed.
+/// What to do with obsolete files.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct TidyOptions {

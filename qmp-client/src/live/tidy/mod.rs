@@ -1,4 +1,4 @@
-//! What a live merge leaves: files that nobody needs any more.
+//! The end of a live merge: its obsolete files are removed, emptied, or kept for a reason.
 
 mod layers;
 
@@ -15,7 +15,7 @@ use crate::state::Kind;
 pub use layers::{Tidied, TidyOptions};
 pub(crate) use layers::{Tidy, id};
 
-/// Removes or empties what a merge left, as far as QEMU has let go of it. Base is durable then, and the merge is
+/// Removes or empties the obsolete layers of a merge, as far as QEMU has closed them. Base is durable then, and the merge is
 /// switched.
 pub(crate) fn after(switched: Switched<'_>, files: &Files, options: &TidyOptions) -> Tidied {
     let state = switched.state();

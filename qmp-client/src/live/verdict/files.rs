@@ -1,4 +1,4 @@
-//! What the files of a merge tell: whether they are those that they were, and whether somebody has written to them.
+//! What the files of a merge tell: whether each is still the file of its stamp, and whether somebody has written to it.
 
 use qcow2::stamp::Stamp;
 
@@ -10,16 +10,16 @@ use crate::state::{Kind, Phase, State, StateLayer};
 pub(super) struct MergedFacts {
     /// How many of them an earlier clean-up has emptied, or marked.
     pub(super) treated: usize,
-    /// How many are gone, by whomever.
+    /// How many are not there any more, whoever removed them.
     pub(super) gone: usize,
     /// Whether one that is there keeps no time of its writes.
     pub(super) is_timeless: bool,
 }
 
 impl State {
-    /// The layers, by index, that somebody has written who should not have, or that are other files now: nothing that
-    /// rests on them may be put right or deleted unseen. The marks that the engine for stopped images sets show
-    /// here too.
+    /// The layers, by index, that are other files now, or to which somebody has written who should not have. The user must
+    /// see them before anything that rests on them is put right or deleted. A mark that the engine has set counts as a
+    /// write too.
     pub fn touched(&self, seen: &Seen) -> Vec<usize> {
         let active = self.layers.len();
         let may_be_written = |index: usize| match (self.kind, self.phase) {
@@ -52,7 +52,7 @@ impl State {
     pub(super) fn written(&self, seen: &Seen, index: usize) -> Option<Option<i128>> {
         let (now, tells_time) = seen.stamp(self, index)?;
         if self.treated(seen, index) == Treated::Sealed {
-            // The clean-up wrote there, and nobody behind it.
+            // Only the clean-up has written there: nobody has opened the layer for writing after it.
             return Some(None);
         }
         let before = self.layer(index)?.stamp.as_ref().filter(|_| tells_time)?;
@@ -76,8 +76,8 @@ impl State {
         Ok(())
     }
 
-    /// Looks at layers that were merged. One that is another file, or that somebody has written to, leaves a doubt: what
-    /// it holds now was never merged.
+    /// Looks at layers that were merged. If one is another file, or somebody has written to it, that is a doubt: what it
+    /// holds now was never merged.
     pub(super) fn look_at_merged<'a>(
         &self,
         seen: &Seen,

@@ -1,8 +1,8 @@
-//! The one judge of merges that were interrupted: commits, of the active layer and below it, and pulls.
+//! The one judge of interrupted merges: active commits, commits below the active layer, and pulls.
 //!
 //! [`State::judge`] is pure: it is given what the state file says and what is seen of the images and of QEMU, and asks for
 //! nothing itself. Where the images must be compared, it says so, and is asked again. Whoever acts on a merge that it has
-//! not seen through itself needs a [`Ruling`], and only this module makes one.
+//! not watched to its end needs a [`Ruling`], and only this module makes one.
 
 mod doubt;
 mod files;
@@ -85,7 +85,7 @@ pub enum Treated {
 }
 
 impl Treated {
-    /// Whether it has been emptied, or that has begun: base had all that it held.
+    /// Whether it is empty, or is being emptied. Either begins only when base holds all that the layer held.
     fn is_begun(self) -> bool {
         matches!(self, Self::Emptied | Self::Sealed)
     }
@@ -115,7 +115,7 @@ pub enum Verdict {
     /// was copied is not seen by the guest. The state file can go, and the merge can begin anew.
     NotSwitched,
     /// It is switched, and what lies under the new chain is whole. The merged layers, and after an active commit the old
-    /// active layer, are not needed any more; they, and then the state file, are left to clean up.
+    /// active layer, are obsolete; they, and then the state file, are still to be cleaned up.
     Switched,
     /// The header was switched, and base lacks data that the merged layers hold as they held it: the overlay is to name top
     /// again.

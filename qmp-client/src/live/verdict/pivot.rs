@@ -10,7 +10,7 @@ impl State {
         let (Some(old), Some(base)) = (self.active(), self.layer(self.base)) else {
             return Err(Doubt::NoHeader);
         };
-        // A base that only QEMU can look at: its file tells nothing, and the old active image alone must.
+        // If only QEMU can look at base, its file tells nothing. Then the old active image alone decides.
         let base_is_known = Obstacle::of_base(base).is_none();
         if base_is_known {
             self.are_there(seen, [base])?;
@@ -31,7 +31,8 @@ impl State {
             return Err(Doubt::Moved { file: old.file.clone(), gone: false });
         }
         if old.stamp.is_some() && seen.stamps.first().is_none_or(Option::is_none) {
-            // Base had all of it when the switch was noted, and it cannot be the disk any more.
+            // The old active image is not there any more, so it cannot be the disk; and base held all of it when the switch
+            // was noted.
             return self.are_there(seen, self.layers_after()).map(|()| Verdict::Switched);
         }
         self.are_there(seen, [old])?;
@@ -50,15 +51,15 @@ impl State {
         }
     }
 
-    /// Nothing is noted of a pivot. Another client may have pivoted all the same, by QEMU's own commands, and what the guest
-    /// wrote from then on is in base alone: the old chain is the disk only where base cannot have been.
+    /// The state notes no pivot. Another client may have pivoted all the same, by QEMU's own commands, and then base alone
+    /// holds what the guest wrote afterwards. So the old chain counts as the disk only where base cannot have been.
     fn judge_unnoted(&self, seen: &Seen, base_is_known: bool) -> Doubtful<Verdict> {
         if seen.qemu == Qemu::ShowsBefore {
             return Ok(Verdict::NotSwitched);
         }
         let base = self.written(seen, self.base);
         let unwritten = base == Some(None);
-        // A client that waited until all was copied saw QEMU go before. QEMU pivots only after.
+        // QEMU pivots only when all is copied. A client that waited for the copy saw QEMU go before that.
         let gone_before =
             matches!((base, self.gone_ns), (Some(Some(written)), Some(gone)) if written <= i128::from(gone));
         if seen.same_boot && (unwritten || gone_before) {
@@ -69,7 +70,7 @@ impl State {
         }
         match seen.compared {
             Compared::NotYet => Ok(Verdict::Compare),
-            // Whichever it is, nothing is lost in the old chain.
+            // Both hold the same, so the old chain loses nothing.
             Compared::Equal => Ok(Verdict::NotSwitched),
             // QEMU pivots only when all was copied once.
             Compared::Differs(_) if seen.never_copied => Ok(Verdict::NotSwitched),
@@ -82,7 +83,7 @@ impl State {
     /// clean-up has changed the layers between, so that there is no old chain any more to compare base with.
     fn judge_superseded(&self, seen: &Seen, is_begun: bool) -> Doubtful<Verdict> {
         let old = self.layers.len();
-        // Where QEMU has closed it since, a comparison tells: a time proves nothing that any program can set.
+        // If QEMU has closed it since, its time has changed, and only a comparison tells: any program can set a time.
         let quiet = self.written(seen, old) == Some(None);
         let base = self.written(seen, self.base);
         let two_disks = || Doubt::TwoDisks {
@@ -123,7 +124,7 @@ impl State {
                 None => Err(Doubt::OldUnseen),
             },
             (Phase::Switching, _) => match (base, active) {
-                // Whatever base holds is at least what the active layer held.
+                // Nobody wrote to the old active image, and base held all of it: base loses nothing.
                 (_, Some(None)) => Ok(Verdict::Switched),
                 // QEMU has flushed base before it holds the guest, so only the guest writes there now, and only
                 // behind the pivot. The old active image gets its tables when QEMU closes it. What was written to
