@@ -18,6 +18,8 @@
 //! - [`merge`]: layers merged down into a base: planned, carried out, verified.
 //! - [`retire`]: layers that QEMU has merged: marked, removed, made empty overlays, compared with base.
 //! - [`compare`] and [`convert`]: two views compared; a chain as one new file.
+//! - [`by_name`]: an image checked, repaired or restored by its name, under the lock that this needs.
+//! - [`facts`]: what an image, or each layer of a chain, is.
 //!
 //! ```no_run
 //! use std::{path::Path, sync::Arc, sync::atomic::AtomicBool};
@@ -38,11 +40,13 @@
 //! # Ok::<(), qcow2::Error>(())
 //! ```
 
+pub mod by_name;
 pub mod chain;
 pub mod check;
 pub mod compare;
 pub mod convert;
 pub mod error;
+pub mod facts;
 pub mod format;
 #[cfg(feature = "testing")]
 #[doc(hidden)]
@@ -52,6 +56,7 @@ pub mod journal;
 pub mod merge;
 pub mod repair;
 pub mod retire;
+mod serial;
 #[cfg(test)]
 #[path = "../../testdata/skipped.rs"]
 mod skipped;

@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// The floors, the ground floor first.
-const FLOORS: [&str; 16] = [
-    "units", "format", "error", "storage", "stamp", "journal", "image", "chain", "check", "repair",
-    "transfer", "merge", "retire", "compare", "convert", "fuzzing",
+const FLOORS: [&str; 19] = [
+    "serial", "units", "format", "error", "storage", "stamp", "journal", "image", "chain", "check", "repair",
+    "transfer", "merge", "retire", "compare", "convert", "facts", "by_name", "fuzzing",
 ];
 
 /// A path of names, beginning behind `crate`.

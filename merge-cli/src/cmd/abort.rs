@@ -10,7 +10,7 @@ use crate::call::Call;
 use crate::cli::AbortArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::output::json::{path, paths};
+use crate::output::json::{merged, path, value};
 use crate::output::{Console, size};
 use crate::signals::Stop;
 
@@ -29,14 +29,13 @@ pub(super) fn run(args: &AbortArgs, call: &Call, console: &Console) -> Result<Ex
     });
     let done = done.map_err(|e| Failure::engine(&e, call))?;
     if console.is_json() {
-        console.document(&json!({
+        let unfinished = done.unfinished.as_ref();
+        let more = json!({
             "base": path(&args.base),
-            "aborted": done.unfinished.is_some(),
-            "bytes-done": done.unfinished.as_ref().map_or(0, |unfinished| unfinished.done),
-            "written-since": done.written_since,
-            "put-back": done.put_back,
-            "restore-points-lost": paths(&done.restore_points_lost),
-        }))?;
+            "aborted": unfinished.is_some(),
+            "bytes-done": unfinished.map_or(0, |unfinished| unfinished.done),
+        });
+        console.document(&merged(value(&done), more))?;
     } else {
         console.result(&human(&done, args))?;
     }

@@ -2,19 +2,17 @@
 
 mod restore;
 
-use qcow2::error::shown;
 use std::path::Path;
-use std::sync::Arc;
 
-use qcow2::chain::{OpenOptions, open_data_file};
-use qcow2::check::{self, CheckOptions, CheckReport, Severity, Verdict};
-use qcow2::error::FileOp;
-use qcow2::image::{ImageFormat, Qcow2};
-use qcow2::merge;
-use qcow2::repair::{self, RepairMode, RepairPlan};
-use qcow2::storage::{Access, Host, LockError, LockMode, OsHost, Storage, may_be_unlocked};
+use qcow2::by_name::{CheckRequest, Checked, check_named};
+use qcow2::chain::OpenOptions;
+use qcow2::check::Verdict;
+use qcow2::error::shown;
+use qcow2::image::ImageFormat;
+use qcow2::repair::RepairMode;
+use qcow2::storage::OsHost;
 use qcow2::{Error, ErrorKind};
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
 use super::open;
 use crate::call::Call;
@@ -24,7 +22,7 @@ use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, can_be_flattened, free_name, word};
 use crate::output::Console;
 use crate::output::human::plural;
-use crate::output::json::path;
+use crate::output::json::{merged, path, value};
 use crate::output::size;
 
 /// Checks the image and its external data file, and repairs the image if asked to; other files are not
@@ -34,10 +32,17 @@ pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Ex
         return restore::run(args, from, call, console);
     }
     let options = OpenOptions { lock: true, ..open::image_options(&args.open) };
-    let outcome = check(args, &options).map_err(|e| failure(&e, args, call))?;
+    let repair = args.repair.map(|what| match what {
+        RepairWhat::Leaks => RepairMode::Leaks,
+        RepairWhat::All => RepairMode::All,
+    });
+    let request = CheckRequest { repair, dry_run: args.dry_run, backup: args.backup.as_deref() };
+    let outcome =
+        check_named(&OsHost, &args.image, &options, &request).map_err(|e| failure(&e, args, call))?;
     let Some(outcome) = outcome else { return Err(nothing_to_check(&args.image)) };
     if console.is_json() {
-        console.document(&json(&args.image, &outcome))?;
+        let file = json!({ "filename": path(&args.image), "format": ImageFormat::Qcow2.name() });
+        console.document(&merged(value(&outcome), file))?;
     } else {
         console.result(&human(&args.image, &outcome))?;
     }
@@ -49,26 +54,6 @@ pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Ex
     })
 }
 
-/// What came out.
-// There is one of these, and it is about as large as what it holds.
-#[allow(clippy::large_enum_variant)]
-enum CheckOutcome {
-    Checked(CheckReport),
-    Planned(RepairPlan),
-    Repaired(RepairPlan),
-}
-
-impl CheckOutcome {
-    /// The state that the exit code tells: that of the image as it is now.
-    fn report(&self) -> &CheckReport {
-        match self {
-            Self::Checked(report) => report,
-            Self::Planned(plan) => &plan.before,
-            Self::Repaired(plan) => &plan.after,
-        }
-    }
-}
-
 /// An image in use is something else than a failed check when it was to be repaired.
 fn failure(error: &Error, args: &CheckArgs, call: &Call) -> Failure {
     match Failure::engine(error, call) {
@@ -77,54 +62,6 @@ fn failure(error: &Error, args: &CheckArgs, call: &Call) -> Failure {
         }
         other => other,
     }
-}
-
-/// Checks under a reader's lock, repairs under a writer's; `None` for raw images.
-fn check(args: &CheckArgs, options: &OpenOptions) -> qcow2::Result<Option<CheckOutcome>> {
-    let image = &args.image;
-    let file = open_locked(image, args.repair.is_some() && !args.dry_run, args.open.no_lock)?;
-    let format = match options.active_format {
-        Some(format) => format,
-        None => ImageFormat::detect_readable(image, &*file)?,
-    };
-    if format == ImageFormat::Raw {
-        return Ok(None);
-    }
-    let cluster0 = Qcow2::read_cluster0(image, &*file)?;
-    let data = open_data_file(&OsHost, image, &*file, &cluster0, options)?;
-    let data_file = data.as_ref().map(|(data, storage)| (&*data.path, &**storage as &dyn Storage));
-    merge::refuse_torn(&OsHost, image, &*file, data_file, cluster0.header.is_dirty())?;
-    let data = data_file.map(|(_, storage)| storage);
-    let how = CheckOptions::default();
-    let Some(what) = args.repair else {
-        return check::check(image, &*file, data, &how).map(CheckOutcome::Checked).map(Some);
-    };
-    let what = match what {
-        RepairWhat::Leaks => RepairMode::Leaks,
-        RepairWhat::All => RepairMode::All,
-    };
-    if args.dry_run {
-        return repair::plan(image, &*file, data, what, &how).map(CheckOutcome::Planned).map(Some);
-    }
-    let done = match &args.backup {
-        Some(to) => repair::repair_with_backup(image, &*file, data, what, &OsHost, to, &how),
-        None => repair::repair(image, &*file, data, what, &how),
-    };
-    done.map(CheckOutcome::Repaired).map(Some)
-}
-
-/// Opens an image under a lock, for reading or for writing.
-fn open_locked(image: &Path, writes: bool, no_locks: bool) -> qcow2::Result<Arc<dyn Storage>> {
-    let (access, mode) =
-        if writes { (Access::ReadWrite, LockMode::Write) } else { (Access::Read, LockMode::Read) };
-    let file = OsHost.open(image, access).map_err(|e| Error::io(image, FileOp::Open, None, e))?;
-    let id = file.stat().map_err(|e| Error::io(image, FileOp::Stat, None, e))?.id;
-    file.lock(mode).map_err(|e| match e {
-        LockError::Held { .. } => Error::InUse { path: image.to_owned(), holders: OsHost.holders(id) },
-        LockError::Io(e) => Error::io(image, FileOp::Lock, None, e),
-    })?;
-    may_be_unlocked(&OsHost, image, id, &*file, access, no_locks)?;
-    Ok(file)
 }
 
 fn nothing_to_check(image: &Path) -> Failure {
@@ -138,15 +75,15 @@ fn nothing_to_check(image: &Path) -> Failure {
 }
 
 /// What was done, what was found, worst first, and what it means.
-fn human(image: &Path, outcome: &CheckOutcome) -> String {
+fn human(image: &Path, outcome: &Checked) -> String {
     let report = outcome.report();
     let (mut lines, repaired) = match outcome {
-        CheckOutcome::Checked(_) => (Vec::new(), false),
-        CheckOutcome::Planned(plan) => return format!("This would be done:\n{plan}"),
-        CheckOutcome::Repaired(plan) => (plan.steps(), true),
+        Checked::Planned(plan) => return format!("This would be done:\n{plan}"),
+        Checked::Repaired(plan) => (plan.steps(), true),
+        _ => (Vec::new(), false),
     };
     for finding in &report.findings {
-        lines.push(format!("{}: {finding}", name(finding.severity)));
+        lines.push(format!("{}: {finding}", finding.severity));
     }
     let counted = report.corruptions + report.check_errors + report.leaks;
     let told: u64 = report.findings.iter().map(|finding| finding.clusters).sum();
@@ -196,78 +133,4 @@ fn human(image: &Path, outcome: &CheckOutcome) -> String {
 fn saving(image: &Path) -> Option<Command> {
     let output = free_name(image).filter(|_| can_be_flattened(image))?;
     Some(Command::qmerge(["flatten"]).file(image).word("-o").file(output))
-}
-
-fn name(severity: Severity) -> &'static str {
-    match severity {
-        Severity::Corruption => "corruption",
-        Severity::Error => "error",
-        Severity::Leak => "leak",
-    }
-}
-
-/// The object of `qemu-img check --output=json`, which leaves zeros out, the findings, and the plan of a
-/// repair.
-fn json(image: &Path, outcome: &CheckOutcome) -> Value {
-    let report = outcome.report();
-    let mut out = Map::new();
-    out.insert("filename".into(), path(image));
-    out.insert("format".into(), ImageFormat::Qcow2.name().into());
-    out.insert("check-errors".into(), report.check_errors.into());
-    out.insert("image-end-offset".into(), report.image_end_offset.into());
-    out.insert("total-clusters".into(), report.total_clusters.into());
-    for (key, number) in [
-        ("allocated-clusters", report.allocated_clusters),
-        ("fragmented-clusters", report.fragmented_clusters),
-        ("compressed-clusters", report.compressed_clusters),
-        ("corruptions", report.corruptions),
-        ("leaks", report.leaks),
-    ] {
-        if number > 0 {
-            out.insert(key.into(), number.into());
-        }
-    }
-    let findings = report.findings.iter().map(|finding| {
-        let mut object = json!({
-            "severity": name(finding.severity),
-            "host-offset": finding.host.get(),
-            "clusters": finding.clusters,
-            "message": finding.to_string(),
-        });
-        if let Some(guest) = finding.guest {
-            object["guest-offset"] = guest.get().into();
-        }
-        object
-    });
-    out.insert("findings".into(), findings.collect());
-    let (key, plan) = match outcome {
-        CheckOutcome::Checked(_) => return Value::Object(out),
-        CheckOutcome::Planned(plan) => ("plan", plan),
-        CheckOutcome::Repaired(plan) => {
-            for (key, number) in
-                [("corruptions-fixed", plan.corruptions_fixed()), ("leaks-fixed", plan.leaks_fixed())]
-            {
-                if number > 0 {
-                    out.insert(key.into(), number.into());
-                }
-            }
-            ("repair", plan)
-        }
-    };
-    out.insert(
-        key.into(),
-        json!({
-            "refcounts-raised": plan.raised,
-            "refcounts-lowered": plan.lowered,
-            "clusters-freed": plan.freed,
-            "flags-corrected": plan.flags,
-            "refcounts-rebuilt": plan.rebuilt.is_some(),
-            "dirty-bit-cleared": plan.clears_dirty(),
-            "corrupt-bit-cleared": plan.clears_corrupt(),
-            "corruptions-left": plan.after.corruptions,
-            "leaks-left": plan.after.leaks,
-            "steps": plan.steps(),
-        }),
-    );
-    Value::Object(out)
 }

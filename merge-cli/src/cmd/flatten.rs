@@ -1,14 +1,11 @@
 //! `qmerge flatten`: a chain, or its upper part, as one new file.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use qcow2::ErrorKind;
 use qcow2::convert::{Flatten, FlattenOptions, FlattenPlan, FlattenReport};
 use qcow2::error::shown;
-use qcow2::merge::Totals;
 use qcow2::storage::OsHost;
-use serde_json::{Value, json};
 
 use super::open;
 use crate::call::Call;
@@ -16,7 +13,7 @@ use crate::cli::FlattenArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Console;
-use crate::output::json::{path, paths};
+use crate::output::json::{merged, paths, value};
 use crate::output::progress::Meter;
 use crate::output::size;
 use crate::signals::Stop;
@@ -42,7 +39,7 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
     let flatten = Flatten::prepare(Arc::new(OsHost), &args.active, &options, stop.flag()).map_err(&failed)?;
     open::warn_unlocked(&flatten.chain().unlocked(), console);
     let plan = flatten.plan().clone();
-    console.event("plan", common(&plan, &plan.totals, plan.file_size_after))?;
+    console.event("plan", value(&plan))?;
     if plan.is_room_unknown {
         console.warn(&format!(
             "warning: the file system of {} does not say how much is free; when it is full, no file is left behind",
@@ -58,10 +55,8 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
     }
     let report = flatten.execute(&meter, stop.flag()).map_err(&failed)?;
     drop(meter);
-    let mut fields = common(&plan, &report.totals, report.file_size);
-    fields["actual-size"] = report.allocated.into();
+    let mut fields = merged(value(&plan), value(&report));
     fields["cut-short"] = paths(&cut_short);
-    fields["seconds"] = report.elapsed.as_secs_f64().into();
     console.event("result", fields)?;
     console.result(&human(&plan, &report))?;
     Ok(Exit::DONE)
@@ -80,20 +75,4 @@ fn human(plan: &FlattenPlan, report: &FlattenReport) -> String {
         size::short(report.totals.bytes_to_copy),
         size::duration(report.elapsed.as_secs_f64())
     )
-}
-
-fn common(plan: &FlattenPlan, totals: &Totals, file_size: u64) -> Value {
-    json!({
-        "active": path(&plan.active),
-        "output": path(&plan.output),
-        "format": plan.to.name(),
-        "base": plan.base.as_deref().map(path),
-        "backing-filename": plan.backing_name.as_ref().map(|name| path(Path::new(name))),
-        "virtual-size": plan.virtual_size,
-        "bytes-to-copy": totals.bytes_to_copy,
-        "bytes-to-zero": totals.bytes_to_zero,
-        "clusters-to-allocate": totals.clusters_to_allocate,
-        "file-size-after": file_size,
-        "room-unknown": plan.is_room_unknown,
-    })
 }

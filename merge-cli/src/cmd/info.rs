@@ -1,24 +1,25 @@
 //! `qmerge info`: what an image, or each layer of its chain, is.
 
-mod facts;
 mod human;
-mod json;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use qcow2::ErrorKind;
-use qcow2::chain::view::Supply;
-use qcow2::chain::{self, Chain};
-use qcow2::image::{Image, Mapping};
+use qcow2::facts::{ImageFacts, of_chain};
 use qcow2::storage::OsHost;
+use qmp_client::{Outline, Unfinished};
+use serde_json::{Value, json};
 
-use self::facts::Facts;
-use super::{open, walk};
+use super::open;
 use crate::call::Call;
 use crate::cli::InfoArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Console;
+use crate::output::json::{path, value};
+
+/// A merge of a running virtual machine that has not come to its end: its state file, and what that says if it can be read.
+type LiveMerge = Option<(PathBuf, Option<Outline>)>;
 
 /// Prints what the image is. Without `--chain` no other file is opened.
 pub(super) fn run(args: &InfoArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
@@ -26,11 +27,12 @@ pub(super) fn run(args: &InfoArgs, call: &Call, console: &Console) -> Result<Exi
         return chain(args, call, console);
     }
     let (format, dir) = (args.open.image.format.map(Into::into), args.journal_dir.as_deref());
-    let facts = Facts::read(&OsHost, &args.image, format, dir).map_err(|e| Failure::engine(&e, call))?;
+    let facts = ImageFacts::read(&OsHost, &args.image, format, dir).map_err(|e| Failure::engine(&e, call))?;
+    let live = live_merge(&args.image);
     if console.is_json() {
-        console.document(&json::image(&facts))?;
+        console.document(&with_live(value(&facts), &live))?;
     } else {
-        console.result(&human::image(&facts))?;
+        console.result(&human::image(&facts, &live))?;
     }
     match &facts.problem {
         // A sound image that is not for this engine has been shown like any other.
@@ -39,54 +41,42 @@ pub(super) fn run(args: &InfoArgs, call: &Call, console: &Console) -> Result<Exi
     }
 }
 
-/// A layer of a chain: what it is, and what the guest still sees through it.
-#[derive(Debug)]
-struct Layer {
-    index: usize,
-    facts: Facts,
-    /// Bytes of data that the guest reads from this layer.
-    visible_data: u64,
-    /// Bytes that the guest reads as zeros because this layer says so.
-    visible_zeros: u64,
-}
-
 /// Prints every layer, from the active image down.
 fn chain(args: &InfoArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
     let chain = open::chain(&args.image, &open::options(&args.open), call)?;
-    let mut layers = read_layers(&chain, args.journal_dir.as_deref(), call)?;
-    count_visible(&chain, &mut layers, call)?;
-    layers.reverse();
+    let facts = of_chain(&OsHost, &chain, args.journal_dir.as_deref());
+    let facts = facts.map_err(|e| Failure::engine(&e, call))?.into_iter().rev();
+    let layers: Vec<_> = facts.map(|layer| (live_merge(&layer.facts.path), layer)).collect();
     if console.is_json() {
-        console.document(&json::chain(&layers))?;
+        console.document(&layers.iter().map(|(live, layer)| with_live(value(layer), live)).collect())?;
     } else {
         console.result(&human::chain(&layers))?;
     }
     Ok(Exit::DONE)
 }
 
-fn read_layers(chain: &Chain, dir: Option<&Path>, call: &Call) -> Result<Vec<Layer>, Failure> {
-    let layers = chain.layers().iter().map(|layer| {
-        let facts = Facts::read(&OsHost, &layer.path, Some(layer.image.format()), dir)?;
-        Ok(Layer { index: layer.index, facts, visible_data: 0, visible_zeros: 0 })
-    });
-    layers.collect::<Result<_, _>>().map_err(|e| Failure::engine(&e, call))
+/// The merge of which this was the active image.
+fn live_merge(image: &Path) -> LiveMerge {
+    match Unfinished::beside(image) {
+        Ok(merge) => merge.map(|merge| {
+            let merge = merge.outline();
+            (merge.state_file().to_owned(), Some(merge))
+        }),
+        Err(qmp_client::Error::State { path, .. }) => Some((path, None)),
+        Err(_) => None,
+    }
 }
 
-/// What the guest sees through a layer of a format that is not read here is what no layer above it holds; that is not
-/// counted.
-fn count_visible(chain: &Chain, layers: &mut [Layer], call: &Call) -> Result<(), Failure> {
-    let is_foreign = |layer: &chain::Layer| matches!(layer.image, Image::Foreign(_));
-    let from = usize::from(chain.layers().first().is_some_and(is_foreign));
-    walk::walk_above(chain, from, call, |part| {
-        let (layer, zeros) = match part.supply {
-            Supply::Layer { layer, mapping } => (layer, matches!(mapping, Mapping::Zero { .. })),
-            Supply::PastEnd { layer } => (layer, true),
-            Supply::Nothing => return Ok(()),
-        };
-        if let Some(layer) = layers.get_mut(layer) {
-            let count = if zeros { &mut layer.visible_zeros } else { &mut layer.visible_data };
-            *count = count.saturating_add(part.range.len);
-        }
-        Ok(())
-    })
+fn with_live(mut fields: Value, live: &LiveMerge) -> Value {
+    if let Some((file, state)) = live {
+        let state = state.as_ref();
+        fields["live-merge"] = json!({
+            "state-file": path(file),
+            "disk": state.map(|s| s.disk.as_str()),
+            "kind": state.map(|s| s.kind),
+            "phase": state.map(|s| s.phase),
+            "valid-top": state.map(|s| s.valid_top.as_str()),
+        });
+    }
+    fields
 }

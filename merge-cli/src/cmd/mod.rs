@@ -12,7 +12,6 @@ mod live;
 mod map;
 mod open;
 mod pull;
-mod walk;
 
 use std::ffi::OsString;
 use std::path::Path;

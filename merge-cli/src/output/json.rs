@@ -5,6 +5,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use qcow2::error::is_harmful;
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::failure::Report;
@@ -28,6 +29,20 @@ pub(crate) fn error(report: &Report) -> Value {
         "hints": report.hint.json(),
         "exit-code": report.exit.code(),
     })
+}
+
+/// A value of a library as it says itself.
+pub(crate) fn value(of: &impl Serialize) -> Value {
+    // What the libraries write has strings for keys, and no names but lossy ones.
+    serde_json::to_value(of).unwrap_or_default()
+}
+
+/// Both objects in one; what the second says counts.
+pub(crate) fn merged(mut first: Value, second: Value) -> Value {
+    if let (Value::Object(fields), Value::Object(more)) = (&mut first, second) {
+        fields.extend(more);
+    }
+    first
 }
 
 /// A path; bytes that are no UTF-8 are replaced, as JSON has no way to write them.

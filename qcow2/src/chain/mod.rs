@@ -18,6 +18,7 @@ mod search;
 mod siblings;
 mod signs;
 pub mod view;
+mod walk;
 
 use std::path::PathBuf;
 
@@ -37,6 +38,7 @@ pub use search::Search;
 pub use siblings::{Sibling, Siblings, find_users, find_users_in};
 pub use signs::Lookalike;
 pub(crate) use signs::{Looked, find_lookalikes, other_names};
+pub use walk::{MapEntry, Mapper};
 
 /// An opened chain, the bottom first, the active image last. It has one layer or more.
 #[derive(Debug)]

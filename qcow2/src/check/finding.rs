@@ -7,12 +7,15 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
+use serde::{Serialize, Serializer};
+
 use crate::error::{Error, FileOp};
 use crate::format::FormatError;
 use crate::units::{GuestOffset, HostOffset};
 
 /// How bad a finding is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// The guest's data is damaged, or will be when the image is written.
     Corruption,
@@ -20,6 +23,16 @@ pub enum Severity {
     Error,
     /// Space is lost, and nothing else.
     Leak,
+}
+
+impl fmt::Display for Severity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Corruption => "corruption",
+            Self::Error => "error",
+            Self::Leak => "leak",
+        })
+    }
 }
 
 /// A part of an image.
@@ -125,6 +138,29 @@ pub struct Finding {
     pub clusters: u64,
     /// The guest offset in the active disk that is affected, where it is known: the first one.
     pub guest: Option<GuestOffset>,
+}
+
+impl Serialize for Finding {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        #[serde(rename_all = "kebab-case")]
+        struct Shape {
+            severity: Severity,
+            host_offset: u64,
+            clusters: u64,
+            message: String,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            guest_offset: Option<u64>,
+        }
+        Shape {
+            severity: self.severity,
+            host_offset: self.host.get(),
+            clusters: self.clusters,
+            message: self.to_string(),
+            guest_offset: self.guest.map(GuestOffset::get),
+        }
+        .serialize(to)
+    }
 }
 
 /// Something that could not be read.

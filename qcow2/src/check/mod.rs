@@ -34,6 +34,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 pub use finding::{Finding, Severity, Structure, What};
 
+use serde::Serialize;
+
 use crate::error::{Error, Refusal, Result};
 use crate::format::FormatError;
 use crate::storage::Storage;
@@ -53,13 +55,16 @@ pub struct CheckOptions<'a> {
 }
 
 /// What a check found. The numbers are those of `qemu-img check --output=json`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct CheckReport {
     /// How much is corrupt: clusters and entries whose data is damaged, or will be when the image is
     /// written.
+    #[serde(skip_serializing_if = "is_zero")]
     pub corruptions: u64,
     /// How many clusters are lost space: their refcount is higher than their references.
+    #[serde(skip_serializing_if = "is_zero")]
     pub leaks: u64,
     /// How many structures could not be read.
     pub check_errors: u64,
@@ -68,20 +73,32 @@ pub struct CheckReport {
     /// The clusters of the guest's disk.
     pub total_clusters: u64,
     /// Those that have a host cluster.
+    #[serde(skip_serializing_if = "is_zero")]
     pub allocated_clusters: u64,
     /// Those of them that do not follow their predecessor; compressed ones always count.
+    #[serde(skip_serializing_if = "is_zero")]
     pub fragmented_clusters: u64,
     /// Those that are compressed.
+    #[serde(skip_serializing_if = "is_zero")]
     pub compressed_clusters: u64,
     /// What is wrong, by severity and host offset: the first thousand of each severity.
     pub findings: Vec<Finding>,
     /// Whether every reference could be followed. If not, clusters that are reported as leaked may belong
     /// to a structure that could not be read, and must not be given back.
+    #[serde(skip)]
     pub references_complete: bool,
     /// Whether the image is marked dirty: it was not closed cleanly, and wrong refcounts are no surprise.
+    #[serde(skip)]
     pub dirty: bool,
     /// Whether the image is marked corrupt.
+    #[serde(skip)]
     pub marked_corrupt: bool,
+}
+
+/// QEMU leaves zeros out.
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+pub(crate) fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// The outcome of a check in one word, as the exit code of `qemu-img check` tells it.

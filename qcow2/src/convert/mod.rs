@@ -13,6 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
+use serde::{Serialize, Serializer};
+
 use crate::chain::view::View;
 use crate::chain::{Chain, Layer, OpenOptions, new_backing_name};
 use crate::error::{Error, FileOp, Refusal, Result, shown};
@@ -21,6 +23,7 @@ use crate::image::create::{CreateOptions, NewImageLayout, dir_of, whole_sectors}
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, ImageFormat, Qcow2, Raw};
 use crate::merge::open_whole;
+use crate::serial;
 use crate::storage::{Host, MemFile, Storage};
 use crate::transfer::{Job, Progress, Question, Run, Totals, Writer, Zeros};
 use target::Temporary;
@@ -41,39 +44,65 @@ pub struct FlattenOptions {
 }
 
 /// What a flatten will do.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct FlattenPlan {
     /// The chain's active image.
+    #[serde(serialize_with = "serial::name")]
     pub active: PathBuf,
     /// The new file.
+    #[serde(serialize_with = "serial::name")]
     pub output: PathBuf,
     /// Its format.
+    #[serde(rename = "format")]
     pub to: ImageFormat,
     /// The layer that becomes its backing file.
+    #[serde(serialize_with = "serial::some_name")]
     pub base: Option<PathBuf>,
     /// The backing name that is written into it.
+    #[serde(rename = "backing-filename", serialize_with = "serial::some_name")]
     pub backing_name: Option<OsString>,
     /// The size of its disk in bytes.
     pub virtual_size: u64,
     /// What is copied and taken.
+    #[serde(flatten, serialize_with = "moved")]
     pub totals: Totals,
     /// The most bytes that it will take on the disk. (A raw file is as long as its disk, with holes.)
     pub file_size_after: u64,
     /// Whether the file system does not say how much is free.
+    #[serde(rename = "room-unknown")]
     pub is_room_unknown: bool,
 }
 
 /// How a flatten came out.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct FlattenReport {
     /// What was copied and taken.
+    #[serde(flatten, serialize_with = "moved")]
     pub totals: Totals,
     /// The length of the new file in bytes.
+    #[serde(rename = "file-size-after")]
     pub file_size: u64,
     /// Bytes that it holds on the disk.
+    #[serde(rename = "actual-size")]
     pub allocated: u64,
     /// How long it took.
+    #[serde(rename = "seconds", serialize_with = "serial::seconds")]
     pub elapsed: Duration,
+}
+
+/// What programs are told of the bytes: all that is copied is written.
+fn moved<S: Serializer>(totals: &Totals, to: S) -> std::result::Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Moved {
+        bytes_to_copy: u64,
+        bytes_to_zero: u64,
+        clusters_to_allocate: u64,
+    }
+    let Totals { bytes_to_copy, bytes_to_zero, clusters_to_allocate, .. } = *totals;
+    Moved { bytes_to_copy, bytes_to_zero, clusters_to_allocate }.serialize(to)
 }
 
 /// A flatten that is ready to be carried out: its chain is open and locked for reading.

@@ -26,6 +26,8 @@ pub(crate) mod rewrite;
 use std::path::Path;
 use std::sync::Arc;
 
+use serde::{Serialize, Serializer};
+
 use crate::error::{Error, FileOp, Result};
 use crate::format::{CONTAINER_HEAD, CONTAINER_TAIL, Container, is_qcow2};
 use crate::storage::Storage;
@@ -51,6 +53,12 @@ pub enum ImageFormat {
     Qcow2,
     /// Another format: its bytes are never read as a disk, and never written.
     Foreign(Container),
+}
+
+impl Serialize for ImageFormat {
+    fn serialize<S: Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
+        to.serialize_str(self.name())
+    }
 }
 
 impl ImageFormat {

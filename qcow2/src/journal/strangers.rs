@@ -5,14 +5,18 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::Serialize;
+
 use super::place::{JOURNAL, SWITCH};
+use crate::serial;
 use crate::storage::{Host, Place};
 
 /// A file about an image that does not count, as it belongs to somebody who may not write the image.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Stranger {
     /// The file.
+    #[serde(serialize_with = "serial::name")]
     pub file: PathBuf,
     /// The number of the user to whom it belongs.
     pub user: u32,

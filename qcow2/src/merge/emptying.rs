@@ -18,11 +18,12 @@ use std::sync::atomic::AtomicBool;
 use super::commit::Commit;
 use super::options::CommitOptions;
 use super::plan::{Afterwards, Kept, Plan};
+use super::reason::KeptReason;
 use super::resume::describe::{data_file, describe};
 use super::resume::work::Work;
 use super::safety::Searched;
 use super::stack::Stack;
-use super::switch::empty::{NO_GROWTH, may_grow};
+use super::switch::empty::may_grow;
 use super::switch::{empty, relink};
 use crate::chain::Layer;
 use crate::error::{Error, FileOp, Result};
@@ -50,11 +51,9 @@ pub(super) fn plan(stack: &Stack<'_>, options: &CommitOptions, found: &Searched)
         let is_shared = found.shared.contains(&layer.id)
             || layer.data_file.as_ref().is_some_and(|data| found.shared.contains(&data.id));
         let why = match () {
-            () if is_shared => Some("another image uses it"),
-            () if read_through => Some("another image reads through it"),
-            () if found.signs.linked.contains(&layer.path) => {
-                Some("its file has another name, by a hard link")
-            }
+            () if is_shared => Some(KeptReason::Used),
+            () if read_through => Some(KeptReason::ReadThrough),
+            () if found.signs.linked.contains(&layer.path) => Some(KeptReason::Linked),
             () => cannot(layer, size),
         };
         read_through |= is_shared;
@@ -68,18 +67,18 @@ pub(super) fn plan(stack: &Stack<'_>, options: &CommitOptions, found: &Searched)
 }
 
 /// Why a layer cannot become an empty overlay with a disk of at least `size` bytes.
-fn cannot(layer: &Layer, size: u64) -> Option<&'static str> {
-    let Some(image) = layer.image.as_qcow2() else { return Some("it is no qcow2 image") };
+fn cannot(layer: &Layer, size: u64) -> Option<KeptReason> {
+    let Some(image) = layer.image.as_qcow2() else { return Some(KeptReason::NotQcow2) };
     if layer.access != Access::ReadWrite {
-        return Some("it cannot be written");
+        return Some(KeptReason::NotWritable);
     }
     if image.has_data_file() && image.header().snapshots > 0 {
-        return Some("its internal snapshots share its data file");
+        return Some(KeptReason::SnapshotsInDataFile);
     }
     if !may_grow(image, size) {
-        return Some(NO_GROWTH);
+        return Some(KeptReason::SnapshotsWithoutSize);
     }
-    grow::l1_growth(image, size).is_err().then_some("its tables cannot become as large as the active disk")
+    grow::l1_growth(image, size).is_err().then_some(KeptReason::TablesTooSmall)
 }
 
 impl Plan {

@@ -15,6 +15,7 @@ mod plan;
 mod prepare;
 mod pull;
 mod read_back;
+mod reason;
 mod removal;
 mod report;
 mod resume;
@@ -27,8 +28,11 @@ pub use crate::journal::{Stranger, strangers_about};
 pub use crate::transfer::{Progress, Silent, Totals, put};
 pub use commit::Commit;
 pub use options::{BaseChoice, CommitOptions};
-pub use plan::{Afterwards, BeginsAnew, DataFileFate, Kept, Plan, PlannedDataFile, Resumed, Signs};
+pub use plan::{
+    Afterwards, BeginsAnew, DataFileFate, Kept, LostBitmap, Plan, PlannedDataFile, Resumed, Signs,
+};
 pub use pull::{PreparedPull, Pull, PullOptions, PullPlan, PullReport};
+pub use reason::{KeptReason, NothingReason};
 pub use report::Report;
 pub use resume::abort::{Aborted, abort};
 pub use resume::heal::{heal, heal_image};

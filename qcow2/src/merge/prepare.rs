@@ -11,6 +11,7 @@ use super::commit::Commit;
 use super::make_plan::{Needed, is_nothing, make_plan};
 use super::options::{BaseChoice, CommitOptions};
 use super::plan::{BeginsAnew, Resumed};
+use super::reason::NothingReason;
 use super::removal::Gone;
 use super::resume::before::{self, Before};
 use super::resume::describe::describe;
@@ -156,8 +157,8 @@ impl Commit {
         let unremoved = unremoved.map(|unremoved| unremoved.paths(&*host)).transpose()?.unwrap_or_default();
         // Images that a merge has marked dirty must not stay so.
         if !is_ours && is_nothing(&stack, options, totals)? {
-            let (active, base) = (shown(&stack.active.path), shown(&stack.base.path));
-            let reason = format!("{active} is an empty overlay on {base}");
+            let (active, base) = (stack.active.path.clone(), stack.base.path.clone());
+            let reason = NothingReason::EmptyOverlay { active, base };
             let mut done = done(host, options, &chain, reason, unremoved)?;
             done.settled.base = stack.base.path.clone();
             done.settled.base_size = stack.base.image.virtual_size();
@@ -208,7 +209,7 @@ fn over(host: Arc<dyn Host>, options: &CommitOptions, gone: Journal, asked: &Pat
     let (base, active) = (header.base.clone(), header.active.clone());
     let unremoved = ObsoleteLayers::of(&*host, &gone, None, false)?;
     let settled = Settled {
-        reason: before::was_merged(&active, &base),
+        reason: NothingReason::merged(&active, &base),
         base_size: 0,
         unremoved: unremoved.map(|unremoved| unremoved.paths(&*host)).transpose()?.unwrap_or_default(),
         base,
@@ -225,7 +226,7 @@ fn done(
     host: Arc<dyn Host>,
     options: &CommitOptions,
     chain: &Chain,
-    reason: String,
+    reason: NothingReason,
     unremoved: Vec<PathBuf>,
 ) -> Result<Done> {
     let (bottom, active) = (chain.layer(0)?, chain.layer(chain.active())?.path.clone());

@@ -11,6 +11,8 @@ use super::commit::Commit;
 use super::emptying;
 use super::options::CommitOptions;
 use super::plan::Afterwards;
+use super::plan::Kept;
+use super::reason::KeptReason;
 use super::report::Report;
 use super::resume::describe::obsolete;
 use super::resume::obsolete::ObsoleteLayers;
@@ -77,7 +79,7 @@ impl Commit {
         for layer in self.obsolete() {
             if keeps {
                 // Whoever uses the layer that is kept reads through those below it.
-                report.kept.push((layer.path.clone(), "a layer above it is kept".to_owned()));
+                report.kept.push(Kept { path: layer.path.clone(), why: KeptReason::BelowKept });
             } else {
                 match self.delete(layer, report)? {
                     Some(removed) => self.delete_links(removed, report)?,
@@ -137,9 +139,9 @@ impl Commit {
         let data_file = layer.data_file.as_ref().map(|file| (&file.path, file.id, file.kept));
         for (path, id, kept) in [(&layer.path, layer.id, None)].into_iter().chain(data_file) {
             let found = Place::of(host, path).and_then(|place| Ok((place.stat(host)?, place)));
-            let why = match found {
-                _ if kept.is_some() => kept.map(|why| why.to_string()).unwrap_or_default(),
-                Ok((stat, place))
+            let why = match (found, kept) {
+                (_, Some(why)) => KeptReason::DataFile(why),
+                (Ok((stat, place)), None)
                     if stat.id == id && stat.kind == FileKind::Regular && !self.is_shared(id) =>
                 {
                     unlink(host, &place)?;
@@ -147,13 +149,13 @@ impl Commit {
                     removed.push(Removed { path: path.clone(), real: place.path() });
                     continue;
                 }
-                Ok((stat, _)) if stat.id != id => "its name leads to another file now".to_owned(),
-                Ok(_) if self.is_shared(id) => "another image uses it".to_owned(),
-                Ok(_) => "it is not a regular file".to_owned(),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => e.to_string(),
-                Err(e) => return Err(Error::io(path, FileOp::Stat, None, e)),
+                (Ok((stat, _)), None) if stat.id != id => KeptReason::OtherFile,
+                (Ok(_), None) if self.is_shared(id) => KeptReason::Used,
+                (Ok(_), None) => KeptReason::NotRegular,
+                (Err(e), None) if e.kind() == io::ErrorKind::NotFound => KeptReason::NoFile,
+                (Err(e), None) => return Err(Error::io(path, FileOp::Stat, None, e)),
             };
-            report.kept.push((path.clone(), why));
+            report.kept.push(Kept { path: path.clone(), why });
             if id == layer.id {
                 return Ok(None);
             }
@@ -300,7 +302,7 @@ mod tests {
         create(dir, "-b @mid -F qcow2 @other");
         let report = delete(&dir.join("top"), true);
         assert_eq!(report.deleted, [dir.join("top")]);
-        assert_eq!(report.kept, [(dir.join("mid"), "another image uses it".to_owned())]);
+        assert_eq!(report.kept, [Kept { path: dir.join("mid"), why: KeptReason::Used }]);
         assert_eq!(report.marked, [dir.join("mid")]);
         assert!(data.exists());
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use super::options::CommitOptions;
-use super::plan::{Afterwards, Plan, Signs};
+use super::plan::{Afterwards, LostBitmap, Plan, Signs};
 use super::stack::Stack;
 use crate::chain::{
     BackingName, Chain, Layer, Lookalike, Looked, Search, Sibling, find_lookalikes, find_users_in,
@@ -58,10 +58,10 @@ pub(super) fn layers(stack: &Stack<'_>, options: &CommitOptions, ours: &dyn Fn(u
         }
     }
     let lost = bitmaps(stack, options)?;
-    if let Some((path, _)) = lost.first()
+    if let Some(LostBitmap { file: path, .. }) = lost.first()
         && !options.drop_bitmaps
     {
-        let names = lost.iter().filter(|(p, _)| p == path).map(|(_, name)| name.clone()).collect();
+        let names = lost.iter().filter(|l| l.file == *path).map(|l| l.name.clone()).collect();
         return Err(Error::refused(path, Refusal::Bitmaps { names }));
     }
     Ok(())
@@ -69,7 +69,7 @@ pub(super) fn layers(stack: &Stack<'_>, options: &CommitOptions, ours: &dyn Fn(u
 
 /// The bitmaps that the merge loses: those of layers that go away, or that nobody sees the disk through any more. The
 /// active image goes on showing the same disk, and keeps its own.
-pub(super) fn bitmaps(stack: &Stack<'_>, options: &CommitOptions) -> Result<Vec<(PathBuf, String)>> {
+pub(super) fn bitmaps(stack: &Stack<'_>, options: &CommitOptions) -> Result<Vec<LostBitmap>> {
     let mut lost = Vec::new();
     let losing = match stack.has_active() {
         true if options.keep_active => 0,
@@ -78,7 +78,7 @@ pub(super) fn bitmaps(stack: &Stack<'_>, options: &CommitOptions) -> Result<Vec<
     };
     for layer in stack.merged.iter().take(losing) {
         for bitmap in layer.image.as_qcow2().map(bitmap_names).transpose()?.unwrap_or_default() {
-            lost.push((layer.path.clone(), bitmap.name));
+            lost.push(LostBitmap { file: layer.path.clone(), name: bitmap.name });
         }
     }
     Ok(lost)

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Serialize, Serializer};
+
 use super::RepairMode;
 use crate::check::{CheckReport, Severity};
 
@@ -132,6 +134,38 @@ impl RepairPlan {
 }
 
 /// The steps, one a line, and what remains.
+impl Serialize for RepairPlan {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        #[serde(rename_all = "kebab-case")]
+        struct Shape {
+            refcounts_raised: u64,
+            refcounts_lowered: u64,
+            clusters_freed: u64,
+            flags_corrected: u64,
+            refcounts_rebuilt: bool,
+            dirty_bit_cleared: bool,
+            corrupt_bit_cleared: bool,
+            corruptions_left: u64,
+            leaks_left: u64,
+            steps: Vec<String>,
+        }
+        Shape {
+            refcounts_raised: self.raised,
+            refcounts_lowered: self.lowered,
+            clusters_freed: self.freed,
+            flags_corrected: self.flags,
+            refcounts_rebuilt: self.rebuilt.is_some(),
+            dirty_bit_cleared: self.clears_dirty(),
+            corrupt_bit_cleared: self.clears_corrupt(),
+            corruptions_left: self.after.corruptions,
+            leaks_left: self.after.leaks,
+            steps: self.steps(),
+        }
+        .serialize(to)
+    }
+}
+
 impl fmt::Display for RepairPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_empty() {

@@ -14,6 +14,8 @@ use super::ops::{Ops, Run, Target};
 use super::origin::Origin;
 use super::pace::Pace;
 use super::zeros::{AHEAD, Zeros, split};
+use serde::Serialize;
+
 use crate::chain::view::View;
 use crate::error::{Error, FileOp, Result};
 use crate::image::alloc::Allocator;
@@ -33,7 +35,8 @@ const BATCH_MEMORY: usize = 8 << 20;
 const WINDOWS: usize = 4;
 
 /// What a merge moves and takes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Totals {
     /// Bytes of the guest's disk that come from the layers.
     pub bytes_to_copy: u64,
@@ -42,6 +45,7 @@ pub struct Totals {
     /// Clusters that a qcow2 base needs for data and L2 tables.
     pub clusters_to_allocate: u64,
     /// Bytes that a raw base or a data file needs where it has a hole now.
+    #[serde(skip)]
     pub hole_bytes: u64,
     /// Bytes that are written, old content that moves along included.
     pub bytes_to_write: u64,

@@ -148,7 +148,7 @@ fn layers_below_one_that_is_kept_stay() {
     let options = CommitOptions { allow_shared_base: true, ..scenario.options() };
     let report = merge_with(&scenario, &options, Arc::new(host.clone())).unwrap();
     assert_eq!(report.deleted, [scenario.path(3)]);
-    let kept: Vec<_> = report.kept.iter().map(|(path, _)| path.as_path()).collect();
+    let kept: Vec<_> = report.kept.iter().map(|kept| kept.path.as_path()).collect();
     assert_eq!((kept, report.marked.len()), (vec![scenario.path(2), scenario.path(1)], 2));
     let layers = Chain::open(&host, Path::new("/vm/other.qcow2"), &options.open).unwrap().layers().len();
     assert_eq!(layers, 4, "the image that uses the layer can still be read");

@@ -2,19 +2,18 @@
 
 use std::path::Path;
 
-use qcow2::ErrorKind;
-use qcow2::repair::{RestoreOptions, RestorePlan, plan_restore, restore};
+use qcow2::by_name::restore_named;
+use qcow2::repair::{RestoreOptions, RestorePlan};
 use qcow2::storage::OsHost;
 use serde_json::json;
 
-use super::open_locked;
 use crate::call::{Call, VerbName};
 use crate::cli::{CheckArgs, ImageFormat};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::word;
 use crate::output::human::plural;
-use crate::output::json::path;
+use crate::output::json::{path, value};
 use crate::output::{Console, size};
 
 /// How many places a plan lists for people.
@@ -36,18 +35,10 @@ pub(super) fn run(args: &CheckArgs, from: &Path, call: &Call, console: &Console)
 }
 
 fn carry_out(args: &CheckArgs, from: &Path, call: &Call) -> Result<RestorePlan, Failure> {
-    let failed = |e| Failure::engine(&e, call);
-    let image = &args.image;
-    let file = open_locked(image, !args.dry_run, args.open.no_lock).map_err(failed)?;
     let options = RestoreOptions { allow_copy: args.allow_copy, ..RestoreOptions::default() };
-    let plan = || plan_restore(image, &*file, &OsHost, from, &options);
-    if args.dry_run {
-        return plan().map_err(failed);
-    }
-    restore(image, &*file, &OsHost, from, &options).map_err(|error| {
-        let has_begun = error.kind() == ErrorKind::Io && plan().is_ok_and(|plan| plan.continues);
-        match failed(error) {
-            Failure::Reported(report) if has_begun => {
+    restore_named(&OsHost, &args.image, from, &options, args.dry_run, args.open.no_lock).map_err(|failed| {
+        match Failure::engine(&failed.error, call) {
+            Failure::Reported(report) if failed.has_begun => {
                 let message = format!("{}\nstopped half-way; the same command goes on", report.message);
                 Report { exit: Exit::HALFWAY, message, ..report }.into()
             }
@@ -87,17 +78,6 @@ fn human(args: &CheckArgs, plan: &RestorePlan) -> String {
 }
 
 fn json(args: &CheckArgs, from: &Path, plan: &RestorePlan) -> serde_json::Value {
-    let ranges = plan.ranges.iter();
-    let ranges = ranges.map(|range| json!({ "offset": range.start, "length": range.end - range.start }));
-    json!({
-        "filename": path(&args.image),
-        "backup": path(from),
-        if args.dry_run { "plan" } else { "restore" }: {
-            "bytes": plan.bytes,
-            "ranges": ranges.collect::<Vec<_>>(),
-            "file-length": plan.len,
-            "file-length-after": plan.len_after,
-            "continues": plan.continues,
-        },
-    })
+    let done = if args.dry_run { "plan" } else { "restore" };
+    json!({ "filename": path(&args.image), "backup": path(from), done: value(plan) })
 }

@@ -70,8 +70,8 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, Str
         };
         fields.add("data file", format!("{} of {}: {what}", show(&data.file), show(&data.image)));
     }
-    for (file, name) in &plan.bitmaps_lost {
-        fields.add("lost", format!("the persistent bitmap {name} of {}", show(file)));
+    for lost in &plan.bitmaps_lost {
+        fields.add("lost", format!("the persistent bitmap {} of {}", lost.name, show(&lost.file)));
     }
     if plan.old_tail > 0 {
         fields.add("old tail", old_tail(plan));
@@ -162,7 +162,7 @@ pub(super) fn result(plan: &Plan, report: &Report) -> String {
         Afterwards::Keep => {
             lines.push(format!("{} was left as it is; its data stands in base too", show(&plan.active)));
         }
-        Afterwards::Delete { .. } if report.kept.iter().any(|(file, _)| *file == plan.active) => {
+        Afterwards::Delete { .. } if report.kept.iter().any(|kept| kept.path == plan.active) => {
             lines.push(format!("{} is now an empty overlay on {}", show(&plan.active), show(&plan.base)));
         }
         Afterwards::Delete { .. } => {}
@@ -198,8 +198,8 @@ fn layers(report: &Report) -> Vec<String> {
     if !report.deleted.is_empty() {
         lines.push(format!("removed: {}", list(&report.deleted)));
     }
-    for (file, why) in &report.kept {
-        lines.push(format!("not removed: {}: {why}", show(file)));
+    for kept in &report.kept {
+        lines.push(format!("not removed: {}: {}", show(&kept.path), kept.why));
     }
     let (emptied, full): (Vec<_>, Vec<_>) =
         report.marked.iter().cloned().partition(|file| report.emptied.contains(file));

@@ -4,22 +4,22 @@ use std::path::PathBuf;
 
 use qcow2::ErrorKind;
 use qcow2::error::shown;
+use qcow2::facts::{ImageFacts, LayerFacts};
 use qcow2::format::{Bitmap, Cluster0, FeatureKind, Snapshot, features};
-use qcow2::merge::{Stranger, UnfinishedMerge};
+use qcow2::merge::UnfinishedMerge;
 use qcow2::storage::LockMode;
 
-use super::Layer;
-use super::facts::Facts;
+use super::LiveMerge;
 use crate::cmd::live::recover::tell::what;
 use crate::hint::word;
 use crate::output::human::{Fields, Table, plural};
 use crate::output::size;
 
 /// A table of the layers, the active image first, and what is remarkable about single layers.
-pub(super) fn chain(layers: &[Layer]) -> String {
+pub(super) fn chain(layers: &[(LiveMerge, LayerFacts)]) -> String {
     let mut table = Table::new(&["LAYER", "FORMAT", ">VIRTUAL SIZE", ">ON DISK", ">VISIBLE", "FILE"]);
     let mut notes = Vec::new();
-    for layer in layers {
+    for (live, layer) in layers {
         let facts = &layer.facts;
         table.row(vec![
             format!("[{}]", layer.index),
@@ -29,7 +29,7 @@ pub(super) fn chain(layers: &[Layer]) -> String {
             size::short(layer.visible_data),
             shown(&facts.path),
         ]);
-        notes.extend(remarks(facts).map(|remark| format!("[{}] {remark}", layer.index)));
+        notes.extend(remarks(facts, live).map(|remark| format!("[{}] {remark}", layer.index)));
     }
     let mut text = table.render();
     text += "\n\nVISIBLE is the data that the guest still sees through a layer; [1] is the bottom.";
@@ -41,17 +41,15 @@ pub(super) fn chain(layers: &[Layer]) -> String {
 }
 
 /// What somebody who wants to merge must know about a layer.
-fn remarks(facts: &Facts) -> impl Iterator<Item = String> {
+fn remarks(facts: &ImageFacts, live: &LiveMerge) -> impl Iterator<Item = String> {
     let header = facts.cluster0.as_ref().map(|c| &c.header);
     let all = [
         facts.used.map(|_| format!("in use {}", in_use(facts))),
-        header
-            .filter(|h| h.is_dirty() && !explains_dirty(facts))
-            .map(|_| "marked dirty: not closed cleanly".to_owned()),
+        facts.is_unexpectedly_dirty().then(|| "marked dirty: not closed cleanly".to_owned()),
         header.filter(|h| h.is_corrupt()).map(|_| "marked corrupt".to_owned()),
         facts.cluster0.as_ref().and_then(|cluster0| merged(cluster0, facts.holds_data)),
         facts.unfinished.as_ref().map(unfinished),
-        live_merge(facts),
+        live_merge(facts, live),
         (!facts.strangers.is_empty()).then(|| format!("not believed: {}", strangers(facts).join("; "))),
         (!facts.snapshots.is_empty())
             .then(|| plural(facts.snapshots.len() as u64, "internal snapshot", "internal snapshots")),
@@ -81,20 +79,10 @@ fn unfinished(unfinished: &UnfinishedMerge) -> String {
 }
 
 /// Files beside the image that are not believed.
-fn strangers(facts: &Facts) -> Vec<String> {
-    let tell = |stranger: &Stranger| {
-        format!(
-            "{}: it belongs to the user {}, who may not write the image",
-            shown(&stranger.file),
-            stranger.user
-        )
-    };
-    facts.strangers.iter().map(tell).collect()
-}
-
-/// Whether a merge that was stopped has set the dirty bit.
-fn explains_dirty(facts: &Facts) -> bool {
-    facts.unfinished.as_ref().is_some_and(|unfinished| !unfinished.is_removing)
+fn strangers(facts: &ImageFacts) -> Vec<String> {
+    let all = facts.strangers.iter().map(|stranger| (shown(&stranger.file), stranger.user));
+    all.map(|(file, user)| format!("{file}: it belongs to the user {user}, who may not write the image"))
+        .collect()
 }
 
 fn merged(cluster0: &Cluster0, holds_data: bool) -> Option<String> {
@@ -111,8 +99,8 @@ fn merged(cluster0: &Cluster0, holds_data: bool) -> Option<String> {
 }
 
 /// A merge of the running machine that has not come to its end.
-fn live_merge(facts: &Facts) -> Option<String> {
-    let (file, state) = facts.live_merge.as_ref()?;
+fn live_merge(facts: &ImageFacts, live: &LiveMerge) -> Option<String> {
+    let (file, state) = live.as_ref()?;
     let recover = format!("qmerge live recover {}", word(&facts.path));
     Some(match state {
         Some(state) => format!("{} has not ended; how it stands: {recover}", what(state)),
@@ -121,7 +109,7 @@ fn live_merge(facts: &Facts) -> Option<String> {
 }
 
 /// Lines for one image.
-pub(super) fn image(facts: &Facts) -> String {
+pub(super) fn image(facts: &ImageFacts, live: &LiveMerge) -> String {
     let mut fields = Fields::default();
     fields.add("image", shown(&facts.path));
     let version = facts.cluster0.as_ref().map(|c| format!(", version {}", c.header.version));
@@ -149,14 +137,14 @@ pub(super) fn image(facts: &Facts) -> String {
         fields.add("not believed", stranger);
     }
     fields.add("in use", in_use(facts));
-    if let Some(live) = live_merge(facts) {
+    if let Some(live) = live_merge(facts, live) {
         fields.add("live merge", live);
     }
     fields.render()
 }
 
 /// `a.qcow2 (qcow2)`, and the path that the name leads to where that is another.
-fn backing(facts: &Facts, cluster0: &Cluster0) -> String {
+fn backing(facts: &ImageFacts, cluster0: &Cluster0) -> String {
     let Some((name, resolved)) = facts.backing() else { return "none".to_owned() };
     let format = cluster0.backing_format().map_or("no format stated".to_owned(), |f| format!("format {f}"));
     match resolved {
@@ -220,13 +208,13 @@ fn bitmap(bitmap: &Bitmap) -> String {
     format!("{}, one bit for {}, {state}", bitmap.display_name(), size::short(bitmap.granularity()))
 }
 
-fn state(facts: &Facts, cluster0: &Cluster0) -> String {
+fn state(facts: &ImageFacts, cluster0: &Cluster0) -> String {
     let header = &cluster0.header;
     let mut words = Vec::new();
     if header.is_corrupt() {
         words.push("marked corrupt: must not be written".to_owned());
     }
-    if header.is_dirty() && !explains_dirty(facts) {
+    if facts.is_unexpectedly_dirty() {
         words.push("marked dirty: not closed cleanly, its refcounts cannot be trusted".to_owned());
     }
     if let Some(problem) = &facts.problem {
@@ -237,7 +225,7 @@ fn state(facts: &Facts, cluster0: &Cluster0) -> String {
     if words.is_empty() { "no mark of damage".to_owned() } else { words.join("\n") }
 }
 
-fn in_use(facts: &Facts) -> String {
+fn in_use(facts: &ImageFacts) -> String {
     let how = match facts.used {
         None if !facts.has_locks && facts.holders.is_empty() => {
             return "not known: its file system has no locks, and no process is seen that has it open"

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use serde::Serialize;
+
 use super::torn::refuse_torn_header;
 use super::unfinished::UnfinishedMerge;
 use super::work::UnfinishedWork;
@@ -10,16 +12,20 @@ use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::journal;
 use crate::merge::safety;
+use crate::serial;
 use crate::storage::{Access, Host};
 use crate::transfer::target::give_leaks_back;
 
 /// What giving a merge up came to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct Aborted {
     /// The merge; `None` if none was unfinished.
+    #[serde(skip)]
     pub unfinished: Option<UnfinishedMerge>,
     /// Layers that are restore points no more, base among them.
+    #[serde(serialize_with = "serial::names")]
     pub restore_points_lost: Vec<PathBuf>,
     /// Whether somebody has written to base since the merge was stopped, so that only its journal was removed.
     pub written_since: bool,

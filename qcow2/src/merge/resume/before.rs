@@ -1,7 +1,7 @@
 //! Looks, before a merge is planned, for merges of the same layers that are unfinished or done. They decide what the layers
 //! mean that the caller asks for.
 
-use crate::error::shown;
+use crate::merge::reason::NothingReason;
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -130,9 +130,9 @@ pub(crate) enum Before {
     Open(Option<CommitOptions>),
     /// The chain is switched, and only the end of the merge is unfinished: the reason why nothing is merged, and the
     /// obsolete files that are still to be removed.
-    Switched(String, Vec<PathBuf>),
+    Switched(NothingReason, Vec<PathBuf>),
     /// It is done: the reason why nothing is merged.
-    Merged(String),
+    Merged(NothingReason),
 }
 
 /// What is unfinished, or done, of the merge that is asked for. Only looks.
@@ -156,12 +156,6 @@ pub(crate) fn look(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> R
         // Somebody has written to it since.
         false => Before::Open(meant),
     })
-}
-
-/// That an image was merged, in words; `base` may be empty.
-pub(crate) fn was_merged(path: &Path, base: &Path) -> String {
-    let into = if base.as_os_str().is_empty() { "its base".to_owned() } else { shown(base) };
-    format!("{} was already merged into {into}", shown(path))
 }
 
 /// The journal of the active image, if that was removed by the same merge: there is no chain any more.
@@ -242,7 +236,7 @@ fn switched(
     chain: &Chain,
     options: &CommitOptions,
     journals: &Journals<'_>,
-) -> Result<Option<(String, Vec<PathBuf>)>> {
+) -> Result<Option<(NothingReason, Vec<PathBuf>)>> {
     let Some(top) = &options.top else { return Ok(None) };
     let files = chain.files();
     let is_layer = |path: &Path| id_of(host, path).map(|id| id.is_some_and(|id| files.contains(&id)));
@@ -255,7 +249,7 @@ fn switched(
             && journal.state().phase >= Phase::Switching
             && !is_layer(merged)?;
         if is_switched && names(host, top, merged) {
-            let reason = was_merged(merged, base);
+            let reason = NothingReason::merged(merged, base);
             let obsolete = ObsoleteLayers::of(host, journal, Some(chain), false)?;
             let paths = obsolete.map(|obsolete| obsolete.paths(host)).transpose()?;
             return Ok(Some((reason, paths.unwrap_or_default())));
@@ -283,13 +277,13 @@ fn names(host: &dyn Host, top: &OsStr, merged: &Path) -> bool {
 ///
 /// # Errors
 /// A layer that is not there; the system's.
-fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<(String, bool)>> {
+fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<(NothingReason, bool)>> {
     let either = |cluster0: &Cluster0| cluster0.merged_into().or_else(|| cluster0.merging_into());
     let of_layer = |at: usize, mark: &dyn Fn(&Cluster0) -> Option<PathBuf>| {
         let layer = chain.layer(at)?;
         let Some(image) = layer.image.as_qcow2() else { return Ok(None) };
         let Some(base) = mark(image.cluster0()) else { return Ok(None) };
-        Ok(Some((was_merged(&layer.path, &base), image.next_allocated(GuestOffset::ZERO)?.is_none())))
+        Ok(Some((NothingReason::merged(&layer.path, &base), image.next_allocated(GuestOffset::ZERO)?.is_none())))
     };
     let Some(top) = &options.top else { return of_layer(chain.active(), &either) };
     match chain.find(host, top) {
@@ -309,7 +303,7 @@ fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Opt
                 other => other.ok(),
             };
             match cluster0.as_ref().and_then(either) {
-                Some(base) => Ok(Some((was_merged(path, &base), true))),
+                Some(base) => Ok(Some((NothingReason::merged(path, &base), true))),
                 None => Err(not_found),
             }
         }

@@ -15,6 +15,8 @@ use crate::image::Qcow2;
 use crate::journal::Journal;
 use crate::journal::record::{ObsoleteFile, ObsoleteKind, Phase, Purpose};
 use crate::merge::options::CommitOptions;
+use crate::merge::plan::Kept;
+use crate::merge::reason::KeptReason;
 use crate::merge::report::Report;
 use crate::merge::switch::mark::mark;
 use crate::stamp::Stamp;
@@ -46,7 +48,7 @@ enum Fate {
     /// It is what was noted, lies there, and is held under lock.
     Certain(Place, Arc<dyn Storage>),
     /// It stays, and why.
-    Kept(String),
+    Kept(KeptReason),
 }
 
 /// The file of a layer, if it is there.
@@ -142,9 +144,7 @@ impl ObsoleteLayers {
             }
             let verdict = match self.judge(host, obsolete, &shared, options)? {
                 // Whoever uses the layer that is kept reads through those below it.
-                Fate::Certain(..) if is_image && keeps_layers => {
-                    Fate::Kept("a layer above it is kept".to_owned())
-                }
+                Fate::Certain(..) if is_image && keeps_layers => Fate::Kept(KeptReason::BelowKept),
                 verdict => verdict,
             };
             keeps_image = false;
@@ -152,7 +152,7 @@ impl ObsoleteLayers {
                 Fate::Gone => {}
                 Fate::Kept(why) => {
                     (keeps_layers, keeps_image) = (keeps_layers || is_image, is_image);
-                    report.kept.push((path.clone(), why));
+                    report.kept.push(Kept { path: path.clone(), why });
                 }
                 Fate::Certain(place, held) if options.delete => {
                     let removed = place.unlink_file(host, &*held).and_then(|_| place.sync(host));
@@ -196,9 +196,9 @@ impl ObsoleteLayers {
         options: &CommitOptions,
     ) -> Result<Fate> {
         let path = &obsolete.file.path;
-        let kept = |why: &str| Ok(Fate::Kept(why.to_owned()));
+        let kept = |why: KeptReason| Ok(Fate::Kept(why));
         let failed = |op| move |e| Error::io(path, op, None, e);
-        let moved = || kept("its name leads to another file now");
+        let moved = || kept(KeptReason::OtherFile);
         // It was noted by a path without links.
         let place = match Place::at(host, path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Fate::Gone),
@@ -211,27 +211,27 @@ impl ObsoleteLayers {
             stat => stat.map_err(failed(FileOp::Stat))?,
         };
         if shared.contains(&stat.id) {
-            return kept("another image uses it");
+            return kept(KeptReason::Used);
         }
         if stat.id.inode != obsolete.file.id.inode {
             return moved();
         }
         if stat.kind != FileKind::Regular {
-            return kept("it is not a regular file");
+            return kept(KeptReason::NotRegular);
         }
         // What is not removed is marked as merged.
         let (owner, user) = (self.owner, host.user());
         if options.delete && !owner.may_remove(&stat.owner, &place.folder().owner(), user) {
-            return kept("the owner of the journal that lists it may not remove it");
+            return kept(KeptReason::MayNotRemove);
         }
         if !options.delete && !owner.may_speak_for(&stat.owner, user) {
-            return kept("the owner of the journal that lists it may not write it");
+            return kept(KeptReason::MayNotWrite);
         }
         if !options.open.policy.allows(host, path) {
-            return kept("it lies outside the allowed folders");
+            return kept(KeptReason::OutsideAllowed);
         }
         if self.is_doubtful {
-            return kept("somebody has written to base since the merge was stopped");
+            return kept(KeptReason::BaseWritten);
         }
         let file = place.open(host, Access::ReadWrite).map_err(failed(FileOp::Open))?;
         if file.stat().map_err(failed(FileOp::Stat))?.id != stat.id {
@@ -243,10 +243,10 @@ impl ObsoleteLayers {
         })?;
         may_be_unlocked(host, path, stat.id, &*file, Access::ReadWrite, options.open.no_locks)?;
         if !obsolete.file.is_unwritten(&Stamp::of(host, path, &*file)?) {
-            return kept("it was written to since the merge was stopped");
+            return kept(KeptReason::Written);
         }
         if obsolete.kind == ObsoleteKind::Marked && !self.is_marked(path, &*file)? {
-            return kept("it bears no mark of the merge");
+            return kept(KeptReason::NoMark);
         }
         Ok(Fate::Certain(place, file))
     }
@@ -335,9 +335,9 @@ mod tests {
         report
     }
 
-    fn why(report: &Report) -> &str {
+    fn why(report: &Report) -> KeptReason {
         assert!(report.deleted.is_empty(), "{report:?}");
-        &report.kept[0].1
+        report.kept[0].why
     }
 
     #[test]
@@ -356,25 +356,25 @@ mod tests {
     #[test]
     fn what_is_not_certain_is_kept_with_its_data_file() {
         let anywhere = Policy::local_files;
-        for (into, why_not) in [("", "no mark"), ("/vm/1.data", "no mark")] {
+        for into in ["", "/vm/1.data"] {
             let host = merged(into);
             let report = settle(&host, noted(&host), anywhere(), |_| {});
-            assert!(why(&report).contains(why_not) && report.kept.len() == 1, "{report:?}");
+            assert!(why(&report) == KeptReason::NoMark && report.kept.len() == 1, "{report:?}");
         }
         let host = merged("/vm/0");
         let report = settle(&host, noted(&host), anywhere(), |host| {
             let file = host.open(Path::new("/vm/1"), Access::ReadWrite).unwrap();
             file.write_all_at(&[7], 1 << 16).unwrap();
         });
-        assert!(why(&report).contains("written to since"), "{report:?}");
+        assert!(why(&report) == KeptReason::Written, "{report:?}");
         let host = merged("/vm/0");
         let report = settle(&host, noted(&host), anywhere(), |host| host.add("/vm/1", b"new").unwrap());
-        assert!(why(&report).contains("another file"), "{report:?}");
+        assert!(why(&report) == KeptReason::OtherFile, "{report:?}");
         // A journal is no reason to leave the folders that are allowed.
         let host = merged("/vm/0");
         host.add("/else/where", b"").unwrap();
         let report = settle(&host, noted(&host), Policy::deny().allow_dir("/else"), |_| {});
-        assert!(why(&report).contains("outside the allowed folders"), "{report:?}");
+        assert!(why(&report) == KeptReason::OutsideAllowed, "{report:?}");
     }
 
     /// Everybody may write a file, and not everybody may remove it: that takes a right to the folder.
@@ -390,7 +390,7 @@ mod tests {
                 host.give("/vm/journal", owner).unwrap();
             });
             assert_eq!(report.deleted.len(), removed, "{report:?}");
-            assert!(removed > 0 || why(&report).contains("may not remove it"), "{report:?}");
+            assert!(removed > 0 || why(&report) == KeptReason::MayNotRemove, "{report:?}");
         }
     }
 
@@ -445,6 +445,6 @@ mod tests {
         let options = CommitOptions { open: options, delete: true, ..CommitOptions::default() };
         let mut report = Report::default();
         obsolete.settle(&host, Some(&chain), &options, &mut report).unwrap();
-        assert!(why(&report).contains("written to base"), "{report:?}");
+        assert!(why(&report) == KeptReason::BaseWritten, "{report:?}");
     }
 }

@@ -2,32 +2,44 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
+
 use crate::error::{Error, FileOp, Result};
 use crate::journal;
 use crate::journal::record::{Phase, Purpose};
+use crate::serial;
 use crate::storage::{Access, Host};
 
 /// A merge that was stopped, or is under way.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct UnfinishedMerge {
     /// The image that takes the data.
+    #[serde(serialize_with = "serial::name")]
     pub base: PathBuf,
     /// The uppermost layer that is merged.
+    #[serde(serialize_with = "serial::name")]
     pub top: PathBuf,
     /// The active image of the chain.
+    #[serde(serialize_with = "serial::name")]
     pub active: PathBuf,
     /// The bytes that were written, and those that will be in all.
+    #[serde(rename = "bytes-done")]
     pub done: u64,
     /// All bytes that the merge writes.
+    #[serde(rename = "bytes-total")]
     pub total: u64,
     /// The same in percent, at most 99.
     pub percent: u64,
     /// Whether base holds everything, and the chain above it is being changed, or was: it can only be finished.
+    #[serde(rename = "switching")]
     pub is_switching: bool,
     /// Whether layers are removed at the end.
+    #[serde(skip)]
     pub removes: bool,
     /// Whether all is done but that: base is as anybody else's image.
+    #[serde(rename = "removing")]
     pub is_removing: bool,
 }
 

@@ -17,10 +17,6 @@ use crate::units::{GuestOffset, GuestRange};
 /// How many references are collected before their clusters are freed: this bounds the memory.
 const PIECE: usize = 1 << 18;
 
-/// Why an image of version 2 with internal snapshots keeps its size.
-pub(crate) const NO_GROWTH: &str =
-    "it must grow, and in version 2 its internal snapshots do not say how large their disk was";
-
 /// Whether the disk of an image may become so large, in bytes.
 pub(crate) fn may_grow(image: &Qcow2, size: u64) -> bool {
     size <= image.virtual_size() || image.header().version >= 3 || image.header().snapshots == 0

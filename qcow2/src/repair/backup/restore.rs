@@ -8,6 +8,8 @@ use super::SECTOR;
 use super::judge::{Differences, judge, marked};
 use super::record::{BackupReader, BackupWriter, RecordKind};
 use super::saved::{Saved, halves};
+use serde::{Serialize, Serializer};
+
 use crate::check::CheckOptions;
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::stamp::{SameFile, Stamp};
@@ -23,19 +25,31 @@ pub struct RestoreOptions<'a> {
 }
 
 /// What a restore writes, or wrote.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct RestorePlan {
     /// How many bytes are not as they were before the repair, in whole sectors.
     pub bytes: u64,
     /// Where they are: the first thousand ranges.
+    #[serde(serialize_with = "pieces")]
     pub ranges: Vec<Range<u64>>,
     /// The image's length, in bytes.
+    #[serde(rename = "file-length")]
     pub len: u64,
     /// Its length afterwards: shorter if the repair made it longer.
+    #[serde(rename = "file-length-after")]
     pub len_after: u64,
     /// Whether a restore that was stopped goes on.
     pub continues: bool,
+}
+
+fn pieces<S: Serializer>(ranges: &[Range<u64>], to: S) -> std::result::Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Piece {
+        offset: u64,
+        length: u64,
+    }
+    to.collect_seq(ranges.iter().map(|range| Piece { offset: range.start, length: range.end - range.start }))
 }
 
 impl RestorePlan {
