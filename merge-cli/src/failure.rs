@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 
-use qcow2::{Error, ErrorKind, Refusal};
+use qcow2::{Error, ErrorKind};
 
 use crate::call::Call;
 use crate::exit::Exit;
@@ -51,7 +51,7 @@ impl Failure {
     /// An error of the engine, met by `call`.
     pub(crate) fn engine(error: &Error, call: &Call) -> Self {
         Report {
-            kind: kind(error),
+            kind: error.code(),
             message: error.to_string(),
             hint: hint::hints(error, call),
             exit: match error {
@@ -105,69 +105,11 @@ fn exit(kind: ErrorKind, call: &Call) -> Exit {
     }
 }
 
-/// The stable word for an error.
-fn kind(error: &Error) -> &'static str {
-    match error {
-        Error::Refused { reason, .. } => refusal_kind(reason),
-        Error::Foreign { .. } => "foreign-format",
-        Error::MissingLayer { .. } => "missing-layer",
-        Error::Verify { .. } => "verify-failed",
-        _ => match error.kind() {
-            ErrorKind::Damaged => "malformed",
-            ErrorKind::Unsupported => "unsupported",
-            ErrorKind::Refused => "refused",
-            ErrorKind::InUse => "in-use",
-            ErrorKind::NoSpace => "no-space",
-            ErrorKind::Cancelled => "interrupted",
-            ErrorKind::Usage => "usage",
-            ErrorKind::Broken => "internal",
-            _ => "io",
-        },
-    }
-}
-
-fn refusal_kind(reason: &Refusal) -> &'static str {
-    match reason {
-        Refusal::SharedBase { .. } => "shared-base",
-        Refusal::PossiblyShared { .. } => "possibly-shared",
-        Refusal::MissingFormat { .. } => "missing-format",
-        Refusal::FormatMismatch { .. } => "format-mismatch",
-        Refusal::NotLocal { .. } => "not-local",
-        Refusal::NotAFile { .. } => "not-a-file",
-        Refusal::OutsideAllowed { .. } => "outside-allowed",
-        Refusal::Loop { .. } => "loop",
-        Refusal::TooDeep { .. } => "too-deep",
-        Refusal::Snapshots { .. } => "snapshots",
-        Refusal::Bitmaps { .. } => "bitmaps",
-        Refusal::Dirty => "dirty",
-        Refusal::UnfinishedMerge { .. } => "unfinished-merge",
-        Refusal::CorruptBit => "corrupt",
-        Refusal::Inconsistent { .. } => "inconsistent",
-        Refusal::HeaderRoom { .. } => "header-room",
-        Refusal::NotWritable { .. } => "not-writable",
-        Refusal::NoLocks => "no-locks",
-        Refusal::NotAsKnown { .. } => "changed",
-        Refusal::JournalPlace { .. } => "journal-place",
-        Refusal::Stranger { .. } => "stranger",
-        Refusal::InTheWay { .. } => "in-the-way",
-        Refusal::MergedDataLost => "merged-data-lost",
-        Refusal::DataFileOwner { .. } => "data-file-owner",
-        Refusal::BackupOwner { .. } => "backup-owner",
-        Refusal::JournalVersion { .. } => "journal-version",
-        Refusal::JournalOfAnother { .. } | Refusal::JournalOfRenamed { .. } => "journal-of-another",
-        Refusal::WrittenSince { .. } => "written-since",
-        Refusal::MergeDone { .. } => "merge-done",
-        Refusal::BackupDamaged { .. } => "backup-damaged",
-        Refusal::OtherImage { .. } => "other-image",
-        Refusal::WrittenSinceRepair { .. } => "written-since",
-        _ => "refused",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::call::VerbName;
+    use qcow2::Refusal;
     use std::path::{Path, PathBuf};
 
     fn report(error: &Error, verb: VerbName) -> Report {

@@ -57,7 +57,7 @@ impl Serialize for Checked {
     fn serialize<S: Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
         #[derive(Serialize)]
         #[serde(rename_all = "kebab-case")]
-        struct Shape<'a> {
+        struct CheckedShape<'a> {
             #[serde(flatten)]
             report: &'a CheckReport,
             #[serde(skip_serializing_if = "is_zero")]
@@ -74,7 +74,7 @@ impl Serialize for Checked {
             Self::Planned(plan) => (Some(plan), None),
             Self::Repaired(plan) => (None, Some(plan)),
         };
-        Shape {
+        CheckedShape {
             report: self.report(),
             corruptions_fixed: repaired.map_or(0, RepairPlan::corruptions_fixed),
             leaks_fixed: repaired.map_or(0, RepairPlan::leaks_fixed),

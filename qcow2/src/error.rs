@@ -243,6 +243,27 @@ impl Error {
         }
     }
 
+    /// A stable word for the error, which programs may rely on: `shared-base`, `in-use`, `io`.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Refused { reason, .. } => reason.code(),
+            Self::Foreign { .. } => "foreign-format",
+            Self::MissingLayer { .. } => "missing-layer",
+            Self::Verify { .. } => "verify-failed",
+            _ => match self.kind() {
+                ErrorKind::Damaged => "malformed",
+                ErrorKind::Unsupported => "unsupported",
+                ErrorKind::Refused => "refused",
+                ErrorKind::InUse => "in-use",
+                ErrorKind::NoSpace => "no-space",
+                ErrorKind::Cancelled => "interrupted",
+                ErrorKind::Usage => "usage",
+                ErrorKind::Broken => "internal",
+                _ => "io",
+            },
+        }
+    }
+
     /// An I/O error on `path`, at a host offset where there is one.
     pub fn io(path: &Path, op: FileOp, offset: Option<u64>, source: io::Error) -> Self {
         Self::Io { path: path.to_owned(), op, offset, source }

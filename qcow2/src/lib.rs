@@ -19,7 +19,7 @@
 //! - [`retire`]: layers that QEMU has merged: marked, removed, made empty overlays, compared with base.
 //! - [`compare`] and [`convert`]: two views compared; a chain as one new file.
 //! - [`by_name`]: an image checked, repaired or restored by its name, under the lock that this needs.
-//! - [`facts`]: what an image, or each layer of a chain, is.
+//! - [`facts`]: what an image, or each layer of a chain, is; [`ways`]: what would succeed next, where something has failed.
 //!
 //! ```no_run
 //! use std::{path::Path, sync::Arc, sync::atomic::AtomicBool};
@@ -66,5 +66,6 @@ pub mod storage;
 mod testing;
 pub mod transfer;
 pub mod units;
+pub mod ways;
 
 pub use error::{Error, ErrorKind, FileOp, Refusal, Result};

@@ -80,7 +80,7 @@ pub use live::plan::{
 };
 pub use live::recover::{Deed, Fact, Finding, Found, Next, Recovery, Trouble};
 pub use live::run::{AfterFailure, Copying, Driver, Ended, Event as RunEvent, How, Run, Step, Stopped};
-pub use live::tidy::{Tidied, TidyOptions};
+pub use live::tidy::{StaysReason, Tidied, TidyOptions};
 pub use live::verdict::{Compared, Doubt, Header, Leads, Seen, Treated, Verdict};
 pub use live::{Hindrance, Merge, Throttle, Wishes};
 pub use qapi;

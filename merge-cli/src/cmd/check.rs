@@ -11,6 +11,7 @@ use qcow2::error::shown;
 use qcow2::image::ImageFormat;
 use qcow2::repair::RepairMode;
 use qcow2::storage::OsHost;
+use qcow2::ways::{can_be_flattened, free_name};
 use qcow2::{Error, ErrorKind};
 use serde_json::json;
 
@@ -19,7 +20,7 @@ use crate::call::Call;
 use crate::cli::{CheckArgs, RepairWhat};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Command, Hint, can_be_flattened, free_name, word};
+use crate::hint::{Command, Hint, word};
 use crate::output::Console;
 use crate::output::human::plural;
 use crate::output::json::{merged, path, value};

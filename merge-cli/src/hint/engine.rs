@@ -5,17 +5,16 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use qcow2::chain::BackingName;
 use qcow2::error::{Role, shown};
 use qcow2::format::Container;
 use qcow2::image::ImageFormat;
 use qcow2::merge;
 use qcow2::storage::OsHost;
+use qcow2::ways::{self, NamedBacking, free_name};
 use qcow2::{Error, FileOp, Refusal};
 
-use super::files::{self, Backing};
 use super::io::{io_hints, no_space};
-use super::{Command, Hint, HintKind, Hints, free_name, in_use};
+use super::{Command, Hint, HintKind, Hints, in_use};
 use crate::call::{Call, VerbName};
 
 /// The hints for an error met by `call`.
@@ -129,12 +128,12 @@ fn malformed(path: &Path, call: &Call) -> Hints {
 
 /// An image that must be repaired before it is written. What a repair cannot mend may still be read.
 fn damaged(path: &Path, call: &Call) -> Hints {
-    if files::can_be_repaired(path) {
+    if ways::can_be_repaired(path) {
         let command = Command::qmerge(["check", "--repair", "all"]).file(path);
         return Hint::command(HintKind::Repair, "repair it first", command).into();
     }
     let restore = Hint::advice(format!("a repair cannot mend it: restore {} from a backup", shown(path)));
-    let save = match files::can_be_flattened(&call.image) {
+    let save = match ways::can_be_flattened(&call.image) {
         true => flatten("or save what can be read", call),
         false => None,
     };
@@ -171,7 +170,7 @@ fn info_above(call: &Call) -> Hint {
 /// When the users of a layer are no reason to refuse. An empty overlay may be a new disk of another machine, or what a merge
 /// of QEMU's has left: only the user can tell.
 fn needless(users: &[PathBuf]) -> String {
-    match users.iter().all(|user| files::holds_nothing(user)) {
+    match users.iter().all(|user| ways::holds_nothing(user)) {
         true => "or, if nobody needs those images any more (they hold nothing: new disks, or left by a merge of QEMU's)",
         false => "or, if nobody needs those images any more",
     }
@@ -180,11 +179,11 @@ fn needless(users: &[PathBuf]) -> String {
 
 /// A plain backing name for the named image, whose `json:` name repeats what lies below: that stays true in its header.
 fn plain_name(call: &Call) -> Option<Hint> {
-    let backing = Backing::of(&call.image)?;
-    if !BackingName::parse(&backing.written).is_ok_and(|name| name.states_backing()) {
-        return None;
-    }
-    let format = backing.detected().filter(|found| matches!(found, ImageFormat::Qcow2))?;
+    let backing = NamedBacking::of(&call.image)?;
+    let format = backing
+        .detected()
+        .filter(|_| backing.states_more())
+        .filter(|found| matches!(found, ImageFormat::Qcow2))?;
     let command = Command::of("qemu-img")
         .options(["rebase", "-u", "-f", "qcow2", "-F", format.name(), "-b"])
         .word(std::fs::canonicalize(&backing.path).ok()?)
@@ -200,7 +199,7 @@ fn missing(image: &Path, role: Role, resolved: &Path, call: &Call) -> Hints {
         return put("; it holds the guest's data").into();
     }
     let again = Hint::command(HintKind::Again, "when it is there again", call.again());
-    let Some(backing) = Backing::of(image) else { return put("").into() };
+    let Some(backing) = NamedBacking::of(image) else { return put("").into() };
     match backing.moved(image) {
         Some(found) => {
             let command = Command::of("qemu-img")
@@ -226,7 +225,7 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
             Hint::advice(format!("copy what it names to a local file, and name that as its {role}")).into()
         }
         Refusal::OutsideAllowed { file } => {
-            let folder = files::folder(file);
+            let folder = ways::folder(file);
             allowed(
                 HintKind::AllowDir,
                 "if you trust it",
@@ -271,7 +270,7 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
         .or(Hint::command(HintKind::Again, "then", call.again()))
         .or(Hint::advice("or keep the journal in a folder of your own, with --journal-dir")),
         Refusal::InTheWay { file, .. } => {
-            let away = files::free_name_behind(file).map(|free| Command::of("mv").word("-T").file(file).file(free));
+            let away = ways::free_name_behind(file).map(|free| Command::of("mv").word("-T").file(file).file(free));
             let away = away.map(|command| Hint::command(HintKind::Advice, "if nothing needs it there, move it away", command));
             Hints::from(away.unwrap_or_else(|| Hint::advice("move it away")))
                 .or(Hint::command(HintKind::Again, "then", call.again()))
@@ -284,7 +283,7 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
         ))
         .into(),
         Refusal::DataFileOwner { file } => {
-            let folders = [files::folder(path), files::folder(file)];
+            let folders = [ways::folder(path), ways::folder(file)];
             let [image, data] = folders.each_ref().map(|folder| folder.as_os_str());
             let options = ["--allow-dir".as_ref(), image, "--allow-dir".as_ref(), data];
             allowed(HintKind::AllowDir, "if it is the data of that image", call, &options).into()
@@ -361,7 +360,7 @@ fn refusal(path: &Path, reason: &Refusal, call: &Call) -> Hints {
 
 /// A backing name without a format: what the file's first bytes say can only be offered.
 fn missing_format(image: &Path, call: &Call) -> Hints {
-    let found = Backing::of(image).and_then(|backing| Some((backing.detected()?, backing)));
+    let found = NamedBacking::of(image).and_then(|backing| Some((backing.detected()?, backing)));
     let Some((format, backing)) = found else {
         return Hint::advice("say what it is, with --backing-format").into();
     };
@@ -369,7 +368,7 @@ fn missing_format(image: &Path, call: &Call) -> Hints {
         "raw" => "if it is a plain disk, which any bytes may be".to_owned(),
         name => format!("if it is {name}, as its first bytes say (a guest could have written them)"),
     };
-    let mut value = files::name_as_os(&backing.written);
+    let mut value = backing.written.clone();
     value.push("=");
     value.push(format.name());
     let option = ["--backing-format".into(), value];
@@ -378,7 +377,7 @@ fn missing_format(image: &Path, call: &Call) -> Hints {
 
 /// A stated format that the file contradicts.
 fn mismatch(image: &Path, call: &Call) -> Hints {
-    let Some(backing) = Backing::of(image) else { return info_chain("its layers", call) };
+    let Some(backing) = NamedBacking::of(image) else { return info_chain("its layers", call) };
     let file = shown(&backing.path);
     if std::fs::metadata(&backing.path).is_ok_and(|meta| meta.is_file() && meta.len() == 0) {
         return Hints::from(Hint::advice(format!(
@@ -395,7 +394,7 @@ fn mismatch(image: &Path, call: &Call) -> Hints {
     };
     let command = Command::of("qemu-img")
         .options(["rebase", "-u", "-f", "qcow2", "-F", found.name(), "-b"])
-        .word(files::name_as_os(&backing.written))
+        .word(backing.written.clone())
         .file(image);
     let why =
         format!("find out who wrote those bytes (a guest can); only if {file} really is {}", found.name());
@@ -405,7 +404,7 @@ fn mismatch(image: &Path, call: &Call) -> Hints {
     if backing.declared.as_deref() != Some("raw") || given {
         return rename.into();
     }
-    let mut value = files::name_as_os(&backing.written);
+    let mut value = backing.written.clone();
     value.push("=raw");
     let why = "if it is a raw disk, and a guest wrote those bytes";
     Hints::from(rename).first(allowed(
@@ -417,7 +416,7 @@ fn mismatch(image: &Path, call: &Call) -> Hints {
 }
 
 fn too_deep(limit: usize, call: &Call) -> Hints {
-    match files::layer_down(&call.image, limit / 2).filter(|_| call.verb == VerbName::Commit) {
+    match ways::layer_down(&call.image, limit / 2).filter(|_| call.verb == VerbName::Commit) {
         Some(layer) => {
             let command = Command::qmerge(["commit"]).file(layer);
             Hint::command(HintKind::MergeLower, "merge the lower part first", command).into()

@@ -6,9 +6,10 @@ use std::path::Path;
 
 use qcow2::FileOp;
 use qcow2::error::shown;
+use qcow2::ways;
 use rustix::io::Errno;
 
-use super::{Command, Hint, HintKind, Hints, files};
+use super::{Command, Hint, HintKind, Hints};
 use crate::call::{Call, VerbName};
 
 /// The hints for an operation that the system refused.
@@ -64,7 +65,7 @@ pub(super) fn io_hints(path: &Path, op: FileOp, source: &io::Error, call: &Call)
 }
 
 fn not_found(path: &Path, op: FileOp) -> Hints {
-    let folder = files::folder(path);
+    let folder = ways::folder(path);
     if !folder.is_dir() {
         return Hint::advice(format!("there is no folder {}", shown(folder))).into();
     }
@@ -83,7 +84,7 @@ fn not_found(path: &Path, op: FileOp) -> Hints {
 
 /// What may not be done. Root is told what stands in even its way.
 fn permission(path: &Path, is_root: bool, call: &Call) -> Hints {
-    if files::is_immutable(path) {
+    if ways::is_immutable(path) {
         let command = Command::of("chattr").word("-i").file(path);
         let words = "it is marked immutable, as templates are; if it may be changed";
         return Hint::command(HintKind::Advice, words, command).into();
@@ -110,7 +111,7 @@ pub(super) fn no_space(path: &Path, call: &Call) -> Hints {
     } else {
         format!(
             "free some space (df -h {}), then again",
-            super::quoted(super::file_word(&files::folder(path)).as_ref())
+            super::quoted(super::file_word(&ways::folder(path)).as_ref())
         )
     };
     Hint::command(HintKind::Again, words, call.again()).into()

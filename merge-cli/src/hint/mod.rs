@@ -5,7 +5,6 @@
 
 mod command;
 mod engine;
-mod files;
 mod in_use;
 mod io;
 mod kind;
@@ -17,7 +16,6 @@ use serde_json::{Value, json};
 
 pub(crate) use self::command::{Command, file_word, quoted};
 pub(crate) use self::engine::hints;
-pub(crate) use self::files::{can_be_flattened, folder, free_name};
 pub(crate) use self::kind::HintKind;
 
 /// One thing to do next.

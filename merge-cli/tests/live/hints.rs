@@ -116,7 +116,7 @@ fn every_kind_of_live_hint_does_what_it_says_when_it_is_typed() {
     if !tools_are_here() {
         return;
     }
-    for kind in HintKind::ALL {
+    for &kind in HintKind::ALL {
         let (mut machine, call, code, stops) = match provoke(kind) {
             TriedLive::Here(machine, call, code) => (machine, call, code, false),
             TriedLive::Stopped(machine, call) => (machine, call, 0, true),

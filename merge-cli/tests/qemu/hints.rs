@@ -165,7 +165,7 @@ fn every_kind_of_hint_does_what_it_says_when_it_is_typed() {
     if !qemu_present() {
         return;
     }
-    for kind in HintKind::ALL {
+    for &kind in HintKind::ALL {
         let chain = Chain::new("hint", "qcow2");
         let (run, here) = match provoke(kind, &chain) {
             Tried::Here(run, here) => (run, here),

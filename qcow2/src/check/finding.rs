@@ -144,7 +144,7 @@ impl Serialize for Finding {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
         #[serde(rename_all = "kebab-case")]
-        struct Shape {
+        struct FindingShape {
             severity: Severity,
             host_offset: u64,
             clusters: u64,
@@ -152,7 +152,7 @@ impl Serialize for Finding {
             #[serde(skip_serializing_if = "Option::is_none")]
             guest_offset: Option<u64>,
         }
-        Shape {
+        FindingShape {
             severity: self.severity,
             host_offset: self.host.get(),
             clusters: self.clusters,

@@ -415,6 +415,47 @@ pub enum Refusal {
     },
 }
 
+impl Refusal {
+    /// A stable word for the rule, which programs may rely on: `shared-base`, `dirty`.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::SharedBase { .. } => "shared-base",
+            Self::PossiblyShared { .. } => "possibly-shared",
+            Self::MissingFormat { .. } => "missing-format",
+            Self::FormatMismatch { .. } => "format-mismatch",
+            Self::NotLocal { .. } => "not-local",
+            Self::NotAFile { .. } => "not-a-file",
+            Self::OutsideAllowed { .. } => "outside-allowed",
+            Self::Loop { .. } => "loop",
+            Self::TooDeep { .. } => "too-deep",
+            Self::Snapshots { .. } => "snapshots",
+            Self::Bitmaps { .. } => "bitmaps",
+            Self::Dirty => "dirty",
+            Self::UnfinishedMerge { .. } => "unfinished-merge",
+            Self::CorruptBit => "corrupt",
+            Self::Inconsistent { .. } => "inconsistent",
+            Self::HeaderRoom { .. } => "header-room",
+            Self::NotWritable { .. } => "not-writable",
+            Self::NoLocks => "no-locks",
+            Self::NotAsKnown { .. } => "changed",
+            Self::JournalPlace { .. } => "journal-place",
+            Self::Stranger { .. } => "stranger",
+            Self::InTheWay { .. } => "in-the-way",
+            Self::MergedDataLost => "merged-data-lost",
+            Self::DataFileOwner { .. } => "data-file-owner",
+            Self::BackupOwner { .. } => "backup-owner",
+            Self::JournalVersion { .. } => "journal-version",
+            Self::JournalOfAnother { .. } | Self::JournalOfRenamed { .. } => "journal-of-another",
+            Self::WrittenSince { .. } => "written-since",
+            Self::MergeDone { .. } => "merge-done",
+            Self::BackupDamaged { .. } => "backup-damaged",
+            Self::OtherImage { .. } => "other-image",
+            Self::WrittenSinceRepair { .. } => "written-since",
+            _ => "refused",
+        }
+    }
+}
+
 /// What the name in an overlay says of an image, and the image does not.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

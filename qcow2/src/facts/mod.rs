@@ -129,7 +129,7 @@ impl ImageFacts {
 impl Serialize for ImageFacts {
     /// With the keys of `qemu-img info --output=json` and some of our own.
     fn serialize<S: Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
-        shape::Shape::of(self).serialize(to)
+        shape::ImageShape::of(self).serialize(to)
     }
 }
 

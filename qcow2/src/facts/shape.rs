@@ -16,20 +16,20 @@ use crate::storage::LockMode;
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) struct Shape<'f> {
+pub(super) struct ImageShape<'f> {
     filename: Cow<'f, str>,
     format: &'static str,
     virtual_size: Option<u64>,
     actual_size: u64,
     file_length: u64,
     #[serde(flatten)]
-    qcow2: Option<Fields<'f>>,
+    qcow2: Option<Qcow2Shape<'f>>,
     dirty_flag: bool,
     in_use: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     in_use_for: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    holders: Option<Vec<Process<'f>>>,
+    holders: Option<Vec<HolderShape<'f>>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     merge_pending: Option<&'f UnfinishedMerge>,
     #[serde(skip_serializing_if = "<[Stranger]>::is_empty")]
@@ -39,14 +39,14 @@ pub(super) struct Shape<'f> {
 }
 
 #[derive(Serialize)]
-struct Process<'f> {
+struct HolderShape<'f> {
     pid: u32,
     name: &'f str,
 }
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Fields<'f> {
+struct Qcow2Shape<'f> {
     cluster_size: u64,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     encrypted: bool,
@@ -61,13 +61,13 @@ struct Fields<'f> {
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "serial::some_name")]
     merging_into: Option<PathBuf>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    snapshots: Vec<Saved<'f>>,
-    format_specific: Specific<'f>,
+    snapshots: Vec<SnapshotShape<'f>>,
+    format_specific: SpecificShape<'f>,
 }
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Saved<'f> {
+struct SnapshotShape<'f> {
     id: Cow<'f, str>,
     name: Cow<'f, str>,
     vm_state_size: u64,
@@ -79,26 +79,26 @@ struct Saved<'f> {
 }
 
 #[derive(Serialize)]
-struct Specific<'f> {
+struct SpecificShape<'f> {
     #[serde(rename = "type")]
     format: &'static str,
-    data: Data<'f>,
+    data: DataShape<'f>,
 }
 
 /// Version 2 cannot say more than the first three.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Data<'f> {
+struct DataShape<'f> {
     compat: &'static str,
     compression_type: &'static str,
     refcount_bits: u32,
     #[serde(flatten)]
-    version3: Option<Version3<'f>>,
+    version3: Option<Version3Shape<'f>>,
 }
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Version3<'f> {
+struct Version3Shape<'f> {
     lazy_refcounts: bool,
     corrupt: bool,
     extended_l2: bool,
@@ -107,27 +107,27 @@ struct Version3<'f> {
     #[serde(skip_serializing_if = "Option::is_none")]
     data_file_raw: Option<bool>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    bitmaps: Vec<Recorded>,
+    bitmaps: Vec<BitmapShape>,
 }
 
 #[derive(Serialize)]
-struct Recorded {
+struct BitmapShape {
     name: String,
     granularity: u64,
     flags: Vec<&'static str>,
 }
 
-impl<'f> Shape<'f> {
+impl<'f> ImageShape<'f> {
     pub(super) fn of(facts: &'f ImageFacts) -> Self {
         let used = facts.used;
-        let process = |h: &'f Holder| Process { pid: h.pid, name: &h.name };
+        let process = |h: &'f Holder| HolderShape { pid: h.pid, name: &h.name };
         Self {
             filename: facts.path.to_string_lossy(),
             format: facts.format.name(),
             virtual_size: facts.virtual_size(),
             actual_size: facts.stat.allocated,
             file_length: facts.stat.len,
-            qcow2: facts.cluster0.as_ref().map(|cluster0| Fields::of(facts, cluster0)),
+            qcow2: facts.cluster0.as_ref().map(|cluster0| Qcow2Shape::of(facts, cluster0)),
             dirty_flag: facts.cluster0.as_ref().is_some_and(|c| c.header.is_dirty()),
             in_use: (facts.has_locks || used.is_some()).then_some(used.is_some()),
             in_use_for: used.map(|mode| if mode == LockMode::Write { "writing" } else { "reading" }),
@@ -139,7 +139,7 @@ impl<'f> Shape<'f> {
     }
 }
 
-impl<'f> Fields<'f> {
+impl<'f> Qcow2Shape<'f> {
     fn of(facts: &'f ImageFacts, cluster0: &'f Cluster0) -> Self {
         let (name, resolved) = facts.backing().unzip();
         Self {
@@ -150,13 +150,16 @@ impl<'f> Fields<'f> {
             backing_filename_format: cluster0.backing_format(),
             merged_into: cluster0.merged_into(),
             merging_into: cluster0.merging_into(),
-            snapshots: facts.snapshots.iter().map(Saved::of).collect(),
-            format_specific: Specific { format: facts.format.name(), data: Data::of(facts, cluster0) },
+            snapshots: facts.snapshots.iter().map(SnapshotShape::of).collect(),
+            format_specific: SpecificShape {
+                format: facts.format.name(),
+                data: DataShape::of(facts, cluster0),
+            },
         }
     }
 }
 
-impl<'f> Saved<'f> {
+impl<'f> SnapshotShape<'f> {
     fn of(snapshot: &'f Snapshot) -> Self {
         Self {
             id: String::from_utf8_lossy(&snapshot.id),
@@ -171,16 +174,16 @@ impl<'f> Saved<'f> {
     }
 }
 
-impl<'f> Data<'f> {
+impl<'f> DataShape<'f> {
     fn of(facts: &'f ImageFacts, cluster0: &'f Cluster0) -> Self {
         let header = &cluster0.header;
         let name = cluster0.data_file_name().filter(|_| header.has_data_file());
         let recorded = |b: &Bitmap| {
             let flags = [(b.is_in_use(), "in-use"), (b.is_auto(), "auto")];
             let flags = flags.iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| *flag).collect();
-            Recorded { name: b.display_name(), granularity: b.granularity(), flags }
+            BitmapShape { name: b.display_name(), granularity: b.granularity(), flags }
         };
-        let version3 = || Version3 {
+        let version3 = || Version3Shape {
             lazy_refcounts: header.lazy_refcounts(),
             corrupt: header.is_corrupt(),
             extended_l2: header.extended_l2(),

@@ -138,7 +138,7 @@ impl Serialize for RepairPlan {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
         #[serde(rename_all = "kebab-case")]
-        struct Shape {
+        struct RepairShape {
             refcounts_raised: u64,
             refcounts_lowered: u64,
             clusters_freed: u64,
@@ -150,7 +150,7 @@ impl Serialize for RepairPlan {
             leaks_left: u64,
             steps: Vec<String>,
         }
-        Shape {
+        RepairShape {
             refcounts_raised: self.raised,
             refcounts_lowered: self.lowered,
             clusters_freed: self.freed,

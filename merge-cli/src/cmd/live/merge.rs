@@ -5,7 +5,7 @@ use qmp_client::{Connection, End, Nothing, Planned, Prepared, Request, Room, Run
 
 use super::follow::Follow;
 use super::outcome::Outcome;
-use super::plan::{fields, show, text};
+use super::plan::{show, text};
 use super::trouble::{self, Session};
 use super::{find, guard, look};
 use crate::cli::{JobArgs, LiveCommitArgs, LivePullArgs};
@@ -13,6 +13,7 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Console;
 use crate::output::human::printable;
+use crate::output::json::value;
 use crate::output::progress::Meter;
 use crate::output::size;
 use crate::signals::Stop;
@@ -161,7 +162,7 @@ impl MergeCall<'_> {
                 printable(job)
             ));
         }
-        console.event("plan", fields(plan))?;
+        console.event("plan", value(plan))?;
         if self.request.dry_run {
             // An active commit makes base durable itself.
             let flush = match &plan.relink {

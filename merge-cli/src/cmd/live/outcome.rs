@@ -217,11 +217,15 @@ fn add_files(
         lines.push(format!(
             "stays as it is{old}: {}: {}",
             printable(&file.to_string_lossy()),
-            printable(why)
+            printable(&why.to_string())
         ));
     }
     for (file, why) in &tidied.kept {
-        lines.push(format!("not touched: {}: {}", printable(&file.to_string_lossy()), printable(why)));
+        lines.push(format!(
+            "not touched: {}: {}",
+            printable(&file.to_string_lossy()),
+            printable(&why.to_string())
+        ));
     }
     if !tidied.kept.is_empty() {
         let later = session.other(&["recover", &state.disk]);
@@ -230,9 +234,10 @@ fn add_files(
     fields["deleted"] = paths(&tidied.deleted);
     fields["unneeded"] = paths(&tidied.obsolete);
     fields["emptied"] = paths(&tidied.emptied);
-    let stale = tidied.stale.iter().map(|(file, why)| json!({ "file": path(file), "reason": why }));
+    let stale =
+        tidied.stale.iter().map(|(file, why)| json!({ "file": path(file), "reason": why.to_string() }));
     fields["stale"] = stale.collect();
-    let kept = tidied.kept.iter().map(|(file, why)| json!({ "file": path(file), "reason": why }));
+    let kept = tidied.kept.iter().map(|(file, why)| json!({ "file": path(file), "reason": why.to_string() }));
     fields["kept"] = kept.collect();
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::{self, Path, PathBuf};
 
+use qcow2::ways::folder;
 use qmp_client::{Disk, Error, Machine, Refusal};
 
 use super::outcome::say_left;
@@ -10,7 +11,7 @@ use super::{find, guard, look, unfinished_snapshot};
 use crate::cli::Overlay;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Command, Hint, HintKind, folder};
+use crate::hint::{Command, Hint, HintKind};
 use crate::output::Console;
 use crate::output::human::printable;
 

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::io;
 use std::path::Path;
 
+use qcow2::ways::folder;
 use qmp_client::{Address, Disk, Error, Hindrance, Owner, Refusal, Request, StoppedMerge};
 
 use super::{guard, refused};
@@ -11,7 +12,7 @@ use crate::call::without;
 use crate::cli::LiveVerb;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Command, Hint, HintKind, Hints, folder};
+use crate::hint::{Command, Hint, HintKind, Hints};
 use crate::output::human::printable;
 
 /// One call of `qmerge live`.

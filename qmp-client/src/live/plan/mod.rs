@@ -9,6 +9,7 @@ mod prepare;
 mod range;
 mod request;
 mod same;
+mod shape;
 
 use std::path::PathBuf;
 

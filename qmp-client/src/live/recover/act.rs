@@ -9,7 +9,7 @@ use qcow2::storage::OsHost;
 
 use super::finding::{Deed, Fact, Finding, Found, Next, Trouble};
 use super::{Case, look};
-use crate::live::tidy::{Tidied, Tidy, TidyOptions};
+use crate::live::tidy::{StaysReason, Tidied, Tidy, TidyOptions};
 use crate::live::verdict::{NotSwitched, RelinkBack, Switched};
 use crate::state::{Kind, StateLayer};
 
@@ -92,7 +92,7 @@ impl Case<'_> {
             let base = state.layer(state.base).map(|base| base.file.clone()).unwrap_or_default();
             finding.did.push(Deed::Empty { files: tidied.emptied, base });
         }
-        let stays = |(file, why): (PathBuf, String)| Fact::Stays { file, why };
+        let stays = |(file, why): (PathBuf, StaysReason)| Fact::Stays { file, why };
         finding.facts.extend(tidied.stale.into_iter().map(stays));
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use qapi::qmp::JobStatus;
 
 use crate::live::outline::Outline;
+use crate::live::tidy::StaysReason;
 use crate::live::verdict::Doubt;
 use crate::qmp::address::Address;
 
@@ -72,7 +73,7 @@ pub enum Fact {
         /// The file.
         file: PathBuf,
         /// Why.
-        why: String,
+        why: StaysReason,
     },
     /// QEMU runs, and has the job.
     JobIs(JobStatus),

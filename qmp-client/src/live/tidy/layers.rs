@@ -12,6 +12,7 @@ use qcow2::stamp::Stamp;
 use qcow2::storage::{FileId, OsHost};
 use qcow2::{Error, Refusal};
 
+use super::reason::StaysReason;
 use crate::live::plan::{Obstacle, how_to_empty};
 use crate::live::verdict::Switched;
 use crate::state::{Kind, State, StateLayer, stamp_of};
@@ -46,9 +47,9 @@ pub struct Tidied {
     /// Files that the disk no longer needs, and that are what they were.
     pub obsolete: Vec<PathBuf>,
     /// Files that keep what they hold for good, each with the reason.
-    pub stale: Vec<(PathBuf, String)>,
+    pub stale: Vec<(PathBuf, StaysReason)>,
     /// Files that could not be treated now, each with the reason.
-    pub kept: Vec<(PathBuf, String)>,
+    pub kept: Vec<(PathBuf, StaysReason)>,
     /// The first error for which a file was kept.
     pub error: Option<Error>,
     /// Whether the old active image keeps what it holds against what was planned, and every layer below it with it: it can
@@ -100,9 +101,8 @@ impl Tidy<'_> {
                 Err(error) => return keep(tidied, going.get(at..).unwrap_or_default(), error),
             }
         }
-        let user = users.first().map(|user| format!("{} uses it", user.display())).unwrap_or_default();
         for (at, image) in staying.iter().enumerate() {
-            let why = if at == 0 { user.clone() } else { BELOW.to_owned() };
+            let why = StaysReason::used_by(users.first().filter(|_| at == 0));
             self.leave(image, why, tidied);
         }
     }
@@ -120,10 +120,10 @@ impl Tidy<'_> {
             self.state().kind == Kind::ActiveCommit
                 && self.state().active().is_some_and(|a| a.index == layer.index)
         };
-        let mut all_stay = of_base.map(|obstacle| obstacle.to_string());
+        let mut all_stay = of_base.map(StaysReason::Obstacle);
         let mut going = Vec::new();
         for (layer, stamp) in obsolete {
-            let own = Obstacle::of_overlay(layer).map(|obstacle| obstacle.to_string());
+            let own = Obstacle::of_overlay(layer).map(StaysReason::Obstacle);
             if let Some(why) = all_stay.clone().or_else(|| own.clone()) {
                 self.leave(stamp, why, tidied);
             } else {
@@ -131,7 +131,7 @@ impl Tidy<'_> {
             }
             if own.is_some() && is_active(layer) {
                 // Who accepts that it stays may want what it shows.
-                all_stay.get_or_insert_with(|| BELOW.to_owned());
+                all_stay.get_or_insert(StaysReason::BelowKept);
             }
         }
         if going.is_empty() {
@@ -174,10 +174,10 @@ impl Tidy<'_> {
             match result {
                 Ok(_) => tidied.emptied.push(path),
                 Err(error) if tidied.is_stuck || may_pass(&error) => {
-                    tidied.kept.push((path, error.to_string()));
+                    tidied.kept.push((path, StaysReason::failed(&error)));
                     tidied.error.get_or_insert(error);
                 }
-                Err(error) => self.leave(image, reason(&error), tidied),
+                Err(error) => self.leave(image, StaysReason::of(&error), tidied),
             }
         }
     }
@@ -202,7 +202,7 @@ impl Tidy<'_> {
             return keep(tidied, going, error);
         }
         for image in going {
-            let why = if image == active { reason(&error) } else { BELOW.to_owned() };
+            let why = if image == active { StaysReason::of(&error) } else { StaysReason::BelowKept };
             self.leave(image, why, tidied);
         }
     }
@@ -214,15 +214,14 @@ impl Tidy<'_> {
         };
         let (free, staying) = going.split_at(free);
         tidied.emptied.extend(free.iter().map(|image| image.path.clone()));
-        let user = users.first().map(|user| format!("{} uses it", user.display())).unwrap_or_default();
         for (at, image) in staying.iter().enumerate() {
-            let why = if at == 0 { user.clone() } else { BELOW.to_owned() };
+            let why = StaysReason::used_by(users.first().filter(|_| at == 0));
             self.leave(image, why, tidied);
         }
     }
 
     /// Leaves an image as it is, for good. A mark keeps it from being merged again, where it can carry one.
-    fn leave(&self, image: &Stamp, why: String, tidied: &mut Tidied) {
+    fn leave(&self, image: &Stamp, why: StaysReason, tidied: &mut Tidied) {
         let base = self.state().layer(self.state().base).map_or(Path::new(""), |base| Path::new(&base.file));
         if !self.dry_run {
             // What cannot be marked is named all the same.
@@ -231,8 +230,6 @@ impl Tidy<'_> {
         tidied.stale.push((image.path.clone(), why));
     }
 }
-
-const BELOW: &str = "a layer above it is kept";
 
 /// The file of a layer, if its name leads to it still, for certain.
 pub(crate) fn id(layer: &StateLayer) -> Option<FileId> {
@@ -253,7 +250,7 @@ fn still(path: &Path, before: &Stamp) -> Option<FileId> {
 /// The first cannot be treated now, and so no other can: who uses it reads through them.
 fn keep(tidied: &mut Tidied, images: &[Stamp], error: Error) {
     for (at, image) in images.iter().enumerate() {
-        let why = if at == 0 { error.to_string() } else { BELOW.to_owned() };
+        let why = if at == 0 { StaysReason::failed(&error) } else { StaysReason::BelowKept };
         tidied.kept.push((image.path.clone(), why));
     }
     tidied.error.get_or_insert(error);
@@ -268,16 +265,5 @@ fn may_pass(error: &Error) -> bool {
         }
         Error::Refused { reason, .. } => matches!(reason, Refusal::NotAsKnown { .. }),
         _ => false,
-    }
-}
-
-fn reason(error: &Error) -> String {
-    match error {
-        Error::Refused { reason: Refusal::SharedBase { users }, .. } => match users.first() {
-            Some(user) => format!("{} uses it", user.display()),
-            None => error.to_string(),
-        },
-        Error::Refused { reason, .. } => reason.to_string(),
-        _ => error.to_string(),
     }
 }

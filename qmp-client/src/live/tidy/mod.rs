@@ -1,6 +1,7 @@
 //! The end of a live merge: its obsolete files are removed, emptied, or kept for a reason.
 
 mod layers;
+mod reason;
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use crate::state::Kind;
 
 pub use layers::{Tidied, TidyOptions};
 pub(crate) use layers::{Tidy, id};
+pub use reason::StaysReason;
 
 /// Removes or empties the obsolete layers of a merge, as far as QEMU has closed them. Base is durable then, and the merge is
 /// switched.
@@ -28,22 +30,22 @@ pub(crate) fn after(switched: Switched<'_>, files: &Files, options: &TidyOptions
             tidied.obsolete.push(path);
         } else if !tidied.kept.is_empty() {
             // Whoever uses the layer that is kept reads through those below it.
-            tidied.kept.push((path, "a layer above it is kept".to_owned()));
+            tidied.kept.push((path, StaysReason::BelowKept));
         } else if let Some(stamp) = &layer.stamp {
             if is_gone(&path) {
                 // An earlier call has removed it, or the user.
                 continue;
             }
             match id(layer) {
-                None => tidied.kept.push((path, "it is another file by now".to_owned())),
+                None => tidied.kept.push((path, StaysReason::OtherFile)),
                 Some(id) if files.has_open(id) => {
-                    tidied.kept.push((path, "QEMU still has it open".to_owned()));
+                    tidied.kept.push((path, StaysReason::OpenInQemu));
                 }
                 // The host may have started again since, and the file system have another number.
                 Some(id) => obsolete.push((layer, Stamp { path, id, ..stamp.clone() })),
             }
         } else {
-            tidied.stale.push((path, "it is no file here".to_owned()));
+            tidied.stale.push((path, StaysReason::NotHere));
         }
     }
     // It is short work, and half of it would have to be done again.

@@ -1,21 +1,24 @@
-//! What the files say from which hints are made: names that are free, where a backing file is, what it is.
+//! What would succeed next, as the files tell: whether a repair or a flatten would, where a backing file that is missing may be,
+//! which names are free. For whoever says what to do about an error.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use qcow2::chain::view::View;
-use qcow2::chain::{BackingName, Chain, OpenOptions, Policy, open_data_file};
-use qcow2::check::CheckOptions;
-use qcow2::image::{ImageFormat, Qcow2};
-use qcow2::repair::{self, RepairMode};
-use qcow2::storage::{Access, Host, OsHost, Storage};
-use qcow2::units::{GuestOffset, GuestRange};
 use rustix::fs::{IFlags, ioctl_getflags};
 
+use crate::chain::view::View;
+use crate::chain::{BackingName, Chain, OpenOptions, Policy, open_data_file};
+use crate::check::CheckOptions;
+use crate::error::{Error, FileOp, Result};
+use crate::image::{ImageFormat, Qcow2};
+use crate::repair::{self, RepairMode};
+use crate::storage::{Access, Host, OsHost, Storage};
+use crate::units::{GuestOffset, GuestRange};
+
 /// The folder that a file lies in, as one can type it.
-pub(crate) fn folder(path: &Path) -> PathBuf {
+pub fn folder(path: &Path) -> PathBuf {
     match path.parent() {
         Some(parent) if parent.as_os_str().is_empty() => ".".into(),
         Some(parent) => parent.to_owned(),
@@ -25,7 +28,7 @@ pub(crate) fn folder(path: &Path) -> PathBuf {
 
 /// A name beside `image` that no file has: `vm-2.qcow2` for `vm.qcow2`; none for a device, beside which no image
 /// should lie.
-pub(crate) fn free_name(image: &Path) -> Option<PathBuf> {
+pub fn free_name(image: &Path) -> Option<PathBuf> {
     if fs::metadata(image).is_ok_and(|meta| !meta.is_file()) {
         return None;
     }
@@ -44,7 +47,7 @@ pub(crate) fn free_name(image: &Path) -> Option<PathBuf> {
 }
 
 /// A name for `file` when it is moved away: its own with a number behind it, which nothing has.
-pub(super) fn free_name_behind(file: &Path) -> Option<PathBuf> {
+pub fn free_name_behind(file: &Path) -> Option<PathBuf> {
     (1..100).find_map(|n| {
         let mut name = file.file_name()?.to_owned();
         name.push(format!(".{n}"));
@@ -54,69 +57,75 @@ pub(super) fn free_name_behind(file: &Path) -> Option<PathBuf> {
 }
 
 /// Whether a file is marked so that even root cannot change it.
-pub(super) fn is_immutable(path: &Path) -> bool {
+pub fn is_immutable(path: &Path) -> bool {
     let flags = File::open(path).ok().and_then(|file| ioctl_getflags(&file).ok());
     flags.is_some_and(|flags| flags.intersects(IFlags::IMMUTABLE | IFlags::APPEND))
 }
 
-/// A name as it stands in an image, as a word.
-pub(super) fn name_as_os(written: &[u8]) -> OsString {
-    OsStr::from_bytes(written).to_owned()
-}
-
 /// The backing file that an image names.
 #[derive(Debug)]
-pub(super) struct Backing {
+#[non_exhaustive]
+pub struct NamedBacking {
     /// Its name as it stands in the image.
-    pub(super) written: Vec<u8>,
+    pub written: OsString,
     /// The name as resolved.
-    pub(super) path: PathBuf,
+    pub path: PathBuf,
     /// Its format, if the image states it.
-    pub(super) declared: Option<String>,
+    pub declared: Option<String>,
 }
 
 /// A file that may be a backing file that was moved.
 #[derive(Debug)]
-pub(super) struct Moved {
+#[non_exhaustive]
+pub struct MovedBacking {
     /// The file.
-    pub(super) path: PathBuf,
+    pub path: PathBuf,
     /// Its name for the header of the overlay.
-    pub(super) name: OsString,
+    pub name: OsString,
     /// Its format.
-    pub(super) format: String,
+    pub format: String,
 }
 
-impl Backing {
+impl NamedBacking {
     /// What the header of `image` says; nothing if it cannot be read.
-    pub(super) fn of(image: &Path) -> Option<Self> {
+    pub fn of(image: &Path) -> Option<Self> {
         let file = OsHost.open(image, Access::Read).ok()?;
         let cluster0 = Qcow2::read_cluster0(image, &*file).ok()?;
         let written = cluster0.backing_name.clone()?;
         let path = BackingName::parse(&written).ok()?.resolve(image);
-        Some(Self { written, path, declared: cluster0.backing_format() })
+        Some(Self {
+            written: OsStr::from_bytes(&written).to_owned(),
+            path,
+            declared: cluster0.backing_format(),
+        })
+    }
+
+    /// Whether the name says what lies below the backing file, too, as a `json:` name may: that is wrong once it changes.
+    pub fn states_more(&self) -> bool {
+        BackingName::parse(self.written.as_bytes()).is_ok_and(|name| name.states_backing())
     }
 
     /// The format that the file's first bytes tell.
-    pub(super) fn detected(&self) -> Option<ImageFormat> {
+    pub fn detected(&self) -> Option<ImageFormat> {
         let file = OsHost.open(&self.path, Access::Read).ok()?;
         ImageFormat::detect(&self.path, &*file).ok()
     }
 
     /// The file of the same name beside the overlay, if there is one and it has the stated format.
-    pub(super) fn moved(&self, image: &Path) -> Option<Moved> {
+    pub fn moved(&self, image: &Path) -> Option<MovedBacking> {
         let name = self.path.file_name()?;
         let path = image.with_file_name(name);
         let meta = fs::metadata(&path).ok()?;
         if !meta.is_file() || fs::canonicalize(&path).ok()? == fs::canonicalize(image).ok()? {
             return None;
         }
-        let there = Self { path, written: name.as_bytes().to_owned(), declared: self.declared.clone() };
+        let there = Self { path, written: name.to_owned(), declared: self.declared.clone() };
         let format = there.detected().filter(|found| ImageFormat::from_name(found.name()).is_some())?;
         let format = format.name().to_owned();
         // A colon would be taken for a protocol, a dash for an option.
         let plain = !name.as_bytes().contains(&b':') && !name.as_bytes().starts_with(b"-");
         let name = if plain { name.to_owned() } else { Path::new(".").join(name).into() };
-        self.declared.as_ref().is_none_or(|declared| *declared == format).then_some(Moved {
+        self.declared.as_ref().is_none_or(|declared| *declared == format).then_some(MovedBacking {
             path: there.path,
             name,
             format,
@@ -125,12 +134,12 @@ impl Backing {
 }
 
 /// The layer that lies `steps` below `image`, going by the names in the headers.
-pub(super) fn layer_down(image: &Path, steps: usize) -> Option<PathBuf> {
-    (0..steps).try_fold(image.to_owned(), |image, _| Some(Backing::of(&image)?.path))
+pub fn layer_down(image: &Path, steps: usize) -> Option<PathBuf> {
+    (0..steps).try_fold(image.to_owned(), |image, _| Some(NamedBacking::of(&image)?.path))
 }
 
 /// Whether `check --repair all` would leave no corruption in an image: its plan says so, on a copy in memory.
-pub(super) fn can_be_repaired(image: &Path) -> bool {
+pub fn can_be_repaired(image: &Path) -> bool {
     let plan = || {
         let file = OsHost.open(image, Access::Read).ok()?;
         let cluster0 = Qcow2::read_cluster0(image, &*file).ok()?;
@@ -142,7 +151,7 @@ pub(super) fn can_be_repaired(image: &Path) -> bool {
 }
 
 /// Whether `flatten` would find its way through the tables of a chain, as QEMU reads them.
-pub(crate) fn can_be_flattened(image: &Path) -> bool {
+pub fn can_be_flattened(image: &Path) -> bool {
     let Ok(chain) = Chain::open(&OsHost, image, &OpenOptions { as_qemu: true, ..local() }) else {
         return false;
     };
@@ -166,12 +175,11 @@ pub(crate) fn can_be_flattened(image: &Path) -> bool {
 fn local() -> OpenOptions {
     OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() }
 }
+
 /// Whether there is a qcow2 image at `path` that holds nothing itself, as far as it can be read.
-pub(super) fn holds_nothing(path: &Path) -> bool {
-    let look = || -> qcow2::Result<bool> {
-        let file = OsHost
-            .open(path, Access::Read)
-            .map_err(|e| qcow2::Error::io(path, qcow2::FileOp::Open, None, e))?;
+pub fn holds_nothing(path: &Path) -> bool {
+    let look = || -> Result<bool> {
+        let file = OsHost.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
         // Its tables tell: its data file need not be opened.
         let image = Qcow2::open(path, file.clone(), Some(file))?;
         image.check_number_of_tables()?;

@@ -5,7 +5,7 @@ use crate::output::size;
 use qmp_client::{DataFate, Direction, End, Layer, Plan};
 
 /// The plan.
-pub(in crate::cmd::live) fn text(plan: &Plan) -> String {
+pub(super) fn text(plan: &Plan) -> String {
     let mut fields = Fields::default();
     let from = list(plan.merged.iter().rev());
     fields.add("merge", format!("{from} into {}", show(plan.receiver())));
@@ -134,7 +134,7 @@ fn stale(plan: &Plan, layer: &Layer) -> &'static str {
 }
 
 /// A layer as people know it.
-pub(in crate::cmd::live) fn show(layer: &Layer) -> String {
+pub(super) fn show(layer: &Layer) -> String {
     printable(&layer.file)
 }
 
