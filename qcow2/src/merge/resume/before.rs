@@ -1,7 +1,6 @@
 //! Looks, before a merge is planned, for merges of the same layers that are unfinished or done. They decide what the layers
 //! mean that the caller asks for.
 
-use crate::merge::reason::NothingReason;
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -22,6 +21,7 @@ use crate::journal;
 use crate::journal::Journal;
 use crate::journal::record::{Phase, Purpose};
 use crate::merge::options::CommitOptions;
+use crate::merge::reason::NothingReason;
 use crate::storage::{Access, FileId, Host, if_there};
 use crate::transfer::ask::Span;
 use crate::units::GuestOffset;
