@@ -45,11 +45,13 @@ pub struct RestorePlan {
 
 fn pieces<S: Serializer>(ranges: &[Range<u64>], to: S) -> std::result::Result<S::Ok, S::Error> {
     #[derive(Serialize)]
-    struct Piece {
+    struct RestoredPiece {
         offset: u64,
         length: u64,
     }
-    to.collect_seq(ranges.iter().map(|range| Piece { offset: range.start, length: range.end - range.start }))
+    to.collect_seq(
+        ranges.iter().map(|range| RestoredPiece { offset: range.start, length: range.end - range.start }),
+    )
 }
 
 impl RestorePlan {
