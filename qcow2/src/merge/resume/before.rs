@@ -283,7 +283,10 @@ fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Opt
         let layer = chain.layer(at)?;
         let Some(image) = layer.image.as_qcow2() else { return Ok(None) };
         let Some(base) = mark(image.cluster0()) else { return Ok(None) };
-        Ok(Some((NothingReason::merged(&layer.path, &base), image.next_allocated(GuestOffset::ZERO)?.is_none())))
+        Ok(Some((
+            NothingReason::merged(&layer.path, &base),
+            image.next_allocated(GuestOffset::ZERO)?.is_none(),
+        )))
     };
     let Some(top) = &options.top else { return of_layer(chain.active(), &either) };
     match chain.find(host, top) {
