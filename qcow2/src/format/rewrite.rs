@@ -192,6 +192,10 @@ pub fn plan_drop_bitmaps(cluster0: &[u8]) -> Result<Switch, RewriteError> {
     let (incompatible, autoclear) = (old.cluster0.header.incompatible, old.cluster0.header.autoclear);
     // First the bit: without it the extension means nothing, so a crash between the two is harmless.
     let mut switch = plan_feature_bits(&old.bytes, incompatible, autoclear & !features::BITMAPS)?;
+    if list.len() == old.cluster0.extensions.len() {
+        // Nothing is removed, so nothing need be laid out again: that may take room for an END where there is none.
+        return Ok(switch);
+    }
     for write in &switch.writes {
         write.apply_to(&mut old.bytes);
     }

@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Holder, Refusal};
 use crate::storage::{
     Access, CopyError, FileId, FileStat, Host, LockError, LockMode, MemFile, MemHost, OsHost, Owner, Storage,
 };
-use crate::testing::Dice;
+use kit::Random;
 
 fn journal(host: &dyn Host) -> Arc<Journal> {
     Arc::new(Journal::create(host, &at(host, "/journal"), header()).unwrap())
@@ -26,21 +26,21 @@ fn last(host: &dyn Host) -> super::record::Record {
 #[test]
 fn reads_see_what_a_plain_file_would_show() {
     for seed in 0..60 {
-        let mut dice = Dice(seed);
+        let mut dice = Random::new(seed);
         let host = MemHost::new();
         let (plain, inner) = (MemFile::new(), Arc::new(MemFile::new()));
         let source = MemFile::new();
         source.write_all_at(&(0..60_000u32).map(|n| n as u8).collect::<Vec<_>>(), 100).unwrap();
-        let start: Vec<u8> = (0..dice.roll(30_000)).map(|_| dice.roll(256) as u8).collect();
+        let start: Vec<u8> = (0..dice.below(30_000)).map(|_| dice.below(256) as u8).collect();
         plain.write_all_at(&start, 0).unwrap();
         inner.write_all_at(&start, 0).unwrap();
         let file = Journaled::new(inner.clone(), journal(&host), 0);
         for step in 0..40 {
-            let (at, len) = (dice.roll(50_000), dice.roll(20_000));
+            let (at, len) = (dice.below(50_000), dice.below(20_000));
             // Many ranges end where blocks do.
-            let (at, len) = if dice.roll(3) == 0 { (at & !4095, len & !4095) } else { (at, len) };
+            let (at, len) = if dice.below(3) == 0 { (at & !4095, len & !4095) } else { (at, len) };
             let bytes = vec![step as u8 + 1; len as usize]; // never 0 or 0xee
-            let kind = dice.roll(6);
+            let kind = dice.below(6);
             for each in [&plain as &dyn Storage, &file] {
                 match kind {
                     0 => each.write_all_at(&bytes, at).unwrap(),
@@ -56,7 +56,7 @@ fn reads_see_what_a_plain_file_would_show() {
                 plain.size().unwrap(),
                 "seed {seed}, step {step}, kind {kind}, {at}+{len}"
             );
-            let (at, mut want) = (dice.roll(60_000), vec![0xee; 30_000]);
+            let (at, mut want) = (dice.below(60_000), vec![0xee; 30_000]);
             let mut got = want.clone();
             assert_eq!(file.read_at(&mut got, at).unwrap(), plain.read_at(&mut want, at).unwrap());
             assert!(got == want, "seed {seed}, step {step}, kind {kind}");
@@ -71,6 +71,23 @@ fn reads_see_what_a_plain_file_would_show() {
         assert_eq!(inner.read_at(&mut got, 0).unwrap(), n);
         assert!(got == want, "seed {seed}");
     }
+}
+
+/// A block is kept with what the file held behind the part that is written. A shorter file has lost that.
+#[test]
+fn what_a_shorter_file_has_lost_does_not_come_back() {
+    let host = MemHost::new();
+    let file = Journaled::new(Arc::new(MemFile::new()), journal(&host), 0);
+    file.write_all_at(&[9; 8192], 0).unwrap();
+    file.sync().unwrap();
+    file.write_live(&[1; 10], 0).unwrap();
+    file.set_len(100).unwrap();
+    file.set_len(8192).unwrap();
+    let mut bytes = [7; 8192];
+    assert_eq!(file.read_at(&mut bytes, 0).unwrap(), 8192);
+    assert!(
+        bytes[..10] == [1; 10] && bytes[10..100] == [9; 90] && bytes[100..].iter().all(|byte| *byte == 0)
+    );
 }
 
 /// Old content moves along inside base, and a lock that was held meanwhile stopped the merge for ever.

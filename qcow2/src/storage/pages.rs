@@ -165,14 +165,12 @@ impl<N> Pages<N> {
 
     /// Drops what lies at `len` and behind: it must not come back if the file grows again.
     pub(crate) fn cut(&mut self, len: u64) {
-        if len < self.end {
-            let behind = self.held.split_off(&len.div_ceil(PAGE));
-            drop(behind);
-            if let Some(last) = self.held.get_mut(&(len / PAGE)) {
-                last.bytes.get_mut((len % PAGE) as usize..).unwrap_or_default().fill(0);
-            }
-            self.end = if self.held.is_empty() { 0 } else { len };
+        drop(self.held.split_off(&len.div_ceil(PAGE)));
+        // Also behind what was written: there the page holds what the file held.
+        if let Some(last) = self.held.get_mut(&(len / PAGE)) {
+            last.bytes.get_mut((len % PAGE) as usize..).unwrap_or_default().fill(0);
         }
+        self.end = if self.held.is_empty() { 0 } else { self.end.min(len) };
     }
 
     /// Drops everything.
