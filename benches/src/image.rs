@@ -8,8 +8,10 @@ use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use kit::Random;
+
 use crate::Result;
-use crate::random::Random;
+use crate::content::write_noise;
 
 const COPIED: u64 = 1 << 63;
 
@@ -94,7 +96,7 @@ impl Image<'_> {
 
         if self.fill == Fill::Random {
             let mut out = Writer::at(&file, layout.data * cluster);
-            random.write(&mut out.0, self.clusters.len() as u64 * cluster)?;
+            write_noise(random, &mut out.0, self.clusters.len() as u64 * cluster)?;
             out.finish()?;
         }
         Ok(())
@@ -207,6 +209,7 @@ impl<'a> Writer<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::content::shuffle;
     use crate::tools;
 
     #[test]
@@ -220,7 +223,7 @@ mod tests {
         for (cluster_bits, count) in [(9, 3000u32), (12, 70_000), (16, 40)] {
             let mut random = Random::new(7);
             let mut clusters: Vec<u32> = (0..count).map(|n| n * 2 + 1).collect();
-            random.shuffle(&mut clusters);
+            shuffle(&mut random, &mut clusters);
             let size = u64::from(count * 2 + 5) << cluster_bits;
             let fill = if cluster_bits == 12 { Fill::Hole } else { Fill::Random };
             let image = Image { size, cluster_bits, clusters: &clusters, backing: None, fill };

@@ -4,7 +4,6 @@
 mod content;
 mod image;
 mod measure;
-mod random;
 mod report;
 mod scenario;
 mod stop;

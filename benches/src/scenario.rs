@@ -4,8 +4,10 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use kit::Random;
+
+use crate::content::{shuffle, write_noise, write_text};
 use crate::image::{Fill, Image};
-use crate::random::Random;
 use crate::{Result, tools};
 
 const MIB: u64 = 1 << 20;
@@ -248,7 +250,7 @@ impl Maker {
         let step = if pattern == Pattern::Shuffled { 2 } else { 1 };
         let mut clusters: Vec<u32> = (0..count).map(|n| n * step).collect();
         if pattern == Pattern::Shuffled {
-            self.random.shuffle(&mut clusters);
+            shuffle(&mut self.random, &mut clusters);
         }
         let size = bytes * u64::from(step);
         self.base(cluster_bits, size, over)?;
@@ -261,7 +263,7 @@ impl Maker {
     fn raw_base(&mut self) -> Result<Work> {
         let bytes = self.scaled(GIB);
         let mut out = BufWriter::with_capacity(1 << 20, File::create_new(self.path("base.raw"))?);
-        self.random.write(&mut out, bytes)?;
+        write_noise(&mut self.random, &mut out, bytes)?;
         out.flush()?;
         let clusters: Vec<u32> = (0..u32::try_from(bytes >> 16)?).collect();
         let fill = Fill::Random;
@@ -275,7 +277,7 @@ impl Maker {
         let bytes = self.scaled(GIB / 2);
         let plain = self.path("plain.raw");
         let mut out = BufWriter::with_capacity(1 << 20, File::create_new(&plain)?);
-        self.random.write_text(&mut out, bytes)?;
+        write_text(&mut self.random, &mut out, bytes)?;
         out.flush()?;
         self.base(16, bytes, false)?;
         let kind = format!("compression_type={kind}");
@@ -310,7 +312,7 @@ impl Maker {
     fn sparse(&mut self) -> Result<Work> {
         let size = if self.quick { TIB / 16 } else { TIB };
         let mut clusters: Vec<u32> = (0..4096).map(|n| n * ((size >> 16) / 4096) as u32).collect();
-        self.random.shuffle(&mut clusters);
+        shuffle(&mut self.random, &mut clusters);
         self.base(16, size, false)?;
         let fill = Fill::Random;
         let overlay =
@@ -350,7 +352,7 @@ impl Maker {
     fn map_scattered(&mut self) -> Result<Work> {
         let size = if self.quick { TIB / 16 } else { TIB };
         let mut clusters: Vec<u32> = (0..u32::try_from(size >> 18)?).map(|n| n * 4).collect();
-        self.random.shuffle(&mut clusters);
+        shuffle(&mut self.random, &mut clusters);
         let fill = Fill::Hole;
         self.image(
             "image.qcow2",
@@ -369,7 +371,7 @@ impl Maker {
         let mut clusters: Vec<u32> = (0..count).map(|n| n * 2).collect();
         // In pieces of 1024: their order is random, but tables are still used again and again.
         for piece in clusters.chunks_mut(1024) {
-            self.random.shuffle(piece);
+            shuffle(&mut self.random, piece);
         }
         let size = u64::from(count) * 2 * 512;
         self.base(9, size, false)?;

@@ -7,7 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use qcow2::fuzzing::mutate::{Random, mutate};
+use kit::Random;
+use qcow2::fuzzing::mutate::mutate;
 use qcow2::fuzzing::sample::{Content, Image, Sample, field, incompatible};
 use serde_json::Value;
 

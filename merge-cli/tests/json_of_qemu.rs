@@ -3,23 +3,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-#[path = "../../testdata/skipped.rs"]
-mod skipped;
-
 use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
-
-/// Whether QEMU's tools are there. A gate that sets `CI` must have them.
-fn qemu_is_here() -> bool {
-    let here = ["qemu-img", "qemu-io"].iter().all(|t| Command::new(t).arg("--version").output().is_ok());
-    assert!(here || std::env::var_os("CI").is_none(), "qemu-img and qemu-io are needed where CI is set");
-    if !here {
-        crate::skipped::skipped("qemu-img and qemu-io are not installed");
-    }
-    here
-}
 
 #[track_caller]
 fn run(dir: &Path, program: &str, args: &[&str]) -> Vec<u8> {
@@ -65,7 +52,7 @@ fn images(dir: &Path) -> Vec<&'static str> {
 
 #[test]
 fn info_has_the_keys_and_values_of_qemu_img() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -93,7 +80,7 @@ fn sorted(value: &mut Value) -> Value {
 
 #[test]
 fn maps_are_those_of_qemu_img() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -127,7 +114,7 @@ fn bytes(map: &Value) -> Vec<Value> {
 
 #[test]
 fn checks_report_the_numbers_of_qemu_img() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

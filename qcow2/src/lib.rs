@@ -57,9 +57,6 @@ pub mod merge;
 pub mod repair;
 pub mod retire;
 mod serial;
-#[cfg(test)]
-#[path = "../../testdata/skipped.rs"]
-mod skipped;
 pub mod stamp;
 pub mod storage;
 #[cfg(test)]

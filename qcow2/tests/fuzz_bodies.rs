@@ -4,8 +4,9 @@
 #[path = "../../fuzz/harness.rs"]
 mod harness;
 
+use kit::Random;
 use qcow2::fuzzing::BODIES;
-use qcow2::fuzzing::mutate::{Random, mutate};
+use qcow2::fuzzing::mutate::mutate;
 
 #[test]
 fn no_input_panics_hangs_or_takes_much_memory() {

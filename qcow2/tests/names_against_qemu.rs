@@ -2,9 +2,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
 
-#[path = "../../testdata/skipped.rs"]
-mod skipped;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -17,17 +14,6 @@ use qcow2::image::ImageFormat;
 use qcow2::storage::OsHost;
 use serde_json::Value;
 use tempfile::TempDir;
-
-/// Whether QEMU's tools are here; without them a test says so and ends, except in CI.
-fn qemu_is_here() -> bool {
-    let here =
-        ["qemu-img", "qemu-io"].iter().all(|tool| Command::new(tool).arg("--version").output().is_ok());
-    if !here {
-        assert!(std::env::var_os("CI").is_none(), "qemu-img and qemu-io are needed in CI");
-        crate::skipped::skipped("qemu-img or qemu-io is not installed, nothing was compared");
-    }
-    here
-}
 
 fn run(command: &mut Command) -> Output {
     let output = command.output().unwrap();
@@ -121,7 +107,7 @@ impl ChainFolder {
 
 #[test]
 fn names_lead_where_qemu_goes() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let folder = ChainFolder::new();
@@ -165,7 +151,7 @@ fn names_lead_where_qemu_goes() {
 
 #[test]
 fn json_names_lead_where_qemu_goes() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let folder = ChainFolder::new();
@@ -200,7 +186,7 @@ fn json_names_lead_where_qemu_goes() {
 
 #[test]
 fn symbolic_links_in_the_overlays_name_are_not_followed_first() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let folder = ChainFolder::new();
@@ -216,7 +202,7 @@ fn symbolic_links_in_the_overlays_name_are_not_followed_first() {
 
 #[test]
 fn relative_names_below_a_json_name_start_at_the_file_in_it() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let folder = ChainFolder::new();
@@ -230,7 +216,7 @@ fn relative_names_below_a_json_name_start_at_the_file_in_it() {
 
 #[test]
 fn data_file_names_lead_where_qemu_goes() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let folder = ChainFolder::new();
@@ -264,7 +250,7 @@ fn data_file_names_lead_where_qemu_goes() {
 
 #[test]
 fn a_new_backing_name_leads_qemu_to_the_base() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let folder = ChainFolder::new();
@@ -318,12 +304,12 @@ impl Drop for LoopDevice {
 
 #[test]
 fn block_devices_are_opened_where_qemu_opens_them() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let folder = ChainFolder::new();
     let Some(device) = LoopDevice::new(&folder.path("base.raw")) else {
-        crate::skipped::skipped("no loop device (needs root), block devices were not compared");
+        kit::not_tried("no loop device (needs root), block devices were not compared");
         return;
     };
     let device = &device.0;
@@ -344,7 +330,7 @@ fn block_devices_are_opened_where_qemu_opens_them() {
 
 #[test]
 fn what_qemu_opens_and_we_refuse() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let folder = ChainFolder::new();
@@ -371,7 +357,7 @@ fn what_qemu_opens_and_we_refuse() {
 
 #[test]
 fn what_qemu_refuses_for_other_reasons() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let folder = ChainFolder::new();

@@ -57,9 +57,6 @@ pub mod fuzzing;
 pub mod libvirt;
 mod live;
 mod qmp;
-#[cfg(test)]
-#[path = "../../testdata/skipped.rs"]
-mod skipped;
 mod state;
 
 pub use block::foreign::conclude;

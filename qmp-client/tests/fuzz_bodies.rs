@@ -4,7 +4,8 @@
 #[path = "../../fuzz/harness.rs"]
 mod harness;
 
-use qmp_client::fuzzing::{BODIES, Mutator};
+use kit::Random;
+use qmp_client::fuzzing::{BODIES, mutate};
 
 #[test]
 fn no_input_panics_hangs_or_takes_much_memory() {
@@ -15,7 +16,7 @@ fn no_input_panics_hangs_or_takes_much_memory() {
         mutations: body.mutations,
     });
     harness::run_all(bodies.into(), |seed| {
-        let mut mutator = Mutator::new(seed);
-        move |input: &mut Vec<u8>| mutator.mutate(input)
+        let mut random = Random::new(seed);
+        move |input: &mut Vec<u8>| mutate(input, &mut random)
     });
 }

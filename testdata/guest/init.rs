@@ -12,6 +12,9 @@
 //! | `replay` | takes what the journal says for acknowledged: `replayed blocks=N`; a later write may have followed |
 //! | `quit` | ends the machine |
 
+#[path = "../kit/src/random.rs"]
+#[allow(dead_code, reason = "the tests use all of it")]
+mod random;
 mod record;
 
 use std::collections::BTreeMap;
@@ -22,7 +25,8 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use record::{BLOCK, Block, Write, journal_block, journal_writes, random};
+use random::Random;
+use record::{BLOCK, Block, Write, journal_block, journal_writes};
 
 const MODULES: [&str; 6] =
     ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
@@ -52,7 +56,7 @@ fn run() -> io::Result<()> {
         table: BTreeMap::new(),
         replayed: false,
         seq: 0,
-        random: 0,
+        random: Random::new(0),
         blocks: 0,
         longest: Duration::ZERO,
     };
@@ -69,7 +73,7 @@ fn run() -> io::Result<()> {
         let words: Vec<&str> = command.split_whitespace().collect();
         match words.as_slice() {
             ["go", seed, blocks, disks @ ..] => {
-                guest.random = seed.parse().map_err(io::Error::other)?;
+                guest.random = Random::new(seed.parse().map_err(io::Error::other)?);
                 guest.blocks = blocks.parse().map_err(io::Error::other)?;
                 let disks: Vec<usize> = disks.iter().map(|d| usize::from(*d == "vdb")).collect();
                 guest.write_until_paused(&disks, &commands)?;
@@ -93,7 +97,7 @@ struct Guest {
     /// Whether the table comes from the journal, which the machine may have outlived by a few writes.
     replayed: bool,
     seq: u64,
-    random: u64,
+    random: Random,
     /// How many of each disk are written.
     blocks: u64,
     longest: Duration,
@@ -101,13 +105,12 @@ struct Guest {
 
 impl Guest {
     fn write_until_paused(&mut self, disks: &[usize], commands: &Receiver<String>) -> io::Result<()> {
-        let mut random_state = self.random;
         while commands.try_recv().is_err() {
             let mut batch = Vec::new();
             for _ in 0..BATCH {
-                let disk = disks[(random(&mut random_state) % disks.len() as u64) as usize];
+                let disk = self.random.pick(disks);
                 let (file, blocks) = &self.disks[disk];
-                let lba = random(&mut random_state) % self.blocks.min(*blocks);
+                let lba = self.random.below(self.blocks.min(*blocks));
                 self.seq += 1;
                 let write = Write { disk: disk as u64, lba, seq: self.seq };
                 let start = Instant::now();

@@ -1,5 +1,7 @@
 //! The records that the guest writes; shared by the guest's init and by the tests that read them on the host.
 
+use super::random::Random;
+
 /// Bytes of a record, and of the blocks that the guest writes.
 pub(crate) const BLOCK: usize = 4096;
 /// Pairs that a block of the journal can hold.
@@ -26,9 +28,10 @@ impl Write {
     pub(crate) fn block(&self) -> Block {
         let mut block = Block([0; BLOCK]);
         let head = [RECORD, self.disk, self.lba, self.seq];
-        let mut state = self.seq ^ self.lba.rotate_left(24) ^ self.disk.rotate_left(56) ^ RECORD;
+        let seed = self.seq ^ self.lba.rotate_left(24) ^ self.disk.rotate_left(56) ^ RECORD;
+        let mut random = Random::new(seed);
         for (at, bytes) in block.0.chunks_exact_mut(8).enumerate() {
-            let word = if at < head.len() { head[at] } else { random(&mut state) };
+            let word = if at < head.len() { head[at] } else { random.next() };
             bytes.copy_from_slice(&word.to_be_bytes());
         }
         block
@@ -63,17 +66,6 @@ pub(crate) fn journal_writes(number: u64, block: &[u8]) -> Option<Vec<Write>> {
         Some(Write { disk: word(block, at)?, lba: word(block, at + 1)?, seq: word(block, at + 2)? })
     };
     (0..count).map(write).collect()
-}
-
-/// The next number of a xorshift generator.
-pub(crate) fn random(state: &mut u64) -> u64 {
-    // Zero is the one state that it never leaves.
-    let mut x = if *state == 0 { RECORD } else { *state };
-    x ^= x << 13;
-    x ^= x >> 7;
-    x ^= x << 17;
-    *state = x;
-    x.wrapping_mul(0x2545_f491_4f6c_dd1d)
 }
 
 fn word(block: &[u8], at: usize) -> Option<u64> {

@@ -4,7 +4,8 @@ use std::fmt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::random::Random;
+use kit::Random;
+
 use crate::{Result, stop, tools};
 
 const M: u64 = 1 << 20;

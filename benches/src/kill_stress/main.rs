@@ -5,8 +5,6 @@
 
 mod chain;
 mod judge;
-#[path = "../random.rs"]
-mod random;
 #[path = "../stop.rs"]
 mod stop;
 #[path = "../tools.rs"]
@@ -17,9 +15,9 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use kit::Random;
 
 use chain::Chain;
-use random::Random;
 use tools::Result;
 
 /// Kill merges at random times, and see whether anything is lost

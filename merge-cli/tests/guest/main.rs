@@ -15,7 +15,5 @@ mod convergence;
 mod instants;
 mod killed;
 mod recorded;
-#[path = "../../../testdata/skipped.rs"]
-mod skipped;
 mod styles;
 mod switch;

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, Signal};
 
-use crate::support::{Lab, MachineLine, Qemu, present, qemu_present};
+use crate::support::{Lab, MachineLine, Qemu, qemu_present};
 
 const CHAIN: [&str; 4] = ["base.qcow2", "a.qcow2", "b.qcow2", "c.qcow2"];
 
@@ -64,7 +64,7 @@ fn machine(lab: &Lab) -> Qemu {
 /// Killed at the n-th call of each kind on each image that the switch touches, for each n, until it survives.
 #[test]
 fn qemu_may_be_killed_at_any_call_of_the_switch() {
-    if !qemu_present() || !present("strace") {
+    if !qemu_present() || !kit::are_here(&["strace"]) {
         return;
     }
     let made = Lab::new();
@@ -110,7 +110,7 @@ fn qemu_may_be_killed_at_any_call_of_the_switch() {
 /// QEMU writes the header and does not sync it, where the overlay above top is the active layer.
 #[test]
 fn an_overlays_new_header_is_durable_before_its_old_backing_file_is_removed() {
-    if !qemu_present() || !present("strace") {
+    if !qemu_present() || !kit::are_here(&["strace"]) {
         return;
     }
     let lab = Lab::new();

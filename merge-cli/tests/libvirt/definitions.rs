@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-use crate::support::{are_here, run, text};
+use crate::support::{run, text};
 
 /// A folder with a chain `base.qcow2 <- a.qcow2 <- b.qcow2 <- c.qcow2`, and one for definitions.
 struct Lab(tempfile::TempDir);
@@ -69,7 +69,7 @@ impl Lab {
 
 #[test]
 fn the_plan_names_the_domains_and_what_they_boot_afterwards() {
-    if !are_here(&["qemu-img", "qemu-io"]) {
+    if !kit::are_here(&["qemu-img", "qemu-io"]) {
         return;
     }
     let lab = Lab::new();
@@ -128,7 +128,7 @@ fn the_plan_names_the_domains_and_what_they_boot_afterwards() {
 
 #[test]
 fn an_image_in_use_is_told_with_its_domain() {
-    if !are_here(&["qemu-img", "qemu-io", "qemu-storage-daemon"]) {
+    if !kit::are_here(&["qemu-img", "qemu-io", "qemu-storage-daemon"]) {
         return;
     }
     let lab = Lab::new();

@@ -9,6 +9,4 @@
 mod definitions;
 mod real;
 mod session;
-#[path = "../../../testdata/skipped.rs"]
-mod skipped;
 mod support;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{are_here, run, text};
+use crate::support::{run, text};
 
 /// Debian's `nobody` and `nogroup`. libvirt's session daemon is for ordinary users; as root it would be the system's.
 const NOBODY: u32 = 65534;
@@ -25,7 +25,7 @@ pub(crate) struct LibvirtSession {
 impl LibvirtSession {
     /// Starts it; `None` if something is not installed.
     pub(crate) fn start() -> Option<Self> {
-        if !are_here(&["libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "qemu-io", "setpriv"]) {
+        if !kit::are_here(&["libvirtd", "virsh", "qemu-system-x86_64", "qemu-img", "qemu-io", "setpriv"]) {
             return None;
         }
         let folder = tempfile::Builder::new().prefix("lv").tempdir().unwrap();

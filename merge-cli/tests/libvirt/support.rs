@@ -1,21 +1,6 @@
 //! Commands that are run to their end.
 
-use std::process::{Command, Output, Stdio};
-
-/// Whether all of these programs are here; says so when they are not, and fails where `CI` is set.
-pub(crate) fn are_here(programs: &[&str]) -> bool {
-    let runs = |program: &&&str| {
-        let run = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-        run.is_ok_and(|status| status.success())
-    };
-    let missing: Vec<_> = programs.iter().filter(|program| !runs(program)).collect();
-    if missing.is_empty() {
-        return true;
-    }
-    assert!(std::env::var_os("CI").is_none(), "{missing:?} must be installed for the tests with libvirt");
-    crate::skipped::skipped(&format!("{missing:?} not installed, so nothing was tried with libvirt"));
-    false
-}
+use std::process::{Command, Output};
 
 /// What a program that must succeed prints.
 #[track_caller]

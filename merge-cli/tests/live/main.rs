@@ -19,8 +19,6 @@ mod paused;
 mod plans;
 mod pull;
 mod refusals;
-#[path = "../../../testdata/skipped.rs"]
-mod skipped;
 mod snapshots;
 mod space;
 mod support;

@@ -92,7 +92,7 @@ fn a_folder_that_cannot_be_written_needs_another_for_the_state() {
         std::process::Command::new("chattr").arg(flag).arg(&vm).status().is_ok_and(|s| s.success())
     };
     if tempfile::tempfile_in(&vm).is_ok() && !flag("+i") {
-        crate::skipped::skipped("root may write everywhere, and there is no chattr");
+        kit::not_tried("root may write everywhere, and there is no chattr");
         return;
     }
     let refused = machine.live("commit", &["--pivot"]);
@@ -144,9 +144,7 @@ fn unwritable(machine: &Machine, name: &str, f: impl FnOnce()) -> bool {
         std::process::Command::new("chattr").arg(flag).arg(&path).status().is_ok_and(|s| s.success())
     };
     if !flag("+i") {
-        crate::skipped::skipped(
-            "chattr +i does not work here, so files that QEMU cannot write were not tested",
-        );
+        kit::not_tried("chattr +i does not work here, so files that QEMU cannot write were not tested");
         return false;
     }
     f();

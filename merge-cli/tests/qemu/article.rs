@@ -3,14 +3,16 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 
-use crate::support::{Chain, Folder, View, merge_binary, needs_tools, qemu_present, run};
+use kit::{Lab, View, are_here, qemu_is_here, run};
+
+use crate::support::{Article, binary, lab};
 
 const M: u64 = 1 << 20;
 
 /// Reduces the chain to `base <- c` with the given options and judges the result.
 #[track_caller]
 fn reduce(format: &'static str, options: &[&str]) {
-    let chain = Chain::new("reduce", format);
+    let chain = Article::new("reduce", format);
     let folder = &chain.folder;
     let view_at_top = folder.view("qcow2", "b.qcow2");
     let (a, b) = (folder.view("qcow2", "a.qcow2"), &view_at_top);
@@ -29,49 +31,49 @@ fn reduce(format: &'static str, options: &[&str]) {
 
 #[test]
 fn a_raw_base_takes_two_layers_by_path() {
-    if qemu_present() {
+    if qemu_is_here() {
         reduce("raw", &["--base", "base.raw", "--top", "b.qcow2"]);
     }
 }
 
 #[test]
 fn a_raw_base_takes_two_layers_by_index() {
-    if qemu_present() {
+    if qemu_is_here() {
         reduce("raw", &["--base", "[1]", "--top", "[3]"]);
     }
 }
 
 #[test]
 fn a_raw_base_takes_two_layers_by_disk_and_index() {
-    if qemu_present() {
+    if qemu_is_here() {
         reduce("raw", &["--base=vda[1]", "--top=vda[3]"]);
     }
 }
 
 #[test]
 fn a_qcow2_base_takes_two_layers_by_path() {
-    if qemu_present() {
+    if qemu_is_here() {
         reduce("qcow2", &["--base", "base.qcow2", "--top", "b.qcow2"]);
     }
 }
 
 #[test]
 fn a_qcow2_base_takes_two_layers_by_index() {
-    if qemu_present() {
+    if qemu_is_here() {
         reduce("qcow2", &["--base", "vda[1]", "--top", "[3]"]);
     }
 }
 
 #[test]
 fn base_defaults_to_the_bottom() {
-    if qemu_present() {
+    if qemu_is_here() {
         reduce("qcow2", &["--top", "b.qcow2"]);
     }
 }
 
 #[test]
 fn verified_layers_merge_alike() {
-    if qemu_present() {
+    if qemu_is_here() {
         reduce("qcow2", &["--top", "b.qcow2", "--verify"]);
         reduce("raw", &["--top", "b.qcow2", "--verify"]);
     }
@@ -79,11 +81,11 @@ fn verified_layers_merge_alike() {
 
 #[test]
 fn reducing_again_answers_already_merged_and_changes_nothing() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["raw", "qcow2"] {
-        let chain = Chain::new("again", format);
+        let chain = Article::new("again", format);
         let folder = &chain.folder;
         let args = ["commit", "c.qcow2", "--base", chain.base, "--top", "b.qcow2"];
         folder.qmerge(&args).ok();
@@ -100,11 +102,11 @@ fn reducing_again_answers_already_merged_and_changes_nothing() {
 
 #[test]
 fn merging_a_marked_layer_never_brings_old_data_back() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["raw", "qcow2"] {
-        let chain = Chain::new("stale", format);
+        let chain = Article::new("stale", format);
         let folder = &chain.folder;
         folder.qmerge(&["commit", "c.qcow2", "--top", "b.qcow2"]).ok();
         folder.io("qcow2", "c.qcow2", &["write -P 0x99 0 8M"]);
@@ -120,8 +122,8 @@ fn merging_a_marked_layer_never_brings_old_data_back() {
 
 /// Consolidates the whole chain with the given options and judges what is common to all of them.
 #[track_caller]
-fn consolidate(format: &'static str, options: &[&str]) -> Chain {
-    let chain = Chain::new("consolidate", format);
+fn consolidate(format: &'static str, options: &[&str]) -> Article {
+    let chain = Article::new("consolidate", format);
     let mut args = vec!["commit", "c.qcow2"];
     args.extend(options);
     chain.folder.qmerge(&args).ok();
@@ -132,7 +134,7 @@ fn consolidate(format: &'static str, options: &[&str]) -> Chain {
 
 #[test]
 fn after_consolidation_both_names_boot_the_same_disk() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["raw", "qcow2"] {
@@ -162,7 +164,7 @@ fn after_consolidation_both_names_boot_the_same_disk() {
 
 #[test]
 fn delete_leaves_only_base() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["raw", "qcow2"] {
@@ -173,11 +175,11 @@ fn delete_leaves_only_base() {
 
 #[test]
 fn delete_of_an_intermediate_merge_leaves_base_and_the_overlay() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["raw", "qcow2"] {
-        let chain = Chain::new("delete", format);
+        let chain = Article::new("delete", format);
         chain.folder.qmerge(&["commit", "c.qcow2", "--top", "b.qcow2", "--delete"]).ok();
         assert_eq!(chain.folder.names(), [chain.base, "c.qcow2"]);
         chain.assert_guest_unchanged();
@@ -187,11 +189,11 @@ fn delete_of_an_intermediate_merge_leaves_base_and_the_overlay() {
 
 #[test]
 fn keep_active_leaves_the_active_image_as_it_was() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["raw", "qcow2"] {
-        let chain = Chain::new("keep", format);
+        let chain = Article::new("keep", format);
         let before = chain.folder.files();
         chain.folder.qmerge(&["commit", "c.qcow2", "--keep-active"]).ok();
         assert_eq!(chain.folder.files()["c.qcow2"], before["c.qcow2"]);
@@ -203,11 +205,11 @@ fn keep_active_leaves_the_active_image_as_it_was() {
 
 #[test]
 fn shallow_merges_into_the_next_layer_only() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["raw", "qcow2"] {
-        let chain = Chain::new("shallow", format);
+        let chain = Article::new("shallow", format);
         let folder = &chain.folder;
         let before = folder.files();
         folder.qmerge(&["commit", "c.qcow2", "--shallow"]).ok();
@@ -223,10 +225,10 @@ fn shallow_merges_into_the_next_layer_only() {
 
 #[test]
 fn shallow_below_the_active_image_takes_tops_backing_file() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("shallow-top", "qcow2");
+    let chain = Article::new("shallow-top", "qcow2");
     let folder = &chain.folder;
     let before = folder.files();
     let at_top = folder.view("qcow2", "b.qcow2");
@@ -240,11 +242,11 @@ fn shallow_below_the_active_image_takes_tops_backing_file() {
 
 #[test]
 fn a_dry_run_prints_the_plan_and_changes_nothing() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["raw", "qcow2"] {
-        let chain = Chain::new("dry", format);
+        let chain = Article::new("dry", format);
         let folder = &chain.folder;
         let before = folder.files();
         for extra in [&[][..], &["--top", "b.qcow2"], &["--shallow"], &["--delete"], &["--keep-active"]] {
@@ -262,11 +264,11 @@ fn a_dry_run_prints_the_plan_and_changes_nothing() {
 
 #[test]
 fn json_events_tell_the_plan_and_the_result() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["raw", "qcow2"] {
-        let chain = Chain::new("json", format);
+        let chain = Article::new("json", format);
         let run = chain.folder.qmerge(&["commit", "c.qcow2", "--top", "b.qcow2", "--verify", "--json"]).ok();
         let events = run.json_lines();
         let of_kind = |kind: &str| events.iter().filter(|event| event["event"] == kind).collect::<Vec<_>>();
@@ -290,10 +292,10 @@ fn json_events_tell_the_plan_and_the_result() {
 
 #[test]
 fn json_errors_carry_kind_message_hint_and_exit_code() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("json-error", "qcow2");
+    let chain = Article::new("json-error", "qcow2");
     fs::remove_file(chain.folder.join("a.qcow2")).unwrap();
     let run = chain.folder.qmerge(&["commit", "c.qcow2", "--json"]);
     assert_ne!(run.code, 0, "{run}");
@@ -309,28 +311,28 @@ fn json_errors_carry_kind_message_hint_and_exit_code() {
 
 #[test]
 fn the_chain_is_found_from_any_folder() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("elsewhere", "raw");
-    let elsewhere = Folder::new("cwd");
+    let chain = Article::new("elsewhere", "raw");
+    let elsewhere = lab("cwd");
     let active = chain.folder.arg("c.qcow2");
     let (base, top) = (chain.folder.arg("base.raw"), chain.folder.arg("b.qcow2"));
     let args = ["commit", &active, "--base", &base, "--top", &top];
-    run(elsewhere.path(), merge_binary(), &args).ok();
+    run(elsewhere.dir(), binary(), &args).ok();
     assert_eq!(chain.folder.backing_of("c.qcow2"), Some(("base.raw".into(), "raw".into())));
     chain.assert_guest_unchanged();
-    run(elsewhere.path(), merge_binary(), &["commit", &active]).ok();
+    run(elsewhere.dir(), binary(), &["commit", &active]).ok();
     chain.assert_guest_unchanged();
     assert!(elsewhere.names().is_empty());
 }
 
 #[test]
 fn info_lists_the_chain_with_indexes_from_the_bottom() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("info", "raw");
+    let chain = Article::new("info", "raw");
     let before = chain.folder.files();
     let run = chain.folder.qmerge(&["info", "c.qcow2", "--chain", "--json"]).ok();
     chain.folder.assert_unchanged(&before, &run);
@@ -349,8 +351,8 @@ fn info_lists_the_chain_with_indexes_from_the_bottom() {
 
 /// The backing name that `c` has after `a` went into base, when it named `old` before.
 #[track_caller]
-fn renamed(base: &str, old: impl Fn(&Folder) -> String) -> (Folder, String) {
-    let folder = Folder::new("names");
+fn renamed(base: &str, old: impl Fn(&Lab) -> String) -> (Lab, String) {
+    let folder = lab("names");
     fs::create_dir(folder.join("sub")).unwrap();
     folder.create(base, M, "");
     folder.io("qcow2", &folder.arg(base), &["write -P 1 0 1M"]);
@@ -370,7 +372,7 @@ fn renamed(base: &str, old: impl Fn(&Folder) -> String) -> (Folder, String) {
 
 #[test]
 fn a_relative_name_stays_relative() {
-    if qemu_present() {
+    if qemu_is_here() {
         assert_eq!(renamed("base.qcow2", |_| "a.qcow2".into()).1, "base.qcow2");
         assert_eq!(renamed("sub/base.qcow2", |_| "a.qcow2".into()).1, "sub/base.qcow2");
         assert_eq!(renamed("base.qcow2", |_| "sub/../a.qcow2".into()).1, "base.qcow2");
@@ -379,7 +381,7 @@ fn a_relative_name_stays_relative() {
 
 #[test]
 fn an_absolute_name_stays_absolute() {
-    if qemu_present() {
+    if qemu_is_here() {
         let (folder, name) = renamed("base.qcow2", |folder| folder.arg("a.qcow2"));
         assert_eq!(name, folder.arg("base.qcow2"));
     }
@@ -387,8 +389,8 @@ fn an_absolute_name_stays_absolute() {
 
 #[test]
 fn a_json_name_becomes_a_plain_path() {
-    if qemu_present() {
-        let json = |folder: &Folder| {
+    if qemu_is_here() {
+        let json = |folder: &Lab| {
             let file = folder.arg("a.qcow2");
             format!("json:{{\"driver\":\"qcow2\",\"file\":{{\"driver\":\"file\",\"filename\":\"{file}\"}}}}")
         };
@@ -399,7 +401,7 @@ fn a_json_name_becomes_a_plain_path() {
 
 #[test]
 fn a_file_name_with_protocol_becomes_a_plain_path() {
-    if qemu_present() {
+    if qemu_is_here() {
         let (_, name) = renamed("base.qcow2", |folder| format!("file:{}", folder.arg("a.qcow2")));
         assert!(!name.starts_with("file:"), "{name}");
     }
@@ -407,10 +409,10 @@ fn a_file_name_with_protocol_becomes_a_plain_path() {
 
 #[test]
 fn a_name_with_a_colon_is_no_protocol() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("colon");
+    let folder = lab("colon");
     folder.create("./ba:se.qcow2", M, "");
     folder.io("qcow2", "./ba:se.qcow2", &["write -P 1 0 1M"]);
     folder.overlay("a.qcow2", "./ba:se.qcow2", "qcow2", None, "");
@@ -424,10 +426,10 @@ fn a_name_with_a_colon_is_no_protocol() {
 
 #[test]
 fn symlinks_resolve_from_the_overlay_as_named() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("symlink");
+    let folder = lab("symlink");
     fs::create_dir(folder.join("store")).unwrap();
     folder.create("store/base.qcow2", M, "");
     folder.io("qcow2", "store/base.qcow2", &["write -P 1 0 1M"]);
@@ -445,17 +447,17 @@ fn symlinks_resolve_from_the_overlay_as_named() {
 
 /// The article's chain with an ext4 file system inside, changed by adding, growing and removing files.
 struct FileSystem {
-    folder: Folder,
+    folder: Lab,
     base: &'static str,
     format: &'static str,
 }
 
 impl FileSystem {
     fn new(format: &'static str) -> Self {
-        let folder = Folder::new("ext4");
+        let folder = lab("ext4");
         let disk = folder.scratch();
         let disk_name = disk.to_str().unwrap().to_owned();
-        let here = folder.path();
+        let here = folder.dir();
         run(here, "truncate", &["-s", "24M", &disk_name]).ok();
         run(here, "mkfs.ext4", &["-q", "-F", &disk_name]).ok();
         let base = if format == "raw" { "base.raw" } else { "base.qcow2" };
@@ -475,7 +477,7 @@ impl FileSystem {
     #[track_caller]
     fn check(&self, name: &str, format: &str, last: usize) {
         let view = self.folder.view(format, name);
-        let here = self.folder.path();
+        let here = self.folder.dir();
         run(here, "e2fsck", &["-fn", view.arg()]).ok();
         let stat = run(here, "debugfs", &["-R", &format!("cat note-{last}"), view.arg()]).ok();
         assert_eq!(stat.stdout, note(last), "note-{last} in {name}");
@@ -491,7 +493,7 @@ fn note(seq: usize) -> String {
 }
 
 /// Adds a note and a large file, and removes the large file of the layer below.
-fn change_files(folder: &Folder, disk: &str, seq: usize) {
+fn change_files(folder: &Lab, disk: &str, seq: usize) {
     let (note_file, big_file) = (folder.scratch(), folder.scratch());
     fs::write(&note_file, note(seq)).unwrap();
     fs::write(&big_file, vec![seq as u8 + 1; 900_000]).unwrap();
@@ -502,12 +504,12 @@ fn change_files(folder: &Folder, disk: &str, seq: usize) {
     }
     let script = folder.scratch();
     fs::write(&script, commands).unwrap();
-    run(folder.path(), "debugfs", &["-w", "-f", script.to_str().unwrap(), disk]).ok();
-    run(folder.path(), "e2fsck", &["-fn", disk]).ok();
+    run(folder.dir(), "debugfs", &["-w", "-f", script.to_str().unwrap(), disk]).ok();
+    run(folder.dir(), "e2fsck", &["-fn", disk]).ok();
 }
 
 /// Writes into an overlay the 4 KiB blocks in which two disks differ.
-fn write_difference(folder: &Folder, overlay: &str, before: &View, after: &View) {
+fn write_difference(folder: &Lab, overlay: &str, before: &View, after: &View) {
     const BLOCK: u64 = 4096;
     let mut runs: Vec<(u64, u64)> = Vec::new();
     for block in 0..after.len() / BLOCK {
@@ -532,7 +534,7 @@ fn write_difference(folder: &Folder, overlay: &str, before: &View, after: &View)
 }
 
 fn file_system_tools() -> bool {
-    needs_tools(&["qemu-img", "qemu-io", "mkfs.ext4", "debugfs", "e2fsck"])
+    are_here(&["qemu-img", "qemu-io", "mkfs.ext4", "debugfs", "e2fsck"])
 }
 
 #[test]

@@ -4,14 +4,16 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use crate::support::{Folder, Holder, View, needs_tools};
+use kit::{Holder, Lab, View, are_here};
+
+use crate::support::lab;
 
 const MIB: u64 = 1 << 20;
 const NAMES: [&str; 5] = ["base.qcow2", "a.qcow2", "b.qcow2", "c.qcow2", "d.qcow2"];
 
 /// A chain of so many images.
-fn chain(layers: usize) -> Folder {
-    let folder = Folder::new("deletion");
+fn chain(layers: usize) -> Lab {
+    let folder = lab("deletion");
     folder.create(NAMES[0], 8 * MIB, "");
     folder.io("qcow2", NAMES[0], &["write -P 1 0 1M"]);
     for (two, n) in NAMES[..layers].windows(2).zip(1..) {
@@ -22,8 +24,8 @@ fn chain(layers: usize) -> Folder {
 }
 
 /// A copy of a chain.
-fn copy(of: &Folder) -> Folder {
-    let folder = Folder::new("deletion");
+fn copy(of: &Lab) -> Lab {
+    let folder = lab("deletion");
     for name in of.names() {
         fs::copy(of.join(&name), folder.join(&name)).unwrap();
     }
@@ -31,7 +33,7 @@ fn copy(of: &Folder) -> Folder {
 }
 
 /// A chain of which `a.qcow2` is left over: the merge of it and of `b.qcow2` was killed behind the removal of `b.qcow2`.
-fn half_removed() -> Folder {
+fn half_removed() -> Lab {
     let folder = chain(4);
     let args = ["commit", "c.qcow2", "--top", "b.qcow2", "--delete"];
     assert!(folder.killed_at_removal("a.qcow2", &args), "it removes nothing");
@@ -39,13 +41,13 @@ fn half_removed() -> Folder {
     folder
 }
 
-fn journals(folder: &Folder) -> Vec<String> {
+fn journals(folder: &Lab) -> Vec<String> {
     folder.names().into_iter().filter(|name| name.contains("qmerge")).collect()
 }
 
 /// What a merge that is to be killed leaves when it is done.
 struct Merge {
-    made: Folder,
+    made: Lab,
     args: Vec<&'static str>,
     active: &'static str,
     by_index: bool,
@@ -62,12 +64,12 @@ impl Merge {
         Self { made, args, active, by_index: top.is_some_and(|top| top.starts_with('[')), removed, before }
     }
 
-    fn is_over(&self, folder: &Folder) -> bool {
+    fn is_over(&self, folder: &Lab) -> bool {
         journals(folder).is_empty() && !self.removed.iter().any(|name| folder.join(name).exists())
     }
 
     /// What the guest sees is what it saw: through the active image, or through base when that was removed.
-    fn assert_same(&self, folder: &Folder, when: &str) {
+    fn assert_same(&self, folder: &Lab, when: &str) {
         let shown = if folder.join(self.active).exists() { self.active } else { NAMES[0] };
         folder.view("qcow2", shown).assert_same(&self.before, when);
     }
@@ -85,7 +87,7 @@ impl Merge {
     }
 
     /// Kills the merge at each sync, by `kill`, and does it again. Only the gate, which sets `CI`, has the time for all of them.
-    fn kill_at_every_sync(&self, kill: fn(&Folder, u32, &[&str]) -> bool) {
+    fn kill_at_every_sync(&self, kill: fn(&Lab, u32, &[&str]) -> bool) {
         let step = if std::env::var_os("CI").is_some() { 1 } else { 3 };
         for call in (1..).step_by(step) {
             let folder = copy(&self.made);
@@ -98,7 +100,7 @@ impl Merge {
     }
 
     /// Judges what a kill has left, does the merge again, and judges the end.
-    fn again(&self, folder: &Folder, when: &str) {
+    fn again(&self, folder: &Lab, when: &str) {
         self.assert_same(folder, when);
         let is_switched = folder.join(self.active).exists()
             && !folder.chain_of(self.active).contains(&"a.qcow2".to_owned());
@@ -127,46 +129,46 @@ const JOURNAL: &str = ".base.qcow2.qmerge-journal";
 
 #[test]
 fn layers_below_the_active_image_are_removed_whenever_it_is_killed() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     let by_path = Merge::new(4, Some("b.qcow2"), &["a.qcow2", "b.qcow2"]);
     by_path.kill_at_removal_of(&["b.qcow2", "a.qcow2", JOURNAL]);
-    by_path.kill_at_every_sync(Folder::killed_at_sync);
-    by_path.kill_at_every_sync(Folder::killed_at_folder_sync);
+    by_path.kill_at_every_sync(Lab::killed_at_sync);
+    by_path.kill_at_every_sync(Lab::killed_at_folder_sync);
 }
 
 /// Behind the switch, the index means the active image.
 #[test]
 fn an_index_never_means_another_layer() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     let by_index = Merge::new(5, Some("[3]"), &["a.qcow2", "b.qcow2"]);
     by_index.kill_at_removal_of(&["b.qcow2", "a.qcow2", JOURNAL]);
-    by_index.kill_at_every_sync(Folder::killed_at_sync);
+    by_index.kill_at_every_sync(Lab::killed_at_sync);
 }
 
 #[test]
 fn the_active_image_and_all_below_are_removed_whenever_it_is_killed() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     let all = ["b.qcow2", "a.qcow2", JOURNAL, "c.qcow2", ".c.qcow2.qmerge-journal"];
     let active = Merge::new(4, None, &["a.qcow2", "b.qcow2", "c.qcow2"]);
     active.kill_at_removal_of(&all);
-    active.kill_at_every_sync(Folder::killed_at_sync);
-    active.kill_at_every_sync(Folder::killed_at_folder_sync);
+    active.kill_at_every_sync(Lab::killed_at_sync);
+    active.kill_at_every_sync(Lab::killed_at_folder_sync);
     Merge::new(4, Some("[4]"), &["a.qcow2", "b.qcow2", "c.qcow2"]).kill_at_removal_of(&all);
 }
 
 #[test]
 fn a_layer_that_was_left_over_is_only_removed_if_it_is_certain() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     let again = ["commit", "c.qcow2", "--top", "b.qcow2", "--delete"];
-    let kept = |why: &str, change: &dyn Fn(&Folder)| {
+    let kept = |why: &str, change: &dyn Fn(&Lab)| {
         let folder = half_removed();
         change(&folder);
         let before = fs::read(folder.join("a.qcow2")).unwrap();
@@ -187,7 +189,7 @@ fn a_layer_that_was_left_over_is_only_removed_if_it_is_certain() {
     });
     // Somebody holds it: nothing is removed, and the command can be typed again.
     let folder = half_removed();
-    let holder = Holder::qemu_io(folder.path(), &["-f", "qcow2"], "a.qcow2");
+    let holder = Holder::qemu_io(folder.dir(), &["-f", "qcow2"], "a.qcow2");
     folder.refused(&again, &[5]);
     drop(holder);
     folder.qmerge(&again).ok().says("removed: ").says("a.qcow2");
@@ -207,7 +209,7 @@ fn a_layer_that_was_left_over_is_only_removed_if_it_is_certain() {
 /// A link to the active image goes with it, behind the journal that is found by it.
 #[test]
 fn an_active_image_behind_a_link_is_known_by_it() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     let folder = chain(3);

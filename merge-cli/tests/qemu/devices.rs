@@ -2,14 +2,16 @@
 
 use std::process::Command;
 
-use crate::support::{Folder, needs_tools, skipped};
+use kit::{Lab, are_here, skipped};
+
+use crate::support::lab;
 
 /// A loop device over a file; taken down when dropped.
 struct Device(String);
 
 impl Device {
     /// A device of `size` bytes, full of bytes that are not zero.
-    fn new(folder: &Folder, name: &str, size: u64) -> Option<Self> {
+    fn new(folder: &Lab, name: &str, size: u64) -> Option<Self> {
         folder.raw(name, size, size, 0xee);
         let made = Command::new("losetup").args(["--find", "--show"]).arg(folder.join(name)).output();
         match made {
@@ -34,10 +36,10 @@ const MIB: u64 = 1 << 20;
 
 #[test]
 fn a_raw_block_device_takes_data_and_zeros() {
-    if !needs_tools(&["qemu-img", "qemu-io", "losetup"]) {
+    if !are_here(&["qemu-img", "qemu-io", "losetup"]) {
         return;
     }
-    let folder = Folder::new("raw-device");
+    let folder = lab("raw-device");
     let Some(device) = Device::new(&folder, "disk.img", 16 * MIB) else { return };
     folder.overlay("a.qcow2", &device.0, "raw", None, "");
     folder.io("qcow2", "a.qcow2", &["write -P 5 1M 3M", "write -z 6M 5M", "write -P 7 15M 1000"]);
@@ -50,11 +52,11 @@ fn a_raw_block_device_takes_data_and_zeros() {
 
 #[test]
 fn a_qcow2_base_on_a_block_device_never_trusts_what_lies_there() {
-    if !needs_tools(&["qemu-img", "qemu-io", "losetup"]) {
+    if !are_here(&["qemu-img", "qemu-io", "losetup"]) {
         return;
     }
     for options in ["", "cluster_size=4096", "compat=0.10", "extended_l2=on"] {
-        let folder = Folder::new("qcow2-device");
+        let folder = lab("qcow2-device");
         // The device is full of 0xee: what the merge allocates must not show it.
         let Some(device) = Device::new(&folder, "disk.img", 24 * MIB) else { return };
         folder.create(&device.0, 64 * MIB, options);
@@ -74,10 +76,10 @@ fn a_qcow2_base_on_a_block_device_never_trusts_what_lies_there() {
 
 #[test]
 fn a_block_device_that_is_too_small_is_refused_with_the_size_that_it_needs() {
-    if !needs_tools(&["qemu-img", "qemu-io", "losetup"]) {
+    if !are_here(&["qemu-img", "qemu-io", "losetup"]) {
         return;
     }
-    let folder = Folder::new("small-device");
+    let folder = lab("small-device");
     let Some(device) = Device::new(&folder, "disk.img", 8 * MIB) else { return };
     folder.overlay("a.qcow2", &device.0, "raw", Some(9 * MIB), "");
     folder.io("qcow2", "a.qcow2", &["write -P 5 0 64k"]);
@@ -96,7 +98,7 @@ fn a_block_device_that_is_too_small_is_refused_with_the_size_that_it_needs() {
 struct Xfs(std::path::PathBuf);
 
 impl Xfs {
-    fn new(folder: &Folder) -> Option<Self> {
+    fn new(folder: &Lab) -> Option<Self> {
         folder.raw("xfs.img", 400 * MIB, 0, 0);
         let on = folder.join("xfs");
         std::fs::create_dir(&on).unwrap();
@@ -119,10 +121,10 @@ impl Drop for Xfs {
 
 #[test]
 fn a_merge_that_shares_blocks_needs_no_room_for_them() {
-    if !needs_tools(&["qemu-img", "qemu-io"]) {
+    if !are_here(&["qemu-img", "qemu-io"]) {
         return;
     }
-    let folder = Folder::new("shared-blocks");
+    let folder = lab("shared-blocks");
     let Some(_xfs) = Xfs::new(&folder) else { return };
     folder.create("xfs/base.qcow2", 1024 * MIB, "");
     folder.overlay("xfs/a.qcow2", "base.qcow2", "qcow2", Some(1024 * MIB), "");

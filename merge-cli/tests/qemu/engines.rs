@@ -2,25 +2,27 @@
 
 use std::fs;
 
-use crate::support::{Folder, qemu_present, run};
+use kit::{qemu_is_here, run};
+
+use crate::support::{Patch, lab};
 
 const K: u64 = 1 << 10;
 const M: u64 = 1 << 20;
 
 #[test]
 fn imago_cloud_hypervisor_v2_overlays_have_a_backing_format_too() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     // A guest that writes a qcow2 header into its raw disk must not make us open what that header names.
-    let folder = Folder::new("v2-format");
+    let folder = lab("v2-format");
     folder.create("secret.qcow2", M, "");
     folder.io("qcow2", "secret.qcow2", &["write -P 0x66 0 1M"]);
     folder.overlay("evil.qcow2", &folder.arg("secret.qcow2"), "qcow2", None, "");
     let header = fs::read(folder.join("evil.qcow2")).unwrap();
     fs::remove_file(folder.join("evil.qcow2")).unwrap();
     folder.raw("base.raw", M, M, 0x11);
-    folder.patch("base.raw").write(0, &header);
+    Patch::of(&folder, "base.raw").write(0, &header);
     for compat in ["0.10", "1.1"] {
         folder.overlay("top.qcow2", "base.raw", "raw", Some(M), &format!("compat={compat}"));
         let gold = folder.view("qcow2", "top.qcow2");
@@ -40,29 +42,29 @@ fn imago_cloud_hypervisor_v2_overlays_have_a_backing_format_too() {
 
 #[test]
 fn qcow2_rs_reads_v3_fields_of_a_v2_header() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("v2-fields");
+    let folder = lab("v2-fields");
     folder.create("base.qcow2", M, "compat=0.10");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 64k"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "compat=0.10");
     folder.io("qcow2", "top.qcow2", &["write -P 2 64k 64k"]);
     folder.merge("top.qcow2", &[]);
-    assert_eq!(folder.patch("base.qcow2").u32(4), 2);
-    assert_eq!(folder.patch("top.qcow2").u32(4), 2);
+    assert_eq!(Patch::of(&folder, "base.qcow2").u32(4), 2);
+    assert_eq!(Patch::of(&folder, "top.qcow2").u32(4), 2);
 }
 
 #[test]
 fn qcow2_rs_go_qcow2reader_accept_versions_that_do_not_exist() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for version in [0, 1, 4, 0x0300_0000] {
-        let folder = Folder::new("version");
+        let folder = lab("version");
         folder.create("base.qcow2", M, "");
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
-        folder.patch("base.qcow2").set_u32(4, version);
+        Patch::of(&folder, "base.qcow2").set_u32(4, version);
         // Version 1 is another format, which the overlay does not declare.
         let (codes, word): (&[i32], _) = if version == 1 { (&[6], "qcow") } else { (&[7, 9], "version") };
         folder.refused(&["commit", "top.qcow2"], codes).says(word).says("base.qcow2");
@@ -71,10 +73,10 @@ fn qcow2_rs_go_qcow2reader_accept_versions_that_do_not_exist() {
 
 #[test]
 fn qcow2_rs_hangs_on_clusters_of_512_bytes() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("small-clusters");
+    let folder = lab("small-clusters");
     folder.create("base.qcow2", 4 * M, "cluster_size=512");
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "cluster_size=512");
     folder.io("qcow2", "top.qcow2", &["write -P 2 512 2M", "write -z 3M 1000k"]);
@@ -85,10 +87,10 @@ fn qcow2_rs_hangs_on_clusters_of_512_bytes() {
 
 #[test]
 fn crosvm_masks_zero_clusters_and_reads_stale_data() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("zero-flag");
+    let folder = lab("zero-flag");
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 1M"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
@@ -100,16 +102,16 @@ fn crosvm_masks_zero_clusters_and_reads_stale_data() {
 
 #[test]
 fn libqcow_reads_compressed_clusters_at_odd_offsets_as_zeros() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for kind in ["zlib", "zstd"] {
-        let folder = Folder::new("odd-offsets");
+        let folder = lab("odd-offsets");
         folder.create("image.qcow2", 2 * M, &format!("cluster_size=4k,compression_type={kind}"));
         let commands: Vec<_> =
             (0..200).map(|i| format!("write -c -P {} {} 4k", i % 250 + 1, i * 8 * K)).collect();
         folder.io("qcow2", "image.qcow2", &commands.iter().map(String::as_str).collect::<Vec<_>>());
-        let image = folder.patch("image.qcow2");
+        let image = Patch::of(&folder, "image.qcow2");
         let odd = (0..200).filter(|i| image.u64(image.l2_entry(i * 8 * K)) & 1 == 1).count();
         assert!(odd > 0, "no compressed cluster lies at an odd offset");
         let gold = folder.view("qcow2", "image.qcow2");
@@ -119,11 +121,11 @@ fn libqcow_reads_compressed_clusters_at_odd_offsets_as_zeros() {
 
 #[test]
 fn all_rust_engines_hand_out_ciphertext() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for method in ["luks", "aes"] {
-        let folder = Folder::new("encrypted");
+        let folder = lab("encrypted");
         let mut options = format!("encrypt.format={method},encrypt.key-secret=s");
         if method == "luks" {
             options += ",encrypt.iter-time=10";
@@ -170,10 +172,10 @@ fn all_rust_engines_hand_out_ciphertext() {
 
 #[test]
 fn cloud_hypervisor_crosvm_overwrite_clusters_of_snapshots() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("shared");
+    let folder = lab("shared");
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 0x77 0 1M"]);
     folder.img(&["snapshot", "-c", "snap", "base.qcow2"]);
@@ -185,30 +187,30 @@ fn cloud_hypervisor_crosvm_overwrite_clusters_of_snapshots() {
 
 #[test]
 fn cloud_hypervisor_leaks_the_old_place_of_a_reused_zero_cluster() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("zero-reuse");
+    let folder = lab("zero-reuse");
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 512k", "write -z 0 512k"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 2 0 64k", "write -P 3 100k 512"]);
-    let len = folder.patch("base.qcow2").len();
+    let len = Patch::of(&folder, "base.qcow2").len();
     folder.merge("top.qcow2", &[]);
-    assert!(folder.patch("base.qcow2").len() <= len, "base grew although its clusters were there");
+    assert!(Patch::of(&folder, "base.qcow2").len() <= len, "base grew although its clusters were there");
 }
 
 #[test]
 fn cloud_hypervisor_rebuilds_dirty_images_and_forgets_snapshots() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("dirty-snapshots");
+    let folder = lab("dirty-snapshots");
     folder.create("base.qcow2", M, "lazy_refcounts=on");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 1M"]);
     folder.img(&["snapshot", "-c", "snap", "base.qcow2"]);
     folder.try_io("qcow2", "base.qcow2", &["write -P 2 0 512k", "flush", "abort"]);
-    assert_eq!(folder.patch("base.qcow2").u64(72) & 1, 1, "the image is not dirty");
+    assert_eq!(Patch::of(&folder, "base.qcow2").u64(72) & 1, 1, "the image is not dirty");
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", Some(M), "");
     folder.io("qcow2", "top.qcow2", &["write -P 3 0 64k"]);
     folder.refused(&["commit", "top.qcow2"], &[9]).says("dirty");
@@ -216,25 +218,25 @@ fn cloud_hypervisor_rebuilds_dirty_images_and_forgets_snapshots() {
 
 #[test]
 fn cloud_hypervisor_6354_drops_lazy_refcounts() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("lazy");
+    let folder = lab("lazy");
     folder.create("base.qcow2", M, "lazy_refcounts=on");
     folder.io("qcow2", "base.qcow2", &["write -c -P 1 0 64k"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 3 0 128k"]);
     folder.merge("top.qcow2", &[]);
-    assert_eq!(folder.patch("base.qcow2").u64(80) & 1, 1, "the flag is gone");
+    assert_eq!(Patch::of(&folder, "base.qcow2").u64(80) & 1, 1, "the flag is gone");
 }
 
 #[test]
 fn cloud_hypervisor_8358_8606_hand_out_clusters_that_are_in_use() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     // A compressed base that was resized and discarded: the free clusters lie between the used ones.
-    let folder = Folder::new("free-list");
+    let folder = lab("free-list");
     folder.create("base.qcow2", 4 * M, "cluster_size=4k");
     folder.io(
         "qcow2",
@@ -252,37 +254,37 @@ fn cloud_hypervisor_8358_8606_hand_out_clusters_that_are_in_use() {
 
 #[test]
 fn cloud_hypervisor_8597_doubles_the_file_when_refcounts_move() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("doubled");
+    let folder = lab("doubled");
     folder.create("base.qcow2", 16 * M, "cluster_size=512,refcount_bits=64");
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 4 0 8M"]);
     folder.merge("top.qcow2", &[]);
-    let len = folder.patch("base.qcow2").len();
+    let len = Patch::of(&folder, "base.qcow2").len();
     assert!(len < 9 * M + M / 2, "8 MiB of data make a file of {len} bytes");
 }
 
 #[test]
 fn imago_forgets_that_a_data_file_is_raw() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("raw-flag");
+    let folder = lab("raw-flag");
     folder.create("base.qcow2", M, "data_file=base.data,data_file_raw=on");
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 3 0 64k"]);
     folder.merge("top.qcow2", &[]);
-    assert_eq!(folder.patch("base.qcow2").u64(88), 2, "the autoclear bit is gone");
+    assert_eq!(Patch::of(&folder, "base.qcow2").u64(88), 2, "the autoclear bit is gone");
 }
 
 #[test]
 fn imago_cloud_hypervisor_wipe_persistent_bitmaps() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("wiped");
+    let folder = lab("wiped");
     folder.create("base.qcow2", M, "");
     folder.img(&["bitmap", "--add", "base.qcow2", "enabled"]);
     folder.img(&["bitmap", "--add", "--disable", "base.qcow2", "disabled"]);
@@ -300,13 +302,13 @@ fn imago_cloud_hypervisor_wipe_persistent_bitmaps() {
 
 #[test]
 fn imago_refuses_corrupt_images_even_for_reading() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("read-corrupt");
+    let folder = lab("read-corrupt");
     folder.create("image.qcow2", M, "");
     folder.io("qcow2", "image.qcow2", &["write -P 3 0 64k"]);
-    folder.patch("image.qcow2").set_bits(72, 2);
+    Patch::of(&folder, "image.qcow2").set_bits(72, 2);
     let gold = folder.view("qcow2", "image.qcow2");
     folder.qmerge(&["compare", "image.qcow2", gold.arg()]).ok();
     let target = folder.scratch();
@@ -316,10 +318,10 @@ fn imago_refuses_corrupt_images_even_for_reading() {
 
 #[test]
 fn qcow2_rs_crosvm_resolve_backing_files_from_the_current_folder() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("relative");
+    let folder = lab("relative");
     fs::create_dir(folder.join("vm")).unwrap();
     folder.create("vm/base.qcow2", M, "");
     folder.io("qcow2", "vm/base.qcow2", &["write -P 1 0 1M"]);
@@ -335,10 +337,10 @@ fn qcow2_rs_crosvm_resolve_backing_files_from_the_current_folder() {
 
 #[test]
 fn imago_qcow2_rs_overflow_on_loops() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("loop");
+    let folder = lab("loop");
     folder.create("self.qcow2", M, "");
     folder.img(&["rebase", "-u", "-b", "self.qcow2", "-F", "qcow2", "self.qcow2"]);
     folder.create("a.qcow2", M, "");
@@ -359,15 +361,15 @@ fn imago_qcow2_rs_overflow_on_loops() {
 
 #[test]
 fn imago_qcow2_rs_crash_on_absurd_depth() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("depth");
+    let folder = lab("depth");
     const DEPTH: usize = 5000;
     folder.create("l0000.qcow2", M, "cluster_size=4k");
     folder.overlay("l0001.qcow2", "l0000.qcow2", "qcow2", None, "cluster_size=4k");
     let template = fs::read(folder.join("l0001.qcow2")).unwrap();
-    let at = folder.patch("l0001.qcow2").u64(8) as usize;
+    let at = Patch::of(&folder, "l0001.qcow2").u64(8) as usize;
     for layer in 2..DEPTH {
         let mut image = template.clone();
         image[at..at + 11].copy_from_slice(format!("l{:04}.qcow2", layer - 1).as_bytes());
@@ -379,10 +381,10 @@ fn imago_qcow2_rs_crash_on_absurd_depth() {
 
 #[test]
 fn beta9_1856_chains_of_64_layers_and_more_merge() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("deep");
+    let folder = lab("deep");
     folder.create("l0.qcow2", 8 * M, "");
     folder.io("qcow2", "l0.qcow2", &["write -P 255 0 8M"]);
     const DEPTH: u64 = 100;
@@ -405,11 +407,11 @@ fn beta9_1856_chains_of_64_layers_and_more_merge() {
 
 #[test]
 fn qcow2_rs_returns_foreign_bytes_past_a_short_base() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["raw", "qcow2"] {
-        let folder = Folder::new("short-base");
+        let folder = lab("short-base");
         folder.img(&["create", "-q", "-f", format, "base", "100000"]);
         folder.io(format, "base", &["write -P 1 0 99840"]);
         folder.overlay("top.qcow2", "base", format, Some(4 * M), "");
@@ -422,15 +424,15 @@ fn qcow2_rs_returns_foreign_bytes_past_a_short_base() {
 
 #[test]
 fn imago_panics_on_a_feature_name_table_of_one_byte() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for len in [0, 1, 47, 49] {
-        let folder = Folder::new("feature-names");
+        let folder = lab("feature-names");
         folder.create("base.qcow2", M, "");
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
         folder.io("qcow2", "top.qcow2", &["write -P 1 0 64k"]);
-        let base = folder.patch("base.qcow2");
+        let base = Patch::of(&folder, "base.qcow2");
         let at = u64::from(base.u32(100));
         assert_eq!(base.u32(at), 0x6803_f857, "the first extension is no feature name table");
         base.write(at + 8 + len, &[0; 512 - 56]).set_u32(at + 4, len as u32);
@@ -443,7 +445,7 @@ fn imago_panics_on_a_feature_name_table_of_one_byte() {
 
 #[test]
 fn osv_scalibr_1995_1997_header_numbers_are_checked_before_use() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (at, value) in [
@@ -456,10 +458,10 @@ fn osv_scalibr_1995_1997_header_numbers_are_checked_before_use() {
         (100, u32::MAX),
         (100, 80),
     ] {
-        let folder = Folder::new("numbers");
+        let folder = lab("numbers");
         folder.create("base.qcow2", M, "");
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
-        folder.patch("base.qcow2").set_u32(at, value);
+        Patch::of(&folder, "base.qcow2").set_u32(at, value);
         folder.refused(&["commit", "top.qcow2"], &[7, 9]).says("base.qcow2");
         folder.refused(&["info", "base.qcow2"], &[7, 9]);
     }
@@ -467,28 +469,28 @@ fn osv_scalibr_1995_1997_header_numbers_are_checked_before_use() {
 
 #[test]
 fn go_qcow2reader_allocates_what_the_header_says() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     // A first-level table of 32 GiB, a refcount table of 256 TiB, four thousand million snapshots.
     for (at, value) in [(36, u32::MAX), (56, u32::MAX), (60, u32::MAX)] {
-        let folder = Folder::new("huge-tables");
+        let folder = lab("huge-tables");
         folder.create("base.qcow2", M, "");
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
-        folder.patch("base.qcow2").set_u32(at, value);
+        Patch::of(&folder, "base.qcow2").set_u32(at, value);
         folder.refused(&["commit", "top.qcow2"], &[7, 9]).says("base.qcow2");
     }
 }
 
 #[test]
 fn cve_2024_32498_and_4467_info_opens_nothing_but_the_named_file() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("data-file");
+    let folder = lab("data-file");
     folder.create("image.qcow2", M, "data_file=image.data");
     fs::remove_file(folder.join("image.data")).unwrap();
-    run(folder.path(), "mkfifo", &["image.data"]).ok();
+    run(folder.dir(), "mkfifo", &["image.data"]).ok();
     // Opening the fifo would hang.
     folder.qmerge(&["info", "image.qcow2"]).ok().says("image.data");
     folder.refused(&["map", "image.qcow2"], &[6]).says("image.data");
@@ -499,7 +501,7 @@ fn cve_2024_32498_and_4467_info_opens_nothing_but_the_named_file() {
 
 #[test]
 fn cve_class_backing_names_lead_only_to_local_files() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let names = [
@@ -516,8 +518,8 @@ fn cve_class_backing_names_lead_only_to_local_files() {
         "pipe",
         ".",
     ];
-    let folder = Folder::new("protocols");
-    run(folder.path(), "mkfifo", &["pipe"]).ok();
+    let folder = lab("protocols");
+    run(folder.dir(), "mkfifo", &["pipe"]).ok();
     for name in names {
         folder.create("top.qcow2", M, "");
         folder.img(&["rebase", "-u", "-b", name, "-F", "raw", "top.qcow2"]);
@@ -530,30 +532,30 @@ fn cve_class_backing_names_lead_only_to_local_files() {
 
 #[test]
 fn allowed_folders_confine_what_images_name() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let elsewhere = Folder::new("outside");
+    let elsewhere = lab("outside");
     elsewhere.create("base.qcow2", M, "");
-    let folder = Folder::new("confined");
+    let folder = lab("confined");
     folder.overlay("top.qcow2", &elsewhere.arg("base.qcow2"), "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 1 0 64k"]);
     std::os::unix::fs::symlink(elsewhere.join("base.qcow2"), folder.join("link.qcow2")).unwrap();
     folder.overlay("by-link.qcow2", "link.qcow2", "qcow2", None, "");
-    let inside = folder.path().to_str().unwrap();
+    let inside = folder.dir().to_str().unwrap();
     for image in ["top.qcow2", "by-link.qcow2"] {
         folder.refused(&["commit", image, "--allow-dir", inside], &[6]).says("base.qcow2");
     }
     fs::remove_file(folder.join("by-link.qcow2")).unwrap();
-    folder.merge("top.qcow2", &["--allow-dir", inside, "--allow-dir", elsewhere.path().to_str().unwrap()]);
+    folder.merge("top.qcow2", &["--allow-dir", inside, "--allow-dir", elsewhere.dir().to_str().unwrap()]);
 }
 
 #[test]
 fn incus_3186_a_failed_match_never_merges_something_else() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("no-match");
+    let folder = lab("no-match");
     folder.create("base.qcow2", M, "");
     folder.overlay("a.qcow2", "base.qcow2", "qcow2", None, "");
     folder.overlay("c.qcow2", "a.qcow2", "qcow2", None, "");
@@ -574,10 +576,10 @@ fn incus_3186_a_failed_match_never_merges_something_else() {
 
 #[test]
 fn libvirtkvm_scripts_29_deletes_the_wrong_files() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("wrong-files");
+    let folder = lab("wrong-files");
     fs::create_dir(folder.join("real")).unwrap();
     folder.create("base.qcow2", M, "");
     folder.overlay("real/a.qcow2", "../base.qcow2", "qcow2", Some(M), "");
@@ -595,10 +597,10 @@ fn libvirtkvm_scripts_29_deletes_the_wrong_files() {
 
 #[test]
 fn opennebula_2189_an_overlay_never_becomes_its_own_backing_file() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("own-backing");
+    let folder = lab("own-backing");
     fs::create_dir(folder.join("vm")).unwrap();
     folder.create("disk.qcow2", M, "");
     folder.io("qcow2", "disk.qcow2", &["write -P 9 0 1M"]);
@@ -615,10 +617,10 @@ fn opennebula_2189_an_overlay_never_becomes_its_own_backing_file() {
 
 #[test]
 fn trap_9_a_first_table_may_be_longer_than_the_size_asks_for() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("long-l1");
+    let folder = lab("long-l1");
     folder.create("base.qcow2", 8 * M, "cluster_size=512");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 8M"]);
     folder.img(&["resize", "-q", "--shrink", "base.qcow2", "1M"]);
@@ -630,10 +632,10 @@ fn trap_9_a_first_table_may_be_longer_than_the_size_asks_for() {
 
 #[test]
 fn trap_14_a_new_name_that_outgrows_the_header_gives_up_the_feature_names_first() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("crowded");
+    let folder = lab("crowded");
     // Cluster 0 of 1 KiB: header 112, feature names 392, format 16, and a name of 380 bytes at most.
     let long = "n".repeat(240);
     let base = format!("{}.qcow2", "b".repeat(200));
@@ -651,14 +653,14 @@ fn trap_14_a_new_name_that_outgrows_the_header_gives_up_the_feature_names_first(
 
 #[test]
 fn trap_4_compressed_data_may_run_to_the_end_of_the_file() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for kind in ["zlib", "zstd"] {
-        let folder = Folder::new("compressed-end");
+        let folder = lab("compressed-end");
         folder.create("image.qcow2", M, &format!("compression_type={kind}"));
         folder.io("qcow2", "image.qcow2", &["write -c -P 7 0 64k"]);
-        let image = folder.patch("image.qcow2");
+        let image = Patch::of(&folder, "image.qcow2");
         // The data ends inside a sector; cut the file right behind it, as a streamed image may be.
         let entry = image.u64(image.l2_entry(0));
         let start = entry & ((1 << 54) - 1);

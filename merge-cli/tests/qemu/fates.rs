@@ -4,7 +4,9 @@
 use std::process::Command;
 use std::time::Duration;
 
-use crate::support::{Folder, Run, View, needs_tools, skipped};
+use kit::{Lab, Run, View, are_here, skipped};
+
+use crate::support::lab;
 
 const MIB: u64 = 1 << 20;
 
@@ -99,7 +101,7 @@ impl Kind {
 
 /// A chain in the folder `vm`, and a copy of base in `backup`.
 struct CopiedChain {
-    folder: Folder,
+    folder: Lab,
     kind: Kind,
     /// The block device, which is detached at the end.
     device: Option<String>,
@@ -115,7 +117,7 @@ impl Drop for CopiedChain {
 
 impl CopiedChain {
     fn new(kind: Kind) -> Option<Self> {
-        let folder = Folder::new("fates");
+        let folder = lab("fates");
         folder.sh("mkdir vm journals");
         let mut device = None;
         match kind.format() {
@@ -340,7 +342,7 @@ fn is_sampled(kind: Kind, how: Interruption, fate: Fate, typed: TypedVerb) -> bo
 }
 
 fn table(kind: Kind) {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace", "losetup"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace", "losetup"]) {
         return;
     }
     let all = std::env::var_os("QMERGE_TEST_FATES").is_some_and(|value| value == "all");

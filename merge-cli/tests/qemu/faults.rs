@@ -7,7 +7,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use crate::support::{Folder, Random, Run, needs_tools};
+use kit::{Lab, Random, Run, are_here};
+
+use crate::support::{Patch, lab};
 
 /// System calls and how they fail; the exit codes of a merge then.
 const KINDS: &[(&str, &str)] = &[
@@ -46,27 +48,27 @@ struct Scenario {
     base: &'static str,
     layers: &'static str,
     /// What is done to the images before the command.
-    prepare: fn(&Folder),
+    prepare: fn(&Lab),
     args: &'static [&'static str],
     /// The codes of the command when nothing fails.
     codes: &'static [i32],
 }
 
-const NOTHING: fn(&Folder) = |_| {};
+const NOTHING: fn(&Lab) = |_| {};
 
 /// A merge that was killed at one of its barriers.
-const KILLED: fn(&Folder) = |folder| {
+const KILLED: fn(&Lab) = |folder| {
     folder.killed_at_sync(6, &["commit", "c.qcow2", "-q"]);
 };
 
-const LEAKED: fn(&Folder) = |folder| {
-    let patch = folder.patch("c.qcow2");
+const LEAKED: fn(&Lab) = |folder| {
+    let patch = Patch::of(folder, "c.qcow2");
     let (block, cluster) = (patch.refcount_block_offset(), patch.len().div_ceil(65536));
     patch.write(block + cluster * 2, &[0, 1]).set_len((cluster + 1) * 65536);
 };
 
-const BROKEN: fn(&Folder) = |folder| {
-    let patch = folder.patch("c.qcow2");
+const BROKEN: fn(&Lab) = |folder| {
+    let patch = Patch::of(folder, "c.qcow2");
     patch.write(patch.refcount_table_offset(), &[0; 8]);
 };
 
@@ -270,8 +272,8 @@ const SCENARIOS: &[Scenario] = &[
 ];
 
 /// The images of a scenario, as the command finds them.
-fn images(scenario: &Scenario) -> Folder {
-    let folder = Folder::new("faults");
+fn images(scenario: &Scenario) -> Lab {
+    let folder = lab("faults");
     let format = if scenario.base == "raw" { "raw" } else { "qcow2" };
     match format {
         "raw" => folder.raw("base", 1 << 20, 400 << 10, 1),
@@ -289,7 +291,7 @@ fn images(scenario: &Scenario) -> Folder {
 
 /// Puts the files of `from` into `to`, and nothing else, and prepares them: a journal is only about the very files that it
 /// was made beside.
-fn put_back(scenario: &Scenario, from: &Folder, to: &Folder) {
+fn put_back(scenario: &Scenario, from: &Lab, to: &Lab) {
     for name in to.names() {
         fs::remove_file(to.join(&name)).unwrap();
     }
@@ -300,7 +302,7 @@ fn put_back(scenario: &Scenario, from: &Folder, to: &Folder) {
 }
 
 /// The requests that an undisturbed run makes about files in the folder: which call of its kind each is.
-fn requests(folder: &Folder, args: &[&str], kind: &str) -> Vec<u32> {
+fn requests(folder: &Lab, args: &[&str], kind: &str) -> Vec<u32> {
     let trace = folder.scratch();
     let path = trace.to_str().unwrap().to_owned();
     let set = format!("trace=?{kind}");
@@ -309,7 +311,7 @@ fn requests(folder: &Folder, args: &[&str], kind: &str) -> Vec<u32> {
     fs::remove_file(&trace).unwrap();
     let mut counts = std::collections::BTreeMap::<String, u32>::new();
     let mut numbers = BTreeSet::new();
-    let here = folder.path().to_str().unwrap();
+    let here = folder.dir().to_str().unwrap();
     let call = format!(" {kind}(");
     for line in text.lines().filter(|line| line.contains(&call)) {
         let thread = line.split_whitespace().next().unwrap_or_default().to_owned();
@@ -339,8 +341,8 @@ fn is_right_code(run: &Run, scenario: &Scenario, error: &str) -> bool {
 
 /// Fails one request, and judges; says what is wrong.
 fn fail_one(
-    start: &Folder,
-    folder: &Folder,
+    start: &Lab,
+    folder: &Lab,
     scenario: &Scenario,
     fault: (&str, &str, u32),
     want: &str,
@@ -405,7 +407,7 @@ fn wanted() -> Option<usize> {
 
 fn fail_in(scenario: &Scenario, seed: u64) -> (usize, Vec<String>) {
     let start = images(scenario);
-    let folder = Folder::new("faults-run");
+    let folder = lab("faults-run");
     let want = folder.scratch();
     let raw = want.to_str().unwrap().to_owned();
     start.img(&["convert", "-U", "-f", "qcow2", "-O", "raw", "c.qcow2", &raw]);
@@ -435,7 +437,7 @@ fn fail_in(scenario: &Scenario, seed: u64) -> (usize, Vec<String>) {
 
 #[test]
 fn the_nth_request_fails_and_the_same_command_finishes() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     let (mut tried, mut wrong) = (0, Vec::new());
@@ -457,10 +459,10 @@ fn the_nth_request_fails_and_the_same_command_finishes() {
 /// Whichever look at a file fails, a call that makes a new one leaves nothing behind that would be in the way of the next.
 #[test]
 fn a_failed_look_leaves_no_new_file() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
-    let folder = Folder::new("failed-looks");
+    let folder = lab("failed-looks");
     folder.create("a.qcow2", 1 << 20, "");
     folder.io("qcow2", "a.qcow2", &["write -P 3 0 64k"]);
     let before = folder.names();
@@ -484,10 +486,10 @@ fn a_failed_look_leaves_no_new_file() {
 /// A state file that cannot be read says nothing of its merge, and is not to be removed for that.
 #[test]
 fn a_state_file_that_cannot_be_read_is_no_damaged_one() {
-    if !needs_tools(&["qemu-img", "strace"]) {
+    if !are_here(&["qemu-img", "strace"]) {
         return;
     }
-    let folder = Folder::new("unreadable-state");
+    let folder = lab("unreadable-state");
     folder.create("a.qcow2", 1 << 20, "");
     let state = folder.join(".a.qcow2.qmerge-live");
     fs::write(&state, "{}").unwrap();

@@ -3,7 +3,9 @@
 
 use std::fs;
 
-use crate::support::{Folder, Run, merge_binary, needs_tools, qemu_present, run, type_hints};
+use kit::{Lab, Run, are_here, qemu_is_here, run};
+
+use crate::support::{binary, lab};
 
 const M: u64 = 1 << 20;
 
@@ -22,10 +24,10 @@ const FORMATS: &[(&str, &[&str])] = &[
 ];
 
 /// Calls `f` with a folder that holds `x.img` of each format that this QEMU makes.
-fn for_each_format(test: &str, f: impl Fn(&Folder, &str)) {
+fn for_each_format(test: &str, f: impl Fn(&Lab, &str)) {
     let mut made = 0;
     for (format, options) in FORMATS {
-        let folder = Folder::new(test);
+        let folder = lab(test);
         let create = [&["create", "-q", "-f", format], *options, &["x.img", "4M"]].concat();
         if folder.try_img(&create).code == 0 {
             f(&folder, format);
@@ -37,7 +39,7 @@ fn for_each_format(test: &str, f: impl Fn(&Folder, &str)) {
 
 #[test]
 fn a_named_file_of_another_format_is_refused_by_name() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for_each_format("foreign", |folder, format| {
@@ -62,7 +64,7 @@ fn a_named_file_of_another_format_is_refused_by_name() {
 
 #[test]
 fn a_base_of_another_format_is_never_written() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for_each_format("foreign-base", |folder, format| {
@@ -77,10 +79,10 @@ fn a_base_of_another_format_is_never_written() {
 
 #[test]
 fn layers_above_another_format_are_merged_into_one_another() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("foreign-bottom");
+    let folder = lab("foreign-bottom");
     folder.img(&["create", "-q", "-f", "vmdk", "x.vmdk", "4M"]);
     folder.io("vmdk", "x.vmdk", &["write -P 9 0 4M"]);
     folder.overlay("a.qcow2", "x.vmdk", "vmdk", None, "");
@@ -104,10 +106,10 @@ fn layers_above_another_format_are_merged_into_one_another() {
 
 #[test]
 fn without_locks_readers_go_on_and_writers_want_a_word() {
-    if !qemu_present() || !needs_tools(&["strace"]) {
+    if !qemu_is_here() || !are_here(&["strace"]) {
         return;
     }
-    let folder = Folder::new("no-locks");
+    let folder = lab("no-locks");
     folder.create("base.qcow2", M, "");
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 3 0 64k"]);
@@ -134,10 +136,10 @@ fn without_locks_readers_go_on_and_writers_want_a_word() {
 /// Whatever point a merge was stopped at: without locks nothing is healed, ended or tidied without a word.
 #[test]
 fn without_locks_a_stopped_merge_wants_the_same_word() {
-    if !qemu_present() || !needs_tools(&["strace"]) {
+    if !qemu_is_here() || !are_here(&["strace"]) {
         return;
     }
-    let folder = Folder::new("no-locks-stopped");
+    let folder = lab("no-locks-stopped");
     folder.create("base.qcow2", M, "");
     for (name, below) in [("mid.qcow2", "base.qcow2"), ("top.qcow2", "mid.qcow2")] {
         folder.overlay(name, below, "qcow2", None, "");
@@ -180,10 +182,10 @@ fn without_locks_a_stopped_merge_wants_the_same_word() {
 
 #[test]
 fn chains_of_many_layers_are_merged() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("many-layers");
+    let folder = lab("many-layers");
     folder.create("000", M, "cluster_size=4k");
     folder.overlay("001", "000", "qcow2", None, "cluster_size=4k");
     folder.io("qcow2", "001", &["write -P 3 4k 4k"]);
@@ -203,16 +205,16 @@ fn chains_of_many_layers_are_merged() {
 
 /// Runs lines of bash in the folder, where a name can be any bytes; `q` is the built command. Types the hints.
 #[track_caller]
-fn bash(folder: &Folder, lines: &str) -> Run {
-    let script = format!("q() {{ {} \"$@\"; }}; set -e; {lines}", merge_binary().display());
-    let run = run(folder.path(), "bash", &["-c", &script]);
-    type_hints(folder.path(), &run);
+fn bash(folder: &Lab, lines: &str) -> Run {
+    let script = format!("q() {{ {} \"$@\"; }}; set -e; {lines}", binary().display());
+    let run = run(folder.dir(), "bash", &["-c", &script]);
+    kit::shell::type_hints(folder, &run);
     run
 }
 
 /// A chain of four in a folder, no name of which is UTF-8, and what its active image shows.
-fn latin1_chain(test: &str) -> Folder {
-    let folder = Folder::new(test);
+fn latin1_chain(test: &str) -> Lab {
+    let folder = lab(test);
     let create = r#"
         mkdir $'d\xe9' $'j\xe9'; cd $'d\xe9'; below=; n=0
         for name in $'b\xe9' $'m\xf4' $'n\xe9' $'t\xfc'; do
@@ -226,7 +228,7 @@ fn latin1_chain(test: &str) -> Folder {
 
 /// Fails unless QEMU reads the same from the active image as before, and finds the images sound.
 #[track_caller]
-fn latin1_same(folder: &Folder) {
+fn latin1_same(folder: &Lab) {
     let check = r"for name in $'d\xe9'/*; do qemu-img check -q -f qcow2 $name; done
         qemu-img compare -f raw -F qcow2 gold $'d\xe9/t\xfc'";
     bash(folder, check).ok();
@@ -234,7 +236,7 @@ fn latin1_same(folder: &Folder) {
 
 #[test]
 fn layers_are_named_by_any_bytes() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let folder = latin1_chain("latin1");
@@ -261,13 +263,13 @@ fn layers_are_named_by_any_bytes() {
 
 #[test]
 fn a_stopped_merge_of_any_names_goes_on() {
-    if !qemu_present() || !needs_tools(&["strace"]) {
+    if !qemu_is_here() || !are_here(&["strace"]) {
         return;
     }
     let folder = latin1_chain("latin1-stopped");
     let stop = r"strace -qq -f -o /dev/null -e trace=fdatasync -e inject=fdatasync:signal=SIGKILL:when=6 \
         BINARY commit $'d\xe9/t\xfc' --journal-dir $'j\xe9'";
-    assert_ne!(bash(&folder, &stop.replace("BINARY", &merge_binary().display().to_string())).code, 0);
+    assert_ne!(bash(&folder, &stop.replace("BINARY", &binary().display().to_string())).code, 0);
     let pending =
         r"ls -A $'j\xe9' | LC_ALL=C grep -qa $'b\xe9'; q info $'d\xe9/b\xe9' --journal-dir $'j\xe9'";
     bash(&folder, pending).ok().says(r"/d\xe9/t\xfc is in");

@@ -6,7 +6,9 @@ use std::path::Path;
 use std::process::Command;
 
 use self::kind::HintKind;
-use crate::support::{Chain, Folder, Holder, Run, command, merge_binary, qemu_present, run, type_line};
+use kit::{Holder, Lab, Run, qemu_is_here, run};
+
+use crate::support::{Article, Patch, binary, lab};
 use crate::traps::forget_backing_format;
 
 #[path = "../../src/hint/kind.rs"]
@@ -33,12 +35,12 @@ enum Here {
     ChangesNothing,
 }
 
-fn json(folder: &Folder, args: &[&str]) -> Run {
-    run(folder.path(), merge_binary(), &[args, &["--json"]].concat())
+fn json(folder: &Lab, args: &[&str]) -> Run {
+    run(folder.dir(), binary(), &[args, &["--json"]].concat())
 }
 
 /// A new kind of hint does not compile without a line here.
-fn provoke(kind: HintKind, chain: &Chain) -> Tried {
+fn provoke(kind: HintKind, chain: &Article) -> Tried {
     use Here::{ChangesNothing, Succeeds};
     let folder = &chain.folder;
     let commit = |more: &[&str]| json(folder, &[&["commit", "c.qcow2"], more].concat());
@@ -65,12 +67,12 @@ fn provoke(kind: HintKind, chain: &Chain) -> Tried {
         }
         HintKind::InfoChain => Tried::Here(commit(&["--base", "nothing"]), Succeeds),
         HintKind::Check => {
-            let patch = folder.patch("c.qcow2");
+            let patch = Patch::of(folder, "c.qcow2");
             patch.set_u64(patch.l1_offset(), 0x200);
             Tried::Here(json(folder, &["flatten", "c.qcow2", "-o", "new.qcow2"]), ChangesNothing)
         }
         HintKind::Repair => {
-            folder.patch("base.qcow2").set_bits(72, 2);
+            Patch::of(folder, "base.qcow2").set_bits(72, 2);
             Tried::Here(commit(&[]), Succeeds)
         }
         HintKind::Flatten | HintKind::AllowSharedBase => Tried::Here(shared(), Succeeds),
@@ -111,7 +113,7 @@ fn provoke(kind: HintKind, chain: &Chain) -> Tried {
         HintKind::Demo => Tried::Here(json(folder, &["demo", "--size", "1"]), Succeeds),
         HintKind::LiveMerge | HintKind::LiveLook => {
             let mut daemon = Command::new("qemu-storage-daemon");
-            daemon.current_dir(folder.path()).args([
+            daemon.current_dir(folder.dir()).args([
                 "--chardev",
                 "socket,id=q,path=q.sock,server=on,wait=off",
                 "--monitor",
@@ -162,11 +164,11 @@ fn hint(run: &Run, kind: HintKind) -> Option<serde_json::Value> {
 
 #[test]
 fn every_kind_of_hint_does_what_it_says_when_it_is_typed() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for &kind in HintKind::ALL {
-        let chain = Chain::new("hint", "qcow2");
+        let chain = Article::new("hint", "qcow2");
         let (run, here) = match provoke(kind, &chain) {
             Tried::Here(run, here) => (run, here),
             Tried::NoCommand(run) => {
@@ -182,10 +184,10 @@ fn every_kind_of_hint_does_what_it_says_when_it_is_typed() {
         let text = hint["text"].as_str().unwrap();
         let line = match kind {
             HintKind::Help => text,
-            _ => command(text).unwrap_or_else(|| panic!("no command in '{text}'")),
+            _ => kit::shell::command(text).unwrap_or_else(|| panic!("no command in '{text}'")),
         };
         assert!(text.ends_with(line) && run.stderr.contains(text), "{run}");
-        let Some(typed) = type_line(chain.folder.path(), line) else { continue };
+        let Some(typed) = kit::shell::type_line(&chain.folder, line) else { continue };
         if kind != HintKind::Help {
             typed.assert_harmless(&run);
         }
@@ -200,7 +202,7 @@ fn every_kind_of_hint_does_what_it_says_when_it_is_typed() {
 
 #[test]
 fn hints_are_typed_whatever_the_names_of_files_are() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let names = [
@@ -213,20 +215,21 @@ fn hints_are_typed_whatever_the_names_of_files_are() {
         b"*?[1]#~;&|",
     ];
     for name in names {
-        let folder = Folder::new("names");
+        let folder = lab("names");
         folder.create("base", M, "");
         for top in ["top", "other"] {
             folder.overlay(top, "base", "qcow2", None, "");
         }
         let name = Path::new(std::ffi::OsStr::from_bytes(name));
-        fs::rename(folder.join("top"), folder.path().join(name)).unwrap();
-        let run = run(folder.path(), merge_binary(), &["commit".as_ref(), "--".as_ref(), name.as_os_str()])
-            .expect(6);
+        fs::rename(folder.join("top"), folder.dir().join(name)).unwrap();
+        let run =
+            run(folder.dir(), binary(), &["commit".as_ref(), "--".as_ref(), name.as_os_str()]).expect(6);
         assert!(!run.text().contains(|c: char| c != '\n' && (c.is_control() || c == '\u{202e}')), "{run}");
         let hints: Vec<_> = run.stderr.lines().filter_map(|line| line.strip_prefix("hint: ")).collect();
         assert!(run.stderr.lines().count() == hints.len() + 1 && hints.len() >= 2, "{run}");
         for hint in hints {
-            let Some(typed) = type_line(folder.path(), command(hint).unwrap_or_else(|| panic!("{hint}")))
+            let Some(typed) =
+                kit::shell::type_line(&folder, kit::shell::command(hint).unwrap_or_else(|| panic!("{hint}")))
             else {
                 return;
             };

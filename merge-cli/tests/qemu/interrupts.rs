@@ -6,26 +6,28 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::{Folder, merge_binary, qemu_present};
+use kit::qemu_is_here;
+
+use crate::support::{binary, lab};
 
 const M: u64 = 1 << 20;
 
 /// Stops a merge of 96 MiB with `signal` some time after its plan; it must end with `code`, or be done before.
 fn stopped(signal: Signal, code: i32) {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["raw", "qcow2"] {
-        let folder = Folder::new("interrupt");
+        let folder = lab("interrupt");
         folder.img(&["create", "-q", "-f", format, "base", "96M"]);
         folder.io(format, "base", &["write -P 1 0 48M"]);
         folder.overlay("top.qcow2", "base", format, None, "");
         folder.io("qcow2", "top.qcow2", &["write -P 2 16M 80M", "write -z 4M 4M"]);
         let before = folder.view("qcow2", "top.qcow2");
         for delay in [0, 10, 30] {
-            let mut merge = Command::new(merge_binary())
+            let mut merge = Command::new(binary())
                 .args(["commit", "top.qcow2", "--json"])
-                .current_dir(folder.path())
+                .current_dir(folder.dir())
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
                 .spawn()
@@ -76,11 +78,11 @@ fn a_killed_merge_leaves_leaks_at_most() {
 
 #[test]
 fn a_header_without_room_for_a_long_mark_still_gets_one() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     // Names that fill a first cluster of 512 bytes but for a few.
-    let folder = Folder::new("mark");
+    let folder = lab("mark");
     let name = format!("{}.qcow2", "b".repeat(240));
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 1M"]);
@@ -98,10 +100,10 @@ fn a_header_without_room_for_a_long_mark_still_gets_one() {
 
 #[test]
 fn an_overlay_made_on_a_merged_layer_never_brings_old_data_back() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("on-merged");
+    let folder = lab("on-merged");
     folder.create("base.qcow2", M, "");
     folder.overlay("a.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "a.qcow2", &["write -P 2 0 1M"]);

@@ -1,6 +1,8 @@
 //! Scenarios of QEMU's own test suite (`tests/qemu-iotests`), told by their numbers.
 
-use crate::support::{Folder, View, qemu_present};
+use kit::{Lab, View, qemu_is_here};
+
+use crate::support::{Patch, lab};
 
 const K: u64 = 1 << 10;
 const M: u64 = 1 << 20;
@@ -14,13 +16,13 @@ fn holds(view: &View, pattern: u8, at: u64, len: u64) {
 
 #[test]
 fn t020_sectors_of_both_layers_alternate_in_one_cluster() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (format, options) in
         [("raw", ""), ("qcow2", "cluster_size=64k"), ("qcow2", "compat=0.10"), ("qcow2", "extended_l2=on")]
     {
-        let folder = Folder::new("t020");
+        let folder = lab("t020");
         if format == "raw" {
             folder.img(&["create", "-q", "-f", "raw", "base", "6G"]);
         } else {
@@ -58,10 +60,10 @@ fn t020_sectors_of_both_layers_alternate_in_one_cluster() {
 
 #[test]
 fn t020_the_middle_image_is_named_as_qemu_names_it() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("t020b");
+    let folder = lab("t020b");
     std::fs::create_dir(folder.join("subdir")).unwrap();
     folder.create("subdir/t.base", M, "");
     folder.overlay("subdir/t.mid", "t.base", "qcow2", Some(M), "");
@@ -76,24 +78,24 @@ fn t020_the_middle_image_is_named_as_qemu_names_it() {
 
 #[test]
 fn t039_no_image_is_left_dirty() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("t039");
+    let folder = lab("t039");
     folder.create("base.qcow2", 128 * M, "lazy_refcounts=on");
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "lazy_refcounts=on");
     folder.io("qcow2", "top.qcow2", &["write -P 1 0 512"]);
     folder.merge("top.qcow2", &[]);
     for name in ["base.qcow2", "top.qcow2"] {
-        let image = folder.patch(name);
+        let image = Patch::of(&folder, name);
         assert_eq!(image.u64(72) & 1, 0, "{name} is dirty");
     }
-    assert_eq!(folder.patch("base.qcow2").u64(80) & 1, 1, "base lost its lazy refcounts");
+    assert_eq!(Patch::of(&folder, "base.qcow2").u64(80) & 1, 1, "base lost its lazy refcounts");
 }
 
 /// Beyond 2 GiB, with an end inside a cluster.
-fn t097(options: &[&str], prepare: impl Fn(&Folder)) -> Folder {
-    let folder = Folder::new("t097");
+fn t097(options: &[&str], prepare: impl Fn(&Lab)) -> Lab {
+    let folder = lab("t097");
     let size = 2100 * M + 512;
     folder.create("base.qcow2", size, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0x7ffd0000 192k"]);
@@ -117,7 +119,7 @@ fn t097(options: &[&str], prepare: impl Fn(&Folder)) -> Folder {
 
 #[test]
 fn t097_into_the_bottom() {
-    if qemu_present() {
+    if qemu_is_here() {
         let folder = t097(&[], |_| {});
         let base = folder.view("qcow2", "base.qcow2");
         base.assert_same(&folder.view("qcow2", "top.qcow2"), "base");
@@ -127,7 +129,7 @@ fn t097_into_the_bottom() {
 
 #[test]
 fn t097_into_the_middle() {
-    if qemu_present() {
+    if qemu_is_here() {
         let folder = t097(&["--base", "mid.qcow2"], |_| {});
         let mid = folder.view("qcow2", "mid.qcow2");
         mid.assert_same(&folder.view("qcow2", "top.qcow2"), "mid");
@@ -138,7 +140,7 @@ fn t097_into_the_middle() {
 
 #[test]
 fn t097_keeping_the_active_image() {
-    if qemu_present() {
+    if qemu_is_here() {
         let folder = t097(&["--keep-active"], |_| {});
         folder.view("qcow2", "base.qcow2").assert_same(&folder.view("qcow2", "top.qcow2"), "base");
     }
@@ -146,7 +148,7 @@ fn t097_keeping_the_active_image() {
 
 #[test]
 fn t176_a_snapshot_of_the_active_image_survives() {
-    if qemu_present() {
+    if qemu_is_here() {
         let folder = t097(&["--allow-snapshot-change"], |folder| {
             folder.img(&["snapshot", "-c", "snap", "top.qcow2"]);
         });
@@ -156,7 +158,7 @@ fn t176_a_snapshot_of_the_active_image_survives() {
 
 #[test]
 fn t176_a_bitmap_of_the_active_image_stays_and_goes_with_the_image_only_when_told() {
-    if qemu_present() {
+    if qemu_is_here() {
         let folder = t097(&[], |folder| {
             folder.img(&["bitmap", "--add", "top.qcow2", "backup"]);
             folder.refused(&["commit", "top.qcow2", "--delete"], &[6]).says("backup");
@@ -166,8 +168,8 @@ fn t176_a_bitmap_of_the_active_image_stays_and_goes_with_the_image_only_when_tol
 }
 
 /// base 2 MiB all 1, mid 1 MiB empty, top 2 MiB empty.
-fn t274() -> Folder {
-    let folder = Folder::new("t274");
+fn t274() -> Lab {
+    let folder = lab("t274");
     folder.create("base.qcow2", 2 * M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 2M"]);
     folder.overlay("mid.qcow2", "base.qcow2", "qcow2", Some(M), "");
@@ -177,7 +179,7 @@ fn t274() -> Folder {
 
 #[test]
 fn t274_into_the_short_middle() {
-    if qemu_present() {
+    if qemu_is_here() {
         let folder = t274();
         folder.merge("top.qcow2", &["--shallow"]);
         let mid = folder.view("qcow2", "mid.qcow2");
@@ -189,7 +191,7 @@ fn t274_into_the_short_middle() {
 
 #[test]
 fn t274_into_the_longer_base() {
-    if qemu_present() {
+    if qemu_is_here() {
         for options in [&[][..], &["--top", "mid.qcow2"]] {
             let folder = t274();
             folder.merge("top.qcow2", options);
@@ -202,7 +204,7 @@ fn t274_into_the_longer_base() {
 
 #[test]
 fn t274_a_short_overlay_that_was_resized_reads_zeros() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     // Base, overlay, and the overlay's later size; the exposed range reads zeros and stays so.
@@ -213,7 +215,7 @@ fn t274_a_short_overlay_that_was_resized_reads_zeros() {
         (400 * K, 256 * K, 512 * K, "full"),
         (512 * K, 256 * K, 500 * K, "metadata"),
     ] {
-        let folder = Folder::new("t274b");
+        let folder = lab("t274b");
         folder.create("base.qcow2", base, "");
         let at = if base > M { 5 * G } else { 256 * K };
         folder.io("qcow2", "base.qcow2", &[&format!("write -P 1 {at} 64k"), "write -P 2 0 64k"]);
@@ -232,10 +234,10 @@ fn t274_a_short_overlay_that_was_resized_reads_zeros() {
 
 #[test]
 fn t313_a_merge_frees_more_clusters_than_a_cache_holds() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("t313");
+    let folder = lab("t313");
     // A refcount block of 4 KiB with 64-bit entries describes 512 clusters, 2 MiB of data.
     let size = 4 * 2 * M + 4 * K;
     folder.create("base.qcow2", size, "cluster_size=4k,refcount_bits=64");
@@ -248,11 +250,11 @@ fn t313_a_merge_frees_more_clusters_than_a_cache_holds() {
 
 #[test]
 fn t024_every_combination_of_three_layers() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for cluster in ["64k", "4k", "512"] {
-        let folder = Folder::new("t024");
+        let folder = lab("t024");
         let options = format!("cluster_size={cluster}");
         folder.create("base.qcow2", 2 * M, &options);
         folder.overlay("a.qcow2", "base.qcow2", "qcow2", None, &options);
@@ -265,9 +267,9 @@ fn t024_every_combination_of_three_layers() {
             folder.io("qcow2", name, &commands.iter().map(String::as_str).collect::<Vec<_>>());
         }
         let before = folder.view("qcow2", "c.qcow2");
-        let held_by_c = folder.patch("c.qcow2").len();
+        let held_by_c = Patch::of(&folder, "c.qcow2").len();
         folder.merge("c.qcow2", &["--top", "a.qcow2"]);
-        assert_eq!(folder.patch("c.qcow2").len(), held_by_c, "the overlay above top took data");
+        assert_eq!(Patch::of(&folder, "c.qcow2").len(), held_by_c, "the overlay above top took data");
         folder.merge("c.qcow2", &[]);
         folder.view("qcow2", "base.qcow2").assert_same(&before, "base");
     }
@@ -275,10 +277,10 @@ fn t024_every_combination_of_three_layers() {
 
 #[test]
 fn t024_the_last_cluster_past_a_short_top_stays_zero() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("t024b");
+    let folder = lab("t024b");
     folder.create("base.qcow2", 5 * 64 * K, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 320k"]);
     folder.overlay("a.qcow2", "base.qcow2", "qcow2", Some(4 * 64 * K), "");
@@ -293,10 +295,10 @@ fn t024_the_last_cluster_past_a_short_top_stays_zero() {
 
 #[test]
 fn t028_a_backing_file_that_ends_between_two_sectors_of_a_cluster() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("t028");
+    let folder = lab("t028");
     let (base, top) = (3 * G + 1536, 4 * G + 1536);
     folder.create("base.qcow2", base, "");
     folder.io("qcow2", "base.qcow2", &[&format!("write -P 1 {} 16k", base - 16 * K)]);
@@ -310,11 +312,11 @@ fn t028_a_backing_file_that_ends_between_two_sectors_of_a_cluster() {
 
 #[test]
 fn t050_zeros_over_a_full_backing_file_stay_zeros() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["raw", "qcow2"] {
-        let folder = Folder::new("t050");
+        let folder = lab("t050");
         folder.img(&["create", "-q", "-f", format, "base", "10M"]);
         folder.io(format, "base", &["write -P 0x5a 0 10M"]);
         folder.overlay("a.qcow2", "base", format, None, "");
@@ -328,10 +330,10 @@ fn t050_zeros_over_a_full_backing_file_stay_zeros() {
 
 #[test]
 fn t042_disks_without_bytes() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("t042");
+    let folder = lab("t042");
     folder.create("base.qcow2", 0, "");
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.qmerge(&["map", "top.qcow2", "--json"]).ok();
@@ -347,11 +349,11 @@ fn t042_disks_without_bytes() {
 
 #[test]
 fn t031_unknown_header_extensions_survive() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for compat in ["1.1", "0.10"] {
-        let folder = Folder::new("t031");
+        let folder = lab("t031");
         let options = format!("compat={compat}");
         folder.create("base.qcow2", M, &options);
         folder.overlay("a.qcow2", "base.qcow2", "qcow2", None, &options);
@@ -363,7 +365,7 @@ fn t031_unknown_header_extensions_survive() {
         folder.merge("c.qcow2", &["--top", "a.qcow2"]);
         assert_eq!(folder.backing_of("c.qcow2"), Some(("base.qcow2".into(), "qcow2".into())));
         for name in ["base.qcow2", "c.qcow2"] {
-            let head = folder.patch(name).bytes(0, 4096);
+            let head = Patch::of(&folder, name).bytes(0, 4096);
             let found = head.windows(20).any(|window| window == b"\x12\x34\x56\x78\0\0\0\x0cfancy string");
             assert!(found, "the unknown extension of {name} is lost");
         }
@@ -371,8 +373,8 @@ fn t031_unknown_header_extensions_survive() {
 }
 
 /// Puts an unknown extension behind the others; the name of the backing file moves behind it.
-fn add_extension(folder: &Folder, name: &str) {
-    let patch = folder.patch(name);
+fn add_extension(folder: &Lab, name: &str) {
+    let patch = Patch::of(folder, name);
     let start = if patch.u32(4) == 2 { 72 } else { u64::from(patch.u32(100)) };
     let mut at = start;
     while patch.u32(at) != 0 {
@@ -388,30 +390,30 @@ fn add_extension(folder: &Folder, name: &str) {
 
 #[test]
 fn t036_unknown_compatible_bits_are_kept() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("t036");
+    let folder = lab("t036");
     folder.create("base.qcow2", M, "");
     folder.overlay("a.qcow2", "base.qcow2", "qcow2", None, "");
     folder.overlay("c.qcow2", "a.qcow2", "qcow2", None, "");
     folder.io("qcow2", "a.qcow2", &["write -P 1 0 64k"]);
     for name in ["base.qcow2", "c.qcow2"] {
-        folder.patch(name).set_bits(80, 1 << 63 | 1 << 5);
+        Patch::of(&folder, name).set_bits(80, 1 << 63 | 1 << 5);
     }
     folder.merge("c.qcow2", &["--top", "a.qcow2"]);
     for name in ["base.qcow2", "c.qcow2"] {
-        assert_eq!(folder.patch(name).u64(80), 1 << 63 | 1 << 5, "{name}");
+        assert_eq!(Patch::of(&folder, name).u64(80), 1 << 63 | 1 << 5, "{name}");
     }
 }
 
 #[test]
 fn t112_every_refcount_width() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for bits in ["1", "2", "4", "8", "16", "32", "64"] {
-        let folder = Folder::new("t112");
+        let folder = lab("t112");
         let options = format!("refcount_bits={bits},cluster_size=4k");
         folder.create("base.qcow2", 4 * M, &options);
         folder.io("qcow2", "base.qcow2", &["write -P 1 0 1M", "write -c -P 2 2M 4k"]);
@@ -428,10 +430,10 @@ fn t112_every_refcount_width() {
 
 #[test]
 fn t112_a_saturated_refcount_is_no_obstacle() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("t112s");
+    let folder = lab("t112s");
     folder.create("base.qcow2", M, "refcount_bits=2");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 1M"]);
     // Active image and two snapshots: the largest count that two bits hold.
@@ -446,10 +448,10 @@ fn t112_a_saturated_refcount_is_no_obstacle() {
 
 #[test]
 fn t252_zeros_of_a_layer_that_the_base_does_not_have() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("t252");
+    let folder = lab("t252");
     folder.create("base.qcow2", 6 * 64 * K, "");
     folder.io(
         "qcow2",
@@ -467,10 +469,10 @@ fn t252_zeros_of_a_layer_that_the_base_does_not_have() {
 
 #[test]
 fn t126_colons_and_odd_letters_in_names() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("t126");
+    let folder = lab("t126");
     for base in [
         "./a:b.qcow2",
         "./nbd:c.qcow2",

@@ -4,7 +4,9 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use crate::support::{Folder, Run, merge_binary, needs_tools, qemu_present, skipped};
+use kit::{Lab, Run, are_here, qemu_is_here, skipped};
+
+use crate::support::{binary, lab};
 
 const MIB: u64 = 1 << 20;
 
@@ -30,10 +32,10 @@ fn done(command: &[&str], undo: &[&str]) -> Option<Undo> {
 
 #[test]
 fn a_folder_that_cannot_be_written_needs_another_place() {
-    if !needs_tools(&["qemu-img", "qemu-io", "chattr"]) {
+    if !are_here(&["qemu-img", "qemu-io", "chattr"]) {
         return;
     }
-    let folder = Folder::new("locked-folder");
+    let folder = lab("locked-folder");
     std::fs::create_dir(folder.join("locked")).unwrap();
     folder.create("locked/base", 16 * MIB, "");
     folder.overlay("a.qcow2", "locked/base", "qcow2", None, "");
@@ -48,10 +50,10 @@ fn a_folder_that_cannot_be_written_needs_another_place() {
 
 #[test]
 fn a_block_device_needs_another_place() {
-    if !needs_tools(&["qemu-img", "qemu-io", "losetup", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "losetup", "strace"]) {
         return;
     }
-    let folder = Folder::new("device-journal");
+    let folder = lab("device-journal");
     folder.raw("disk.img", 64 * MIB, 64 * MIB, 0xee);
     let disk = folder.arg("disk.img");
     let Ok(made) = Command::new("losetup").args(["--find", "--show", &disk]).output() else { return };
@@ -85,7 +87,7 @@ fn a_block_device_needs_another_place() {
 }
 
 /// A small disk in memory.
-fn small_disk(folder: &Folder, size: &str) -> Option<Undo> {
+fn small_disk(folder: &Lab, size: &str) -> Option<Undo> {
     let on = folder.arg("small");
     std::fs::create_dir(&on).unwrap();
     done(&["mount", "-t", "tmpfs", "-o", &format!("size={size}"), "none", &on], &["umount", &on])
@@ -93,10 +95,10 @@ fn small_disk(folder: &Folder, size: &str) -> Option<Undo> {
 
 #[test]
 fn a_full_disk_is_refused_before_anything_is_written() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("full-disk");
+    let folder = lab("full-disk");
     let Some(_unmount) = small_disk(&folder, "64m") else { return };
     folder.create("small/base", 512 * MIB, "");
     folder.overlay("a.qcow2", "small/base", "qcow2", None, "");
@@ -106,19 +108,19 @@ fn a_full_disk_is_refused_before_anything_is_written() {
 
 #[test]
 fn a_disk_that_fills_up_in_the_middle_loses_nothing() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for format in ["qcow2", "raw"] {
-        let folder = Folder::new("filling-disk");
+        let folder = lab("filling-disk");
         let Some(_unmount) = small_disk(&folder, "400m") else { return };
         folder.img(&["create", "-q", "-f", format, "small/base", "512M"]);
         folder.overlay("a.qcow2", "small/base", format, None, "");
         folder.io("qcow2", "a.qcow2", &["write -P 2 1M 300M", "write -P 3 400M 700"]);
         let before = folder.view("qcow2", "a.qcow2");
-        let mut child = Command::new(merge_binary())
+        let mut child = Command::new(binary())
             .args(["commit", "a.qcow2", "--json"])
-            .current_dir(folder.path())
+            .current_dir(folder.dir())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -4,7 +4,9 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::{Folder, Random, View, merge_binary, qemu_present, run};
+use kit::{Lab, Random, View, qemu_is_here, run};
+
+use crate::support::{binary, lab};
 
 const SEEDS: u64 = 5;
 /// How often a merge is killed before it may finish.
@@ -13,7 +15,7 @@ const M: u64 = 1 << 20;
 
 /// A chain of three images, and the command that merges it.
 struct Killed {
-    folder: Folder,
+    folder: Lab,
     base: &'static str,
     format: &'static str,
     args: Vec<&'static str>,
@@ -22,7 +24,7 @@ struct Killed {
 
 impl Killed {
     fn new(random: &mut Random) -> Self {
-        let folder = Folder::new("kills");
+        let folder = lab("kills");
         let format = random.pick(&["raw", "qcow2", "qcow2"]);
         let base = if format == "raw" { "base.raw" } else { "base.qcow2" };
         let size = random.between(8, 48) * M;
@@ -60,9 +62,9 @@ impl Killed {
 
     /// How long the merge takes on a copy of the images.
     fn rehearse(&self) -> Duration {
-        let copy = Folder::new("kills-copy");
+        let copy = lab("kills-copy");
         for name in self.folder.names() {
-            run(self.folder.path(), "cp", &["--sparse=auto", &name, &copy.arg(&name)]).ok();
+            run(self.folder.dir(), "cp", &["--sparse=auto", &name, &copy.arg(&name)]).ok();
         }
         let begun = Instant::now();
         copy.qmerge(&self.args).ok();
@@ -71,9 +73,9 @@ impl Killed {
 
     /// Starts the merge and kills it; false if it was over before.
     fn kill_after(&self, delay: Duration) -> bool {
-        let mut merge = Command::new(merge_binary())
+        let mut merge = Command::new(binary())
             .args(&self.args)
-            .current_dir(self.folder.path())
+            .current_dir(self.folder.dir())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -99,7 +101,7 @@ impl Killed {
 
 #[test]
 fn killed_merges_lose_nothing_and_finish() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for seed in 1..=SEEDS {

@@ -7,7 +7,7 @@
 //! - `QMERGE_TEST_BINARY`: another `qmerge` to judge, such as a release build;
 //! - `QMERGE_TEST_SEED`, `QMERGE_TEST_CASES`: first seed and number of random chains (`differential`);
 //! - `QMERGE_TEST_DIR`: the folder for the images, `/tmp` if unset;
-//! - `QMERGE_TEST_HINTS=all`: type every hint that any command prints, not each kind once (`support/typed.rs`);
+//! - `QMERGE_TEST_HINTS=all`: type every hint that any command prints, not each kind once (`kit::shell`);
 //! - `QMERGE_TEST_KEEP`: keep the folder of a failed test.
 
 // Helpers of tests fail by panicking, as tests do; clippy's allowance covers only the test functions themselves.
@@ -39,8 +39,6 @@ mod repair;
 mod restore;
 mod resume;
 mod siblings;
-#[path = "../../../testdata/skipped.rs"]
-mod skipped;
 mod traps;
 mod unfinished;
 mod user_errors;

@@ -1,6 +1,8 @@
 //! Damaged images: a clear answer, the right exit code, and not one byte written.
 
-use crate::support::{Folder, Patch, qemu_present};
+use kit::{Lab, qemu_is_here};
+
+use crate::support::{Patch, lab};
 
 const K: u64 = 1 << 10;
 const M: u64 = 1 << 20;
@@ -145,20 +147,20 @@ fn battery() -> Vec<Damage> {
 }
 
 /// A chain of two; the damaged one is `victim`.
-fn chain(victim: &str, damage: &Damage) -> Folder {
-    let folder = Folder::new("malformed");
+fn chain(victim: &str, damage: &Damage) -> Lab {
+    let folder = lab("malformed");
     let options = |name: &str| if name == victim { damage.options } else { "" };
     folder.create("base.qcow2", M, options("base.qcow2"));
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 128k"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, options("top.qcow2"));
     folder.io("qcow2", "top.qcow2", &["write -P 2 0 128k", "write -P 3 512k 64k"]);
-    (damage.make)(&folder.patch(victim));
+    (damage.make)(&Patch::of(&folder, victim));
     folder
 }
 
 /// Runs `test` on every damage, and reports all that failed.
 fn each(test: impl Fn(&Damage) + std::panic::RefUnwindSafe) {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let failed: Vec<_> = battery()
@@ -267,19 +269,19 @@ fn reading_a_damaged_image_never_crashes_or_writes() {
 }
 
 /// A qcow2 image with compressed clusters, to be damaged.
-fn compressed(name: &str, kind: &str, make: impl Fn(&Patch)) -> Folder {
-    let folder = Folder::new(name);
+fn compressed(name: &str, kind: &str, make: impl Fn(&Patch)) -> Lab {
+    let folder = lab(name);
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 128k"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, &format!("compression_type={kind}"));
     folder.io("qcow2", "top.qcow2", &["write -c -P 2 0 64k", "write -c -P 3 64k 64k"]);
-    make(&folder.patch("top.qcow2"));
+    make(&Patch::of(&folder, "top.qcow2"));
     folder
 }
 
 #[test]
 fn compressed_data_that_is_garbage_is_never_merged() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for kind in ["zlib", "zstd"] {
@@ -299,7 +301,7 @@ fn compressed_data_that_is_garbage_is_never_merged() {
 
 #[test]
 fn compressed_data_past_the_end_of_the_file_is_never_merged() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for kind in ["zlib", "zstd"] {
@@ -314,18 +316,18 @@ fn compressed_data_past_the_end_of_the_file_is_never_merged() {
 
 #[test]
 fn a_compressed_size_that_is_too_small_is_never_merged() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     // Incompressible enough to need several sectors, and a size field that admits one.
     let folder = compressed("too-small", "zlib", |_| {});
     let noise = folder.scratch();
-    let mut random = crate::support::Random::new(7);
+    let mut random = kit::Random::new(7);
     let bytes: Vec<u8> =
         (0..65536).map(|i| if i % 2 == 0 { (random.next() >> 40) as u8 & 15 } else { 0 }).collect();
     std::fs::write(&noise, bytes).unwrap();
     folder.io("qcow2", "top.qcow2", &[&format!("write -c -s {} 128k 64k", noise.display())]);
-    let top = folder.patch("top.qcow2");
+    let top = Patch::of(&folder, "top.qcow2");
     let at = top.l2_entry(128 * K);
     let sectors = top.u64(at) >> 54 & 0xff;
     assert!(sectors > 4, "the data needs {sectors} sectors");
@@ -336,32 +338,32 @@ fn a_compressed_size_that_is_too_small_is_never_merged() {
 
 #[test]
 fn a_data_file_entry_away_from_its_guest_offset_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("data-offset");
+    let folder = lab("data-offset");
     folder.create("base.qcow2", M, "data_file=base.data");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 128k"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 2 0 64k"]);
-    let base = folder.patch("base.qcow2");
+    let base = Patch::of(&folder, "base.qcow2");
     base.set_u64(base.l2_entry(0), COPIED | 0x50000);
     folder.refused(&["commit", "top.qcow2"], &[9]).says("base.qcow2");
 }
 
 #[test]
 fn a_snapshot_with_a_broken_table_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (field, value) in [(0, 0x30200_u64), (0, 1 << 62), (0, 1 << 40)] {
-        let folder = Folder::new("snapshot-table");
+        let folder = lab("snapshot-table");
         folder.create("base.qcow2", M, "");
         folder.io("qcow2", "base.qcow2", &["write -P 1 0 128k"]);
         folder.img(&["snapshot", "-c", "snap", "base.qcow2"]);
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
         folder.io("qcow2", "top.qcow2", &["write -P 2 0 64k"]);
-        let base = folder.patch("base.qcow2");
+        let base = Patch::of(&folder, "base.qcow2");
         let table = base.u64(64);
         base.set_u64(table + field, value);
         folder.refused(&["commit", "top.qcow2"], &[9]).says("base.qcow2");
@@ -370,16 +372,16 @@ fn a_snapshot_with_a_broken_table_is_refused() {
 
 #[test]
 fn snapshot_entries_beyond_their_limits_are_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (at, value) in [(36_u64, 2000_u32), (36, u32::MAX), (8, u32::MAX)] {
-        let folder = Folder::new("snapshot-limits");
+        let folder = lab("snapshot-limits");
         folder.create("base.qcow2", M, "");
         folder.img(&["snapshot", "-c", "snap", "base.qcow2"]);
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
         folder.io("qcow2", "top.qcow2", &["write -P 2 0 64k"]);
-        let base = folder.patch("base.qcow2");
+        let base = Patch::of(&folder, "base.qcow2");
         base.set_u32(base.u64(64) + at, value);
         folder.refused(&["commit", "top.qcow2"], &[7, 9]).says("base.qcow2");
     }
@@ -387,17 +389,17 @@ fn snapshot_entries_beyond_their_limits_are_refused() {
 
 #[test]
 fn bitmap_directories_that_lie_are_refused_or_dropped() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     // Fields of the bitmaps extension: count, reserved, directory size, directory offset.
     for (at, value) in [(0, 0), (0, 70000), (4, 1), (8, 1), (16, 1), (20, 0x200)] {
-        let folder = Folder::new("bitmap-directory");
+        let folder = lab("bitmap-directory");
         folder.create("base.qcow2", M, "");
         folder.img(&["bitmap", "--add", "base.qcow2", "backup"]);
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
         folder.io("qcow2", "top.qcow2", &["write -P 2 0 64k"]);
-        let base = folder.patch("base.qcow2");
+        let base = Patch::of(&folder, "base.qcow2");
         let mut extension = u64::from(base.u32(100));
         while base.u32(extension) != 0x2385_2875 {
             assert_ne!(base.u32(extension), 0, "there is no bitmaps extension");
@@ -410,13 +412,13 @@ fn bitmap_directories_that_lie_are_refused_or_dropped() {
 
 #[test]
 fn a_backing_format_that_does_not_exist_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("format-foo");
+    let folder = lab("format-foo");
     folder.create("base.qcow2", M, "");
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
-    let top = folder.patch("top.qcow2");
+    let top = Patch::of(&folder, "top.qcow2");
     let at = u64::from(top.u32(100));
     assert_eq!(top.u32(at), 0xe279_2aca, "the backing format is not the first extension");
     top.write(at + 8, b"foooo");
@@ -426,19 +428,23 @@ fn a_backing_format_that_does_not_exist_is_refused() {
 
 #[test]
 fn inconsistent_bitmaps_of_base_do_not_come_back_to_life() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("stale-bitmaps");
+    let folder = lab("stale-bitmaps");
     folder.create("base.qcow2", M, "");
     folder.img(&["bitmap", "--add", "base.qcow2", "backup"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 2 0 64k"]);
-    folder.patch("base.qcow2").set_u64(88, 0);
+    Patch::of(&folder, "base.qcow2").set_u64(88, 0);
     let before = folder.view("qcow2", "top.qcow2");
     let run = folder.qmerge(&["commit", "top.qcow2"]);
     if run.code == 0 {
-        assert_eq!(folder.patch("base.qcow2").u64(88) & 1, 0, "stale bitmaps are called consistent:\n{run}");
+        assert_eq!(
+            Patch::of(&folder, "base.qcow2").u64(88) & 1,
+            0,
+            "stale bitmaps are called consistent:\n{run}"
+        );
         folder.view("qcow2", "base.qcow2").assert_same(&before, "base");
     } else {
         assert!([6, 9].contains(&run.code), "{run}");

@@ -6,7 +6,9 @@ use std::os::unix::fs::{MetadataExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::support::{Folder, Run, needs_tools, qemu_present, skipped};
+use kit::{Lab, Run, are_here, qemu_is_here, skipped};
+
+use crate::support::lab;
 
 const MIB: u64 = 1 << 20;
 /// A user who owns none of the images.
@@ -23,8 +25,8 @@ fn root() -> bool {
 }
 
 /// A merge that was stopped in its middle, so that its journal lies beside base.
-fn stopped(name: &str, format: &str) -> Folder {
-    let folder = Folder::new(name);
+fn stopped(name: &str, format: &str) -> Lab {
+    let folder = lab(name);
     match format {
         "raw" => folder.raw("base", 64 * MIB, MIB, 1),
         _ => folder.create("base", 64 * MIB, ""),
@@ -42,7 +44,7 @@ fn stopped(name: &str, format: &str) -> Folder {
 
 #[test]
 fn a_journal_of_somebody_else_is_not_believed_and_not_removed() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) || !root() {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) || !root() {
         return;
     }
     let folder = stopped("stranger", "raw");
@@ -76,7 +78,7 @@ fn a_journal_of_somebody_else_is_not_believed_and_not_removed() {
 
 #[test]
 fn a_journal_of_who_may_write_the_image_is_believed() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) || !root() {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) || !root() {
         return;
     }
     let folder = stopped("owner", "qcow2");
@@ -99,7 +101,7 @@ fn planned(run: &Run) -> Vec<(String, String)> {
 
 #[test]
 fn a_data_file_that_only_an_image_names_is_planned_and_stays() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (named, delete, action) in [
@@ -108,7 +110,7 @@ fn a_data_file_that_only_an_image_names_is_planned_and_stays() {
         ("data", false, "empty"),
         ("data", true, "remove"),
     ] {
-        let folder = Folder::new("data-file");
+        let folder = lab("data-file");
         for name in ["else", "vm"] {
             fs::create_dir(folder.join(name)).unwrap();
         }
@@ -136,10 +138,10 @@ fn a_data_file_that_only_an_image_names_is_planned_and_stays() {
 
 #[test]
 fn base_is_not_merged_into_a_data_file_that_its_owner_may_not_write() {
-    if !qemu_present() || !root() {
+    if !qemu_is_here() || !root() {
         return;
     }
-    let folder = Folder::new("data-owner");
+    let folder = lab("data-owner");
     folder.create("base", MIB, &format!("data_file={}", folder.arg("data")));
     folder.overlay("a.qcow2", "base", "qcow2", None, "");
     folder.io("qcow2", "a.qcow2", &["write -P 2 0 512k"]);
@@ -238,7 +240,7 @@ const PLANTED: [&str; 4] =
 
 #[test]
 fn nothing_outside_is_touched_while_names_are_exchanged() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) || !root() {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) || !root() {
         return;
     }
     let rounds = std::env::var("QMERGE_TEST_RACES").ok().and_then(|text| text.parse().ok()).unwrap_or(ROUNDS);
@@ -305,11 +307,11 @@ fn nothing_outside_is_touched_while_names_are_exchanged() {
 /// Linux before 5.6, and filters of system calls, do not have `openat2`.
 #[test]
 fn without_openat2_no_link_is_followed_either() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     for errno in ["ENOSYS", "EPERM"] {
-        let folder = Folder::new("no-openat2");
+        let folder = lab("no-openat2");
         for name in ["vm", "outside"] {
             fs::create_dir(folder.join(name)).unwrap();
         }

@@ -1,15 +1,17 @@
 //! Base is put back from a backup when a merge that was stopped has emptied layers: then nothing else holds their data. No command
 //! that goes on says that all is merged, and a merge that only was stopped again is finished.
 
-use crate::support::{Folder, View, needs_tools};
+use kit::{Lab, View, are_here};
+
+use crate::support::lab;
 
 const MIB: u64 = 1 << 20;
 const JOURNAL: &str = ".base.qmerge-journal";
 
 /// Two overlays on a base, and copies of all three in `backup`. The guest wrote less than clusters in them, so that the beginning
 /// of what is merged is what base holds anyway.
-fn chain(format: &str) -> Folder {
-    let folder = Folder::new("put-back");
+fn chain(format: &str) -> Lab {
+    let folder = lab("put-back");
     folder.img(&["create", "-q", "-f", format, "base", "16M"]);
     folder.io(format, "base", &["write -q -P 1 0 8M"]);
     for (name, below, format, pattern) in [("b", "base", format, 0), ("c", "b", "qcow2", 1)] {
@@ -23,7 +25,7 @@ fn chain(format: &str) -> Folder {
 }
 
 /// Makes the chain again, and kills the merge when it is about to remove a file for the `call`-th time.
-fn kill_at_removal(folder: &Folder, call: u32, args: &[&str]) {
+fn kill_at_removal(folder: &Lab, call: u32, args: &[&str]) {
     folder.sh("rm -f base b c .base.* .b.* .c.*; cp -p backup/* .");
     let calls = "?unlink,unlinkat";
     let kill = format!("inject={calls}:signal=SIGKILL:when={call}");
@@ -62,7 +64,7 @@ fn never_said_to_be_merged(format: &str, want: &View) {
 
 #[test]
 fn a_base_without_what_was_emptied_is_never_said_to_be_merged() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     for format in ["raw", "qcow2"] {
@@ -74,7 +76,7 @@ fn a_base_without_what_was_emptied_is_never_said_to_be_merged() {
 /// What the second run has written to base itself does not look like somebody else's writing.
 #[test]
 fn a_merge_that_is_stopped_again_behind_its_emptying_is_finished() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     for format in ["raw", "qcow2"] {

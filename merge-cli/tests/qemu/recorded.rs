@@ -3,14 +3,16 @@
 
 use std::os::unix::fs::symlink;
 
-use crate::support::{Folder, View, qemu_present};
+use kit::{Lab, View, qemu_is_here};
+
+use crate::support::lab;
 
 const M: u64 = 1 << 20;
 const NAMES: [&str; 6] = ["base", "a.qcow2", "b.qcow2", "c.qcow2", "d.qcow2", "e.qcow2"];
 
 /// A base and `overlays` layers of every kind, each larger than the one below, all of which hide each other.
-fn chain(name: &str, format: &str, overlays: usize) -> Folder {
-    let folder = Folder::new(name);
+fn chain(name: &str, format: &str, overlays: usize) -> Lab {
+    let folder = lab(name);
     folder.img(&["create", "-q", "-f", format, "base", &(8 * M).to_string()]);
     folder.io(format, "base", &["write -P 0x11 0 8M"]);
     let kinds = [
@@ -33,7 +35,7 @@ fn chain(name: &str, format: &str, overlays: usize) -> Folder {
 }
 
 /// What QEMU shows of a chain with each layer over the one before.
-fn recorded(folder: &Folder, format: &str, overlays: usize) -> View {
+fn recorded(folder: &Lab, format: &str, overlays: usize) -> View {
     let node = |format: &str, name: &str| {
         let file = folder.arg(name);
         format!(r#""driver":"{format}","file":{{"driver":"file","filename":"{file}"}}"#)
@@ -52,7 +54,7 @@ fn recorded(folder: &Folder, format: &str, overlays: usize) -> View {
 }
 
 /// The layers from the first to `top` are empty overlays on base, as large as the active image.
-fn assert_emptied(folder: &Folder, top: usize, overlays: usize) {
+fn assert_emptied(folder: &Lab, top: usize, overlays: usize) {
     for name in &NAMES[1..=top] {
         let info = folder.img(&["info", "--output=json", name]).json();
         assert_eq!(info["backing-filename"], "base", "{name}");
@@ -66,7 +68,7 @@ fn assert_emptied(folder: &Folder, top: usize, overlays: usize) {
 
 #[test]
 fn a_recorded_chain_of_any_length_shows_the_same() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (format, overlays) in [("raw", 1), ("qcow2", 2), ("raw", 3), ("qcow2", 4), ("raw", 5)] {
@@ -90,7 +92,7 @@ fn a_recorded_chain_of_any_length_shows_the_same() {
 
 #[test]
 fn layers_below_the_active_image_are_emptied_too() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (format, overlays) in [("qcow2", 2), ("raw", 4)] {
@@ -108,7 +110,7 @@ fn layers_below_the_active_image_are_emptied_too() {
 
 #[test]
 fn a_merge_that_is_killed_while_it_empties_shows_the_same_and_can_be_finished() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let mut kills = 0;
@@ -131,7 +133,7 @@ fn a_merge_that_is_killed_while_it_empties_shows_the_same_and_can_be_finished() 
 
 #[test]
 fn a_layer_that_keeps_its_data_is_named_before_and_afterwards() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let folder = chain("kept", "raw", 3);
@@ -149,11 +151,11 @@ fn a_layer_that_keeps_its_data_is_named_before_and_afterwards() {
 
 #[test]
 fn bitmaps_of_the_active_image_stay() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for args in [&[][..], &["--keep-active"]] {
-        let folder = Folder::new("bitmaps");
+        let folder = lab("bitmaps");
         folder.create("base.qcow2", M, "");
         folder.overlay("c.qcow2", "base.qcow2", "qcow2", None, "");
         folder.img(&["bitmap", "--add", "c.qcow2", "kept"]);
@@ -169,10 +171,10 @@ fn bitmaps_of_the_active_image_stay() {
 
 #[test]
 fn a_link_to_a_removed_image_goes_with_it() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("link");
+    let folder = lab("link");
     folder.create("base.qcow2", M, "");
     folder.overlay("c.qcow2", "base.qcow2", "qcow2", None, "");
     symlink("c.qcow2", folder.join("disk.qcow2")).unwrap();

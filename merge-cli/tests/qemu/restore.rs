@@ -3,25 +3,27 @@
 use std::fs;
 
 use crate::repair::damaged;
-use crate::support::{Folder, Holder, needs_tools, qemu_present};
+use kit::{Holder, Lab, are_here, qemu_is_here};
+
+use crate::support::{Patch, lab};
 
 const REPAIR: [&str; 6] = ["check", "--repair", "all", "--backup", "saved", "b.qcow2"];
 const RESTORE: [&str; 4] = ["check", "--restore", "saved", "b.qcow2"];
 
 /// What QEMU's check says of `b.qcow2`.
-fn theirs(folder: &Folder) -> (i32, String) {
+fn theirs(folder: &Lab) -> (i32, String) {
     let run = folder.try_img(&["check", "--output=json", "-f", "qcow2", "b.qcow2"]);
     (run.code, run.stdout)
 }
 
-fn content(folder: &Folder, name: &str) -> Vec<u8> {
+fn content(folder: &Lab, name: &str) -> Vec<u8> {
     fs::read(folder.join(name)).unwrap()
 }
 
 /// A damaged image that is repaired, and what it held before.
-fn repaired(name: &str) -> (Folder, Vec<u8>) {
+fn repaired(name: &str) -> (Lab, Vec<u8>) {
     let folder = damaged(name);
-    folder.patch("b.qcow2").set_bits(72, 1);
+    Patch::of(&folder, "b.qcow2").set_bits(72, 1);
     let before = content(&folder, "b.qcow2");
     folder.qmerge(&REPAIR).ok();
     folder.check_clean("b.qcow2");
@@ -30,11 +32,11 @@ fn repaired(name: &str) -> (Folder, Vec<u8>) {
 
 #[test]
 fn what_was_repaired_is_as_before_to_the_byte() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let folder = damaged("restore");
-    folder.patch("b.qcow2").set_bits(72, 1);
+    Patch::of(&folder, "b.qcow2").set_bits(72, 1);
     let (before, verdict) = (content(&folder, "b.qcow2"), theirs(&folder));
     let (disk, snapshot) = (folder.view("qcow2", "b.qcow2"), folder.snapshot_view("b.qcow2", "one"));
     folder.qmerge(&REPAIR).ok();
@@ -63,13 +65,13 @@ fn what_was_repaired_is_as_before_to_the_byte() {
 
 #[test]
 fn space_that_a_repair_freed_is_taken_back() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("restore-leaks");
+    let folder = lab("restore-leaks");
     folder.create("b.qcow2", 8 << 20, "");
     folder.io("qcow2", "b.qcow2", &["write -P 1 0 1M"]);
-    let patch = folder.patch("b.qcow2");
+    let patch = Patch::of(&folder, "b.qcow2");
     patch.set_u64(patch.l2_entry(0), 0);
     let (before, verdict) = (content(&folder, "b.qcow2"), theirs(&folder));
     assert_eq!(verdict.0, 3);
@@ -82,7 +84,7 @@ fn space_that_a_repair_freed_is_taken_back() {
 
 #[test]
 fn another_image_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let (folder, before) = repaired("restore-other");
@@ -107,7 +109,7 @@ fn another_image_is_refused() {
 
 #[test]
 fn a_backup_that_is_cut_off_or_flipped_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let (folder, _) = repaired("restore-damaged");
@@ -132,7 +134,7 @@ fn a_backup_that_is_cut_off_or_flipped_is_refused() {
 
 #[test]
 fn an_image_that_was_written_since_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let (folder, _) = repaired("restore-written");
@@ -148,7 +150,7 @@ fn an_image_that_was_written_since_is_refused() {
 /// Data that goes where data was changes no metadata: it stays, and all else comes back.
 #[test]
 fn data_written_in_place_since_is_kept() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let (folder, _) = repaired("restore-in-place");
@@ -160,18 +162,18 @@ fn data_written_in_place_since_is_kept() {
 
 #[test]
 fn an_image_in_use_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let (folder, _) = repaired("restore-in-use");
-    let holder = Holder::qemu_io(folder.path(), &["-r", "-f", "qcow2"], "b.qcow2");
+    let holder = Holder::qemu_io(folder.dir(), &["-r", "-f", "qcow2"], "b.qcow2");
     let run = folder.refused(&RESTORE, &[5]);
     assert!(run.stderr.contains(&holder.pid().to_string()), "{run}");
 }
 
 #[test]
 fn arguments_that_do_not_fit_are_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let (folder, _) = repaired("restore-usage");
@@ -184,13 +186,13 @@ fn arguments_that_do_not_fit_are_refused() {
 
 #[test]
 fn a_repair_that_was_killed_can_be_undone() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     let mut killed = 0;
     for call in 1..40 {
         let folder = damaged("restore-repair-killed");
-        folder.patch("b.qcow2").set_bits(72, 1);
+        Patch::of(&folder, "b.qcow2").set_bits(72, 1);
         let before = content(&folder, "b.qcow2");
         if !folder.killed_at_sync(call, &REPAIR) {
             break;
@@ -207,7 +209,7 @@ fn a_repair_that_was_killed_can_be_undone() {
 
 #[test]
 fn a_restore_that_was_killed_goes_on() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     let mut half = 0;

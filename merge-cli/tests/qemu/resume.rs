@@ -4,17 +4,19 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::support::{Folder, Run, merge_binary, needs_tools, qemu_present};
+use kit::{Lab, Run, are_here, qemu_is_here};
+
+use crate::support::{binary, lab};
 
 const MIB: u64 = 1 << 20;
 
 fn tools_are_here() -> bool {
-    needs_tools(&["qemu-img", "qemu-io", "strace"])
+    are_here(&["qemu-img", "qemu-io", "strace"])
 }
 
 /// A base that has something of everything below an overlay with much to move.
-fn chain(format: &str, options: &str) -> Folder {
-    let folder = Folder::new("resume");
+fn chain(format: &str, options: &str) -> Lab {
+    let folder = lab("resume");
     match format {
         "raw" => folder.raw("base", 600 * MIB, 100 * MIB, 1),
         _ => {
@@ -29,13 +31,13 @@ fn chain(format: &str, options: &str) -> Folder {
     folder
 }
 
-fn pending(folder: &Folder, format: &str) -> Option<Value> {
+fn pending(folder: &Lab, format: &str) -> Option<Value> {
     let info = folder.qmerge(&["info", "--json", "-f", format, "base"]).ok().json();
     info.get("merge-pending").cloned()
 }
 
 /// Sends a merge a signal at its first sync behind which it has noted some progress.
-fn stopped(folder: &Folder, format: &str, args: &[&str], signal: &str) -> Run {
+fn stopped(folder: &Lab, format: &str, args: &[&str], signal: &str) -> Run {
     for call in 2..100 {
         let run = folder.signalled_at_sync(signal, call, &[&["commit", "b.qcow2", "--json"], args].concat());
         let done = pending(folder, format).and_then(|pending| pending["bytes-done"].as_u64());
@@ -196,11 +198,11 @@ fn a_dirty_base_without_our_journal_is_refused() {
 
 #[test]
 fn kills_at_any_time_lose_nothing() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (format, options) in [("qcow2", ""), ("qcow2", "cluster_size=512"), ("raw", "")] {
-        let folder = Folder::new("kills");
+        let folder = lab("kills");
         match format {
             "raw" => folder.raw("base", 40 * MIB, 10 * MIB, 1),
             _ => folder.create("base", 40 * MIB, options),
@@ -211,9 +213,9 @@ fn kills_at_any_time_lose_nothing() {
         folder.io("qcow2", "b.qcow2", &["write -P 4 2M 4M", "write -z 22M 1M", "write -P 6 30M 700"]);
         let before = folder.view("qcow2", "b.qcow2");
         for delay in (0..60).step_by(6).chain((60..300).step_by(40)) {
-            let mut child = Command::new(merge_binary())
+            let mut child = Command::new(binary())
                 .args(["commit", "b.qcow2", "-q"])
-                .current_dir(folder.path())
+                .current_dir(folder.dir())
                 .stdin(Stdio::null())
                 .spawn()
                 .unwrap();
@@ -243,7 +245,7 @@ fn a_merge_stopped_behind_its_switch_is_only_cleaned_up() {
     let mut behind = 0;
     for top in ["[3]", "[2]", "b.qcow2"] {
         for call in 10..30 {
-            let folder = Folder::new("behind");
+            let folder = lab("behind");
             folder.create("base.qcow2", 8 * MIB, "");
             for (name, below) in [("a.qcow2", "base.qcow2"), ("b.qcow2", "a.qcow2"), ("c.qcow2", "b.qcow2")] {
                 folder.overlay(name, below, "qcow2", None, "");

@@ -2,13 +2,15 @@
 
 use std::fs;
 
-use crate::support::{Folder, command, qemu_present, type_line};
+use kit::{Lab, qemu_is_here};
+
+use crate::support::lab;
 
 const M: u64 = 1 << 20;
 
 /// `base <- a <- c`, and a sibling made by `add`.
-fn family(name: &str, add: impl Fn(&Folder)) -> Folder {
-    let folder = Folder::new(name);
+fn family(name: &str, add: impl Fn(&Lab)) -> Lab {
+    let folder = lab(name);
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 1M"]);
     folder.overlay("a.qcow2", "base.qcow2", "qcow2", None, "");
@@ -21,14 +23,14 @@ fn family(name: &str, add: impl Fn(&Folder)) -> Folder {
 
 /// Every way of merging into base is refused and names the sibling.
 #[track_caller]
-fn all_merges_name(folder: &Folder, sibling: &str) {
+fn all_merges_name(folder: &Lab, sibling: &str) {
     folder.refused(&["commit", "c.qcow2"], &[6]).says(sibling).says("--allow-shared-base");
     folder.refused(&["commit", "c.qcow2", "--top", "a.qcow2"], &[6]).says(sibling);
 }
 
 #[test]
 fn an_overlay_beside_the_chain_that_uses_base_is_found() {
-    if qemu_present() {
+    if qemu_is_here() {
         let folder =
             family("sibling", |folder| folder.overlay("other.qcow2", "base.qcow2", "qcow2", None, ""));
         all_merges_name(&folder, "other.qcow2");
@@ -38,7 +40,7 @@ fn an_overlay_beside_the_chain_that_uses_base_is_found() {
 
 #[test]
 fn an_overlay_of_a_merged_layer_is_found() {
-    if qemu_present() {
+    if qemu_is_here() {
         let folder = family("cousin", |folder| folder.overlay("other.qcow2", "a.qcow2", "qcow2", None, ""));
         all_merges_name(&folder, "other.qcow2");
     }
@@ -46,7 +48,7 @@ fn an_overlay_of_a_merged_layer_is_found() {
 
 #[test]
 fn an_overlay_of_the_active_image_goes_on_to_see_the_same() {
-    if qemu_present() {
+    if qemu_is_here() {
         let folder = family("child", |folder| folder.overlay("d.qcow2", "c.qcow2", "qcow2", None, ""));
         // It reads through the active image, which becomes an empty overlay on base: it sees the same as before.
         let before = folder.view("qcow2", "d.qcow2");
@@ -58,7 +60,7 @@ fn an_overlay_of_the_active_image_goes_on_to_see_the_same() {
 
 #[test]
 fn siblings_are_found_however_they_name_base() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let json = |path: String| {
@@ -94,7 +96,7 @@ fn siblings_are_found_however_they_name_base() {
 
 #[test]
 fn a_hard_link_of_base_is_base() {
-    if qemu_present() {
+    if qemu_is_here() {
         let folder = family("hard-link", |folder| {
             fs::hard_link(folder.join("base.qcow2"), folder.join("same.qcow2")).unwrap();
             folder.overlay("other.qcow2", "same.qcow2", "qcow2", None, "");
@@ -105,7 +107,7 @@ fn a_hard_link_of_base_is_base() {
 
 #[test]
 fn the_sibling_guard_can_be_told_otherwise() {
-    if qemu_present() {
+    if qemu_is_here() {
         let folder =
             family("allowed", |folder| folder.overlay("other.qcow2", "base.qcow2", "qcow2", None, ""));
         folder.merge("c.qcow2", &["--allow-shared-base"]);
@@ -114,24 +116,24 @@ fn the_sibling_guard_can_be_told_otherwise() {
 
 #[test]
 fn other_folders_are_searched_when_named() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let elsewhere = Folder::new("elsewhere");
+    let elsewhere = lab("elsewhere");
     let folder = family("scan", |folder| {
         elsewhere.overlay("other.qcow2", &folder.arg("base.qcow2"), "qcow2", None, "");
     });
-    let scan = elsewhere.path().to_str().unwrap();
+    let scan = elsewhere.dir().to_str().unwrap();
     folder.refused(&["commit", "c.qcow2", "--scan", scan], &[6]).says("other.qcow2");
     folder.merge("c.qcow2", &[]);
 }
 
 #[test]
 fn layers_in_other_folders_bring_their_folders_into_the_search() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("folders");
+    let folder = lab("folders");
     fs::create_dir(folder.join("templates")).unwrap();
     fs::create_dir(folder.join("vm")).unwrap();
     folder.create("templates/base.qcow2", M, "");
@@ -143,7 +145,7 @@ fn layers_in_other_folders_bring_their_folders_into_the_search() {
 
 #[test]
 fn flatten_is_the_way_out_when_base_is_shared() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let folder = family("way-out", |folder| folder.overlay("other.qcow2", "base.qcow2", "qcow2", None, ""));
@@ -160,7 +162,7 @@ fn flatten_is_the_way_out_when_base_is_shared() {
 
 #[test]
 fn flatten_above_base_keeps_the_shared_base() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let folder =
@@ -174,7 +176,7 @@ fn flatten_above_base_keeps_the_shared_base() {
 
 #[test]
 fn flatten_never_replaces_an_input() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let folder = family("inputs", |_| {});
@@ -185,7 +187,7 @@ fn flatten_never_replaces_an_input() {
 
 #[test]
 fn delete_spares_what_another_image_uses() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let folder = family("spare", |folder| folder.overlay("other.qcow2", "a.qcow2", "qcow2", None, ""));
@@ -196,7 +198,7 @@ fn delete_spares_what_another_image_uses() {
 
 #[test]
 fn merged_layers_left_on_disk_are_no_siblings() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let folder = family("marked", |_| {});
@@ -210,7 +212,7 @@ fn merged_layers_left_on_disk_are_no_siblings() {
 
 #[test]
 fn unrelated_files_beside_the_chain_are_no_siblings() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let folder = family("unrelated", |folder| {
@@ -228,18 +230,18 @@ fn unrelated_files_beside_the_chain_are_no_siblings() {
 
 #[test]
 fn a_fifo_beside_the_chain_does_not_hang_the_search() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let folder = family("fifo", |folder| {
-        crate::support::run(folder.path(), "mkfifo", &["pipe.qcow2"]).ok();
+        kit::run(folder.dir(), "mkfifo", &["pipe.qcow2"]).ok();
     });
     folder.qmerge(&["commit", "c.qcow2"]).ok();
 }
 
 /// Each machine's disk in a folder of its own, and a base for all: `base/b`, `vm1/disk`, `vm2/disk`.
-fn machines(name: &str) -> Folder {
-    let folder = Folder::new(name);
+fn machines(name: &str) -> Lab {
+    let folder = lab(name);
     for dir in ["base", "vm1", "vm2"] {
         fs::create_dir(folder.join(dir)).unwrap();
     }
@@ -253,14 +255,14 @@ fn machines(name: &str) -> Folder {
 
 #[test]
 fn disks_in_the_folders_beside_are_found_where_base_lies_in_another() {
-    if qemu_present() {
+    if qemu_is_here() {
         machines("machines").refused(&["commit", "vm1/disk"], &[6]).says("vm2/disk");
     }
 }
 
 #[test]
 fn a_scan_goes_down_into_folders() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let folder = machines("deep-scan");
@@ -277,7 +279,7 @@ fn a_scan_goes_down_into_folders() {
 
 #[test]
 fn signs_of_other_users_are_told() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let folder = family("signs", |folder| {
@@ -294,10 +296,10 @@ fn signs_of_other_users_are_told() {
 /// own `json:` name of the active image has nothing to do with it.
 #[test]
 fn an_empty_user_is_told_and_every_way_out_can_be_typed() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("empty-user");
+    let folder = lab("empty-user");
     folder.create("base.qcow2", 4 << 20, "");
     folder.overlay("a.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "a.qcow2", &["write -P 2 0 64k"]);
@@ -313,10 +315,10 @@ fn an_empty_user_is_told_and_every_way_out_can_be_typed() {
     let gold = folder.view("qcow2", "c.qcow2");
     let run = folder.refused(&["commit", "c.qcow2"], &[6]).says("b.qcow2").says("they hold nothing");
     let hints: Vec<&str> =
-        run.stderr.lines().filter_map(|line| command(line.strip_prefix("hint: ")?)).collect();
+        run.stderr.lines().filter_map(|line| kit::shell::command(line.strip_prefix("hint: ")?)).collect();
     assert!(hints.len() == 3 && hints.iter().any(|hint| hint.contains("rebase -u")), "{run}");
     for hint in &hints {
-        if let Some(typed) = type_line(folder.path(), hint) {
+        if let Some(typed) = kit::shell::type_line(&folder, hint) {
             assert_eq!(typed.code, 0, "{typed:?}");
         }
     }

@@ -1,17 +1,19 @@
 //! The traps of merging, one test each: every one has bitten an engine, or QEMU itself.
 
-use crate::support::{Folder, qemu_present};
+use kit::{Lab, qemu_is_here};
+
+use crate::support::{Patch, lab};
 
 const K: u64 = 1 << 10;
 const M: u64 = 1 << 20;
 
 /// Runs `test` for a raw and for a qcow2 base of `size` bytes, filled with 0x11.
-fn with_full_base(name: &str, size: u64, test: impl Fn(&Folder, &'static str, &'static str)) {
-    if !qemu_present() {
+fn with_full_base(name: &str, size: u64, test: impl Fn(&Lab, &'static str, &'static str)) {
+    if !qemu_is_here() {
         return;
     }
     for (format, base) in [("raw", "base.raw"), ("qcow2", "base.qcow2")] {
-        let folder = Folder::new(name);
+        let folder = lab(name);
         folder.img(&["create", "-q", "-f", format, base, &size.to_string()]);
         folder.io(format, base, &[&format!("write -P 0x11 0 {size}")]);
         test(&folder, format, base);
@@ -193,11 +195,11 @@ fn compressed_clusters_that_share_a_host_cluster_merge() {
 
 #[test]
 fn a_compressed_base_takes_data_over_and_beside_its_clusters() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (kind, cluster) in [("zlib", "64k"), ("zstd", "4k"), ("zlib", "512")] {
-        let folder = Folder::new("compressed-base");
+        let folder = lab("compressed-base");
         let options = format!("compression_type={kind},cluster_size={cluster}");
         folder.create("base.qcow2", 2 * M, &options);
         folder.io("qcow2", "base.qcow2", &["write -c -P 0x21 0 1M"]);
@@ -216,11 +218,11 @@ fn a_compressed_base_takes_data_over_and_beside_its_clusters() {
 
 #[test]
 fn clusters_that_a_snapshot_shares_are_copied_never_overwritten() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for options in ["", "compat=0.10", "extended_l2=on", "cluster_size=512", "refcount_bits=2"] {
-        let folder = Folder::new("snapshots");
+        let folder = lab("snapshots");
         folder.create("base.qcow2", 2 * M, options);
         folder.io("qcow2", "base.qcow2", &["write -P 0x11 0 1M", "write -c -P 0x12 1M 64k"]);
         folder.img(&["snapshot", "-c", "first", "base.qcow2"]);
@@ -242,10 +244,10 @@ fn clusters_that_a_snapshot_shares_are_copied_never_overwritten() {
 
 #[test]
 fn a_snapshot_keeps_its_content_when_base_grows() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("snapshot-grow");
+    let folder = lab("snapshot-grow");
     folder.create("base.qcow2", M, "cluster_size=4k");
     folder.io("qcow2", "base.qcow2", &["write -P 0x11 0 1M"]);
     folder.img(&["snapshot", "-c", "snap", "base.qcow2"]);
@@ -261,12 +263,12 @@ fn a_snapshot_keeps_its_content_when_base_grows() {
 
 #[test]
 fn odd_virtual_ends_merge_to_the_last_byte() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (raw_len, top_len) in [(1_000_000, 1_000_448), (1_000_000, 1_048_576 + 512), (1, 512), (513, 66_048)]
     {
-        let folder = Folder::new("odd-end");
+        let folder = lab("odd-end");
         folder.raw("base.raw", raw_len, raw_len, 0x11);
         folder.overlay("top.qcow2", "base.raw", "raw", Some(top_len), "");
         folder.io("qcow2", "top.qcow2", &[&format!("write -P 0x22 {} 512", top_len - 512)]);
@@ -281,11 +283,11 @@ fn odd_virtual_ends_merge_to_the_last_byte() {
 
 #[test]
 fn an_odd_raw_base_under_a_top_that_writes_nothing_at_the_end() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for raw_len in [1_000_000, 999_999, 4097] {
-        let folder = Folder::new("odd-raw");
+        let folder = lab("odd-raw");
         folder.raw("base.raw", raw_len, raw_len, 0x11);
         folder.overlay("top.qcow2", "base.raw", "raw", None, "cluster_size=512");
         folder.io("qcow2", "top.qcow2", &["write -P 0x22 0 1k"]);
@@ -298,11 +300,11 @@ fn an_odd_raw_base_under_a_top_that_writes_nothing_at_the_end() {
 
 #[test]
 fn a_larger_base_cluster_keeps_the_chains_content_around_a_small_change() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (cluster, compat) in [("2M", "1.1"), ("64k", "0.10"), ("1M", "1.1")] {
-        let folder = Folder::new("partial");
+        let folder = lab("partial");
         folder.raw("bottom.raw", 4 * M, 4 * M, 0x11);
         let options = format!("cluster_size={cluster},compat={compat}");
         folder.overlay("base.qcow2", "bottom.raw", "raw", None, &options);
@@ -318,43 +320,50 @@ fn a_larger_base_cluster_keeps_the_chains_content_around_a_small_change() {
 
 #[test]
 fn refcount_blocks_and_their_table_grow_in_the_middle_of_a_merge() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     // With clusters of 512 bytes and 64-bit refcounts a block describes 32 KiB, and a table cluster 2 MiB.
     for options in
         ["cluster_size=512,refcount_bits=64", "cluster_size=512", "cluster_size=1k,refcount_bits=1"]
     {
-        let folder = Folder::new("refcounts");
+        let folder = lab("refcounts");
         folder.create("base.qcow2", 12 * M, options);
         folder.io("qcow2", "base.qcow2", &["write -P 0x11 0 100k"]);
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
         folder.io("qcow2", "top.qcow2", &["write -P 0x22 50k 5M", "write -P 0x23 6M 6M"]);
         let before = folder.view("qcow2", "top.qcow2");
-        let table = folder.patch("base.qcow2").refcount_table_offset();
+        let table = Patch::of(&folder, "base.qcow2").refcount_table_offset();
         folder.merge("top.qcow2", &[]);
         folder.view("qcow2", "base.qcow2").assert_same(&before, "base");
         if options.contains("512") {
-            assert_ne!(folder.patch("base.qcow2").refcount_table_offset(), table, "the table did not move");
+            assert_ne!(
+                Patch::of(&folder, "base.qcow2").refcount_table_offset(),
+                table,
+                "the table did not move"
+            );
         }
         let limit = 12 * M * 3 / 2;
-        assert!(folder.patch("base.qcow2").len() < limit, "base is larger than {limit} bytes ({options})");
+        assert!(
+            Patch::of(&folder, "base.qcow2").len() < limit,
+            "base is larger than {limit} bytes ({options})"
+        );
     }
 }
 
 #[test]
 fn the_first_table_of_a_base_grows_with_its_size() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("l1");
+    let folder = lab("l1");
     folder.create("base.qcow2", M, "cluster_size=512");
     folder.io("qcow2", "base.qcow2", &["write -P 0x11 0 1M"]);
-    let table = folder.patch("base.qcow2").l1_offset();
+    let table = Patch::of(&folder, "base.qcow2").l1_offset();
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", Some(64 * M + 512), "");
     folder.io("qcow2", "top.qcow2", &["write -P 0x22 64M 512", "write -P 0x23 30M 64k"]);
     folder.merge("top.qcow2", &[]);
-    let base = folder.patch("base.qcow2");
+    let base = Patch::of(&folder, "base.qcow2");
     assert_eq!(base.size(), 64 * M + 512);
     assert_ne!(base.l1_offset(), table, "the table did not move");
     // Once more, over the grown table.
@@ -365,11 +374,11 @@ fn the_first_table_of_a_base_grows_with_its_size() {
 
 #[test]
 fn the_first_cluster_of_a_data_file_is_data() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for raw in ["off", "on"] {
-        let folder = Folder::new("data-file");
+        let folder = lab("data-file");
         let options = format!("data_file=base.data,data_file_raw={raw}");
         folder.create("base.qcow2", 2 * M, &options);
         folder.io("qcow2", "base.qcow2", &["write -P 0x11 512k 512k"]);
@@ -394,10 +403,10 @@ fn the_first_cluster_of_a_data_file_is_data() {
 
 #[test]
 fn a_raw_data_file_of_a_grown_base_shows_the_guests_bytes() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("data-grow");
+    let folder = lab("data-grow");
     folder.create("base.qcow2", M, "data_file=base.data,data_file_raw=on");
     folder.io("qcow2", "base.qcow2", &["write -P 0x11 0 1M"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", Some(3 * M), "");
@@ -410,7 +419,7 @@ fn a_raw_data_file_of_a_grown_base_shows_the_guests_bytes() {
 
 #[test]
 fn subclusters_move_exactly() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (base_options, top_options) in [
@@ -420,7 +429,7 @@ fn subclusters_move_exactly() {
         ("extended_l2=on,cluster_size=2M", "cluster_size=4k"),
         ("compat=0.10", "extended_l2=on"),
     ] {
-        let folder = Folder::new("subclusters");
+        let folder = lab("subclusters");
         folder.create("base.qcow2", 4 * M, base_options);
         folder.io("qcow2", "base.qcow2", &["write -P 0x11 0 4M"]);
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, top_options);
@@ -444,10 +453,10 @@ fn subclusters_move_exactly() {
 
 #[test]
 fn an_untouched_subcluster_is_not_allocated() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("precise");
+    let folder = lab("precise");
     folder.raw("bottom.raw", M, M, 0x11);
     folder.overlay("base.qcow2", "bottom.raw", "raw", None, "extended_l2=on");
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "extended_l2=on");
@@ -461,10 +470,10 @@ fn an_untouched_subcluster_is_not_allocated() {
 
 #[test]
 fn a_dirty_base_is_refused_and_keeps_its_data() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("dirty");
+    let folder = lab("dirty");
     folder.create("base.qcow2", 4 * M, "lazy_refcounts=on");
     // Dies without closing the image: the dirty bit stays, and the refcounts are stale.
     folder.try_io("qcow2", "base.qcow2", &["write -P 1 0 1M", "flush", "abort"]);
@@ -479,89 +488,89 @@ fn a_dirty_base_is_refused_and_keeps_its_data() {
 
 #[test]
 fn a_base_marked_corrupt_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("corrupt");
+    let folder = lab("corrupt");
     folder.create("base.qcow2", M, "");
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 3 0 64k"]);
-    folder.patch("base.qcow2").set_bits(72, 2);
+    Patch::of(&folder, "base.qcow2").set_bits(72, 2);
     folder.refused(&["commit", "top.qcow2"], &[9]).says("corrupt").says("base.qcow2");
     folder.qmerge(&["info", "base.qcow2"]).ok().says("corrupt");
 }
 
 #[test]
 fn a_top_marked_corrupt_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("corrupt-top");
+    let folder = lab("corrupt-top");
     folder.create("base.qcow2", M, "");
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 3 0 64k"]);
-    folder.patch("top.qcow2").set_bits(72, 2);
+    Patch::of(&folder, "top.qcow2").set_bits(72, 2);
     folder.refused(&["commit", "top.qcow2"], &[9]).says("corrupt").says("top.qcow2");
 }
 
 #[test]
 fn unknown_autoclear_bits_of_base_are_cleared_before_it_is_written() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for (bits, left) in [(1 << 63, 0), (1 << 40 | 1 << 2, 0)] {
-        let folder = Folder::new("autoclear");
+        let folder = lab("autoclear");
         folder.create("base.qcow2", M, "");
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
         folder.io("qcow2", "top.qcow2", &["write -P 3 0 64k"]);
-        folder.patch("base.qcow2").set_bits(88, bits);
+        Patch::of(&folder, "base.qcow2").set_bits(88, bits);
         folder.merge("top.qcow2", &[]);
-        assert_eq!(folder.patch("base.qcow2").u64(88), left);
+        assert_eq!(Patch::of(&folder, "base.qcow2").u64(88), left);
     }
 }
 
 #[test]
 fn unknown_incompatible_bits_are_refused_by_name() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for victim in ["base.qcow2", "mid.qcow2", "top.qcow2"] {
-        let folder = Folder::new("incompatible");
+        let folder = lab("incompatible");
         folder.create("base.qcow2", M, "");
         folder.overlay("mid.qcow2", "base.qcow2", "qcow2", None, "");
         folder.overlay("top.qcow2", "mid.qcow2", "qcow2", None, "");
         folder.io("qcow2", "top.qcow2", &["write -P 3 0 64k"]);
-        folder.patch(victim).set_bits(72, 1 << 63);
+        Patch::of(&folder, victim).set_bits(72, 1 << 63);
         folder.refused(&["commit", "top.qcow2"], &[7]).says(victim).says("63");
     }
 }
 
 #[test]
 fn an_unaligned_l2_entry_in_top_is_refused_where_qemu_aborts() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("unaligned");
+    let folder = lab("unaligned");
     folder.create("base.qcow2", M, "");
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 3 0 128k"]);
-    let top = folder.patch("top.qcow2");
+    let top = Patch::of(&folder, "top.qcow2");
     top.set_u64(top.l2_entry(0), 1 << 63 | 0x50200);
     folder.refused(&["commit", "top.qcow2"], &[9]).says("top.qcow2");
 }
 
 #[test]
 fn an_l2_entry_of_base_that_points_at_metadata_is_refused_where_qemu_dies() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for target in ["l2", "l1", "refcounts", "header"] {
-        let folder = Folder::new("overlap");
+        let folder = lab("overlap");
         folder.create("base.qcow2", M, "");
         folder.io("qcow2", "base.qcow2", &["write -P 1 0 128k"]);
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
         folder.io("qcow2", "top.qcow2", &["write -P 3 0 64k"]);
-        let base = folder.patch("base.qcow2");
+        let base = Patch::of(&folder, "base.qcow2");
         let value = match target {
             "l2" => base.l2_table(0),
             "l1" => base.l1_offset(),
@@ -579,15 +588,15 @@ fn an_l2_entry_of_base_that_points_at_metadata_is_refused_where_qemu_dies() {
 
 #[test]
 fn a_refcount_of_base_that_is_too_low_is_refused_where_qemu_destroys_data() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("too-low");
+    let folder = lab("too-low");
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 128k"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 3 512k 64k"]);
-    let base = folder.patch("base.qcow2");
+    let base = Patch::of(&folder, "base.qcow2");
     let cluster = base.host_offset(0) / base.cluster_size();
     base.write(base.refcount_block_offset() + cluster * 2, &[0, 0]);
     folder.refused(&["commit", "top.qcow2"], &[9]).says("base.qcow2").says("check");
@@ -595,15 +604,15 @@ fn a_refcount_of_base_that_is_too_low_is_refused_where_qemu_destroys_data() {
 
 #[test]
 fn leaks_in_base_do_not_stop_a_merge() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("leaks");
+    let folder = lab("leaks");
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 128k"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 3 512k 64k", "write -P 4 32k 64k"]);
-    let base = folder.patch("base.qcow2");
+    let base = Patch::of(&folder, "base.qcow2");
     // A cluster in the middle of the file that nothing refers to.
     base.set_len(101 * base.cluster_size());
     base.write(base.refcount_block_offset() + 100 * 2, &[0, 1]);
@@ -617,40 +626,40 @@ fn leaks_in_base_do_not_stop_a_merge() {
 
 #[test]
 fn a_truncated_base_is_refused_where_qemu_hides_the_damage() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("truncated");
+    let folder = lab("truncated");
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 512k"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 3 768k 64k"]);
-    let base = folder.patch("base.qcow2");
+    let base = Patch::of(&folder, "base.qcow2");
     base.set_len(base.host_offset(256 * K));
     folder.refused(&["commit", "top.qcow2"], &[9]).says("base.qcow2");
 }
 
 #[test]
 fn a_truncated_overlay_is_refused_and_base_keeps_its_data() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("truncated-top");
+    let folder = lab("truncated-top");
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 1M"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 3 0 512k"]);
-    let top = folder.patch("top.qcow2");
+    let top = Patch::of(&folder, "top.qcow2");
     top.set_len(top.host_offset(256 * K));
     folder.refused(&["commit", "top.qcow2"], &[9]).says("top.qcow2");
 }
 
 #[test]
 fn snapshots_in_a_merged_layer_are_refused_until_allowed() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("overlay-snapshots");
+    let folder = lab("overlay-snapshots");
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 1M"]);
     folder.overlay("mid.qcow2", "base.qcow2", "qcow2", None, "");
@@ -668,10 +677,10 @@ fn snapshots_in_a_merged_layer_are_refused_until_allowed() {
 
 #[test]
 fn an_active_image_with_snapshots_is_refused_until_allowed() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("active-snapshots");
+    let folder = lab("active-snapshots");
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 1M"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
@@ -683,10 +692,10 @@ fn an_active_image_with_snapshots_is_refused_until_allowed() {
 
 #[test]
 fn bitmaps_of_merged_layers_are_refused_until_given_up() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("overlay-bitmaps");
+    let folder = lab("overlay-bitmaps");
     folder.create("base.qcow2", M, "");
     folder.overlay("mid.qcow2", "base.qcow2", "qcow2", None, "");
     folder.img(&["bitmap", "--add", "mid.qcow2", "backup"]);
@@ -699,14 +708,14 @@ fn bitmaps_of_merged_layers_are_refused_until_given_up() {
 }
 
 /// The ranges that a persistent bitmap marks, as QEMU exports them.
-fn dirty_ranges(folder: &Folder, image: &str, bitmap: &str) -> Vec<(u64, u64)> {
+fn dirty_ranges(folder: &Lab, image: &str, bitmap: &str) -> Vec<(u64, u64)> {
     let socket = folder.scratch().with_extension("sock");
     let mut server = std::process::Command::new("qemu-nbd");
     let bitmap_option = format!("--bitmap={bitmap}");
     server
         .args(["-r", "-f", "qcow2", "--socket", socket.to_str().unwrap(), &bitmap_option])
         .arg(folder.join(image));
-    let holder = crate::support::Holder::start(server, || socket.exists());
+    let holder = kit::Holder::start(server, || socket.exists());
     let options = format!(
         "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}",
         socket.display()
@@ -725,10 +734,10 @@ fn dirty_ranges(folder: &Folder, image: &str, bitmap: &str) -> Vec<(u64, u64)> {
 
 #[test]
 fn a_bitmap_of_base_marks_everything_that_the_merge_changed() {
-    if !crate::support::needs_tools(&["qemu-img", "qemu-io", "qemu-nbd"]) {
+    if !kit::are_here(&["qemu-img", "qemu-io", "qemu-nbd"]) {
         return;
     }
-    let folder = Folder::new("bitmaps");
+    let folder = lab("bitmaps");
     folder.create("base.qcow2", 4 * M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 4M"]);
     folder.img(&["bitmap", "--add", "-g", "64k", "base.qcow2", "backup"]);
@@ -757,10 +766,10 @@ fn a_bitmap_of_base_marks_everything_that_the_merge_changed() {
 
 #[test]
 fn a_backing_format_that_the_file_contradicts_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("wrong-format");
+    let folder = lab("wrong-format");
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 1M"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
@@ -771,10 +780,10 @@ fn a_backing_format_that_the_file_contradicts_is_refused() {
 
 #[test]
 fn a_raw_file_declared_as_qcow2_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("not-qcow2");
+    let folder = lab("not-qcow2");
     folder.raw("base.raw", M, M, 1);
     folder.overlay("top.qcow2", "base.raw", "raw", None, "");
     folder.io("qcow2", "top.qcow2", &["write -P 2 0 64k"]);
@@ -784,10 +793,10 @@ fn a_raw_file_declared_as_qcow2_is_refused() {
 
 #[test]
 fn a_backing_name_without_format_is_refused_until_told() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("no-format");
+    let folder = lab("no-format");
     folder.create("base.qcow2", M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 1M"]);
     folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, "");
@@ -802,8 +811,8 @@ fn a_backing_name_without_format_is_refused_until_told() {
 }
 
 /// Turns the backing format extension into an unknown one, as if the image had been made without a format.
-pub(crate) fn forget_backing_format(folder: &Folder, name: &str) {
-    let patch = folder.patch(name);
+pub(crate) fn forget_backing_format(folder: &Lab, name: &str) {
+    let patch = Patch::of(folder, name);
     let mut at = if patch.u32(4) == 2 { 72 } else { u64::from(patch.u32(100)) };
     while patch.u32(at) != 0xe279_2aca {
         assert_ne!(patch.u32(at), 0, "{name} has no backing format");
@@ -829,16 +838,16 @@ fn a_merge_into_an_empty_disk_and_of_an_empty_disk() {
 
 #[test]
 fn a_disk_has_whole_sectors_as_qemu_shows_them() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     const MIB: u64 = 1 << 20;
     for written in [MIB + 100, 3 * MIB / 2 - 1, MIB] {
-        let folder = Folder::new("whole-sectors");
+        let folder = lab("whole-sectors");
         folder.raw("base", MIB, MIB, 1);
         folder.overlay("o.qcow2", "base", "raw", Some(2 * MIB), "");
         folder.io("qcow2", "o.qcow2", &["write -P 7 960k 64k"]);
-        folder.patch("o.qcow2").set_u64(24, written);
+        Patch::of(&folder, "o.qcow2").set_u64(24, written);
         let theirs = |format: &str, name: &str| {
             folder.img(&["info", "-f", format, "--output=json", name]).json()["virtual-size"]
                 .as_u64()

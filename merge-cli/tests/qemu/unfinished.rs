@@ -3,13 +3,15 @@
 
 use std::fs;
 
-use crate::support::{Folder, needs_tools};
+use kit::{Lab, are_here};
+
+use crate::support::lab;
 
 const MIB: u64 = 1 << 20;
 
 /// A small chain whose base holds little, and a copy of it in `backup`.
-fn sparse(options: &str) -> Folder {
-    let folder = Folder::new("unfinished");
+fn sparse(options: &str) -> Lab {
+    let folder = lab("unfinished");
     folder.create("base", 16 * MIB, options);
     folder.io("qcow2", "base", &["write -q -P 1 0 1M"]);
     folder.overlay("top", "base", "qcow2", None, "");
@@ -19,7 +21,7 @@ fn sparse(options: &str) -> Folder {
 }
 
 /// Makes the chain again as it was, and stops the merge at its sync number `call`; false if it was over before.
-fn stop_at(folder: &Folder, call: u32) -> bool {
+fn stop_at(folder: &Lab, call: u32) -> bool {
     folder.sh("rm -f base* top .base.* .top.*; cp -a backup/* .");
     folder.signalled_at_sync("SIGKILL", call, &["commit", "top", "-q"]).code != 0
 }
@@ -36,7 +38,7 @@ const PUT_BACK: [&str; 3] = [
 /// the merge is refused. Nothing counts as done that is not there, and what was emptied is not said to hold everything.
 #[test]
 fn a_base_that_is_put_back_at_once_costs_no_data() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     let only_data = "cp backup/base.data base.data";
@@ -75,7 +77,7 @@ fn a_base_that_is_put_back_at_once_costs_no_data() {
 /// A base of version 2 that is put back at once is not given what the journal holds for another.
 #[test]
 fn giving_up_leaves_a_base_that_was_put_back_at_once_as_it_is() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
     let folder = sparse("compat=0.10");
@@ -91,12 +93,12 @@ fn giving_up_leaves_a_base_that_was_put_back_at_once_as_it_is() {
 /// Names of every length that file systems take, with characters of one and of several bytes.
 #[test]
 fn images_of_long_names_are_merged() {
-    if !needs_tools(&["qemu-img", "qemu-io"]) {
+    if !are_here(&["qemu-img", "qemu-io"]) {
         return;
     }
     for len in [200, 230, 235, 236, 237, 238, 239, 240, 241, 254, 255] {
         for letter in ["c", "\u{e4}", "\u{4e2d}"] {
-            let folder = Folder::new("names");
+            let folder = lab("names");
             let name = format!("{}{}", letter.repeat(len / letter.len()), "x".repeat(len % letter.len()));
             folder.create("base", MIB, "");
             folder.overlay(&name, "base", "qcow2", None, "");
@@ -110,10 +112,10 @@ fn images_of_long_names_are_merged() {
 /// Base is renamed while a merge is stopped, and another base takes its name: the journal is the renamed one's.
 #[test]
 fn a_second_base_does_not_take_the_journal_of_a_renamed_one() {
-    if !needs_tools(&["qemu-img", "qemu-io", "strace"]) {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
         return;
     }
-    let folder = Folder::new("second-base");
+    let folder = lab("second-base");
     folder.create("base", 8 << 20, "");
     folder.overlay("top", "base", "qcow2", None, "");
     folder.io("qcow2", "top", &["write -P 7 0 4M"]);

@@ -2,16 +2,18 @@
 
 use std::fs;
 
-use crate::support::{Chain, Folder, Run, merge_binary, needs_tools, qemu_present, run, skipped};
+use kit::{Lab, Run, are_here, qemu_is_here, run, skipped};
+
+use crate::support::{Article, binary, lab};
 
 const M: u64 = 1 << 20;
 
 #[test]
 fn names_that_do_not_exist() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("names", "raw");
+    let chain = Article::new("names", "raw");
     let folder = &chain.folder;
     for verb in ["info", "map", "check", "commit"] {
         folder.refused(&[verb, "nothing.qcow2"], &[1, 2]).says("nothing.qcow2");
@@ -24,10 +26,10 @@ fn names_that_do_not_exist() {
 
 #[test]
 fn layers_that_are_not_in_the_chain() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("layers", "qcow2");
+    let chain = Article::new("layers", "qcow2");
     let folder = &chain.folder;
     folder.create("stranger.qcow2", M, "");
     for layer in ["stranger.qcow2", "nothing.qcow2", "[0]", "[5]", "vda[99]", "[x]", "[-1]", "[]", ""] {
@@ -40,10 +42,10 @@ fn layers_that_are_not_in_the_chain() {
 
 #[test]
 fn ranges_that_make_no_sense() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("ranges", "qcow2");
+    let chain = Article::new("ranges", "qcow2");
     let folder = &chain.folder;
     for (base, top) in
         [("b.qcow2", "a.qcow2"), ("[3]", "[2]"), ("[2]", "[2]"), ("c.qcow2", "c.qcow2"), ("[4]", "[1]")]
@@ -58,10 +60,10 @@ fn ranges_that_make_no_sense() {
 
 #[test]
 fn arguments_that_the_command_does_not_know() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("arguments", "qcow2");
+    let chain = Article::new("arguments", "qcow2");
     for args in [
         &["comit", "c.qcow2"][..],
         &["commit"],
@@ -81,11 +83,11 @@ fn arguments_that_the_command_does_not_know() {
 
 #[test]
 fn a_missing_layer_is_named_with_the_image_that_names_it() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for missing in ["a.qcow2", "b.qcow2", "base.raw"] {
-        let chain = Chain::new("missing", "raw");
+        let chain = Article::new("missing", "raw");
         let folder = &chain.folder;
         fs::remove_file(folder.join(missing)).unwrap();
         for args in [&["commit", "c.qcow2"][..], &["map", "c.qcow2"], &["info", "c.qcow2", "--chain"]] {
@@ -104,21 +106,21 @@ fn a_missing_layer_is_named_with_the_image_that_names_it() {
 
 #[test]
 fn an_image_without_backing_file_has_nothing_to_merge() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("single", "qcow2");
+    let chain = Article::new("single", "qcow2");
     chain.folder.refused_or_ok(&["commit", "base.qcow2"], 2);
-    let chain = Chain::new("single-raw", "raw");
+    let chain = Article::new("single-raw", "raw");
     chain.folder.refused_or_ok(&["commit", "base.raw"], 2);
 }
 
 #[test]
 fn files_that_are_no_images() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("no-image");
+    let folder = lab("no-image");
     fs::write(folder.join("notes.txt"), "not an image\n").unwrap();
     fs::write(folder.join("empty"), "").unwrap();
     fs::write(folder.join("cut.qcow2"), b"QFI\xfb\0\0\0\x03\0\0").unwrap();
@@ -134,15 +136,15 @@ fn files_that_are_no_images() {
 
 #[test]
 fn a_base_that_nobody_may_write_is_refused() {
-    if !needs_tools(&["qemu-img", "qemu-io", "chattr"]) {
+    if !are_here(&["qemu-img", "qemu-io", "chattr"]) {
         return;
     }
     for (victim, options) in
         [("base.raw", &[][..]), ("base.raw", &["--top", "b.qcow2"]), ("c.qcow2", &["--top", "b.qcow2"])]
     {
-        let chain = Chain::new("immutable", "raw");
+        let chain = Article::new("immutable", "raw");
         let folder = &chain.folder;
-        if run(folder.path(), "chattr", &["+i", victim]).code != 0 {
+        if run(folder.dir(), "chattr", &["+i", victim]).code != 0 {
             return skipped("files cannot be made immutable here");
         }
         let mut args = vec!["commit", "c.qcow2"];
@@ -150,7 +152,7 @@ fn a_base_that_nobody_may_write_is_refused() {
         let before = folder.files();
         let answer = folder.qmerge(&args);
         let after = folder.files();
-        run(folder.path(), "chattr", &["-i", victim]).ok();
+        run(folder.dir(), "chattr", &["-i", victim]).ok();
         assert!([1, 6].contains(&answer.code), "{answer}");
         assert!(before == after, "files changed:\n{answer}");
         assert!(answer.text().contains(victim) && answer.last_line().starts_with("hint: "), "{answer}");
@@ -158,26 +160,26 @@ fn a_base_that_nobody_may_write_is_refused() {
 }
 
 /// Runs a script as root of a mount namespace of its own, where it may mount what it likes; `None` where it may not.
-fn with_mounts(folder: &Folder, script: &str) -> Option<Run> {
-    let probe = run(folder.path(), "unshare", &["-rm", "mount", "-t", "tmpfs", "none", "/mnt"]);
+fn with_mounts(folder: &Lab, script: &str) -> Option<Run> {
+    let probe = run(folder.dir(), "unshare", &["-rm", "mount", "-t", "tmpfs", "none", "/mnt"]);
     if probe.code != 0 {
         skipped("mount namespaces are not available here");
         return None;
     }
-    Some(run(folder.path(), "unshare", &["-rm", "sh", "-ec", script]))
+    Some(run(folder.dir(), "unshare", &["-rm", "sh", "-ec", script]))
 }
 
 #[test]
 fn a_read_only_file_system_is_refused_before_anything_is_written() {
-    if !needs_tools(&["qemu-img", "qemu-io", "unshare"]) {
+    if !are_here(&["qemu-img", "qemu-io", "unshare"]) {
         return;
     }
-    let chain = Chain::new("read-only", "qcow2");
+    let chain = Article::new("read-only", "qcow2");
     let before = chain.folder.files();
     let script = format!(
         "mount --bind '{0}' '{0}'; mount -o remount,bind,ro '{0}'; cd '{0}'; exec '{1}' commit c.qcow2",
-        chain.folder.path().display(),
-        merge_binary().display()
+        chain.folder.dir().display(),
+        binary().display()
     );
     let Some(run) = with_mounts(&chain.folder, &script) else { return };
     assert!([1, 6].contains(&run.code), "{run}");
@@ -187,12 +189,12 @@ fn a_read_only_file_system_is_refused_before_anything_is_written() {
 
 #[test]
 fn a_full_disk_is_refused_before_the_first_write() {
-    if !needs_tools(&["qemu-img", "qemu-io", "unshare"]) {
+    if !are_here(&["qemu-img", "qemu-io", "unshare"]) {
         return;
     }
     for format in ["raw", "qcow2"] {
         // Base lies on a file system of 3 MiB, its overlay of 8 MiB elsewhere.
-        let folder = Folder::new("full");
+        let folder = lab("full");
         fs::create_dir(folder.join("small")).unwrap();
         folder.img(&["create", "-q", "-f", format, "base", "8M"]);
         folder.io(format, "base", &["write -P 1 0 64k"]);
@@ -217,7 +219,7 @@ fn a_full_disk_is_refused_before_the_first_write() {
              cksum small/base top.qcow2 > before
              set +e; '{0}' commit top.qcow2; code=$?; set -e
              cksum small/base top.qcow2 > after; cmp before after; exit $code",
-            merge_binary().display()
+            binary().display()
         );
         let Some(run) = with_mounts(&folder, &script) else { return };
         let run = run.expect(8);
@@ -228,10 +230,10 @@ fn a_full_disk_is_refused_before_the_first_write() {
 
 #[test]
 fn a_disk_that_is_just_large_enough_is_not_refused() {
-    if !needs_tools(&["qemu-img", "qemu-io", "unshare"]) {
+    if !are_here(&["qemu-img", "qemu-io", "unshare"]) {
         return;
     }
-    let folder = Folder::new("fits");
+    let folder = lab("fits");
     fs::create_dir(folder.join("small")).unwrap();
     folder.create("base", 64 * M, "");
     folder.io("qcow2", "base", &["write -P 1 0 2M"]);
@@ -243,7 +245,7 @@ fn a_disk_that_is_just_large_enough_is_not_refused() {
         "mount -t tmpfs -o size=3m none small; cp base small/base; '{0}' commit top.qcow2
          qemu-io -r -f qcow2 -c 'read -P 2 0 2M' small/base | grep -v 'verification failed'
          qemu-img check small/base",
-        merge_binary().display()
+        binary().display()
     );
     if let Some(run) = with_mounts(&folder, &script) {
         run.ok();
@@ -252,10 +254,10 @@ fn a_disk_that_is_just_large_enough_is_not_refused() {
 
 #[test]
 fn a_header_without_room_for_the_new_name_is_known_before_any_copying() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("room");
+    let folder = lab("room");
     let long = "x".repeat(200);
     fs::create_dir(folder.join(&long)).unwrap();
     let base = format!("{long}/{}.qcow2", "y".repeat(190));
@@ -273,32 +275,32 @@ fn a_header_without_room_for_the_new_name_is_known_before_any_copying() {
 
 #[test]
 fn quiet_says_nothing() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("quiet", "raw");
+    let chain = Article::new("quiet", "raw");
     let run = chain.folder.qmerge(&["commit", "c.qcow2", "--top", "b.qcow2", "-q"]).ok();
     assert!(run.text().trim().is_empty(), "{run}");
 }
 
 #[test]
 fn progress_stays_away_from_standard_output_and_from_pipes() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("progress", "raw");
+    let chain = Article::new("progress", "raw");
     let run = chain.folder.qmerge(&["commit", "c.qcow2"]).ok();
     assert!(!run.text().contains('\r') && !run.text().contains('\u{1b}'), "{run}");
 }
 
 #[test]
 fn the_demo_needs_no_qemu_and_cleans_up() {
-    let folder = Folder::new("demo");
-    let demo = std::process::Command::new(merge_binary())
+    let folder = lab("demo");
+    let demo = std::process::Command::new(binary())
         .arg("demo")
         .env("PATH", "")
-        .env("TMPDIR", folder.path())
-        .current_dir(folder.path())
+        .env("TMPDIR", folder.dir())
+        .current_dir(folder.dir())
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&demo.stdout).into_owned() + &String::from_utf8_lossy(&demo.stderr);

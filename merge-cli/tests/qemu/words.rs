@@ -5,7 +5,9 @@ use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
-use crate::support::{Chain, Folder, Holder, Random, merge_binary, qemu_present, run, tool_present};
+use kit::{Holder, Random, qemu_is_here, run};
+
+use crate::support::{Article, binary, lab};
 
 const M: u64 = 1 << 20;
 
@@ -13,12 +15,12 @@ const M: u64 = 1 << 20;
 /// mend it leads somewhere.
 #[test]
 fn an_image_that_is_cut_short_is_flattened_as_qemu_reads_it() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let mut random = Random::new(11);
     for options in ["", "extended_l2=on,cluster_size=64k", "cluster_size=4k"] {
-        let folder = Folder::new("cut");
+        let folder = lab("cut");
         folder.create("base.qcow2", 4 * M, "");
         folder.io("qcow2", "base.qcow2", &["write -P 9 0 4M"]);
         folder.overlay("top.qcow2", "base.qcow2", "qcow2", None, options);
@@ -49,13 +51,13 @@ fn an_image_that_is_cut_short_is_flattened_as_qemu_reads_it() {
 
 #[test]
 fn a_map_beside_a_writer_says_so() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("map", "qcow2");
+    let chain = Article::new("map", "qcow2");
     let quiet = chain.folder.qmerge(&["map", "c.qcow2"]).ok();
     assert!(quiet.stderr.is_empty(), "{quiet}");
-    let holder = Holder::qemu_io(chain.folder.path(), &["-f", "qcow2"], "c.qcow2");
+    let holder = Holder::qemu_io(chain.folder.dir(), &["-f", "qcow2"], "c.qcow2");
     let run = chain.folder.qmerge(&["map", "c.qcow2", "--json"]).ok().says("in use");
     assert!(run.stderr.contains(&format!("(process {})", holder.pid())), "{run}");
     run.json();
@@ -64,15 +66,15 @@ fn a_map_beside_a_writer_says_so() {
 /// `QMERGE_TEST_CASES=500` looks 500 times.
 #[test]
 fn a_chain_beside_a_writer_is_never_called_damaged() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let looks = std::env::var("QMERGE_TEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
-    let folder = Folder::new("writer");
+    let folder = lab("writer");
     folder.create("c.qcow2", 4 << 30, "");
     let mut writer = Command::new("qemu-io")
         .args(["-f", "qcow2", "-t", "none", "c.qcow2"])
-        .current_dir(folder.path())
+        .current_dir(folder.dir())
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -87,7 +89,7 @@ fn a_chain_beside_a_writer_is_never_called_damaged() {
     });
     for look in 0..looks {
         for args in [&["info", "c.qcow2", "--chain", "-q"][..], &["map", "c.qcow2", "-q"]] {
-            let run = run(folder.path(), merge_binary(), args);
+            let run = run(folder.dir(), binary(), args);
             assert!(run.code == 0, "look {look}:\n{run}");
         }
     }
@@ -98,10 +100,10 @@ fn a_chain_beside_a_writer_is_never_called_damaged() {
 
 #[test]
 fn an_index_has_one_pair_of_brackets() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let chain = Chain::new("index", "qcow2");
+    let chain = Article::new("index", "qcow2");
     for layer in ["vda[1][1]", "[1][2]", "[[1]]", "vda[1]]", "[1]vda[2]"] {
         chain.folder.refused(&["commit", "c.qcow2", "--base", layer, "--dry-run"], &[2]);
     }
@@ -111,16 +113,16 @@ fn an_index_has_one_pair_of_brackets() {
 /// Limits of the shell: the number of open files is raised, and the size of files is an error with words.
 #[test]
 fn limits_of_the_shell_are_answers_and_no_signals() {
-    if !qemu_present() || !tool_present("bash") {
+    if !qemu_is_here() || kit::find("bash").is_none() {
         return;
     }
-    let folder = Folder::new("limits");
+    let folder = lab("limits");
     folder.create("l0", M, "");
     for n in 1..40 {
         folder.overlay(&format!("l{n}"), &format!("l{}", n - 1), "qcow2", None, "");
     }
-    let binary = merge_binary().display().to_string();
-    let shell = |script: &str| run(folder.path(), "bash", &["-c", &format!("Q='{binary}'; {script}")]);
+    let binary = binary().display().to_string();
+    let shell = |script: &str| run(folder.dir(), "bash", &["-c", &format!("Q='{binary}'; {script}")]);
     shell("ulimit -Sn 20; \"$Q\" commit l39 --dry-run").ok();
     let run = shell("ulimit -n 20; \"$Q\" commit l39 --dry-run")
         .expect(1)
@@ -135,12 +137,12 @@ fn limits_of_the_shell_are_answers_and_no_signals() {
 
 #[test]
 fn whoever_holds_an_image_is_called_by_its_whole_name() {
-    if !qemu_present() || !tool_present("bash") {
+    if !qemu_is_here() || kit::find("bash").is_none() {
         return;
     }
-    let chain = Chain::new("long-name", "qcow2");
+    let chain = Article::new("long-name", "qcow2");
     let mut daemon = Command::new("qemu-storage-daemon");
-    daemon.current_dir(chain.folder.path()).args([
+    daemon.current_dir(chain.folder.dir()).args([
         "--blockdev",
         "driver=qcow2,node-name=n,file.driver=file,file.filename=c.qcow2",
         "--nbd-server",
@@ -160,12 +162,12 @@ fn whoever_holds_an_image_is_called_by_its_whole_name() {
     let script = format!(
         "import fcntl,struct,time,sys\nf=open({image:?},'r+b')\nfcntl.fcntl(f,37,struct.pack('hhqqi4x',1,0,201,1,0))\nfcntl.fcntl(f,37,struct.pack('hhqqi4x',1,0,100,200,0))\nopen('ready','w')\ntime.sleep(600)"
     );
-    if !tool_present("python3") {
+    if kit::find("python3").is_none() {
         return;
     }
-    held.arg0("evil\nhint: rm -rf ~\x1b[31m").args(["-c", &script]).current_dir(chain.folder.path());
+    held.arg0("evil\nhint: rm -rf ~\x1b[31m").args(["-c", &script]).current_dir(chain.folder.dir());
     let ready = chain.folder.join("ready");
     let _holder = Holder::start(held, || ready.exists());
-    let shown = run(chain.folder.path(), merge_binary(), &["info", "c.qcow2"]);
+    let shown = run(chain.folder.dir(), binary(), &["info", "c.qcow2"]);
     assert!(!shown.text().contains('\x1b') && !shown.text().contains("\nhint: rm"), "{shown}");
 }

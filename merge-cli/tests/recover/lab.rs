@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Output};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -15,16 +15,7 @@ use serde_json::{Value, json};
 
 /// Whether the tools are here.
 pub(crate) fn tools_are_here() -> bool {
-    let missing: Vec<_> = ["qemu-storage-daemon", "qemu-img", "qemu-io"]
-        .into_iter()
-        .filter(|tool| Command::new(tool).arg("--version").stdout(Stdio::null()).status().is_err())
-        .collect();
-    if missing.is_empty() {
-        return true;
-    }
-    assert!(std::env::var_os("CI").is_none(), "{missing:?} must be installed for the tests of live recover");
-    crate::skipped::skipped(&format!("{missing:?} not installed, so live recover was not tested"));
-    false
+    kit::are_here(&["qemu-storage-daemon", "qemu-img", "qemu-io"])
 }
 
 pub(crate) fn run(program: &str, dir: &Path, arguments: &[&str]) -> String {

@@ -9,8 +9,6 @@ mod above;
 mod kinds;
 mod lab;
 mod pivot;
-#[path = "../../../testdata/skipped.rs"]
-mod skipped;
 
 use std::fs;
 use std::path::Path;
@@ -104,7 +102,7 @@ fn a_merge_that_died_inside_the_switch_is_completed() {
         return;
     }
     if Command::new("strace").arg("-V").stdout(Stdio::null()).status().is_err() {
-        crate::skipped::skipped("strace is not installed, so no daemon was killed inside its switch");
+        kit::not_tried("strace is not installed, so no daemon was killed inside its switch");
         return;
     }
     let lab = Lab::traced(&[
@@ -121,7 +119,7 @@ fn a_merge_that_died_inside_the_switch_is_completed() {
     ]);
     let output = lab.qmerge(&["live", "commit", "disk0", "--top", "[3]", "--qmp", "qmp.sock"]);
     if output.status.success() {
-        crate::skipped::skipped("strace killed nothing, so no daemon was killed inside its switch");
+        kit::not_tried("strace killed nothing, so no daemon was killed inside its switch");
         return;
     }
     lab.wait();

@@ -99,15 +99,17 @@ impl Seek for Reader<'_> {
 mod tests {
     use std::path::Path;
 
+    use kit::Random;
+
     use super::*;
     use crate::storage::MemHost;
-    use crate::testing::{Dice, local, random_chain};
+    use crate::testing::{local, random_chain};
 
     #[test]
     fn a_chain_reads_like_a_file_with_its_bytes() {
         for seed in 0..20 {
             let host = MemHost::new();
-            let mut dice = Dice(seed);
+            let mut dice = Random::new(seed);
             let model = random_chain(&host, &mut dice, 3);
             let chain = Chain::open(&host, Path::new("/2"), &local()).unwrap();
             let mut reader = chain.reader();
@@ -116,8 +118,8 @@ mod tests {
             reader.read_to_end(&mut all).unwrap();
             assert!(all == model, "seed {seed}");
             for _ in 0..20 {
-                let at = dice.roll(model.len() as u64 + 100);
-                let mut buf = vec![0xee; dice.roll(70_000) as usize];
+                let at = dice.below(model.len() as u64 + 100);
+                let mut buf = vec![0xee; dice.below(70_000) as usize];
                 let len = reader.read_at(at, &mut buf).unwrap();
                 let expected = model.get(at as usize..).unwrap_or_default();
                 let expected = &expected[..expected.len().min(buf.len())];

@@ -67,12 +67,14 @@ mod tests {
     use std::path::Path;
     use std::sync::{Arc, Mutex};
 
+    use kit::Random;
+
     use super::*;
     use crate::chain::Chain;
     use crate::error::ErrorKind;
     use crate::image::{Image, ImageFormat};
     use crate::storage::{MemFile, MemHost, Storage};
-    use crate::testing::{Dice, Silent, local, random_chain};
+    use crate::testing::{Silent, local, random_chain};
 
     /// Remembers the last report.
     #[derive(Default)]
@@ -146,8 +148,8 @@ mod tests {
         let mut differences = 0;
         for seed in 0..40 {
             let host = MemHost::new();
-            let mut dice = Dice(seed);
-            let layers = 1 + dice.roll(4);
+            let mut dice = Random::new(seed);
+            let layers = 1 + dice.below(4);
             let model = random_chain(&host, &mut dice, layers);
             let active = format!("/{}", layers - 1);
             let chain = Chain::open(&host, Path::new(&active), &local()).unwrap();
@@ -156,10 +158,10 @@ mod tests {
             for round in 0..10 {
                 // The same disk in one raw file, longer or shorter, with some bytes changed.
                 let mut other = model.clone();
-                other.resize(((1 + dice.roll(4096)) * 512) as usize, 0);
+                other.resize(((1 + dice.below(4096)) * 512) as usize, 0);
                 for _ in 0..round {
-                    let at = dice.roll(other.len() as u64) as usize;
-                    other[at] ^= dice.roll(2) as u8;
+                    let at = dice.below(other.len() as u64) as usize;
+                    other[at] ^= dice.below(2) as u8;
                 }
                 let longer = model.len().max(other.len());
                 let byte = |bytes: &[u8], at| bytes.get(at).copied().unwrap_or(0);

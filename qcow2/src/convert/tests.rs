@@ -5,23 +5,15 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use kit::Random;
+
 use super::*;
 use crate::chain::{Policy, digest};
 use crate::check::{CheckOptions, Verdict, check};
 use crate::error::ErrorKind;
 use crate::image::{create, create_raw};
 use crate::storage::{Access, LockMode, MemHost, OsHost};
-use crate::testing::{Dice, Silent, local, random_chain};
-
-/// Whether QEMU's tools are there. A gate that sets `CI` must have them.
-fn qemu_is_here() -> bool {
-    let here = ["qemu-img", "qemu-io"].iter().all(|t| Command::new(t).arg("--version").output().is_ok());
-    assert!(here || std::env::var_os("CI").is_none(), "qemu-img and qemu-io are needed where CI is set");
-    if !here {
-        crate::skipped::skipped("qemu-img and qemu-io are not installed");
-    }
-    here
-}
+use crate::testing::{Silent, local, random_chain};
 
 /// Runs a tool in `dir` and returns what it says.
 fn tool(dir: &Path, tool: &str, args: &[&str]) -> String {
@@ -64,18 +56,18 @@ const SECTORS: u64 = 8 << 10;
 
 /// A chain of `layers` images of all kinds and sizes, with data, zeros and discarded ranges; the last one
 /// is `active`, whose format is returned.
-fn random_chain_of_qemu(dir: &Path, dice: &mut Dice, layers: u64) -> &'static str {
+fn random_chain_of_qemu(dir: &Path, dice: &mut Random, layers: u64) -> &'static str {
     let mut of_active = "";
     for n in 0..layers {
         let name = if n + 1 == layers { "active".to_owned() } else { format!("l{n}") };
         // Some layers are shorter than the one below, some longer.
-        let size = (SECTORS - dice.roll(SECTORS / 2)) * 512;
-        let raw = n == 0 && dice.roll(2) == 0;
-        let bits = 9 + dice.roll(9);
+        let size = (SECTORS - dice.below(SECTORS / 2)) * 512;
+        let raw = n == 0 && dice.below(2) == 0;
+        let bits = 9 + dice.below(9);
         let mut set = format!("cluster_size={}", 1 << bits);
-        if bits >= 14 && dice.roll(2) == 0 {
+        if bits >= 14 && dice.below(2) == 0 {
             set += ",extended_l2=on";
-        } else if dice.roll(4) == 0 {
+        } else if dice.below(4) == 0 {
             set += ",compat=0.10";
         }
         let (format, size) = (if raw { "raw" } else { "qcow2" }, size.to_string());
@@ -91,17 +83,17 @@ fn random_chain_of_qemu(dir: &Path, dice: &mut Dice, layers: u64) -> &'static st
         create.extend([&*name, &*size]);
         tool(dir, "qemu-img", &create);
         let mut writes = Vec::new();
-        for _ in 0..3 + dice.roll(12) {
-            let at = dice.roll(SECTORS / 2 - 600) * 512;
-            let len = (1 + dice.roll(500)) * 512;
-            writes.push(match dice.roll(6) {
+        for _ in 0..3 + dice.below(12) {
+            let at = dice.below(SECTORS / 2 - 600) * 512;
+            let len = (1 + dice.below(500)) * 512;
+            writes.push(match dice.below(6) {
                 0 => format!("write -z {at} {len}"),
                 1 if !raw => {
                     let cluster = 1 << bits;
-                    format!("write -c -P {} {} {cluster}", 1 + dice.roll(255), at / cluster * cluster)
+                    format!("write -c -P {} {} {cluster}", 1 + dice.below(255), at / cluster * cluster)
                 }
                 2 => format!("discard {at} {len}"),
-                _ => format!("write -P {} {at} {len}", 1 + dice.roll(255)),
+                _ => format!("write -P {} {at} {len}", 1 + dice.below(255)),
             });
         }
         let mut args = vec!["-f", format];
@@ -116,14 +108,14 @@ fn random_chain_of_qemu(dir: &Path, dice: &mut Dice, layers: u64) -> &'static st
 
 #[test]
 fn chains_of_every_kind_become_one_file() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     for seed in 0..16 {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        let mut dice = Dice(seed);
-        let layers = 1 + dice.roll(4);
+        let mut dice = Random::new(seed);
+        let layers = 1 + dice.below(4);
         let active_format = random_chain_of_qemu(dir.path(), &mut dice, layers);
         let inputs = contents(dir.path());
         let crc = crc_of(&open(&at("active")));
@@ -169,7 +161,7 @@ fn chains_of_every_kind_become_one_file() {
 
 #[test]
 fn a_base_elsewhere_is_named_so_that_qemu_finds_it() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -207,8 +199,8 @@ fn prepare(host: &MemHost, options: &FlattenOptions) -> Result<Flatten> {
 fn random_chains_in_memory_become_what_their_models_are() {
     for seed in 100..130 {
         let host = MemHost::new();
-        let mut dice = Dice(seed);
-        let layers = 1 + dice.roll(4);
+        let mut dice = Random::new(seed);
+        let layers = 1 + dice.below(4);
         let model = random_chain(&host, &mut dice, layers);
         let active = format!("/{}", layers - 1);
         let never = AtomicBool::new(false);
@@ -310,7 +302,7 @@ fn zeros_become_holes_in_a_raw_file() {
 
 #[test]
 fn zeros_among_the_data_are_not_written() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

@@ -3,26 +3,14 @@
 use std::path::Path;
 use std::process::Command;
 
+use kit::Random;
+
 use super::words::PutWords;
 use super::*;
 use crate::units::HostOffset;
 
-/// A small generator of repeatable random numbers.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % n
-    }
-
-    fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-
-    fn text(&mut self, len: u64) -> String {
-        (0..len).map(|_| char::from(b'a' + self.below(26) as u8)).collect()
-    }
+fn text(random: &mut Random, len: u64) -> String {
+    (0..len).map(|_| char::from(b'a' + random.below(26) as u8)).collect()
 }
 
 fn header(version: u32, cluster_bits: u32) -> Header {
@@ -71,7 +59,7 @@ fn any_cluster0(random: &mut Random) -> Option<Vec<u8>> {
     }
     if random.chance(20) {
         let len = random.below(40);
-        extensions.push(Extension::new(EXT_DATA_FILE, random.text(1 + len)));
+        extensions.push(Extension::new(EXT_DATA_FILE, text(random, 1 + len)));
     }
     if random.chance(60) {
         extensions.push(Extension::known_feature_names());
@@ -82,11 +70,11 @@ fn any_cluster0(random: &mut Random) -> Option<Vec<u8>> {
     }
     if random.chance(20) {
         let len = random.below(60);
-        extensions.push(Extension::new(EXT_MERGED_INTO, random.text(len)));
+        extensions.push(Extension::new(EXT_MERGED_INTO, text(random, len)));
     }
     for kind in 0..random.below(3) as u32 {
         let len = if random.chance(20) { random.below(600) } else { random.below(30) };
-        extensions.push(Extension::new(0x1000_0000 + kind, random.text(len)));
+        extensions.push(Extension::new(0x1000_0000 + kind, text(random, len)));
     }
     if random.chance(30) {
         let by = random.below(extensions.len() as u64 + 1) as usize;
@@ -100,7 +88,7 @@ fn any_cluster0(random: &mut Random) -> Option<Vec<u8>> {
     }
     let gap = if random.chance(30) { random.below(700) as usize } else { 0 };
     let name = if random.chance(20) { random.below(1023) } else { random.below(40) };
-    let name = random.text(1 + name);
+    let name = text(random, 1 + name);
     if has_name && gap > 0 && bytes.ends_with(&[0; 8]) {
         bytes.resize(bytes.len() + gap, 0);
     }
@@ -185,10 +173,10 @@ fn run(old: &[u8], switch: &Switch, states: &[Cluster0]) -> Vec<u8> {
 fn backing_switches_in_any_layout_survive_any_crash() {
     let (mut atomic, mut spanning, mut refused) = (0, 0, 0);
     for seed in 0..6000 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let Some(old) = any_cluster0(&mut random) else { continue };
         let len = if random.chance(10) { random.below(1023) } else { random.below(60) };
-        let name = random.text(1 + len);
+        let name = text(&mut random, 1 + len);
         let format = ["raw", "qcow2"][random.below(2) as usize];
         let new = expected(&old, |new| {
             new.backing_name = Some(name.clone().into_bytes());
@@ -218,7 +206,7 @@ fn backing_switches_in_any_layout_survive_any_crash() {
 fn backing_table_size_and_mark_switch_together_in_any_layout() {
     let (mut atomic, mut spanning, mut marks) = (0, 0, 0);
     for seed in 0..4000 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let Some(mut old) = any_cluster0(&mut random) else { continue };
         if random.chance(50)
             && let Ok(switch) = plan_mark(&old, "/base", Mark::Merging)
@@ -226,12 +214,12 @@ fn backing_table_size_and_mark_switch_together_in_any_layout() {
             switch.writes.iter().for_each(|w| w.apply_to(&mut old));
         }
         let len = 1 + random.below(60);
-        let name = if random.chance(30) { "base".to_owned() } else { random.text(len) };
+        let name = if random.chance(30) { "base".to_owned() } else { text(&mut random, len) };
         let header = Header::decode(&old).unwrap();
         let l1_offset = HostOffset::new(header.geometry().cluster_size() * 77);
         let size = header.size + (1 << 20);
         let l1_entries = header.l1_entries + header.geometry().l1_entries_for(size) as u32;
-        let path = random.text(200);
+        let path = text(&mut random, 200);
         let (mark, magic) = match random.chance(50) {
             true => (Mark::Merged, EXT_MERGED_INTO),
             false => (Mark::Emptied, EXT_EMPTIED_ONTO),
@@ -279,10 +267,10 @@ fn backing_table_size_and_mark_switch_together_in_any_layout() {
 fn marks_in_any_layout_survive_any_crash() {
     let (mut full, mut empty, mut spanning) = (0, 0, 0);
     for seed in 0..6000 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let Some(old) = any_cluster0(&mut random) else { continue };
         let len = if random.chance(10) { random.below(2000) } else { random.below(60) };
-        let path = random.text(1 + len);
+        let path = text(&mut random, 1 + len);
         let marked = |data: &str| {
             expected(&old, |new| replace(new, Extension::new(EXT_MERGED_INTO, data), |list, e| list.push(e)))
         };
@@ -308,7 +296,7 @@ fn marks_in_any_layout_survive_any_crash() {
 fn mutated_headers_are_refused_or_edited_rightly() {
     let (mut accepted, mut refused) = (0, 0);
     for seed in 0..20_000 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let Some(mut bytes) = any_cluster0(&mut random) else { continue };
         for _ in 0..1 + random.below(3) {
             let at = if random.chance(70) { random.below(160) } else { random.below(bytes.len() as u64) };
@@ -342,7 +330,7 @@ fn mutated_headers_are_refused_or_edited_rightly() {
 fn bitmaps_are_dropped_bit_first() {
     let (mut dropped, mut atomic) = (0, 0);
     for seed in 0..6000 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let Some(old) = any_cluster0(&mut random) else { continue };
         let had = Cluster0::parse(&old).unwrap().extension(EXT_BITMAPS).is_some();
         let switch = plan_drop_bitmaps(&old).unwrap();
@@ -462,9 +450,7 @@ fn qemu_img(dir: &Path, args: &[&str]) -> String {
 
 #[test]
 fn qemu_img_reads_what_was_edited() {
-    if Command::new("qemu-img").arg("--version").output().is_err() {
-        assert!(std::env::var_os("CI").is_none(), "qemu-img is needed where CI is set");
-        crate::skipped::skipped("qemu_img_reads_what_was_edited: there is no qemu-img on PATH");
+    if !kit::are_here(&["qemu-img"]) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -519,9 +505,7 @@ fn qemu_img_reads_what_was_edited() {
 
 #[test]
 fn fresh_headers_equal_those_of_qemu_img() {
-    if Command::new("qemu-img").arg("--version").output().is_err() {
-        assert!(std::env::var_os("CI").is_none(), "qemu-img is needed where CI is set");
-        crate::skipped::skipped("fresh_headers_equal_those_of_qemu_img: there is no qemu-img on PATH");
+    if !kit::are_here(&["qemu-img"]) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use kit::Random;
+
 use super::chain::{assert_same, host_with, options, view};
 use super::model::{Input, Layer, chain as layers, guest};
-use super::mutate::{Random, mutate};
+use super::mutate::mutate;
 use crate::Result;
 use crate::chain::Chain;
 use crate::check::{CheckOptions, Verdict, check};
@@ -112,7 +114,9 @@ impl Before {
         if let (Ok(seen), false) = (seen, gone && done.is_ok()) {
             match view(host, self.active()) {
                 Ok(now) => assert_same(&now, &seen, self.active()),
-                Err(error) => unreachable!("the guest's disk was readable before: {error}"),
+                Err(error) => {
+                    unreachable!("{:?}, {done:?}: the guest's disk was readable before: {error}", self.case)
+                }
             }
         }
     }

@@ -112,7 +112,7 @@ fn put(image: &mut Image, at: u64, len: u64, value: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fuzzing::mutate::Random;
+    use kit::Random;
 
     /// Damage that is noticed nowhere, or everywhere, would find nothing.
     #[test]

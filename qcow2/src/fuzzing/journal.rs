@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use kit::Random;
+
 use super::chain::options;
 use super::crash::{ENDINGS, Merge, is_journal, on_one_thread};
 use super::model::Input;
-use super::mutate::{Random, VALUES, mutate};
+use super::mutate::{VALUES, mutate};
 use crate::journal::record::{BLOCK, Guard, Header, Phase, Purpose, Record};
 use crate::merge::{CommitOptions, unfinished_merge};
 use crate::merge::{abort, heal_image};

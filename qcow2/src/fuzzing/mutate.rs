@@ -1,34 +1,6 @@
 //! Deterministic mutations, for running fuzz bodies without a fuzzer.
 
-/// A small generator of pseudo-random numbers (xorshift64*): the same seed, the same numbers.
-#[derive(Clone, Debug)]
-pub struct Random(u64);
-
-impl Random {
-    /// A generator; any seed will do.
-    pub fn new(seed: u64) -> Self {
-        // The state must not be zero, and close seeds must not give close numbers.
-        let mut this = Self((seed ^ 0x9e37_79b9_7f4a_7c15).max(1));
-        (0..4).for_each(|_| {
-            this.next();
-        });
-        this
-    }
-
-    /// The next number.
-    #[expect(clippy::should_implement_trait, reason = "it never ends, and iterators are not needed")]
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    /// A number below `limit`; zero if that is zero.
-    pub fn below(&mut self, limit: u64) -> u64 {
-        self.next().checked_rem(limit).unwrap_or(0)
-    }
-}
+use kit::Random;
 
 /// Values at which parsers break: limits of the format, of integers, of cluster sizes.
 pub(super) const VALUES: [u64; 28] = [

@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
+use kit::Random;
+
 use super::model::Input;
-use super::mutate::{Random, VALUES, mutate};
+use super::mutate::{VALUES, mutate};
 use super::repair::seeds;
 use crate::check::CheckOptions;
 use crate::repair::{RepairMode, RestoreOptions, plan_restore, repair_with_backup, restore as put_back};

@@ -1,6 +1,7 @@
 //! The seeds: small valid images of every kind, from which fuzzers start.
 
-use super::mutate::Random;
+use kit::Random;
+
 use super::sample::{Content, Sample, extension};
 
 /// Valid images that together use every feature of the format.

@@ -278,19 +278,12 @@ mod tests {
 
     /// Runs `qemu-img`; `None`, said aloud, where it is missing.
     fn qemu_img(args: &[&str]) -> Option<String> {
-        match Command::new("qemu-img").args(args).output() {
-            Ok(out) => {
-                let said = String::from_utf8_lossy(&out.stdout).into_owned();
-                let wrong = String::from_utf8_lossy(&out.stderr);
-                assert!(out.status.success() && wrong.is_empty(), "qemu-img {args:?}: {said}{wrong}");
-                Some(said)
-            }
-            Err(_) => {
-                assert!(std::env::var_os("CI").is_none(), "qemu-img is needed where CI is set");
-                crate::skipped::skipped("qemu-img is not installed");
-                None
-            }
+        if !kit::are_here(&["qemu-img"]) {
+            return None;
         }
+        let run = kit::end(Command::new("qemu-img").args(args)).ok();
+        assert!(run.stderr.is_empty(), "{run}");
+        Some(run.stdout)
     }
 
     #[test]

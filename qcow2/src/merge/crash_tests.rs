@@ -6,16 +6,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use kit::{Random, ok};
+
 use super::{BaseChoice, Commit, CommitOptions};
 use crate::chain::Chain;
 use crate::chain::view::View;
 use crate::check::{CheckOptions, check};
 use crate::format::is_qcow2;
-use crate::image::bitmaps::tests::{ok, qemu};
+use crate::image::bitmaps::tests::qemu;
 use crate::image::{ClusterCache, CreateOptions, create, create_raw};
 use crate::storage::sim::{Cuts, DiskOp, Fault, FaultKind, Garbage, SimHost, State, Tear, power_cuts};
 use crate::storage::{Access, Host, MemHost};
-use crate::testing::{Dice, Silent, local, random_chain};
+use crate::testing::{Silent, local, random_chain};
 use crate::transfer::put;
 use crate::units::GuestOffset;
 
@@ -69,7 +71,7 @@ fn crash_everywhere(
     layers: usize,
     base: usize,
     top: usize,
-    dice: &mut Dice,
+    dice: &mut Random,
     what: &str,
 ) -> State {
     let paths: Vec<PathBuf> = (0..layers).map(|n| PathBuf::from(format!("/{n}"))).collect();
@@ -87,12 +89,12 @@ fn crash_everywhere(
     commit(Arc::new(disk.clone()), active, &options).unwrap_or_else(|e| panic!("{what}: {e}"));
     let last = disk.now();
     assert!(see(&last.host(), active) == shown, "{what}");
-    let states = power_cuts(disk.start(), &disk.log(), &cuts(dice.roll(1 << 20)), |cut| {
+    let states = power_cuts(disk.start(), &disk.log(), &cuts(dice.below(1 << 20)), |cut| {
         let what = format!("{what}: {cut}");
         assert_sound(&cut.state, &what);
         let host = cut.state.host();
         assert!(see(&host, active) == shown, "{what}: the guest sees something else");
-        if dice.roll(4) == 0 {
+        if dice.below(4) == 0 {
             commit(Arc::new(host.clone()), active, &options).unwrap_or_else(|e| panic!("{what}, again: {e}"));
             assert!(see(&host, active) == shown, "{what}: the guest sees something else when done again");
         }
@@ -146,12 +148,12 @@ fn no_power_cut_changes_what_the_guest_sees() {
     let first = std::env::var("QMERGE_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
     let cases = std::env::var("QMERGE_TEST_CASES").ok().and_then(|s| s.parse().ok()).unwrap_or(20);
     for seed in first..first + cases {
-        let mut dice = Dice(seed);
+        let mut dice = Random::new(seed);
         let host = MemHost::new();
-        let layers = 2 + dice.roll(3);
+        let layers = 2 + dice.below(3);
         random_chain(&host, &mut dice, layers);
-        let top = 1 + dice.roll(layers - 1) as usize;
-        let base = dice.roll(top as u64) as usize;
+        let top = 1 + dice.below(layers - 1) as usize;
+        let base = dice.below(top as u64) as usize;
         crash_everywhere(&host, layers as usize, base, top, &mut dice, &format!("seed {seed}"));
     }
 }
@@ -170,7 +172,7 @@ fn no_power_cut_separates_refcount_blocks_that_count_each_other() {
         CreateOptions { backing: Some((b"/0".to_vec(), "qcow2".into())), ..CreateOptions::new(size) };
     create(&host, Path::new("/1"), &overlay).unwrap();
     put(&host, Path::new("/1"), &local(), &[(GuestOffset::new(10 << 20), vec![2; 1 << 20])]).unwrap();
-    crash_everywhere(&host, 2, 0, 1, &mut Dice(1), "many blocks");
+    crash_everywhere(&host, 2, 0, 1, &mut Random::new(1), "many blocks");
 }
 
 /// A killed merge may have made a hole in a raw base that is not durable; the next one finds nothing to
@@ -231,7 +233,7 @@ fn no_power_cut_harms_snapshots_or_compressed_clusters() {
         for n in 0..2 {
             host.add(format!("/{n}"), &std::fs::read(name(n)).unwrap()).unwrap();
         }
-        let merged = crash_everywhere(&host, 2, 0, 1, &mut Dice(seed), options);
+        let merged = crash_everywhere(&host, 2, 0, 1, &mut Random::new(seed), options);
         // Base's own snapshot is as it was, for QEMU too.
         std::fs::write(name(0), merged.content(Path::new("/0")).unwrap()).unwrap();
         ok("qemu-img", &["check", "-q", &name(0)]);

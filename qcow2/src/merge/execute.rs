@@ -258,9 +258,11 @@ mod tests {
     use std::path::Path;
     use std::sync::atomic::Ordering::Relaxed;
 
+    use kit::ok;
+
     use super::*;
     use crate::error::Refusal;
-    use crate::image::bitmaps::tests::{ok, qemu};
+    use crate::image::bitmaps::tests::qemu;
     use crate::merge::CommitOptions;
     use crate::storage::OsHost;
     use crate::testing::local;

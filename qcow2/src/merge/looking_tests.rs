@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use kit::Random;
+
 use super::crash_tests::cuts;
 use super::{BaseChoice, Commit, CommitOptions, unfinished_merge};
 use crate::chain::{Chain, digest, view::View};
@@ -13,7 +15,7 @@ use crate::error::{Error, Refusal};
 use crate::repair::{self, RepairMode};
 use crate::storage::sim::{SimHost, power_cuts};
 use crate::storage::{Access, Host, MemHost};
-use crate::testing::{Dice, Silent, local, random_chain};
+use crate::testing::{Silent, local, random_chain};
 
 /// Looks at all that is there, in every way; gives what a plan comes to.
 fn look(host: &SimHost, paths: &[PathBuf], options: &CommitOptions) -> Result<(), Error> {
@@ -37,7 +39,7 @@ fn nothing_is_written_by_looking() {
     let (mut planned, mut torn) = (0, 0);
     for seed in 0..6 {
         let host = MemHost::new();
-        let mut dice = Dice(seed);
+        let mut dice = Random::new(seed);
         random_chain(&host, &mut dice, 3);
         let paths: Vec<PathBuf> = (0..3).map(|n| PathBuf::from(format!("/{n}"))).collect();
         let options = CommitOptions {
@@ -52,7 +54,7 @@ fn nothing_is_written_by_looking() {
         let Ok(commit) = commit else { continue };
         commit.execute(&Silent, &never).unwrap();
         power_cuts(disk.start(), &disk.log(), &cuts(seed), |cut| {
-            if dice.roll(8) > 0 {
+            if dice.below(8) > 0 {
                 return;
             }
             let disk = SimHost::over(&cut.state.host());

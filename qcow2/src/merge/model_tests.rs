@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
+use kit::Random;
+
 use super::{BaseChoice, Commit, CommitOptions, Prepared};
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions, Policy};
@@ -19,27 +21,6 @@ use crate::transfer::needs::Need;
 use crate::transfer::ops::{Ops, Run, Silent, Target};
 use crate::transfer::origin::Origin;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
-
-/// A small generator with a good spread (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len() as u64) as usize]
-    }
-}
 
 /// A chain in memory, and what each layer's guest would see.
 struct World {
@@ -108,9 +89,8 @@ impl World {
         let start = random.below(size);
         let unit = random.pick(&[1, 512, 4096]);
         let len = (1 + random.below(8) * unit + random.below(unit)).min(size - start);
-        let zeros = random.below(4) == 0;
-        let bytes: Vec<u8> =
-            (0..len).map(|i| if zeros { 0 } else { (start + i) as u8 ^ random.0 as u8 }).collect();
+        let (zeros, key) = (random.one_in(4), random.next() as u8);
+        let bytes: Vec<u8> = (0..len).map(|i| if zeros { 0 } else { (start + i) as u8 ^ key }).collect();
         self.views[at][start as usize..][..len as usize].copy_from_slice(&bytes);
         let range = GuestRange { start: GuestOffset::new(start), len };
         self.put(at, range, &bytes, zeros);
@@ -217,7 +197,7 @@ impl World {
 }
 
 fn one_chain(seed: u64) {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut world = World::new(&mut random);
     let active = world.paths.len() - 1;
     for at in 0..=active {

@@ -39,6 +39,8 @@ mod tests {
     use std::path::{Path, PathBuf};
     use std::sync::Arc;
 
+    use kit::Random;
+
     use super::*;
     use crate::chain::Chain;
     use crate::chain::digest;
@@ -48,15 +50,15 @@ mod tests {
     use crate::image::{CreateOptions, create, create_raw};
     use crate::merge::{BaseChoice, CommitOptions, Prepared};
     use crate::storage::{Access, Host, MemHost};
-    use crate::testing::{Dice, Silent, local, random_chain};
+    use crate::testing::{Silent, local, random_chain};
     use crate::transfer::put;
     use crate::units::GuestOffset;
 
     /// A random chain whose upper layers can be committed; with the model, and the name of its top.
     fn chain(seed: u64) -> (MemHost, Vec<u8>, PathBuf) {
         let host = MemHost::new();
-        let mut dice = Dice(seed);
-        let layers = 2 + dice.roll(3);
+        let mut dice = Random::new(seed);
+        let layers = 2 + dice.below(3);
         let model = random_chain(&host, &mut dice, layers);
         (host, model, PathBuf::from(format!("/{}", layers - 1)))
     }

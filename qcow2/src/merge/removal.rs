@@ -246,8 +246,10 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::AtomicBool;
 
+    use kit::ok;
+
     use super::*;
-    use crate::image::bitmaps::tests::{ok, qemu};
+    use crate::image::bitmaps::tests::qemu;
     use crate::merge::CommitOptions;
     use crate::storage::OsHost;
     use crate::testing::{Silent, local};

@@ -1,15 +1,17 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use kit::{Random, ok};
+
 use super::*;
 use crate::check::check;
-use crate::image::bitmaps::tests::{ok, qemu};
+use crate::image::bitmaps::tests::qemu;
 use crate::image::{CreateOptions, create};
 use crate::merge::crash_tests::{assert_sound, cuts, see};
 use crate::merge::{BaseChoice, Commit, CommitOptions};
 use crate::storage::sim::{SimHost, power_cuts};
 use crate::storage::{MemHost, OsHost};
-use crate::testing::{Dice, Silent, local, random_chain};
+use crate::testing::{Silent, local, random_chain};
 use crate::transfer::put;
 
 pub(crate) fn options() -> EmptyOptions {
@@ -21,21 +23,21 @@ pub(crate) fn never() -> AtomicBool {
 }
 
 /// A random chain whose base `/0` holds everything, and was written to since.
-pub(crate) fn merged(seed: u64) -> (MemHost, Vec<PathBuf>, Dice) {
+pub(crate) fn merged(seed: u64) -> (MemHost, Vec<PathBuf>, Random) {
     let (host, paths, mut dice) = just_merged(seed);
     let size = see(&host, &paths[0]).len() as u64;
     for _ in 0..4 {
-        let at = dice.roll(size - 4096);
+        let at = dice.below(size - 4096);
         put(&host, &paths[0], &local(), &[(GuestOffset::new(at), vec![0xee; 4096])]).unwrap();
     }
     (host, paths, dice)
 }
 
 /// A random chain whose base `/0` holds everything.
-pub(crate) fn just_merged(seed: u64) -> (MemHost, Vec<PathBuf>, Dice) {
+pub(crate) fn just_merged(seed: u64) -> (MemHost, Vec<PathBuf>, Random) {
     let host = MemHost::new();
-    let mut dice = Dice(seed);
-    let layers = 2 + dice.roll(3);
+    let mut dice = Random::new(seed);
+    let layers = 2 + dice.below(3);
     random_chain(&host, &mut dice, layers);
     let paths: Vec<PathBuf> = (0..layers).map(|n| PathBuf::from(format!("/{n}"))).collect();
     let active = paths.last().unwrap();
@@ -124,7 +126,7 @@ fn no_power_cut_shows_a_mixture_of_old_and_new() {
             let shown = see(&host, active);
             assert!(shown == stale || shown == new, "seed {seed}: a mixture: {cut}");
             *if shown == new { &mut after } else { &mut before } += 1;
-            if dice.roll(4) == 0 {
+            if dice.below(4) == 0 {
                 empty(&host, active, base, format).unwrap_or_else(|e| panic!("seed {seed}, again: {e}"));
                 assert!(see(&host, active) == new, "seed {seed}, again");
             }

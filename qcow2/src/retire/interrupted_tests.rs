@@ -1,13 +1,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use kit::Random;
+
 use super::*;
 use crate::error::ErrorKind;
 use crate::merge::crash_tests::{assert_sound, cuts, see};
 use crate::merge::{BaseChoice, Commit, CommitOptions};
 use crate::storage::MemHost;
 use crate::storage::sim::{Fault, FaultKind, SimHost, power_cuts};
-use crate::testing::{Dice, Silent, local, random_chain};
+use crate::testing::{Silent, local, random_chain};
 use crate::transfer::put;
 
 /// A merge of the layers above `/BASE` up to `/TOP`, with the overlay `/TOP+1` above them.
@@ -26,12 +28,12 @@ struct InterruptedCase {
 
 fn merged(seed: u64) -> InterruptedCase {
     let host = MemHost::new();
-    let mut dice = Dice(seed);
-    let layers = 3 + dice.roll(3) as usize;
+    let mut dice = Random::new(seed);
+    let layers = 3 + dice.below(3) as usize;
     let model = random_chain(&host, &mut dice, layers as u64);
     let paths: Vec<PathBuf> = (0..layers).map(|n| PathBuf::from(format!("/{n}"))).collect();
-    let top = 1 + dice.roll(layers as u64 - 2) as usize;
-    let base = dice.roll(top as u64) as usize;
+    let top = 1 + dice.below(layers as u64 - 2) as usize;
+    let base = dice.below(top as u64) as usize;
     let name = |at: usize| paths[at].to_str().unwrap().to_owned();
     let layers_before: Vec<_> = (base + 1..=top).map(|at| host.content(&paths[at]).unwrap()).collect();
     let (base_before, old_name) = (host.content(&paths[base]).unwrap(), name(top));

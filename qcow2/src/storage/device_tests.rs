@@ -18,7 +18,7 @@ impl Loop {
                 Some(Self(String::from_utf8(output.stdout).unwrap().trim().into()))
             }
             other => {
-                crate::skipped::skipped(&format!(
+                kit::not_tried(&format!(
                     "no loop device can be made, so block devices were not tested: {other:?}"
                 ));
                 None
@@ -42,7 +42,7 @@ impl<'a> Mounted<'a> {
         if status.is_ok_and(|s| s.success()) {
             return Some(Self(dir));
         }
-        crate::skipped::skipped("nothing can be mounted, so a failing sync was not tested");
+        kit::not_tried("nothing can be mounted, so a failing sync was not tested");
         None
     }
 }

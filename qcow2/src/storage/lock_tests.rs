@@ -8,12 +8,7 @@ use super::{Access, Host, LockError, LockMode, OsHost, Storage};
 
 /// Whether QEMU's tools are there. Without them these tests have no oracle; in CI that is a failure.
 fn qemu() -> bool {
-    let found = Command::new("qemu-io").arg("--version").output().is_ok_and(|o| o.status.success());
-    if !found {
-        assert!(std::env::var_os("CI").is_none(), "qemu-io is not installed, and CI must have it");
-        crate::skipped::skipped("qemu-io is not installed, so the locks were not tested against QEMU");
-    }
-    found
+    kit::qemu_is_here()
 }
 
 fn run(program: &str, args: &[&str], image: &Path) -> Output {

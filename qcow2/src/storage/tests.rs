@@ -6,6 +6,8 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier};
 
+use kit::Random;
+
 use super::{Access, FileKind, Host, LockError, LockMode, MemFile, MemHost, OsHost, Storage};
 
 /// A host to test on, and a directory that is removed at the end.
@@ -295,13 +297,8 @@ fn storages_behave_like_a_byte_array() {
         let source: Vec<u8> = (0..9000_u32).map(|i| (i % 255) as u8 + 1).collect();
         src.write_all_at(&source, 0).unwrap();
         let mut model: Vec<u8> = Vec::new();
-        let mut seed = 0x2545_f491_4f6c_dd1d_u64;
-        let mut next = |below: u64| {
-            seed ^= seed << 13;
-            seed ^= seed >> 7;
-            seed ^= seed << 17;
-            seed % below
-        };
+        let mut random = Random::new(1);
+        let mut next = |below: u64| random.below(below);
         for step in 0..400 {
             let offset = next(MOST);
             let len = [next(10), next(5000), next(20_000)][next(3) as usize];

@@ -51,11 +51,13 @@ mod tests {
     use std::path::{Path, PathBuf};
     use std::sync::Arc;
 
+    use kit::ok;
+
     use super::*;
     use crate::chain::{OpenOptions, Policy};
     use crate::error::ErrorKind;
     use crate::image::bitmap_names;
-    use crate::image::bitmaps::tests::{Fixture, ok, only, qemu, union};
+    use crate::image::bitmaps::tests::{Fixture, only, qemu, union};
     use crate::merge::{Commit, CommitOptions, Prepared};
     use crate::storage::OsHost;
     use crate::testing::Silent;

@@ -153,20 +153,22 @@ impl ClusterSource for Counter {
 
 #[cfg(test)]
 mod tests {
+    use kit::Random;
+
     use super::*;
     use crate::chain::digest;
     use crate::check::{CheckOptions, check};
     use crate::error::ErrorKind;
     use crate::image::{ClusterCache, CreateOptions, create};
     use crate::storage::MemHost;
-    use crate::testing::{Dice, local, random_chain};
+    use crate::testing::{local, random_chain};
 
     #[test]
     fn what_was_put_is_what_is_read() {
         for seed in 0..40 {
             let host = MemHost::new();
-            let mut dice = Dice(seed);
-            let layers = 1 + dice.roll(4);
+            let mut dice = Random::new(seed);
+            let layers = 1 + dice.below(4);
             let model = random_chain(&host, &mut dice, layers);
             let active = format!("/{}", layers - 1);
             let chain = Chain::open(&host, Path::new(&active), &local()).unwrap();

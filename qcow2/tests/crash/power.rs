@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use qcow2::storage::sim::{Cuts, Garbage, Random, SimHost, State, Tear, power_cuts};
+use kit::Random;
+use qcow2::storage::sim::{Cuts, Garbage, SimHost, State, Tear, power_cuts};
 
 use crate::chain::Scenario;
 use crate::judge::{Judge, merge};

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use kit::Random;
 use qcow2::chain::Chain;
 use qcow2::chain::view::View;
 use qcow2::fuzzing::sample::Content;
 use qcow2::image::ClusterCache;
 use qcow2::merge::{Commit, CommitOptions, Report, Silent, abort, heal, heal_image, unfinished_merge};
-use qcow2::storage::sim::{Cuts, Fault, FaultKind, Garbage, Random, SimHost, power_cuts};
+use qcow2::storage::sim::{Cuts, Fault, FaultKind, Garbage, SimHost, power_cuts};
 use qcow2::storage::{Access, Host};
 use qcow2::units::GuestOffset;
 use qcow2::{Error, ErrorKind, Result};

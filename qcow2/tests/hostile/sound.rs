@@ -1,23 +1,13 @@
 //! Before the damage: the samples are what QEMU takes for sound images.
 
+use std::fs;
 use std::process::Command;
-use std::{env, fs};
 
 use qcow2::fuzzing::images;
 
-/// Whether QEMU's tools are there. A gate that sets `CI` must have them.
-fn qemu_is_here() -> bool {
-    let here = Command::new("qemu-img").arg("--version").output().is_ok();
-    assert!(here || env::var_os("CI").is_none(), "qemu-img is missing");
-    if !here {
-        println!("skipped: qemu-img is missing");
-    }
-    here
-}
-
 #[test]
 fn samples_are_sound_to_qemu() {
-    if !qemu_is_here() {
+    if !kit::qemu_is_here() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

@@ -9,7 +9,7 @@ mod peer;
 mod state;
 mod stream;
 
-pub use mutate::Mutator;
+pub use mutate::mutate;
 pub use peer::peer;
 pub use state::state;
 pub use stream::stream;

@@ -1,8 +1,6 @@
 //! Deterministic mutations of lines of JSON, for running fuzz bodies without a fuzzer.
 
-/// Changes texts; the same seed, the same changes.
-#[derive(Clone, Debug)]
-pub struct Mutator(u64);
+use kit::Random;
 
 /// What stands in messages, and what parsers break at.
 const WORDS: [&str; 24] = [
@@ -32,66 +30,56 @@ const WORDS: [&str; 24] = [
     "\u{fffd}",
 ];
 
-impl Mutator {
-    /// A mutator; any seed will do.
-    pub fn new(seed: u64) -> Self {
-        Self((seed ^ 0x9e37_79b9_7f4a_7c15).max(1))
+/// Changes `text` in one to four places.
+pub fn mutate(text: &mut Vec<u8>, random: &mut Random) {
+    for _ in 0..=random.below(4) {
+        once(text, random);
     }
+}
 
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        let next = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16;
-        next.checked_rem(limit as u64).unwrap_or(0) as usize
-    }
-
-    /// Changes `text` in one to four places.
-    pub fn mutate(&mut self, text: &mut Vec<u8>) {
-        for _ in 0..=self.below(4) {
-            self.once(text);
+fn once(text: &mut Vec<u8>, random: &mut Random) {
+    let at = below(random, text.len() + 1);
+    let end = (at + below(random, 32)).min(text.len());
+    match random.below(7) {
+        0 => {
+            text.splice(at..end, random.pick(&WORDS).bytes());
         }
-    }
-
-    fn once(&mut self, text: &mut Vec<u8>) {
-        let at = self.below(text.len() + 1);
-        let end = (at + self.below(32)).min(text.len());
-        match self.below(7) {
-            0 => {
-                text.splice(at..end, WORDS[self.below(WORDS.len())].bytes());
-            }
-            1 => {
-                text.splice(at..at, WORDS[self.below(WORDS.len())].bytes());
-            }
-            2 => {
-                text.drain(at..end);
-            }
-            3 => {
-                if let Some(byte) = text.get_mut(at) {
-                    *byte ^= 1 << self.below(8);
-                }
-            }
-            4 => text.truncate(at),
-            5 => self.swap_lines(text),
-            _ => {
-                // A piece of the text at another place.
-                let from = self.below(text.len() + 1);
-                let piece = text[from..(from + self.below(64)).min(text.len())].to_vec();
-                text.splice(at..at, piece);
+        1 => {
+            text.splice(at..at, random.pick(&WORDS).bytes());
+        }
+        2 => {
+            text.drain(at..end);
+        }
+        3 => {
+            if let Some(byte) = text.get_mut(at) {
+                *byte ^= 1 << random.below(8);
             }
         }
-    }
-
-    /// Brings two lines into another order, or one of them in twice.
-    fn swap_lines(&mut self, text: &mut Vec<u8>) {
-        let mut lines: Vec<Vec<u8>> = text.split(|b| *b == b'\n').map(<[u8]>::to_vec).collect();
-        let (a, b) = (self.below(lines.len()), self.below(lines.len()));
-        if self.below(2) == 0 {
-            lines.swap(a, b);
-        } else {
-            let line = lines[a].clone();
-            lines.insert(b, line);
+        4 => text.truncate(at),
+        5 => swap_lines(text, random),
+        _ => {
+            // A piece of the text at another place.
+            let from = below(random, text.len() + 1);
+            let piece = text[from..(from + below(random, 64)).min(text.len())].to_vec();
+            text.splice(at..at, piece);
         }
-        *text = lines.join(&b'\n');
     }
+}
+
+/// Brings two lines into another order, or one of them in twice.
+fn swap_lines(text: &mut Vec<u8>, random: &mut Random) {
+    let mut lines: Vec<Vec<u8>> = text.split(|b| *b == b'\n').map(<[u8]>::to_vec).collect();
+    let (a, b) = (below(random, lines.len()), below(random, lines.len()));
+    if random.one_in(2) {
+        lines.swap(a, b);
+    } else {
+        let line = lines[a].clone();
+        lines.insert(b, line);
+    }
+    *text = lines.join(&b'\n');
+}
+
+/// A place below `limit`.
+fn below(random: &mut Random, limit: usize) -> usize {
+    random.below(limit as u64) as usize
 }

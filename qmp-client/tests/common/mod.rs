@@ -2,8 +2,6 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub(crate) mod cut;
-#[path = "../../../testdata/skipped.rs"]
-pub(crate) mod skipped;
 pub(crate) mod writer;
 
 use std::path::{Path, PathBuf};
@@ -19,24 +17,10 @@ use tempfile::TempDir;
 
 /// Whether the tools are here. Without them a test says so and passes, but fails where `CI` is set.
 pub(crate) fn tools_are_here() -> bool {
-    let missing: Vec<_> = ["qemu-storage-daemon", "qemu-img", "qemu-io", "qemu-nbd"]
-        .into_iter()
-        .filter(|tool| Command::new(tool).arg("--version").stdout(Stdio::null()).status().is_err())
-        .collect();
-    if missing.is_empty() {
-        return true;
-    }
-    assert!(std::env::var_os("CI").is_none(), "{missing:?} must be installed for the tests of live merges");
-    skipped::skipped(&format!("{missing:?} not installed, so no live merge was tested"));
-    false
+    kit::are_here(&["qemu-storage-daemon", "qemu-img", "qemu-io", "qemu-nbd"])
 }
 
-pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output().unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(output.status.success(), "{program} {arguments:?}: {}", text(&output.stderr));
-    text(&output.stdout)
-}
+pub(crate) use kit::ok as run;
 
 /// How a chain is made.
 #[derive(Clone, Copy)]

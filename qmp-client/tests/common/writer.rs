@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
+use kit::Random;
+
 pub(crate) const BLOCK: usize = 4096;
 
 /// Writes blocks at random places of an export until it is stopped.
@@ -26,12 +28,10 @@ impl Writer {
         let (ended, count) = (Arc::clone(&stop), Arc::clone(&acknowledged));
         let thread = std::thread::spawn(move || {
             let mut last = vec![0; size / BLOCK];
-            let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+            let mut random = Random::new(1);
             let mut sequence = 0;
             while !ended.load(Ordering::Relaxed) {
-                random =
-                    random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                let block = (random >> 33) as usize % last.len();
+                let block = random.below(last.len() as u64) as usize;
                 sequence += 1;
                 request(&mut stream, 1, sequence, block, &content(block, sequence));
                 last[block] = sequence;

@@ -55,7 +55,7 @@ fn machine(kernel: &Path, archive: &Path) -> MachineLine {
 /// Changes with everything that the state depends on.
 fn key(folder: &Path) -> u64 {
     let mut hasher = DefaultHasher::new();
-    for source in ["init.rs", "record.rs"] {
+    for source in ["init.rs", "record.rs", "../kit/src/random.rs"] {
         fs::read(initrd::sources().join(source)).unwrap().hash(&mut hasher);
     }
     let kernel = fs::metadata(folder.join("vmlinuz")).unwrap();

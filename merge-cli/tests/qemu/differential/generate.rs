@@ -3,7 +3,9 @@
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 
-use crate::support::{Folder, Random};
+use kit::{Lab, Random};
+
+use crate::support::{Patch, lab};
 
 const K: u64 = 1 << 10;
 const M: u64 = 1 << 20;
@@ -40,7 +42,7 @@ pub(super) enum Naming {
 /// A chain, bottom first, and what is to be merged: the layers above `base`, up to `top`.
 #[derive(Debug)]
 pub(super) struct MergeCase {
-    pub(super) folder: Folder,
+    pub(super) folder: Lab,
     pub(super) layers: Vec<RandomLayer>,
     pub(super) base: usize,
     pub(super) top: usize,
@@ -57,7 +59,7 @@ impl MergeCase {
     /// The case that belongs to `seed`.
     pub(super) fn new(seed: u64) -> Self {
         let random = &mut Random::new(seed.wrapping_mul(0x2545_f491_4f6c_dd1d));
-        let folder = Folder::new(&format!("seed-{seed}"));
+        let folder = lab(&format!("seed-{seed}"));
         let depth = random.pick(&[2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 5, 5, 6, 8, 16]);
         let active = depth - 1;
         let base = if random.chance(45) { 0 } else { random.below(active) as usize };
@@ -323,7 +325,7 @@ impl MergeCase {
 
     /// Undoes what QEMU 10.0.2 itself leaves where a compressed write fails: leaks, wrong flags, the corrupt bit.
     fn mend(&self, name: &str) {
-        let image = self.folder.patch(name);
+        let image = Patch::of(&self.folder, name);
         let marked = image.u32(4) == 3 && image.u64(72) & 2 != 0;
         if marked || self.folder.try_img(&["check", "-q", "-f", "qcow2", name]).code != 0 {
             self.folder.img(&["check", "-q", "-r", "all", "-f", "qcow2", name]);

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::generate::{MergeCase, RandomLayer};
-use crate::support::{Files, Run, View};
+use kit::{Files, Run, View};
 
 /// Our reading of the chain equals QEMU's, and changes nothing.
 #[track_caller]

@@ -9,7 +9,7 @@ mod judge;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::support::qemu_present;
+use kit::qemu_is_here;
 
 /// Shards run beside each other; each takes every fourth seed.
 const SHARDS: u64 = 4;
@@ -23,7 +23,7 @@ fn number(variable: &str) -> Option<u64> {
 }
 
 fn shard(shard: u64) {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let first = number("QMERGE_TEST_SEED").unwrap_or(1);

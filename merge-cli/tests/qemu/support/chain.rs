@@ -1,14 +1,16 @@
 //! The chain of the article, `base <- a <- b <- c`, with content that tells the layers apart.
 
-use super::{Folder, View};
+use kit::{Lab, View};
+
+use super::lab;
 
 const M: u64 = 1 << 20;
 
 /// The article's chain in a folder of its own.
 #[derive(Debug)]
-pub(crate) struct Chain {
+pub(crate) struct Article {
     /// Where the images lie.
-    pub(crate) folder: Folder,
+    pub(crate) folder: Lab,
     /// The name of the bottom image.
     pub(crate) base: &'static str,
     /// Its format.
@@ -17,11 +19,11 @@ pub(crate) struct Chain {
     pub(crate) before: View,
 }
 
-impl Chain {
+impl Article {
     /// Four images of 8 MiB with relative backing names; the base is `raw` or `qcow2`.
     #[track_caller]
     pub(crate) fn new(test: &str, format: &'static str) -> Self {
-        let folder = Folder::new(test);
+        let folder = lab(test);
         let base = if format == "raw" { "base.raw" } else { "base.qcow2" };
         folder.img(&["create", "-q", "-f", format, base, "8M"]);
         folder.io(format, base, &["write -P 0x10 0 4M", "write -P 0x11 6M 1M"]);
@@ -66,7 +68,7 @@ impl Chain {
 }
 
 /// Data of its own, data over the layer below, zeros over data, and an unaligned piece.
-fn fill(folder: &Folder, name: &str, seq: u64) {
+fn fill(folder: &Lab, name: &str, seq: u64) {
     let pattern = 0x20 + 0x10 * seq;
     let write = |pattern: u64, at: u64, len: u64| format!("write -P {pattern} {at} {len}");
     let commands = [

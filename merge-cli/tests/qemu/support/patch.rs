@@ -4,6 +4,8 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use kit::Lab;
+
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// A qcow2 file whose fields are changed in place; integers are big-endian.
@@ -13,6 +15,12 @@ pub(crate) struct Patch {
 }
 
 impl Patch {
+    /// The image `name` of a lab.
+    #[track_caller]
+    pub(crate) fn of(lab: &Lab, name: &str) -> Self {
+        Self::open(&lab.join(name))
+    }
+
     /// Opens `path`, whatever it holds.
     #[track_caller]
     pub(crate) fn open(path: &Path) -> Self {

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use kit::Random;
+
 use super::super::{CheckOptions, CheckReport, Structure, Verdict, What, check};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Cluster0, Geometry, Header};
@@ -202,22 +204,18 @@ fn mutated_images_never_panic() {
         image.file.read_at(&mut bytes, 0).unwrap();
         bytes
     };
-    let mut seed = 1u64;
-    let mut random = move || {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (seed >> 33) as usize
-    };
+    let mut random = Random::new(1);
     let (mut opened, mut refused) = (0, 0);
     for _ in 0..3000 {
         let mut bytes = pristine.clone();
-        for _ in 0..1 + random() % 4 {
-            let at = match random() % 3 {
-                0 => random() % 112,
-                _ => random() % bytes.len(),
-            };
-            bytes[at] = [0, 1, 0x7f, 0x80, 0xff, random() as u8][random() % 6];
+        for _ in 0..random.between(1, 4) {
+            let within = if random.one_in(3) { 112 } else { bytes.len() as u64 };
+            let (at, any) = (random.below(within) as usize, random.next() as u8);
+            bytes[at] = random.pick(&[0, 1, 0x7f, 0x80, 0xff, any]);
         }
-        bytes.truncate(if random() % 8 == 0 { random() % (7 * 512) } else { 7 * 512 });
+        if random.one_in(8) {
+            bytes.truncate(random.below(7 * 512) as usize);
+        }
         let host = MemHost::new();
         host.add("/image", &bytes).unwrap();
         let path = Path::new("/image");

@@ -5,28 +5,23 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use kit::Lab;
 use serde_json::Value;
-use tempfile::TempDir;
 
 use super::super::{CheckReport, Verdict};
 
 /// A directory for one test's images; `None`, said loudly, where QEMU's tools are missing.
 pub(crate) struct Bench {
-    dir: TempDir,
+    lab: Lab,
 }
 
 impl Bench {
     pub(crate) fn new() -> Option<Self> {
-        if Command::new("qemu-img").arg("--version").output().is_err() {
-            assert!(std::env::var_os("CI").is_none(), "qemu-img is needed in CI");
-            crate::skipped::skipped("qemu-img is not installed");
-            return None;
-        }
-        Some(Self { dir: TempDir::new().unwrap() })
+        kit::qemu_is_here().then(|| Self { lab: Lab::new("check") })
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        self.lab.join(name)
     }
 
     /// Runs a command line in the directory; it must succeed. Words are split at blanks, except inside
@@ -39,13 +34,7 @@ impl Bench {
                 _ => vec![part.to_owned()],
             })
             .collect();
-        let output = Command::new(&words[0]).args(&words[1..]).current_dir(self.dir.path()).output().unwrap();
-        assert!(
-            output.status.success(),
-            "{line}: {}{}",
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr)
-        );
+        kit::run(self.lab.dir(), &words[0], &words[1..]).ok();
     }
 
     /// Creates an image `name` with options, and fills it with qemu-io commands, one a line.

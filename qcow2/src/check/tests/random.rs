@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use kit::Random;
+
 use super::super::finding::Findings;
 use super::super::layout::{Scope, lay_out};
 use super::super::{CheckOptions, CheckReport, Severity, Subject, Verdict, What, check};
@@ -21,27 +23,6 @@ pub(crate) const IMAGES: &[&str] = &[
     "cluster_size=16k,extended_l2=on",
     "cluster_size=64k",
 ];
-
-/// A generator of random numbers (splitmix64).
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.next() % end.max(1)
-    }
-
-    fn of<T: Copy>(&mut self, list: &[T]) -> T {
-        list[self.below(list.len() as u64) as usize]
-    }
-}
 
 fn ours(path: &Path) -> Result<CheckReport> {
     let file = OsHost.open(path, Access::Read).unwrap();
@@ -78,13 +59,13 @@ pub(crate) fn metadata_words(path: &Path) -> Vec<u64> {
 /// Damages one to three words of metadata.
 pub(crate) fn damage(path: &Path, words: &[u64], random: &mut Random) {
     for _ in 0..1 + random.below(3) {
-        let at = random.of(words);
+        let at = random.pick(words);
         let old = word(path, at);
         let new = match random.below(8) {
             0..4 => old ^ 1 << random.below(64),
             4 => old ^ random.below(256) << (8 * random.below(8)),
             5 => 0,
-            6 => word(path, random.of(words)),
+            6 => word(path, random.pick(words)),
             _ => random.next(),
         };
         patch(path, at, &new.to_be_bytes());
@@ -150,7 +131,7 @@ fn random_damage_gets_the_verdict_of_qemu() {
         for case in 0..CASES {
             let seed = n as u64 * 1_000_000 + case;
             std::fs::copy(&path, &damaged).unwrap();
-            damage(&damaged, &words, &mut Random(seed));
+            damage(&damaged, &words, &mut Random::new(seed));
             let report = ours(&damaged);
             let qemu = theirs(&damaged).0;
             let code = report.as_ref().map_or(1, code_of);

@@ -3,11 +3,13 @@
 
 use std::path::Path;
 
+use kit::Random;
+
 use crate::chain::view::View;
 use crate::chain::{Chain, OpenOptions};
 use crate::check::tests::ours;
 use crate::check::tests::qemu::{Bench, patch, patch_u64, places, theirs, word};
-use crate::check::tests::random::{IMAGES, Random, damage, metadata_words, varied_image};
+use crate::check::tests::random::{IMAGES, damage, metadata_words, varied_image};
 use crate::check::{CheckOptions, Verdict, What};
 use crate::image::ClusterCache;
 use crate::repair::{RepairMode, RepairPlan, plan, repair};
@@ -229,7 +231,7 @@ fn random_damage_is_repaired_as_far_as_that_is_promised() {
             let seed = n as u64 * 1_000_000 + case;
             let what = format!("{options}, seed {seed}");
             std::fs::copy(&path, &damaged).unwrap();
-            damage(&damaged, &words, &mut Random(seed));
+            damage(&damaged, &words, &mut Random::new(seed));
             let bytes = std::fs::read(&damaged).unwrap();
             let host = MemHost::new();
             host.add("/image", &bytes).unwrap();

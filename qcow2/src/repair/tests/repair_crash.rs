@@ -4,9 +4,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use kit::Random;
+
 use super::repair::{assert_same_guest, guest};
 use crate::check::tests::qemu::{Bench, patch, patch_u64, places, word};
-use crate::check::tests::random::{Random, varied_image};
+use crate::check::tests::random::varied_image;
 use crate::check::{CheckOptions, CheckReport, Severity, Verdict, What, check};
 use crate::repair::{RepairMode, repair};
 use crate::storage::sim::{Cuts, DiskOp, Garbage, SimHost, Tear, power_cuts};
@@ -102,7 +104,7 @@ fn a_power_cut_leaves_what_can_be_repaired() {
             std::fs::write(&path, &sound).unwrap();
             damage();
             let image = std::fs::read(&path).unwrap();
-            states += cut(&image, &mut Random(n as u64), &format!("{options}, {name}"));
+            states += cut(&image, &mut Random::new(n as u64), &format!("{options}, {name}"));
         }
     }
     assert!(states > 300, "{states}");

@@ -1,6 +1,6 @@
 //! Which of the pending writes a power cut lets through.
 
-use super::random::Random;
+use kit::Random;
 
 /// Sets of units, each of which a power cut may let through: all sets of a few units; else none, all, the
 /// first ones, single ones, all but one, and random ones.

@@ -15,15 +15,13 @@
 mod disk;
 mod faults;
 mod masks;
-mod random;
 mod record;
 mod state;
 mod states;
 
 pub use disk::{SimFile, SimHost};
 pub use faults::{Fault, FaultKind};
-pub use random::Random;
-pub use record::DiskOp;
+pub pub use record::DiskOp;
 pub use state::State;
 pub use states::{Cut, Cuts, Garbage, Tear, power_cuts};
 

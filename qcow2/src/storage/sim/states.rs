@@ -7,8 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 
+use kit::Random;
+
 use super::masks::{masks, positions};
-use super::random::Random;
 use super::record::DiskOp;
 use super::state::{Digests, State};
 use super::{BLOCK, SECTOR};

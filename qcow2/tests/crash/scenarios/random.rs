@@ -1,7 +1,7 @@
 //! Chains in which everything follows from a seed.
 
+use kit::Random;
 use qcow2::fuzzing::sample::Content;
-use qcow2::storage::sim::Random;
 
 use super::shape::{SHAPE, name};
 use crate::chain::{After, Layer, Room, Scenario};

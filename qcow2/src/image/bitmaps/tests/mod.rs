@@ -7,8 +7,10 @@ mod removing;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+use kit::ok;
 
 use super::table::BitmapTable;
 use super::{BitmapGrowth, BitmapPlan, Marker, bits_for};
@@ -19,28 +21,9 @@ use crate::image::{Qcow2, grow, read_bitmaps};
 use crate::storage::{Access, Host, OsHost};
 use crate::units::{GuestOffset, GuestRange};
 
-/// Whether QEMU's tools are there. Without them these tests have no oracle; in CI that is a failure.
+/// Whether QEMU's tools are there. Without them these tests have no oracle.
 pub(crate) fn qemu() -> bool {
-    let found = ["qemu-img", "qemu-io", "qemu-nbd"].iter().all(|tool| {
-        Command::new(tool).arg("--version").stdout(Stdio::null()).status().is_ok_and(|s| s.success())
-    });
-    if !found {
-        assert!(std::env::var_os("CI").is_none(), "QEMU's tools are needed where CI is set");
-        crate::skipped::skipped("QEMU's tools are not on PATH, so bitmaps were not tested against them");
-    }
-    found
-}
-
-fn run(program: &str, args: &[&str]) -> Output {
-    Command::new(program).args(args).stdin(Stdio::null()).output().unwrap()
-}
-
-/// Runs a tool of QEMU that must succeed; gives what it printed.
-pub(crate) fn ok(program: &str, args: &[&str]) -> String {
-    let output = run(program, args);
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(output.status.success(), "{program} {args:?}: {}{}", text(&output.stdout), text(&output.stderr));
-    text(&output.stdout)
+    kit::are_here(&["qemu-img", "qemu-io", "qemu-nbd"])
 }
 
 /// An image of QEMU's in a folder of its own.

@@ -5,11 +5,10 @@
 //! without the command; `QMERGE_TEST_HINTS=all` types every one.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use super::{Run, merge_binary};
+use crate::{Lab, Run};
 
 /// Programs that a hint may have typed here. `qemu-img` corrects names in headers.
 const PROGRAMS: [&str; 2] = ["qmerge ", "qemu-img "];
@@ -34,21 +33,21 @@ printf '\n%s\n%s\n' "$code" "${changed//$'\n'/ }"
 
 /// How a typed hint ended.
 #[derive(Debug)]
-pub(crate) struct Typed {
+pub struct Typed {
     /// The line.
-    pub(crate) line: String,
+    pub line: String,
     /// Its exit code.
-    pub(crate) code: i32,
+    pub code: i32,
     /// The files that it changed.
-    pub(crate) changed: String,
+    pub changed: String,
     /// All that it printed.
-    pub(crate) text: String,
+    pub text: String,
 }
 
 impl Typed {
     /// Fails unless the line did what it says, or changed nothing; and if it is no command at all.
     #[track_caller]
-    pub(crate) fn assert_harmless(&self, of: &Run) {
+    pub fn assert_harmless(&self, of: &Run) {
         let misspelt = self.text.contains("--help") || self.code == 126 || self.code == 127;
         assert!(
             !misspelt && (self.code == 0 || self.changed.is_empty()),
@@ -62,7 +61,7 @@ impl Typed {
 }
 
 /// The command of a hint, without `sudo`; `None` if it is advice alone, or a call for help.
-pub(crate) fn command(hint: &str) -> Option<&str> {
+pub fn command(hint: &str) -> Option<&str> {
     let starts = PROGRAMS.iter().filter_map(|program| {
         if hint.starts_with(program) { Some(0) } else { hint.find(&format!(": {program}")).map(|at| at + 2) }
     });
@@ -70,9 +69,9 @@ pub(crate) fn command(hint: &str) -> Option<&str> {
     (!line.ends_with("--help")).then_some(line)
 }
 
-/// Types the hints that a run in `folder` printed; see the module's head.
+/// Types the hints that a run in the lab printed; see the module's head.
 #[track_caller]
-pub(crate) fn type_hints(folder: &Path, run: &Run) {
+pub fn type_hints(lab: &Lab, run: &Run) {
     static DONE: OnceLock<Mutex<BTreeSet<String>>> = OnceLock::new();
     let all = std::env::var_os("QMERGE_TEST_HINTS").is_some_and(|value| value == "all");
     for hint in run.stderr.lines().filter_map(|line| line.strip_prefix("hint: ")) {
@@ -86,23 +85,23 @@ pub(crate) fn type_hints(folder: &Path, run: &Run) {
         let done = DONE.get_or_init(Mutex::default);
         let is_new = done.lock().unwrap_or_else(PoisonError::into_inner).insert(words);
         if (is_new || all)
-            && let Some(typed) = type_line(folder, line)
+            && let Some(typed) = type_line(lab, line)
         {
             typed.assert_harmless(run);
         }
     }
 }
 
-/// Types a line in `folder` and throws away what it changes; `None` where that cannot be done.
+/// Types a line in the lab and throws away what it changes; `None` where that cannot be done.
 #[track_caller]
-pub(crate) fn type_line(folder: &Path, line: &str) -> Option<Typed> {
+pub fn type_line(lab: &Lab, line: &str) -> Option<Typed> {
     if !rustix::process::geteuid().is_root() {
         return None;
     }
     let output = Command::new("unshare")
         .args(["--mount", "bash", "-c", SCRIPT, "bash"])
-        .arg(folder)
-        .arg(merge_binary())
+        .arg(lab.dir())
+        .arg(lab.command())
         .arg(line)
         .output()
         .ok()?;

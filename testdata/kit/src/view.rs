@@ -8,7 +8,7 @@ use rustix::fs::SeekFrom;
 
 /// The bytes of a disk, kept in a sparse raw file.
 #[derive(Debug)]
-pub(crate) struct View {
+pub struct View {
     path: PathBuf,
     file: File,
     len: u64,
@@ -16,24 +16,25 @@ pub(crate) struct View {
 
 impl View {
     /// The raw file `path` as it is now.
-    pub(crate) fn new(path: PathBuf) -> Self {
+    pub fn new(path: PathBuf) -> Self {
         let file = File::open(&path).unwrap();
         let len = file.metadata().unwrap().len();
         Self { path, file, len }
     }
 
     /// Its path as an argument.
-    pub(crate) fn arg(&self) -> &str {
+    pub fn arg(&self) -> &str {
         self.path.to_str().unwrap()
     }
 
     /// The size of the disk in bytes.
-    pub(crate) fn len(&self) -> u64 {
+    #[expect(clippy::len_without_is_empty, reason = "nobody asks")]
+    pub fn len(&self) -> u64 {
         self.len
     }
 
     /// The bytes from `start`; zeros past the end.
-    pub(crate) fn bytes(&self, start: u64, count: usize) -> Vec<u8> {
+    pub fn bytes(&self, start: u64, count: usize) -> Vec<u8> {
         let mut bytes = vec![0; count];
         let held = self.len.saturating_sub(start).min(count as u64) as usize;
         self.file.read_exact_at(&mut bytes[..held], start).unwrap();
@@ -42,21 +43,21 @@ impl View {
 
     /// Fails unless both disks have one size and the same bytes.
     #[track_caller]
-    pub(crate) fn assert_same(&self, other: &Self, what: &str) {
+    pub fn assert_same(&self, other: &Self, what: &str) {
         assert!(self.len == other.len, "{what}: sizes differ, {} and {}", self.len, other.len);
         self.assert_same_range(other, 0, self.len, what);
     }
 
     /// Fails unless both disks hold the same bytes from `start` to `end`; past its end a disk holds zeros.
     #[track_caller]
-    pub(crate) fn assert_same_range(&self, other: &Self, start: u64, end: u64, what: &str) {
+    pub fn assert_same_range(&self, other: &Self, start: u64, end: u64, what: &str) {
         if let Some((at, ours, theirs)) = self.first_difference(other, start, end) {
             panic!("{what}: first difference at {at:#x}: {ours:#04x} and {theirs:#04x}");
         }
     }
 
     /// The first byte from `start` to `end` that differs, with both values.
-    pub(crate) fn first_difference(&self, other: &Self, start: u64, end: u64) -> Option<(u64, u8, u8)> {
+    pub fn first_difference(&self, other: &Self, start: u64, end: u64) -> Option<(u64, u8, u8)> {
         const PIECE: u64 = 1 << 20;
         let mut ranges = data_ranges(&self.file);
         ranges.extend(data_ranges(&other.file));
@@ -80,7 +81,7 @@ impl View {
 
     /// Fails unless every byte from `start` to `end` is `value`.
     #[track_caller]
-    pub(crate) fn assert_all(&self, start: u64, end: u64, value: u8, what: &str) {
+    pub fn assert_all(&self, start: u64, end: u64, value: u8, what: &str) {
         assert!(end <= self.len, "{what}: the disk ends at {}", self.len);
         let bytes = self.bytes(start, (end - start) as usize);
         if let Some(index) = bytes.iter().position(|byte| *byte != value) {
