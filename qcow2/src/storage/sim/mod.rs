@@ -21,7 +21,7 @@ mod states;
 
 pub use disk::{SimFile, SimHost};
 pub use faults::{Fault, FaultKind};
-pub pub use record::DiskOp;
+pub use record::DiskOp;
 pub use state::State;
 pub use states::{Cut, Cuts, Garbage, Tear, power_cuts};
 
