@@ -16,6 +16,7 @@ mod header;
 mod l1;
 mod l2;
 mod limits;
+pub mod parts;
 mod refcount;
 mod rewrite;
 #[cfg(test)]

@@ -13,7 +13,9 @@ use super::Qcow2;
 use super::alloc::Allocator;
 use super::refcounts::{ClusterIndex, Refcounts};
 use crate::error::{Error, Result};
-use crate::format::{FormatError, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, RefcountTableEntry, write_be_u64s};
+use crate::format::{
+    FormatError, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, RefcountTableEntry, parts, write_be_u64s,
+};
 use crate::units::HostOffset;
 
 /// New refcount blocks and, where the table has no room for them, a new table; all of it lies in the
@@ -146,7 +148,7 @@ impl TableSwitch {
     /// An I/O error.
     pub(crate) fn publish(self, image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
         let old: Vec<_> = refcounts.table_clusters().collect();
-        image.switch_header(48..60, |header| {
+        image.switch_header(parts::REFCOUNT_TABLE, |header| {
             header.refcount_table_offset = self.at;
             // The limit of 8 MiB keeps the count far below 2^32.
             header.refcount_table_clusters = self.clusters as u32;
@@ -244,7 +246,7 @@ pub(crate) fn grow_l1(image: &mut Qcow2, refcounts: &Refcounts, size: u64) -> Re
     image.write_new(at, &table)?;
     refcounts.raise(image, &[run])?;
     image.barrier()?;
-    image.switch_header(36..48, |header| {
+    image.switch_header(parts::L1, |header| {
         header.l1_entries = entries as u32;
         header.l1_offset = at;
     })?;

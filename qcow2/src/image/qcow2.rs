@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, FileOp, Result};
-use crate::format::{Cluster0, FormatError, Geometry, Header, L1Entry, read_be_u64s};
+use crate::format::{Cluster0, FormatError, Geometry, Header, L1Entry, parts, read_be_u64s};
 use crate::storage::{FileView, Storage, first_unreadable};
 use crate::units::HostOffset;
 
@@ -42,7 +42,12 @@ impl Qcow2 {
         if cluster0.header.has_data_file() && data_file.is_none() {
             return Err(Error::format(
                 path,
-                FormatError::malformed("incompatible feature bit 2", 72, "an external data file", "its name"),
+                FormatError::malformed(
+                    "incompatible feature bit 2",
+                    parts::INCOMPATIBLE.start as u64,
+                    "an external data file",
+                    "its name",
+                ),
             ));
         }
         let data_file = data_file.filter(|_| cluster0.header.has_data_file());

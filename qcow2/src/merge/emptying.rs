@@ -27,6 +27,7 @@ use super::switch::empty::may_grow;
 use super::switch::{empty, relink};
 use crate::chain::Layer;
 use crate::error::{Error, FileOp, Result};
+use crate::format::parts;
 use crate::image::refcounts::Refcounts;
 use crate::image::{Image, Qcow2, bitmaps, grow};
 use crate::journal::record::Header;
@@ -237,6 +238,6 @@ fn grow_disk(image: &mut Qcow2, size: u64) -> Result<()> {
         return Ok(());
     }
     prepare(image, 0, 0, size)?;
-    image.switch_header(24..32, |header| header.size = size)?;
+    image.switch_header(parts::SIZE, |header| header.size = size)?;
     image.barrier()
 }

@@ -21,7 +21,7 @@ use std::sync::atomic::AtomicBool;
 use crate::chain::{BackingName, Chain, OpenOptions, new_backing_name, open_data_file};
 use crate::check::{CheckOptions, check_consistent};
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::format::{EmptyDisk, FormatError, Mark, Switch, features, plan_empty_switch};
+use crate::format::{EmptyDisk, FormatError, Mark, Switch, features, parts, plan_empty_switch};
 use crate::image::alloc::Allocator;
 use crate::image::refcounts::Refcounts;
 use crate::image::{ImageFormat, Qcow2, bitmap_names, bitmaps, grow};
@@ -169,7 +169,7 @@ fn seal(image: &mut Qcow2, moves: bool) -> Result<()> {
     if !moves || image.header().version < 3 || image.header().is_sealed() {
         return Ok(());
     }
-    image.switch_header(88..96, |header| header.autoclear |= features::SEALED)?;
+    image.switch_header(parts::AUTOCLEAR, |header| header.autoclear |= features::SEALED)?;
     image.barrier()
 }
 
@@ -439,7 +439,7 @@ fn move_down(image: &mut Qcow2, refcounts: &Refcounts) -> Result<()> {
         return Ok(());
     }
     let table = new_table(image, refcounts, clusters)?;
-    image.switch_header(40..48, |header| header.l1_offset = table)?;
+    image.switch_header(parts::L1_OFFSET, |header| header.l1_offset = table)?;
     image.barrier()?;
     free_table(image, refcounts, present, bytes)
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 use super::super::{CheckReport, Severity, Structure, What};
 use super::qemu::{Bench, assert_same, code_of, patch, patch_u64, places, theirs, word};
 use super::{ours, ours_with};
+use crate::format::parts;
 
 const COPIED: u64 = 1 << 63;
 
@@ -422,7 +423,7 @@ const DAMAGES: &[DamageCase] = &[
     DamageCase {
         what: "a dirty image with wrong refcounts",
         make: |p| {
-            patch_u64(p, 72, 1);
+            patch_u64(p, parts::INCOMPATIBLE.start as u64, 1);
             set_refcount(p, word(p, places(p).l2) & !COPIED, 0);
         },
         code: 2,
@@ -431,7 +432,7 @@ const DAMAGES: &[DamageCase] = &[
     },
     DamageCase {
         what: "a sound image that is marked corrupt",
-        make: |p| patch_u64(p, 72, 2),
+        make: |p| patch_u64(p, parts::INCOMPATIBLE.start as u64, 2),
         code: 0,
         qemu: None,
         found: |r| !r.dirty && r.marked_corrupt && r.is_consistent(),

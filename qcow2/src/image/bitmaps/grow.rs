@@ -18,7 +18,7 @@
 use std::ops::Range;
 
 use crate::error::{Error, Result};
-use crate::format::{BitmapsExtension, EXT_BITMAPS, features};
+use crate::format::{BitmapsExtension, EXT_BITMAPS, features, parts};
 use crate::image::Qcow2;
 use crate::image::edits::Batch;
 use crate::image::refcounts::{ClusterIndex, Refcounts};
@@ -70,17 +70,17 @@ impl BitmapGrowth {
         let place = image.cluster0().extension(EXT_BITMAPS).map(|found| found.offset + EXTENSION_HEAD);
         let (Some(directory_offset), Some(extension), Some(place)) = (self.directory, extension, place)
         else {
-            image.switch_header(24..32, |header| header.size = size)?;
+            image.switch_header(parts::SIZE, |header| header.size = size)?;
             return image.barrier();
         };
-        image.switch_header(88..96, |header| {
+        image.switch_header(parts::AUTOCLEAR, |header| {
             header.autoclear &= features::KNOWN_AUTOCLEAR & !features::BITMAPS;
         })?;
         image.barrier()?;
         let data = BitmapsExtension { directory_offset, ..extension }.encode().data;
         image.write(HostOffset::new(place), &data)?;
         image.barrier()?;
-        image.switch_header(24..96, |header| {
+        image.switch_header(parts::SIZE_TO_AUTOCLEAR, |header| {
             header.size = size;
             header.autoclear |= features::BITMAPS;
         })?;

@@ -10,7 +10,7 @@ use super::unfinished;
 use super::unfinished::UnfinishedMerge;
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::format::features;
+use crate::format::{features, parts};
 use crate::image::Image;
 use crate::journal;
 use crate::journal::record::{Guard, Header, Phase, Purpose, Record, Sample};
@@ -422,7 +422,7 @@ impl Work {
             && inherited.is_none()
         {
             // In one sector, and so at once: from now on whoever writes to the image is noticed.
-            qcow2.switch_header(72..96, |header| {
+            qcow2.switch_header(parts::FEATURES, |header| {
                 header.incompatible |= features::DIRTY;
                 header.compatible &= !features::LAZY_REFCOUNTS;
                 header.autoclear &= features::KNOWN_AUTOCLEAR;
@@ -498,7 +498,7 @@ impl Work {
         match (&mut *image, self.journal.header().guard) {
             (Image::Qcow2(qcow2), Guard::DirtyBit { lazy }) => {
                 self.journal.enter(Phase::Done);
-                qcow2.switch_header(72..88, |header| {
+                qcow2.switch_header(parts::LASTING_FEATURES, |header| {
                     header.incompatible &= !features::DIRTY;
                     if lazy {
                         header.compatible |= features::LAZY_REFCOUNTS;

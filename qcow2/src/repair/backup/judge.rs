@@ -8,12 +8,12 @@ use super::saved::{Saved, Sector, halves};
 use super::sectors::Sectors;
 use crate::check::CheckOptions;
 use crate::error::{Error, FileOp, Refusal, Result};
-use crate::format::Cluster0;
+use crate::format::{Cluster0, parts};
 use crate::journal::are_names_clean;
 use crate::storage::Storage;
 
 /// Where the incompatible feature "corrupt" is in the first sector, in a byte of its own, as that bit.
-const CORRUPT: (usize, u8) = (79, 2);
+const CORRUPT: (usize, u8) = (parts::DIRTY_AND_CORRUPT, 2);
 /// How many ranges are kept; all bytes are counted.
 const KEPT_RANGES: usize = 1000;
 

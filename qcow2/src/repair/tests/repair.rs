@@ -11,6 +11,7 @@ use crate::check::tests::ours;
 use crate::check::tests::qemu::{Bench, patch, patch_u64, places, theirs, word};
 use crate::check::tests::random::{IMAGES, damage, metadata_words, varied_image};
 use crate::check::{CheckOptions, Verdict, What};
+use crate::format::parts;
 use crate::image::ClusterCache;
 use crate::repair::{RepairMode, RepairPlan, plan, repair};
 use crate::storage::{Access, Host, MemHost, OsHost};
@@ -103,13 +104,13 @@ const REPAIRABLE: &[(&str, bool, MakeDamage)] = &[
     ("the table lies behind the end", true, |p| patch_u64(p, 48, 1 << 30)),
     ("dirty, and all refcounts are lost", false, |p| {
         patch(p, places(p).refcount_block, &[0; 1 << 16]);
-        patch_u64(p, 72, 1);
+        patch_u64(p, parts::INCOMPATIBLE.start as u64, 1);
     }),
-    ("marked corrupt", false, |p| patch_u64(p, 72, 2)),
-    ("dirty only", false, |p| patch_u64(p, 72, 1)),
+    ("marked corrupt", false, |p| patch_u64(p, parts::INCOMPATIBLE.start as u64, 2)),
+    ("dirty only", false, |p| patch_u64(p, parts::INCOMPATIBLE.start as u64, 1)),
     ("dirty, corrupt, and the block is lost", true, |p| {
         patch_u64(p, places(p).refcount_table, 0);
-        patch_u64(p, 72, 3);
+        patch_u64(p, parts::INCOMPATIBLE.start as u64, 3);
     }),
 ];
 
@@ -126,7 +127,7 @@ fn what_can_be_repaired_is_clean_afterwards() {
         assert!(!plan.is_empty(), "{name}");
         assert_eq!(plan.rebuilt.is_some(), *anew, "{name}: {plan}");
         assert_eq!(plan.after.verdict(), Verdict::Clean, "{name}: {plan}");
-        assert_eq!(word(&damaged, 72), 0, "{name}: dirty and corrupt bits");
+        assert_eq!(word(&damaged, parts::INCOMPATIBLE.start as u64), 0, "{name}: dirty and corrupt bits");
         let again = ours(&damaged);
         assert_eq!(again, plan.after, "{name}");
         assert_eq!(theirs(&damaged).0, 0, "{name}");

@@ -10,6 +10,7 @@ use super::repair::{assert_same_guest, guest};
 use crate::check::tests::qemu::{Bench, patch, patch_u64, places, word};
 use crate::check::tests::random::varied_image;
 use crate::check::{CheckOptions, CheckReport, Severity, Verdict, What, check};
+use crate::format::parts;
 use crate::repair::{RepairMode, repair};
 use crate::storage::sim::{Cuts, DiskOp, Garbage, SimHost, Tear, power_cuts};
 use crate::storage::{Access, Host, MemHost, Storage};
@@ -95,7 +96,11 @@ fn a_power_cut_leaves_what_can_be_repaired() {
             ("refcounts high", &|| patch(&path, block, &vec![0x77; size])),
             ("block lost, dirty", &|| {
                 patch_u64(&path, places(&path).refcount_table, 0);
-                patch_u64(&path, 72, word(&path, 72) | 1);
+                patch_u64(
+                    &path,
+                    parts::INCOMPATIBLE.start as u64,
+                    word(&path, parts::INCOMPATIBLE.start as u64) | 1,
+                );
             }),
             ("table behind the end", &|| patch_u64(&path, 48, 1 << 30)),
             ("table is data", &|| patch_u64(&path, 48, word(&path, places(&path).l2) & !(1 << 63))),

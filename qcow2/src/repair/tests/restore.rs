@@ -7,6 +7,7 @@ use std::path::Path;
 use super::{damaged_images, repaired};
 use crate::check::CheckOptions;
 use crate::error::{Error, FileOp, Refusal, Result};
+use crate::format::parts;
 use crate::repair::{RepairMode, RestoreOptions, RestorePlan, plan_restore, repair_with_backup, restore};
 use crate::storage::sim::{Fault, FaultKind, SimHost, State};
 use crate::storage::{Access, Host, MemHost};
@@ -211,8 +212,8 @@ fn an_image_that_was_written_since_is_refused() {
 fn what_others_marked_corrupt_is_refused() {
     let known = rebuilt();
     let mut marked = known.after.clone();
-    assert_eq!(marked[79], 0);
-    marked[79] = 2;
+    assert_eq!(marked[parts::DIRTY_AND_CORRUPT], 0);
+    marked[parts::DIRTY_AND_CORRUPT] = 2;
     let error = put_back(&known.host(&marked, &known.backup), IMAGE).unwrap_err();
     assert!(error.to_string().contains("it has been marked corrupt"), "{error}");
 }
@@ -266,7 +267,10 @@ fn a_restore_that_fails_anywhere_is_finished_by_the_same_one() {
             }
             let left = disk.now().host();
             failed += u32::from(done.is_err());
-            marked += u32::from(left.content(IMAGE).unwrap()[79] & 2 != 0 && image[79] & 2 == 0);
+            marked += u32::from(
+                left.content(IMAGE).unwrap()[parts::DIRTY_AND_CORRUPT] & 2 != 0
+                    && image[parts::DIRTY_AND_CORRUPT] & 2 == 0,
+            );
             put_back(&left, IMAGE).unwrap_or_else(|e| panic!("{name}: {kind:?} {nth}: {e}"));
             assert!(left.content(IMAGE).unwrap() == image, "{name}: {kind:?} {nth}");
         }

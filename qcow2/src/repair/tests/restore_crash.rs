@@ -3,6 +3,7 @@
 use super::restore::{IMAGE, put_back};
 use super::{damaged_images, repaired};
 use crate::error::{Error, Refusal};
+use crate::format::parts;
 use crate::repair::RepairMode;
 use crate::storage::MemHost;
 use crate::storage::sim::{Cuts, Garbage, SimHost, Tear, power_cuts};
@@ -53,7 +54,7 @@ fn cut_restores(images: Vec<(&'static str, Vec<u8>)>, garbage: Garbage) -> (u64,
         states += power_cuts(disk.start(), &disk.log(), &cuts(garbage), |cut| {
             let host = cut.state.host();
             let torn = host.content(IMAGE).unwrap();
-            let is_open = torn.starts_with(b"QFI\xfb") && torn[79] & 2 == 0;
+            let is_open = torn.starts_with(b"QFI\xfb") && torn[parts::DIRTY_AND_CORRUPT] & 2 == 0;
             let is_half = torn[512..] != image[512..] && torn[512..] != after[512..];
             assert!(!is_half || !is_open || image[7] == 2, "{name}: {cut}: others may write to it");
             marked += u64::from(is_half);
@@ -74,13 +75,15 @@ fn a_restore_that_a_power_cut_tears_goes_on() {
 
 #[test]
 fn a_restore_of_version_2_goes_on() {
-    let old = damaged_images().into_iter().filter(|(_, image)| image[79] == 0).map(|(name, mut image)| {
-        // Of version 2 the header ends where that of version 3 has its features.
-        image[4..8].copy_from_slice(&[0, 0, 0, 2]);
-        let tail = image[104..512].to_vec();
-        image[72..72 + tail.len()].copy_from_slice(&tail);
-        (name, image)
-    });
+    let old = damaged_images().into_iter().filter(|(_, image)| image[parts::DIRTY_AND_CORRUPT] == 0).map(
+        |(name, mut image)| {
+            // Of version 2 the header ends where that of version 3 has its features.
+            image[4..8].copy_from_slice(&[0, 0, 0, 2]);
+            let tail = image[104..512].to_vec();
+            image[72..72 + tail.len()].copy_from_slice(&tail);
+            (name, image)
+        },
+    );
     let (states, _) = cut_restores(old.collect(), Garbage::None);
     println!("{states} states");
     assert!(states >= 40, "{states}");
