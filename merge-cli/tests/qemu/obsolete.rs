@@ -3,13 +3,15 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use crate::support::{Folder, qemu_present};
+use kit::{Lab, qemu_is_here};
+
+use crate::support::lab;
 
 const M: u64 = 1 << 20;
 
 /// `base <- b <- c`, with b merged: an empty overlay on base beside `base <- c`.
-fn merged(name: &str) -> Folder {
-    let folder = Folder::new(name);
+fn merged(name: &str) -> Lab {
+    let folder = lab(name);
     folder.create("base.qcow2", 4 * M, "");
     folder.io("qcow2", "base.qcow2", &["write -P 1 0 2M"]);
     folder.overlay("b.qcow2", "base.qcow2", "qcow2", None, "");
@@ -22,7 +24,7 @@ fn merged(name: &str) -> Folder {
 
 #[test]
 fn a_merged_layer_that_was_written_since_is_an_image_like_any_other() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for snapshot in [false, true] {
@@ -52,10 +54,10 @@ fn a_merged_layer_that_was_written_since_is_an_image_like_any_other() {
 /// Two chains of which one layer is the same file: what the other one reads there must not go.
 #[test]
 fn a_merged_layer_with_another_name_keeps_its_data() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("hard-linked");
+    let folder = lab("hard-linked");
     folder.sh("for d in vm1 vm2; do mkdir $d; (cd $d
          qemu-img create -q -f qcow2 base 4M; qemu-io -c 'write -q -P 1 0 1M' base
          qemu-img create -q -f qcow2 -b base -F qcow2 a; qemu-io -c 'write -q -P 3 1M 1M' a
@@ -70,10 +72,10 @@ fn a_merged_layer_with_another_name_keeps_its_data() {
 
 #[test]
 fn a_link_that_means_another_chain_than_the_file_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
-    let folder = Folder::new("two-chains");
+    let folder = lab("two-chains");
     folder.sh("for d in real link; do mkdir $d; qemu-img create -q -f qcow2 $d/base 4M
          qemu-io -c 'write -q -P 1 0 1M' $d/base; done
          qemu-img create -q -f qcow2 -b base -F qcow2 real/c; qemu-io -c 'write -q -P 5 2M 1M' real/c");

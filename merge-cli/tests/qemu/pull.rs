@@ -1,12 +1,14 @@
 //! `qmerge pull`, judged by QEMU.
 
-use crate::support::{Folder, qemu_present};
+use kit::{Lab, qemu_is_here};
+
+use crate::support::lab;
 
 const M: u64 = 1 << 20;
 
 /// `base <- a <- b <- c` of all kinds; `n` chooses which.
-fn chain(name: &str, n: usize) -> (Folder, &'static str) {
-    let folder = Folder::new(name);
+fn chain(name: &str, n: usize) -> (Lab, &'static str) {
+    let folder = lab(name);
     let (format, base) = if n.is_multiple_of(3) { ("raw", "base.raw") } else { ("qcow2", "base.qcow2") };
     if format == "raw" {
         folder.raw(base, 6 * M, 3 * M, 1);
@@ -29,7 +31,7 @@ fn chain(name: &str, n: usize) -> (Folder, &'static str) {
 
 #[test]
 fn the_guest_sees_the_same_and_no_other_file_is_touched() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for n in 0..15 {
@@ -57,7 +59,7 @@ fn the_guest_sees_the_same_and_no_other_file_is_touched() {
 
 #[test]
 fn a_pull_that_was_killed_goes_on() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     for call in 1.. {
@@ -79,7 +81,7 @@ fn a_pull_that_was_killed_goes_on() {
 
 #[test]
 fn what_cannot_be_pulled_is_refused() {
-    if !qemu_present() {
+    if !qemu_is_here() {
         return;
     }
     let (folder, base) = chain("pull-refused", 1);

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use kit::Random;
+
 use super::{PreparedPull, Pull, PullOptions, PullReport};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Refusal, Result};
@@ -12,7 +14,7 @@ use crate::merge::crash_tests::{assert_sound, cuts, see};
 use crate::merge::{Commit, CommitOptions, heal};
 use crate::storage::sim::{Cuts, Fault, FaultKind, Garbage, SimHost, power_cuts};
 use crate::storage::{Host, MemHost};
-use crate::testing::{Dice, Silent, local, random_chain};
+use crate::testing::{Silent, local, random_chain};
 use crate::transfer::put;
 use crate::units::GuestOffset;
 
@@ -39,10 +41,10 @@ fn no_journal(host: &MemHost) -> bool {
 fn the_guest_sees_the_same_and_the_layers_below_stay_as_they_are() {
     for seed in 0..120 {
         let host = MemHost::new();
-        let mut dice = Dice(seed);
-        let layers = 2 + dice.roll(3);
+        let mut dice = Random::new(seed);
+        let layers = 2 + dice.below(3);
         let model = random_chain(&host, &mut dice, layers);
-        let base = (0..layers - 1).nth(dice.roll(layers) as usize);
+        let base = (0..layers - 1).nth(dice.below(layers) as usize);
         let active = PathBuf::from(format!("/{}", layers - 1));
         let below: Vec<_> = (0..layers - 1).map(|n| host.content(format!("/{n}")).unwrap()).collect();
         let what = format!("seed {seed}: {layers} layers onto {base:?}");
@@ -69,7 +71,7 @@ fn a_power_cut_at_any_point_of_a_pull_loses_nothing() {
     let mut states = 0;
     for seed in 0..14 {
         let host = MemHost::new();
-        let mut dice = Dice(seed);
+        let mut dice = Random::new(seed);
         let model = random_chain(&host, &mut dice, 3);
         let options = options((seed % 3 > 0).then_some(0));
         let active = Path::new("/2");
@@ -83,7 +85,7 @@ fn a_power_cut_at_any_point_of_a_pull_loses_nothing() {
                 assert_sound(&cut.state, &what);
                 assert!(see(&host, active) == model, "{what}: the guest sees something else");
             }
-            if dice.roll(3) > 0 {
+            if dice.below(3) > 0 {
                 return;
             }
             pull(Arc::new(host.clone()), active, &options).unwrap_or_else(|e| panic!("{what}, again: {e}"));
@@ -102,13 +104,13 @@ fn every_operation_of_a_pull_fails_once_and_nothing_is_lost() {
     let mut failed = 0;
     for seed in 0..4 {
         let host = MemHost::new();
-        let mut dice = Dice(seed);
+        let mut dice = Random::new(seed);
         let model = random_chain(&host, &mut dice, 3);
         let options = options((seed % 2 > 0).then_some(0));
         let active = Path::new("/2");
         for nth in 1.. {
             let disk = SimHost::over(&host);
-            disk.fail(Some(Fault { kind: FaultKind::Io, nth, for_ever: dice.roll(2) > 0 }));
+            disk.fail(Some(Fault { kind: FaultKind::Io, nth, for_ever: dice.below(2) > 0 }));
             let result = pull(Arc::new(disk.clone()), active, &options);
             let is_hit = disk.failed() > 0;
             disk.fail(None);
