@@ -1,44 +1,53 @@
 //! A qcow2 engine that reads, checks and merges disk image chains. It knows images and chains, and
 //! nothing of QEMU processes or terminals.
 //!
-//! [`chain::Chain::open`] opens a chain, [`chain::Chain::reader`] reads its disk, [`merge::heal`] and
-//! [`merge::Commit::prepare`] begin a merge; `examples/merge.rs` does all of that. Errors say which file, where, what was
-//! found and what was expected; [`ErrorKind`] is what a caller decides by.
+//! # Where to start
 //!
-//! The modules are floors; each imports only from those below it:
+//! Every call takes a [`storage::Host`], by which files are opened: [`storage::OsHost`] is the system's,
+//! [`storage::MemHost`] is in memory. No file that an image only names is opened unless a [`chain::Policy`] allows it.
 //!
-//! - [`mod@format`]: bytes to values and back. No I/O.
-//! - [`storage`]: where bytes lie: files, block devices, memory; locks.
-//! - [`mod@stamp`]: a file as it was when somebody looked, known again.
-//! - [`journal`]: what is written in place, kept aside until it is durable.
-//! - [`image`]: one opened image, its map and its bytes.
-//! - [`chain`]: layers opened by name under a policy, and the map through them.
-//! - [`check`], [`repair`]: whether an image is consistent; what follows from its references, put right.
-//! - [`transfer`]: the road of bytes from layers into an image.
-//! - [`merge`]: layers merged down into a base: planned, carried out, verified.
-//! - [`retire`]: layers that QEMU has merged: marked, removed, made empty overlays, compared with base.
-//! - [`compare`] and [`convert`]: two views compared; a chain as one new file.
-//! - [`by_name`]: an image checked, repaired or restored by its name, under the lock that this needs.
-//! - [`facts`]: what an image, or each layer of a chain, is; [`ways`]: what would succeed next, where something has failed.
+//! | to | begin with |
+//! | --- | --- |
+//! | read the disk of a chain | [`chain::Chain::open`], [`chain::Chain::reader`] |
+//! | merge layers into a base | [`merge::heal`], then [`merge::Commit::prepare`], which plans; [`merge::Prepared::execute`] |
+//! | give a stopped merge up | [`merge::heal_image`], then [`merge::abort`] |
+//! | write a chain into one new file | [`convert::Flatten::prepare`] |
+//! | compare two chains | [`compare::compare`] |
+//! | check an image, or repair it | [`by_name`], or [`check::check`] and [`repair::plan`] on an opened file |
+//! | make an image | [`image::create`] |
+//! | tidy up what QEMU has merged | [`retire`] |
+//! | know what an image is, or what would succeed next | [`facts`], [`ways`] |
 //!
 //! ```no_run
 //! use std::{path::Path, sync::Arc, sync::atomic::AtomicBool};
 //! use qcow2::chain::{OpenOptions, Policy};
-//! use qcow2::merge::{Commit, CommitOptions, Silent};
+//! use qcow2::merge::{self, Commit, CommitOptions, Silent};
 //! use qcow2::storage::OsHost;
 //!
-//! // Nothing that an image names is opened unless the caller allows it.
+//! let active = Path::new("vm.qcow2");
 //! let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
 //! let options = CommitOptions { open, verify: true, ..CommitOptions::default() };
 //! let cancel = AtomicBool::new(false);
-//! let commit = Commit::prepare(Arc::new(OsHost), Path::new("vm.qcow2"), &options, &cancel)?;
-//! if let Some(plan) = commit.plan() {
+//! for image in merge::heal(&OsHost, active, &options)? {
+//!     println!("{}: its header was torn, and is whole again", image.display());
+//! }
+//! // Opens and locks all layers, judges them, and plans; nothing is written.
+//! let merge = Commit::prepare(Arc::new(OsHost), active, &options, &cancel)?;
+//! if let Some(plan) = merge.plan() {
 //!     println!("{plan}");
 //! }
-//! let report = commit.execute(&Silent, &cancel)?;
+//! let report = merge.execute(&Silent, &cancel)?;
 //! println!("{} bytes were copied", report.totals.bytes_to_copy);
 //! # Ok::<(), qcow2::Error>(())
 //! ```
+//!
+//! `examples/merge.rs` is the same as a program.
+//!
+//! # Errors
+//!
+//! An [`Error`] says which file, where, what was found and what was expected. [`ErrorKind`] is what a caller decides by;
+//! a rule that refuses is a variant of [`Refusal`]. Setting the flag that most calls take as `cancel` ends them with
+//! [`Error::Cancelled`]; what was merged by then stays, and the same merge goes on from there.
 
 pub mod by_name;
 pub mod chain;
@@ -52,7 +61,7 @@ pub mod format;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod image;
-pub mod journal;
+mod journal;
 pub mod merge;
 pub mod repair;
 pub mod retire;
@@ -61,7 +70,7 @@ pub mod stamp;
 pub mod storage;
 #[cfg(test)]
 mod testing;
-pub mod transfer;
+mod transfer;
 pub mod units;
 pub mod ways;
 

@@ -38,6 +38,7 @@ pub use search::Search;
 pub use siblings::{Sibling, Siblings, find_users, find_users_in};
 pub use signs::Lookalike;
 pub(crate) use signs::{Looked, find_lookalikes, other_names};
+pub use view::{Supplied, Supply, View};
 pub use walk::{MapEntry, Mapper};
 
 /// An opened chain, the bottom first, the active image last. It has one layer or more.

@@ -385,7 +385,7 @@ fn image_of(host: &dyn Host, record: &Place, may_be_elsewhere: bool) -> Result<O
 }
 
 /// Whether there is a record of an edit of the header of the image at `path`, beside it.
-pub fn has_edit(host: &dyn Host, path: &Path) -> bool {
+pub(crate) fn has_edit(host: &dyn Host, path: &Path) -> bool {
     let Ok(file) = host.open(path, Access::Read) else { return false };
     find(host, path, &*file, None, Access::Read, SWITCH).is_ok_and(|found| found.is_some())
 }

@@ -6,7 +6,7 @@ use crate::storage::{Boot, FileId};
 
 /// A file that is obsolete when the work is done, and that is removed then.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ObsoleteFile {
+pub(crate) struct ObsoleteFile {
     /// The file as the work has written it last.
     pub file: Stamp,
     /// What it is.
@@ -15,7 +15,7 @@ pub struct ObsoleteFile {
 
 /// What an obsolete file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ObsoleteKind {
+pub(crate) enum ObsoleteKind {
     /// A layer that bears the mark of the merge.
     Marked,
     /// A layer whose header has no room for a mark.

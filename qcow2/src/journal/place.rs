@@ -14,7 +14,7 @@ use crate::stamp::{SameFile, Stamp};
 use crate::storage::{Access, FileKind, FileStat, Folder, Host, Owner, Place, Storage, if_there};
 
 /// How the names of journals end.
-pub const JOURNAL: &str = ".qmerge-journal";
+pub(crate) const JOURNAL: &str = ".qmerge-journal";
 /// How the names of the records of single edits of a header end.
 pub(crate) const SWITCH: &str = ".qmerge-switch";
 /// The longest name that file systems have, in bytes.

@@ -8,24 +8,24 @@
 use std::path::PathBuf;
 
 use super::bytes::{ByteReader, ByteWriter};
-pub use super::obsolete::{ObsoleteFile, ObsoleteKind};
-pub use super::sample::Sample;
+pub(crate) use super::obsolete::{ObsoleteFile, ObsoleteKind};
+pub(crate) use super::sample::Sample;
 use crate::stamp::{Stamp, Times};
 use crate::storage::Boot;
 
 /// What a journal keeps whole: the blocks in which disks are written, in bytes.
-pub const BLOCK: u64 = 4096;
+pub(crate) const BLOCK: u64 = 4096;
 /// What a disk writes wholly or not at all, in bytes.
-pub const SECTOR: usize = 512;
+pub(crate) const SECTOR: usize = 512;
 /// The sectors of a block.
-pub const SECTORS: usize = BLOCK as usize / SECTOR;
+pub(crate) const SECTORS: usize = BLOCK as usize / SECTOR;
 /// The most files that a work writes under one journal: an image, and its data file.
 const MAX_TARGETS: usize = 2;
 /// The most blocks of one record that any journal asks for.
-pub const MAX_BLOCKS: usize = 2048;
+pub(crate) const MAX_BLOCKS: usize = 2048;
 
 /// The version of the format, which its magics hold.
-pub const VERSION: u32 = 4;
+pub(crate) const VERSION: u32 = 4;
 const HEADER_MAGIC: &[u8; 8] = b"qmgJH004";
 const RECORD_MAGIC: &[u8; 8] = b"qmgJR004";
 /// What the header of any version but the first begins with; three digits follow.
@@ -33,20 +33,20 @@ const HEADER_OF_ANY: &[u8; 5] = b"qmgJH";
 /// The header of version 1.
 const HEADER_OF_1: &[u8; 8] = b"qmergeJH";
 /// Magic, length and CRC.
-pub const ENVELOPE: usize = 20;
+pub(crate) const ENVELOPE: usize = 20;
 /// The longest payload of a header, in bytes.
-pub const MAX_HEADER: usize = 2 << 20;
+pub(crate) const MAX_HEADER: usize = 2 << 20;
 /// The longest payload of a record, in bytes.
-pub const MAX_RECORD: usize = record_room(MAX_BLOCKS) + 2 * MAX_HEADER;
+pub(crate) const MAX_RECORD: usize = record_room(MAX_BLOCKS) + 2 * MAX_HEADER;
 
 /// The longest payload of a record of so many blocks, without its list of obsolete files, in bytes.
-pub const fn record_room(blocks: usize) -> usize {
+pub(crate) const fn record_room(blocks: usize) -> usize {
     256 + blocks * (8 + 4 * SECTORS + BLOCK as usize)
 }
 
 /// What the work under a journal is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
+pub(crate) enum Purpose {
     /// Layers are merged down into the image.
     Merge,
     /// The image, once active, becomes an empty overlay.
@@ -62,7 +62,7 @@ pub enum Purpose {
 
 /// How it is noticed that somebody else wrote to the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Guard {
+pub(crate) enum Guard {
     /// Its dirty bit was set, and QEMU's first act as a writer is to clear it.
     DirtyBit {
         /// Whether refcounts were lazy before, and are to be lazy again.
@@ -74,7 +74,7 @@ pub enum Guard {
 
 /// The work that a journal belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Header {
+pub(crate) struct Header {
     /// Ties the records to this header.
     pub nonce: u64,
     /// What is done.
@@ -114,7 +114,7 @@ pub struct Header {
 
 /// How far the work is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Phase {
+pub(crate) enum Phase {
     /// Only the header's first sector is being written, to set the dirty bit.
     Arming,
     /// Data moves; no other image is touched.
@@ -129,7 +129,7 @@ pub enum Phase {
 
 /// A block of a target: what it was, and what it is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Block {
+pub(crate) struct Block {
     /// Its number: its offset divided by [`BLOCK`].
     pub number: u64,
     /// The CRC-32 of each sector before.
@@ -140,7 +140,7 @@ pub struct Block {
 
 /// One step of the work.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
+pub(crate) struct Record {
     /// The nonce of the header.
     pub nonce: u64,
     /// Its number: of two records that are both whole, the later one counts.
@@ -172,7 +172,7 @@ pub struct Record {
 }
 
 /// The CRC-32 of each sector of a block.
-pub fn sector_crcs(block: &[u8]) -> [u32; SECTORS] {
+pub(crate) fn sector_crcs(block: &[u8]) -> [u32; SECTORS] {
     let mut crcs = [0; SECTORS];
     for (crc, sector) in crcs.iter_mut().zip(block.chunks(SECTOR)) {
         *crc = crc32fast::hash(sector);
@@ -214,7 +214,7 @@ fn open<'a>(bytes: &'a [u8], magic: &[u8; 8], most: usize) -> Option<ByteReader<
 }
 
 /// The version of the journal that starts with `bytes`, if it is another one than this program writes.
-pub fn other_version(bytes: &[u8]) -> Option<u32> {
+pub(crate) fn other_version(bytes: &[u8]) -> Option<u32> {
     let version = match bytes.get(..8)?.split_at_checked(HEADER_OF_ANY.len())? {
         (start, digits) if start == HEADER_OF_ANY => std::str::from_utf8(digits).ok()?.parse().ok()?,
         _ if bytes.starts_with(HEADER_OF_1) => 1,
@@ -224,18 +224,18 @@ pub fn other_version(bytes: &[u8]) -> Option<u32> {
 }
 
 /// How many bytes the header that starts with `bytes` has, if they can be the start of one.
-pub fn header_len(bytes: &[u8]) -> Option<usize> {
+pub(crate) fn header_len(bytes: &[u8]) -> Option<usize> {
     announced(bytes, HEADER_MAGIC, MAX_HEADER).map(|len| len + ENVELOPE)
 }
 
 /// How many bytes the record that starts with `bytes` has, if they can be the start of one.
-pub fn record_len(bytes: &[u8]) -> Option<usize> {
+pub(crate) fn record_len(bytes: &[u8]) -> Option<usize> {
     announced(bytes, RECORD_MAGIC, MAX_RECORD).map(|len| len + ENVELOPE)
 }
 
 impl Header {
     /// The header as bytes; `None` if its paths are too long for the room that there is.
-    pub fn encode(&self) -> Option<Vec<u8>> {
+    pub(crate) fn encode(&self) -> Option<Vec<u8>> {
         let mut out = ByteWriter::with_capacity(1024);
         out.u64(self.nonce);
         out.u8(match self.purpose {
@@ -273,7 +273,7 @@ impl Header {
     }
 
     /// The header that `bytes` start with, if it is whole.
-    pub fn parse(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn parse(bytes: &[u8]) -> Option<Self> {
         let mut from = open(bytes, HEADER_MAGIC, MAX_HEADER)?;
         let nonce = from.u64()?;
         let purpose = match from.u8()? {
@@ -322,7 +322,7 @@ impl Header {
 
 impl Record {
     /// The record as bytes.
-    pub fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = ByteWriter::with_capacity(128 + self.blocks.len() * (BLOCK as usize + 64));
         out.u64(self.nonce);
         out.u64(self.sequence);
@@ -351,7 +351,7 @@ impl Record {
 
     /// The record that `bytes` start with, if it is whole and belongs to the header with that nonce. Its
     /// blocks ascend, and lie where a file can have blocks; its numbers leave room to go on from.
-    pub fn parse(bytes: &[u8], nonce: u64) -> Option<Self> {
+    pub(crate) fn parse(bytes: &[u8], nonce: u64) -> Option<Self> {
         let mut from = open(bytes, RECORD_MAGIC, MAX_RECORD)?;
         if from.u64()? != nonce {
             return None;

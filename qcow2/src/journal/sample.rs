@@ -5,7 +5,7 @@ use super::bytes::{ByteReader, ByteWriter};
 /// A range of the guest's disk and the checksum of what base shows there when the merge is done. When the overlays are
 /// emptied, nothing but base holds their data: then such samples tell whether it is still that base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sample {
+pub(crate) struct Sample {
     /// Where the range begins on the guest's disk, in bytes.
     pub offset: u64,
     /// Its length in bytes; at most [`Sample::MOST`].
@@ -19,7 +19,7 @@ pub struct Sample {
 
 impl Sample {
     /// The longest range, in bytes.
-    pub const MOST: u32 = 4096;
+    pub(crate) const MOST: u32 = 4096;
 
     pub(super) fn encode(&self, out: &mut ByteWriter) {
         out.u64(self.offset);
