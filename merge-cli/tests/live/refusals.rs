@@ -29,7 +29,7 @@ fn ranges_that_make_no_sense() {
             &["--pivot", "--backing-file", "x"],
             6,
             &[
-                "re-points no overlay",
+                "relinks no overlay",
                 "hint: without that name: qmerge live commit disk0 --pivot --qmp qmp.sock",
             ],
         ),

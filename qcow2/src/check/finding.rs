@@ -79,7 +79,7 @@ pub enum What {
         /// How many references there are.
         references: u64,
     },
-    /// Clusters have a higher refcount than references: they are never given back.
+    /// Clusters have a higher refcount than references: they are never freed.
     RefcountTooHigh {
         /// The refcount in the image.
         stored: u64,

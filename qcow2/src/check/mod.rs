@@ -84,7 +84,7 @@ pub struct CheckReport {
     /// What is wrong, by severity and host offset: the first thousand of each severity.
     pub findings: Vec<Finding>,
     /// Whether every reference could be followed. If not, clusters that are reported as leaked may belong
-    /// to a structure that could not be read, and must not be given back.
+    /// to a structure that could not be read, and must not be freed.
     #[serde(skip)]
     pub references_complete: bool,
     /// Whether the image is marked dirty: it was not closed cleanly, and wrong refcounts are no surprise.

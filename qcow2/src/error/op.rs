@@ -36,7 +36,7 @@ pub enum FileOp {
     Shrink,
     /// Giving a range back to the file system.
     Punch,
-    /// Giving back all that an image's data file holds.
+    /// Emptying an image's data file.
     EmptyDataFile,
     /// Looking for its holes.
     FindData,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::model::{Input, Layer, chain as layers, guest};
+use super::model::{Input, ModelLayer, chain as layers, guest};
 use crate::chain::view::{Supplied, Supply, View};
 use crate::chain::{Chain, OpenOptions, Policy};
 use crate::image::{ClusterCache, Extent, Image};
@@ -22,7 +22,7 @@ pub fn chain(bytes: &[u8]) {
 }
 
 /// The files of a chain.
-pub(super) fn host_with(layers: &[Layer]) -> MemHost {
+pub(super) fn host_with(layers: &[ModelLayer]) -> MemHost {
     let host = MemHost::new();
     for layer in layers {
         let data_file = layer.data_file.iter().map(|(path, bytes)| (path, bytes));

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use kit::Random;
 
 use super::chain::{assert_same, host_with, options, view};
-use super::model::{Input, Layer, chain as layers, guest};
+use super::model::{Input, ModelLayer, chain as layers, guest};
 use super::mutate::mutate;
 use crate::Result;
 use crate::chain::Chain;
@@ -35,7 +35,7 @@ pub fn commit(bytes: &[u8]) {
         damage(&mut layers, &mut input);
     }
     let host = host_with(&layers);
-    let before = Before { files: files(&host, &layers), layers, case };
+    let before = CommitBefore { files: files(&host, &layers), layers, case };
     if damaged { before.commit_damaged(&host) } else { before.commit_sound(&host) }
 }
 
@@ -63,7 +63,7 @@ impl Case {
         self.top == self.active && !self.keep_active && !self.delete
     }
 
-    pub(super) fn options(&self, layers: &[Layer]) -> CommitOptions {
+    pub(super) fn options(&self, layers: &[ModelLayer]) -> CommitOptions {
         let named = |at: usize| layers[at].path.clone().into_os_string();
         CommitOptions {
             base: BaseChoice::Named(named(self.base)),
@@ -83,13 +83,13 @@ impl Case {
 const BLOCK: u64 = 4096;
 
 /// What was there before the commit.
-struct Before {
-    layers: Vec<Layer>,
+struct CommitBefore {
+    layers: Vec<ModelLayer>,
     files: Files,
     case: Case,
 }
 
-impl Before {
+impl CommitBefore {
     fn active(&self) -> &Path {
         &self.layers[self.case.active].path
     }
@@ -132,7 +132,7 @@ impl Before {
         };
         assert_eq!(files(host, &self.layers), self.files, "planning has written");
         let relinked = commit.plan().is_some_and(|plan| matches!(plan.afterwards, Afterwards::Relink { .. }));
-        assert_eq!(relinked, self.case.top < self.case.active, "the overlay above top is re-pointed");
+        assert_eq!(relinked, self.case.top < self.case.active, "the overlay above top is relinked");
         let planned = commit.plan().map(|plan| plan.totals).unwrap_or_default();
         match Self::execute(commit) {
             Ok(report) => {
@@ -309,13 +309,13 @@ impl Before {
 }
 
 /// Changes bytes of one file of the chain.
-fn damage(layers: &mut [Layer], input: &mut Input<'_>) {
+fn damage(layers: &mut [ModelLayer], input: &mut Input<'_>) {
     let at = input.below(layers.len() as u64) as usize;
     let seed = u64::from(input.byte()) << 8 | u64::from(input.byte());
     mutate(&mut layers[at].file, &mut Random::new(seed));
 }
 
-fn files(host: &MemHost, layers: &[Layer]) -> Files {
+fn files(host: &MemHost, layers: &[ModelLayer]) -> Files {
     let names = layers.iter().flat_map(|l| l.data_file.iter().map(|(path, _)| path).chain([&l.path]));
     names.filter_map(|path| Some((path.clone(), host.content(path).ok()?))).collect()
 }
@@ -334,7 +334,7 @@ mod tests {
             let layers = layers(&mut input);
             let case = Case::choose(&mut input, layers.len());
             let host = host_with(&layers);
-            let before = Before { files: files(&host, &layers), layers, case };
+            let before = CommitBefore { files: files(&host, &layers), layers, case };
             // A version 2 base with snapshots must not grow: a refusal is no merge.
             before
                 .prepare(&host)

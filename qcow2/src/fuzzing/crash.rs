@@ -8,7 +8,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::chain::{assert_same, host_with, view};
 use super::commit::Case;
-use super::model::{Input, Layer, chain as layers, guest};
+use super::model::{Input, ModelLayer, chain as layers, guest};
 use crate::Result;
 use crate::check::{CheckOptions, check};
 use crate::format::is_qcow2;
@@ -44,7 +44,7 @@ fn alone() -> Option<&'static ThreadPool> {
 
 /// A chain, and a commit of it.
 pub(super) struct Merge {
-    pub(super) layers: Vec<Layer>,
+    pub(super) layers: Vec<ModelLayer>,
     pub(super) case: Case,
     pub(super) options: CommitOptions,
     /// What the guest sees.
@@ -145,7 +145,7 @@ impl Merge {
     fn left_over(&self, state: &State) -> Option<PathBuf> {
         let removed = if self.case.delete { self.case.base + 1..self.case.top + 1 } else { 0..0 };
         let is_removed = |name: &Path| {
-            let of = |layer: &Layer| {
+            let of = |layer: &ModelLayer| {
                 layer.path == name || layer.data_file.as_ref().is_some_and(|(data, _)| data == name)
             };
             self.layers[removed.clone()].iter().any(of)

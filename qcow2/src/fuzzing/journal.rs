@@ -24,7 +24,7 @@ const HEAD: usize = 32;
 const RECORD: &[u8; 8] = b"qmgJR004";
 
 /// The files of a disk by name.
-type Files = BTreeMap<PathBuf, Vec<u8>>;
+type JournalFiles = BTreeMap<PathBuf, Vec<u8>>;
 
 /// A commit that is stopped by a failing disk, and whose journals are then replaced by any bytes, damaged, or
 /// changed with a right checksum. An image is written only because of a journal that is whole and about that very
@@ -54,7 +54,7 @@ fn stopped(merge: &Merge, input: &mut Input<'_>) -> State {
 }
 
 /// The journals that are there.
-fn journals(host: &MemHost) -> Files {
+fn journals(host: &MemHost) -> JournalFiles {
     let state = State::of(host);
     let names = state.names().filter(|path| is_journal(path));
     names.filter_map(|path| Some((path.to_owned(), state.content(path)?))).collect()

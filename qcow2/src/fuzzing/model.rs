@@ -37,7 +37,7 @@ impl<'a> Input<'a> {
 
 /// One layer: its file, and what it says about every byte of the guest's disk.
 #[derive(Debug)]
-pub(super) struct Layer {
+pub(super) struct ModelLayer {
     /// The name of the image.
     pub(super) path: PathBuf,
     /// The image's file, or the raw disk.
@@ -52,7 +52,7 @@ pub(super) struct Layer {
     pub(super) says: Vec<Option<u8>>,
 }
 
-impl Layer {
+impl ModelLayer {
     pub(super) fn size(&self) -> usize {
         self.says.len()
     }
@@ -63,7 +63,7 @@ impl Layer {
 }
 
 /// The guest's bytes as `layers[..=top]` show them. A short layer hides what lies below past its end.
-pub(super) fn guest(layers: &[Layer], top: usize) -> Vec<u8> {
+pub(super) fn guest(layers: &[ModelLayer], top: usize) -> Vec<u8> {
     let byte = |at: usize| {
         for layer in layers[..=top].iter().rev() {
             match layer.says.get(at) {
@@ -78,12 +78,12 @@ pub(super) fn guest(layers: &[Layer], top: usize) -> Vec<u8> {
 }
 
 /// Two to four layers, the base first.
-pub(super) fn chain(input: &mut Input<'_>) -> Vec<Layer> {
+pub(super) fn chain(input: &mut Input<'_>) -> Vec<ModelLayer> {
     let depth = 2 + input.below(3) as usize;
     let mut layers = Vec::with_capacity(depth);
     layers.push(if input.one_in(3) { raw(input) } else { qcow2(input, 0, None) });
     for n in 1..depth {
-        let below: &Layer = &layers[n - 1];
+        let below: &ModelLayer = &layers[n - 1];
         let format = if below.is_qcow2() { "qcow2" } else { "raw" };
         let name = below.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         layers.push(qcow2(input, n, Some((name, Some(format.into())))));
@@ -91,14 +91,14 @@ pub(super) fn chain(input: &mut Input<'_>) -> Vec<Layer> {
     layers
 }
 
-fn raw(input: &mut Input<'_>) -> Layer {
+fn raw(input: &mut Input<'_>) -> ModelLayer {
     // A raw file may end anywhere; its disk has whole sectors, as in QEMU.
     let len = input.below(SECTORS) * 512 + if input.one_in(3) { input.below(200) } else { 0 };
     let fill = input.byte();
     let file: Vec<u8> = (0..len).map(|at| fill.wrapping_add((at / 512) as u8) | 1).collect();
     let mut says: Vec<_> = file.iter().map(|b| Some(*b)).collect();
     says.resize(says.len().next_multiple_of(512), Some(0));
-    Layer {
+    ModelLayer {
         path: "/vm/0.raw".into(),
         says,
         file,
@@ -108,14 +108,14 @@ fn raw(input: &mut Input<'_>) -> Layer {
     }
 }
 
-fn qcow2(input: &mut Input<'_>, n: usize, backing: Option<(String, Option<String>)>) -> Layer {
+fn qcow2(input: &mut Input<'_>, n: usize, backing: Option<(String, Option<String>)>) -> ModelLayer {
     let path = PathBuf::from(format!("/vm/{n}.qcow2"));
     let sample = sample(input, &path, backing);
     let image = sample.build();
     let says = says(&sample);
     let held = if sample.snapshots.is_empty() { Vec::new() } else { held_by_snapshots(&sample, &image) };
     let data_file = sample.data_file.as_ref().map(|(name, _)| (name.into(), image.data.clone()));
-    Layer {
+    ModelLayer {
         path,
         file: image.bytes,
         data_file,

@@ -21,7 +21,7 @@ const ALLOWED: &str = "/vm";
 pub fn name(bytes: &[u8]) {
     let Some((place, name)) = bytes.split_first() else { return };
     assert_name_is_understood(name);
-    let place = [Place::Backing, Place::DataFile, Place::Format][usize::from(place % 3)];
+    let place = [NamePlace::Backing, NamePlace::DataFile, NamePlace::Format][usize::from(place % 3)];
     let image = place.image(name);
     let host = Watched::new(&image);
     for policy in [Policy::deny(), Policy::local_files().allow_dir(ALLOWED), Policy::local_files()] {
@@ -46,13 +46,13 @@ pub fn name(bytes: &[u8]) {
 }
 
 #[derive(Clone, Copy)]
-enum Place {
+enum NamePlace {
     Backing,
     DataFile,
     Format,
 }
 
-impl Place {
+impl NamePlace {
     /// An image of 4 KiB clusters that holds the name, as much of it as fits.
     fn image(self, name: &[u8]) -> Vec<u8> {
         let name = name.get(..name.len().min(3000)).unwrap_or_default();

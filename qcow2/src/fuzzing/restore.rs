@@ -82,14 +82,14 @@ fn overwrite(host: &MemHost, path: &str, bytes: &[u8]) {
 
 /// What a record says, without what ties it to the one before.
 #[derive(Clone)]
-struct Record {
+struct RecordDraft {
     kind: [u8; 4],
     numbers: [u64; 2],
     content: Vec<u8>,
 }
 
 /// The records of a backup as the engine writes it.
-fn records(backup: &[u8]) -> Vec<Record> {
+fn records(backup: &[u8]) -> Vec<RecordDraft> {
     let mut records = Vec::new();
     let mut at = MAGIC;
     while let Some(head) = backup.get(at..at + HEAD) {
@@ -104,7 +104,7 @@ fn records(backup: &[u8]) -> Vec<Record> {
         }
         let end = at + HEAD + number(4, 4) as usize;
         let content = backup.get(at + HEAD..end).unwrap_or_default().to_vec();
-        records.push(Record { kind, numbers: [number(8, 8), number(16, 8)], content });
+        records.push(RecordDraft { kind, numbers: [number(8, 8), number(16, 8)], content });
         at = end;
     }
     records

@@ -3,7 +3,7 @@
 //! The allocator goes forward through the refcounts once, handing out free clusters in the order of
 //! the file: gaps first, then the room behind the last cluster. What an operation frees in front of
 //! the allocator may be handed out again, so it is freed only behind the barrier that made it unused,
-//! and its blocks are given back before anything else is allocated.
+//! and its blocks are freed before anything else is allocated.
 
 use std::ops::Range;
 

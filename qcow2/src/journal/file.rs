@@ -279,7 +279,7 @@ impl Journal {
 
     /// Where records with this number, even or odd, lie.
     fn record_at(&self, sequence: u64) -> u64 {
-        // Spent files are some of those that the header names.
+        // Obsolete files are some of those that the header names.
         let room = record_room(self.max_blocks()) + ENVELOPE + 2 * self.header_len as usize;
         self.beat_place() + BLOCK + sequence % 2 * (room as u64).next_multiple_of(BLOCK)
     }

@@ -209,7 +209,7 @@ impl Commit {
             None => Work::begin(&*host, image, header, dir, unfinished.as_ref())?,
         };
         if unfinished.is_some_and(|unfinished| unfinished.is_ours()) {
-            // Mappings that are gone lead nobody to the clusters that were not given back yet.
+            // Mappings that are gone lead nobody to the clusters that are not freed yet.
             give_leaks_back(image, &AtomicBool::new(false))?;
         }
         if let Image::Qcow2(image) = image {

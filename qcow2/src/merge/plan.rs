@@ -56,7 +56,7 @@ pub struct Plan {
     /// Whether layers that are no longer needed are removed.
     #[serde(skip)]
     pub removes: bool,
-    /// Bytes on disk that merged layers give back, at most, with those that are removed.
+    /// Bytes on disk that emptying merged layers frees, at most, with those that are removed.
     pub bytes_freed: u64,
     /// Files of layers that an earlier merge was to remove when it was stopped: removed now, or marked as merged if
     /// this merge removes none.

@@ -26,7 +26,7 @@ pub(super) fn raise(survey: &Survey<'_>, disk: &ImageWriter<'_>) -> Result<u64> 
 }
 
 /// Lowers refcounts that are higher than the references, all of which must be known; returns how many,
-/// and how many clusters are free now. Their space is given back when the refcounts are durable.
+/// and how many clusters are free now. Their space is freed when the refcounts are durable.
 ///
 /// # Errors
 /// Those of a check, and of writing.

@@ -2,7 +2,7 @@
 //!
 //! Refcounts and COPIED flags follow from the references, so they can be corrected, and the refcount
 //! structures can be made anew. What an entry meant that points nowhere, cannot be known: that is left as
-//! it is, and reported. As long as there is such an entry, no cluster is given back either: what it meant
+//! it is, and reported. As long as there is such an entry, no cluster is freed either: what it meant
 //! may be among those that look unused. An image of which anything cannot be read is not repaired at all.
 //!
 //! Memory is bounded as that of a check; the price is that the tables are read several times.
@@ -15,7 +15,7 @@
 //!    refcount structures themselves are damaged, new ones are written to unused space and named by one
 //!    write in the header's first sector. A snapshot table whose entries say too little, or have too much extra data, is
 //!    written anew in the same way.
-//! 3. Refcounts that are too high are lowered. Blocks of free clusters are given back to the file system
+//! 3. Refcounts that are too high are lowered. The file system gets the blocks of free clusters back
 //!    only behind the barrier.
 //! 4. COPIED flags are corrected: they follow refcounts that are durable.
 //! 5. The dirty bit and the corrupt bit are cleared, if a new check finds nothing.
@@ -58,7 +58,7 @@ const FEATURES: u64 = 72;
 /// What is repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RepairMode {
-    /// Lost space is given back, and nothing else. COPIED flags that this makes right are set.
+    /// Leaked clusters are freed, and nothing else. COPIED flags that this makes right are set.
     Leaks,
     /// All that can be.
     All,

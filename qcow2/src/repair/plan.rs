@@ -31,7 +31,7 @@ pub struct RepairPlan {
     pub rebuilt: Option<(u64, u64)>,
     /// Why the refcount structures cannot be made anew.
     pub not_rebuilt: Option<&'static str>,
-    /// Whether nothing is given back, because what damaged structures meant may be among the clusters that
+    /// Whether no cluster is freed, because what damaged structures meant may be among the clusters that
     /// look unused.
     pub withheld: bool,
     /// The check before the repair.

@@ -368,7 +368,7 @@ fn backing_name(host: &dyn Host, image: &Qcow2, base: &Path, base_id: FileId) ->
 }
 
 /// Points the header at base and at an empty L1 table, in one write. The image does not know its new
-/// header yet: what the old one leads to is to be given back.
+/// header yet: the clusters that the old one refers to are still to be freed.
 fn switch(image: &mut Qcow2, refcounts: &mut Refcounts, wanted: &Wanted<'_>, entries: u32) -> Result<()> {
     let clusters = image.geometry().clusters_for(u64::from(entries) * 8);
     if let Some(table) = grow::make_room(image, refcounts, clusters, clusters)? {

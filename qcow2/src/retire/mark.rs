@@ -192,7 +192,7 @@ mod tests {
         let retired = remove(&host, &images, &[], &[], false).unwrap();
         assert_eq!(retired.deleted, [Path::new("/2"), Path::new("/1")]);
         assert_eq!(host.list(Path::new("/")).unwrap(), [Path::new("/0")]);
-        // The overlay above is about to be re-pointed, or was.
+        // The overlay above is about to be relinked, or was.
         let host = chain();
         let above = stamp(&host, "/2").id;
         remove(&host, &[stamp(&host, "/1")], &[above], &[], false).unwrap();

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The bytes of a page.
 pub(super) const PAGE: u64 = 4096;
 /// A part of a file that is there as a whole.
-pub(super) type Page = [u8; PAGE as usize];
+pub(super) type MemoryPage = [u8; PAGE as usize];
 
 /// The clock of all files in memory, in nanoseconds: none is changed at the time of another.
 static CLOCK: AtomicU64 = AtomicU64::new(1);
@@ -23,7 +23,7 @@ pub(super) fn now() -> u64 {
 #[derive(Clone, Debug, Default)]
 pub(super) struct FileContent {
     pub(super) len: u64,
-    pub(super) pages: BTreeMap<u64, Arc<Page>>,
+    pub(super) pages: BTreeMap<u64, Arc<MemoryPage>>,
     /// When it was last changed, by a clock that goes on with each change of any file.
     pub(super) changed: u64,
     /// The time of modification that was set, if that is not when it was last changed.
@@ -73,7 +73,7 @@ impl FileContent {
 
     /// Makes a range read as zeros: whole pages go, the pages at its ends are filled in part.
     pub(super) fn zero(&mut self, offset: u64, end: u64) {
-        let fill = |page: Option<&mut Arc<Page>>, range: Range<u64>| {
+        let fill = |page: Option<&mut Arc<MemoryPage>>, range: Range<u64>| {
             if let Some(bytes) =
                 page.and_then(|p| Arc::make_mut(p).get_mut(range.start as usize..range.end as usize))
             {

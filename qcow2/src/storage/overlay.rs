@@ -25,7 +25,7 @@ pub(crate) trait Flush: Send + Sync + fmt::Debug {
 
 /// A file with changes that are held in memory; what becomes of them `F` says.
 ///
-/// It moves no data and changes no length: that is not supported. Space that is given back stays as it is.
+/// It moves no data and changes no length: that is not supported. A hole that is punched changes nothing.
 #[derive(Debug)]
 pub(crate) struct PageOverlay<'a, F> {
     file: &'a dyn Storage,

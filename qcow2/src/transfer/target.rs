@@ -1,4 +1,4 @@
-//! An image made ready to take data: room in its metadata, feature bits, lost clusters given back.
+//! An image made ready to take data: room in its metadata, feature bits, leaked clusters freed.
 
 use std::sync::atomic::AtomicBool;
 
@@ -39,7 +39,7 @@ pub(crate) fn prepare(image: &mut Qcow2, clusters: u64, side_by_side: u64, size:
     Ok(refcounts)
 }
 
-/// Gives back the clusters that a merge has leaked when it was stopped.
+/// Frees the clusters that a merge leaked when it was stopped.
 pub(crate) fn give_leaks_back(image: &mut Image, cancel: &AtomicBool) -> Result<()> {
     let Image::Qcow2(qcow2) = image else { return Ok(()) };
     let data = qcow2.has_data_file().then(|| &**qcow2.data_file());

@@ -10,7 +10,7 @@ use qcow2::storage::sim::State;
 
 /// One layer: its files, and what it says about every byte of the guest's disk.
 #[derive(Clone, Debug)]
-pub(crate) struct Layer {
+pub(crate) struct BuiltLayer {
     pub(crate) path: PathBuf,
     pub(crate) file: Vec<u8>,
     pub(crate) data_file: Option<(PathBuf, Vec<u8>)>,
@@ -33,7 +33,7 @@ pub(crate) enum Room {
     NoTable,
 }
 
-impl Layer {
+impl BuiltLayer {
     /// A qcow2 image.
     pub(crate) fn qcow2(path: &str, sample: &Sample, room: Room) -> Self {
         let mut image = sample.build();
@@ -120,7 +120,7 @@ fn says(sample: &Sample) -> Vec<Option<u8>> {
 }
 
 /// The guest's bytes as `layers[..=top]` show them. A short layer hides what lies below past its end.
-pub(crate) fn guest(layers: &[Layer], top: usize) -> Vec<u8> {
+pub(crate) fn guest(layers: &[BuiltLayer], top: usize) -> Vec<u8> {
     let byte = |at: usize| {
         for layer in layers[..=top].iter().rev() {
             match layer.says.get(at) {
@@ -152,7 +152,7 @@ pub(crate) const JOURNALS: &str = "/journals";
 #[derive(Clone, Debug)]
 pub(crate) struct Scenario {
     pub(crate) name: String,
-    pub(crate) layers: Vec<Layer>,
+    pub(crate) layers: Vec<BuiltLayer>,
     pub(crate) base: usize,
     pub(crate) top: usize,
     pub(crate) after: After,
@@ -165,7 +165,7 @@ pub(crate) struct Scenario {
 }
 
 impl Scenario {
-    pub(crate) fn new(name: String, layers: Vec<Layer>, base: usize, top: usize) -> Self {
+    pub(crate) fn new(name: String, layers: Vec<BuiltLayer>, base: usize, top: usize) -> Self {
         Self {
             name,
             layers,

@@ -9,7 +9,7 @@ use qcow2::merge::CommitOptions;
 use qcow2::storage::sim::{Cuts, DiskOp, Fault, FaultKind, Garbage, SimHost, power_cuts};
 use qcow2::{Error, ErrorKind};
 
-use crate::chain::{After, Layer, Room, Scenario};
+use crate::chain::{After, BuiltLayer, Room, Scenario};
 use crate::judge::{Judge, merge, merge_with};
 use crate::power::{cuts, disk};
 use crate::run::{Outcome, all, is_whole, tier};
@@ -135,10 +135,10 @@ fn an_image_that_cannot_be_read_is_not_called_inconsistent() {
 #[test]
 fn layers_below_one_that_is_kept_stay() {
     let sample = |n: u64| Sample::new(8).with(n, Content::Data(0x40 + n as u8));
-    let mut layers = vec![Layer::qcow2("/vm/0.qcow2", &sample(0), Room::Dirty(9))];
+    let mut layers = vec![BuiltLayer::qcow2("/vm/0.qcow2", &sample(0), Room::Dirty(9))];
     for n in 1..4 {
         let on = sample(n).over(&format!("{}.qcow2", n - 1), "qcow2");
-        layers.push(Layer::qcow2(&format!("/vm/{n}.qcow2"), &on, Room::Dirty(0)));
+        layers.push(BuiltLayer::qcow2(&format!("/vm/{n}.qcow2"), &on, Room::Dirty(0)));
     }
     let mut scenario = Scenario::new("kept".into(), layers, 0, 3);
     scenario.after = After::Delete;

@@ -189,7 +189,7 @@ impl<'a> Judge<'a> {
         if self.shows(&state.host(), self.scenario.base)? != self.merged {
             return Err("base does not show what was merged".into());
         }
-        // Nobody was to touch what lies above the overlay that was re-pointed.
+        // Nobody was to touch what lies above the overlay that was relinked.
         for path in (self.scenario.top + 2..self.scenario.layers.len()).map(|at| self.scenario.path(at)) {
             if !state.has_same(path, &self.start) {
                 return Err(format!("{} was changed", path.display()));

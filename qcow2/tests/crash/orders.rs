@@ -158,7 +158,7 @@ const WRONG: [(&str, Spoil); 8] = [
     }),
     ("mappings together with refcounts", |r| r.joined(staged, live)),
     ("mappings before refcounts", |r| r.exchanged(staged, live)),
-    ("refcounts given back before the mappings change", |r| r.exchanged(live, freed)),
+    ("clusters freed before the mappings change", |r| r.exchanged(live, freed)),
     ("the switch before the data", |r| {
         let (switch, rest): (Vec<DiskOp>, Vec<DiskOp>) = r.log.iter().cloned().partition(|op| match op {
             DiskOp::Sync { file, .. } | DiskOp::Write { file, .. } | DiskOp::SetLen { file, .. } => {

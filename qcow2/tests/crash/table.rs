@@ -17,7 +17,7 @@ use qcow2::storage::{Access, Host};
 use qcow2::units::GuestOffset;
 use qcow2::{Error, ErrorKind, Result};
 
-use crate::chain::{JOURNALS, Layer, Room, Scenario, guest, options};
+use crate::chain::{BuiltLayer, JOURNALS, Room, Scenario, guest, options};
 use crate::power::disk;
 use crate::run::{say, seed, share};
 use crate::scenarios::{SHAPE, Shape, overlay};
@@ -112,16 +112,16 @@ impl BaseKind {
         }
         let base = match self {
             Self::Raw | Self::RawDevice => {
-                let mut raw = Layer::raw("/vm/0", 40, 0);
+                let mut raw = BuiltLayer::raw("/vm/0", 40, 0);
                 for sector in [1, 5, 20] {
                     raw.file[sector * 512..][..512].fill(OF_BASE);
                 }
                 raw.says = raw.file.iter().map(|byte| Some(*byte)).collect();
                 raw
             }
-            _ => Layer::qcow2("/vm/0", &sample, Room::Dirty(60)),
+            _ => BuiltLayer::qcow2("/vm/0", &sample, Room::Dirty(60)),
         };
-        let layer = |n: usize, below: &Layer, at: &[u64], fill: u8| {
+        let layer = |n: usize, below: &BuiltLayer, at: &[u64], fill: u8| {
             let sample = at.iter().fold(SHAPE.sample(40), |sample, at| sample.with(*at, Content::Data(fill)));
             let mut layer = overlay(sample, below, n);
             layer.path = format!("/vm/{n}.qcow2").into();

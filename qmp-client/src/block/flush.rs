@@ -1,6 +1,6 @@
 //! Making a node durable while a job waits at PENDING.
 //!
-//! QEMU re-points an overlay before it writes the tables of the image that has received the data. Killed in
+//! QEMU relinks an overlay before it writes the tables of the image that has received the data. Killed in
 //! between, it leaves a chain that has lost what was merged, and a check that finds no error. So that image
 //! is flushed first.
 

@@ -107,8 +107,8 @@ fn assert_verdict(state: &State, seen: &Seen, switches: &Header) {
         Verdict::Switched => state.layers_after().map(|layer| layer.index).collect(),
         Verdict::NotSwitched => state.layers.iter().map(|layer| layer.index).collect(),
         Verdict::RelinkBack { .. } => {
-            assert!(matches!(seen.compared, Compared::Differs(_)), "pointed back without a difference");
-            assert_ne!(state.kind, Kind::Pull, "a pull has no layer to point back to");
+            assert!(matches!(seen.compared, Compared::Differs(_)), "relinked back without a difference");
+            assert_ne!(state.kind, Kind::Pull, "a pull has no layer to relink to");
             state.layers.iter().map(|layer| layer.index).filter(|index| *index >= state.base).collect()
         }
         Verdict::Compare => {

@@ -1,5 +1,5 @@
 //! Every operation of a check and of a repair fails once, and for ever. What cannot be read is never "not there": a check
-//! says so, a repair stops, and nothing that was in use is given back.
+//! says so, a repair stops, and nothing that was in use is freed.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -95,7 +95,7 @@ fn repair_with_faults(name: &str, image: &[u8], mode: RepairMode) -> u64 {
                     assert_eq!(done.after, undisturbed.after, "{what}");
                 }
             }
-            // No worse than before: nothing in use was given back.
+            // No worse than before: nothing in use was freed.
             let (_, file) = self::disk(&left);
             let now = check(Path::new(NAME), &*file, None, &CheckOptions::default()).unwrap();
             assert!(too_low(&now) <= too_low(&undisturbed.before), "{what}: {now:#?}");

@@ -8,7 +8,7 @@
 //! 1. Autoclear bit 0 is cleared (one sector).
 //! 2. The bitmaps extension names the new directory.
 //! 3. One write inside the first sector sets the new size, and autoclear bit 0 again.
-//! 4. The old directory, tables and shared clusters of bits are given back.
+//! 4. The old directory, tables and shared clusters of bits are freed.
 //!
 //! A crash before step 3 leaves the old size, and may leave bitmaps that are not valid; a bitmap never
 //! claims too little. Bits for the new area are clear, but for what the merge writes there. (Where an

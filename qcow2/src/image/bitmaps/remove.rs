@@ -10,7 +10,7 @@ use crate::image::refcounts::Refcounts;
 use crate::image::rewrite::header_error;
 use crate::units::HostOffset;
 
-/// Removes all bitmaps, and gives back their clusters. Where the extension cannot be taken out of the
+/// Removes all bitmaps, and frees their clusters. Where the extension cannot be taken out of the
 /// header atomically it stays, without the autoclear bit that gives it a meaning; QEMU removes it when
 /// it writes the header next. Bitmaps that mean nothing already (autoclear bit 0 is clear) are left.
 ///

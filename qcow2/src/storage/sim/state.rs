@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::record::DiskOp;
 use crate::storage::MemHost;
-use crate::storage::mem_content::{FileContent, Page};
+use crate::storage::mem_content::{FileContent, MemoryPage};
 
 /// All files of a disk with their names and identities. Clones share what does not change.
 #[derive(Clone, Debug, Default)]
@@ -64,7 +64,7 @@ impl State {
         let of = |state: &Self| state.files.get(state.names.get(path)?).cloned();
         let (Some(a), Some(b)) = (of(self), of(other)) else { return false };
         let pages = a.pages.iter().zip(&b.pages);
-        let same = |(a, b): (&Arc<Page>, &Arc<Page>)| Arc::ptr_eq(a, b) || a == b;
+        let same = |(a, b): (&Arc<MemoryPage>, &Arc<MemoryPage>)| Arc::ptr_eq(a, b) || a == b;
         a.len == b.len
             && a.pages.len() == b.pages.len()
             && pages.into_iter().all(|((n, a), (m, b))| n == m && same((a, b)))
@@ -145,7 +145,7 @@ impl State {
 
 /// The digests of pages that many states share.
 #[derive(Debug, Default)]
-pub(super) struct Digests(HashMap<usize, (Arc<Page>, u64)>);
+pub(super) struct Digests(HashMap<usize, (Arc<MemoryPage>, u64)>);
 
 impl Digests {
     /// Computes those of a state that are not known yet.
@@ -156,11 +156,11 @@ impl Digests {
         }
     }
 
-    fn of(&self, page: &Arc<Page>) -> u64 {
+    fn of(&self, page: &Arc<MemoryPage>) -> u64 {
         self.0.get(&(Arc::as_ptr(page) as usize)).map_or_else(|| hash(page), |(_, digest)| *digest)
     }
 }
 
-fn hash(page: &Arc<Page>) -> u64 {
+fn hash(page: &Arc<MemoryPage>) -> u64 {
     BuildHasherDefault::<DefaultHasher>::default().hash_one(&page[..])
 }

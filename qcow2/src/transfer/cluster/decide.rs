@@ -65,7 +65,7 @@ pub(super) struct Terms {
 
 /// What becomes of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub(super) enum ClusterOutcome {
     /// It stays as it is.
     Unchanged,
     /// It has no data and no host cluster: each unit is zero, or shows what lies below.
@@ -93,10 +93,10 @@ pub(super) struct Units {
 }
 
 /// What becomes of a cluster, and how much of the disk that changes. `needs` are sorted, disjoint, and lie inside it.
-pub(super) fn decide(cluster: &Cluster, needs: &[Need], terms: &Terms) -> (Outcome, Effect) {
+pub(super) fn decide(cluster: &Cluster, needs: &[Need], terms: &Terms) -> (ClusterOutcome, Effect) {
     let (units, effect) = terms.units_of(cluster, needs);
     let outcome = match units {
-        Units { written: 0, states } if states == cluster.states => Outcome::Unchanged,
+        Units { written: 0, states } if states == cluster.states => ClusterOutcome::Unchanged,
         units => terms.place(cluster, units),
     };
     (outcome, effect)
@@ -142,20 +142,20 @@ impl Terms {
     }
 
     /// Where the data of a cluster goes that changes.
-    fn place(&self, cluster: &Cluster, units: Units) -> Outcome {
+    fn place(&self, cluster: &Cluster, units: Units) -> ClusterOutcome {
         if units.states.allocated == 0 && (!self.has_data_file || cluster.host.is_none()) {
-            return Outcome::NoData(units.states);
+            return ClusterOutcome::NoData(units.states);
         }
         if self.has_data_file {
             let host = HostOffset::new(cluster.start.get());
-            return Outcome::InPlace { host, owned: true, units };
+            return ClusterOutcome::InPlace { host, owned: true, units };
         }
         match cluster.host {
             // A unit that only becomes zero leaves a shared host cluster as it is.
             Some(host) if cluster.compressed.is_none() && (cluster.owned || units.written == 0) => {
-                Outcome::InPlace { host, owned: cluster.owned, units }
+                ClusterOutcome::InPlace { host, owned: cluster.owned, units }
             }
-            _ => Outcome::Moved(units),
+            _ => ClusterOutcome::Moved(units),
         }
     }
 
@@ -237,22 +237,22 @@ mod tests {
         Units { states: Subclusters { allocated, zero }, written }
     }
 
-    fn in_place(allocated: u32, zero: u32, written: u32) -> Outcome {
-        Outcome::InPlace { host: HOST, owned: true, units: units(allocated, zero, written) }
+    fn in_place(allocated: u32, zero: u32, written: u32) -> ClusterOutcome {
+        ClusterOutcome::InPlace { host: HOST, owned: true, units: units(allocated, zero, written) }
     }
 
-    fn moved(allocated: u32, zero: u32, written: u32) -> Outcome {
-        Outcome::Moved(units(allocated, zero, written))
+    fn moved(allocated: u32, zero: u32, written: u32) -> ClusterOutcome {
+        ClusterOutcome::Moved(units(allocated, zero, written))
     }
 
-    fn no_data(zero: u32) -> Outcome {
-        Outcome::NoData(Subclusters { allocated: 0, zero })
+    fn no_data(zero: u32) -> ClusterOutcome {
+        ClusterOutcome::NoData(Subclusters { allocated: 0, zero })
     }
 
     #[test]
     fn what_a_cluster_becomes() {
+        use ClusterOutcome::{InPlace, Unchanged};
         use Origin::Zeros;
-        use Outcome::{InPlace, Unchanged};
         const ALL: u64 = CLUSTER;
         let in_data_file = |allocated, zero, written| InPlace {
             host: HostOffset::new(START.get()),
@@ -261,7 +261,7 @@ mod tests {
         };
         let shared = |allocated, zero| InPlace { host: HOST, owned: false, units: units(allocated, zero, 0) };
         let unallocated = L2Entry::Unallocated;
-        type Row<'a> = (&'a str, Terms, L2Entry, &'a [(u64, u64, Origin)], Outcome);
+        type Row<'a> = (&'a str, Terms, L2Entry, &'a [(u64, u64, Origin)], ClusterOutcome);
         let table: &[Row<'_>] = &[
             ("data, all of it", WHOLE, unallocated, &[(0, ALL, DATA)], moved(1, 0, 1)),
             ("data, a part", OVER, unallocated, &[(7, 9, DATA)], moved(1, 0, 1)),
@@ -367,17 +367,17 @@ mod tests {
     }
 
     /// Each unit reads as it must afterwards, and what others refer to is not written.
-    fn holds(cluster: &Cluster, needs: &[Need], terms: &Terms, outcome: Outcome) {
+    fn holds(cluster: &Cluster, needs: &[Need], terms: &Terms, outcome: ClusterOutcome) {
         let told = format!("{cluster:?} {needs:?} {terms:?}: {outcome:?}");
         let after = match outcome {
-            Outcome::Unchanged => Units { states: cluster.states, written: 0 },
-            Outcome::NoData(states) => Units { states, written: 0 },
-            Outcome::InPlace { host, owned, units } => {
+            ClusterOutcome::Unchanged => Units { states: cluster.states, written: 0 },
+            ClusterOutcome::NoData(states) => Units { states, written: 0 },
+            ClusterOutcome::InPlace { host, owned, units } => {
                 assert_eq!((Some(host), owned), (cluster.host, cluster.owned), "{told}");
                 assert!(owned || units.written == 0, "{told}");
                 units
             }
-            Outcome::Moved(units) => units,
+            ClusterOutcome::Moved(units) => units,
         };
         assert_eq!(after.written & !after.states.allocated, 0, "{told}");
         for n in 0..terms.units {

@@ -1,7 +1,7 @@
 //! What follows from what becomes of a cluster: operations for its data, changes for its entry and its host clusters.
 
 use super::Base;
-use super::decide::{Cluster, Outcome, Terms, Units};
+use super::decide::{Cluster, ClusterOutcome, Terms, Units};
 use crate::chain::view::{Supplied, Supply};
 use crate::error::Result;
 use crate::format::{L2Entry, SubclusterState, Subclusters};
@@ -21,7 +21,7 @@ impl Base<'_> {
         &self,
         cluster: &Cluster,
         needs: &[Need],
-        outcome: Outcome,
+        outcome: ClusterOutcome,
         batch: &mut Batch,
         ops: &mut Ops,
         source: &mut dyn ClusterSource,
@@ -37,13 +37,13 @@ impl Base<'_> {
             is_blank,
         };
         let entry = match outcome {
-            Outcome::Unchanged => return Ok(()),
-            Outcome::NoData(states) => new_entry(None, false, states, cluster.units),
-            Outcome::InPlace { host, owned, units } => {
+            ClusterOutcome::Unchanged => return Ok(()),
+            ClusterOutcome::NoData(states) => new_entry(None, false, states, cluster.units),
+            ClusterOutcome::InPlace { host, owned, units } => {
                 fill(host, false, false).units(units, ops)?;
                 new_entry(Some(host), owned, units.states, cluster.units)
             }
-            Outcome::Moved(units) => {
+            ClusterOutcome::Moved(units) => {
                 let index = batch.allocate(source)?;
                 let host = HostOffset::new(index << bits);
                 fill(host, true, index >= self.blank_from).units(units, ops)?;
@@ -51,7 +51,7 @@ impl Base<'_> {
             }
         };
         batch.set(self.image, cluster.start, entry, source)?;
-        if !matches!(outcome, Outcome::InPlace { .. }) {
+        if !matches!(outcome, ClusterOutcome::InPlace { .. }) {
             if let Some(part) = cluster.compressed {
                 batch.free(self.image, part.host, part.len);
             } else if let Some(old) = cluster.host {

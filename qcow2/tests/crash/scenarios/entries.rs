@@ -3,7 +3,7 @@
 use qcow2::fuzzing::sample::Content;
 
 use super::shape::{SHAPE, Shape, ends, name, overlay};
-use crate::chain::{Layer, Room, Scenario};
+use crate::chain::{BuiltLayer, Room, Scenario};
 
 const MIXED: Content = Content::Subclusters { allocated: 0x00ff_00ff, zero: 0x0f00_0f00, fill: 0x77 };
 
@@ -69,7 +69,7 @@ pub(super) fn entries() -> Vec<Scenario> {
 }
 
 impl OldEntry {
-    fn base(&self, shape: Shape) -> Option<Layer> {
+    fn base(&self, shape: Shape) -> Option<BuiltLayer> {
         let mut sample = shape.sample(8);
         if !matches!(self, Self::NoTable) {
             sample = sample.with(1, Content::Data(0x11));
@@ -86,6 +86,6 @@ impl OldEntry {
             }
             sample.snapshots.push("before".into());
         }
-        Some(Layer::qcow2(&name(0), &sample, Room::Dirty(12)))
+        Some(BuiltLayer::qcow2(&name(0), &sample, Room::Dirty(12)))
     }
 }

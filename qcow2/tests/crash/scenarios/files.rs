@@ -3,7 +3,7 @@
 use qcow2::fuzzing::sample::Content;
 
 use super::shape::{SHAPE, Shape, ends, name, overlay};
-use crate::chain::{After, Layer, Room, Scenario};
+use crate::chain::{After, BuiltLayer, Room, Scenario};
 
 /// Raw bases: sectors beside others that no overlay holds, holes, growth, devices.
 pub(super) fn raw() -> Vec<Scenario> {
@@ -11,7 +11,7 @@ pub(super) fn raw() -> Vec<Scenario> {
     for (sectors, fill) in [(24, 7), (24, 0), (3, 7), (40, 9)] {
         for (cluster_bits, size) in [(9, 24), (9, 60), (10, 20), (12, 8)] {
             let shape = Shape { cluster_bits, ..SHAPE };
-            let base = Layer::raw("/vm/0.raw", sectors, fill);
+            let base = BuiltLayer::raw("/vm/0.raw", sectors, fill);
             let sample = shape.sample(size).with(1, Content::Data(0x44)).with(3, Content::Zero);
             let top = overlay(sample.with(size - 1, Content::Compressed(0x45)), &base, 1);
             let label = format!("raw: {sectors} sectors of {fill}, {size} clusters of 2^{cluster_bits}");
@@ -20,7 +20,7 @@ pub(super) fn raw() -> Vec<Scenario> {
         }
     }
     for turn in 0..4 {
-        let base = Layer::raw("/vm/0.raw", 48, 5);
+        let base = BuiltLayer::raw("/vm/0.raw", 48, 5);
         let sample = SHAPE
             .sample(48)
             .with(3, Content::Data(0x44))
@@ -32,7 +32,8 @@ pub(super) fn raw() -> Vec<Scenario> {
         list.push(scenario);
     }
     for turn in 0..4 {
-        let base = Layer::qcow2(&name(0), &SHAPE.sample(24).with(1, Content::Data(0x11)), Room::Dirty(40));
+        let base =
+            BuiltLayer::qcow2(&name(0), &SHAPE.sample(24).with(1, Content::Data(0x11)), Room::Dirty(40));
         let sample = SHAPE
             .sample(24)
             .with(1, Content::Data(0x44))
@@ -64,7 +65,7 @@ pub(super) fn data_files() -> Vec<Scenario> {
                     // A raw data file shows every cluster of the disk.
                     base = (0..base_size).fold(base, |s, n| s.with(n, Content::Data(0x30 + n as u8)));
                 }
-                let base = Layer::qcow2(&name(0), &base, Room::Dirty(4));
+                let base = BuiltLayer::qcow2(&name(0), &base, Room::Dirty(4));
                 let mut top = shape
                     .sample(top_size)
                     .with(2, Content::Data(0x44))
@@ -96,7 +97,7 @@ pub(super) fn switches() -> Vec<Scenario> {
                     continue;
                 }
                 let shape = Shape { cluster_bits, version, ..SHAPE };
-                let mut layers = vec![Layer::qcow2(
+                let mut layers = vec![BuiltLayer::qcow2(
                     &format!("{folder}/{base_name}"),
                     &shape.sample(6).with(1, Content::Data(0x11)),
                     Room::Dirty(9),
@@ -111,7 +112,7 @@ pub(super) fn switches() -> Vec<Scenario> {
                     };
                     let sample =
                         shape.sample(6).with(n as u64, Content::Data(0x40 + n as u8)).over(&backing, "qcow2");
-                    layers.push(Layer::qcow2(&name(n), &sample, Room::Dirty(0)));
+                    layers.push(BuiltLayer::qcow2(&name(n), &sample, Room::Dirty(0)));
                 }
                 let label =
                     format!("switch v{version} 2^{cluster_bits}: {folder}/{base_name}, {merged} layers");
@@ -134,7 +135,7 @@ pub(super) fn cluster_sizes() -> Vec<Scenario> {
             }
             let size = 3u64 << base_bits.max(top_bits);
             let shape = Shape { cluster_bits: base_bits, extended_l2, ..SHAPE };
-            let below = Layer::qcow2(
+            let below = BuiltLayer::qcow2(
                 &name(0),
                 &SHAPE
                     .sample(size >> 9)
@@ -144,7 +145,7 @@ pub(super) fn cluster_sizes() -> Vec<Scenario> {
             );
             let base =
                 shape.sample(size >> base_bits).with(1, Content::Compressed(0x11)).over("0.qcow2", "qcow2");
-            let base = Layer::qcow2(&name(1), &base, Room::Dirty(4));
+            let base = BuiltLayer::qcow2(&name(1), &base, Room::Dirty(4));
             let top = Shape { cluster_bits: top_bits, ..SHAPE };
             let last = (size >> top_bits) - 1;
             let sample = top.sample(size >> top_bits).with(0, Content::Data(0x44)).with(last, Content::Zero);

@@ -4,15 +4,15 @@ use kit::Random;
 use qcow2::fuzzing::sample::Content;
 
 use super::shape::{SHAPE, name};
-use crate::chain::{After, Layer, Room, Scenario};
+use crate::chain::{After, BuiltLayer, Room, Scenario};
 
 /// A chain of two to four layers in which everything follows from a seed.
 pub(super) fn chain(seed: u64) -> Scenario {
     let mut dice = Random::new(seed);
     let depth = 2 + dice.below(3) as usize;
-    let mut layers: Vec<Layer> = Vec::new();
+    let mut layers: Vec<BuiltLayer> = Vec::new();
     if dice.one_in(4) {
-        layers.push(Layer::raw("/vm/0.raw", 1 + dice.below(60), dice.next() as u8));
+        layers.push(BuiltLayer::raw("/vm/0.raw", 1 + dice.below(60), dice.next() as u8));
     }
     while layers.len() < depth {
         let n = layers.len();
@@ -61,7 +61,7 @@ pub(super) fn chain(seed: u64) -> Scenario {
         // What is new lies behind all that the blocks count: that must not be far.
         let near = shape.cluster_bits == 9 && shape.refcount_order >= 4;
         let room = if near && dice.one_in(2) { Room::NoBlock } else { Room::Dirty(dice.below(20)) };
-        layers.push(Layer::qcow2(&name(n), &sample, room));
+        layers.push(BuiltLayer::qcow2(&name(n), &sample, room));
     }
     let top = 1 + dice.below(depth as u64 - 1) as usize;
     let base = dice.below(top as u64) as usize;

@@ -3,7 +3,7 @@
 use qcow2::fuzzing::sample::Content;
 
 use super::shape::{SHAPE, Shape, overlay};
-use crate::chain::{After, Layer, Room, Scenario};
+use crate::chain::{After, BuiltLayer, Room, Scenario};
 
 /// What is special about the layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ pub(super) fn recorded() -> Vec<Scenario> {
     list
 }
 
-fn chain(kind: LayerKind, overlays: usize) -> Vec<Layer> {
+fn chain(kind: LayerKind, overlays: usize) -> Vec<BuiltLayer> {
     let shape = match kind {
         LayerKind::Version2 => Shape { version: 2, ..SHAPE },
         LayerKind::Subclusters => Shape { cluster_bits: 14, extended_l2: true, ..SHAPE },
@@ -66,10 +66,10 @@ fn chain(kind: LayerKind, overlays: usize) -> Vec<Layer> {
     };
     let base_size = if kind == LayerKind::Growing { 6 } else { 12 };
     let mut layers = vec![match kind {
-        LayerKind::Raw => Layer::raw("/vm/0.raw", base_size, 5),
+        LayerKind::Raw => BuiltLayer::raw("/vm/0.raw", base_size, 5),
         _ => {
             let sample = shape.sample(base_size).with(1, Content::Data(0x11)).with(3, Content::Data(0x12));
-            Layer::qcow2("/vm/0.qcow2", &sample, Room::Dirty(40))
+            BuiltLayer::qcow2("/vm/0.qcow2", &sample, Room::Dirty(40))
         }
     }];
     for n in 1..=overlays {

@@ -3,7 +3,7 @@
 use qcow2::fuzzing::sample::Content;
 
 use super::shape::{SHAPE, Shape, name};
-use crate::chain::{After, Layer, Room, Scenario};
+use crate::chain::{After, BuiltLayer, Room, Scenario};
 
 /// What is special about a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +56,7 @@ pub(super) fn removed() -> Vec<Scenario> {
 }
 
 /// Base and so many layers.
-fn chain(kind: ChainKind, overlays: usize) -> Vec<Layer> {
+fn chain(kind: ChainKind, overlays: usize) -> Vec<BuiltLayer> {
     let shape = if kind == ChainKind::Version2 { Shape { version: 2, ..SHAPE } } else { SHAPE };
     let base = match kind {
         ChainKind::Elsewhere => "/elsewhere/base.qcow2".to_owned(),
@@ -65,11 +65,11 @@ fn chain(kind: ChainKind, overlays: usize) -> Vec<Layer> {
     };
     let sample = shape.sample(10).with(1, Content::Data(0x11)).with(2, Content::Zero);
     let mut layers = vec![match kind {
-        ChainKind::Raw => Layer::raw("/vm/0.raw", 10, 5),
+        ChainKind::Raw => BuiltLayer::raw("/vm/0.raw", 10, 5),
         ChainKind::Version2 => {
-            Layer::qcow2(&base, &shape.sample(10).with(1, Content::Data(0x11)), Room::Dirty(30))
+            BuiltLayer::qcow2(&base, &shape.sample(10).with(1, Content::Data(0x11)), Room::Dirty(30))
         }
-        _ => Layer::qcow2(&base, &sample, Room::Dirty(30)),
+        _ => BuiltLayer::qcow2(&base, &sample, Room::Dirty(30)),
     }];
     for n in 1..=overlays {
         let below = &layers[n - 1];
@@ -80,7 +80,7 @@ fn chain(kind: ChainKind, overlays: usize) -> Vec<Layer> {
             sample.data_file = Some((format!("/vm/{n}.data"), false));
         }
         let sample = sample.over(named.to_str().unwrap(), below.format());
-        layers.push(Layer::qcow2(&name(n), &sample, Room::Dirty(0)));
+        layers.push(BuiltLayer::qcow2(&name(n), &sample, Room::Dirty(0)));
     }
     layers
 }

@@ -2,7 +2,7 @@
 
 use qcow2::fuzzing::sample::{Content, Sample};
 
-use crate::chain::{After, Layer, Room, Scenario};
+use crate::chain::{After, BuiltLayer, Room, Scenario};
 
 /// An image format, in short.
 #[derive(Clone, Copy, Debug)]
@@ -44,14 +44,14 @@ pub(super) fn name(n: usize) -> String {
 }
 
 /// An overlay on layer `n - 1`.
-pub(crate) fn overlay(sample: Sample, below: &Layer, n: usize) -> Layer {
+pub(crate) fn overlay(sample: Sample, below: &BuiltLayer, n: usize) -> BuiltLayer {
     let backing = below.path.file_name().unwrap().to_str().unwrap().to_owned();
     let sample = sample.over(&backing, below.format());
-    Layer::qcow2(&name(n), &sample, Room::Dirty(0))
+    BuiltLayer::qcow2(&name(n), &sample, Room::Dirty(0))
 }
 
 /// The four ways in which a merge ends, in turn; one of them has a layer more.
-pub(super) fn ends(label: String, mut layers: Vec<Layer>, turn: usize) -> Scenario {
+pub(super) fn ends(label: String, mut layers: Vec<BuiltLayer>, turn: usize) -> Scenario {
     let top = layers.len() - 1;
     if turn % 4 == 1 {
         let size = layers[top].says.len() as u64;

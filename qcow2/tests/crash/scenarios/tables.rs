@@ -1,9 +1,9 @@
-//! Tables that grow, shrink, and are given back.
+//! Tables that grow, shrink, and are freed.
 
 use qcow2::fuzzing::sample::Content;
 
 use super::shape::{SHAPE, Shape, ends, name, overlay};
-use crate::chain::{After, Layer, Room, Scenario};
+use crate::chain::{After, BuiltLayer, Room, Scenario};
 
 /// Tables that grow: refcount blocks, the refcount table, the L1 table, and all of them at once.
 pub(super) fn growth() -> Vec<Scenario> {
@@ -30,7 +30,7 @@ pub(super) fn growth() -> Vec<Scenario> {
                     if snapshot {
                         sample.snapshots.push("before".into());
                     }
-                    let base = Layer::qcow2(&name(0), &sample, room);
+                    let base = BuiltLayer::qcow2(&name(0), &sample, room);
                     let last = top_size - 1;
                     let top =
                         shape.sample(top_size).with(2, Content::Data(0x44)).with(last, Content::Data(0x55));
@@ -49,7 +49,7 @@ pub(super) fn growth() -> Vec<Scenario> {
     let shape = Shape { refcount_order: 6, ..SHAPE };
     for clusters in [70, 150] {
         let base =
-            Layer::qcow2(&name(0), &shape.sample(clusters).with(1, Content::Data(0x11)), Room::NoBlock);
+            BuiltLayer::qcow2(&name(0), &shape.sample(clusters).with(1, Content::Data(0x11)), Room::NoBlock);
         let top = (0..clusters).fold(shape.sample(clusters), |s, n| s.with(n, Content::Data(n as u8 | 1)));
         let top = overlay(top, &base, 1);
         list.push(ends(
@@ -79,7 +79,7 @@ pub(super) fn sizes() -> Vec<Scenario> {
             let mut layers = Vec::new();
             if below > 0 {
                 let sample = (0..below).fold(shape.sample(below), |s, n| s.with(n, Content::Data(0x61)));
-                layers.push(Layer::qcow2(&name(0), &sample, Room::Dirty(0)));
+                layers.push(BuiltLayer::qcow2(&name(0), &sample, Room::Dirty(0)));
             }
             let at = layers.len();
             let mut sample =
@@ -87,7 +87,7 @@ pub(super) fn sizes() -> Vec<Scenario> {
             if let Some(lowest) = layers.first() {
                 sample = sample.over(lowest.path.file_name().unwrap().to_str().unwrap(), "qcow2");
             }
-            layers.push(Layer::qcow2(&name(at), &sample, Room::Dirty(10)));
+            layers.push(BuiltLayer::qcow2(&name(at), &sample, Room::Dirty(10)));
             for (n, size, fill) in [(1, top, 0x44), (2, active, 0x55)] {
                 let sample =
                     shape.sample(size).with(2, Content::Data(fill)).with(size - 2, Content::Data(fill));
@@ -129,7 +129,7 @@ pub(super) fn emptied() -> Vec<Scenario> {
             }
             let entries = (1 << shape.cluster_bits) / if shape.extended_l2 { 16 } else { 8 };
             let size = if shape.cluster_bits == 9 { tables * entries } else { 12 };
-            let base = Layer::qcow2(&name(0), &shape.sample(size), Room::Dirty(30));
+            let base = BuiltLayer::qcow2(&name(0), &shape.sample(size), Room::Dirty(30));
             let mut sample = shape.sample(size);
             for n in 0..tables {
                 let at = n * size / tables;
@@ -145,7 +145,7 @@ pub(super) fn emptied() -> Vec<Scenario> {
                 sample.bitmaps.push("lost".into());
             }
             let sample = sample.over("0.qcow2", "qcow2");
-            let top = Layer::qcow2(&name(1), &sample, room);
+            let top = BuiltLayer::qcow2(&name(1), &sample, room);
             let label = format!(
                 "emptied {}: {room:?}, {tables} tables, snapshot: {snapshot}, bitmap: {bitmap}",
                 shape.name
@@ -166,7 +166,7 @@ pub(super) fn bitmaps() -> Vec<Scenario> {
             let shape = Shape { cluster_bits, ..SHAPE };
             let mut base = shape.sample(base_size).with(1, Content::Data(0x11));
             base.bitmaps = (0..count).map(|n| format!("b{n}")).collect();
-            let base = Layer::qcow2(&name(0), &base, Room::Dirty(8));
+            let base = BuiltLayer::qcow2(&name(0), &base, Room::Dirty(8));
             let top =
                 shape.sample(top_size).with(1, Content::Data(0x44)).with(top_size - 1, Content::Data(0x45));
             let top = overlay(top, &base, 1);
@@ -186,9 +186,9 @@ pub(crate) fn full_records() -> Vec<Scenario> {
         at.fold(SHAPE.sample(BLOCKS * every), |sample, at| sample.with(at, Content::Data(fill)))
     };
     // Each table has a block of the file to itself.
-    let base = Layer::qcow2(&name(0), &each(64, 0, 7, 0x11), Room::Dirty(0));
+    let base = BuiltLayer::qcow2(&name(0), &each(64, 0, 7, 0x11), Room::Dirty(0));
     let top = overlay(each(64, 9, 1, 0x22), &base, 1);
-    let raw = Layer::raw("/vm/0.raw", BLOCKS * 8, 0x11);
+    let raw = BuiltLayer::raw("/vm/0.raw", BLOCKS * 8, 0x11);
     let over_raw = overlay(each(8, 3, 1, 0x22), &raw, 1);
     vec![
         Scenario::new("more tables than a record has blocks".into(), vec![base, top], 0, 1),

@@ -88,7 +88,7 @@ impl Procedure {
             (Some(above), given) => Some(backing_name(disk, range, above, given.as_deref())?),
             (None, None) => None,
             (None, Some(_)) => {
-                let why = "an active commit re-points no overlay, so it takes no backing name".into();
+                let why = "an active commit relinks no overlay, so it takes no backing name".into();
                 return Err(Error::BackingName { why, takes_another: false });
             }
         };

@@ -33,7 +33,7 @@ pub(crate) fn planned_bytes(disk: &Disk, files: &Files, from: &[Layer], into: &L
     })
 }
 
-/// `None` where a layer cannot be read here; the estimate is no reason to fail.
+/// `None` where a layer cannot be read here; an unknown number of bytes is no reason to fail.
 fn counted(disk: &Disk, files: &Files, from: &[Layer], into: &Layer) -> Option<PlannedBytes> {
     let highest = from.first()?.index.max(into.index);
     let highest = disk.layers().iter().find(|layer| layer.index == highest)?;
