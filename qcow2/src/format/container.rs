@@ -284,6 +284,7 @@ fn begins_with_skippable(head: &[u8]) -> bool {
 
 /// The magic has two letters only, so that more is looked at: codes of at most 16 bits, as everybody packs; the first
 /// code is a byte, and the second one is at most the first that the table learns.
+#[allow(clippy::little_endian_bytes, reason = "compress writes its header so")]
 fn is_compress(head: &[u8]) -> bool {
     let &[0x1f, 0x9d, 0x90, a, b, c, ..] = head else { return false };
     let bits = u32::from_le_bytes([a, b, c, 0]);
@@ -293,6 +294,7 @@ fn is_compress(head: &[u8]) -> bool {
 
 /// There is no magic: the settings that everybody uses, a dictionary of a power of two, a length that is unknown or less than
 /// 2^48, and the zero that the packed bytes begin with.
+#[allow(clippy::little_endian_bytes, reason = "lzma writes its header so")]
 fn is_lzma(head: &[u8]) -> bool {
     let Some((&[0x5d, d0, d1, d2, d3, ref len @ .., 0], _)) = head.split_first_chunk::<14>() else {
         return false;
@@ -389,6 +391,7 @@ mod tests {
         assert_eq!(at_start(&[0x1f, 0x9d, 0x08, 0, 0, 0]), None);
         assert_eq!(Container::of(&[0x1f, 0x9d, 0x90], &[]), None);
 
+        #[allow(clippy::little_endian_bytes, reason = "lzma writes its header so")]
         let lzma = |dictionary: u32, len: u64, first: u8| {
             let bytes = [&[0x5d], &dictionary.to_le_bytes()[..], &len.to_le_bytes(), &[first]].concat();
             at_start(&bytes)

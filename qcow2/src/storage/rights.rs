@@ -158,6 +158,7 @@ mod tests {
 
     /// A list as Linux keeps it: its version, then tag, permissions and id of each entry, all little endian. Beside
     /// the owner it lets the user 65534 read and write.
+    #[allow(clippy::little_endian_bytes, reason = "Linux keeps lists so")]
     fn list(group: u8) -> Vec<u8> {
         let entry = |tag: u8, permissions: u8, id: u32| [[tag, 0, permissions, 0], id.to_le_bytes()].concat();
         let entries = [
