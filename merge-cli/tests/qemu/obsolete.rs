@@ -38,11 +38,14 @@ fn a_merged_layer_that_was_written_since_is_an_image_like_any_other() {
         folder.refused(&["commit", "c.qcow2"], &[6]).says("b.qcow2");
         folder.view("qcow2", "b.qcow2").assert_same(&before, "the branch");
         if !snapshot {
-            // What it holds is not merged, and nobody says that it is.
-            folder.refused(&["commit", "b.qcow2"], &[6]).says("holds data").says("flatten");
             folder.qmerge(&["info", "b.qcow2"]).ok().says("it holds data");
-            folder.sh("cp b.qcow2 copy.qcow2; rm b.qcow2");
+            folder.sh("cp b.qcow2 copy.qcow2; mkdir away; mv b.qcow2 away");
             folder.refused(&["commit", "c.qcow2"], &[6]).says("copy.qcow2");
+            // What it holds is merged as that of any other image.
+            folder.sh("mv away/b.qcow2 b.qcow2; rm c.qcow2 copy.qcow2");
+            folder.qmerge(&["commit", "b.qcow2"]).ok();
+            folder.view("qcow2", "base.qcow2").assert_same(&before, "base");
+            folder.qmerge(&["commit", "b.qcow2"]).ok();
         }
     }
     let folder = merged("untouched");

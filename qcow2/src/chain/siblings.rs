@@ -127,8 +127,7 @@ pub fn find_users_in(
         for image in users {
             let used = image.uses.iter().find_map(|(id, role)| Some((*roots.get(id)?, *role)));
             let Some((uses, role)) = used else { continue };
-            // A marked layer that somebody has written to since is an image like any other.
-            if image.is_marked && is_empty(host, &image.path)? {
+            if image.is_kept || (image.was_empty && is_empty(host, &image.path)?) {
                 roots.entry(image.id).or_insert(uses);
             } else {
                 found.users.push(Sibling { path: image.path, uses, role });
@@ -145,8 +144,10 @@ struct OutsideImage {
     id: FileId,
     /// The files that it may use, and as what.
     uses: Vec<(FileId, Role)>,
-    /// An earlier merge has made it obsolete, or an empty overlay, and marked it so, or was about to.
-    is_marked: bool,
+    /// See [`is_kept`].
+    is_kept: bool,
+    /// See [`was_empty`].
+    was_empty: bool,
 }
 
 /// Whether the image at `path` holds nothing itself, and no internal snapshot does. What is damaged holds something.
@@ -164,10 +165,16 @@ pub(super) fn is_empty(host: &dyn Host, path: &Path) -> Result<bool> {
     }
 }
 
-/// Whether an image bears one of our marks.
-pub(super) fn is_marked(cluster0: &Cluster0) -> bool {
-    let merged = cluster0.merged_into().or_else(|| cluster0.merging_into());
-    merged.or_else(|| cluster0.emptied_onto()).is_some()
+/// Whether an earlier merge has made an image obsolete, which keeps its old data, or was about to, and has marked it so.
+pub(super) fn is_kept(cluster0: &Cluster0) -> bool {
+    let is_merged = cluster0.merged_into().is_some() && !cluster0.was_empty_when_merged();
+    is_merged || cluster0.merging_into().is_some()
+}
+
+/// Whether an earlier merge has made an image an empty overlay, and marked it so. If somebody has written to it since, it is
+/// an image like any other.
+pub(super) fn was_empty(cluster0: &Cluster0) -> bool {
+    cluster0.was_empty_when_merged() || cluster0.emptied_onto().is_some()
 }
 
 /// The image at `path`, if it is one outside `chain` that uses a file.
@@ -187,7 +194,7 @@ fn look(host: &dyn Host, path: &Path, chain: &[FileId]) -> io::Result<Option<Out
         Err(e) => return Err(e),
     };
     let Some(cluster0) = read_names(&*file)? else { return Ok(None) };
-    let is_marked = is_marked(&cluster0);
+    let (is_kept, was_empty) = (is_kept(&cluster0), was_empty(&cluster0));
     let backing = cluster0.backing_name.as_deref().map(|name| possible_paths(name, path));
     let data = cluster0
         .data_file_name()
@@ -200,7 +207,13 @@ fn look(host: &dyn Host, path: &Path, chain: &[FileId]) -> io::Result<Option<Out
             uses.extend(if_there(host.stat(&named))?.map(|stat| (stat.id, role)));
         }
     }
-    Ok((!uses.is_empty()).then(|| OutsideImage { path: path.to_owned(), id: stat.id, uses, is_marked }))
+    Ok((!uses.is_empty()).then(|| OutsideImage {
+        path: path.to_owned(),
+        id: stat.id,
+        uses,
+        is_kept,
+        was_empty,
+    }))
 }
 
 /// Cluster 0 of a qcow2 image as far as it holds names; `None` if it is no such image, or damaged.
@@ -367,6 +380,8 @@ mod tests {
         new("/base", None);
         for (path, mark, holds) in [
             ("/merged", Some(Mark::Merged), true),
+            ("/gone", Some(Mark::MergedEmpty), false),
+            ("/branch", Some(Mark::MergedEmpty), true),
             ("/emptied", Some(Mark::Emptied), false),
             ("/written", Some(Mark::Emptied), true),
             ("/fresh", None, false),
@@ -385,12 +400,12 @@ mod tests {
         }
         let found = || users(&host, &["/"], &["/base"], &["/base"]);
         // An overlay that somebody has just made may be the disk of another machine.
-        assert_eq!(found(), ["/fresh backing file", "/written backing file"]);
+        assert_eq!(found(), ["/branch backing file", "/fresh backing file", "/written backing file"]);
         for below in ["merged", "emptied", "fresh"] {
             new(&format!("/on-{below}"), on(below));
         }
-        let expected =
-            ["/fresh", "/on-emptied", "/on-merged", "/written"].map(|p| format!("{p} backing file"));
+        let expected = ["/branch", "/fresh", "/on-emptied", "/on-merged", "/written"]
+            .map(|p| format!("{p} backing file"));
         assert_eq!(found(), expected);
     }
 

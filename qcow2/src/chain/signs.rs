@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::Layer;
 use super::name::possible_paths;
-use super::siblings::{is_empty, is_marked, read_names};
+use super::siblings::{is_empty, is_kept, read_names, was_empty};
 use crate::storage::{Access, FileId, FileKind, Host, NameKind, if_there};
 
 /// An image whose backing name leads nowhere, and ends in the name of a layer.
@@ -60,7 +60,7 @@ fn lookalike(host: &dyn Host, path: &Path, names: &[(OsString, &Layer)]) -> io::
     let Some(file) = if_there(host.open(path, Access::Read))? else { return Ok(None) };
     let Some(cluster0) = read_names(&*file)? else { return Ok(None) };
     // What an earlier merge has emptied needs nobody. What cannot be read needs whom it names.
-    if is_marked(&cluster0) && is_empty(host, path).unwrap_or(false) {
+    if is_kept(&cluster0) || (was_empty(&cluster0) && is_empty(host, path).unwrap_or(false)) {
         return Ok(None);
     }
     let Some(backing) = cluster0.backing_name.as_deref() else { return Ok(None) };

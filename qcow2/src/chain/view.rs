@@ -140,7 +140,11 @@ impl<'a> View<'a> {
             let Some(image) = self.layers.get(layer) else { break };
             extents.clear();
             let hull = GuestRange::between(first.start, last.end());
-            image.map(hull, &mut extents)?;
+            if image.map(hull, &mut extents).is_err() {
+                // A damaged entry that the layers above hide is nobody's concern.
+                extents.clear();
+                open.iter().try_for_each(|range| image.map(*range, &mut extents))?;
+            }
             open = split(layer, &open, &extents, GuestOffset::new(image.virtual_size()), out);
         }
         out.extend(open.into_iter().map(|range| Supplied { range, supply: Supply::Nothing }));

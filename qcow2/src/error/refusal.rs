@@ -386,10 +386,9 @@ pub enum Refusal {
          then: only base as it was holds their data"
     )]
     MergedDataLost,
-    /// A layer that was merged before holds data: it was written to since, or could not be emptied.
+    /// A layer that was merged before keeps its data, as it could not be emptied.
     #[error(
-        "it was merged into {} before, and holds data: merging it again could bring old data back, if that was not written \
-         since",
+        "it was merged into {} before, and kept its data: merging it again could bring old data back",
         shown(base)
     )]
     MergedBefore {

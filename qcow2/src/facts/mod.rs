@@ -92,7 +92,7 @@ impl ImageFacts {
                 Ok(())
             });
             facts.problem = problem.err();
-            if facts.problem.is_none() && cluster0.merged_into().is_some() {
+            if facts.problem.is_none() && cluster0.was_empty_when_merged() {
                 // Its tables tell: its data file need not be opened.
                 let image = Qcow2::open(path, file.clone(), Some(file))?;
                 facts.holds_data = image.next_allocated(GuestOffset::ZERO)?.is_some();

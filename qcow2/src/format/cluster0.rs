@@ -190,6 +190,11 @@ impl Cluster0 {
         self.marked_with(EXT_MERGED_INTO)
     }
 
+    /// Whether the mark of a merged image says that it held nothing then: what it holds now, somebody has written since.
+    pub fn was_empty_when_merged(&self) -> bool {
+        self.extension(EXT_MERGED_INTO).is_some_and(|e| e.data.last() == Some(&0))
+    }
+
     /// Our own mark of a merge under way: the path of the image into which this one is being merged, as
     /// in [`merged_into`](Self::merged_into). If the image is still a layer of its chain, the merge was
     /// stopped before it changed the chain; if not, behind that, and the image is obsolete.
@@ -205,7 +210,8 @@ impl Cluster0 {
 
     /// The path in one of our marks.
     fn marked_with(&self, magic: u32) -> Option<PathBuf> {
-        self.extension(magic).map(|e| OsStr::from_bytes(&e.data).into())
+        let path = |data: &[u8]| OsStr::from_bytes(data.strip_suffix(b"\0").unwrap_or(data)).into();
+        self.extension(magic).map(|e| path(&e.data))
     }
 }
 

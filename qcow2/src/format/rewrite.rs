@@ -128,8 +128,8 @@ pub fn plan_mark_and_backing(
 /// A list of extensions with a mark for `base`, with an empty one, and without one.
 fn marked(mut list: Vec<Extension>, (mark, base): (Mark, &[u8])) -> [Vec<Extension>; 3] {
     list.retain(|e| !Mark::is_mark(e));
-    let with = |data: &[u8]| [list.clone(), vec![Extension::new(mark.magic(), data)]].concat();
-    [with(base), with(b""), list]
+    let with = |data: Vec<u8>| [list.clone(), vec![Extension::new(mark.magic(), data)]].concat();
+    [with(mark.payload(base)), with(mark.payload(b"")), list]
 }
 
 /// Plans to mark the image as merged into `base` (see [`Cluster0::merged_into`]), or as being merged
@@ -140,9 +140,9 @@ fn marked(mut list: Vec<Extension>, (mark, base): (Mark, &[u8])) -> [Vec<Extensi
 /// No room even for an empty mark, or a cluster 0 that must not be edited.
 pub fn plan_mark(cluster0: &[u8], base: impl AsRef<[u8]>, mark: Mark) -> Result<Switch, RewriteError> {
     let old = OldCluster0::read(cluster0)?;
-    let with = |data: &[u8]| {
+    let with = |base: &[u8]| {
         let mut list = old.cluster0.extensions.clone();
-        let mark = Extension::new(mark.magic(), data);
+        let mark = Extension::new(mark.magic(), mark.payload(base));
         match list.iter().position(Mark::is_mark) {
             Some(place) => {
                 list.remove(place);
@@ -160,8 +160,10 @@ pub fn plan_mark(cluster0: &[u8], base: impl AsRef<[u8]>, mark: Mark) -> Result<
 pub enum Mark {
     /// The layer is being merged, and is still needed until the chain has been changed.
     Merging,
-    /// The layer was merged, and is not needed any more.
+    /// The layer was merged, and is not needed any more. It keeps its data.
     Merged,
+    /// The layer was merged, is not needed any more, and holds nothing: what it holds later, somebody has written since.
+    MergedEmpty,
     /// The active image was merged, and is an empty overlay on base (see [`Cluster0::emptied_onto`]).
     Emptied,
 }
@@ -170,8 +172,16 @@ impl Mark {
     fn magic(self) -> u32 {
         match self {
             Self::Merging => EXT_MERGING_INTO,
-            Self::Merged => EXT_MERGED_INTO,
+            Self::Merged | Self::MergedEmpty => EXT_MERGED_INTO,
             Self::Emptied => EXT_EMPTIED_ONTO,
+        }
+    }
+
+    /// What the mark says. No path holds a zero byte.
+    fn payload(self, base: &[u8]) -> Vec<u8> {
+        match self {
+            Self::MergedEmpty => [base, b"\0"].concat(),
+            Self::Merging | Self::Merged | Self::Emptied => base.to_vec(),
         }
     }
 

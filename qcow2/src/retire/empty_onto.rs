@@ -196,7 +196,12 @@ impl<'a> Wanted<'a> {
             name,
             format,
             size: options.size.max(image.virtual_size()),
-            mark: if options.mark { Mark::Merged } else { Mark::Emptied },
+            mark: match options.mark {
+                // Its internal snapshots hold what they held.
+                true if image.header().snapshots > 0 => Mark::Merged,
+                true => Mark::MergedEmpty,
+                false => Mark::Emptied,
+            },
             base: host.canonicalize(base).unwrap_or_else(|_| base.to_owned()),
         }
     }

@@ -90,7 +90,7 @@ fn merged(cluster0: &Cluster0, holds_data: bool) -> Option<String> {
     if let Some(into) = cluster0.merged_into() {
         let rest = match holds_data {
             false => "no longer needed",
-            true => "it holds data, which was written since or could not be given back",
+            true => "it holds data that was written since",
         };
         return Some(format!("merged into {}; {rest}", name(into)));
     }

@@ -273,7 +273,7 @@ fn names(host: &dyn Host, top: &OsStr, merged: &Path) -> bool {
 }
 
 /// The reason why there is nothing to do, if the layers asked for bear the mark of a merge; and whether the uppermost holds
-/// nothing, or is no layer of the chain.
+/// nothing more than that, or is no layer of the chain.
 ///
 /// # Errors
 /// A layer that is not there; the system's.
@@ -283,10 +283,11 @@ fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Opt
         let layer = chain.layer(at)?;
         let Some(image) = layer.image.as_qcow2() else { return Ok(None) };
         let Some(base) = mark(image.cluster0()) else { return Ok(None) };
-        Ok(Some((
-            NothingReason::merged(&layer.path, &base),
-            image.next_allocated(GuestOffset::ZERO)?.is_none(),
-        )))
+        let cluster0 = image.cluster0();
+        // What a merge could not empty keeps what was merged.
+        let is_kept = cluster0.merged_into().is_some() && !cluster0.was_empty_when_merged();
+        let has_nothing = is_kept || image.next_allocated(GuestOffset::ZERO)?.is_none();
+        Ok(Some((NothingReason::merged(&layer.path, &base), has_nothing)))
     };
     let Some(top) = &options.top else { return of_layer(chain.active(), &either) };
     match chain.find(host, top) {

@@ -13,6 +13,7 @@ use crate::image::rewrite;
 use crate::journal::{Edit, edit_headers};
 use crate::merge::options::CommitOptions;
 use crate::merge::report::Report;
+use crate::merge::switch::mark::mark_of;
 use crate::merge::switch::relink;
 use crate::storage::{
     Access, FileKind, Host, LockError, LockMode, Owner, Place, Storage, leads_nowhere, may_be_unlocked,
@@ -82,7 +83,7 @@ pub(crate) fn finish(
         None => None,
     };
     let backing = name.as_ref().map(|(name, format)| (name.as_os_str(), *format));
-    let planned = relink::plan_merged(&rewrite::read_cluster(&image)?, base, backing);
+    let planned = relink::plan_merged(&rewrite::read_cluster(&image)?, (mark_of(&image)?, base), backing);
     let Some((switch, has_mark)) = planned else { return Ok(()) };
     let writes: Vec<_> = switch.writes.into_iter().map(|write| (write.offset, write.bytes)).collect();
     let edit = Edit { path, file: &**image.file(), writes, atomic: switch.atomic };

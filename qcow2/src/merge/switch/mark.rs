@@ -9,6 +9,7 @@ use crate::format::{Mark, is_qcow2, plan_mark};
 use crate::image::Qcow2;
 use crate::stamp::{Difference, Stamp};
 use crate::storage::{Access, Host, LockError, LockMode, Place, Storage, may_be_unlocked};
+use crate::units::GuestOffset;
 
 /// Opens the image of a stamp, and locks it in `mode`. It must be the same file. With `no_locks` its file system need not have
 /// locks: then only the caller knows that nobody else uses it.
@@ -67,7 +68,9 @@ pub(crate) fn mark(path: &Path, file: Arc<dyn Storage>, base: &Path) -> Result<b
     let mut cluster = vec![0; header.geometry().cluster_size() as usize];
     let io = |op, at| move |e| Error::io(path, op, Some(at), e);
     file.read_exact_or_zero(&mut cluster, 0).map_err(io(FileOp::Read, 0))?;
-    let Ok(switch) = plan_mark(&cluster, base.as_os_str().as_bytes(), Mark::Merged) else { return Ok(false) };
+    // Its tables tell whether it is empty: its data file need not be opened.
+    let mark = mark_of(&Qcow2::open(path, file.clone(), Some(file.clone()))?)?;
+    let Ok(switch) = plan_mark(&cluster, base.as_os_str().as_bytes(), mark) else { return Ok(false) };
     // The image is obsolete: a mark is not worth a write that a power cut may tear.
     if !switch.atomic {
         return Ok(false);
@@ -77,6 +80,15 @@ pub(crate) fn mark(path: &Path, file: Arc<dyn Storage>, base: &Path) -> Result<b
         file.sync().map_err(|e| Error::barrier(path, e))?;
     }
     Ok(true)
+}
+
+/// The mark that a merged image gets.
+///
+/// # Errors
+/// A table that cannot be read.
+pub(crate) fn mark_of(image: &Qcow2) -> Result<Mark> {
+    let is_empty = image.header().snapshots == 0 && image.next_allocated(GuestOffset::ZERO)?.is_none();
+    Ok(if is_empty { Mark::MergedEmpty } else { Mark::Merged })
 }
 
 /// Removes what lies at a place; that is durable afterwards.

@@ -18,6 +18,7 @@ use crate::journal::{Edit, edit_headers};
 use crate::merge::options::CommitOptions;
 use crate::merge::plan::Afterwards;
 use crate::merge::stack::Stack;
+use crate::merge::switch::mark::mark_of;
 use crate::storage::{Access, Host};
 
 /// Decides what happens above base, and whether it fits into the headers; nothing is written.
@@ -114,7 +115,7 @@ pub(crate) fn mark_merged(
         }
         let cluster = read_cluster(qcow2(layer)?)?;
         let backing = backing.as_ref().map(|(name, format)| (name.as_os_str(), *format));
-        let switch = plan_merged(&cluster, base, backing);
+        let switch = plan_merged(&cluster, (mark_of(qcow2(layer)?)?, base), backing);
         let has_mark = switch.as_ref().is_some_and(|(_, has_mark)| *has_mark);
         marked.push((layer.path.clone(), has_mark));
         edits.extend(switch.and_then(|(switch, _)| edit(layer, switch)));
@@ -127,15 +128,15 @@ pub(crate) fn mark_merged(
 /// mark. Where it has none for the name, the image gets the mark alone.
 pub(crate) fn plan_merged(
     cluster: &[u8],
-    base: &Path,
+    (mark, base): (Mark, &Path),
     backing: Option<(&OsStr, &str)>,
 ) -> Option<(Switch, bool)> {
     let base = base.as_os_str().as_bytes();
     let relinked = backing.and_then(|(name, format)| {
-        plan_mark_and_backing(cluster, (Mark::Merged, base), name.as_bytes(), format).ok()
+        plan_mark_and_backing(cluster, (mark, base), name.as_bytes(), format).ok()
     });
     let Some(switch) = relinked else {
-        return Some((plan_mark(cluster, base, Mark::Merged).ok()?, true));
+        return Some((plan_mark(cluster, base, mark).ok()?, true));
     };
     let after = switch.applied_to(cluster);
     let has_mark = Cluster0::decode(&after).is_ok_and(|cluster0| cluster0.merged_into().is_some());
