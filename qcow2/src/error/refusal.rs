@@ -432,6 +432,8 @@ impl Refusal {
             Self::Dirty => "dirty",
             Self::UnfinishedMerge { .. } => "unfinished-merge",
             Self::CorruptBit => "corrupt",
+            Self::TornHeader | Self::TornTables => "torn",
+            Self::TwoChains { .. } => "two-chains",
             Self::Inconsistent { .. } => "inconsistent",
             Self::HeaderRoom { .. } => "header-room",
             Self::NotWritable { .. } => "not-writable",
