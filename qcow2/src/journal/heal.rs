@@ -12,6 +12,7 @@ use super::file::{Journal, sync_folder};
 use super::judge::{compare, has_clean_names, has_header, seen};
 use super::place::{FoundJournal, JOURNAL, SWITCH, find, is_beside, place, places};
 use super::record::{BLOCK, Block, Guard, Header, MAX_BLOCKS, Phase, Purpose, Record, SECTOR, sector_crcs};
+use super::unnamed::sweep_unnamed;
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::is_qcow2;
 use crate::stamp::{FileFate, Stamp};
@@ -264,9 +265,9 @@ fn end_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &FoundJourn
     Ok(is_written)
 }
 
-/// Ends edits of headers in `folders` that a power cut has stopped, of images that nobody holds. A record counts only for
-/// the image beside it, and only if its owner may write that image: anybody may have put it there, and it could name any
-/// file.
+/// Ends edits of headers in `folders` that a power cut has stopped, of images that nobody holds, and removes what a kill has
+/// left of a journal that was being made. A record counts only for the image beside it, and only if its owner may write that
+/// image: anybody may have put it there, and it could name any file.
 /// `dir` is the caller's own. On file systems without locks nothing is done, unless `no_locks`.
 ///
 /// # Errors
@@ -288,8 +289,10 @@ pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>, no
         };
         let folder = opened;
         for name in names.unwrap_or_default() {
+            let place = Place::within(Arc::clone(&folder), &name);
+            sweep_unnamed(host, &place, no_locks)?;
             if name.as_bytes().ends_with(SWITCH.as_bytes()) {
-                match sweep_one(host, &Place::within(Arc::clone(&folder), name), may_be_elsewhere, no_locks) {
+                match sweep_one(host, &place, may_be_elsewhere, no_locks) {
                     // It is about no image of this chain, and stays where it is.
                     Err(Error::Refused {
                         reason:

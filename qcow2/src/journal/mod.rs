@@ -22,6 +22,7 @@ mod place;
 pub(crate) mod record;
 mod sample;
 mod strangers;
+mod unnamed;
 
 pub(crate) use device::Journaled;
 pub(crate) use file::Journal;
