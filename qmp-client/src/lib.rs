@@ -15,7 +15,7 @@
 //! let mut request = Request::commit();
 //! request.top = Some("[3]".into());
 //! if let Prepared::Merge(planned) = machine.prepare(machine.graph().disk("vda")?, &request)? {
-//!     println!("{} bytes are copied", planned.plan.amounts.copy);
+//!     println!("{} bytes are copied", planned.plan.bytes.copy);
 //!     let mut run = Run::new(&address, "vda", planned.plan.end);
 //!     let mut merge = planned.begin()?;
 //!     run.follow(&mut merge, &mut |_| Watch::GoOn)?;
