@@ -32,7 +32,7 @@ pub(super) fn run(args: &AbortArgs, call: &Call, console: &Console) -> Result<Ex
         let unfinished = done.unfinished.as_ref();
         let more = json!({
             "base": path(&args.base),
-            "aborted": unfinished.is_some(),
+            "aborted": unfinished.is_some() || done.pull,
             "bytes-done": unfinished.map_or(0, |unfinished| unfinished.done),
         });
         console.document(&merged(value(&done), more))?;
@@ -44,6 +44,9 @@ pub(super) fn run(args: &AbortArgs, call: &Call, console: &Console) -> Result<Ex
 
 fn human(done: &Aborted, args: &AbortArgs) -> String {
     let base = shown(&args.base);
+    if done.pull {
+        return format!("gave up the pull into {base}: it is consistent, and shows what it showed");
+    }
     let Some(unfinished) = &done.unfinished else { return format!("no merge into {base} is pending") };
     let mut lines = vec![format!(
         "gave up the merge of {} into {base} at {} %: {} had been written",

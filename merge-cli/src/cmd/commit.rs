@@ -16,7 +16,7 @@ use qcow2::{Error, ErrorKind, Refusal};
 use qmp_client::libvirt::Images;
 use serde_json::Value;
 
-use super::{interrupted, open};
+use super::{interrupted, open, stopped};
 use crate::call::Call;
 use crate::cli::CommitArgs;
 use crate::domains;
@@ -45,7 +45,7 @@ pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &St
     if let Err(Error::InUse { path, holders }) = &prepared {
         return Err(live::in_use(path, holders, args, call));
     }
-    let prepared = prepared.map_err(|e| unchanged(&e, stop, call))?;
+    let prepared = prepared.map_err(|e| stopped::unchanged(&e, stop, call))?;
     open::warn_unlocked(&prepared.chain().map(Chain::unlocked).unwrap_or_default(), console);
     let planned = Planned::of(&prepared);
     let definitions = domains::read();
@@ -145,14 +145,6 @@ fn options(args: &CommitArgs) -> CommitOptions {
         restart: args.restart,
         journal_dir: args.journal_dir.clone(),
         scan: args.scan.clone(),
-    }
-}
-
-/// A failure before the first write.
-fn unchanged(error: &Error, stop: &Stop, call: &Call) -> Failure {
-    match (error.kind(), stop.exit()) {
-        (ErrorKind::Cancelled, Some(exit)) => Failure::interrupted("before the first write", exit, call),
-        _ => Failure::engine(error, call),
     }
 }
 

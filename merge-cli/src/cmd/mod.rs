@@ -12,6 +12,7 @@ mod live;
 mod map;
 mod open;
 mod pull;
+mod stopped;
 
 use std::ffi::OsString;
 use std::path::Path;

@@ -1,22 +1,20 @@
 //! `qmerge pull`: an image takes in what the layers below it show.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use qcow2::chain::Chain;
 use qcow2::error::shown;
-use qcow2::merge::{self, CommitOptions, PreparedPull, Pull, PullOptions, PullPlan, PullReport, Totals};
+use qcow2::merge::{self, CommitOptions, PreparedPull, Pull, PullOptions, PullPlan, PullReport};
 use qcow2::storage::OsHost;
 use qcow2::{Error, ErrorKind};
-use serde_json::{Value, json};
 
-use super::{interrupted, open};
+use super::{interrupted, open, stopped};
 use crate::call::Call;
 use crate::cli::PullArgs;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::output::human::{Fields, plural};
-use crate::output::json::{path, paths};
+use crate::output::json::{merged, value};
 use crate::output::progress::Meter;
 use crate::output::{Console, size};
 use crate::signals::Stop;
@@ -40,11 +38,11 @@ pub(super) fn run(args: &PullArgs, call: &Call, console: &Console) -> Result<Exi
         }
     }
     let prepared = Pull::prepare(Arc::new(OsHost), &args.active, &options, stop.flag())
-        .map_err(|e| stopped(&e, "before the first write", &stop, call))?;
+        .map_err(|e| stopped::unchanged(&e, &stop, call))?;
     open::warn_unlocked(&prepared.chain().map(Chain::unlocked).unwrap_or_default(), console);
     let plan = prepared.plan().clone();
     let is_nothing = matches!(prepared, PreparedPull::Nothing(_));
-    console.event("plan", plan_json(&plan))?;
+    console.event("plan", value(&plan))?;
     let words = if is_nothing { nothing(&plan) } else { plan_words(&plan) };
     if args.dry_run {
         console.result(&words)?;
@@ -57,10 +55,10 @@ pub(super) fn run(args: &PullArgs, call: &Call, console: &Console) -> Result<Exi
     let meter = Meter::new(console, "pulling");
     let report = prepared.execute(&meter, stop.flag()).map_err(|e| {
         meter.clear();
-        stopped(&e, "in the middle; what was taken in stays", &stop, call)
+        halfway(&e, &stop, call)
     })?;
     drop(meter);
-    console.event("result", result_json(&plan, &report))?;
+    console.event("result", merged(value(&plan), value(&report)))?;
     console.result(&if is_nothing { words } else { result_words(&plan, &report) })?;
     Ok(Exit::DONE)
 }
@@ -75,15 +73,17 @@ fn options(args: &PullArgs) -> PullOptions {
     }
 }
 
-/// The failure of a pull that has stopped `when`: the guest's view is what it was.
-fn stopped(error: &Error, when: &str, stop: &Stop, call: &Call) -> Failure {
+/// A failure in the middle: the guest's view is what it was, and what was taken in stays.
+fn halfway(error: &Error, stop: &Stop, call: &Call) -> Failure {
+    const WHEN: &str = "in the middle; what was taken in stays";
     if let (ErrorKind::Cancelled, Some(exit)) = (error.kind(), stop.exit()) {
-        return Failure::interrupted(when, exit, call);
+        return Failure::interrupted(WHEN, exit, call);
     }
     match Failure::engine(error, call) {
-        Failure::Reported(report) if error.kind() == ErrorKind::Io && !when.starts_with("before") => {
-            let message = format!("{}\nstopped {when}; nothing is lost", report.message);
-            Report { exit: Exit::HALFWAY, message, ..report }.into()
+        Failure::Reported(report) => {
+            let exit = if error.kind() == ErrorKind::Io { Exit::HALFWAY } else { report.exit };
+            let message = format!("{}\nstopped {WHEN}; nothing is lost", report.message);
+            Report { exit, message, ..report }.into()
         }
         failure => failure,
     }
@@ -136,34 +136,4 @@ fn result_words(plan: &PullPlan, report: &PullReport) -> String {
         lines.push(format!("verified: the guest sees the same bytes, digest {digest:08x}"));
     }
     lines.join("\n")
-}
-
-fn plan_json(plan: &PullPlan) -> Value {
-    let mut fields = common(plan, &plan.totals, plan.file_size_after);
-    fields["resumed"] = plan.is_resumed.into();
-    fields["room-unknown"] = plan.is_room_unknown.into();
-    fields
-}
-
-fn result_json(plan: &PullPlan, report: &PullReport) -> Value {
-    let mut fields = common(plan, &report.totals, report.file_size);
-    fields["seconds"] = report.elapsed.as_secs_f64().into();
-    if let Some(digest) = report.digest {
-        fields["digest"] = format!("{digest:08x}").into();
-    }
-    fields
-}
-
-fn common(plan: &PullPlan, totals: &Totals, file_size: u64) -> Value {
-    json!({
-        "active": path(&plan.active),
-        "base": plan.base.as_deref().map(path),
-        "backing-filename": plan.backing_name.as_ref().map(|name| path(Path::new(name))),
-        "pulled": paths(&plan.pulled),
-        "virtual-size": plan.virtual_size,
-        "bytes-to-copy": totals.bytes_to_copy,
-        "bytes-to-zero": totals.bytes_to_zero,
-        "clusters-to-allocate": totals.clusters_to_allocate,
-        "file-size-after": file_size,
-    })
 }

@@ -68,6 +68,15 @@ fn a_pull_that_was_killed_goes_on() {
         let args = ["pull", "c.qcow2", "--base", base];
         let was_killed = folder.killed_at_sync(call, &args);
         folder.view("qcow2", "c.qcow2").assert_same(&before, "the guest behind the kill");
+        if was_killed && folder.names().iter().any(|name| name.ends_with("qmerge-journal")) {
+            let state = folder.qmerge(&["info", "c.qcow2"]).ok().text();
+            assert!(!state.contains("not closed cleanly"), "{state}");
+        }
+        if was_killed && call % 3 == 0 {
+            folder.qmerge(&["abort", "c.qcow2"]).ok();
+            folder.view("qcow2", "c.qcow2").assert_same(&before, "the guest, given up");
+            folder.check_clean("c.qcow2");
+        }
         folder.qmerge(&args).ok();
         folder.view("qcow2", "c.qcow2").assert_same(&before, "the guest");
         folder.check_clean("c.qcow2");

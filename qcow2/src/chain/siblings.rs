@@ -167,8 +167,7 @@ pub(super) fn is_empty(host: &dyn Host, path: &Path) -> Result<bool> {
 
 /// Whether an earlier merge has made an image obsolete, which keeps its old data, or was about to, and has marked it so.
 pub(super) fn is_kept(cluster0: &Cluster0) -> bool {
-    let is_merged = cluster0.merged_into().is_some() && !cluster0.was_empty_when_merged();
-    is_merged || cluster0.merging_into().is_some()
+    cluster0.keeps_merged_data() || cluster0.merging_into().is_some()
 }
 
 /// Whether an earlier merge has made an image an empty overlay, and marked it so. If somebody has written to it since, it is

@@ -42,6 +42,8 @@ pub struct ImageFacts {
     pub holders: Vec<Holder>,
     /// The merge into it that was stopped, or is under way.
     pub unfinished: Option<UnfinishedMerge>,
+    /// Whether a pull into it was stopped, or is under way.
+    pub pull_unfinished: bool,
     /// Journals and records beside it that are about it, and are not believed: they belong to somebody else.
     pub strangers: Vec<Stranger>,
     /// What makes the image unusable, if anything does.
@@ -81,6 +83,7 @@ impl ImageFacts {
             has_locks: file.has_locks(),
             holders,
             unfinished: merge::unfinished_merge(host, path, journal_dir)?,
+            pull_unfinished: merge::is_pull_unfinished(host, path, journal_dir)?,
             strangers: strangers_about(host, path),
             problem: None,
         };
@@ -119,10 +122,12 @@ impl ImageFacts {
         Some((String::from_utf8_lossy(raw).into_owned(), resolved))
     }
 
-    /// Whether it is marked dirty, and no merge that was stopped explains that.
+    /// Whether it is marked dirty, and nothing that was stopped explains that.
     pub fn is_unexpectedly_dirty(&self) -> bool {
         let is_merged_into = self.unfinished.as_ref().is_some_and(|unfinished| !unfinished.is_removing);
-        self.cluster0.as_ref().is_some_and(|cluster0| cluster0.header.is_dirty()) && !is_merged_into
+        self.cluster0.as_ref().is_some_and(|cluster0| cluster0.header.is_dirty())
+            && !is_merged_into
+            && !self.pull_unfinished
     }
 }
 

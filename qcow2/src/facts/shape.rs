@@ -32,6 +32,8 @@ pub(super) struct ImageShape<'f> {
     holders: Option<Vec<HolderShape<'f>>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     merge_pending: Option<&'f UnfinishedMerge>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pull_pending: bool,
     #[serde(skip_serializing_if = "<[Stranger]>::is_empty")]
     strangers: &'f [Stranger],
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -133,6 +135,7 @@ impl<'f> ImageShape<'f> {
             in_use_for: used.map(|mode| if mode == LockMode::Write { "writing" } else { "reading" }),
             holders: used.map(|_| facts.holders.iter().map(process).collect()),
             merge_pending: facts.unfinished.as_ref(),
+            pull_pending: facts.pull_unfinished,
             strangers: &facts.strangers,
             problem: facts.problem.as_ref().map(ToString::to_string),
         }

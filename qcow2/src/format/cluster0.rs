@@ -195,6 +195,11 @@ impl Cluster0 {
         self.extension(EXT_MERGED_INTO).is_some_and(|e| e.data.last() == Some(&0))
     }
 
+    /// Whether the image was merged and kept its data, which nobody needs.
+    pub fn keeps_merged_data(&self) -> bool {
+        self.merged_into().is_some() && !self.was_empty_when_merged()
+    }
+
     /// Our own mark of a merge under way: the path of the image into which this one is being merged, as
     /// in [`merged_into`](Self::merged_into). If the image is still a layer of its chain, the merge was
     /// stopped before it changed the chain; if not, behind that, and the image is obsolete.

@@ -37,5 +37,5 @@ pub use report::Report;
 pub use resume::abort::{Aborted, abort};
 pub use resume::heal::{heal, heal_image};
 pub use resume::torn::{can_be_healed, open_whole, refuse_torn};
-pub use resume::unfinished::{UnfinishedMerge, unfinished_merge};
+pub use resume::unfinished::{UnfinishedMerge, is_pull_unfinished, unfinished_merge};
 pub use settled::{Finish, Nothing, Prepared, Settled};

@@ -52,7 +52,7 @@ pub(super) fn layers(stack: &Stack<'_>, options: &CommitOptions, ours: &dyn Fn(u
             return refuse(Refusal::Snapshots { count: image.header().snapshots as usize });
         }
         if let Some(base) = image.cluster0().merged_into()
-            && !image.cluster0().was_empty_when_merged()
+            && image.cluster0().keeps_merged_data()
             && image.next_allocated(GuestOffset::ZERO)?.is_some()
         {
             return refuse(Refusal::MergedBefore { base });

@@ -32,6 +32,11 @@ pub(crate) fn undisturbed(judge: &Judge<'_>) -> Result<SimHost, String> {
     Ok(disk)
 }
 
+/// As [`undisturbed`]; what fails is an outcome.
+fn merged(judge: &Judge<'_>, outcome: &mut Outcome) -> Option<SimHost> {
+    undisturbed(judge).map_err(|what| outcome.fail(what)).ok()
+}
+
 /// The simulated disk of a scenario, which holds a state.
 pub(crate) fn disk(scenario: &Scenario, state: &State) -> SimHost {
     let disk = SimHost::new(state);
@@ -44,13 +49,7 @@ pub(crate) fn disk(scenario: &Scenario, state: &State) -> SimHost {
 fn cut_everywhere(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
     let judge = Judge::new(scenario);
     let mut outcome = Outcome::default();
-    let disk = match undisturbed(&judge) {
-        Ok(disk) => disk,
-        Err(what) => {
-            outcome.fail(what);
-            return outcome;
-        }
-    };
+    let Some(disk) = merged(&judge, &mut outcome) else { return outcome };
     let log = disk.log();
     outcome.states = power_cuts(disk.start(), &log, &cuts(seed, tier), |cut| {
         let mut judged = judge.cut(cut);
@@ -105,13 +104,7 @@ fn a_torn_mark_of_a_layer_that_has_left_the_chain_is_made_whole() {
 fn cut_and_give_up(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
     let judge = Judge::new(scenario);
     let mut outcome = Outcome::default();
-    let disk = match undisturbed(&judge) {
-        Ok(disk) => disk,
-        Err(what) => {
-            outcome.fail(what);
-            return outcome;
-        }
-    };
+    let Some(disk) = merged(&judge, &mut outcome) else { return outcome };
     let few = Cuts { exhaustive: 2, listed: tier.of(1, 6), random: tier.of(1, 6), ..cuts(seed, tier) };
     outcome.states = power_cuts(disk.start(), &disk.log(), &few, |cut| {
         if let Err(what) = judge.given_up(&cut.state, !cut.garbage.is_empty()) {
@@ -132,13 +125,7 @@ fn a_merge_that_a_power_cut_has_stopped_can_be_given_up() {
 fn cut_and_merge_above(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
     let judge = Judge::new(scenario);
     let mut outcome = Outcome::default();
-    let disk = match undisturbed(&judge) {
-        Ok(disk) => disk,
-        Err(what) => {
-            outcome.fail(what);
-            return outcome;
-        }
-    };
+    let Some(disk) = merged(&judge, &mut outcome) else { return outcome };
     let few = Cuts { exhaustive: 2, listed: 1, random: 1, ..cuts(seed, tier) };
     let mut done = 0;
     outcome.states =
@@ -166,13 +153,7 @@ fn a_merge_above_one_that_a_power_cut_has_stopped_loses_nothing() {
 fn cut_twice(scenario: &Scenario, seed: u64, tier: Tier) -> Outcome {
     let judge = Judge::new(scenario);
     let mut outcome = Outcome::default();
-    let disk = match undisturbed(&judge) {
-        Ok(disk) => disk,
-        Err(what) => {
-            outcome.fail(what);
-            return outcome;
-        }
-    };
+    let Some(disk) = merged(&judge, &mut outcome) else { return outcome };
     let mut first: Vec<(State, String)> = Vec::new();
     let few = Cuts { exhaustive: 3, listed: 3, random: 3, garbage: Garbage::None, ..cuts(seed, tier) };
     power_cuts(disk.start(), &disk.log(), &few, |cut| first.push((cut.state.clone(), cut.to_string())));

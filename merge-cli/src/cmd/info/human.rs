@@ -49,6 +49,7 @@ fn remarks(facts: &ImageFacts, live: &LiveMerge) -> impl Iterator<Item = String>
         header.filter(|h| h.is_corrupt()).map(|_| "marked corrupt".to_owned()),
         facts.cluster0.as_ref().and_then(|cluster0| merged(cluster0, facts.holds_data)),
         facts.unfinished.as_ref().map(unfinished),
+        facts.pull_unfinished.then(|| PULL_PENDING.to_owned()),
         live_merge(facts, live),
         (!facts.strangers.is_empty()).then(|| format!("not believed: {}", strangers(facts).join("; "))),
         (!facts.snapshots.is_empty())
@@ -58,6 +59,9 @@ fn remarks(facts: &ImageFacts, live: &LiveMerge) -> impl Iterator<Item = String>
     ];
     all.into_iter().flatten()
 }
+
+/// What there is to say of an image that was to take in more.
+const PULL_PENDING: &str = "pull pending: the guest sees the same; the same pull goes on";
 
 /// `merge pending: 42 % of b.qcow2 into base.qcow2`, and what to do.
 fn unfinished(unfinished: &UnfinishedMerge) -> String {
@@ -129,6 +133,9 @@ pub(super) fn image(facts: &ImageFacts, live: &LiveMerge) -> String {
         fields.add("snapshots", list(facts.snapshots.iter().map(snapshot)));
         fields.add("bitmaps", list(facts.bitmaps.iter().map(bitmap)));
         fields.add("state", state(facts, cluster0));
+    }
+    if facts.pull_unfinished {
+        fields.add("pending", PULL_PENDING);
     }
     if let Some(merge) = &facts.unfinished {
         fields.add("pending", unfinished(merge));

@@ -4,7 +4,10 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::Serialize;
+
 use crate::chain::OpenOptions;
+use crate::serial;
 use crate::transfer::Totals;
 
 /// What a caller may ask of a pull.
@@ -23,39 +26,52 @@ pub struct PullOptions {
 }
 
 /// What a pull will do.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct PullPlan {
     /// The image that takes the data.
+    #[serde(serialize_with = "serial::name")]
     pub active: PathBuf,
     /// The layer that will be its backing file, if there is one.
+    #[serde(serialize_with = "serial::some_name")]
     pub base: Option<PathBuf>,
     /// The layers whose data is taken in, the uppermost first: the image needs them no more.
+    #[serde(serialize_with = "serial::names")]
     pub pulled: Vec<PathBuf>,
     /// What is moved and taken.
+    #[serde(flatten)]
     pub totals: Totals,
     /// The backing name that will stand in the header; `None` if there is none.
+    #[serde(rename = "backing-filename", serialize_with = "serial::some_name")]
     pub backing_name: Option<OsString>,
     /// The size of the image's disk, in bytes. It does not change.
     pub virtual_size: u64,
     /// The length that the image's file, or the block device that holds it, must have afterwards, at most.
     pub file_size_after: u64,
     /// Whether the same pull was stopped before.
+    #[serde(rename = "resumed")]
     pub is_resumed: bool,
     /// Whether the file system does not say how much is free.
+    #[serde(rename = "room-unknown")]
     pub is_room_unknown: bool,
 }
 
 /// How a pull came out.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct PullReport {
     /// What was moved and taken.
+    #[serde(flatten)]
     pub totals: Totals,
     /// How long it took.
+    #[serde(rename = "seconds", serialize_with = "serial::seconds")]
     pub elapsed: Duration,
     /// The digest (CRC-32) of the guest's view, if everything was verified.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "serial::checksum")]
     pub digest: Option<u32>,
     /// The length of the image's file, in bytes.
+    #[serde(rename = "file-size-after")]
     pub file_size: u64,
 }

@@ -24,6 +24,8 @@ pub struct Aborted {
     /// The merge; `None` if none was unfinished.
     #[serde(skip)]
     pub unfinished: Option<UnfinishedMerge>,
+    /// Whether it was a pull, which has changed nothing that the guest sees.
+    pub pull: bool,
     /// Layers that are restore points no more, base among them.
     #[serde(serialize_with = "serial::names")]
     pub restore_points_lost: Vec<PathBuf>,
@@ -54,8 +56,13 @@ pub fn abort(
     let access = [(id, Access::ReadWrite)].into();
     let mut chain = Chain::open(host, base, &OpenOptions { lock: true, access, ..open.clone() })?;
     let at = chain.active();
-    let nothing =
-        Aborted { unfinished: None, restore_points_lost: Vec::new(), written_since: false, put_back: false };
+    let nothing = Aborted {
+        unfinished: None,
+        pull: false,
+        restore_points_lost: Vec::new(),
+        written_since: false,
+        put_back: false,
+    };
     let layer = chain.layer(at)?;
     let path = layer.path.clone();
     let Some(stopped) = UnfinishedWork::find(host, layer, dir)? else {
@@ -69,8 +76,13 @@ pub fn abort(
     }
     let lost = if unfinished.is_some() { stopped.restore_points_lost() } else { Vec::new() };
     let put_back = stopped.begins_anew().is_some();
-    let result =
-        Aborted { unfinished, restore_points_lost: lost, written_since: stopped.is_foreign(), put_back };
+    let result = Aborted {
+        unfinished,
+        pull: stopped.is_pull(),
+        restore_points_lost: lost,
+        written_since: stopped.is_foreign(),
+        put_back,
+    };
     if !stopped.is_ours() {
         stopped.discard(host)?;
         return Ok(result);

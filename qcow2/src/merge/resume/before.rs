@@ -283,10 +283,8 @@ fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Opt
         let layer = chain.layer(at)?;
         let Some(image) = layer.image.as_qcow2() else { return Ok(None) };
         let Some(base) = mark(image.cluster0()) else { return Ok(None) };
-        let cluster0 = image.cluster0();
-        // What a merge could not empty keeps what was merged.
-        let is_kept = cluster0.merged_into().is_some() && !cluster0.was_empty_when_merged();
-        let has_nothing = is_kept || image.next_allocated(GuestOffset::ZERO)?.is_none();
+        let has_nothing =
+            image.cluster0().keeps_merged_data() || image.next_allocated(GuestOffset::ZERO)?.is_none();
         Ok(Some((NothingReason::merged(&layer.path, &base), has_nothing)))
     };
     let Some(top) = &options.top else { return of_layer(chain.active(), &either) };

@@ -54,6 +54,21 @@ pub fn unfinished_merge(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Res
     Ok(found.filter(|found| found.last.is_some()).and_then(|found| of(&found.journal)))
 }
 
+/// Whether a pull into the image at `path` is unfinished, by the journal beside it or in `dir`.
+///
+/// # Errors
+/// As [`unfinished_merge`].
+pub fn is_pull_unfinished(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<bool> {
+    let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
+    let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
+    Ok(found.is_some_and(|found| found.last.is_some() && is_pull(&found.journal)))
+}
+
+/// Whether a journal is about a pull. Its last act is to remove the journal.
+pub(crate) fn is_pull(journal: &journal::Journal) -> bool {
+    journal.header().purpose == Purpose::Pull
+}
+
 /// The merge that a journal is about, unless all of it is done.
 pub(crate) fn of(journal: &journal::Journal) -> Option<UnfinishedMerge> {
     let (header, state) = (journal.header(), journal.state());

@@ -167,6 +167,11 @@ impl UnfinishedWork {
         self.judgement.verdict == JournalVerdict::Foreign && self.journal.header().purpose == Purpose::Merge
     }
 
+    /// Whether it is a pull.
+    pub(crate) fn is_pull(&self) -> bool {
+        unfinished::is_pull(&self.journal)
+    }
+
     /// What the work is.
     pub(crate) fn purpose(&self) -> Purpose {
         self.journal.header().purpose
