@@ -1,7 +1,7 @@
-//! External data files: which of them belong to the image that names them.
+//! External data files: which of them may be written, emptied or removed with the image that names them.
 //!
-//! Whoever wrote an image chose the name of its data file, and may have chosen any file of the host. So none is written,
-//! emptied or removed before this module has said that it may be.
+//! Whoever wrote an image chose the name of its data file, and may have chosen any file of the host. So the
+//! engine asks this module before it writes, empties or removes one.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -18,14 +18,15 @@ pub struct DataFile {
     pub written_name: Vec<u8>,
     /// Its identity.
     pub id: FileId,
-    /// Why it is neither emptied nor removed when nobody needs the image any more; `None` if it is.
+    /// Why it is kept as it is when the image becomes obsolete; `None` if it may be emptied and removed with
+    /// the image.
     pub kept: Option<DataFileKept>,
-    /// Whether guest data may be written to it: whoever wrote the image's header may write it, or the caller has
-    /// allowed its folder by name.
+    /// Whether guest data may be written to it: everybody who may write the image may also write it, or the
+    /// caller has allowed its folder by name.
     pub may_write: bool,
 }
 
-/// Why a data file stays as it is when nobody needs the image that names it.
+/// Why a data file stays as it is when the image that names it becomes obsolete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DataFileKept {
@@ -47,7 +48,8 @@ impl fmt::Display for DataFileKept {
     }
 }
 
-/// Whether whoever may write an image may write the data file that it names, too.
+/// Whether everybody who may write the image may also write the data file that it names. Without this check, a
+/// header written by one user could have root write the file of another.
 ///
 /// # Errors
 /// The system's.
@@ -55,11 +57,11 @@ pub(super) fn may_write(host: &dyn Host, image: &dyn Storage, data: &dyn Storage
     Ok(image.stat()?.owner.may_speak_for(&data.stat()?.owner, host.user()))
 }
 
-/// Why a data file must not be emptied or removed with the image that names it, if so. Both are given with the paths that
-/// led to them.
+/// Why a data file must not be emptied or removed with the image that names it; `None` if it may be. Both files
+/// are given with the paths that led to them.
 ///
 /// # Errors
-/// The system's; a name that leads to another file by now.
+/// The system's; a path that leads to another file by now.
 pub(super) fn kept(
     host: &dyn Host,
     (image_path, image): (&std::path::Path, &dyn Storage),

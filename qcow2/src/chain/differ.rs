@@ -1,4 +1,4 @@
-//! Finding the first byte in which two views differ, without reading what is known to be the same.
+//! Finds the first byte in which two views differ. Ranges that are known to be equal are not read.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -23,7 +23,7 @@ pub(crate) struct Differ<'a> {
     b_files: Vec<FileId>,
 }
 
-/// A range that both sides say something about.
+/// A range that both lists cover, and what supplies it on each side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Pair {
     range: GuestRange,
@@ -31,7 +31,8 @@ struct Pair {
     b: Supply,
 }
 
-/// What a worker keeps between pairs. Both sides number their layers on their own, so each has a cache.
+/// What a worker keeps between pairs. Each side numbers its own layers, and a cache is keyed by the number; so
+/// each side has its own cache.
 #[derive(Debug, Default)]
 struct DifferWorker {
     a: Vec<u8>,
@@ -49,9 +50,9 @@ impl<'a> Differ<'a> {
         Ok(Self { a_files: files(&a)?, b_files: files(&b)?, a, b })
     }
 
-    /// The first offset where the bytes differ, of the ranges that both lists hold. The lists are
-    /// sorted and disjoint, and come from the two views. `done` is told how many more bytes were
-    /// compared, from many threads.
+    /// The first offset where the bytes differ, among the ranges that both lists cover. Each list comes from
+    /// its view, sorted and disjoint. `done` is called from many threads with the number of bytes that were
+    /// just compared.
     ///
     /// # Errors
     /// Data that cannot be read or inflated; [`Error::Cancelled`].
@@ -71,12 +72,15 @@ impl<'a> Differ<'a> {
             }
         });
         let first = AtomicU64::new(u64::MAX);
+        // A worker is made for each run of pieces: longer runs keep its buffers and inflated clusters in use,
+        // but there must be enough runs for every thread.
         pieces.par_iter().with_min_len((pieces.len() / 64).clamp(1, 32)).try_for_each_init(
             DifferWorker::default,
             |worker, pair| {
                 if cancel.load(Ordering::Relaxed) {
                     return Err(Error::Cancelled);
                 }
+                // A piece behind a difference that is already found cannot hold the first one.
                 if pair.range.start.get() < first.load(Ordering::Relaxed)
                     && let Some(at) = self.compare(pair, worker)?
                 {
@@ -136,7 +140,7 @@ fn files(view: &View<'_>) -> Result<Vec<FileId>> {
     view.layers.iter().map(id).collect()
 }
 
-/// Calls `f` with each range that both lists hold.
+/// Calls `f` with each range that both lists cover.
 fn for_each_pair(a: &[Supplied], b: &[Supplied], mut f: impl FnMut(Pair)) {
     let (mut a, mut b) = (a.iter().peekable(), b.iter().peekable());
     while let (Some(left), Some(right)) = (a.peek(), b.peek()) {
@@ -164,7 +168,8 @@ impl Pair {
     }
 }
 
-/// Bytes that are compared at once before the place is looked for.
+/// Bytes are compared in strides of this length, as slices, which is fast. Only a stride that differs is
+/// searched byte by byte.
 const STRIDE: usize = 4096;
 static ZEROS: [u8; STRIDE] = [0; STRIDE];
 

@@ -10,12 +10,12 @@ use crate::error::{Error, Result};
 use crate::image::ClusterCache;
 use crate::units::{GuestOffset, GuestRange};
 
-/// About how many bytes of data one worker hashes in one go, and the most that it reads at once.
+/// How many bytes of data one worker hashes per group, roughly, and the most that it reads at once.
 const PIECE: u64 = 1 << 20;
 
 /// The CRC-32 (IEEE, as in zip and gzip) of the first `size` bytes that the guest sees through `view`; what
-/// lies behind the disk's end counts as zeros. With the disk's size it is the plain CRC-32 of what
-/// `qemu-img convert -O raw` writes. Zeros that are known from the layers' tables are not hashed byte by
+/// lies behind the disk's end counts as zeros. With the disk's size as `size`, it is the plain CRC-32 of what
+/// `qemu-img convert -O raw` writes. Zeros that the layers' tables tell of are combined in, not hashed byte by
 /// byte.
 ///
 /// # Errors
@@ -61,7 +61,8 @@ impl PartDigest {
     }
 }
 
-/// Digests of runs of zeros whose lengths are powers of two: each is the one before it, twice.
+/// Digests of runs of zeros whose lengths are powers of two, shortest first: each run is twice the one before
+/// it.
 struct ZeroCrcs([PartDigest; 64]);
 
 impl ZeroCrcs {
@@ -83,7 +84,8 @@ impl ZeroCrcs {
     }
 }
 
-/// Cuts a window into groups that follow each other and are about the same work.
+/// Cuts a window into consecutive groups with about [`PIECE`] bytes of data each, so that workers are evenly
+/// loaded.
 fn group(supplied: &[Supplied]) -> Vec<Vec<Supplied>> {
     let mut groups: Vec<Vec<Supplied>> = Vec::new();
     let mut open: Vec<Supplied> = Vec::new();

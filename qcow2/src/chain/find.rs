@@ -47,7 +47,8 @@ impl Chain {
     }
 }
 
-/// The number in `[3]` or `vda[3]`; nothing else stands behind the first bracket, as in libvirt.
+/// The number in `[3]` or `vda[3]`, libvirt's notation; `None` if anything but digits stands between the
+/// brackets.
 pub(crate) fn index(spec: impl AsRef<OsStr>) -> Option<usize> {
     let (_, digits) = spec.as_ref().to_str()?.strip_suffix(']')?.split_once('[')?;
     if digits.bytes().all(|b| b.is_ascii_digit()) { digits.parse().ok() } else { None }

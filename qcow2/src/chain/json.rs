@@ -1,4 +1,4 @@
-//! QEMU's `json:` names, flattened to options with dotted keys.
+//! Reads QEMU's `json:` names as flat options with dotted keys.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -18,7 +18,7 @@ pub(super) enum OptionValue {
 /// and `{"file.driver": "x"}` are the same. Strings may stand in single quotes, as in QEMU.
 ///
 /// # Errors
-/// What is not one JSON object, an array inside, or a key given twice, with the reason in words.
+/// The reason in words: text that is not one JSON object, an array in it, or a key that is given twice.
 pub(super) fn flatten(text: &str) -> Result<BTreeMap<String, OptionValue>, String> {
     let text = with_double_quotes(text);
     let mut options = BTreeMap::new();
@@ -57,7 +57,7 @@ fn with_double_quotes(text: &str) -> String {
 
 struct DottedKeys<'a> {
     options: &'a mut BTreeMap<String, OptionValue>,
-    /// The dotted key of the value that is read; empty for the whole.
+    /// The dotted key of the value that is being read; empty for the whole object.
     key: String,
 }
 

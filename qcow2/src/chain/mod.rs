@@ -1,7 +1,8 @@
-//! Chains of images: how names inside images become files, safely, and the map through the layers.
+//! Chains of images: how names in images lead to files, safely, and which layer supplies each range of the
+//! disk.
 //!
-//! Invariants: no file is opened that the user did not name, unless the [`Policy`] allows it; no format
-//! is guessed for a file that an image names; a [`Chain`] holds every file at most once.
+//! Invariants: a file that the user did not name is opened only if the [`Policy`] allows it; the format of a
+//! file that an image names is never guessed; a [`Chain`] holds every file at most once.
 
 mod data_file;
 pub(crate) mod differ;
@@ -41,7 +42,7 @@ pub(crate) use signs::{Looked, find_lookalikes, other_names};
 pub use view::{Supplied, Supply, View};
 pub use walk::{MapEntry, Mapper};
 
-/// An opened chain, the bottom first, the active image last. It has one layer or more.
+/// An opened chain, the bottom first, the active image last. It has at least one layer.
 #[derive(Debug)]
 pub struct Chain {
     layers: Vec<Layer>,
@@ -52,7 +53,7 @@ pub struct Chain {
 pub struct Layer {
     /// Its number, from 1 at the bottom.
     pub index: usize,
-    /// Its path as QEMU would show it: the name resolved, nothing normalised.
+    /// Its path as QEMU would show it: resolved, but not normalised.
     pub path: PathBuf,
     /// Its name as written in the layer above; `None` for the active image.
     pub written_name: Option<Vec<u8>>,

@@ -1,11 +1,11 @@
 //! Names that images hold for other files, read as QEMU reads them.
 //!
-//! QEMU has two ways. A *backing name* is a path or a protocol (`bdrv_open`): what stands before the
-//! first colon is a protocol if no slash comes first, so `./a:b` is a path and `a:b` is not. A
-//! relative path starts at the directory of the overlay as named: symbolic links in the overlay's
-//! name are not resolved first. Behind `file:` and inside `json:` a relative path starts at the
-//! working directory of the process. A *data file name* is always a literal path, and a relative one
-//! starts at the working directory. QEMU 10.0.2 was asked for each of these; the tests ask again.
+//! QEMU reads two kinds of names. A *backing name* is a path or a protocol name (`bdrv_open`): the part before
+//! the first colon is a protocol unless a slash comes earlier, so `./a:b` is a path and `a:b` is not. A
+//! relative path starts at the overlay's directory as the overlay was named: symbolic links in that name are
+//! not resolved first. A relative path behind `file:` or inside `json:` starts at the working directory of the
+//! process. A *data file name* is always a literal path, and a relative one starts at the working directory.
+//! Each rule was tried with QEMU 10.0.2, and the tests try it again.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -44,7 +44,7 @@ const HARMLESS_OPTIONS: &[&str] = &[
     "refcount-cache-size",
 ];
 
-/// Drivers that lie over another node and show its bytes as they are, with the options that are theirs.
+/// Filter drivers, which show the bytes of the node below unchanged, each with its own options.
 const FILTERS: &[(&str, &[&str])] =
     &[("throttle", &["throttle-group"]), ("copy-on-read", &["bottom"]), ("compress", &[])];
 
@@ -61,7 +61,7 @@ pub enum Spelling {
     Json,
 }
 
-/// What an image calls another file, understood but not yet looked for.
+/// The name by which an image calls another file: parsed, but not yet looked up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingName {
     spelling: Spelling,
@@ -73,7 +73,7 @@ pub struct BackingName {
     data_file: Option<Box<BackingName>>,
 }
 
-/// What a name says of the backing file of the image that it leads to.
+/// What a `json:` name states about the next file down: the backing file of the image that the name leads to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Stated {
     /// It has none.
@@ -85,7 +85,7 @@ pub(super) enum Stated {
 /// The QEMU driver that would open the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FileDriver {
-    /// Chosen by what the file is.
+    /// QEMU chooses by the kind of file.
     Any,
     File,
     HostDevice,
@@ -95,8 +95,8 @@ impl BackingName {
     /// Reads a backing name as it stands in the image.
     ///
     /// # Errors
-    /// Why the name does not lead to a local file, in words: a protocol, a driver or an option that is
-    /// not understood, a name that is empty or too long.
+    /// Why the name does not lead to a local file, in words: a protocol, driver or option that is not
+    /// understood, or a name that is empty or too long.
     pub fn parse(raw: &[u8]) -> Result<Self, String> {
         if raw.len() > MAX_NAME {
             return Err(format!("it is {} bytes long, more than {MAX_NAME}", raw.len()));
@@ -144,8 +144,8 @@ impl BackingName {
         Self::from_options(json::flatten(text)?)
     }
 
-    /// Reads the options of a node as QEMU writes them: a format over a file, or a file alone, with filters between
-    /// that change nothing of what is read.
+    /// Reads the options of a node as QEMU writes them: a format node over a file node, or a file node alone,
+    /// with any filters between.
     fn from_options(mut options: BTreeMap<String, OptionValue>) -> Result<Self, String> {
         let format_at = below_filters(&mut options, String::new())?;
         let top = take(&mut options, &format!("{format_at}driver"))?;
@@ -184,18 +184,18 @@ impl BackingName {
         Ok(Self { format, backing, data_file, ..name })
     }
 
-    /// What the name says of the backing file of the image that it leads to. The image says it itself, too: the
-    /// two must be the same.
+    /// What the name states about the backing file of the image that it leads to. That image names its backing
+    /// file itself: the two must agree.
     pub(super) fn backing(&self) -> Option<&Stated> {
         self.backing.as_ref()
     }
 
-    /// What the name says of the data file of the image that it leads to, as for its backing file.
+    /// What the name states about the data file of the image that it leads to; it must agree as well.
     pub(super) fn data_file(&self) -> Option<&Self> {
         self.data_file.as_deref()
     }
 
-    /// Whether the name also says what lies below the image that it leads to.
+    /// Whether the name also states what lies below the image that it leads to.
     pub fn states_backing(&self) -> bool {
         self.backing.is_some()
     }
@@ -205,7 +205,7 @@ impl BackingName {
         self.spelling
     }
 
-    /// The format that a `json:` name gives; a format in the image's own header goes before it.
+    /// The format that a `json:` name gives. A format in the overlay's header takes precedence.
     pub fn format(&self) -> Option<&str> {
         self.format.as_deref()
     }
@@ -215,12 +215,13 @@ impl BackingName {
         self.path.is_relative()
     }
 
-    /// Whether the file that is meant depends on the working directory of the process that opens it.
+    /// Whether the name leads to different files for processes with different working directories.
     pub fn depends_on_working_dir(&self) -> bool {
         self.from_working_dir && self.is_relative()
     }
 
-    /// The path that an image named `overlay` leads to, spelt as QEMU does (nothing is normalised).
+    /// The path to which this name leads from the image `overlay`, spelt as QEMU spells it (nothing is
+    /// normalised).
     pub fn resolve(&self, overlay: &Path) -> PathBuf {
         if self.from_working_dir { self.path.clone() } else { beside(overlay, &self.path) }
     }
@@ -247,7 +248,7 @@ impl BackingName {
     }
 }
 
-/// A string among options.
+/// Takes a string out of the options.
 fn take(options: &mut BTreeMap<String, OptionValue>, key: &str) -> Result<Option<String>, String> {
     match options.remove(key) {
         None => Ok(None),
@@ -256,7 +257,7 @@ fn take(options: &mut BTreeMap<String, OptionValue>, key: &str) -> Result<Option
     }
 }
 
-/// Where the node begins that lies below the filters at `at`, whose options are taken away.
+/// Takes the options of the filters at `at` away; returns the prefix of the first node below them.
 fn below_filters(options: &mut BTreeMap<String, OptionValue>, mut at: String) -> Result<String, String> {
     loop {
         let key = format!("{at}driver");
@@ -270,7 +271,7 @@ fn below_filters(options: &mut BTreeMap<String, OptionValue>, mut at: String) ->
     }
 }
 
-/// The node whose options begin with `prefix`, if there are any; they are taken away.
+/// Takes the options that begin with `prefix` away; returns the node that they describe, if there are any.
 fn child(
     options: &mut BTreeMap<String, OptionValue>,
     prefix: &str,
@@ -283,16 +284,17 @@ fn child(
     if own.is_empty() { Ok(None) } else { BackingName::from_options(own).map(|name| Some(Box::new(name))) }
 }
 
-/// Every path that a backing name may lead to, also of names that [`BackingName::parse`] refuses: for a
-/// search that must not overlook a user of a file. Where it depends on the working directory of another
-/// process, the directory of `overlay` is tried too.
+/// Every path that a backing name may lead to, for a search that must not overlook a user of a file. Names that
+/// [`BackingName::parse`] refuses count, too. For names that depend on the working directory of another
+/// process, the directory of `overlay` is tried as well.
 pub(super) fn possible_paths(raw: &[u8], overlay: &Path) -> Vec<PathBuf> {
     let name = raw.split(|&b| b == 0).next().unwrap_or(raw);
     let as_path = |name: &[u8]| PathBuf::from(OsStr::from_bytes(name));
     let names = match protocol(name) {
         None => return vec![beside(overlay, &as_path(name))],
         Some((b"json", text)) => file_names_in_json(text),
-        // `file:x`, but also `blkdebug::x`, and names of programs that know no protocols.
+        // `file:x`, but also `blkdebug::x`; and the whole as a path, as a program without protocols would read
+        // it.
         Some((_, rest)) => {
             vec![as_path(rest), as_path(rest.strip_prefix(b":").unwrap_or(rest)), as_path(name)]
         }
@@ -300,7 +302,7 @@ pub(super) fn possible_paths(raw: &[u8], overlay: &Path) -> Vec<PathBuf> {
     names.iter().flat_map(|name| [name.clone(), beside(overlay, name)]).collect()
 }
 
-/// Every path that a data file name may lead to; as [`possible_paths`].
+/// Every path that a data file name may lead to, as in [`possible_paths`].
 pub(super) fn possible_data_file_paths(raw: &[u8], image: &Path) -> Vec<PathBuf> {
     let name = PathBuf::from(OsStr::from_bytes(raw.split(|&b| b == 0).next().unwrap_or(raw)));
     vec![beside(image, &name), name]
@@ -339,8 +341,8 @@ pub(super) fn beside(overlay: &Path, path: &Path) -> PathBuf {
     PathBuf::from(OsStr::from_bytes(&[dir, path.as_os_str().as_bytes()].concat()))
 }
 
-/// The name up to trailing zero bytes; QEMU ends it at the first one, so that what follows would
-/// be seen by some programs and not by others.
+/// The name without trailing zero bytes. A zero byte inside is refused: QEMU ends the name there, other
+/// programs may not, and the two would open different files.
 fn without_trailing_nul(raw: &[u8]) -> Result<&[u8], String> {
     let end = raw.iter().rposition(|&b| b != 0).map_or(0, |at| at + 1);
     let name = raw.get(..end).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Opening a chain: from the active image down, name by name.
+//! Opens a chain from the active image down, name by name.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,19 +20,19 @@ use crate::storage::{
 pub struct OpenOptions {
     /// Which files may be opened because an image names them.
     pub policy: Policy,
-    /// The active image's format; its magic decides if the caller does not say.
+    /// The active image's format; `None` lets its magic decide.
     pub active_format: Option<ImageFormat>,
-    /// Formats of backing files, for images that do not say them. The keys are names of the files as the
-    /// caller calls them, as written in the overlay, or as resolved.
+    /// Formats of backing files whose overlays do not state one. A key is any path that leads to the file, or
+    /// its name as written in the overlay.
     pub backing_formats: BTreeMap<PathBuf, ImageFormat>,
-    /// How files are opened that are not opened for reading only. An external data file is opened as
-    /// its image.
+    /// The access of files that are not opened for reading only. An external data file is opened like its
+    /// image.
     pub access: BTreeMap<FileId, Access>,
-    /// Whether every file is locked as QEMU does, before anything is read from it: for writing what is
-    /// opened for writing, for reading the rest.
+    /// Whether every file is locked as QEMU locks it, before anything is read from it: for writing if it is
+    /// opened for writing, else for reading.
     pub lock: bool,
-    /// Whether what is opened for writing may lie on a file system without locks: then only the caller knows that
-    /// nobody else uses it. What is opened for reading may.
+    /// Whether a file that is opened for writing may lie on a file system without locks. Then only the caller
+    /// can know that nobody else uses it. Files that are only read may always lie there.
     pub no_locks: bool,
     /// Whether images that are cut short are read as QEMU does ([`Qcow2::read_as_qemu`]).
     pub as_qemu: bool,
@@ -46,7 +46,7 @@ impl Chain {
     /// - [`Error::Refused`]: a name that the policy forbids, that is not a local file, or that has no format
     ///   or the wrong one; a loop; more layers than the policy allows;
     /// - [`Error::InUse`]: another process holds a file;
-    /// - [`Error::Format`]: an image that is damaged or uses what is not supported.
+    /// - [`Error::Format`]: an image that is damaged, or uses a feature that is not supported.
     pub fn open(host: &dyn Host, active: &Path, options: &OpenOptions) -> Result<Self> {
         Self::open_after(host, active, options, &|_| Ok(()))
     }
@@ -70,8 +70,9 @@ impl Chain {
     }
 }
 
-/// Opens the external data file of a single image, if it has one, as the policy and the locks of
-/// `options` say; `file` is the image's own, which decides about the access, and whether the data file is its own.
+/// Opens the external data file of a single image, if it has one, under the policy and the locks of `options`.
+/// `file` is the image itself: its identity selects the access, and its owner decides what may be done with the
+/// data file.
 ///
 /// # Errors
 /// As [`Chain::open`].
@@ -94,7 +95,7 @@ struct FoundFile {
     storage: Arc<dyn Storage>,
     /// The name by which the overlay calls it.
     name: Option<BackingName>,
-    /// What names of layers above say of its backing file.
+    /// What the names in the layers above state about its backing file.
     stated: Vec<Stated>,
 }
 
@@ -172,7 +173,8 @@ impl Opener<'_> {
             if self.options.as_qemu {
                 qcow2.read_as_qemu();
             }
-            // Before anybody follows them: the work and the memory of a merge go with the number of tables.
+            // This check comes before anything follows the tables: time and memory of a merge grow with their
+            // number.
             qcow2.check_number_of_tables()?;
         }
         let access = self.access(id);
@@ -232,8 +234,8 @@ impl Opener<'_> {
         Ok(FoundFile { path, written_name: Some(written), id, format, storage, name, stated })
     }
 
-    /// What a name says of the backing file of the image at `path` must be what that image says. What it says of the
-    /// layers further below is left to these.
+    /// Checks that what names above state about the backing file of the image at `path` is what that image
+    /// names. What they state about layers further down is handed on, and checked there.
     fn judge_stated(&self, path: &Path, stated: Vec<Stated>, found: Option<&mut FoundFile>) -> Result<()> {
         let refuse = |what| Err(Error::refused(path, Refusal::Contradicted(what)));
         let Some(found) = found else {
@@ -258,7 +260,7 @@ impl Opener<'_> {
         Ok(())
     }
 
-    /// As [`Opener::judge_stated`], for the data file.
+    /// Does for the data file what [`Opener::judge_stated`] does for the backing file.
     fn judge_data_file(
         &self,
         path: &Path,
@@ -284,11 +286,12 @@ impl Opener<'_> {
         self.layers.iter().any(|l| l.id == id || l.data_file.as_ref().is_some_and(|d| d.id == id))
     }
 
-    /// The format of a backing file: what the overlay says, else what the caller says, never a guess.
-    /// What the overlay says must agree with the file's magic: a raw disk whose guest wrote a qcow2
-    /// header into it must not be taken for an image, nor an image's metadata for a raw disk's content.
-    /// A caller who says "raw" beside an overlay that says so knows that the disk's content looks like an image.
-    /// A format that is not read here is no guess either: its layer is held, and never read or written.
+    /// The format of a backing file: what the overlay states, else what the caller states, never a guess. What
+    /// the overlay states must agree with the file's magic: a raw disk must not be read as an image because its
+    /// guest wrote a qcow2 header into it, nor an image's metadata as the content of a raw disk. If the caller
+    /// and the overlay both say "raw", the user knows that the disk's content looks like an image. A format
+    /// that this engine does not read may be recognised by its magic: such a layer is only locked, never read
+    /// or written.
     fn backing_format(
         &self,
         named: &Named<'_>,
@@ -306,11 +309,12 @@ impl Opener<'_> {
                 (None, found @ ImageFormat::Foreign(_)) => Ok(found),
                 (None, _) => Err(missing()),
                 (Some(given), found) if found == given => Ok(given),
-                // Reading harms nobody.
+                // If the caller is wrong, reading shows wrong bytes, but does no damage.
                 (Some(ImageFormat::Raw), ImageFormat::Foreign(_)) if self.access(id) == Access::Read => {
                     Ok(ImageFormat::Raw)
                 }
-                // One word against the file's own: writing guest data over an image's header cannot be undone.
+                // Only the caller says so, and the file's magic says otherwise. Guest data written over an
+                // image's header could not be undone.
                 (Some(given), found) => Err(mismatch(image, text(), given, found)),
             };
         };
@@ -352,8 +356,8 @@ impl Opener<'_> {
     }
 }
 
-/// The format that an overlay states. The drivers that open a file or a device are formats for QEMU too: the bytes as
-/// they are.
+/// The format that an overlay states. QEMU also takes the drivers `file` and `host_device` as formats: they
+/// show the bytes as they are.
 fn declared_format(name: &str, kind: FileKind) -> Option<ImageFormat> {
     match (name, kind) {
         ("file", FileKind::Regular) | ("host_device", FileKind::Block) => Some(ImageFormat::Raw),

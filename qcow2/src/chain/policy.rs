@@ -1,7 +1,7 @@
 //! Which files may be opened because an image names them.
 //!
-//! An image's bytes are untrusted: whoever wrote them chose the names. So the library opens nothing
-//! that an image names unless the caller says so, and then only regular files and block devices.
+//! An image's bytes are untrusted: whoever wrote them chose the names. So the library opens no file that an
+//! image names unless the caller allows it, and then only regular files and block devices.
 
 use crate::error::shown;
 use std::io;
@@ -12,11 +12,11 @@ use super::name::BackingName;
 use crate::error::{Error, FileOp, Refusal, Result, Role};
 use crate::storage::{Access, FileId, Host, Place, Storage};
 
-/// How many layers a chain may have when the caller does not say: as many as there are. A chain cannot come back to one
-/// of its files, so each layer takes a file of its own.
+/// How many layers a chain may have unless the caller sets a limit: any number. A chain never holds a file
+/// twice, so an attacker needs a file for every layer.
 pub const DEFAULT_MAX_DEPTH: usize = usize::MAX;
 
-/// Where files call themselves regular and are not: reading some waits, or changes the system.
+/// Folders whose files claim to be regular but are not: reading some of them blocks, or changes the system.
 pub(super) const KERNEL_FILES: &[&str] = &["/proc", "/sys"];
 
 /// Which files may be opened because an image names them. The default allows none.
@@ -106,7 +106,8 @@ impl Policy {
         }
         self.check_scope(host, image, file.clone())?;
         let access = access(stat.id);
-        // By the name that was compared, and through no link that is laid meanwhile.
+        // Open the resolved path, which is the one that was checked, and follow no link that was made
+        // meanwhile.
         let opened = Place::at(host, &file).and_then(|place| place.open(host, access));
         let storage = opened.map_err(|e| not_writable(&path, access, e, missing))?;
         let opened = storage.stat().map_err(|e| Error::io(&path, FileOp::Stat, None, e))?;
@@ -116,7 +117,7 @@ impl Policy {
         Ok(Opened { path, id: opened.id, storage })
     }
 
-    /// Whether a file may be one that an image names; its path has no symbolic links.
+    /// Whether an image may name this file. The path must have no symbolic links.
     pub(crate) fn allows(&self, host: &dyn Host, file: &Path) -> bool {
         let is_denied =
             self.scope == PolicyScope::Nothing || KERNEL_FILES.iter().any(|dir| file.starts_with(dir));
@@ -150,12 +151,12 @@ impl Policy {
     }
 }
 
-/// A file that an image names.
+/// A name that stands in an image, with what it means.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Named<'a> {
     /// The image, as named.
     pub(super) image: &'a Path,
-    /// As what it is named.
+    /// What the image names it as.
     pub(super) role: Role,
     /// The name as it stands in the image.
     pub(super) written: &'a [u8],
@@ -174,7 +175,8 @@ pub(super) struct Opened {
     pub(super) storage: Arc<dyn Storage>,
 }
 
-/// The error for a file that could not be opened: its own if it only could not be opened for writing.
+/// The error for a file that could not be opened: a typed refusal if only the right to write is missing, else
+/// `otherwise`.
 pub(super) fn not_writable(
     path: &Path,
     access: Access,
@@ -188,9 +190,9 @@ pub(super) fn not_writable(
     otherwise(source)
 }
 
-/// A name that starts at the working directory means what it meant to the VM only if both processes
-/// run in the same directory. If a file of that name lies beside the image, and it is not the one that was
-/// `found`, it is likely that they do not.
+/// Refuses a name that probably meant another file to the VM. A name that starts at the working directory leads
+/// to the same file only if both processes run in the same directory. If a file of that name lies beside the
+/// image, and it is not the one that was `found`, they probably do not.
 fn refuse_ambiguous(host: &dyn Host, named: &Named<'_>, found: Option<FileId>) -> Result<()> {
     if !named.name.depends_on_working_dir() {
         return Ok(());

@@ -1,4 +1,4 @@
-//! Bytes that the guest sees, read through a view.
+//! Reads the bytes that the guest sees through a view.
 
 use super::view::{Supplied, Supply, View};
 use crate::error::Result;
@@ -16,8 +16,9 @@ impl Supply {
 }
 
 impl View<'_> {
-    /// Reads the bytes that the guest sees from `start` on. What lies behind the disk's end, and what no
-    /// layer of the view has, reads as zeros. `cache` must be used for the images of this view only.
+    /// Reads the bytes that the guest sees from `start` on. Bytes behind the disk's end, and bytes that no
+    /// layer supplies, read as zeros. `cache` must be used only with the images of this view: it is keyed by
+    /// layer number.
     ///
     /// # Errors
     /// A table that cannot be read or is damaged; data that cannot be read or inflated.
@@ -35,8 +36,8 @@ impl View<'_> {
         Ok(())
     }
 
-    /// Reads the bytes of a part that [`View::resolve`] has reported, or of the beginning of one: `buf` is
-    /// not longer than the part.
+    /// Reads a part that [`View::resolve`] has reported, or its beginning: `buf` must not be longer than the
+    /// part.
     ///
     /// # Errors
     /// Data that cannot be read or inflated.

@@ -1,4 +1,4 @@
-//! The disk of a chain, read like a file.
+//! Reads the disk of a chain like a file.
 
 use std::io::{self, Read, Seek, SeekFrom};
 
@@ -8,9 +8,9 @@ use crate::error::Result;
 use crate::image::{ClusterCache, Image, Mapping};
 use crate::units::{GuestOffset, GuestRange};
 
-/// Reads what the guest sees through a chain: at any offset, or in order as [`Read`] and [`Seek`] have it.
+/// Reads what the guest sees through a chain: at any offset, or in order with [`Read`] and [`Seek`].
 ///
-/// Clusters that are inflated are kept, as few as one read after the other needs.
+/// It keeps a few inflated clusters, so that consecutive small reads inflate each cluster once.
 #[derive(Debug)]
 pub struct Reader<'c> {
     images: Vec<&'c Image>,
@@ -25,8 +25,8 @@ impl Chain {
         Reader { images: self.images(), cache: ClusterCache::new(), at: 0 }
     }
 
-    /// How many bytes of the disk each layer supplies, data and zeros that it says itself; the bottom first. What no layer
-    /// has is not counted.
+    /// How many bytes of the disk each layer supplies, the bottom first. Data and explicit zeros count; ranges
+    /// that no layer has do not.
     ///
     /// # Errors
     /// A table that cannot be read or is damaged.
@@ -61,8 +61,8 @@ impl Reader<'_> {
         self.images.last().map_or(0, |active| active.virtual_size())
     }
 
-    /// Reads into `buf` from the guest offset `offset` on, in bytes. Gives how many bytes were read: fewer than asked for only
-    /// where the disk ends.
+    /// Reads into `buf` from the guest offset `offset` on, in bytes. Returns how many bytes were read: fewer
+    /// than asked for only where the disk ends.
     ///
     /// # Errors
     /// A table that cannot be read or is damaged; data that cannot be read or inflated.

@@ -1,4 +1,4 @@
-//! The name by which an overlay calls its new backing file.
+//! Finds the name by which an overlay calls its new backing file.
 
 use std::ffi::OsStr;
 use std::io;
@@ -40,7 +40,7 @@ pub fn new_backing_name(host: &dyn Host, old: &[u8], overlay: &Path, base: &Path
         }
     }
     let reason = Refusal::NoNameFor { base: base.to_owned() };
-    // A name that could not be looked at may lead there.
+    // If a name could not be looked up, it may well lead to `base`: the I/O error is the honest answer.
     Err(failed.map_or_else(|| Error::refused(overlay, reason), |e| Error::io(base, FileOp::Stat, None, e)))
 }
 
@@ -60,8 +60,8 @@ fn relative_names(host: &dyn Host, overlay: &Path, base: &Path) -> Result<Vec<Pa
     Ok(names.into_iter().flatten().collect())
 }
 
-/// The way from the directory `from` to `to`, both absolute; `None` if `from` leaves a directory that
-/// `to` does not, so that the way back is unknown.
+/// The relative path from the directory `from` to `to`, both absolute. `None` if the part of `from` that must
+/// be climbed holds a `..` itself: the name of that directory is unknown.
 fn between(from: &Path, to: &Path) -> Option<PathBuf> {
     let shared = from.components().zip(to.components()).take_while(|(a, b)| a == b).count();
     let mut way = PathBuf::new();
@@ -111,8 +111,8 @@ fn written(path: PathBuf) -> Vec<u8> {
 
 /// Whether QEMU would find the file `id` by this name.
 fn leads_to(host: &dyn Host, name: &[u8], overlay: &Path, id: FileId) -> io::Result<bool> {
-    // Above an overlay that is named without a directory, QEMU would take `a:b/overlay` for a protocol;
-    // here it is a path, and so is what is resolved from it.
+    // QEMU would take the relative overlay name `a:b/overlay` for a protocol. Here it is a path, and so is
+    // every name that is resolved from it.
     let overlay = match overlay.is_relative() {
         true => PathBuf::from(OsStr::from_bytes(&[b"./", overlay.as_os_str().as_bytes()].concat())),
         false => overlay.to_owned(),

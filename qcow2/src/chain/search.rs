@@ -1,4 +1,4 @@
-//! Where images are looked for that may use a file of a chain, and what is found there.
+//! Lists the files among which images may use a file of a chain.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -9,37 +9,38 @@ use super::policy::KERNEL_FILES;
 use crate::error::{Error, FileOp, Result};
 use crate::storage::{Host, NameKind, if_there};
 
-/// How deep folders are searched below one that is to be searched with all that is in it.
+/// How many levels of folders are searched below a folder of [`Search::deep`].
 const MAX_DEPTH: usize = 32;
 /// How many names are looked at.
 const MAX_NAMES: usize = 1_000_000;
 /// How long folders are listed.
 const MAX_TIME: Duration = Duration::from_secs(120);
-/// How many folders, and names in them, are looked at beside a folder whose neighbours may matter.
+/// How many folders, and names in them, are looked at in one folder of [`Search::nearby`].
 const NEAR_FOLDERS: usize = 256;
 const NEAR_NAMES: usize = 4096;
 
 /// Where images are looked for.
 #[derive(Clone, Debug, Default)]
 pub struct Search {
-    /// Folders, without the folders in them.
+    /// Folders to search, without their sub-folders.
     pub folders: Vec<PathBuf>,
-    /// Folders with all that is below them. Links to other folders are not followed.
+    /// Folders to search with everything below them. Links to other folders are not followed.
     pub deep: Vec<PathBuf>,
-    /// Folders in whose sub-folders users are likely; what the caller may not look at there is passed over.
+    /// Folders whose direct sub-folders are likely to hold users. Folders there that the caller may not list
+    /// are skipped.
     pub nearby: Vec<PathBuf>,
 }
 
-/// What there is to be looked at.
+/// The files that were found, and what could not be searched.
 #[derive(Debug, Default)]
 pub(super) struct Walked {
-    /// The files, by every name.
+    /// The files, under each of their names.
     pub(super) files: Vec<PathBuf>,
-    /// Those of `files` that lie only in folders nearby.
+    /// The ones among `files` that were found only through [`Search::nearby`].
     pub(super) near: BTreeSet<PathBuf>,
     /// Files and folders that could not be looked at.
     pub(super) unreadable: Vec<(PathBuf, io::Error)>,
-    /// Folders that were left out, as there was too much.
+    /// Folders that were skipped because a limit was reached.
     pub(super) left_out: Vec<PathBuf>,
 }
 
@@ -52,7 +53,7 @@ struct Walk<'a> {
 }
 
 impl Search {
-    /// Only these folders.
+    /// Searches these folders only, without their sub-folders.
     pub fn of_folders(folders: &[PathBuf]) -> Self {
         Self { folders: folders.to_vec(), ..Self::default() }
     }
@@ -83,12 +84,13 @@ impl Search {
 }
 
 impl Walk<'_> {
-    /// A folder by its real name, if it was not listed before.
+    /// Notes that a folder is listed, by its real name; false if it was listed before under any name.
     fn first_time(&mut self, dir: &Path) -> io::Result<bool> {
         Ok(self.listed.insert(self.host.canonicalize(dir)?))
     }
 
-    /// The same for a folder that was found: false if it is gone, or nobody can tell; that is noted then.
+    /// As [`Walk::first_time`], for a folder that the search came upon: false if it is gone. If that cannot be
+    /// told, it is noted as unreadable.
     fn is_new(&mut self, dir: &Path) -> bool {
         match if_there(self.first_time(dir)) {
             Ok(is_new) => is_new.unwrap_or(false),
@@ -99,7 +101,8 @@ impl Walk<'_> {
         }
     }
 
-    /// Whether a name that was found is a folder's: false if it is gone, or nobody can tell; that is noted then.
+    /// Whether a name that was found is that of a folder: false if it is gone. If that cannot be told, it is
+    /// noted as unreadable.
     fn is_folder(&mut self, path: &Path) -> bool {
         match if_there(self.host.name_kind(path)) {
             Ok(kind) => kind == Some(NameKind::Folder),
@@ -148,14 +151,14 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Keeps the files of a folder, and returns its folders.
+    /// Keeps the files among the names of a folder, and returns its sub-folders.
     fn sort(&mut self, names: Vec<PathBuf>, depth: usize) -> Vec<(PathBuf, usize)> {
         let (folders, files): (Vec<_>, Vec<_>) = names.into_iter().partition(|path| self.is_folder(path));
         self.files.extend(files);
         folders.into_iter().map(|folder| (folder, depth)).collect()
     }
 
-    /// The folders in `dir`, each without its own folders, as far as the caller may list them.
+    /// Lists each sub-folder of `dir` that the caller may list, without going deeper.
     fn beside(&mut self, dir: &Path) {
         let names = self.list_nearby(dir);
         let folders: Vec<_> =
@@ -175,7 +178,7 @@ impl Walk<'_> {
         }
     }
 
-    /// The names in a folder nearby; none if the caller may not list it, or it is gone.
+    /// The names in a folder that is only nearby; none if the caller may not list it, or it is gone.
     fn list_nearby(&mut self, dir: &Path) -> Vec<PathBuf> {
         match if_there(self.host.list(dir)) {
             Ok(names) => names.unwrap_or_default(),

@@ -1,4 +1,4 @@
-//! Images outside a chain that read through its files: what a merge would corrupt.
+//! Finds images outside a chain that read through its files. A merge would change what they show.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -15,18 +15,18 @@ use crate::image::Qcow2;
 use crate::storage::{Access, FileId, FileKind, Host, Storage, if_there};
 use crate::units::GuestOffset;
 
-/// How much is read of every file at first, in bytes: enough for the header, the extensions and the
-/// names of nearly every image.
+/// How many bytes of every file are read at first: enough for the header, the extensions and the names of
+/// nearly every image.
 const HEAD: usize = 4096;
 
-/// An image that uses a file that it must share with the chain.
+/// An image outside a chain that uses one of the chain's files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sibling {
     /// The image.
     pub path: PathBuf,
     /// The file that it uses.
     pub uses: FileId,
-    /// As what.
+    /// What it uses the file as.
     pub role: Role,
 }
 
@@ -35,11 +35,11 @@ pub struct Sibling {
 pub struct Siblings {
     /// The images outside the chain that use one of the files, by path.
     pub users: Vec<Sibling>,
-    /// Files and folders that could not be read, so that nobody knows what they use.
+    /// Files and folders that could not be read. They may be users.
     pub unreadable: Vec<(PathBuf, io::Error)>,
-    /// Folders that were left out, as there was too much below the ones to be searched.
+    /// Folders that were skipped because a limit of the search was reached.
     pub left_out: Vec<PathBuf>,
-    /// All names that were looked at; those of `unreadable` are none of them.
+    /// All files that were looked at, without those in `unreadable`.
     pub files: Vec<PathBuf>,
 }
 
@@ -69,14 +69,14 @@ impl Chain {
     }
 }
 
-/// Looks through the folders `dirs` (not through folders in them) for qcow2 images whose backing file
-/// or data file is one of `targets`. Files of `chain` are left out, whatever they are called.
+/// Searches the folders `dirs` (not their sub-folders) for qcow2 images whose backing file or data file is one
+/// of `targets`. Files of `chain` are skipped under every name.
 ///
-/// Only headers are read, and of users their tables; no file that an image names is opened. Images with a damaged header
-/// are passed over: nothing can be read through them; so are layers that an earlier merge has marked
-/// as merged, and active images that it has emptied and nobody has written to since. Whoever uses one of these reads
-/// through it, and counts as a user of what it uses.
-/// Images of a version that is not known are listed as unreadable. Names that depend on a
+/// Only headers are read, and the tables of images that a merge has emptied; no file that an image names is
+/// opened. Images with a damaged header are skipped: nothing can be read through them. Two kinds of images are
+/// no users themselves: layers that an earlier merge has marked as merged, and active images that a merge has
+/// emptied and nobody has written to since. But an image that uses one of them reads through it, and counts as
+/// a user of the target. Images of an unknown version are listed as unreadable. Names that depend on a
 /// process's working directory, or that this engine would not open, count if they may lead to a target.
 ///
 /// # Errors
@@ -90,7 +90,7 @@ pub fn find_users(
     find_users_in(host, &Search::of_folders(dirs), targets, chain)
 }
 
-/// As [`find_users`], where `search` says.
+/// As [`find_users`], in the folders of `search`.
 ///
 /// # Errors
 /// As [`find_users`].
@@ -115,7 +115,8 @@ pub fn find_users_in(
             Err(e) => found.unreadable.push((path, e)),
         }
     }
-    // What each file is that leads to a target: the target itself, or an image that others see it through.
+    // Maps each file through which a target can be read to that target: the target itself, and obsolete images
+    // above it. Each round may find more of those, so rounds go on until no new user appears.
     let mut roots: BTreeMap<FileId, FileId> = targets.iter().map(|target| (*target, *target)).collect();
     loop {
         let is_user = |image: &OutsideImage| image.uses.iter().any(|(id, _)| roots.contains_key(id));
@@ -142,7 +143,7 @@ pub fn find_users_in(
 struct OutsideImage {
     path: PathBuf,
     id: FileId,
-    /// The files that it may use, and as what.
+    /// The files that it may use, and what it uses them as.
     uses: Vec<(FileId, Role)>,
     /// See [`is_kept`].
     is_kept: bool,
@@ -150,13 +151,14 @@ struct OutsideImage {
     was_empty: bool,
 }
 
-/// Whether the image at `path` holds nothing itself, and no internal snapshot does. What is damaged holds something.
+/// Whether the image at `path` has nothing allocated and no internal snapshot. A damaged image counts as not
+/// empty.
 ///
 /// # Errors
 /// It cannot be read.
 pub(super) fn is_empty(host: &dyn Host, path: &Path) -> Result<bool> {
     let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
-    // Its tables tell that: its data file need not be opened.
+    // The tables alone tell this. The image stands in for its own data file, which need not be opened then.
     match Qcow2::open(path, file.clone(), Some(file)).and_then(|image| {
         Ok(image.header().snapshots == 0 && image.next_allocated(GuestOffset::ZERO)?.is_none())
     }) {
@@ -165,18 +167,19 @@ pub(super) fn is_empty(host: &dyn Host, path: &Path) -> Result<bool> {
     }
 }
 
-/// Whether an earlier merge has made an image obsolete, which keeps its old data, or was about to, and has marked it so.
+/// Whether a mark says that an earlier merge made this image obsolete and let it keep its old data, or was
+/// about to.
 pub(super) fn is_kept(cluster0: &Cluster0) -> bool {
     cluster0.keeps_merged_data() || cluster0.merging_into().is_some()
 }
 
-/// Whether an earlier merge has made an image an empty overlay, and marked it so. If somebody has written to it since, it is
-/// an image like any other.
+/// Whether a mark says that an earlier merge made this image an empty overlay. It may have been written to
+/// since: then it is an image like any other.
 pub(super) fn was_empty(cluster0: &Cluster0) -> bool {
     cluster0.was_empty_when_merged() || cluster0.emptied_onto().is_some()
 }
 
-/// The image at `path`, if it is one outside `chain` that uses a file.
+/// The image at `path`, if it lies outside `chain` and uses some file.
 fn look(host: &dyn Host, path: &Path, chain: &[FileId]) -> io::Result<Option<OutsideImage>> {
     let stat = match host.stat(path) {
         Ok(stat) => stat,
@@ -202,7 +205,7 @@ fn look(host: &dyn Host, path: &Path, chain: &[FileId]) -> io::Result<Option<Out
     let mut uses = Vec::new();
     for (paths, role) in [(backing, Role::BackingFile), (data, Role::DataFile)] {
         for named in paths.into_iter().flatten() {
-            // A name that cannot be followed may lead to a target.
+            // A name that cannot be looked up may lead to a target, so the error is kept.
             uses.extend(if_there(host.stat(&named))?.map(|stat| (stat.id, role)));
         }
     }
@@ -215,7 +218,8 @@ fn look(host: &dyn Host, path: &Path, chain: &[FileId]) -> io::Result<Option<Out
     }))
 }
 
-/// Cluster 0 of a qcow2 image as far as it holds names; `None` if it is no such image, or damaged.
+/// Reads as much of cluster 0 of a qcow2 image as holds names; `None` if the file is not qcow2, or its header
+/// is damaged.
 pub(super) fn read_names(file: &dyn Storage) -> io::Result<Option<Cluster0>> {
     let mut bytes = vec![0; HEAD];
     let n = file.read_at(&mut bytes, 0)?;
@@ -225,7 +229,7 @@ pub(super) fn read_names(file: &dyn Storage) -> io::Result<Option<Cluster0>> {
     }
     let header = match Header::decode(&bytes) {
         Ok(header) => header,
-        // Another program may well understand it, and use a target.
+        // Another program may understand this version, and read a target through it.
         Err(e) if e.is_unsupported() => return Err(io::Error::new(io::ErrorKind::Unsupported, e)),
         Err(_) => return Ok(None),
     };

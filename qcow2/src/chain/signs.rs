@@ -1,4 +1,4 @@
-//! Signs that somebody else uses a file of a chain, where no image says so for certain.
+//! Signs that somebody else uses a file of a chain, though no image names it.
 
 use std::ffi::OsString;
 use std::io;
@@ -11,18 +11,18 @@ use super::name::possible_paths;
 use super::siblings::{is_empty, is_kept, read_names, was_empty};
 use crate::storage::{Access, FileId, FileKind, Host, NameKind, if_there};
 
-/// An image whose backing name leads nowhere, and ends in the name of a layer.
+/// An image whose backing name leads to no file, and ends in the file name of a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lookalike {
     /// The image.
     pub path: PathBuf,
-    /// The layer that it may have used before one of the two was moved.
+    /// The layer that it may have used before one of the two files was moved.
     pub may_use: FileId,
-    /// Whether its disk is as large as the layer's, and it states no other format.
+    /// Whether its disk is as large as the layer's, and it does not state another backing format.
     pub fits: bool,
 }
 
-/// What was found among files, and those that could not be looked at.
+/// What was found among the files, and which of them could not be read.
 #[derive(Debug)]
 pub(crate) struct Looked<T> {
     pub(crate) found: Vec<T>,
@@ -43,8 +43,9 @@ impl<T: Send> Looked<T> {
     }
 }
 
-/// The images among `files` that may have used one of the layers before they, or it, were moved: the backing name leads
-/// nowhere and ends in the layer's name, and no file of that name lies beside the image.
+/// The images among `files` that may have used one of the layers before one of the two files was moved: the
+/// backing name leads to no file and ends in the layer's file name, and no file of that name lies beside the
+/// image.
 pub(crate) fn find_lookalikes(host: &dyn Host, files: &[PathBuf], layers: &[Layer]) -> Looked<Lookalike> {
     let names: Vec<(OsString, &Layer)> =
         layers.iter().filter_map(|layer| Some((layer.path.file_name()?.to_owned(), layer))).collect();
@@ -59,7 +60,8 @@ fn lookalike(host: &dyn Host, path: &Path, names: &[(OsString, &Layer)]) -> io::
     }
     let Some(file) = if_there(host.open(path, Access::Read))? else { return Ok(None) };
     let Some(cluster0) = read_names(&*file)? else { return Ok(None) };
-    // What an earlier merge has emptied needs nobody. What cannot be read needs whom it names.
+    // An image that a merge has emptied needs no backing file. If its tables cannot be read, assume that it
+    // does.
     if is_kept(&cluster0) || (was_empty(&cluster0) && is_empty(host, path).unwrap_or(false)) {
         return Ok(None);
     }

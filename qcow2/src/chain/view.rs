@@ -1,8 +1,8 @@
-//! The map through a chain: which layer supplies each range.
+//! The map through a chain: it tells which layer supplies each range.
 //!
-//! Layers are resolved once for a window of the disk, from the top down: each layer is asked only
-//! about what the layers above it left open. Nothing is kept between windows, so memory is bounded by
-//! the window whatever the size of the disk.
+//! Layers are resolved once for a window of the disk, from the top down: each layer is asked only about what
+//! the layers above it left open. Nothing is kept between windows, so the window bounds the memory, whatever
+//! the size of the disk.
 
 use crate::error::Result;
 use crate::image::{Extent, Image, Mapping};
@@ -18,12 +18,12 @@ pub enum Supply {
         /// How that layer maps the range.
         mapping: Mapping,
     },
-    /// Zeros, because a layer below the top ends before here and hides what lies below it.
+    /// Zeros, because a layer below the top ends before this range, and hides what lies below it.
     PastEnd {
         /// The short layer.
         layer: usize,
     },
-    /// No layer of the list has it.
+    /// No layer of the list supplies it: it reads as zeros.
     Nothing,
 }
 
@@ -37,7 +37,7 @@ pub struct Supplied {
 }
 
 impl Supply {
-    /// What supplies the bytes `bytes` further on in the same range.
+    /// What supplies the same range from `bytes` bytes further on.
     pub fn advance(self, bytes: u64) -> Self {
         match self {
             Self::Layer { layer, mapping } => Self::Layer { layer, mapping: mapping.advance(bytes) },
@@ -47,7 +47,7 @@ impl Supply {
 }
 
 impl Supplied {
-    /// The part inside `range`, or `None` if they do not meet.
+    /// The part inside `range`, or `None` if there is none.
     pub fn clip(&self, range: &GuestRange) -> Option<Self> {
         let both = self.range.intersect(range)?;
         Some(Self { range: both, supply: self.supply.advance(both.start - self.range.start) })
@@ -73,9 +73,8 @@ impl<'a> View<'a> {
         self.layers.last().map_or(0, |top| top.virtual_size())
     }
 
-    /// A good size for the windows that [`View::resolve`] is called with: some thousand clusters
-    /// (subclusters, where there are any) of the layer with the smallest ones, in bytes; a power of two,
-    /// and a multiple of every cluster size.
+    /// A good window size for [`View::resolve`], in bytes: some thousand clusters (or subclusters) of the layer
+    /// with the smallest ones. It is a power of two and a multiple of every cluster size.
     pub fn window(&self) -> u64 {
         let sizes = self.own().filter_map(|(_, image)| image.as_qcow2());
         sizes.map(|q| q.geometry().subcluster_size()).min().unwrap_or(1 << 16) << 13
@@ -85,8 +84,8 @@ impl<'a> View<'a> {
         self.layers.iter().copied().enumerate().skip(self.first)
     }
 
-    /// The first offset at or behind `from` where a layer may supply something, found without reading
-    /// L2 tables; `None` if there is nothing up to the end.
+    /// The first offset at or behind `from` where a layer may supply something; `None` if there is nothing up
+    /// to the end. It reads no L2 tables, so the answer may come too early, but never too late.
     ///
     /// # Errors
     /// A table that cannot be read.
@@ -94,14 +93,15 @@ impl<'a> View<'a> {
         if from.get() >= self.size() {
             return Ok(None);
         }
-        // Behind the end of a short layer its zeros begin; the top's end is the disk's end.
+        // Behind the end of a short layer, its zeros hide the layers below; so something is supplied from there
+        // on.
         let past_end = from.max(GuestOffset::new(self.shortest()));
         let allocated = if past_end == from { None } else { self.next_allocated(from)? };
         let next = allocated.map_or(past_end, |allocated| allocated.min(past_end));
         Ok((next.get() < self.size()).then_some(next))
     }
 
-    /// The size of the shortest layer: behind it, zeros hide what lies below, or the disk ends.
+    /// The size of the shortest layer. Behind it, zeros hide what lies below, or the disk ends.
     pub(crate) fn shortest(&self) -> u64 {
         self.own().map(|(_, image)| image.virtual_size()).min().unwrap_or(0)
     }
@@ -122,8 +122,8 @@ impl<'a> View<'a> {
         Ok(next)
     }
 
-    /// Resolves a window: appends what supplies each part of `range`, sorted and without gaps. What
-    /// lies behind the disk's end is not reported.
+    /// Resolves a window: appends what supplies each part of `range`, sorted and without gaps. Nothing is
+    /// reported behind the disk's end.
     ///
     /// # Errors
     /// A table that cannot be read, or an entry that breaks the format's rules.
@@ -141,7 +141,8 @@ impl<'a> View<'a> {
             extents.clear();
             let hull = GuestRange::between(first.start, last.end());
             if image.map(hull, &mut extents).is_err() {
-                // A damaged entry that the layers above hide is nobody's concern.
+                // Asking for the whole hull is faster, but it also decodes entries that the layers above hide.
+                // If one of those is damaged, nobody reads it: ask for the open ranges only.
                 extents.clear();
                 open.iter().try_for_each(|range| image.map(*range, &mut extents))?;
             }
@@ -157,7 +158,8 @@ impl<'a> View<'a> {
     }
 }
 
-/// Divides the open ranges by what a layer says: what it supplies goes to `out`, the rest is returned.
+/// Divides the open ranges by what a layer says: appends what it supplies to `out`, and returns what stays
+/// open.
 fn split(
     layer: usize,
     open: &[GuestRange],
@@ -180,6 +182,7 @@ fn split(
                     }
                 }
             }
+            // The extent reaches into the next open range: keep it for that one.
             if extent.range.end() > range.end() {
                 break;
             }
@@ -193,7 +196,7 @@ fn split(
     still_open
 }
 
-/// Joins neighbours from `begin` on that one entry can say.
+/// Joins neighbours, from `begin` on, where the second only continues the first.
 fn join(out: &mut Vec<Supplied>, begin: usize) {
     let mut kept = begin;
     for n in begin..out.len() {

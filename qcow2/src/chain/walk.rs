@@ -1,4 +1,4 @@
-//! A whole disk, range by range, each as long as can be; and what `qemu-img map` says of each.
+//! Walks a whole disk in ranges that are as long as possible, and describes each as `qemu-img map` does.
 
 use std::ops::Range;
 
@@ -11,8 +11,8 @@ use crate::image::Mapping;
 use crate::units::{GuestOffset, GuestRange};
 
 impl View<'_> {
-    /// Calls `f` with every range of the disk in order. Ranges that are supplied alike are told in one; the places of compressed
-    /// clusters are not told apart.
+    /// Calls `f` with every range of the disk in order. Neighbours that continue each other become one range,
+    /// even across windows; compressed clusters of one layer do so wherever they lie.
     ///
     /// # Errors
     /// A table that cannot be read, or an entry that breaks the format's rules; those of `f`.
@@ -40,7 +40,7 @@ impl View<'_> {
     }
 }
 
-/// Whether `next` can be told in one with `last`, its neighbour.
+/// Whether `next` and its neighbour `last` make one range.
 fn continues(last: &Supplied, next: &Supplied) -> bool {
     let compressed = |part: &Supplied| match part.supply {
         Supply::Layer { layer, mapping: Mapping::Compressed(_) } => Some(layer),
@@ -50,15 +50,15 @@ fn continues(last: &Supplied, next: &Supplied) -> bool {
         || (compressed(last).is_some() && compressed(last) == compressed(next))
 }
 
-/// What a map says of a range of the disk, as `qemu-img map --output=json` has it.
+/// One entry of a map, with the fields of `qemu-img map --output=json`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct MapEntry {
     /// The guest offset.
     pub start: u64,
-    /// Bytes.
+    /// The length in bytes.
     pub length: u64,
-    /// How many layers lie above the one that supplies it.
+    /// How many layers lie above the one that supplies the range.
     pub depth: usize,
     /// Whether a layer has it.
     pub present: bool,
@@ -68,18 +68,18 @@ pub struct MapEntry {
     pub data: bool,
     /// Whether it is compressed.
     pub compressed: bool,
-    /// The host offset, where it lies in one place.
+    /// The host offset, if the range is contiguous in the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
 }
 
-/// Makes the entries of a map.
+/// Turns ranges into entries of a map.
 #[derive(Debug)]
 pub struct Mapper<'c> {
     chain: &'c Chain,
-    /// For each layer, whether its clusters were allocated ahead.
+    /// For each layer, whether its clusters were preallocated.
     preallocated: Vec<bool>,
-    /// What was asked last: the layer, from where on, and the data found there.
+    /// The last answer of a file: the layer, the offset that was asked about, and the next data behind it.
     known: Option<(usize, u64, Range<u64>)>,
 }
 
@@ -105,7 +105,7 @@ impl<'c> Mapper<'c> {
     ) -> std::result::Result<(), E> {
         let (layer, mapping) = match part.supply {
             Supply::Layer { layer, mapping } => (layer, mapping),
-            // QEMU sees the end of a short layer from the layer above.
+            // QEMU counts the zeros behind the end of a short layer to the layer above it.
             Supply::PastEnd { layer } => (layer + 1, Mapping::Unallocated),
             Supply::Nothing => (0, Mapping::Unallocated),
         };
@@ -129,7 +129,7 @@ impl<'c> Mapper<'c> {
         }
     }
 
-    /// Data in clusters that were allocated ahead is zero where the file has holes.
+    /// Reports data in preallocated clusters: it is zero where the file has holes.
     fn holes<E>(
         &mut self,
         layer: usize,
@@ -164,7 +164,7 @@ impl<'c> Mapper<'c> {
         let file = self.chain.layers().get(layer).map(|layer| layer.image.data_file());
         let data = match file.map(|file| file.next_data(at)) {
             Some(Ok(data)) => data.unwrap_or(u64::MAX..u64::MAX),
-            // Holes are a mere help: what cannot be told is data.
+            // Holes only make the map finer: if the file cannot tell, everything counts as data.
             _ => at..u64::MAX,
         };
         self.known = Some((layer, at, data.clone()));
