@@ -1,4 +1,5 @@
-//! The passes of a check: count the references of a window of host clusters, compare, move on.
+//! The passes of a check. Each counts the references to one window of host clusters, compares them with the
+//! refcounts, and moves the window on.
 
 use std::ops::Range;
 
@@ -18,7 +19,7 @@ use super::tables::{TableRef, Visitor, for_each_piece, read_piece, tables_per_pi
 
 /// Words of slots in a window: 40 MiB, enough for 1 TiB of clusters of 64 KiB in one pass.
 pub(crate) const WINDOW_WORDS: u64 = 5 << 20;
-/// Pieces of L2 tables of which is remembered which windows they refer to.
+/// For how many pieces of L2 tables the next window that they refer to is remembered.
 const REMEMBERED: usize = 1 << 20;
 
 const METADATA: Reference = Reference { kind: ReferenceKind::Other, copied: None, times: 1 };
@@ -32,8 +33,8 @@ pub(crate) struct Census {
     pub(crate) clusters_in_use: u64,
 }
 
-/// Checks the whole image with slots of a width, `window_words` words of them at a time; `None` if they
-/// are too narrow for it. `limit` findings of each severity are kept.
+/// Checks the whole image with slots of the given width, `window_words` words of them at a time. `None` if the
+/// slots are too narrow for the image. `limit` findings of each severity are kept.
 pub(crate) fn take(
     subject: &Subject<'_>,
     width: Width,
@@ -57,10 +58,10 @@ pub(crate) fn take(
     Ok(Some(Census { findings, totals, clusters_in_use }))
 }
 
-/// Counts all references, a window of host clusters after the other, and calls `visit` with each window
-/// that anything refers to or that has refcounts. What is damaged goes to `first`, as the first pass sees it, which
-/// goes through all tables. What a pass could not read is part of what `visit` gets. False if the slots
-/// are too narrow; the windows that were visited until then are right.
+/// Counts all references, one window of host clusters after the other, and calls `visit` with each window that
+/// something refers to or that has refcounts. Damage is reported to `first` by the first pass, which reads all
+/// tables. `visit` also gets what its pass could not read. False if the slots are too narrow; the windows that
+/// were visited until then are right.
 pub(crate) fn count(
     subject: &Subject<'_>,
     layout: &Layout,
@@ -88,6 +89,8 @@ pub(crate) fn count(
         }
         visit(Counted::new(subject.path, &counts, gaps))?;
         is_first = false;
+        // A window without references still has to be compared if it has refcounts: those would be leaks. All
+        // other windows are skipped.
         window = next.min(next_block(subject, layout, window, slots));
         if window == u64::MAX {
             return Ok(true);
@@ -107,8 +110,8 @@ fn next_block(subject: &Subject<'_>, layout: &Layout, window: u64, slots: u64) -
     if cluster < subject.file_clusters() { cluster / slots } else { u64::MAX }
 }
 
-/// For every piece of L2 tables, the next window that it refers to: later passes read only what
-/// concerns them.
+/// For every piece of L2 tables, the next window that it refers to. A later pass reads a piece only if it
+/// refers to the pass's window.
 #[derive(Debug, Default)]
 struct Memory {
     due: Vec<u64>,
@@ -117,10 +120,10 @@ struct Memory {
 struct Pass<'a> {
     scanner: &'a Scanner<'a>,
     memory: &'a mut Memory,
-    /// Whether nothing is remembered yet.
+    /// Whether this is the first pass, so that nothing is remembered yet.
     is_first: bool,
     window: u64,
-    /// The number of the next batch's first piece.
+    /// The number of the first piece in the next batch. Pieces have the same numbers in every pass.
     piece: usize,
     /// The first later window that something refers to.
     next: u64,
@@ -210,6 +213,7 @@ impl Visitor for Pass<'_> {
         let first_pass = self.is_first;
         let nexts = for_each_piece(subject, tables, |n, piece, buf| {
             let known = due.get(first_piece + n).copied();
+            // The piece refers to nothing in this window: its answer stays as it is.
             if let Some(due) = known.filter(|&due| !first_pass && due > self.window) {
                 return due;
             }

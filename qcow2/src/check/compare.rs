@@ -1,4 +1,4 @@
-//! Stored refcounts against counted references, for a window of host clusters.
+//! Compares stored refcounts with counted references, for a window of host clusters.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -24,7 +24,7 @@ pub(crate) fn compare(
     findings: &Findings,
 ) -> Result<u64> {
     let per_block = subject.geometry.refcounts_per_block();
-    // The last cluster in use may begin where the file ends in the cluster before.
+    // One cluster more than the file has: an entry may refer to the cluster that begins where the file ends.
     let end = counts.window().end.min(subject.file_clusters() + 1);
     let clusters = counts.window().start..end;
     let in_use = AtomicU64::new(0);
@@ -69,11 +69,12 @@ impl CountComparison<'_> {
                 gaps.report(self.findings);
                 is_known
             }
-            // Reported where the entries are counted.
+            // The pass that counts the entries reports this one.
             _ => false,
         };
         if !known {
-            // Nothing can be said of these refcounts. What else the slots tell still counts.
+            // These refcounts are unknown. Overlaps and overflows show in the slots alone, and are still
+            // reported.
             buf.clear();
         }
         let mut report = RowReporter { findings: self.findings, subject: self.subject, open: Vec::new() };
@@ -94,7 +95,8 @@ impl CountComparison<'_> {
         let width = RefcountWidth::of(&self.subject.geometry);
         let lanes = counts.lanes();
         let once = counts.all_copied_once();
-        // Four refcounts of 16 bits that are one: with the right words beside them, all is well.
+        // The common case by far: four 16-bit refcounts of one, and four slots with one reference and the
+        // COPIED flag. One comparison settles them.
         let ones = [0, 1, 0, 1, 0, 1, 0, 1];
         let quick = width.max() == 0xffff && lanes == 4;
         let mut in_use = 0;
@@ -114,7 +116,7 @@ impl CountComparison<'_> {
             }
             for lane in 0..lanes.min(range.end - cluster) {
                 let slot = counts.slot(word, lane as u32);
-                // What lies behind the file's end matters only if something refers to it.
+                // A cluster behind the file's end matters only if something refers to it.
                 if slot.count == 0 && cluster + lane >= self.subject.file_clusters() {
                     continue;
                 }
@@ -130,11 +132,11 @@ impl CountComparison<'_> {
     }
 }
 
-/// Makes one finding of clusters in a row that have the same trouble.
+/// Joins neighbouring clusters with the same trouble into one finding.
 struct RowReporter<'a> {
     findings: &'a Findings,
     subject: &'a Subject<'a>,
-    /// At most one for each kind of trouble.
+    /// The runs that may still grow, at most one for each kind of trouble.
     open: Vec<(What, Severity, Range<u64>)>,
 }
 

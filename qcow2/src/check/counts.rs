@@ -1,8 +1,8 @@
-//! How often each host cluster of a window is referred to, packed into atomics.
+//! Counts the references to each host cluster of a window, packed into atomics.
 //!
-//! A cluster has a slot of 16 bits (32 in the wide form): how many references there are, what kind of
-//! thing they say the cluster is, and which COPIED flags the active tables carry for it. One slot
-//! settles everything that the refcounts must agree with, so one pass over the tables is enough.
+//! A cluster has a slot of 16 bits (32 in the wide form). It holds the number of references, the kind of thing
+//! they say the cluster is, and which COPIED flags the active tables carry for it. Everything that a refcount
+//! must agree with is in the slot, so one pass over the tables is enough.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -20,7 +20,7 @@ pub(crate) enum ReferenceKind {
     Other = 2,
 }
 
-/// A reference, or several alike.
+/// A reference, or several equal ones.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reference {
     pub(crate) kind: ReferenceKind,
@@ -29,7 +29,7 @@ pub(crate) struct Reference {
     pub(crate) times: u64,
 }
 
-/// What is known of one cluster.
+/// What the references say about one cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Slot {
     /// How many references there are.
@@ -47,7 +47,7 @@ pub(crate) struct Slot {
 pub(crate) enum Width {
     /// 16 bits: up to 4094 references.
     Narrow,
-    /// 32 bits: up to 2^28 - 2 references. For absurd images: half as many clusters fit in a window.
+    /// 32 bits: up to 2^28 - 2 references. Half as many clusters fit in a window; only absurd images need it.
     Wide,
 }
 
@@ -79,7 +79,7 @@ impl Counts {
         Some(this)
     }
 
-    /// Empties the slots and moves the window, so that it starts at cluster `first`.
+    /// Empties the slots and moves the window to cluster `first`.
     pub(crate) fn restart_at(&mut self, first: u64) {
         self.first = first;
         self.words.par_iter().with_min_len(1 << 16).for_each(|word| word.store(0, Relaxed));
@@ -95,7 +95,7 @@ impl Counts {
         self.saturated.load(Relaxed)
     }
 
-    /// Adds a reference to every cluster of a range; what lies outside the window is left out.
+    /// Adds a reference to every cluster of the range that lies in the window.
     pub(crate) fn add(&self, clusters: Range<u64>, reference: Reference) {
         let window = self.window();
         let start = clusters.start.max(window.start);
@@ -123,6 +123,8 @@ impl Counts {
         let bits = self.width.bits();
         let mut old = word.load(Relaxed);
         loop {
+            // An empty word takes the same value in all its lanes at once: long runs of data are the common
+            // case.
             let new = if old == 0 {
                 let mask = u64::MAX >> (64 - (lanes.end - lanes.start) * bits) << (lanes.start * bits);
                 pattern & mask
@@ -179,7 +181,7 @@ impl Counts {
         self.words.get(index as usize).map_or(0, |word| word.load(Relaxed))
     }
 
-    /// The word of clusters that have exactly one reference each: of guest data, with COPIED flag.
+    /// The word of clusters that have exactly one reference each, by guest data with the COPIED flag.
     pub(crate) fn all_copied_once(&self) -> u64 {
         self.width.in_all_lanes(self.width.copied() | 1)
     }
@@ -216,7 +218,7 @@ impl Width {
         (1 << self.bits()) - 1
     }
 
-    /// A count that has reached this may be too low.
+    /// The largest count. A slot that has reached it may have lost references.
     const fn max_count(self) -> u64 {
         (1 << (self.bits() - FLAG_BITS)) - 1
     }

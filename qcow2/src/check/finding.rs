@@ -1,4 +1,4 @@
-//! What a check finds, typed, so that a repair can act on it.
+//! The findings of a check, as typed values.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -72,7 +72,7 @@ pub enum Structure {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum What {
-    /// Clusters have a lower refcount than references: they may be given away while in use.
+    /// Clusters have a lower refcount than references: they may be allocated again while in use.
     RefcountTooLow {
         /// The refcount in the image.
         stored: u64,
@@ -172,7 +172,7 @@ pub(crate) struct Unread {
 }
 
 impl Unread {
-    /// The error, for those who cannot do without.
+    /// The read error, for callers that need the bytes.
     pub(crate) fn error(self, path: &Path) -> Error {
         Error::io(path, FileOp::Read, Some(self.offset), self.source)
     }
@@ -248,7 +248,7 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Collects findings from many threads: all are counted, the first of each severity are kept.
+/// Collects findings from many threads. All are counted; the first ones of each severity are kept.
 #[derive(Debug)]
 pub(crate) struct Findings {
     limit: usize,
@@ -259,7 +259,7 @@ pub(crate) struct Findings {
     damaged: AtomicBool,
     past_end: AtomicBool,
     cut_from: AtomicU64,
-    /// Where something could not be read: the same place fails in every pass.
+    /// The places that could not be read. Every pass fails at the same places, and each is reported once.
     unread: Mutex<HashSet<(Structure, u64)>>,
     first_unread: Mutex<Option<Unread>>,
 }
@@ -302,13 +302,13 @@ impl Findings {
         }
     }
 
-    /// Adds a corruption that hides references: what could not be read may refer to anything.
+    /// Adds a corruption that hides references: the damaged structure may have referred to any cluster.
     pub(crate) fn add_blind(&self, finding: Finding) {
         self.incomplete.store(true, Relaxed);
         self.add(finding);
     }
 
-    /// Adds what could not be read, once for each place.
+    /// Adds a place that could not be read, unless it was added before.
     pub(crate) fn add_unread(&self, unread: Unread) {
         let mut known = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
         if !known.insert((unread.structure, unread.offset)) {
@@ -329,7 +329,7 @@ impl Findings {
         self.first_unread.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// How many there are of a severity, kept or not.
+    /// How many findings of a severity there are, kept or not.
     pub(crate) fn count(&self, severity: Severity) -> u64 {
         self.counted.get(severity as usize).map_or(0, |n| n.load(Relaxed))
     }
@@ -339,23 +339,23 @@ impl Findings {
         self.incomplete.load(Relaxed)
     }
 
-    /// Whether an entry or a structure is damaged, so that nobody knows what it meant.
+    /// Whether an entry or a structure is damaged, so that its meaning is unknown.
     pub(crate) fn is_damaged(&self) -> bool {
         self.damaged.load(Relaxed)
     }
 
-    /// Whether something refers to what lies behind the end of the image file.
+    /// Whether something refers to bytes behind the end of the image file.
     pub(crate) fn is_past_end(&self) -> bool {
         self.past_end.load(Relaxed)
     }
 
-    /// Where the first structure begins that leaves the image file, in bytes: what of it lies inside is in
-    /// use, though it is not counted.
+    /// The lowest offset of a structure that extends behind the end of the file, in bytes. Its part inside the
+    /// file is in use, though it is not counted.
     pub(crate) fn cut_from(&self) -> u64 {
         self.cut_from.load(Relaxed)
     }
 
-    /// Those that were kept: corruptions, errors, leaks, each in the order of host offsets.
+    /// The kept findings: corruptions, errors, leaks, each in the order of host offsets.
     pub(crate) fn into_vec(self) -> Vec<Finding> {
         let mut all: Vec<Finding> =
             self.kept.into_iter().flat_map(|kept| kept.into_inner().unwrap_or_default()).collect();

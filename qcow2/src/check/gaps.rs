@@ -1,4 +1,5 @@
-//! What of an image could not be read. A count with a gap is no count: an unread table may refer to anything.
+//! Keeps account of the parts of an image that could not be read. References counted without them are not to be
+//! relied on: an unread table may refer to any cluster.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -11,8 +12,8 @@ use super::finding::{Findings, Unread};
 /// How many gaps are remembered with their place.
 const KEPT: usize = 1000;
 
-/// What could not be read on the way through an image. Whoever gets one decides: [`Gaps::none`] makes an error of it,
-/// [`Gaps::report`] a finding.
+/// What could not be read on the way through an image. Its receiver must decide: [`Gaps::none`] makes an error
+/// of it, [`Gaps::report`] a finding.
 #[derive(Debug, Default)]
 #[must_use]
 pub(crate) struct Gaps(Mutex<Vec<Unread>>);
@@ -26,12 +27,12 @@ impl Gaps {
         }
     }
 
-    /// Notes those of another way as well.
+    /// Adds the gaps of another walk.
     pub(crate) fn join(&self, other: Self) {
         other.into_list().into_iter().for_each(|unread| self.note(unread));
     }
 
-    /// Goes on only if all was read.
+    /// Succeeds only if everything was read.
     ///
     /// # Errors
     /// The first read that failed.
@@ -52,8 +53,8 @@ impl Gaps {
     }
 }
 
-/// The references of a window of host clusters, of as many tables as could be read. They can only be had with a word
-/// on what happens if that was not all.
+/// The counted references of a window, and the gaps in the count. The counts cannot be taken out without saying
+/// what happens with the gaps.
 #[derive(Debug)]
 pub(crate) struct Counted<'a> {
     path: &'a Path,
@@ -75,7 +76,7 @@ impl<'a> Counted<'a> {
         Ok(self.counts)
     }
 
-    /// The counts as far as they go; what is missing becomes a finding.
+    /// The counts, even with gaps; each gap becomes a finding.
     pub(crate) fn noted(self, findings: &Findings) -> &'a Counts {
         self.gaps.report(findings);
         self.counts

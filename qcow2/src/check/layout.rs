@@ -1,4 +1,4 @@
-//! Where an image's metadata lies: everything but L2 tables and what is found through them.
+//! Finds where an image's metadata lies, except for L2 tables and what they refer to.
 
 use std::ops::Range;
 
@@ -33,14 +33,14 @@ pub(crate) struct Layout {
 pub(crate) enum Scope {
     /// All.
     Everything,
-    /// All but the refcount table and its blocks: what stays when they are made anew.
+    /// All but the refcount table and its blocks: what remains in use when those are rebuilt.
     WithoutRefcounts,
 }
 
-/// Finds the metadata of an image, and reports what of it is damaged; what could not be read is returned.
+/// Finds the metadata of an image and reports damage to it. Returns what could not be read as well.
 ///
 /// # Errors
-/// Cancellation, and a header or memory that does not allow to go on.
+/// Cancellation; a refcount table that cannot be read.
 pub(crate) fn lay_out(subject: &Subject<'_>, scope: Scope, findings: &Findings) -> Result<(Layout, Gaps)> {
     let header = &subject.header;
     let mut survey = LayoutSurvey { subject, findings, gaps: Gaps::default(), metadata: Vec::new() };
@@ -89,7 +89,7 @@ impl LayoutSurvey<'_> {
         }
     }
 
-    /// Reads the snapshot table; gives the bytes of the snapshots' L1 tables.
+    /// Reads the snapshot table; returns the byte ranges of the snapshots' L1 tables.
     fn snapshots(&mut self) -> Result<Vec<Range<u64>>> {
         let subject = self.subject;
         let start = subject.header.snapshots_offset.get();
@@ -113,7 +113,7 @@ impl LayoutSurvey<'_> {
         Ok(tables)
     }
 
-    /// Reports what is wrong with an entry of the snapshot table; gives the bytes of its L1 table.
+    /// Reports what is wrong with an entry of the snapshot table; returns the byte range of its L1 table.
     fn snapshot(&mut self, snapshot: &Snapshot, wrong: Option<FormatError>) -> Option<Range<u64>> {
         let host = snapshot.l1_offset;
         let usable = host.is_aligned(self.subject.geometry.cluster_size())
@@ -122,7 +122,7 @@ impl LayoutSurvey<'_> {
         let wrong = wrong.into_iter().chain(snapshot.validate(&self.subject.header).err());
         for error in wrong {
             let finding = Finding::corruption(What::Malformed(error), snapshot.offset, None);
-            // Extra data that is missing or too long hides nothing.
+            // If the L1 table is known all the same, no reference is hidden.
             if usable { self.findings.add(finding) } else { self.findings.add_blind(finding) }
         }
         if !usable {
@@ -132,7 +132,7 @@ impl LayoutSurvey<'_> {
         Some(host.get()..host.get().saturating_add(snapshot.l1_bytes()))
     }
 
-    /// Reads the bitmap directory; gives the bytes of the bitmaps' tables.
+    /// Reads the bitmap directory; returns the byte ranges of the bitmaps' tables.
     fn bitmaps(&mut self) -> Result<Vec<Range<u64>>> {
         let Some(extension) = self.subject.bitmaps else {
             return Ok(Vec::new());
@@ -166,7 +166,7 @@ impl LayoutSurvey<'_> {
         Some(host..host.saturating_add(len))
     }
 
-    /// The refcount table: without it nothing can be said, so failing to read it ends the check.
+    /// Reads the refcount table. The check cannot go on without it, so a read error here ends the check.
     fn refcount_table(&self) -> Result<Vec<u64>> {
         let header = &self.subject.header;
         let start = header.refcount_table_offset.get();
@@ -178,8 +178,8 @@ impl LayoutSurvey<'_> {
     }
 }
 
-/// Reads a table of 64-bit entries piece by piece; gives each entry's place and value. Entries that
-/// cannot be read are taken as zero, and go to `gaps`.
+/// Reads a table of 64-bit entries piece by piece, and calls `visit` with each entry's offset and value.
+/// Entries that cannot be read are noted in `gaps` and taken as zero.
 ///
 /// # Errors
 /// Cancellation.

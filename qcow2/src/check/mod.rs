@@ -1,12 +1,12 @@
-//! Whether an image is consistent: what its tables refer to, against what its refcounts say.
+//! Checks whether an image is consistent: whether its refcounts agree with the references in its tables.
 //!
-//! The check only reads; [`crate::repair`] acts on what it finds. It visits every table once (however often tables are shared or overlap), counts
-//! the references of each host cluster in a window of packed counters, and compares a whole window
-//! with the stored refcounts at once; an image with more clusters than the window takes several passes.
-//! Memory does not depend on the image: about 60 MiB at most, sized by the length of the file and never by
-//! what the header claims.
+//! The check only reads; [`crate::repair`] acts on what it finds. A pass reads every table once, however often
+//! tables are shared or overlap. It counts the references to each host cluster in a window of packed counters,
+//! then compares the whole window with the stored refcounts. An image with more clusters than the window takes
+//! several passes. Memory is bounded by about 60 MiB; it grows with the length of the file, never with what the
+//! header claims.
 //!
-//! What is found mirrors `qemu-img check`, and a few things are added that it lets pass:
+//! The findings are those of `qemu-img check`, and a few that it does not report:
 //!
 //! - metadata that shares its cluster with something else, even if the refcount says so;
 //! - the zero flag in a version 2 image, bit 0 of an extended L2 entry, and the COPIED flag without a
@@ -72,13 +72,13 @@ pub struct CheckReport {
     pub image_end_offset: u64,
     /// The clusters of the guest's disk.
     pub total_clusters: u64,
-    /// Those that have a host cluster.
+    /// The clusters of the guest's disk that have a host cluster.
     #[serde(skip_serializing_if = "is_zero")]
     pub allocated_clusters: u64,
-    /// Those of them that do not follow their predecessor; compressed ones always count.
+    /// The allocated clusters that do not follow their predecessor in the file; compressed ones always count.
     #[serde(skip_serializing_if = "is_zero")]
     pub fragmented_clusters: u64,
-    /// Those that are compressed.
+    /// The allocated clusters that are compressed.
     #[serde(skip_serializing_if = "is_zero")]
     pub compressed_clusters: u64,
     /// What is wrong, by severity and host offset: the first thousand of each severity.
@@ -95,7 +95,7 @@ pub struct CheckReport {
     pub marked_corrupt: bool,
 }
 
-/// QEMU leaves zeros out.
+/// QEMU omits these numbers from its JSON where they are zero.
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 pub(crate) fn is_zero(number: &u64) -> bool {
     *number == 0
@@ -154,11 +154,11 @@ pub fn check(
     check_subject(&subject, WINDOW_WORDS)
 }
 
-/// As [`check`], for an image that is to be written: its refcounts decide what is free, so it must be consistent. Leaks
-/// are allowed.
+/// As [`check`], for an image that is going to be written. It must be consistent, because its refcounts decide
+/// which clusters are free. Leaks are allowed.
 ///
 /// # Errors
-/// Those of a check; the first read that failed, since where the device fails nothing is known about the image;
+/// Those of a check; the first read that failed, because an unread table may refer to any cluster;
 /// [`Refusal::Inconsistent`].
 pub fn check_consistent(
     path: &Path,
@@ -174,7 +174,7 @@ pub fn check_consistent(
     Err(Error::refused(path, Refusal::Inconsistent { corruptions: report.corruptions, first }))
 }
 
-/// Checks an image all of whose tables can be read.
+/// As [`check`], but a table that cannot be read is an error, not a finding.
 pub(crate) fn check_whole(subject: &Subject<'_>) -> Result<CheckReport> {
     let census = census_of(subject, WINDOW_WORDS)?;
     match census.findings.take_unread() {
@@ -210,7 +210,7 @@ fn report(subject: &Subject<'_>, census: Census) -> CheckReport {
         leaks: findings.count(Severity::Leak),
         check_errors: findings.count(Severity::Error),
         image_end_offset: clusters_in_use.saturating_mul(cluster_size),
-        // QEMU counts sectors: what lies behind the last whole one does not exist for it.
+        // QEMU ignores a last sector that is not whole, and so does `virtual_size`.
         total_clusters: header.virtual_size().div_ceil(cluster_size),
         allocated_clusters: totals.allocated.load(Relaxed),
         fragmented_clusters: totals.fragmented.load(Relaxed),

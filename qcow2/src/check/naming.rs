@@ -1,4 +1,5 @@
-//! Which guest offsets findings concern: a second walk, only when something is wrong.
+//! Finds the guest offsets that findings concern. This takes a second walk through the tables, so it is done
+//! only when something is wrong.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -15,7 +16,7 @@ use super::subject::Subject;
 use super::sweep::{Segment, sweep};
 use super::tables::{TableRef, Visitor, for_each_piece, read_piece, walk_l1};
 
-/// Walks the active tables once more, and tells each finding the first guest offset that refers to its
+/// Walks the active tables once more, and writes into each finding the first guest offset that refers to its
 /// clusters.
 pub(crate) fn name_guests(subject: &Subject<'_>, layout: &Layout, findings: &Findings) -> Result<()> {
     let mut ranges = Vec::new();
@@ -41,7 +42,7 @@ pub(crate) fn name_guests(subject: &Subject<'_>, layout: &Layout, findings: &Fin
     Ok(())
 }
 
-/// The clusters of a finding that lacks its guest offset and may have one.
+/// The clusters of a finding that has no guest offset yet, but may get one.
 fn unnamed(subject: &Subject<'_>, finding: &Finding) -> Option<Range<u64>> {
     let referred = matches!(
         finding.what,

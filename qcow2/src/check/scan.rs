@@ -1,4 +1,4 @@
-//! What the entries of L2 tables refer to.
+//! Counts what the entries of L2 tables refer to.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -23,7 +23,7 @@ pub(crate) struct ClusterTotals {
 pub(crate) struct Scanner<'a> {
     pub(crate) subject: &'a Subject<'a>,
     pub(crate) counts: &'a Counts,
-    /// Where findings and totals go, when the tables are seen for the first time.
+    /// Where findings and totals go; `None` after the first pass, so that nothing is reported twice.
     pub(crate) first: Option<(&'a Findings, &'a ClusterTotals)>,
 }
 
@@ -88,8 +88,8 @@ impl Scanner<'_> {
         let mut next = words.next();
         let mut index = 0;
         while let Some(raw) = next {
-            // Contiguous clusters with the same flags are the common case, and equal entries without
-            // a cluster the next common: both are taken as a whole.
+            // Contiguous clusters with equal flags are the most common case, and unallocated entries the next:
+            // a run of either is handled as a whole.
             let run = L2Entry::plain(raw, &geometry).filter(|_| !data_file);
             let step = if run.is_some() { size } else { 0 };
             let repeats = run.is_some() || raw == 0;
@@ -127,13 +127,13 @@ impl Scanner<'_> {
         }
     }
 
-    /// Whether `len` clusters lie in the file, where offsets are those that entries can hold.
+    /// Whether `len` clusters lie inside the file, at offsets that an entry can hold.
     fn is_inside(&self, host: u64, len: u64) -> bool {
         let end = host.saturating_add(len << self.subject.geometry.cluster_bits());
         end <= 1 << 56 && !self.subject.is_past_end(host, end - host)
     }
 
-    /// `len` contiguous data clusters inside the file.
+    /// Counts `len` contiguous data clusters inside the file.
     fn run(&self, cursor: &mut Cursor<'_>, host: u64, len: u64, copied: bool) {
         let bits = self.subject.geometry.cluster_bits();
         let first = host >> bits;
@@ -146,7 +146,7 @@ impl Scanner<'_> {
         cursor.next_window = cursor.next_window.min(self.count(first..first + len, reference));
     }
 
-    /// Any entry: reports what is wrong with it, and counts its reference as well as it can be read.
+    /// Handles any entry: reports what is wrong with it, and counts its reference if that can be made out.
     fn entry(&self, cursor: &mut Cursor<'_>, index: u64, first: u64, second: u64) {
         let geometry = self.subject.geometry;
         let header = &self.subject.header;
@@ -182,7 +182,7 @@ impl Scanner<'_> {
         }
     }
 
-    /// Counts a reference to `len` bytes that may lie anywhere.
+    /// Counts a reference to `len` bytes, which may lie outside the file.
     fn refer(
         &self,
         cursor: &mut Cursor<'_>,
@@ -203,10 +203,10 @@ impl Scanner<'_> {
         cursor.next_window = cursor.next_window.min(next);
     }
 
-    /// A cluster in an external data file: it has no refcount (so it is never shared, and always
-    /// COPIED), lies where the guest sees it, and inside the file if it `stores` anything.
+    /// Checks a cluster in an external data file. It has no refcount, so it is never shared and always COPIED.
+    /// It must lie at its guest offset, and inside the file if it `stores` anything.
     fn data_file_entry(&self, place: u64, host: u64, copied: bool, stores: bool, guest: Option<GuestOffset>) {
-        // Tables of snapshots only have no guest offset, and QEMU makes none with a data file.
+        // A table of snapshots only has no guest offset. QEMU makes no snapshots of images with a data file.
         let Some(guest) = guest else { return };
         if !copied {
             self.report(What::CopiedFlag { set: false, refcount: 1 }, place, Some(guest));
@@ -248,7 +248,7 @@ impl Cursor<'_> {
         self.contiguous = host.saturating_add(len << cluster_bits);
     }
 
-    /// A compressed cluster counts as fragmented, and does not end a contiguous run.
+    /// A compressed cluster counts as fragmented, but does not end a contiguous run, as in QEMU.
     fn note_compressed(&mut self) {
         self.allocated += 1;
         self.compressed += 1;

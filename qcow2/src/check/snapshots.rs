@@ -1,4 +1,4 @@
-//! The snapshot table, entry by entry.
+//! Reads the snapshot table entry by entry.
 
 use crate::error::Result;
 use crate::format::{FormatError, MAX_SNAPSHOT_TABLE, Snapshot, SnapshotLengths, snapshot_table_bound};
@@ -9,30 +9,30 @@ use super::subject::Subject;
 /// Bytes of the table that are read at once.
 const CHUNK: u64 = 1 << 20;
 
-/// An entry of the table, or why there are no more of them.
+/// An entry of the table, or why no more entries follow.
 pub(crate) enum Entry {
-    /// An entry that can be read. `wrong` says what of it is not as it must be, though all that it means is known.
+    /// An entry that can be read. It may break a rule, though its meaning is known: see `wrong`.
     Known {
-        /// The entry; of too much extra data, the first 1024 bytes.
+        /// The entry. If there is too much extra data, it has the first 1024 bytes of it.
         snapshot: Box<Snapshot>,
-        /// There is too much extra data.
+        /// The rule that it breaks: there is too much extra data.
         wrong: Option<FormatError>,
     },
-    /// An entry that cannot be one; what follows is not known.
+    /// Bytes that are no entry. Its length is unknown, so nothing behind it can be read.
     Broken {
         /// Where it begins.
         at: u64,
         /// What is wrong.
         error: FormatError,
     },
-    /// The table goes on behind the largest size that it can have; so far it took so many bytes.
+    /// The next entry would make the table longer than it can be. It took this many bytes so far.
     TooLong(u64),
     /// It cannot be read.
     Unread(Unread),
 }
 
-/// Calls `visit` with each entry, the last of which may be one that ends the table early. Returns the length of the table
-/// in bytes, as far as it is known.
+/// Calls `visit` with each entry; anything but [`Entry::Known`] is the last. Returns the length of the known
+/// entries in bytes.
 ///
 /// # Errors
 /// Cancellation, and those of `visit`.
@@ -60,7 +60,7 @@ pub(crate) fn for_each_snapshot(
     Ok(at - start)
 }
 
-/// The entry at a host offset, and the bytes that it takes.
+/// Reads the entry at a host offset; returns it with its length in bytes.
 fn read(subject: &Subject<'_>, window: &mut Window, at: u64) -> (Entry, u64) {
     let bytes = match window.from(subject, at, snapshot_table_bound(1)) {
         Ok(bytes) => bytes,
@@ -86,7 +86,7 @@ fn read(subject: &Subject<'_>, window: &mut Window, at: u64) -> (Entry, u64) {
     }
 }
 
-/// A piece of the file that moves on with a reader of entries of unknown length.
+/// A buffered piece of the file, for entries whose length is not known in advance.
 #[derive(Default)]
 struct Window {
     start: u64,

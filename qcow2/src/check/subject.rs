@@ -1,4 +1,4 @@
-//! The image under check: its file, and what cluster 0 says.
+//! The image under check: its file, and what cluster 0 tells about it.
 
 use std::ops::Range;
 use std::path::Path;
@@ -32,7 +32,7 @@ impl<'a> Subject<'a> {
     /// Reads cluster 0.
     ///
     /// # Errors
-    /// A header that does not allow to find the tables, a feature that is not supported, I/O.
+    /// A header from which the tables cannot be found; a feature that is not supported; I/O.
     pub(crate) fn open(
         path: &'a Path,
         file: &'a dyn Storage,
@@ -65,7 +65,7 @@ impl<'a> Subject<'a> {
             )));
         }
         if encrypted {
-            // What is encrypted is the data; the tables can be checked without a key.
+            // Only the data is encrypted: the tables can be checked without a key.
             let is_luks = cluster0.header.crypt_method == 2;
             cluster0.header.crypt_method = 0;
             cluster0.extensions.retain(|extension| !is_luks || extension.magic != EXT_CRYPTO);
@@ -100,8 +100,8 @@ impl<'a> Subject<'a> {
         if len == 0 { host >> bits..host >> bits } else { host >> bits..((end - 1) >> bits) + 1 }
     }
 
-    /// Whether a range of bytes leaves the file by a cluster or more; the file may end inside the
-    /// last cluster that is in use.
+    /// Whether a range of bytes ends a cluster or more behind the end of the file. Less is sound: the file may
+    /// end inside the last cluster in use.
     pub(crate) fn is_past_end(&self, host: u64, len: u64) -> bool {
         host.saturating_add(len) >= self.file_len.saturating_add(self.geometry.cluster_size())
     }
@@ -119,7 +119,7 @@ impl<'a> Subject<'a> {
         })
     }
 
-    /// Stops the check if the caller wants it to.
+    /// Fails with [`Error::Cancelled`] if the caller has asked to stop.
     pub(crate) fn may_go_on(&self) -> Result<()> {
         match self.cancel {
             Some(cancel) if cancel.load(Relaxed) => Err(Error::Cancelled),

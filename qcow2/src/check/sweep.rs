@@ -1,4 +1,4 @@
-//! Ranges that may overlap, cut into disjoint ones.
+//! Cuts ranges that may overlap into disjoint ones.
 
 use std::ops::Range;
 
@@ -9,9 +9,8 @@ pub(crate) struct Segment {
     pub(crate) times: u64,
 }
 
-/// Cuts `ranges` into disjoint segments in ascending order. There are at most twice as many, and their
-/// total length is that of the union: however often tables of an image overlap, each byte of them is
-/// read once.
+/// Cuts `ranges` into disjoint segments in ascending order. There are at most twice as many segments as ranges,
+/// and they cover the union once. So each byte of an image's tables is read once, however often tables overlap.
 pub(crate) fn sweep(ranges: &[Range<u64>]) -> Vec<Segment> {
     let mut borders: Vec<(u64, bool)> = Vec::with_capacity(ranges.len() * 2);
     for range in ranges.iter().filter(|r| r.start < r.end) {

@@ -1,8 +1,8 @@
-//! From L1 tables to L2 tables: every table of the image once, however often it is referred to.
+//! Walks from L1 tables to L2 tables, and reads every L2 table once, however often it is referred to.
 //!
-//! L1 entries are gathered into batches, sorted by where their L2 tables lie, and duplicates (shared
-//! with snapshots, or made by somebody hostile) are merged. So L2 tables are read in file order, in
-//! large pieces, by all threads, and the work is bounded by the file, not by what entries claim.
+//! L1 entries are gathered into batches and sorted by the offsets of their L2 tables; duplicates (tables shared
+//! with snapshots, or a hostile image) are merged. So L2 tables are read in file order, in large pieces, by all
+//! threads, and the length of the file bounds the work, not the number of entries.
 
 use std::ops::Range;
 
@@ -24,7 +24,7 @@ const BATCH: usize = 1 << 18;
 const L1_CHUNK: u64 = 1 << 18;
 /// Bytes of L2 tables that one thread takes at once; at least one table.
 const PIECE: u64 = 1 << 20;
-/// Runs of tables of this length are worth asking whether they are holes.
+/// Runs of tables of this length are worth a question to the file whether they are a hole.
 const WORTH_ASKING: u64 = 1 << 18;
 
 /// An L2 table, and who refers to it.
@@ -35,7 +35,7 @@ pub(crate) struct TableRef {
     pub(crate) times: u64,
     /// How many entries of the active L1 table do.
     pub(crate) active: u32,
-    /// The first of these.
+    /// The lowest index among these entries.
     pub(crate) l1_index: u32,
 }
 
@@ -57,16 +57,17 @@ pub(crate) struct L1Tables {
     pub(crate) snapshots: Vec<Segment>,
 }
 
-/// What the walk meets.
+/// Receives what the walk finds.
 pub(crate) trait Visitor: Sync {
-    /// An L1 entry that refers to a table: from host offset `at`, `times` tables long.
+    /// An L1 entry that refers to a table, which lies in the clusters `table`.
     fn reference(&mut self, table: Range<u64>, reference: Reference);
 
-    /// A batch of distinct tables inside the file, in the order of their offsets. What cannot be read goes to `gaps`.
+    /// A batch of distinct tables inside the file, in the order of their offsets. What cannot be read must be
+    /// noted in `gaps`.
     fn batch(&mut self, tables: &[TableRef], gaps: &Gaps) -> Result<()>;
 }
 
-/// Walks all L1 tables. Damage goes to `findings`, if there is one; what could not be read is returned.
+/// Walks all L1 tables, and reports damage to `findings`. Returns what could not be read.
 pub(crate) fn walk_l1(
     subject: &Subject<'_>,
     tables: &L1Tables,
@@ -89,7 +90,7 @@ pub(crate) fn walk_l1(
             let len = L1_CHUNK.min(segment.range.end - at);
             buf.resize(len as usize, 0);
             if let Err(unread) = subject.read(structure, &mut buf, at) {
-                // The entries are taken as zero; whoever gets the gaps knows that they are not.
+                // The entries are taken as zero, which may be wrong: the gap tells the caller so.
                 gaps.note(unread);
                 buf.fill(0);
             }
@@ -119,8 +120,8 @@ pub(crate) fn walk_l1(
     Ok(gaps)
 }
 
-/// Reports what is wrong with an L1 entry and counts its reference; returns where the table lies if
-/// it can be read.
+/// Reports what is wrong with an L1 entry and counts its reference. Returns the offset of the table if it can
+/// be read.
 fn examine(
     subject: &Subject<'_>,
     raw: u64,
@@ -173,13 +174,13 @@ fn flush(batch: &mut Vec<TableRef>, gaps: &Gaps, visitor: &mut dyn Visitor) -> R
     result
 }
 
-/// How many tables make a piece.
+/// How many tables make up a piece.
 pub(crate) fn tables_per_piece(subject: &Subject<'_>) -> usize {
     (PIECE / subject.geometry.cluster_size()).max(1) as usize
 }
 
-/// Calls `work` for every piece of a batch, on all threads, with a buffer; collects the answers in
-/// the order of the pieces.
+/// Calls `work` for every piece of a batch, on all threads; collects the answers in the order of the pieces.
+/// Each thread has a buffer of its own.
 pub(crate) fn for_each_piece<T: Send>(
     subject: &Subject<'_>,
     tables: &[TableRef],
@@ -195,11 +196,11 @@ pub(crate) fn for_each_piece<T: Send>(
         .collect()
 }
 
-/// Calls `visit` with each table of a batch that is not known to be all zeros, on all threads. What cannot be read goes to
-/// `gaps`.
+/// Calls `visit` with each table of a batch, on all threads. Tables that are known to be all zeros are skipped;
+/// those that cannot be read are noted in `gaps`.
 ///
 /// # Errors
-/// The first of `visit`, and of the user who ends it.
+/// The first error of `visit`; cancellation.
 pub(crate) fn for_each_table(
     subject: &Subject<'_>,
     tables: &[TableRef],
@@ -218,8 +219,9 @@ pub(crate) fn for_each_table(
     results.into_iter().collect()
 }
 
-/// Reads the tables of a piece, neighbours at once, and calls `visit` with each that is not known to
-/// be all zeros. Where neighbours cannot be read, each is tried by itself; what cannot be read goes to `gaps`.
+/// Reads the tables of a piece, neighbours with one read, and calls `visit` with each that is not known to be
+/// all zeros. If neighbours cannot be read together, each is read by itself, so that one bad sector does not
+/// hide the others; what still cannot be read is noted in `gaps`.
 pub(crate) fn read_piece(
     subject: &Subject<'_>,
     piece: &[TableRef],

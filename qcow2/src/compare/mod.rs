@@ -1,4 +1,4 @@
-//! Comparing what a guest sees through two images or chains.
+//! Compares what a guest sees through two images or chains.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -11,8 +11,8 @@ use crate::units::{GuestOffset, GuestRange};
 /// What a comparison has found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Comparison {
-    /// Whether the guest sees the same bytes. Disks of different sizes are the same if the rest of the
-    /// longer one is zero, as for `qemu-img compare` without `-s`.
+    /// Whether the guest sees the same bytes. Disks of different sizes count as equal if the rest of the longer
+    /// one is zero, as for `qemu-img compare` without `-s`.
     pub same: bool,
     /// The first byte that differs.
     pub first_difference: Option<GuestOffset>,
@@ -22,9 +22,9 @@ pub struct Comparison {
     pub size_b: u64,
 }
 
-/// Compares two disks on all cores, up to the first difference. What is zero on both sides, and what both
-/// read from the same place of the same file, is not read. `progress` counts compared bytes of the longer
-/// disk.
+/// Compares two disks on all cores, up to the first difference. Ranges that are zero on both sides, or that
+/// both sides read from the same place of the same file, are not read. `progress` counts the compared bytes of
+/// the longer disk.
 ///
 /// # Errors
 /// Tables or data that cannot be read or are damaged; [`Error::Cancelled`](crate::Error::Cancelled).
@@ -40,6 +40,7 @@ pub fn compare(a: View<'_>, b: View<'_>, progress: &dyn Progress, cancel: &Atomi
     let mut at = GuestOffset::ZERO;
     let mut first_difference = None;
     while at < end && first_difference.is_none() {
+        // Up to here neither side supplies anything: both read as zeros, and are equal.
         let next = [a.next_supplied(at)?, b.next_supplied(at)?, Some(end)].into_iter().flatten().min();
         let next = next.unwrap_or(end);
         count(next - at);
@@ -51,7 +52,7 @@ pub fn compare(a: View<'_>, b: View<'_>, progress: &dyn Progress, cancel: &Atomi
     Ok(Comparison { same: first_difference.is_none(), first_difference, size_a, size_b })
 }
 
-/// What supplies each part of a window; behind the disk's end, zeros.
+/// What supplies each part of a window; behind the disk's end it reads as zeros.
 fn resolve(view: &View<'_>, range: GuestRange) -> Result<Vec<Supplied>> {
     let mut supplied = Vec::new();
     view.resolve(range, &mut supplied)?;

@@ -1,8 +1,8 @@
-//! A chain as one new file.
+//! Flattens a chain into one new file.
 //!
-//! Flattening is a merge of all layers into an empty image that does not exist yet: planned against one
-//! in memory, carried out in a file with a temporary name, which gets its own name when everything is
-//! durable. No input is touched; all of them are locked for reading.
+//! A flatten is a merge of all layers into an empty image. The plan is made with an empty image in memory. The
+//! work is done in a file with a temporary name, which gets its final name when everything is durable. No input
+//! is written; all of them are locked for reading.
 
 mod target;
 
@@ -31,15 +31,16 @@ use target::Temporary;
 /// What a caller may ask of a flatten.
 #[derive(Clone, Debug)]
 pub struct FlattenOptions {
-    /// How the chain is opened: policy and formats. Access and locks are the flatten's own matter.
+    /// How the chain is opened: policy and formats. The flatten sets access and locks itself.
     pub open: OpenOptions,
     /// The new file. It must not exist.
     pub output: PathBuf,
     /// Its format.
     pub to: ImageFormat,
-    /// Only the layers above this one, by path or index; the new file gets it as its backing file.
+    /// Flatten only the layers above this one, given by path or index. The new file gets it as its backing
+    /// file.
     pub base: Option<OsString>,
-    /// Write zeros that lie among the data, instead of leaving them out where 4 KiB or more are together.
+    /// Write zeros that lie among the data, instead of leaving holes for runs of 4 KiB or more.
     pub keep_zeros: bool,
 }
 
@@ -67,14 +68,15 @@ pub struct FlattenPlan {
     /// What is copied and taken.
     #[serde(flatten, serialize_with = "moved")]
     pub totals: Totals,
-    /// The most bytes that it will take on the disk. (A raw file is as long as its disk, with holes.)
+    /// The most bytes that the new file will take on the disk. (A raw file is as long as its disk, but with
+    /// holes.)
     pub file_size_after: u64,
     /// Whether the file system does not say how much is free.
     #[serde(rename = "room-unknown")]
     pub is_room_unknown: bool,
 }
 
-/// How a flatten came out.
+/// The result of a flatten.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct FlattenReport {
@@ -92,7 +94,8 @@ pub struct FlattenReport {
     pub elapsed: Duration,
 }
 
-/// What programs are told of the bytes: all that is copied is written.
+/// The totals as programs get them, without those that say nothing of their own here: a flatten writes all that
+/// it copies.
 fn moved<S: Serializer>(totals: &Totals, to: S) -> std::result::Result<S::Ok, S::Error> {
     #[derive(Serialize)]
     #[serde(rename_all = "kebab-case")]
@@ -164,7 +167,7 @@ impl Flatten {
         };
         let empty = new.write(output, Arc::new(MemFile::new()), 0)?;
         plan.virtual_size = empty.virtual_size();
-        // Reading all data is for whoever writes the file: what is planned is the most that it takes.
+        // The plan does not read the data to find zeros in it, so its figures are upper bounds.
         let zeros = if options.keep_zeros { Zeros::Mapped } else { Zeros::Holes };
         plan.totals = with_job(&chain, below, &empty, zeros, |job| job.plan(cancel))?;
         plan.file_size_after = new.file_size(output, &plan.totals)?;
@@ -184,8 +187,8 @@ impl Flatten {
         &self.plan
     }
 
-    /// The layers of which something that their tables place behind the end of the file is read as zeros, as QEMU reads
-    /// it: files that were cut short.
+    /// The layers whose files were cut short: their tables place clusters behind the end of the file, which
+    /// read as zeros, as in QEMU.
     pub fn cut_short(&self) -> Vec<PathBuf> {
         let cut = self
             .chain
@@ -203,8 +206,8 @@ impl Flatten {
     /// Carries the plan out. When it returns, the new file and its name are durable.
     ///
     /// # Errors
-    /// An I/O error; [`Error::Refused`] if the output exists by now; [`Error::Cancelled`]. No file is left
-    /// behind then, unless the process is killed.
+    /// An I/O error; [`Error::Refused`] if the output exists by now; [`Error::Cancelled`]. After an error no
+    /// file stays behind, unless the process is killed.
     pub fn execute(self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<FlattenReport> {
         let start = Instant::now();
         let output = &self.plan.output;
@@ -232,7 +235,7 @@ impl Flatten {
 }
 
 impl Flatten {
-    /// The files whose content goes into the new one, the active image first.
+    /// The files whose content goes into the new file, the active image first.
     fn inputs(&self) -> Vec<&dyn Storage> {
         let layers = self.chain.layers().iter().skip(self.below).rev();
         let files = layers.flat_map(|layer| [layer.image.file(), layer.image.data_file()]);
@@ -240,7 +243,7 @@ impl Flatten {
     }
 }
 
-/// How many layers stay below the new file if the layer that `name` means becomes its backing file.
+/// How many layers stay below the new file, if the layer `name` becomes its backing file.
 fn below(host: &dyn Host, chain: &Chain, name: &OsStr, to: ImageFormat) -> Result<usize> {
     if to == ImageFormat::Raw {
         return Err(Error::Usage("a raw file has no backing file: a base needs qcow2".to_owned()));
@@ -262,7 +265,7 @@ fn backing_of(host: &dyn Host, base: &Layer, output: &Path) -> Result<(Vec<u8>, 
     Ok((name, base.image.format().name().to_owned()))
 }
 
-/// The new image: of the active image's kind where there is a choice.
+/// The kind of the new image. It takes cluster size and subclusters from the active image.
 fn new_image(
     chain: &Chain,
     options: &FlattenOptions,
@@ -309,7 +312,7 @@ impl NewImage {
     }
 }
 
-/// Calls `f` with the merge of the layers above the first `below` into `new`, which lies on those.
+/// Calls `f` with the job that merges all layers but the first `below` into `new`, the image on top of those.
 fn with_job<T>(
     chain: &Chain,
     below: usize,

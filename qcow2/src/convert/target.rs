@@ -1,4 +1,4 @@
-//! A file that has a temporary name until it is complete.
+//! A new file that has a temporary name until it is complete.
 
 use std::ffi::OsString;
 use std::io::ErrorKind;
@@ -11,15 +11,15 @@ use crate::error::{Error, FileOp, Result};
 use crate::image::create::{dir_of, lock_new};
 use crate::storage::{Host, Place, Storage};
 
-/// The most bytes of the output's name that the temporary name repeats: the whole stays below the 255
-/// that file systems allow.
+/// The most bytes of the output's name that the temporary name repeats, so that the whole stays below the limit
+/// of file systems, 255 bytes.
 const MAX_NAME: usize = 200;
 
-/// How many temporary names are tried: others may be left over from processes that were killed.
+/// How many temporary names are tried. Some may belong to files of processes that were killed.
 const ATTEMPTS: u32 = 1000;
 
-/// A new file beside the output; it is removed when dropped, unless it was given the output's name. Nobody but its owner
-/// may read it until then.
+/// A new file beside the output. It is removed when dropped, unless it got the output's name. Until then only
+/// its owner may read it.
 #[derive(Debug)]
 pub(super) struct Temporary<'a> {
     host: &'a dyn Host,
@@ -63,8 +63,8 @@ impl<'a> Temporary<'a> {
         &self.file
     }
 
-    /// Gives the file, which is durable, the rights of the first of `inputs`, as far as the others allow that; then its
-    /// own name in the folder in which it was made, durably.
+    /// Gives the file, which must be durable, the rights of the first of `inputs`, as far as the others allow
+    /// them. Then gives it its final name, durably, in the folder in which it was made.
     ///
     /// # Errors
     /// An I/O error; [`Error::Refused`] if there is a file of that name by now.
@@ -77,7 +77,8 @@ impl<'a> Temporary<'a> {
         })?;
         self.named = true;
         self.place.sync(self.host).map_err(|e| {
-            // Without a durable name it is no result, and would be in the way of the same call.
+            // The name may not survive a power cut, so the flatten has failed; and the file would stop the next
+            // try.
             let _ = self.place.beside(name).unlink_file(self.host, &*self.file);
             Error::barrier(dir_of(output), e)
         })
@@ -87,7 +88,7 @@ impl<'a> Temporary<'a> {
 impl Drop for Temporary<'_> {
     fn drop(&mut self) {
         if !self.named {
-            // Whoever drops it early has an error to tell already.
+            // It is dropped early only because of an error, which is the one to report.
             let _ = self.place.unlink_file(self.host, &*self.file);
         }
     }
@@ -108,7 +109,7 @@ pub(super) fn refuse_existing(host: &dyn Host, output: &Path) -> Result<()> {
     }
 }
 
-/// The temporary name that is tried at the given attempt: hidden, and recognisable.
+/// The temporary name for an attempt: hidden, and recognisable by users.
 fn name(output: &Path, attempt: u32) -> OsString {
     let own = output.file_name().unwrap_or_default().as_bytes();
     let mut name = vec![b'.'];
