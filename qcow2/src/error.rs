@@ -11,8 +11,9 @@ use std::path::{Path, PathBuf};
 pub use self::op::FileOp;
 pub use self::refusal::{Contradiction, Refusal};
 pub use self::shown::{is_harmful, shown};
+pub use crate::format::{FormatError, RewriteError};
 
-use crate::format::{Container, FormatError};
+use crate::format::Container;
 use crate::units::{GuestOffset, GuestRange};
 
 /// The result of every fallible operation of this crate.

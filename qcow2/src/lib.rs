@@ -56,7 +56,7 @@ pub mod compare;
 pub mod convert;
 pub mod error;
 pub mod facts;
-pub mod format;
+mod format;
 #[cfg(feature = "testing")]
 #[doc(hidden)]
 pub mod fuzzing;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use qcow2::chain::{Chain, OpenOptions, Policy, new_backing_name};
-use qcow2::format::{Cluster0, EXT_BACKING_FORMAT};
+use qcow2::fuzzing::{set_backing, set_data_file};
 use qcow2::image::ImageFormat;
 use qcow2::storage::OsHost;
 use serde_json::Value;
@@ -83,14 +83,7 @@ impl ChainFolder {
     fn set_backing(&self, top: &str, name: &[u8], format: &str) {
         let path = self.path(top);
         let mut bytes = fs::read(&path).unwrap();
-        let mut cluster0 = Cluster0::parse(&bytes).unwrap();
-        cluster0.set_backing(name, if format.is_empty() { "none" } else { format }).unwrap();
-        if format.is_empty() {
-            cluster0.remove_extension(EXT_BACKING_FORMAT);
-        }
-        let mut head = cluster0.encode().unwrap();
-        head.resize(65536, 0);
-        bytes[..65536].copy_from_slice(&head);
+        set_backing(&mut bytes[..65536], name, format);
         fs::write(&path, bytes).unwrap();
     }
 
@@ -237,11 +230,7 @@ fn data_file_names_lead_where_qemu_goes() {
         let option = format!("data_file={}", folder.text("data"));
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", &option, path.to_str().unwrap(), "1M"]);
         let mut bytes = fs::read(&path).unwrap();
-        let mut cluster0 = Cluster0::parse(&bytes).unwrap();
-        cluster0.set_data_file(name.as_bytes(), false);
-        let mut head = cluster0.encode().unwrap();
-        head.resize(65536, 0);
-        bytes[..65536].copy_from_slice(&head);
+        set_data_file(&mut bytes[..65536], name.as_bytes());
         fs::write(&path, bytes).unwrap();
         assert_eq!(opens(&path), our_chain(&path).is_ok(), "{name}");
         fs::remove_file(&path).unwrap();

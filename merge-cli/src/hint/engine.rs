@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use qcow2::error::{Role, shown};
-use qcow2::format::Container;
+use qcow2::image::Container;
 use qcow2::image::ImageFormat;
 use qcow2::merge;
 use qcow2::storage::OsHost;

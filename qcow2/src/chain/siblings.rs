@@ -250,7 +250,8 @@ pub(super) fn read_names(file: &dyn Storage) -> io::Result<Option<Cluster0>> {
 mod tests {
     use super::super::tests::{overlay, with_data_file};
     use super::*;
-    use crate::format::{EXT_MERGED_INTO, Extension, Mark, plan_mark};
+    use crate::format::extensions::{EXT_MERGED_INTO, Extension};
+    use crate::format::{Mark, plan_mark};
     use crate::image::{CreateOptions, create};
     use crate::storage::{MemHost, OsHost};
     use std::fs;

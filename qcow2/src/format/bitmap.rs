@@ -5,17 +5,17 @@ use super::{BitmapsExtension, FormatError, Geometry};
 use crate::units::HostOffset;
 
 /// The bitmap was not saved when the image was last closed: its content means nothing.
-pub const BITMAP_IN_USE: u32 = 1 << 0;
+pub(crate) const BITMAP_IN_USE: u32 = 1 << 0;
 /// The bitmap records every write: whoever writes must set its bits.
-pub const BITMAP_AUTO: u32 = 1 << 1;
+pub(crate) const BITMAP_AUTO: u32 = 1 << 1;
 /// The bitmap may be used although its extra data is not understood.
-pub const BITMAP_EXTRA_COMPATIBLE: u32 = 1 << 2;
+pub(crate) const BITMAP_EXTRA_COMPATIBLE: u32 = 1 << 2;
 /// The most bytes of a bitmap's name.
-pub const MAX_BITMAP_NAME: usize = 1023;
+pub(crate) const MAX_BITMAP_NAME: usize = 1023;
 /// The most bytes of a bitmap's data: QEMU's limit.
-pub const MAX_BITMAP_BYTES: u64 = 512 << 20;
+pub(crate) const MAX_BITMAP_BYTES: u64 = 512 << 20;
 /// The most entries of a bitmap table: QEMU's limit.
-pub const MAX_BITMAP_TABLE_ENTRIES: u32 = 0x800_0000;
+pub(crate) const MAX_BITMAP_TABLE_ENTRIES: u32 = 0x800_0000;
 
 const FIXED: usize = 24;
 const DIRTY_TRACKING: u8 = 1;
@@ -25,21 +25,21 @@ const TABLE_OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bitmap {
     /// Where the entry stands in the file, in bytes.
-    pub offset: u64,
+    pub(crate) offset: u64,
     /// Where the bitmap's table lies.
-    pub table_offset: HostOffset,
+    pub(crate) table_offset: HostOffset,
     /// The number of entries of the table; each stands for one cluster of bitmap data.
-    pub table_entries: u32,
+    pub(crate) table_entries: u32,
     /// `BITMAP_` flags.
-    pub flags: u32,
+    pub(crate) flags: u32,
     /// The kind of bitmap: 1 is a dirty tracking bitmap, the only kind.
-    pub kind: u8,
+    pub(crate) kind: u8,
     /// The base-2 logarithm of the guest bytes for which a bit stands.
-    pub granularity_bits: u8,
+    pub(crate) granularity_bits: u8,
     /// The name as written.
     pub name: Vec<u8>,
     /// Extra data as found; no kind is known.
-    pub extra: Vec<u8>,
+    pub(crate) extra: Vec<u8>,
 }
 
 impl Bitmap {
@@ -48,7 +48,7 @@ impl Bitmap {
     ///
     /// # Errors
     /// An entry that `bytes` does not hold wholly.
-    pub fn decode(bytes: &[u8], at: u64) -> Result<(Self, usize), FormatError> {
+    pub(crate) fn decode(bytes: &[u8], at: u64) -> Result<(Self, usize), FormatError> {
         let (name_len, extra_len) = (usize::from(u16_at(bytes, 18)), u32_at(bytes, 20) as usize);
         let name_at = FIXED.saturating_add(extra_len);
         let whole = field(bytes, 0, FIXED).is_some();
@@ -75,7 +75,7 @@ impl Bitmap {
     }
 
     /// The entry as it stands on disk, padded.
-    pub fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(FIXED + self.extra.len() + self.name.len());
         out.put_u64(self.table_offset.get());
         out.put_u32(self.table_entries);
@@ -95,7 +95,7 @@ impl Bitmap {
     /// # Errors
     /// Broken limits; kinds, flags and extra data that are not known; a saved bitmap whose table is
     /// too short for the disk.
-    pub fn validate(&self, geometry: &Geometry, disk_size: u64) -> Result<(), FormatError> {
+    pub(crate) fn validate(&self, geometry: &Geometry, disk_size: u64) -> Result<(), FormatError> {
         let bad = |field: &str, at: u64, found: String, expected: String| {
             let field = format!("bitmap '{}': {field}", self.display_name());
             Err(FormatError::malformed(field, self.offset.saturating_add(at), found, expected))
@@ -163,7 +163,7 @@ impl Bitmap {
     }
 
     /// The length of the bitmap's table, in bytes.
-    pub fn table_bytes(&self) -> u64 {
+    pub(crate) fn table_bytes(&self) -> u64 {
         u64::from(self.table_entries) * 8
     }
 
@@ -174,12 +174,12 @@ impl Bitmap {
     }
 
     /// The guest bytes for which one entry of the table (one cluster of bits) stands.
-    pub fn table_entry_coverage(&self, geometry: &Geometry) -> u64 {
+    pub(crate) fn table_entry_coverage(&self, geometry: &Geometry) -> u64 {
         geometry.cluster_size() * 8 * self.granularity()
     }
 
     /// The entries that the table needs for a disk of `disk_size` bytes.
-    pub fn table_entries_for(&self, geometry: &Geometry, disk_size: u64) -> u64 {
+    pub(crate) fn table_entries_for(&self, geometry: &Geometry, disk_size: u64) -> u64 {
         disk_size.div_ceil(self.table_entry_coverage(geometry))
     }
 }
@@ -189,7 +189,7 @@ impl Bitmap {
 ///
 /// # Errors
 /// A broken entry, or a directory that does not hold exactly the stated number of bitmaps.
-pub fn decode_bitmap_directory(
+pub(crate) fn decode_bitmap_directory(
     bytes: &[u8],
     extension: &BitmapsExtension,
 ) -> Result<Vec<Bitmap>, FormatError> {
@@ -222,13 +222,13 @@ pub fn decode_bitmap_directory(
 }
 
 /// The bitmap directory as it stands on disk.
-pub fn encode_bitmap_directory(bitmaps: &[Bitmap]) -> Vec<u8> {
+pub(crate) fn encode_bitmap_directory(bitmaps: &[Bitmap]) -> Vec<u8> {
     bitmaps.iter().flat_map(Bitmap::encode).collect()
 }
 
 /// An entry of a bitmap table: one cluster of bits. Bit 0 of a byte is its least significant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BitmapTableEntry {
+pub(crate) enum BitmapTableEntry {
     /// All bits are zero.
     AllZero,
     /// All bits are one.
@@ -242,7 +242,7 @@ impl BitmapTableEntry {
     ///
     /// # Errors
     /// Reserved bits that are set, or an offset that is not cluster-aligned.
-    pub fn decode(raw: u64, geometry: &Geometry, at: u64) -> Result<Self, FormatError> {
+    pub(crate) fn decode(raw: u64, geometry: &Geometry, at: u64) -> Result<Self, FormatError> {
         let bad = |expected: &str| {
             Err(FormatError::malformed("bitmap table entry", at, format!("{raw:#018x}"), expected))
         };
@@ -258,7 +258,7 @@ impl BitmapTableEntry {
     }
 
     /// The entry as it stands on disk.
-    pub fn encode(self) -> u64 {
+    pub(crate) fn encode(self) -> u64 {
         match self {
             Self::AllZero => 0,
             Self::AllOne => 1,

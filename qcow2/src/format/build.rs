@@ -1,5 +1,6 @@
 //! Laying out cluster 0 afresh, as `qemu-img create` does.
 
+use super::Header;
 use super::cluster0::Cluster0;
 use super::extensions::{
     EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, EXT_END, EXT_FEATURE_NAMES, EXTENSION_HEAD,
@@ -7,7 +8,6 @@ use super::extensions::{
 };
 use super::limits::MAX_BACKING_NAME;
 use super::words::PutWords;
-use super::{Header, features};
 
 /// QEMU writes the feature name table only where a cluster is larger than this, in bytes.
 const FEATURE_NAMES_ABOVE: u64 = 4096;
@@ -41,7 +41,7 @@ pub enum RewriteError {
 
 impl Cluster0 {
     /// Cluster 0 of a new image: the header, and the feature name table where QEMU writes one.
-    pub fn new(header: Header) -> Self {
+    pub(crate) fn new(header: Header) -> Self {
         let mut this = Self::bare(header);
         if this.header.version >= 3 && this.header.geometry().cluster_size() > FEATURE_NAMES_ABOVE {
             this.set_extension(Extension::known_feature_names());
@@ -61,23 +61,24 @@ impl Cluster0 {
     }
 
     /// Names the external data file, and sets the feature bit (and the raw bit, if `raw`).
-    pub fn set_data_file(&mut self, name: &[u8], raw: bool) {
-        self.header.incompatible |= features::DATA_FILE;
+    #[cfg(feature = "testing")]
+    pub(crate) fn set_data_file(&mut self, name: &[u8], raw: bool) {
+        self.header.incompatible |= super::features::DATA_FILE;
         if raw {
-            self.header.autoclear |= features::DATA_FILE_RAW;
+            self.header.autoclear |= super::features::DATA_FILE_RAW;
         }
         self.set_extension(Extension::new(EXT_DATA_FILE, name));
     }
 
     /// Adds an extension at the place where QEMU would write it, instead of those of the same kind.
-    pub fn set_extension(&mut self, extension: Extension) {
+    pub(crate) fn set_extension(&mut self, extension: Extension) {
         self.remove_extension(extension.magic);
         let before = self.extensions.partition_point(|e| rank(e.magic) <= rank(extension.magic));
         self.extensions.insert(before, extension);
     }
 
     /// Removes the extensions of a kind.
-    pub fn remove_extension(&mut self, magic: u32) {
+    pub(crate) fn remove_extension(&mut self, magic: u32) {
         self.extensions.retain(|e| e.magic != magic);
     }
 

@@ -10,7 +10,7 @@ use super::extensions::{
     EXT_FEATURE_NAMES, EXT_MERGED_INTO, EXT_MERGING_INTO, Extension, MAX_BACKING_FORMAT,
     decode_feature_names, decode_list,
 };
-use super::features::FeatureName;
+use super::features::{self, FeatureKind, FeatureName};
 use super::words::u64_at;
 use super::{FormatError, Header};
 use crate::units::HostOffset;
@@ -21,9 +21,9 @@ pub struct Cluster0 {
     /// The header.
     pub header: Header,
     /// The extensions in file order, unknown ones too.
-    pub extensions: Vec<Extension>,
+    pub(crate) extensions: Vec<Extension>,
     /// Behind the mark that ends the extensions, or where the list stopped without one, in bytes.
-    pub extensions_end: u64,
+    pub(crate) extensions_end: u64,
     /// The backing file's name as written, or `None` if there is none.
     pub backing_name: Option<Vec<u8>>,
     /// Whether an END mark closes the extensions; else the backing name or the cluster's end does.
@@ -48,7 +48,7 @@ impl Cluster0 {
     ///
     /// # Errors
     /// Those of [`Header::decode`].
-    pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         let header = Header::decode(bytes)?;
         let cluster = pad(bytes, header.geometry().cluster_size() as usize);
         let end = extension_space_end(&header, cluster.len());
@@ -144,7 +144,7 @@ impl Cluster0 {
     }
 
     /// The extension of a kind, if the image has it.
-    pub fn extension(&self, magic: u32) -> Option<&Extension> {
+    pub(crate) fn extension(&self, magic: u32) -> Option<&Extension> {
         self.extensions.iter().find(|e| e.magic == magic)
     }
 
@@ -160,8 +160,28 @@ impl Cluster0 {
         self.extension(EXT_DATA_FILE).map(|e| e.data.as_slice()).filter(|name| !name.is_empty())
     }
 
+    /// The features that the image has, each by the image's own name for it, by the known one, or as "bit N". Dirty and
+    /// corrupt are states, and not among them.
+    pub fn features(&self) -> Vec<String> {
+        let (header, names) = (&self.header, self.feature_names());
+        let incompatible = header.incompatible & !(features::DIRTY | features::CORRUPT);
+        [
+            (FeatureKind::Incompatible, incompatible),
+            (FeatureKind::Compatible, header.compatible),
+            (FeatureKind::Autoclear, header.autoclear),
+        ]
+        .into_iter()
+        .flat_map(|(kind, bits)| features::describe(kind, bits, &names))
+        .collect()
+    }
+
+    /// Whether the image has persistent bitmaps.
+    pub fn has_bitmaps(&self) -> bool {
+        self.extension(EXT_BITMAPS).is_some()
+    }
+
     /// The image's own names of feature bits.
-    pub fn feature_names(&self) -> Vec<FeatureName> {
+    pub(crate) fn feature_names(&self) -> Vec<FeatureName> {
         self.extension(EXT_FEATURE_NAMES).map(|e| decode_feature_names(&e.data)).unwrap_or_default()
     }
 
@@ -170,7 +190,7 @@ impl Cluster0 {
     ///
     /// # Errors
     /// An extension that breaks the rules.
-    pub fn bitmaps(&self) -> Result<Option<BitmapsExtension>, FormatError> {
+    pub(crate) fn bitmaps(&self) -> Result<Option<BitmapsExtension>, FormatError> {
         if !self.header.bitmaps_consistent() {
             return Ok(None);
         }
@@ -179,7 +199,7 @@ impl Cluster0 {
     }
 
     /// Where the encryption header lies and its length in bytes, if the image has one.
-    pub fn crypto(&self) -> Option<(HostOffset, u64)> {
+    pub(crate) fn crypto(&self) -> Option<(HostOffset, u64)> {
         let data = &self.extension(EXT_CRYPTO)?.data;
         (data.len() == 16).then(|| (HostOffset::new(u64_at(data, 0)), u64_at(data, 8)))
     }
@@ -191,12 +211,12 @@ impl Cluster0 {
     }
 
     /// Whether the mark of a merged image says that it held nothing then: what it holds now, somebody has written since.
-    pub fn was_empty_when_merged(&self) -> bool {
+    pub(crate) fn was_empty_when_merged(&self) -> bool {
         self.extension(EXT_MERGED_INTO).is_some_and(|e| e.data.last() == Some(&0))
     }
 
     /// Whether the image was merged and kept its data, which nobody needs.
-    pub fn keeps_merged_data(&self) -> bool {
+    pub(crate) fn keeps_merged_data(&self) -> bool {
         self.merged_into().is_some() && !self.was_empty_when_merged()
     }
 
@@ -209,7 +229,7 @@ impl Cluster0 {
 
     /// Our own mark of an active image that a merge has made an empty overlay: the path of its base, as in
     /// [`merged_into`](Self::merged_into). A guest may have written to it since.
-    pub fn emptied_onto(&self) -> Option<PathBuf> {
+    pub(crate) fn emptied_onto(&self) -> Option<PathBuf> {
         self.marked_with(EXT_EMPTIED_ONTO)
     }
 

@@ -84,10 +84,10 @@ use Container::{
 };
 
 /// How many bytes at the start of a file are looked at.
-pub const CONTAINER_HEAD: usize = 2048;
+pub(crate) const CONTAINER_HEAD: usize = 2048;
 
 /// How many bytes at the end of a file are looked at.
-pub const CONTAINER_TAIL: usize = 512;
+pub(crate) const CONTAINER_TAIL: usize = 512;
 
 /// What stands at the very start of a file of each format.
 const MAGICS: &[(&[u8], Container)] = &[
@@ -142,7 +142,7 @@ const VHD_CHECKSUM: usize = 64;
 impl Container {
     /// The format whose magic stands in the first [`CONTAINER_HEAD`] bytes of a file, or in its last
     /// [`CONTAINER_TAIL`] bytes; fewer if the file is shorter.
-    pub fn of(head: &[u8], tail: &[u8]) -> Option<Self> {
+    pub(crate) fn of(head: &[u8], tail: &[u8]) -> Option<Self> {
         let at_start =
             MAGICS.iter().find(|(magic, _)| head.starts_with(magic)).map(|(_, container)| *container);
         let is_vdi = || head.get(VDI.0..).is_some_and(|rest| rest.starts_with(&VDI.1));
@@ -253,7 +253,7 @@ impl Container {
 
     /// Whether a guest may well have written this at the start of its own disk, which has no partitions then, or
     /// whether the disk's bytes stand in the file as they are: an overlay that calls such a file raw is right.
-    pub fn may_be_raw(self) -> bool {
+    pub(crate) fn may_be_raw(self) -> bool {
         let is_packed = self.packer().is_some();
         is_packed
             || matches!(self, VpcFixed | Luks | Zip | SevenZip | Rar | Tar | Wim | Partclone | Ewf | Dmg)

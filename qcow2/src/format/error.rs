@@ -15,7 +15,7 @@ pub struct FormatError {
 
 impl FormatError {
     /// The image breaks a rule: `field` at host offset `offset` holds `found` instead of `expected`.
-    pub fn malformed(
+    pub(crate) fn malformed(
         field: impl Into<String>,
         offset: u64,
         found: impl fmt::Display,
@@ -31,7 +31,7 @@ impl FormatError {
     }
 
     /// The image is valid, but uses a feature that is not supported.
-    pub fn unsupported(
+    pub(crate) fn unsupported(
         field: impl Into<String>,
         offset: u64,
         found: impl fmt::Display,

@@ -6,32 +6,32 @@ use super::{FormatError, Geometry};
 use crate::units::HostOffset;
 
 /// The end of the list.
-pub const EXT_END: u32 = 0;
+pub(crate) const EXT_END: u32 = 0;
 /// The backing file's format, as a string.
-pub const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(crate) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 /// The names of feature bits.
-pub const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+pub(crate) const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 /// The directory of persistent bitmaps.
-pub const EXT_BITMAPS: u32 = 0x2385_2875;
+pub(crate) const EXT_BITMAPS: u32 = 0x2385_2875;
 /// Where the encryption header lies.
-pub const EXT_CRYPTO: u32 = 0x0537_be77;
+pub(crate) const EXT_CRYPTO: u32 = 0x0537_be77;
 /// The external data file's name, as a string.
-pub const EXT_DATA_FILE: u32 = 0x4441_5441;
+pub(crate) const EXT_DATA_FILE: u32 = 0x4441_5441;
 /// Our own: the image was merged into the image whose path is the data (UTF-8; empty if it did not
 /// fit). Other programs ignore it and keep it, as they must any extension that they do not know.
-pub const EXT_MERGED_INTO: u32 = 0x714d_7267;
+pub(crate) const EXT_MERGED_INTO: u32 = 0x714d_7267;
 /// Our own mark of a layer that is being merged: the switch that makes it obsolete may have happened.
-pub const EXT_MERGING_INTO: u32 = 0x714d_7270;
+pub(crate) const EXT_MERGING_INTO: u32 = 0x714d_7270;
 /// Our own mark of an active image that a merge has made an empty overlay on the image whose path is the data. As long as
 /// it is empty, nobody depends on what it shows.
-pub const EXT_EMPTIED_ONTO: u32 = 0x714d_7265;
+pub(crate) const EXT_EMPTIED_ONTO: u32 = 0x714d_7265;
 
 /// The most bytes of a backing format's name that QEMU reads.
-pub const MAX_BACKING_FORMAT: usize = 15;
+pub(crate) const MAX_BACKING_FORMAT: usize = 15;
 /// The most bytes of a bitmap directory: QEMU's limit.
-pub const MAX_BITMAP_DIRECTORY: u64 = (64 << 20) - 1024;
+pub(crate) const MAX_BITMAP_DIRECTORY: u64 = (64 << 20) - 1024;
 /// The most bitmaps of an image: QEMU's limit.
-pub const MAX_BITMAPS: u32 = 65_535;
+pub(crate) const MAX_BITMAPS: u32 = 65_535;
 
 /// Bytes of an extension's magic and length.
 pub(super) const EXTENSION_HEAD: usize = 8;
@@ -39,7 +39,7 @@ const FEATURE_NAME_LEN: usize = 48;
 
 /// A header extension, known or not, as found.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Extension {
+pub(crate) struct Extension {
     /// What it is: one of the `EXT_` constants, or unknown.
     pub magic: u32,
     /// Where its magic stands in the file, in bytes.
@@ -50,12 +50,12 @@ pub struct Extension {
 
 impl Extension {
     /// A new extension, whose offset will be known when it is encoded.
-    pub fn new(magic: u32, data: impl Into<Vec<u8>>) -> Self {
+    pub(crate) fn new(magic: u32, data: impl Into<Vec<u8>>) -> Self {
         Self { magic, offset: 0, data: data.into() }
     }
 
     /// The table of all known feature names, as QEMU writes it.
-    pub fn known_feature_names() -> Self {
+    pub(crate) fn known_feature_names() -> Self {
         let mut data = Vec::with_capacity(NAMES.len() * FEATURE_NAME_LEN);
         for (kind, bit, name) in NAMES {
             data.extend_from_slice(&[FeatureKind::number(kind), bit]);
@@ -66,12 +66,12 @@ impl Extension {
     }
 
     /// The bytes that it takes on disk, with head and padding.
-    pub fn encoded_len(&self) -> usize {
+    pub(crate) fn encoded_len(&self) -> usize {
         EXTENSION_HEAD + self.data.len().next_multiple_of(8)
     }
 
     /// Appends it as it stands on disk.
-    pub fn encode_into(&self, out: &mut Vec<u8>) {
+    pub(crate) fn encode_into(&self, out: &mut Vec<u8>) {
         out.put_u32(self.magic);
         out.put_u32(self.data.len() as u32);
         out.extend_from_slice(&self.data);
@@ -133,13 +133,13 @@ pub(super) fn decode_list(cluster: &[u8], start: usize, end: usize) -> List {
 
 /// The bitmaps extension (specification: "Bitmaps extension").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BitmapsExtension {
+pub(crate) struct BitmapsExtension {
     /// How many bitmaps there are.
     pub count: u32,
     /// The length of the directory, in bytes.
-    pub directory_size: u64,
+    pub(crate) directory_size: u64,
     /// Where the directory lies.
-    pub directory_offset: HostOffset,
+    pub(crate) directory_offset: HostOffset,
 }
 
 impl BitmapsExtension {
@@ -148,7 +148,7 @@ impl BitmapsExtension {
     /// # Errors
     /// A wrong length, no or too many bitmaps, reserved bytes that are set, a directory that is too
     /// big or too small, not cluster-aligned, or past 2^63.
-    pub fn decode(extension: &Extension, geometry: &Geometry) -> Result<Self, FormatError> {
+    pub(crate) fn decode(extension: &Extension, geometry: &Geometry) -> Result<Self, FormatError> {
         let data = &extension.data;
         let at = extension.offset + EXTENSION_HEAD as u64;
         let bad = |field: &str, offset: u64, found: String, expected: String| {
@@ -196,7 +196,7 @@ impl BitmapsExtension {
     }
 
     /// The extension as it goes into the header.
-    pub fn encode(&self) -> Extension {
+    pub(crate) fn encode(&self) -> Extension {
         let mut data = Vec::with_capacity(24);
         data.put_u32(self.count);
         data.put_u32(0);

@@ -1,34 +1,34 @@
 //! Feature bits of version 3 headers (specification: "Header", "Feature name table").
 
 /// Incompatible bit 0: refcounts may be wrong (lazy refcounts, and the image was not closed).
-pub const DIRTY: u64 = 1 << 0;
+pub(crate) const DIRTY: u64 = 1 << 0;
 /// Incompatible bit 1: metadata is known to be damaged; the image must not be written.
-pub const CORRUPT: u64 = 1 << 1;
+pub(crate) const CORRUPT: u64 = 1 << 1;
 /// Incompatible bit 2: guest data lies in an external data file.
-pub const DATA_FILE: u64 = 1 << 2;
+pub(crate) const DATA_FILE: u64 = 1 << 2;
 /// Incompatible bit 3: the compression type is not zlib.
-pub const COMPRESSION_TYPE: u64 = 1 << 3;
+pub(crate) const COMPRESSION_TYPE: u64 = 1 << 3;
 /// Incompatible bit 4: L2 entries have 128 bits and describe subclusters.
-pub const EXTENDED_L2: u64 = 1 << 4;
+pub(crate) const EXTENDED_L2: u64 = 1 << 4;
 /// All incompatible bits that this engine understands.
-pub const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2;
+pub(crate) const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2;
 
 /// Compatible bit 0: refcounts may be written late, under the dirty bit.
-pub const LAZY_REFCOUNTS: u64 = 1 << 0;
+pub(crate) const LAZY_REFCOUNTS: u64 = 1 << 0;
 
 /// Autoclear bit 0: the bitmaps extension agrees with the image's data.
-pub const BITMAPS: u64 = 1 << 0;
+pub(crate) const BITMAPS: u64 = 1 << 0;
 /// Autoclear bit 1: the external data file is a valid raw image by itself.
-pub const DATA_FILE_RAW: u64 = 1 << 1;
+pub(crate) const DATA_FILE_RAW: u64 = 1 << 1;
 /// All autoclear bits that this engine understands; others are cleared by whoever writes.
-pub const KNOWN_AUTOCLEAR: u64 = BITMAPS | DATA_FILE_RAW;
+pub(crate) const KNOWN_AUTOCLEAR: u64 = BITMAPS | DATA_FILE_RAW;
 /// A bit of our own, in an image that is being emptied. Whoever else opens the image for writing clears it, as the
 /// specification asks of those who do not know it: as long as it is there, nobody else has written to the image.
-pub const SEALED: u64 = 1 << 63;
+pub(crate) const SEALED: u64 = 1 << 63;
 
 /// Which of the three feature fields a bit belongs to, as numbered in the feature name table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum FeatureKind {
+pub(crate) enum FeatureKind {
     /// An unknown bit forbids opening the image.
     Incompatible,
     /// An unknown bit means nothing to a reader or writer.
@@ -39,7 +39,7 @@ pub enum FeatureKind {
 
 impl FeatureKind {
     /// The number that stands for it in the feature name table.
-    pub fn number(self) -> u8 {
+    pub(crate) fn number(self) -> u8 {
         match self {
             Self::Incompatible => 0,
             Self::Compatible => 1,
@@ -50,7 +50,7 @@ impl FeatureKind {
 
 /// An entry of the feature name table.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FeatureName {
+pub(crate) struct FeatureName {
     /// The feature field: 0 incompatible, 1 compatible, 2 autoclear; other numbers are harmless.
     pub kind: u8,
     /// The bit.
@@ -60,7 +60,7 @@ pub struct FeatureName {
 }
 
 /// The names of all known bits, in the order in which QEMU writes its table.
-pub const NAMES: [(FeatureKind, u8, &str); 8] = [
+pub(crate) const NAMES: [(FeatureKind, u8, &str); 8] = [
     (FeatureKind::Incompatible, 0, "dirty bit"),
     (FeatureKind::Incompatible, 1, "corrupt bit"),
     (FeatureKind::Incompatible, 2, "external data file"),
@@ -73,7 +73,7 @@ pub const NAMES: [(FeatureKind, u8, &str); 8] = [
 
 /// The names of the bits set in `bits`, from the image's own `table` where it has them, then from
 /// the known ones, else "bit N".
-pub fn describe(kind: FeatureKind, bits: u64, table: &[FeatureName]) -> Vec<String> {
+pub(crate) fn describe(kind: FeatureKind, bits: u64, table: &[FeatureName]) -> Vec<String> {
     (0..64u8)
         .filter(|bit| bits >> bit & 1 == 1)
         .map(|bit| {

@@ -16,7 +16,7 @@ const SUBCLUSTERS: u64 = 32;
 impl Geometry {
     /// The geometry of an image; `None` unless 9 <= `cluster_bits` <= 21 (14 and more with extended
     /// L2 entries, so that a subcluster has 512 bytes) and `refcount_order` <= 6.
-    pub fn new(cluster_bits: u32, refcount_order: u32, extended_l2: bool) -> Option<Self> {
+    pub(crate) fn new(cluster_bits: u32, refcount_order: u32, extended_l2: bool) -> Option<Self> {
         let least = if extended_l2 { 14 } else { 9 };
         ((least..=21).contains(&cluster_bits) && refcount_order <= 6).then_some(Self {
             cluster_bits,
@@ -41,47 +41,47 @@ impl Geometry {
     }
 
     /// The granularity of allocation: a subcluster, or a cluster where there are none, in bytes.
-    pub fn subcluster_size(&self) -> u64 {
+    pub(crate) fn subcluster_size(&self) -> u64 {
         if self.extended_l2 { self.cluster_size() / SUBCLUSTERS } else { self.cluster_size() }
     }
 
     /// The size of an L2 entry in bytes: 8, or 16 with extended L2 entries.
-    pub fn l2_entry_size(&self) -> u64 {
+    pub(crate) fn l2_entry_size(&self) -> u64 {
         if self.extended_l2 { 16 } else { 8 }
     }
 
     /// The number of entries of an L2 table.
-    pub fn l2_entries(&self) -> u64 {
+    pub(crate) fn l2_entries(&self) -> u64 {
         self.cluster_size() / self.l2_entry_size()
     }
 
     /// The guest bytes that an L2 table covers.
-    pub fn l2_coverage(&self) -> u64 {
+    pub(crate) fn l2_coverage(&self) -> u64 {
         self.l2_entries() << self.cluster_bits
     }
 
     /// The L1 entry that covers a guest offset.
-    pub fn l1_index(&self, guest: GuestOffset) -> u64 {
+    pub(crate) fn l1_index(&self, guest: GuestOffset) -> u64 {
         guest.get() / self.l2_coverage()
     }
 
     /// The entry for a guest offset in its L2 table.
-    pub fn l2_index(&self, guest: GuestOffset) -> u64 {
+    pub(crate) fn l2_index(&self, guest: GuestOffset) -> u64 {
         (guest.get() >> self.cluster_bits) & (self.l2_entries() - 1)
     }
 
     /// The offset inside the cluster that holds a guest offset, in bytes.
-    pub fn in_cluster(&self, guest: GuestOffset) -> u64 {
+    pub(crate) fn in_cluster(&self, guest: GuestOffset) -> u64 {
         guest.get() & (self.cluster_size() - 1)
     }
 
     /// The L1 entries that a disk of `size` bytes needs.
-    pub fn l1_entries_for(&self, size: u64) -> u64 {
+    pub(crate) fn l1_entries_for(&self, size: u64) -> u64 {
         size.div_ceil(self.l2_coverage())
     }
 
     /// The clusters that `bytes` bytes need.
-    pub fn clusters_for(&self, bytes: u64) -> u64 {
+    pub(crate) fn clusters_for(&self, bytes: u64) -> u64 {
         bytes.div_ceil(self.cluster_size())
     }
 
@@ -91,7 +91,7 @@ impl Geometry {
     }
 
     /// The refcounts that a refcount block (one cluster) holds.
-    pub fn refcounts_per_block(&self) -> u64 {
+    pub(crate) fn refcounts_per_block(&self) -> u64 {
         (self.cluster_size() * 8) >> self.refcount_order
     }
 }

@@ -6,13 +6,13 @@ use super::{FormatError, Geometry};
 use crate::units::HostOffset;
 
 /// The first four bytes of every qcow2 image: "QFI" and 0xfb.
-pub const MAGIC: u32 = 0x5146_49fb;
+pub(crate) const MAGIC: u32 = 0x5146_49fb;
 /// The length of a version 2 header, in bytes.
-pub const V2_HEADER_LENGTH: u32 = 72;
+pub(crate) const V2_HEADER_LENGTH: u32 = 72;
 /// The least length of a version 3 header, in bytes.
-pub const V3_HEADER_LENGTH: u32 = 104;
+pub(crate) const V3_HEADER_LENGTH: u32 = 104;
 /// The length of the version 3 header that QEMU writes, in bytes: with the compression type.
-pub const FULL_HEADER_LENGTH: u32 = 112;
+pub(crate) const FULL_HEADER_LENGTH: u32 = 112;
 /// Offsets of the fields, in bytes.
 pub(super) mod at {
     pub(in super::super) const BACKING_OFFSET: usize = 8;
@@ -60,43 +60,43 @@ pub struct Header {
     /// 2 or 3.
     pub version: u32,
     /// Where the backing name lies, in bytes; zero if there is none.
-    pub backing_offset: u64,
+    pub(crate) backing_offset: u64,
     /// The length of the backing name, in bytes.
-    pub backing_len: u32,
+    pub(crate) backing_len: u32,
     /// The size of the guest's disk, in bytes.
-    pub size: u64,
+    pub(crate) size: u64,
     /// 0 none, 1 AES, 2 LUKS.
     pub crypt_method: u32,
     /// The number of entries of the active L1 table.
-    pub l1_entries: u32,
+    pub(crate) l1_entries: u32,
     /// Where the active L1 table lies.
     pub l1_offset: HostOffset,
     /// Where the refcount table lies.
-    pub refcount_table_offset: HostOffset,
+    pub(crate) refcount_table_offset: HostOffset,
     /// The length of the refcount table, in clusters.
-    pub refcount_table_clusters: u32,
+    pub(crate) refcount_table_clusters: u32,
     /// The number of internal snapshots.
     pub snapshots: u32,
     /// Where the snapshot table lies.
-    pub snapshots_offset: HostOffset,
+    pub(crate) snapshots_offset: HostOffset,
     /// Incompatible feature bits; zero in version 2. See [`features`].
-    pub incompatible: u64,
+    pub(crate) incompatible: u64,
     /// Compatible feature bits; zero in version 2.
-    pub compatible: u64,
+    pub(crate) compatible: u64,
     /// Autoclear feature bits; zero in version 2.
-    pub autoclear: u64,
+    pub(crate) autoclear: u64,
     /// The length of the header, in bytes: where the extensions start.
-    pub header_length: u32,
+    pub(crate) header_length: u32,
     /// How compressed clusters are packed.
     pub compression: Compression,
     /// What follows the compression type up to the header's length (padding, and fields that a later
     /// version may define), kept as found.
-    pub tail: Vec<u8>,
+    pub(crate) tail: Vec<u8>,
     geometry: Geometry,
 }
 
 /// Whether a file that starts with `bytes` claims to be a qcow2 image.
-pub fn is_qcow2(bytes: &[u8]) -> bool {
+pub(crate) fn is_qcow2(bytes: &[u8]) -> bool {
     u32_at(bytes, 0) == MAGIC
 }
 
@@ -108,7 +108,7 @@ impl Header {
 
     /// A header of version 2 or 3 for a disk of `size` bytes, without tables or features other than
     /// the extended L2 entries that `geometry` asks for.
-    pub fn new(version: u32, geometry: Geometry, size: u64) -> Self {
+    pub(crate) fn new(version: u32, geometry: Geometry, size: u64) -> Self {
         let v3 = version >= 3;
         Self {
             version,
@@ -139,7 +139,7 @@ impl Header {
     /// # Errors
     /// Wrong magic, a version other than 2 and 3, a file shorter than its header, and impossible
     /// cluster sizes, refcount widths, header lengths and compression types.
-    pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         if !is_qcow2(bytes) {
             return Err(FormatError::malformed(
                 "magic",
@@ -241,7 +241,7 @@ impl Header {
     }
 
     /// The header as it stands on disk, `header_length` bytes.
-    pub fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(FULL_HEADER_LENGTH as usize);
         out.put_u32(MAGIC);
         out.put_u32(self.version);
@@ -283,12 +283,12 @@ impl Header {
     }
 
     /// The length of the refcount table, in bytes.
-    pub fn refcount_table_bytes(&self) -> u64 {
+    pub(crate) fn refcount_table_bytes(&self) -> u64 {
         u64::from(self.refcount_table_clusters) << self.geometry.cluster_bits()
     }
 
     /// Whether refcounts may be wrong, because the image was not closed cleanly.
-    pub fn is_dirty(&self) -> bool {
+    pub(crate) fn is_dirty(&self) -> bool {
         self.incompatible & features::DIRTY != 0
     }
 
@@ -318,7 +318,7 @@ impl Header {
     }
 
     /// Whether the bitmaps extension agrees with the data.
-    pub fn bitmaps_consistent(&self) -> bool {
+    pub(crate) fn bitmaps_consistent(&self) -> bool {
         self.autoclear & features::BITMAPS != 0
     }
 
@@ -328,7 +328,7 @@ impl Header {
     }
 
     /// The autoclear bits that a writer must clear, because it does not know what they promise.
-    pub fn unknown_autoclear(&self) -> u64 {
+    pub(crate) fn unknown_autoclear(&self) -> u64 {
         self.autoclear & !features::KNOWN_AUTOCLEAR
     }
 }

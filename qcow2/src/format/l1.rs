@@ -8,7 +8,7 @@ const COPIED: u64 = 1 << 63;
 
 /// An entry of the L1 table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum L1Entry {
+pub(crate) enum L1Entry {
     /// No L2 table: all its clusters are unallocated.
     Unallocated,
     /// An L2 table.
@@ -25,7 +25,7 @@ impl L1Entry {
     ///
     /// # Errors
     /// Reserved bits that are set, or a table offset that is not cluster-aligned.
-    pub fn decode(raw: u64, geometry: &Geometry, at: u64) -> Result<Self, FormatError> {
+    pub(crate) fn decode(raw: u64, geometry: &Geometry, at: u64) -> Result<Self, FormatError> {
         if raw & !(OFFSET_MASK | COPIED) != 0 {
             return Err(FormatError::malformed(
                 "L1 entry",
@@ -60,13 +60,13 @@ impl L1Entry {
 
     /// The table that an entry refers to even if [`decode`](Self::decode) refuses it: reserved bits are
     /// ignored, and the offset may be unaligned. For checks.
-    pub fn salvage(raw: u64) -> Option<HostOffset> {
+    pub(crate) fn salvage(raw: u64) -> Option<HostOffset> {
         let host = raw & OFFSET_MASK;
         (host != 0).then_some(HostOffset::new(host))
     }
 
     /// The entry as it stands on disk.
-    pub fn encode(self) -> u64 {
+    pub(crate) fn encode(self) -> u64 {
         match self {
             Self::Unallocated => 0,
             Self::Table { host, copied } => host.get() | if copied { COPIED } else { 0 },

@@ -12,7 +12,7 @@ const COPIED: u64 = 1 << 63;
 
 /// What an L2 entry says about its cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum L2Entry {
+pub(crate) enum L2Entry {
     /// The cluster is not in this image: what lies below shows.
     Unallocated,
     /// The cluster reads as zeros.
@@ -49,7 +49,7 @@ pub enum L2Entry {
 
 /// The states of a cluster's 32 subclusters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Subclusters {
+pub(crate) struct Subclusters {
     /// Bit n: the data of subcluster n lies in the host cluster.
     pub allocated: u32,
     /// Bit n: subcluster n reads as zeros.
@@ -58,7 +58,7 @@ pub struct Subclusters {
 
 /// The state of one subcluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SubclusterState {
+pub(crate) enum SubclusterState {
     /// Not in this image.
     Unallocated,
     /// Reads as zeros.
@@ -69,7 +69,7 @@ pub enum SubclusterState {
 
 impl Subclusters {
     /// The state of subcluster `n` (0 to 31).
-    pub fn get(&self, n: u32) -> SubclusterState {
+    pub(crate) fn get(&self, n: u32) -> SubclusterState {
         match (self.allocated >> n & 1, self.zero >> n & 1) {
             (1, _) => SubclusterState::Allocated,
             (_, 1) => SubclusterState::Zero,
@@ -86,7 +86,7 @@ impl L2Entry {
     /// # Errors
     /// Reserved bits, unaligned offsets, a zero flag in version 2, and the combinations that the
     /// specification forbids.
-    pub fn decode(
+    pub(crate) fn decode(
         first: u64,
         second: u64,
         geometry: &Geometry,
@@ -166,7 +166,12 @@ impl L2Entry {
 
     /// The first word of an entry without its host offset, if that is the only thing wrong with it: it is not aligned,
     /// and no data lies there. What the guest reads follows from the flags alone. `None` for any other entry.
-    pub fn without_stray_host(first: u64, second: u64, geometry: &Geometry, version: u32) -> Option<u64> {
+    pub(crate) fn without_stray_host(
+        first: u64,
+        second: u64,
+        geometry: &Geometry,
+        version: u32,
+    ) -> Option<u64> {
         if first & (COMPRESSED | RESERVED) != 0 {
             return None;
         }
@@ -180,7 +185,7 @@ impl L2Entry {
     /// What an entry that [`decode`](Self::decode) refuses still refers to, as QEMU reads it: reserved
     /// bits, forbidden flags and the bitmap are ignored, and the offset may be unaligned. For checks:
     /// the clusters of a damaged entry are in use.
-    pub fn salvage(first: u64, geometry: &Geometry, data_file: bool) -> Self {
+    pub(crate) fn salvage(first: u64, geometry: &Geometry, data_file: bool) -> Self {
         if first & COMPRESSED != 0 {
             return Self::decode_compressed(first, geometry);
         }
@@ -193,7 +198,7 @@ impl L2Entry {
     }
 
     /// Whether an entry has the COPIED flag and nothing else. It is not valid, and QEMU reads it as unallocated.
-    pub fn is_bare_flag(first: u64) -> bool {
+    pub(crate) fn is_bare_flag(first: u64) -> bool {
         first == COPIED
     }
 
@@ -201,7 +206,7 @@ impl L2Entry {
     /// offset other than zero: a standard cluster, valid in every version. A quick test for
     /// whoever reads many entries; those of a contiguous run differ by the cluster size.
     #[inline]
-    pub fn plain(first: u64, geometry: &Geometry) -> Option<(HostOffset, bool)> {
+    pub(crate) fn plain(first: u64, geometry: &Geometry) -> Option<(HostOffset, bool)> {
         let aligned = OFFSET_MASK & !(geometry.cluster_size() - 1);
         let host = first & aligned;
         (first & !(aligned | COPIED) == 0 && host != 0)
@@ -218,7 +223,7 @@ impl L2Entry {
 
     /// The two words of the entry as they stand on disk; the second is meaningful only with extended
     /// L2 entries. A `Compressed` entry is encoded with the number of sectors that its length needs.
-    pub fn encode(self, geometry: &Geometry) -> (u64, u64) {
+    pub(crate) fn encode(self, geometry: &Geometry) -> (u64, u64) {
         let flag = |copied: bool| if copied { COPIED } else { 0 };
         let extended = geometry.extended_l2();
         match self {

@@ -7,13 +7,13 @@ use super::{Compression, FormatError, Header};
 use crate::units::HostOffset;
 
 /// The most bytes of an L1 table: QEMU's limit.
-pub const MAX_L1_BYTES: u64 = 32 << 20;
+pub(crate) const MAX_L1_BYTES: u64 = 32 << 20;
 /// The most bytes of a refcount table: QEMU's limit.
-pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+pub(crate) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// The most internal snapshots: QEMU's limit.
-pub const MAX_SNAPSHOTS: u32 = 65_536;
+pub(crate) const MAX_SNAPSHOTS: u32 = 65_536;
 /// The most bytes of a backing file name (specification: "backing_file_size").
-pub const MAX_BACKING_NAME: u32 = 1023;
+pub(crate) const MAX_BACKING_NAME: u32 = 1023;
 
 impl Header {
     /// Checks everything that the header alone must fulfil before the image is used; `names` is the
@@ -22,7 +22,7 @@ impl Header {
     /// # Errors
     /// The first violation; features that are not supported come before broken rules, since they may
     /// change the meaning of everything else.
-    pub fn validate(&self, names: &[FeatureName]) -> Result<(), FormatError> {
+    pub(crate) fn validate(&self, names: &[FeatureName]) -> Result<(), FormatError> {
         self.validate_features(names)?;
         self.validate_backing_name()?;
         self.validate_l1()?;

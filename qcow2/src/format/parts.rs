@@ -5,22 +5,22 @@ use std::ops::Range;
 use super::header::at;
 
 /// The size of the guest's disk.
-pub const SIZE: Range<usize> = at::SIZE..at::CRYPT_METHOD;
+pub(crate) const SIZE: Range<usize> = at::SIZE..at::CRYPT_METHOD;
 /// The L1 table: how many entries it has, and where it lies.
-pub const L1: Range<usize> = at::L1_ENTRIES..at::REFCOUNT_TABLE_OFFSET;
+pub(crate) const L1: Range<usize> = at::L1_ENTRIES..at::REFCOUNT_TABLE_OFFSET;
 /// Where the L1 table lies.
-pub const L1_OFFSET: Range<usize> = at::L1_OFFSET..at::REFCOUNT_TABLE_OFFSET;
+pub(crate) const L1_OFFSET: Range<usize> = at::L1_OFFSET..at::REFCOUNT_TABLE_OFFSET;
 /// The refcount table: where it lies, and how many clusters it has.
-pub const REFCOUNT_TABLE: Range<usize> = at::REFCOUNT_TABLE_OFFSET..at::SNAPSHOTS;
+pub(crate) const REFCOUNT_TABLE: Range<usize> = at::REFCOUNT_TABLE_OFFSET..at::SNAPSHOTS;
 /// All feature bits.
-pub const FEATURES: Range<usize> = at::INCOMPATIBLE..at::REFCOUNT_ORDER;
+pub(crate) const FEATURES: Range<usize> = at::INCOMPATIBLE..at::REFCOUNT_ORDER;
 /// The incompatible and the compatible feature bits.
-pub const LASTING_FEATURES: Range<usize> = at::INCOMPATIBLE..at::AUTOCLEAR;
+pub(crate) const LASTING_FEATURES: Range<usize> = at::INCOMPATIBLE..at::AUTOCLEAR;
 /// The incompatible feature bits.
-pub const INCOMPATIBLE: Range<usize> = at::INCOMPATIBLE..at::COMPATIBLE;
+pub(crate) const INCOMPATIBLE: Range<usize> = at::INCOMPATIBLE..at::COMPATIBLE;
 /// The autoclear feature bits.
-pub const AUTOCLEAR: Range<usize> = at::AUTOCLEAR..at::REFCOUNT_ORDER;
+pub(crate) const AUTOCLEAR: Range<usize> = at::AUTOCLEAR..at::REFCOUNT_ORDER;
 /// From the size to the autoclear feature bits: one write for both.
-pub const SIZE_TO_AUTOCLEAR: Range<usize> = at::SIZE..at::REFCOUNT_ORDER;
+pub(crate) const SIZE_TO_AUTOCLEAR: Range<usize> = at::SIZE..at::REFCOUNT_ORDER;
 /// The byte that holds the incompatible feature bits dirty (1) and corrupt (2).
-pub const DIRTY_AND_CORRUPT: usize = at::COMPATIBLE - 1;
+pub(crate) const DIRTY_AND_CORRUPT: usize = at::COMPATIBLE - 1;

@@ -7,14 +7,14 @@ use crate::units::HostOffset;
 
 /// An entry of the refcount table: where a refcount block lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RefcountTableEntry(Option<HostOffset>);
+pub(crate) struct RefcountTableEntry(Option<HostOffset>);
 
 impl RefcountTableEntry {
     /// No block: the refcounts that it would hold are all zero.
-    pub const ABSENT: Self = Self(None);
+    pub(crate) const ABSENT: Self = Self(None);
 
     /// An entry that names the block at `block`; offset zero means none.
-    pub fn new(block: HostOffset) -> Self {
+    pub(crate) fn new(block: HostOffset) -> Self {
         Self((block != HostOffset::ZERO).then_some(block))
     }
 
@@ -22,7 +22,7 @@ impl RefcountTableEntry {
     ///
     /// # Errors
     /// Reserved bits that are set, an offset that is not cluster-aligned, or one past 2^63.
-    pub fn decode(raw: u64, geometry: &Geometry, at: u64) -> Result<Self, FormatError> {
+    pub(crate) fn decode(raw: u64, geometry: &Geometry, at: u64) -> Result<Self, FormatError> {
         let bad = |expected: &str| {
             Err(FormatError::malformed("refcount table entry", at, format!("{raw:#018x}"), expected))
         };
@@ -40,52 +40,53 @@ impl RefcountTableEntry {
     }
 
     /// The entry as it stands on disk.
-    pub fn encode(self) -> u64 {
+    pub(crate) fn encode(self) -> u64 {
         self.0.map_or(0, HostOffset::get)
     }
 
     /// Where the block lies, if there is one.
-    pub fn block(self) -> Option<HostOffset> {
+    pub(crate) fn block(self) -> Option<HostOffset> {
         self.0
     }
 }
 
 /// The largest refcount that `2^order` bits hold; `order` is at most 6.
-pub fn max_refcount(order: u32) -> u64 {
+pub(crate) fn max_refcount(order: u32) -> u64 {
     u64::MAX >> (64 - (1u32 << order.min(6)))
 }
 
 /// Access to the packed refcounts of a block. Counters narrower than a byte start at its least
 /// significant bit; wider ones are big-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RefcountWidth {
+pub(crate) struct RefcountWidth {
     order: u32,
 }
 
 impl RefcountWidth {
     /// Counters of `2^order` bits; `None` if `order` is above 6.
-    pub fn new(order: u32) -> Option<Self> {
+    #[cfg(test)]
+    pub(crate) fn new(order: u32) -> Option<Self> {
         (order <= 6).then_some(Self { order })
     }
 
     /// The counters of an image.
-    pub fn of(geometry: &Geometry) -> Self {
+    pub(crate) fn of(geometry: &Geometry) -> Self {
         Self { order: geometry.refcount_bits().trailing_zeros() }
     }
 
     /// The largest refcount that fits.
-    pub fn max(self) -> u64 {
+    pub(crate) fn max(self) -> u64 {
         max_refcount(self.order)
     }
 
     /// How many counters `block` holds.
-    pub fn count(self, block: &[u8]) -> usize {
+    pub(crate) fn count(self, block: &[u8]) -> usize {
         if self.order < 3 { block.len() << (3 - self.order) } else { block.len() >> (self.order - 3) }
     }
 
     /// Counter `index` of `block`, or `None` behind its end.
     #[inline]
-    pub fn get(self, block: &[u8], index: usize) -> Option<u64> {
+    pub(crate) fn get(self, block: &[u8], index: usize) -> Option<u64> {
         if self.order == 4 {
             // By far the most common width.
             let at = index.checked_mul(2)?;
@@ -104,7 +105,7 @@ impl RefcountWidth {
     /// Sets counter `index` of `block`; false, with nothing changed, if there is no such counter or
     /// `value` does not fit.
     #[must_use]
-    pub fn set(self, block: &mut [u8], index: usize, value: u64) -> bool {
+    pub(crate) fn set(self, block: &mut [u8], index: usize, value: u64) -> bool {
         self.try_set(block, index, value).is_some()
     }
 
@@ -129,7 +130,7 @@ impl RefcountWidth {
     /// Sets the counters of `range` to `value`; false, with nothing changed, if the range leaves the
     /// block or `value` does not fit.
     #[must_use]
-    pub fn fill(self, block: &mut [u8], range: std::ops::Range<usize>, value: u64) -> bool {
+    pub(crate) fn fill(self, block: &mut [u8], range: std::ops::Range<usize>, value: u64) -> bool {
         if range.end > self.count(block) || range.start > range.end || value > self.max() {
             return false;
         }
@@ -138,7 +139,7 @@ impl RefcountWidth {
 
     /// Calls `visit` with the index and value of every counter of `block`, in order. The width is
     /// decided once, outside the loop: this is how to go through many blocks.
-    pub fn for_each(self, block: &[u8], mut visit: impl FnMut(usize, u64)) {
+    pub(crate) fn for_each(self, block: &[u8], mut visit: impl FnMut(usize, u64)) {
         match self.order {
             0..3 => {
                 let per_byte = 8usize >> self.order;

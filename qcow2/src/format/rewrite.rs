@@ -26,7 +26,7 @@ const SECTOR: usize = 512;
 
 /// Bytes to be written at an offset in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Write {
+pub(crate) struct Write {
     /// The host offset, in bytes.
     pub offset: u64,
     /// What to write.
@@ -35,7 +35,7 @@ pub struct Write {
 
 /// The writes of an edit, in order; each must be durable before the next.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Switch {
+pub(crate) struct Switch {
     /// The writes; none if the image is as asked already.
     pub writes: Vec<Write>,
     /// Whether a crash at any instant leaves the image before or after the edit. If not, there is one
@@ -45,7 +45,7 @@ pub struct Switch {
 
 impl Switch {
     /// The first cluster of the image after the edit.
-    pub fn applied_to(&self, cluster0: &[u8]) -> Vec<u8> {
+    pub(crate) fn applied_to(&self, cluster0: &[u8]) -> Vec<u8> {
         let mut after = cluster0.to_vec();
         self.writes.iter().for_each(|write| write.apply_to(&mut after));
         after
@@ -57,7 +57,7 @@ impl Switch {
 ///
 /// # Errors
 /// No room, a name or format that is empty or too long, or a cluster 0 that must not be edited.
-pub fn plan_backing_switch(
+pub(crate) fn plan_backing_switch(
     cluster0: &[u8],
     name: impl AsRef<[u8]>,
     format: &str,
@@ -71,7 +71,7 @@ pub fn plan_backing_switch(
 ///
 /// # Errors
 /// A cluster 0 that must not be edited.
-pub fn plan_backing_removal(cluster0: &[u8]) -> Result<Switch, RewriteError> {
+pub(crate) fn plan_backing_removal(cluster0: &[u8]) -> Result<Switch, RewriteError> {
     let old = OldCluster0::read(cluster0)?;
     let mut list = old.cluster0.extensions.clone();
     list.retain(|e| e.magic != EXT_BACKING_FORMAT);
@@ -80,7 +80,7 @@ pub fn plan_backing_removal(cluster0: &[u8]) -> Result<Switch, RewriteError> {
 
 /// What an image becomes that is emptied by one write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EmptyDisk<'a> {
+pub(crate) struct EmptyDisk<'a> {
     /// The name of the new backing file.
     pub name: &'a [u8],
     /// The format of the new backing file.
@@ -101,7 +101,7 @@ pub struct EmptyDisk<'a> {
 ///
 /// # Errors
 /// As [`plan_backing_switch`].
-pub fn plan_empty_switch(cluster0: &[u8], disk: &EmptyDisk<'_>) -> Result<Switch, RewriteError> {
+pub(crate) fn plan_empty_switch(cluster0: &[u8], disk: &EmptyDisk<'_>) -> Result<Switch, RewriteError> {
     check_backing(disk.name, disk.format)?;
     let old = OldCluster0::read(cluster0)?;
     let new = NewDisk { l1_offset: disk.l1_offset, l1_entries: disk.l1_entries, size: disk.size };
@@ -114,7 +114,7 @@ pub fn plan_empty_switch(cluster0: &[u8], disk: &EmptyDisk<'_>) -> Result<Switch
 ///
 /// # Errors
 /// As [`plan_backing_switch`].
-pub fn plan_mark_and_backing(
+pub(crate) fn plan_mark_and_backing(
     cluster0: &[u8],
     mark: (Mark, &[u8]),
     name: &[u8],
@@ -138,7 +138,7 @@ fn marked(mut list: Vec<Extension>, (mark, base): (Mark, &[u8])) -> [Vec<Extensi
 ///
 /// # Errors
 /// No room even for an empty mark, or a cluster 0 that must not be edited.
-pub fn plan_mark(cluster0: &[u8], base: impl AsRef<[u8]>, mark: Mark) -> Result<Switch, RewriteError> {
+pub(crate) fn plan_mark(cluster0: &[u8], base: impl AsRef<[u8]>, mark: Mark) -> Result<Switch, RewriteError> {
     let old = OldCluster0::read(cluster0)?;
     let with = |base: &[u8]| {
         let mut list = old.cluster0.extensions.clone();
@@ -157,7 +157,7 @@ pub fn plan_mark(cluster0: &[u8], base: impl AsRef<[u8]>, mark: Mark) -> Result<
 
 /// Which of our marks a layer gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mark {
+pub(crate) enum Mark {
     /// The layer is being merged, and is still needed until the chain has been changed.
     Merging,
     /// The layer was merged, and is not needed any more. It keeps its data.
@@ -195,7 +195,7 @@ impl Mark {
 ///
 /// # Errors
 /// A cluster 0 that must not be edited.
-pub fn plan_drop_bitmaps(cluster0: &[u8]) -> Result<Switch, RewriteError> {
+pub(crate) fn plan_drop_bitmaps(cluster0: &[u8]) -> Result<Switch, RewriteError> {
     let mut old = OldCluster0::read(cluster0)?;
     let mut list = old.cluster0.extensions.clone();
     list.retain(|e| e.magic != EXT_BITMAPS);
@@ -222,7 +222,11 @@ pub fn plan_drop_bitmaps(cluster0: &[u8]) -> Result<Switch, RewriteError> {
 ///
 /// # Errors
 /// A cluster 0 that must not be edited.
-pub fn plan_feature_bits(cluster0: &[u8], incompatible: u64, autoclear: u64) -> Result<Switch, RewriteError> {
+pub(crate) fn plan_feature_bits(
+    cluster0: &[u8],
+    incompatible: u64,
+    autoclear: u64,
+) -> Result<Switch, RewriteError> {
     let old = OldCluster0::read(cluster0)?;
     let mut new = old.bytes.clone();
     if old.cluster0.header.version >= 3 {

@@ -5,6 +5,9 @@ use std::process::Command;
 
 use kit::Random;
 
+use super::extensions::{
+    EXT_DATA_FILE, EXT_EMPTIED_ONTO, EXT_FEATURE_NAMES, EXT_MERGED_INTO, EXT_MERGING_INTO, Extension,
+};
 use super::words::PutWords;
 use super::*;
 use crate::units::HostOffset;

@@ -6,9 +6,9 @@ use super::{FormatError, Header};
 use crate::units::HostOffset;
 
 /// The most bytes of a snapshot table: QEMU's limit.
-pub const MAX_SNAPSHOT_TABLE: u64 = 64 << 20;
+pub(crate) const MAX_SNAPSHOT_TABLE: u64 = 64 << 20;
 /// The most bytes of an entry's extra data: QEMU's limit.
-pub const MAX_SNAPSHOT_EXTRA: u32 = 1024;
+pub(super) const MAX_SNAPSHOT_EXTRA: u32 = 1024;
 
 /// Bytes of an entry before its extra data.
 const FIXED: usize = 40;
@@ -19,11 +19,11 @@ const MAX_ENTRY: u64 = (FIXED as u64 + MAX_SNAPSHOT_EXTRA as u64 + 2 * 0xffff).n
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// Where the entry stands in the file, in bytes.
-    pub offset: u64,
+    pub(crate) offset: u64,
     /// Where the snapshot's L1 table lies.
-    pub l1_offset: HostOffset,
+    pub(crate) l1_offset: HostOffset,
     /// The number of entries of that table.
-    pub l1_entries: u32,
+    pub(crate) l1_entries: u32,
     /// The id, unique in the image, as written.
     pub id: Vec<u8>,
     /// The name as written.
@@ -42,37 +42,37 @@ pub struct Snapshot {
     /// How many instructions the guest had executed, where that was counted.
     pub icount: Option<u64>,
     /// The extra data as found, with fields that are not known.
-    pub extra: Vec<u8>,
+    pub(crate) extra: Vec<u8>,
 }
 
 /// The lengths that an entry of the snapshot table states, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SnapshotLengths {
+pub(crate) struct SnapshotLengths {
     /// Its extra data, however long.
-    pub extra: u32,
+    pub(crate) extra: u32,
     /// Its id and its name.
-    pub strings: u32,
+    pub(crate) strings: u32,
 }
 
 impl SnapshotLengths {
     /// Those of the entry at the start of `bytes`; what is missing reads as zeros.
-    pub fn of(bytes: &[u8]) -> Self {
+    pub(crate) fn of(bytes: &[u8]) -> Self {
         let strings = u32::from(u16_at(bytes, 12)) + u32::from(u16_at(bytes, 14));
         Self { extra: u32_at(bytes, 36), strings }
     }
 
     /// Whether there is more extra data than QEMU reads.
-    pub fn is_too_long(&self) -> bool {
+    pub(crate) fn is_too_long(&self) -> bool {
         self.extra > MAX_SNAPSHOT_EXTRA
     }
 
     /// How far behind the entry's start its strings begin.
-    pub fn strings_at(&self) -> u64 {
+    pub(crate) fn strings_at(&self) -> u64 {
         FIXED as u64 + u64::from(self.extra)
     }
 
     /// The length of the entry with its padding.
-    pub fn entry(&self) -> u64 {
+    pub(crate) fn entry(&self) -> u64 {
         (self.strings_at() + u64::from(self.strings)).next_multiple_of(8)
     }
 }
@@ -83,7 +83,7 @@ impl Snapshot {
     ///
     /// # Errors
     /// As [`decode`](Self::decode).
-    pub fn decode_cut(head: &[u8], strings: &[u8], at: u64) -> Result<Self, FormatError> {
+    pub(crate) fn decode_cut(head: &[u8], strings: &[u8], at: u64) -> Result<Self, FormatError> {
         let mut bytes = head.get(..FIXED + MAX_SNAPSHOT_EXTRA as usize).unwrap_or(head).to_vec();
         if let Some(len) = bytes.get_mut(36..40) {
             len.copy_from_slice(&MAX_SNAPSHOT_EXTRA.to_be_bytes());
@@ -93,12 +93,12 @@ impl Snapshot {
     }
 
     /// Whether a version 3 image must say more about it: it lacks the size of the disk.
-    pub fn lacks_size(&self, header: &Header) -> bool {
+    pub(crate) fn lacks_size(&self, header: &Header) -> bool {
         header.version >= 3 && self.disk_size.is_none()
     }
 
     /// Adds what [`lacks_size`](Self::lacks_size) is about, as QEMU does: the size is the image's.
-    pub fn add_size(&mut self, header: &Header) {
+    pub(crate) fn add_size(&mut self, header: &Header) {
         /// The fields that QEMU writes: the sizes of the machine's state and of the disk, and the instruction count.
         const KNOWN: usize = 24;
         self.disk_size.get_or_insert(header.size);
@@ -110,7 +110,7 @@ impl Snapshot {
     ///
     /// # Errors
     /// An entry that `bytes` does not hold wholly, or more than 1024 bytes of extra data.
-    pub fn decode(bytes: &[u8], at: u64) -> Result<(Self, usize), FormatError> {
+    pub(crate) fn decode(bytes: &[u8], at: u64) -> Result<(Self, usize), FormatError> {
         let extra_len = u32_at(bytes, 36);
         if extra_len > MAX_SNAPSHOT_EXTRA {
             return Err(FormatError::malformed(
@@ -159,7 +159,7 @@ impl Snapshot {
     }
 
     /// The entry as it stands on disk, padded; sizes that `extra` has room for are written there.
-    pub fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(FIXED + self.extra.len() + self.id.len() + self.name.len());
         out.put_u64(self.l1_offset.get());
         out.put_u32(self.l1_entries);
@@ -189,7 +189,7 @@ impl Snapshot {
     /// # Errors
     /// A table that is too big, not cluster-aligned, at offset zero or past 2^63; in version 3, an
     /// entry without the disk's size.
-    pub fn validate(&self, header: &Header) -> Result<(), FormatError> {
+    pub(crate) fn validate(&self, header: &Header) -> Result<(), FormatError> {
         let bytes = self.l1_bytes();
         if bytes > MAX_L1_BYTES {
             return Err(FormatError::malformed(
@@ -223,13 +223,13 @@ impl Snapshot {
     }
 
     /// The length of the snapshot's L1 table, in bytes.
-    pub fn l1_bytes(&self) -> u64 {
+    pub(crate) fn l1_bytes(&self) -> u64 {
         u64::from(self.l1_entries) * 8
     }
 }
 
 /// How many bytes from the snapshot table's offset the table of `count` snapshots may take.
-pub fn snapshot_table_bound(count: u32) -> u64 {
+pub(crate) fn snapshot_table_bound(count: u32) -> u64 {
     (u64::from(count) * MAX_ENTRY).min(MAX_SNAPSHOT_TABLE)
 }
 
@@ -239,7 +239,11 @@ pub fn snapshot_table_bound(count: u32) -> u64 {
 ///
 /// # Errors
 /// A broken entry, or a table that ends behind `bytes`.
-pub fn decode_snapshots(bytes: &[u8], count: u32, at: u64) -> Result<(Vec<Snapshot>, u64), FormatError> {
+pub(crate) fn decode_snapshots(
+    bytes: &[u8],
+    count: u32,
+    at: u64,
+) -> Result<(Vec<Snapshot>, u64), FormatError> {
     let mut snapshots = Vec::new();
     let mut used = 0usize;
     for _ in 0..count {

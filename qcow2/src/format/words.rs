@@ -51,12 +51,12 @@ impl PutWords for Vec<u8> {
 
 /// The big-endian `u64` words of a table (L1, L2, refcount or bitmap table), in order; a last partial
 /// word is left out.
-pub fn read_be_u64s(bytes: &[u8]) -> impl ExactSizeIterator<Item = u64> + '_ {
+pub(crate) fn read_be_u64s(bytes: &[u8]) -> impl ExactSizeIterator<Item = u64> + '_ {
     bytes.chunks_exact(8).map(BigEndian::read_u64)
 }
 
 /// The words as they stand on disk.
-pub fn write_be_u64s(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
+pub(crate) fn write_be_u64s(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
     words.into_iter().flat_map(u64::to_be_bytes).collect()
 }
 

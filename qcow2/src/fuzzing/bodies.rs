@@ -5,7 +5,8 @@ use super::commit::commit;
 use super::image::image;
 use super::seeds::{chains, images};
 use super::{crash, fields, inflate, journal, names, repair, restore};
-use crate::format::{Cluster0, Extension, Header};
+use crate::format::extensions::Extension;
+use crate::format::{Cluster0, Header};
 
 /// A fuzz target: its name, and what it does with an input.
 #[derive(Clone, Copy, Debug)]

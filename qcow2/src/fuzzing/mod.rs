@@ -28,7 +28,7 @@ pub use fields::{damaged, fields};
 pub use image::image;
 pub use inflate::inflate;
 pub use journal::journal;
-pub use names::name;
+pub use names::{name, set_backing, set_data_file};
 pub use repair::repair;
 pub use restore::restore;
 pub use seeds::{chains, images};

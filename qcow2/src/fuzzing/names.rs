@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::sample::{Sample, extension, field, incompatible};
 use crate::chain::{BackingName, Chain, OpenOptions, Policy, find_users, new_backing_name};
 use crate::error::Holder;
+use crate::format::{Cluster0, EXT_BACKING_FORMAT};
 use crate::storage::{Access, FileId, FileStat, Host, MemHost, Storage};
 
 const IMAGE: &str = "/vm/image.qcow2";
@@ -43,6 +44,32 @@ pub fn name(bytes: &[u8]) {
     for opened in host.take_opened() {
         assert!(opened.parent() == Some(Path::new(ALLOWED)), "{} was opened", opened.display());
     }
+}
+
+/// Gives the image whose cluster 0 this is a backing name and format; no format if it is empty.
+#[allow(clippy::unwrap_used, reason = "what cannot be done fails the test")]
+pub fn set_backing(cluster: &mut [u8], name: &[u8], format: &str) {
+    let mut cluster0 = Cluster0::parse(cluster).unwrap();
+    cluster0.set_backing(name, if format.is_empty() { "none" } else { format }).unwrap();
+    if format.is_empty() {
+        cluster0.remove_extension(EXT_BACKING_FORMAT);
+    }
+    put(&cluster0, cluster);
+}
+
+/// Gives the image whose cluster 0 this is the name of a data file.
+#[allow(clippy::unwrap_used, reason = "what cannot be done fails the test")]
+pub fn set_data_file(cluster: &mut [u8], name: &[u8]) {
+    let mut cluster0 = Cluster0::parse(cluster).unwrap();
+    cluster0.set_data_file(name, false);
+    put(&cluster0, cluster);
+}
+
+#[allow(clippy::unwrap_used, reason = "what cannot be done fails the test")]
+fn put(cluster0: &Cluster0, cluster: &mut [u8]) {
+    let mut head = cluster0.encode().unwrap();
+    head.resize(cluster.len(), 0);
+    cluster.copy_from_slice(&head);
 }
 
 #[derive(Clone, Copy)]

@@ -29,9 +29,11 @@ use std::sync::Arc;
 use serde::{Serialize, Serializer};
 
 use crate::error::{Error, FileOp, Result};
-use crate::format::{CONTAINER_HEAD, CONTAINER_TAIL, Container, is_qcow2};
+use crate::format::{CONTAINER_HEAD, CONTAINER_TAIL, FULL_HEADER_LENGTH, is_qcow2};
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange};
+
+pub use crate::format::{Bitmap, Cluster0, Compression, Container, Geometry, Header, Snapshot};
 
 pub use self::bitmaps::{BitmapInfo, names as bitmap_names};
 pub use self::create::{CreateOptions, create, create_raw};
@@ -58,6 +60,22 @@ pub enum ImageFormat {
 impl Serialize for ImageFormat {
     fn serialize<S: Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
         to.serialize_str(self.name())
+    }
+}
+
+/// Whether an image is encrypted: a LUKS container, or a qcow2 image whose header names an encryption.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn is_encrypted(path: &Path, file: &dyn Storage) -> Result<bool> {
+    match ImageFormat::detect(path, file)? {
+        ImageFormat::Foreign(container) => Ok(container == Container::Luks),
+        ImageFormat::Raw => Ok(false),
+        ImageFormat::Qcow2 => {
+            let mut head = [0; FULL_HEADER_LENGTH as usize];
+            file.read_exact_or_zero(&mut head, 0).map_err(|e| Error::io(path, FileOp::Read, Some(0), e))?;
+            Ok(Header::decode(&head).is_ok_and(|header| header.crypt_method != 0))
+        }
     }
 }
 
@@ -254,5 +272,28 @@ impl Image {
             Self::Qcow2(qcow2) => qcow2.next_table(from),
             Self::Foreign(foreign) => Err(foreign.refuse()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::parts;
+    use crate::storage::{Access, Host, MemHost};
+
+    #[test]
+    fn headers_tell_of_encryption() {
+        let host = MemHost::new();
+        let is_encrypted = |name: &str, bytes: &[u8]| {
+            host.add(name, bytes).unwrap();
+            is_encrypted(Path::new(name), &*host.open(Path::new(name), Access::Read).unwrap()).unwrap()
+        };
+        create(&host, Path::new("new"), &CreateOptions::new(1 << 20)).unwrap();
+        let mut bytes = host.content("new").unwrap();
+        assert!(!is_encrypted("plain", &bytes));
+        bytes[parts::SIZE.end + 3] = 2;
+        assert!(is_encrypted("qcow2", &bytes));
+        assert!(is_encrypted("luks", b"LUKS\xba\xbe\0\x01rest of the header"));
+        assert!(!is_encrypted("raw", b"some bytes"));
     }
 }

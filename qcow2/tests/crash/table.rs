@@ -309,7 +309,7 @@ fn happen(host: &SimHost, scenario: &Scenario, kind: BaseKind, fate: LayerFate) 
                 // QEMU clears it when it opens the image.
                 let file = host.open(scenario.path(0), Access::ReadWrite).unwrap();
                 let mut byte = [0];
-                const DIRTY: u64 = qcow2::format::parts::DIRTY_AND_CORRUPT as u64;
+                const DIRTY: u64 = qcow2::fuzzing::sample::field::COMPATIBLE - 1;
                 file.read_exact_or_zero(&mut byte, DIRTY).unwrap();
                 file.write_all_at(&[byte[0] & !1], DIRTY).unwrap();
             }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use qcow2::ErrorKind;
 use qcow2::error::shown;
 use qcow2::facts::{ImageFacts, LayerFacts};
-use qcow2::format::{Bitmap, Cluster0, FeatureKind, Snapshot, features};
+use qcow2::image::{Bitmap, Cluster0, Snapshot};
 use qcow2::merge::UnfinishedMerge;
 use qcow2::storage::LockMode;
 
@@ -178,12 +178,7 @@ fn encryption(cluster0: &Cluster0) -> Option<String> {
 
 fn features_of(cluster0: &Cluster0) -> String {
     let header = &cluster0.header;
-    let names = cluster0.feature_names();
-    // Dirty and corrupt are states, told elsewhere.
-    let incompatible = header.incompatible & !(features::DIRTY | features::CORRUPT);
-    let mut all = features::describe(FeatureKind::Incompatible, incompatible, &names);
-    all.extend(features::describe(FeatureKind::Compatible, header.compatible, &names));
-    all.extend(features::describe(FeatureKind::Autoclear, header.autoclear, &names));
+    let mut all = cluster0.features();
     all.push(format!("{} compression", header.compression.name()));
     all.push(format!("{} refcount bits", header.geometry().refcount_bits()));
     all.join(", ")

@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 
 use qcow2::chain::BackingName;
 use qcow2::error::FileOp;
-use qcow2::format::{Cluster0, EXT_BITMAPS};
-use qcow2::image::{ImageFormat, Qcow2};
+use qcow2::image::{Cluster0, ImageFormat, Qcow2};
 use qcow2::storage::{Access, FileId, Host, OsHost, leads_nowhere};
 use qcow2::{Error, Result};
 
@@ -83,9 +82,7 @@ pub(super) fn is_sealed(path: &Path) -> Result<bool> {
 /// Whether QEMU may write to an image when it closes it, though nobody wrote there: to clear the dirty bit of lazy
 /// refcounts, or to store bitmaps.
 pub(super) fn is_written_by_closing(layer: &StateLayer) -> Result<bool> {
-    Ok(header_of(layer)?.is_some_and(|cluster0| {
-        cluster0.header.lazy_refcounts() || cluster0.extensions.iter().any(|e| e.magic == EXT_BITMAPS)
-    }))
+    Ok(header_of(layer)?.is_some_and(|cluster0| cluster0.header.lazy_refcounts() || cluster0.has_bitmaps()))
 }
 
 /// Whether what a guest writes to an image goes to another file: the image's own time does not tell of it then.
