@@ -1,4 +1,4 @@
-//! Refcounts corrected where they stand.
+//! Corrects refcounts in place.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use super::disk::ImageWriter;
 use super::survey::{Survey, for_each_block, for_each_window};
 use crate::check::counts::{Counts, Slot};
 
-/// Raises refcounts that are lower than the references; returns how many, when they are durable.
+/// Raises refcounts that are lower than the references, durably; returns how many.
 ///
 /// # Errors
 /// Those of a check, and of writing.
@@ -25,8 +25,9 @@ pub(super) fn raise(survey: &Survey<'_>, disk: &ImageWriter<'_>) -> Result<u64> 
     Ok(raised)
 }
 
-/// Lowers refcounts that are higher than the references, all of which must be known; returns how many,
-/// and how many clusters are free now. Their space is freed when the refcounts are durable.
+/// Lowers refcounts that are higher than the references, durably; all references must be known. Returns how
+/// many refcounts changed, and how many clusters became free. Holes are punched only when the refcounts are
+/// durable.
 ///
 /// # Errors
 /// Those of a check, and of writing.
@@ -53,10 +54,10 @@ pub(super) fn lower(survey: &Survey<'_>, disk: &ImageWriter<'_>) -> Result<(u64,
     Ok((lowered, clusters))
 }
 
-/// Gives clusters a refcount, in those blocks that are there; the next barrier makes it durable.
+/// Sets the refcount of clusters whose refcount blocks exist. The next barrier makes it durable.
 ///
 /// # Errors
-/// A block that cannot be read, and those of writing.
+/// A block that cannot be read; those of writing.
 pub(super) fn set(
     survey: &Survey<'_>,
     disk: &ImageWriter<'_>,
@@ -75,7 +76,7 @@ pub(super) fn set(
         let indexes = index..index + (end - at) as usize;
         if let Some(host) = survey.block(block) {
             survey.read_block(block, &mut buf)?;
-            // The indexes are those of the block, and any width holds a one.
+            // This cannot fail: the indexes lie in the block, and every width holds a one.
             let _ = width.fill(&mut buf, indexes.clone(), refcount);
             let bytes = indexes.start * bits / 8..(indexes.end * bits).div_ceil(8);
             if let Some(new) = buf.get(bytes.clone()) {
@@ -87,8 +88,8 @@ pub(super) fn set(
     Ok(())
 }
 
-/// Gives the clusters of a window the refcounts that are `wanted`, block by block; returns how many
-/// changed, each of which was told to `changed` with its new refcount.
+/// Sets the refcounts of a window to what `wanted` returns, block by block. Calls `changed` with each cluster
+/// whose refcount changes, and the new refcount; returns how many there were.
 fn change(
     survey: &Survey<'_>,
     disk: &ImageWriter<'_>,
@@ -106,7 +107,8 @@ fn change(
         survey.read_block(block, &mut buf)?;
         let mut dirty: Option<Range<usize>> = None;
         let lanes = counts.lanes();
-        // The refcounts of what lies behind the end of the file too: it would be lost when the file grows.
+        // This includes clusters behind the end of the file: a refcount that is too high there would become a
+        // leak when the file grows.
         for cluster in clusters.start..clusters.start.saturating_add(width.count(&buf) as u64) {
             let first = cluster - (cluster - clusters.start) % lanes;
             let slot = counts.slot(counts.word(first), (cluster - first) as u32);

@@ -1,4 +1,4 @@
-//! The file under repair: writes, and barriers between them.
+//! Writes to the file under repair, with barriers between the writes.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -31,7 +31,7 @@ impl<'a> ImageWriter<'a> {
         written.map_err(|e| Error::io(self.subject.path, FileOp::Write, Some(offset), e))
     }
 
-    /// Makes durable what was written.
+    /// Makes all writes so far durable.
     ///
     /// # Errors
     /// The system's.
@@ -42,14 +42,14 @@ impl<'a> ImageWriter<'a> {
         Ok(())
     }
 
-    /// Gives the blocks of unused clusters back to the file system, where it can; the refcounts that say
-    /// that they are unused must be durable.
+    /// Punches holes into unused clusters, if the file system can. The refcounts that make them unused must be
+    /// durable.
     pub(super) fn punch(&self, first: u64, clusters: u64) {
         let bits = self.subject.geometry.cluster_bits();
         let start = first << bits;
         let end = first.saturating_add(clusters).saturating_mul(1 << bits).min(self.subject.file_len);
         if start < end {
-            // The space is free for the image in any case; only the file system does not learn of it.
+            // If that fails, the clusters are free in the image all the same; they only keep their blocks.
             let _ = self.file.punch_hole(start, end - start);
         }
     }

@@ -1,7 +1,8 @@
-//! L2 entries whose meaning is known, although their host offset is wrong: a cluster that reads as zeros, and is kept at an
-//! offset that is not aligned. The offset is dropped, as QEMU does (iotest 060, "unaligned pre-allocated zero cluster").
+//! Mends L2 entries whose meaning is known although their host offset is wrong: zero clusters that are
+//! preallocated at an unaligned offset. The offset is dropped, as QEMU does (iotest 060, "unaligned
+//! pre-allocated zero cluster").
 //!
-//! Each change is one word of one entry, and what the guest reads stays.
+//! Each change is one word of one entry, and does not change what the guest reads.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -15,10 +16,10 @@ use crate::check::counts::Reference;
 use crate::check::gaps::Gaps;
 use crate::check::tables::{TableRef, Visitor, for_each_table, walk_l1};
 
-/// Drops the offsets, in the tables of snapshots too; returns how many, when that is durable.
+/// Drops the offsets durably, in the tables of snapshots too; returns how many.
 ///
 /// # Errors
-/// A table that cannot be read, and those of writing.
+/// A table that cannot be read; those of writing.
 pub(super) fn drop_stray_hosts(survey: &Survey<'_>, disk: &ImageWriter<'_>) -> Result<u64> {
     let mut fixer = EntryFixer { survey, disk, dropped: AtomicU64::new(0) };
     walk_l1(survey.subject, &survey.layout.l1, None, &mut fixer)?.none(survey.subject.path)?;

@@ -1,7 +1,7 @@
-//! COPIED flags that do not say whether the refcount is one.
+//! Corrects COPIED flags that do not agree with the refcounts: the flag says that the refcount is one.
 //!
-//! A flag is a hint beside the refcount, which is right already when this begins. Each is one bit of one
-//! entry, so any part of the writes may be missing after a power cut.
+//! The refcounts are right when this begins. Each flag is one bit of one entry, independent of the others; so
+//! any of the writes may be missing after a power cut.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -24,18 +24,18 @@ const COPIED: u64 = 1 << 63;
 pub(super) enum Which {
     /// All that are wrong.
     All,
-    /// Those that are missing.
+    /// Only flags that are missing.
     Missing,
 }
 
-/// Corrects the flags of the active tables; returns how many entries changed, when they are durable.
-/// Flags that are missing are set only if all references are known.
+/// Corrects the flags of the active tables durably; returns how many entries changed. Missing flags are set
+/// only if all references are known.
 ///
 /// # Errors
-/// Those of a check, a table that cannot be read, and those of writing.
+/// Those of a check; a table that cannot be read; those of writing.
 pub(super) fn correct(survey: &Survey<'_>, disk: &ImageWriter<'_>, which: Which) -> Result<u64> {
     let mut changed = 0;
-    // Clusters of a data file have no refcounts; their entries are looked at once.
+    // Clusters of a data file have no refcounts, so one walk through the entries is enough for them.
     let mut data_file = survey.subject.header.has_data_file() && which == Which::All;
     for_each_window(survey.subject, &survey.layout, None, &mut |counts| {
         let wanted = WantedFlags::of(survey, counts, which)?;
@@ -49,7 +49,7 @@ pub(super) fn correct(survey: &Survey<'_>, disk: &ImageWriter<'_>, which: Which)
     Ok(changed)
 }
 
-/// What the flags for the clusters of a window should be, where there is a wrong one.
+/// The clusters of a window with a wrong flag somewhere, one bit each: whether it must be set or cleared.
 struct WantedFlags {
     window: Range<u64>,
     set: Vec<u64>,
@@ -92,7 +92,7 @@ impl WantedFlags {
         }
     }
 
-    /// What the flag of an entry should be that refers to a cluster; `None` if it may stay.
+    /// What the flag of an entry for this host offset should be; `None` if it may stay.
     fn flag(&self, host: u64, subject: &Subject<'_>) -> Option<bool> {
         let cluster = host >> subject.geometry.cluster_bits();
         if !self.window.contains(&cluster) {
@@ -119,7 +119,7 @@ struct FlagFixer<'a> {
     changed: AtomicU64,
 }
 
-/// The first word of an entry with the flag as it should be, if it is not.
+/// The first word of an entry with the wanted flag; `None` if it has that already.
 fn with_flag(raw: u64, wanted: Option<bool>) -> Option<u64> {
     let new = if wanted? { raw | COPIED } else { raw & !COPIED };
     (new != raw).then_some(new)
@@ -149,7 +149,7 @@ impl FlagFixer<'_> {
         self.write(table.start, &bytes, &changes)
     }
 
-    /// Corrects the entries of one table, by one write.
+    /// Corrects the entries of one table with one write.
     fn table(&self, table: &TableRef, bytes: &[u8]) -> Result<()> {
         let subject = self.survey.subject;
         if table.active == 0 || !self.survey.may_write(table.host, bytes.len() as u64) {
@@ -171,7 +171,8 @@ impl FlagFixer<'_> {
         self.write(table.host, bytes, &changes)
     }
 
-    /// Changes words of a table at a host offset, by one write; `changes` are offsets in it and new words.
+    /// Changes words of the table at a host offset with one write; `changes` are offsets in the table and new
+    /// words.
     fn write(&self, host: u64, table: &[u8], changes: &[(usize, u64)]) -> Result<()> {
         let (Some((first, _)), Some((last, _))) = (changes.first(), changes.last()) else { return Ok(()) };
         let start = *first;

@@ -1,8 +1,9 @@
-//! Free clusters inside a file, as runs.
+//! A bounded list of free clusters inside a file.
 
 use std::ops::Range;
 
-/// Runs of free clusters, from the first one on, as many as are asked for: a few, however large the image is.
+/// The first free clusters of a file, as runs. It keeps only as many as are wanted, so that its size does not
+/// depend on the image.
 #[derive(Debug)]
 pub(super) struct FreeRuns {
     wanted: u64,
@@ -11,7 +12,7 @@ pub(super) struct FreeRuns {
 }
 
 impl FreeRuns {
-    /// None so far; `wanted` clusters are remembered at most.
+    /// An empty list, which will keep at most `wanted` clusters.
     pub(super) fn wanting(wanted: u64) -> Self {
         Self { wanted, runs: Vec::new(), clusters: 0 }
     }

@@ -1,26 +1,26 @@
 //! Repairs what a check finds, without ever inventing data.
 //!
-//! Refcounts and COPIED flags follow from the references, so they can be corrected, and the refcount
-//! structures can be made anew. What an entry meant that points nowhere, cannot be known: that is left as
-//! it is, and reported. As long as there is such an entry, no cluster is freed either: what it meant
-//! may be among those that look unused. An image of which anything cannot be read is not repaired at all.
+//! Refcounts and COPIED flags follow from the references, so they can be corrected, and the refcount structures
+//! can be rebuilt. An entry that points nowhere has lost its meaning: it is left as it is, and reported. As
+//! long as there is such an entry, no cluster is freed, because the cluster that it meant may be among those
+//! that look unused. An image is not repaired at all if any of its metadata cannot be read.
 //!
-//! Memory is bounded as that of a check; the price is that the tables are read several times.
+//! Memory is bounded like that of a check. For that, the tables are read several times.
 //!
-//! The order of the writes, with a barrier behind each step, so that a power cut leaves an image that is
-//! no worse than before, and that can be repaired again:
+//! The writes go in this order, with a barrier behind each step. So a power cut leaves an image that is no
+//! worse than before, and that can be repaired again. Before all steps, autoclear bits that this engine does
+//! not know are cleared, as every writer must.
 //!
 //! 1. Host offsets that are not aligned are dropped from entries of clusters that read as zeros.
-//! 2. Refcounts that are too low are raised: from here on nothing in use can be given away. Or, if the
-//!    refcount structures themselves are damaged, new ones are written to unused space and named by one
-//!    write in the header's first sector. A snapshot table whose entries say too little, or have too much extra data, is
-//!    written anew in the same way.
-//! 3. Refcounts that are too high are lowered. The file system gets the blocks of free clusters back
-//!    only behind the barrier.
+//! 2. Refcounts that are too low are raised: from here on no cluster in use can be allocated again. If the
+//!    refcount structures themselves are damaged, new ones are written to unused space instead, and one write
+//!    in the header's first sector names them. A snapshot table whose entries lack the disk size, or have too
+//!    much extra data, is rewritten in the same way.
+//! 3. Refcounts that are too high are lowered. Holes are punched into freed clusters only behind the barrier.
 //! 4. COPIED flags are corrected: they follow refcounts that are durable.
 //! 5. The dirty bit and the corrupt bit are cleared, if a new check finds nothing.
 //!
-//! Nothing is ever written to a cluster that holds metadata and something else.
+//! A cluster that holds metadata and something else is never written.
 
 mod adjust;
 mod backup;
@@ -58,14 +58,14 @@ const FEATURES: u64 = 72;
 /// What is repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RepairMode {
-    /// Leaked clusters are freed, and nothing else. COPIED flags that this makes right are set.
+    /// Leaked clusters are freed, and nothing else. COPIED flags are set where a refcount becomes one by that.
     Leaks,
-    /// All that can be.
+    /// Everything that can be repaired.
     All,
 }
 
-/// What a repair of the image in `file` would do; nothing is written. What would be written is held in
-/// memory meanwhile. The parameters are those of [`check`](crate::check::check).
+/// Finds out what a repair of the image in `file` would do; nothing is written. The writes are made in memory
+/// only. The parameters are those of [`check`](crate::check::check).
 ///
 /// # Errors
 /// Those of a check.
@@ -80,14 +80,13 @@ pub fn plan(
     repair(path, &scratch, data_file, mode, options)
 }
 
-/// Repairs the image in `file`, which must be held under a writer's lock, and tells what was done. The
-/// guest's data and that of snapshots is not touched. The parameters are those of
-/// [`check`](crate::check::check).
+/// Repairs the image in `file`, which must be held under a writer's lock, and returns what was done. The data
+/// of the guest and of snapshots is not touched. The parameters are those of [`check`](crate::check::check).
 ///
 /// # Errors
-/// Those of a check, and of writing. If anything cannot be read, nothing is written: what an unread table refers to
-/// would look unused. Cancellation and errors leave an image that is no worse than before,
-/// and that can be repaired again.
+/// Those of a check, and of writing. If any metadata cannot be read, nothing is written: the clusters of an
+/// unread table would look unused. Cancellation and errors leave an image that is no worse than before, and
+/// that can be repaired again.
 pub fn repair(
     path: &Path,
     file: &dyn Storage,
@@ -106,7 +105,7 @@ pub fn repair(
     if mode == RepairMode::All {
         mend_all(&open, &mut plan)?;
     }
-    // The structures may lie elsewhere now.
+    // The steps before may have moved structures: read everything again.
     let subject = open()?;
     let survey = Survey::of(&subject)?;
     let disk = ImageWriter::of(&subject);
@@ -125,8 +124,8 @@ pub fn repair(
     Ok(plan)
 }
 
-/// Repairs as [`repair`], after the metadata was copied to the new file `to`, which from then on holds what
-/// [`restore`] needs: the way back. What is freed is given to the image, not to the file system.
+/// Repairs as [`repair`], and keeps in the new file `to` what [`restore`] needs to undo it: first all metadata,
+/// then every change. Freed clusters stay allocated in the file system, so that they can be taken back.
 ///
 /// # Errors
 /// Those of [`repair`]; a file `to` that exists, and those of writing to it.
@@ -145,7 +144,7 @@ pub fn repair_with_backup(
     Ok(plan)
 }
 
-/// Mends what is damaged and whose meaning is known, and makes sure that no cluster in use can be given away.
+/// Mends damaged entries whose meaning is known, and makes sure that no cluster in use can be allocated again.
 fn mend_all<'a>(open: &impl Fn() -> Result<Subject<'a>>, plan: &mut RepairPlan) -> Result<()> {
     let subject = open()?;
     let (mut survey, disk) = (Survey::of(&subject)?, ImageWriter::of(&subject));
@@ -160,7 +159,7 @@ fn mend_all<'a>(open: &impl Fn() -> Result<Subject<'a>>, plan: &mut RepairPlan) 
     }
     mend(&survey, &disk, plan)?;
     if survey.damaged && subject.header.snapshots > 0 {
-        // Refcounts can be relied on now, and the structures may lie elsewhere.
+        // The new table needs free clusters: refcounts can be relied on now, but structures may have moved.
         let subject = open()?;
         let (survey, disk) = (Survey::of(&subject)?, ImageWriter::of(&subject));
         plan.snapshots = snapshots::mend(&survey, &disk)?;
@@ -173,7 +172,7 @@ fn mend_all<'a>(open: &impl Fn() -> Result<Subject<'a>>, plan: &mut RepairPlan) 
     Ok(())
 }
 
-/// Makes sure that no cluster in use can be given away: refcounts are raised, or made anew.
+/// Makes sure that no cluster in use can be allocated again: raises refcounts, or rebuilds them.
 fn mend(survey: &Survey<'_>, disk: &ImageWriter<'_>, plan: &mut RepairPlan) -> Result<()> {
     if let Some(why) = survey.broken {
         plan.broken = Some(why);
@@ -204,11 +203,11 @@ fn clear_autoclear(survey: &Survey<'_>, disk: &ImageWriter<'_>) -> Result<()> {
     disk.barrier()
 }
 
-/// Clears the dirty bit and the corrupt bit of an image in which nothing is wrong any more.
+/// Clears the dirty bit and the corrupt bit of an image that is clean now.
 fn clear_marks(survey: &Survey<'_>, disk: &ImageWriter<'_>, plan: &mut RepairPlan) -> Result<()> {
     let marks = survey.subject.header.incompatible & (features::DIRTY | features::CORRUPT);
     if marks != 0 {
-        // All that the marks were about must be durable before they go.
+        // Everything that the marks stood for must be durable before they are cleared.
         disk.barrier()?;
         disk.write(FEATURES, &(survey.subject.header.incompatible & !marks).to_be_bytes())?;
         disk.barrier()?;

@@ -1,4 +1,4 @@
-//! What a repair does, as a value.
+//! The plan and the report of a repair.
 
 use std::fmt;
 
@@ -17,22 +17,21 @@ pub struct RepairPlan {
     pub raised: u64,
     /// The refcounts that are lowered.
     pub lowered: u64,
-    /// How many of these clusters are free then.
+    /// How many clusters become free by that.
     pub freed: u64,
-    /// The entries of zeros whose unaligned host offset is dropped.
+    /// The entries of zero clusters whose unaligned host offset is dropped.
     pub offsets_dropped: u64,
     /// The entries of the snapshot table that are mended.
     pub snapshots: u64,
     /// The entries whose COPIED flag is corrected.
     pub flags: u64,
-    /// What is wrong with the refcount structures, if they cannot be used as they are.
+    /// Why the refcount structures cannot be used as they are; `None` if they can.
     pub broken: Option<&'static str>,
-    /// The new refcount structures, if they are made anew: clusters of the table, and of blocks.
+    /// The clusters of the new refcount table and of the new blocks; `None` if the structures are not rebuilt.
     pub rebuilt: Option<(u64, u64)>,
-    /// Why the refcount structures cannot be made anew.
+    /// Why the refcount structures cannot be rebuilt, though they should be.
     pub not_rebuilt: Option<&'static str>,
-    /// Whether no cluster is freed, because what damaged structures meant may be among the clusters that
-    /// look unused.
+    /// Whether no cluster is freed, because damaged structures may refer to clusters that look unused.
     pub withheld: bool,
     /// The check before the repair.
     pub before: CheckReport,
@@ -81,19 +80,19 @@ impl RepairPlan {
         self.before.marked_corrupt && !self.after.marked_corrupt
     }
 
-    /// How many corruptions there are fewer.
+    /// By how many the corruptions decrease.
     pub fn corruptions_fixed(&self) -> u64 {
         self.before.corruptions.saturating_sub(self.after.corruptions)
     }
 
-    /// How many leaked clusters there are fewer.
+    /// By how many the leaked clusters decrease.
     pub fn leaks_fixed(&self) -> u64 {
         self.before.leaks.saturating_sub(self.after.leaks)
     }
 }
 
 impl RepairPlan {
-    /// The steps in their order, one line each; what is wrong with the refcount structures comes before.
+    /// The steps in their order, one line each. What is wrong with the refcount structures comes first.
     pub fn steps(&self) -> Vec<String> {
         let mut steps = Vec::new();
         if let Some(why) = self.broken {
@@ -133,7 +132,7 @@ impl RepairPlan {
     }
 }
 
-/// The steps, one a line, and what remains.
+/// Serialised as counts, with the steps as text.
 impl Serialize for RepairPlan {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]

@@ -1,8 +1,8 @@
-//! Refcount structures made anew from the references.
+//! Rebuilds the refcount structures from the references.
 //!
-//! The new table and its blocks are written where nothing lies, made durable, and named by one write
-//! inside the header's first sector (specification: "Header", bytes 48 to 60). Until then nothing that
-//! the image uses has changed; afterwards the old structures are unused space.
+//! The new table and its blocks are written to unused space and made durable. Then one write inside the
+//! header's first sector names them (specification: "Header", bytes 48 to 60). Until that write, nothing that
+//! the image uses has changed; after it, the old structures are unused space.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -40,10 +40,11 @@ struct NewPlace {
     own: Vec<u64>,
 }
 
-/// Makes the refcount structures anew. All references must be known.
+/// Rebuilds the refcount structures. All references must be known.
 ///
 /// # Errors
-/// Those of a check, and of writing. The reason, in words, if there is no way; nothing is written then.
+/// Those of a check, and of writing. The inner error is the reason, in words, why it cannot be done; nothing is
+/// written then.
 pub(super) fn rebuild(
     survey: &Survey<'_>,
     disk: &ImageWriter<'_>,
@@ -58,7 +59,7 @@ pub(super) fn rebuild(
     }
     let mut used = Vec::new();
     let mut end = survey.references_end;
-    // On a device the room ends where the device ends, and free clusters may lie anywhere before that.
+    // A device cannot grow: the new structures must fit into free clusters before its end.
     let device_clusters = subject.file_len >> subject.geometry.cluster_bits();
     let most = most_needed(survey, device_clusters);
     let mut free = FreeRuns::wanting(if is_device { most.0 + most.1 } else { 0 });
@@ -91,10 +92,12 @@ pub(super) fn rebuild(
     disk.barrier()?;
     let at = place.table.start << subject.geometry.cluster_bits();
     let mut fields = at.to_be_bytes().to_vec();
-    // The limit of 8 MiB keeps the count far below 2^32.
+    // The table has at most 8 MiB, so its clusters are far fewer than 2^32.
     fields.extend((place.table_clusters() as u32).to_be_bytes());
     disk.write(TABLE_FIELDS, &fields)?;
     disk.barrier()?;
+    // With a damaged entry about, a cluster that looks like an old structure's own may be what that entry
+    // meant.
     if !survey.damaged {
         free_old_structures(survey, disk);
     }
@@ -113,7 +116,7 @@ impl NewPlace {
     }
 }
 
-/// Gives the blocks of the old structures back to the file system, of those that lay alone.
+/// Punches holes where the old structures lay, except where they shared clusters with something else.
 fn free_old_structures(survey: &Survey<'_>, disk: &ImageWriter<'_>) {
     let subject = survey.subject;
     let (table, len) = (subject.header.refcount_table_offset.get(), subject.header.refcount_table_bytes());
@@ -128,9 +131,10 @@ fn free_old_structures(survey: &Survey<'_>, disk: &ImageWriter<'_>) {
     }
 }
 
-/// Calls `visit` with each block of a window that has a refcount, with empty ones too if `visits_empty`, and the refcounts as they should be:
-/// the references; and where damaged entries may have meant the cluster, at least what a sound old block
-/// says, or one where there is none.
+/// Calls `visit` with each block of a window that has a refcount, and with empty ones too if `visits_empty`;
+/// and with the refcounts as they should be. That is the number of references. If there are damaged entries,
+/// they may have meant any cluster of the file: so the refcount is at least what a sound old block says, or one
+/// without such a block.
 fn for_each_refcounts(
     survey: &Survey<'_>,
     counts: &Counts,
@@ -162,14 +166,14 @@ fn for_each_refcounts(
     })
 }
 
-/// How many clusters a table and its blocks take at most that count so many clusters.
+/// The most clusters that a table, and that its blocks, can take to count this many clusters.
 fn most_needed(survey: &Survey<'_>, clusters: u64) -> (u64, u64) {
     let geometry = survey.subject.geometry;
     let blocks = clusters.div_ceil(geometry.refcounts_per_block());
     (geometry.clusters_for(blocks.saturating_mul(8)), blocks)
 }
 
-/// Free clusters of a device for the new structures; `used` are the blocks that are needed without them.
+/// Finds free clusters of a device for the new structures. `used` are the blocks that are needed without them.
 fn place_in(survey: &Survey<'_>, used: &[u64], mut free: FreeRuns, clusters: u64) -> Option<NewPlace> {
     let per_block = survey.subject.geometry.refcounts_per_block();
     let (table, _) = most_needed(survey, clusters);
@@ -177,7 +181,7 @@ fn place_in(survey: &Survey<'_>, used: &[u64], mut free: FreeRuns, clusters: u64
         return None;
     }
     let table = free.take_run(table)?;
-    // The new structures take clusters that must be counted too, which may take more of them.
+    // The new structures' own clusters must be counted, too, which may take more blocks.
     let mut open: Vec<u64> = used.to_vec();
     open.extend(table.start / per_block..=(table.end - 1) / per_block);
     let mut blocks = BTreeMap::new();
@@ -191,15 +195,15 @@ fn place_in(survey: &Survey<'_>, used: &[u64], mut free: FreeRuns, clusters: u64
     Some(NewPlace::new(table, blocks))
 }
 
-/// The room behind the end of a file, or of its last cluster in use, the table first and then the blocks; `used` are the
-/// blocks that are needed without the new structures.
+/// Places the new structures behind the end of the file, or of its last cluster in use: first the table, then
+/// the blocks. `used` are the blocks that are needed without them.
 fn place_behind(survey: &Survey<'_>, used: &[u64], end: u64) -> Option<NewPlace> {
     let geometry = survey.subject.geometry;
     let per_block = geometry.refcounts_per_block();
     // The old structures stay where they are until the new ones are named.
     let end = end.max(survey.subject.file_clusters());
     let (mut table, mut blocks) = (1, used.len() as u64);
-    // The new structures take clusters that must be counted too: grow until it fits.
+    // The new structures' own clusters must be counted, too: grow until everything fits.
     loop {
         let own = end..end.checked_add(table)?.checked_add(blocks)?;
         let first = own.start / per_block;
@@ -223,7 +227,8 @@ fn place_behind(survey: &Survey<'_>, used: &[u64], end: u64) -> Option<NewPlace>
     }
 }
 
-/// The clusters of the old refcount structures, sorted: they stay as they are until the new ones are named.
+/// The clusters of the old refcount structures, sorted. They must not be overwritten before the new ones are
+/// named.
 fn old_structures(survey: &Survey<'_>) -> Vec<u64> {
     let subject = survey.subject;
     let size = subject.geometry.cluster_size();
@@ -251,7 +256,7 @@ fn write(survey: &Survey<'_>, disk: &ImageWriter<'_>, place: &NewPlace) -> Resul
             put(block, refcounts, at)
         })
     })?;
-    // Those that count nothing but the new structures.
+    // The blocks that count nothing but the new structures.
     for (&block, &at) in &rest {
         put(block, &[], at)?;
     }
@@ -264,14 +269,14 @@ fn write(survey: &Survey<'_>, disk: &ImageWriter<'_>, place: &NewPlace) -> Resul
     disk.write(place.table.start << bits, &write_be_u64s(table))
 }
 
-/// A block with refcounts, and those of the new structures.
+/// Encodes a block with the given refcounts, and a refcount of one for the new structures' own clusters.
 fn encode(survey: &Survey<'_>, place: &NewPlace, block: u64, refcounts: &[u64]) -> Vec<u8> {
     let geometry = survey.subject.geometry;
     let width = RefcountWidth::of(&geometry);
     let first = block * geometry.refcounts_per_block();
     let mut bytes = vec![0; geometry.cluster_size() as usize];
     for (index, &refcount) in refcounts.iter().enumerate() {
-        // The refcounts were cut to the width, and are as many as the block holds.
+        // This cannot fail: the refcounts fit the width, and there are no more than the block holds.
         let _ = width.set(&mut bytes, index, refcount);
     }
     let from = place.own.partition_point(|&cluster| cluster < first);

@@ -1,13 +1,13 @@
-//! A file that is only seemingly written: what a repair would do is found out by doing it here.
+//! A file whose writes stay in memory. A plan is made by running the repair on it.
 
 use std::io;
 
 use crate::storage::{Flush, PageOverlay, Pages, Storage};
 
-/// A file with changes that are never written.
+/// A file with changes in memory that are never written.
 pub(super) type Scratch<'a> = PageOverlay<'a, Never>;
 
-/// Nothing is written, however much it is.
+/// Writes nothing, however many pages wait.
 #[derive(Debug)]
 pub(super) struct Never;
 

@@ -1,8 +1,8 @@
-//! The snapshot table written anew, where all that its entries should say is known (iotest 261): extra data that is missing
-//! (the size of the disk, which is the image's), or more of it than QEMU reads (1024 bytes).
+//! Rewrites the snapshot table if the right content of its entries is known (iotest 261): if extra data is
+//! missing (the size of the disk, which is the image's), or is longer than what QEMU reads (1024 bytes).
 //!
-//! The new table lies where nothing lies, has its refcounts, and is durable before one write inside the header's first sector
-//! names it (specification: "Header", bytes 60 to 72). The old one is unused space then.
+//! The new table is written to unused space, gets its refcounts, and is made durable. Then one write inside the
+//! header's first sector names it (specification: "Header", bytes 60 to 72), and the old one is unused space.
 
 use std::ops::Range;
 
@@ -19,7 +19,7 @@ use crate::check::snapshots::{Entry, for_each_snapshot};
 /// Where the header holds the offset of the snapshot table.
 const TABLE_OFFSET: u64 = 64;
 
-/// Writes the table anew if that mends something; returns how many entries are mended, when they are durable.
+/// Rewrites the table durably if that mends something; returns how many entries are mended.
 ///
 /// # Errors
 /// Those of a check, and of writing.
@@ -40,8 +40,8 @@ pub(super) fn mend(survey: &Survey<'_>, disk: &ImageWriter<'_>) -> Result<u64> {
     Ok(mended)
 }
 
-/// How many entries of the table are mended, and the new table; `None` if there is nothing to mend, or if the table cannot be
-/// read to its end. It has 64 MiB at most, as any.
+/// The new table, and how many of its entries are mended. `None` if there is nothing to mend, or if an entry is
+/// broken, so that the table cannot be decoded to its end. Like any snapshot table, it has at most 64 MiB.
 fn mended_table(survey: &Survey<'_>) -> Result<Option<(u64, Vec<u8>)>> {
     let subject = survey.subject;
     let mut table = Vec::new();
@@ -73,7 +73,8 @@ fn mended_table(survey: &Survey<'_>) -> Result<Option<(u64, Vec<u8>)>> {
     Ok((is_whole && mended > 0).then_some((mended, table)))
 }
 
-/// Where so many clusters are free in a row: behind the end of a file, or else between clusters in use.
+/// Finds a run of `count` free clusters: behind the end of the file, or between clusters in use if the file is
+/// a device or entries point behind its end.
 fn find_place(survey: &Survey<'_>, count: u64) -> Result<Option<Range<u64>>> {
     let subject = survey.subject;
     if survey.file_kind()? != FileKind::Block && !survey.past_end {

@@ -1,4 +1,4 @@
-//! What must be known before an image is repaired: which clusters must not be written, whether the refcount
+//! Finds out what must be known before a repair: which clusters must not be written, whether the refcount
 //! structures can be used, and whether every reference is known.
 
 use std::ops::Range;
@@ -17,35 +17,38 @@ use crate::check::scan::ClusterTotals;
 use crate::check::subject::Subject;
 use crate::check::too_many_references;
 
-/// An image as it is before a step of its repair.
+/// The state of an image before a step of its repair.
 pub(super) struct Survey<'a> {
     pub(super) subject: &'a Subject<'a>,
     pub(super) layout: Layout,
     /// The metadata without the refcount structures.
     pub(super) rest: Layout,
-    /// Clusters that hold metadata and something else: nothing is written there.
+    /// Clusters that hold metadata and something else: they must not be written.
     overlaps: Vec<Range<u64>>,
-    /// The first cluster of a structure that leaves the file: nothing is written there or behind it.
+    /// The first cluster of a structure that extends behind the end of the file: nothing is written from there
+    /// on.
     cut_from: u64,
-    /// Whether the refcount table lies in the file, alone: only then can what it names be believed.
+    /// Whether the refcount table lies inside the file and shares no cluster. Otherwise its entries cannot be
+    /// trusted.
     table_usable: bool,
-    /// Why the refcount structures cannot be used as they are.
+    /// Why the refcount structures cannot be used as they are; `None` if they can.
     pub(super) broken: Option<&'static str>,
-    /// Whether all references are known, those of damaged refcount structures aside: no table is damaged.
+    /// Whether all references are known: no table is damaged. References by refcount structures do not matter
+    /// here.
     pub(super) complete: bool,
-    /// Whether an entry is damaged: what it meant may be among the clusters that look unused.
+    /// Whether an entry is damaged. The cluster that it meant may be among those that look unused.
     pub(super) damaged: bool,
-    /// Whether entries point behind the end of the file: what is put there would become what they mean.
+    /// Whether entries point behind the end of the file. A structure that is put there would become their data.
     pub(super) past_end: bool,
-    /// The end of the last cluster that something else than refcount structures refers to.
+    /// The end of the last cluster that anything but the refcount structures refers to.
     pub(super) references_end: u64,
 }
 
 impl<'a> Survey<'a> {
-    /// Looks at an image.
+    /// Surveys an image.
     ///
     /// # Errors
-    /// Those of a check, and anything that cannot be read.
+    /// Those of a check; any metadata that cannot be read.
     pub(super) fn of(subject: &'a Subject<'a>) -> Result<Self> {
         let ignored = Findings::new(0);
         let findings = Findings::new(0);
@@ -106,8 +109,8 @@ impl<'a> Survey<'a> {
         Ok(survey)
     }
 
-    /// Why the refcount structures cannot be used, if so. `uncounted`: something lies in a cluster that
-    /// no block counts.
+    /// Why the refcount structures cannot be used; `None` if they can. `uncounted` says that something lies in
+    /// a cluster that no block counts.
     fn judge(&self, uncounted: bool) -> Result<Option<&'static str>> {
         if !self.table_usable {
             return Ok(Some(
@@ -126,7 +129,7 @@ impl<'a> Survey<'a> {
         Ok(uncounted.then_some("a refcount block is missing"))
     }
 
-    /// Whether bytes lie in clusters that hold one thing only, as far as that is known.
+    /// Whether all clusters of a range hold one thing only, as far as the references tell.
     pub(super) fn may_write(&self, host: u64, len: u64) -> bool {
         let clusters = self.subject.clusters(host, len);
         if clusters.end > self.cut_from {
@@ -136,7 +139,8 @@ impl<'a> Survey<'a> {
         self.overlaps.get(from).is_none_or(|range| range.start >= clusters.end)
     }
 
-    /// Where a refcount block lies, if it is sound: inside the file, aligned, and alone there, as the table is.
+    /// The offset of a refcount block; `None` unless it is aligned, lies inside the file, and shares no
+    /// cluster, and the table is usable.
     pub(super) fn block(&self, block: u64) -> Option<HostOffset> {
         if !self.table_usable {
             return None;
@@ -157,13 +161,13 @@ impl<'a> Survey<'a> {
         stat.map(|stat| stat.kind).map_err(|e| Error::io(self.subject.path, FileOp::Stat, None, e))
     }
 
-    /// The refcount at an index of a block that was read.
+    /// The refcount at an index of a block's bytes.
     pub(super) fn stored(&self, block: &[u8], index: u64) -> u64 {
         let width = RefcountWidth::of(&self.subject.geometry);
         usize::try_from(index).ok().and_then(|index| width.get(block, index)).unwrap_or(0)
     }
 
-    /// Reads a sound refcount block; false if it is none.
+    /// Reads a refcount block; false if there is no sound one.
     ///
     /// # Errors
     /// It cannot be read.
@@ -180,12 +184,13 @@ fn raw_entry(layout: &Layout, block: u64) -> u64 {
     index.and_then(|index| layout.refcount_table.get(index)).copied().unwrap_or(0)
 }
 
-/// Counts all references, and visits the windows of host clusters that are of interest; a window begins
-/// and ends where a refcount block does. It may happen that windows are visited twice.
+/// Counts all references, and visits the windows of host clusters with references or refcounts. A window begins
+/// and ends where a refcount block does. If the narrow slots turn out too narrow, windows are visited again
+/// with wide ones.
 ///
 /// # Errors
-/// Those of `visit`, those of a check, and the first table that cannot be read: nothing is done by a count that lacks
-/// references.
+/// Those of `visit`; those of a check; the first table that cannot be read, because nothing may be done by a
+/// count that lacks references.
 pub(super) fn for_each_window(
     subject: &Subject<'_>,
     layout: &Layout,
@@ -203,11 +208,11 @@ pub(super) fn for_each_window(
     Err(too_many_references(subject))
 }
 
-/// Calls `visit` with each refcount block of a window and the clusters that it counts, those behind the
-/// end of the file left out.
+/// Calls `visit` with each refcount block of a window, and the clusters that it counts up to the end of the
+/// file.
 ///
 /// # Errors
-/// Those of `visit`, and cancellation.
+/// Those of `visit`; cancellation.
 pub(super) fn for_each_block(
     subject: &Subject<'_>,
     counts: &Counts,
@@ -215,7 +220,7 @@ pub(super) fn for_each_block(
 ) -> Result<()> {
     let per_block = subject.geometry.refcounts_per_block();
     let window = counts.window();
-    // The last cluster in use may begin where the file ends in the cluster before.
+    // One cluster more than the file has: an entry may refer to the cluster that begins where the file ends.
     let end = window.end.min(subject.file_clusters() + 1);
     for block in window.start / per_block..end.div_ceil(per_block) {
         subject.may_go_on()?;
@@ -225,8 +230,8 @@ pub(super) fn for_each_block(
     Ok(())
 }
 
-/// Calls `visit` with the clusters of a range that something refers to; the range begins where a refcount
-/// block does.
+/// Calls `visit` with each cluster of a range that may have references. The range begins where a refcount block
+/// does.
 pub(super) fn for_each_slot(counts: &Counts, clusters: Range<u64>, mut visit: impl FnMut(u64, Slot)) {
     let lanes = counts.lanes();
     let mut cluster = clusters.start;

@@ -1,4 +1,5 @@
-//! Whether an image is as a backup says that it must be: then it may be put back.
+//! Judges whether an image may be restored from a backup: only if every sector of its metadata is one that the
+//! backup knows.
 
 use std::ops::Range;
 use std::path::Path;
@@ -12,26 +13,26 @@ use crate::format::{Cluster0, parts};
 use crate::journal::are_names_clean;
 use crate::storage::Storage;
 
-/// Where the incompatible feature "corrupt" is in the first sector, in a byte of its own, as that bit.
+/// The offset of the byte in the header that holds the incompatible feature bit "corrupt", and the bit.
 const CORRUPT: (usize, u8) = (parts::DIRTY_AND_CORRUPT, 2);
-/// How many ranges are kept; all bytes are counted.
+/// How many ranges are listed; all bytes are counted.
 const KEPT_RANGES: usize = 1000;
 
-/// What is to be written to an image that is as it must be.
+/// What a restore has to write to the image.
 #[derive(Debug, Default)]
 pub(super) struct Differences {
-    /// How many bytes are not as they were before the repair.
+    /// How many bytes differ from before the repair.
     pub(super) bytes: u64,
-    /// Where: the first thousand ranges.
+    /// The ranges of these bytes: the first thousand.
     pub(super) ranges: Vec<Range<u64>>,
     /// How long the image is, in bytes.
     pub(super) len: u64,
-    /// How long it was before the repair; a device, how long it is.
+    /// How long it was before the repair. For a device, its length now.
     pub(super) len_before: u64,
 }
 
-/// The first sector of an image that nobody else may write while it is put back; `None` where the format
-/// (version 2) has no such mark.
+/// The first sector with the corrupt mark, which keeps others from writing during a restore. `None` for version
+/// 2, which has no such mark.
 pub(super) fn marked(header: &Sector) -> Option<Sector> {
     let version = header.get(4..8)?;
     let mut marked = *header;
@@ -73,7 +74,7 @@ pub(super) fn judge(
     }
     match is_header_known {
         true => Ok(found),
-        // All the rest is as it must be, so it can only have been torn.
+        // All other sectors are right, so a power cut may have torn this one.
         false => judge.torn_header().map(|()| found),
     }
 }
@@ -119,7 +120,7 @@ impl BackupJudge<'_> {
         read.map_err(|e| Error::io(self.path, FileOp::Read, Some(offset), e)).map(|()| bytes)
     }
 
-    /// The image's length, which a repair and a restore change within bounds.
+    /// Checks the image's length, which a repair and a restore change within bounds only.
     fn length(&self) -> Result<u64> {
         let len = self.file.size().map_err(|e| Error::io(self.path, FileOp::Size, None, e))?;
         let old = self.saved.image.times.len;
@@ -133,8 +134,9 @@ impl BackupJudge<'_> {
         }
     }
 
-    /// Whether the first sector is one that was ever there, and whether others may be torn: only while a restore
-    /// is under way, and only while nobody else may write because of its mark.
+    /// Whether the first sector is one that the backup knows, and whether other sectors may be torn. They may
+    /// be only if the mark is there: a restore is under way then, and the mark has kept everybody else from
+    /// writing.
     fn header(&self) -> Result<(bool, bool)> {
         let now = self.read(0, SECTOR)?;
         let is = |header: &Sector| now == header;
@@ -149,8 +151,8 @@ impl BackupJudge<'_> {
         }
     }
 
-    /// Whether a first sector that was never there can be what a power cut has left: all but a sound header with another
-    /// meaning, which somebody has written.
+    /// Checks that a first sector which the backup does not know can be the result of a power cut. It cannot be
+    /// if it is a sound header with another meaning: then somebody else has written it.
     fn torn_header(&self) -> Result<()> {
         let now = self.read(0, SECTOR)?;
         let size = self.saved.headers.first().and_then(|old| Cluster0::decode(old).ok());
@@ -175,7 +177,7 @@ impl BackupJudge<'_> {
         }
     }
 
-    /// Looks at all that the repair changed.
+    /// Compares the sectors that the repair changed.
     fn changes(&self, sectors: &mut Sectors) -> Result<()> {
         let size = SECTOR as usize;
         self.saved.for_each_change(|record| {
@@ -194,7 +196,7 @@ impl BackupJudge<'_> {
         })
     }
 
-    /// Whether the metadata that the repair did not change is as it was.
+    /// Checks that the metadata that the repair did not change is as it was.
     fn metadata(&self, sectors: &Sectors) -> Result<()> {
         let window = sectors.window();
         self.saved.for_each_kept(|record| {

@@ -1,4 +1,4 @@
-//! The first part of a backup: the image's metadata as it is before the repair.
+//! Writes the first part of a backup: the image's metadata as it is before the repair.
 
 use std::io;
 use std::ops::Range;
@@ -19,9 +19,9 @@ use crate::format::RefcountTableEntry;
 use crate::stamp::Stamp;
 use crate::storage::{Host, Place, Storage};
 
-/// Copies the metadata of the image in `file` to the new file `to`: the header's cluster, refcount table
-/// and blocks, L1 and L2 tables, those of snapshots too, the snapshot table, and the directory and tables of
-/// bitmaps. All of it and the file's name are durable afterwards.
+/// Copies the metadata of the image in `file` to the new file `to`: cluster 0, the refcount table and blocks,
+/// the L1 and L2 tables (those of snapshots too), the snapshot table, and the directory and tables of bitmaps.
+/// The copy and the file's name are durable afterwards.
 ///
 /// # Errors
 /// A file `to` that exists; those of a check, and of reading and writing. An incomplete file is removed.
@@ -39,7 +39,7 @@ pub(super) fn keep(
     let mut keeper =
         Keeper { subject: &subject, to, out: BackupWriter::new(to, Arc::clone(&out)), records: 0 };
     let durable = keeper.all(&image).and_then(|()| {
-        // Who may read the image may read what it was.
+        // Whoever may read the image may read its former metadata.
         out.take_rights(&[file]);
         place.sync(host).map_err(|e| Error::barrier(place.folder().path(), e))
     });
@@ -86,7 +86,7 @@ impl Keeper<'_> {
         self.out.sync().map_err(&failed)
     }
 
-    /// Records for the bytes of a range, as far as it lies in the file.
+    /// Records the bytes of a range, as far as it lies in the file.
     fn bytes(&mut self, range: Range<u64>) -> Result<()> {
         let end = range.end.min(self.subject.file_len);
         let mut at = range.start;

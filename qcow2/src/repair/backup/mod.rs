@@ -1,9 +1,9 @@
-//! A copy of an image's metadata, and of all that a repair changes; and the way back.
+//! Keeps a copy of an image's metadata and of everything that a repair changes, and restores it.
 //!
-//! The file: the 16 bytes `qmerge-metadata2`, then records. A record is a head of 40 bytes, and its content. All
-//! numbers are big-endian. The head: what the record is (4 bytes of text), the length of the content (4), two
-//! numbers (8 and 8), where the record before begins (8; 0 if there is none) and its checksum (4; 0),
-//! and the CRC-32 of these 36 bytes and the content (4).
+//! The file begins with the 16 bytes `qmerge-metadata2`; records follow. A record is a head of 40 bytes and its
+//! content. All numbers are big-endian. The head holds the kind of record (4 bytes of text), the length of the
+//! content (4), two numbers (8 and 8), the offset of the record before (8; 0 if there is none) and its checksum
+//! (4; 0), and the CRC-32 of these 36 bytes and the content (4).
 //!
 //! | text | is | first number | second number | content |
 //! | --- | --- | --- | --- | --- |
@@ -15,17 +15,17 @@
 //! | `back` | a restore begins | 0 | 0 | |
 //! | `home` | the restore has ended | 0 | 0 | |
 //!
-//! `imag` to `full` are durable before the repair writes anything, and each `chng` before what it is about. So
-//! every sector of the metadata is at any time what one of these records says, whenever the repair is stopped; where
-//! one is not, somebody else has written. What has no right checksum, or not the record before it that it
-//! names, ends the file: a power cut may leave such bytes behind the last record. What is
-//! written behind a barrier begins at the next multiple of 4096.
+//! `imag` to `full` are durable before the repair writes anything, and each `chng` is durable before its
+//! change. So whenever the repair is stopped, every sector of the metadata holds what one of these records
+//! says. If one does not, somebody else has written it. The first record whose checksum is wrong, or that does
+//! not follow the record that it names, ends the file: a power cut may leave such bytes behind the last record.
+//! The first record behind a barrier begins at a multiple of 4096.
 //!
-//! The way back goes through the `chng` records from the last to the first, with a barrier where the repair had one. Meanwhile
-//! the image (of version 3) is marked corrupt, so that nobody else writes to it half-way: only
-//! then may a sector be anything, since a power cut may have torn it.
+//! A restore goes through the `chng` records from the last to the first, with a barrier wherever the repair had
+//! one. Meanwhile the image (of version 3) is marked corrupt, so that nobody else writes to it. Only while it
+//! is marked may a sector have unknown content, because a power cut may have torn it.
 //!
-//! A repair with a backup gives no blocks to the file system, so that what it frees can be taken back.
+//! A repair with a backup punches no holes, so that freed clusters can be taken back with their content.
 
 mod judge;
 mod keep;
@@ -44,11 +44,11 @@ use crate::storage::{Host, Storage};
 pub(super) use recorded::Recorded;
 pub use restore::{RestoreOptions, RestorePlan, plan_restore, restore};
 
-/// What a disk writes wholly or not at all, in bytes.
+/// The unit that a disk writes wholly or not at all, in bytes.
 const SECTOR: u64 = 512;
 
-/// Keeps the metadata of the image in `file` in the new file `to`, and gives the image so that all that is written to it is
-/// kept as well.
+/// Copies the metadata of the image in `file` to the new file `to`, and returns the image wrapped so that every
+/// write is recorded there, too.
 ///
 /// # Errors
 /// A file `to` that exists; those of a check, and of reading and writing. An incomplete file is removed.

@@ -1,4 +1,4 @@
-//! The records of a backup: bytes to values and back, one behind the other in a file.
+//! Encodes and decodes the records of a backup, and reads and appends them in a file.
 
 use crate::error::shown;
 use std::io;
@@ -8,17 +8,18 @@ use std::sync::Arc;
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::storage::Storage;
 
-/// What a backup begins with.
+/// The first bytes of a backup.
 pub(super) const MAGIC: &[u8; 16] = b"qmerge-metadata2";
 /// The most bytes of an image in one record.
 pub(super) const PIECE: u64 = 1 << 20;
 const HEAD: usize = 40;
-/// What is written behind a barrier begins a block of its own, so that a power cut cannot tear what is durable.
+/// The first record behind a barrier begins a block of its own, so that a power cut during its write cannot
+/// tear records that are durable.
 const BLOCK: u64 = 4096;
-/// The longest content: sectors before and after.
+/// The longest content: sectors before a change and after it, a piece each.
 const LONGEST: u32 = 2 << 20;
 
-/// What a record is; see [`super`].
+/// The kind of a record; see [`super`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RecordKind {
     Image,
@@ -40,14 +41,14 @@ const KINDS: [(RecordKind, [u8; 4]); 7] = [
     (RecordKind::Restored, *b"home"),
 ];
 
-/// A record that is there: where it begins, and its checksum.
+/// Refers to a record by its offset and its checksum.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Link {
     pub(super) at: u64,
     pub(super) crc: u32,
 }
 
-/// Between two records: the one before, and where the next one begins.
+/// A position between two records: the record before it, and where the next one may begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct RecordPosition {
     pub(super) last: Link,
@@ -55,7 +56,7 @@ pub(super) struct RecordPosition {
 }
 
 impl RecordPosition {
-    /// Before the first record.
+    /// The position before the first record.
     pub(super) const START: Self = Self { last: Link { at: 0, crc: 0 }, end: MAGIC.len() as u64 };
 }
 
@@ -71,7 +72,7 @@ pub(super) struct BackupRecord {
 }
 
 impl BackupRecord {
-    /// The place behind it.
+    /// The position behind this record.
     pub(super) fn place(&self) -> RecordPosition {
         RecordPosition { last: self.link, end: self.link.at + (HEAD + self.content.len()) as u64 }
     }
@@ -89,7 +90,7 @@ fn crc_of(head: &[u8], content: &[&[u8]]) -> u32 {
     crc.finalize()
 }
 
-/// A backup that is read. Its records are looked at one by one, however many they are.
+/// Reads a backup record by record, so that memory does not depend on their number.
 #[derive(Debug)]
 pub(super) struct BackupReader<'a> {
     path: &'a Path,
@@ -115,7 +116,7 @@ impl<'a> BackupReader<'a> {
         self.file.read_exact_or_zero(buf, at).map_err(|e| Error::io(self.path, FileOp::Read, Some(at), e))
     }
 
-    /// The record that begins at an offset; `None` where there is no whole one.
+    /// The record at an offset; `None` if there is no whole one.
     ///
     /// # Errors
     /// The system's.
@@ -140,13 +141,14 @@ impl<'a> BackupReader<'a> {
         Ok(Some(BackupRecord { kind, first, second, before, content, link: Link { at, crc } }))
     }
 
-    /// The next record; `None` where none follows.
+    /// The next record; `None` if none follows.
     ///
     /// # Errors
     /// The system's.
     pub(super) fn next(&self, place: RecordPosition) -> Result<Option<BackupRecord>> {
         let follows = |record: &BackupRecord| record.before == place.last;
         match self.at(place.end)?.filter(follows) {
+            // A barrier came between them.
             None => Ok(self.at(block(place.end))?.filter(follows)),
             found => Ok(found),
         }
@@ -171,7 +173,7 @@ struct Head {
     second: u64,
     before: Link,
     crc: u32,
-    /// What the checksum is about.
+    /// The bytes of the head that the checksum covers.
     bytes: [u8; HEAD - 4],
 }
 
@@ -201,7 +203,7 @@ impl Head {
 pub(super) struct BackupWriter {
     path: PathBuf,
     file: Arc<dyn Storage>,
-    /// What is not yet written, and where it goes.
+    /// Records that are not yet written, and the offset where they go.
     waiting: Vec<u8>,
     at: u64,
     last: Link,
@@ -213,7 +215,7 @@ impl BackupWriter {
         Self { path: path.to_owned(), file, waiting: MAGIC.to_vec(), at: 0, last: Link::default() }
     }
 
-    /// Goes on behind a record of a backup, over whatever lies there.
+    /// Goes on behind a record of a backup, and overwrites whatever lies there.
     pub(super) fn behind(path: &Path, file: Arc<dyn Storage>, place: RecordPosition) -> Self {
         Self { path: path.to_owned(), file, waiting: Vec::new(), at: block(place.end), last: place.last }
     }
@@ -233,7 +235,7 @@ impl BackupWriter {
         let len: usize = content.iter().map(|part| part.len()).sum();
         let link = self.at + self.waiting.len() as u64;
         let mut head = tag.unwrap_or_default().to_vec();
-        // Pieces of 1 MiB keep it far below 4 GiB.
+        // This cannot overflow: a record holds at most two pieces of 1 MiB.
         head.extend((len as u32).to_be_bytes());
         head.extend(first.to_be_bytes());
         head.extend(second.to_be_bytes());

@@ -1,15 +1,15 @@
-//! A file under repair whose changes are durable in a backup before they are made.
+//! A file under repair. Every change is durable in a backup before it is made.
 
 use std::io;
 
 use super::record::{BackupWriter, PIECE, RecordKind};
 use crate::storage::{Flush, PAGE, PageOverlay, Pages, Storage};
 
-/// A file, and the backup of what is written to it. Writes wait in memory, at most [`PIECE`] bytes of them, until
-/// a barrier.
+/// A file, and the backup of the changes to it. Writes wait in memory until a barrier, or until there are
+/// [`PIECE`] bytes of them.
 pub(in crate::repair) type Recorded<'a> = PageOverlay<'a, Backup>;
 
-/// The backup of what is written to a file.
+/// The backup of the changes to a file.
 #[derive(Debug)]
 pub(in crate::repair) struct Backup {
     out: BackupWriter,
@@ -22,7 +22,7 @@ impl<'a> Recorded<'a> {
         Self::new(file, Backup { out, records: 0, barriers: 0 })
     }
 
-    /// Notes that the repair has ended.
+    /// Notes in the backup that the repair has ended.
     ///
     /// # Errors
     /// The system's.
@@ -34,12 +34,13 @@ impl<'a> Recorded<'a> {
 }
 
 impl Backup {
-    /// Records what waits, with what is there now, and writes it when that is durable.
+    /// Records the waiting writes with the bytes that they replace; when the records are durable, writes them
+    /// to the file.
     fn carry_out(&mut self, file: &dyn Storage, pages: &mut Pages<()>) -> io::Result<()> {
         if pages.is_empty() {
             return Ok(());
         }
-        // Whole sectors, also where the file ends in one.
+        // Record whole sectors, even if the file ends inside one.
         pages.for_each_run(u64::MAX, |at, after| {
             let mut before = vec![0; after.len()];
             file.read_exact_or_zero(&mut before, at)?;

@@ -1,4 +1,4 @@
-//! The way back: an image's metadata as it was before the repair.
+//! Restores an image's metadata to what it was before a repair.
 
 use std::ops::Range;
 use std::path::Path;
@@ -15,10 +15,10 @@ use crate::error::{Error, FileOp, Refusal, Result};
 use crate::stamp::{SameFile, Stamp};
 use crate::storage::{Access, Host, Place, Storage};
 
-/// How to put an image back.
+/// How to restore an image.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RestoreOptions<'a> {
-    /// Whether the image may be another file than the one that was repaired, with the same metadata: a copy.
+    /// Whether the image may be a copy of the repaired file, instead of that file itself.
     pub allow_copy: bool,
     /// How to look at the image.
     pub check: CheckOptions<'a>,
@@ -28,7 +28,7 @@ pub struct RestoreOptions<'a> {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct RestorePlan {
-    /// How many bytes are not as they were before the repair, in whole sectors.
+    /// How many bytes differ from before the repair, in whole sectors.
     pub bytes: u64,
     /// Where they are: the first thousand ranges.
     #[serde(serialize_with = "pieces")]
@@ -39,7 +39,7 @@ pub struct RestorePlan {
     /// Its length afterwards: shorter if the repair made it longer.
     #[serde(rename = "file-length-after")]
     pub len_after: u64,
-    /// Whether a restore that was stopped goes on.
+    /// Whether this continues a restore that was stopped.
     pub continues: bool,
 }
 
@@ -61,12 +61,12 @@ impl RestorePlan {
     }
 }
 
-/// What it takes to put back the metadata of the image in `file`, as [`repair_with_backup`](crate::repair::repair_with_backup) kept it in the
-/// file `from`; nothing is written.
+/// Finds out what a restore of the image in `file` would write. The backup `from` was made by
+/// [`repair_with_backup`](crate::repair::repair_with_backup). Nothing is written.
 ///
 /// # Errors
-/// [`Refusal::BackupDamaged`]; [`Refusal::OtherImage`]; [`Refusal::WrittenSinceRepair`], for an image in which
-/// anything is neither as it was before the repair nor as the repair left it; the system's.
+/// [`Refusal::BackupDamaged`]; [`Refusal::OtherImage`]; [`Refusal::WrittenSinceRepair`] if some metadata is
+/// neither as it was before the repair nor as the repair left it; the system's.
 pub fn plan_restore(
     path: &Path,
     file: &dyn Storage,
@@ -78,11 +78,11 @@ pub fn plan_restore(
     prepare(path, file, host, &Saved::read(BackupReader::of(from, &*backup)?)?, options)
 }
 
-/// Puts back the metadata of the image in `file`, which must be held under a writer's lock. When it was stopped, the
-/// same call goes on. The backup notes that it has begun.
+/// Restores the metadata of the image in `file`, which must be held under a writer's lock. The backup notes
+/// that the restore has begun; if it is stopped, the same call continues it.
 ///
 /// # Errors
-/// Those of [`plan_restore`], when nothing was written; and of writing.
+/// Those of [`plan_restore`], before anything is written; those of writing.
 pub fn restore(
     path: &Path,
     file: &dyn Storage,
@@ -110,7 +110,8 @@ pub fn restore(
     Ok(plan)
 }
 
-/// Opens a backup, which must be somebody's who may write the image.
+/// Opens a backup. Everybody who may write it must also be allowed to write the image: its content is written
+/// there.
 fn open(
     host: &dyn Host,
     from: &Path,
@@ -132,7 +133,7 @@ fn open(
     Ok(backup)
 }
 
-/// Makes sure that the backup is about the image, and that nobody else has written to it.
+/// Makes sure that the backup belongs to the image, and that nobody else has written to the image since.
 fn prepare(
     path: &Path,
     file: &dyn Storage,
@@ -158,7 +159,7 @@ impl RestoreWork<'_> {
     fn all(&self, plan: &RestorePlan) -> Result<()> {
         let Some(header) = self.saved.headers.first() else { return Ok(()) };
         let marked = marked(header);
-        // From here on nobody else writes, though the metadata is half of the one and half of the other.
+        // Half-way, the metadata is a mixture of before and after. The mark keeps everybody else from writing.
         if let Some(marked) = &marked {
             self.write(0, marked, plan)?;
             self.barrier()?;
@@ -168,6 +169,7 @@ impl RestoreWork<'_> {
             if barriers.replace(record.second).is_some_and(|last| last != record.second) {
                 self.barrier()?;
             }
+            // The first sector would take the mark away. It is written last.
             let skipped = if record.first == 0 && marked.is_some() { SECTOR } else { 0 };
             let before = halves(record).0.get(skipped as usize..).unwrap_or_default();
             self.write(record.first + skipped, before, plan)
@@ -185,7 +187,7 @@ impl RestoreWork<'_> {
         Ok(())
     }
 
-    /// Writes the sectors that are different, as far as they lie in the image as it was.
+    /// Writes the sectors that differ, up to the image's length before the repair.
     fn write(&self, offset: u64, bytes: &[u8], plan: &RestorePlan) -> Result<()> {
         let room = plan.len_after.saturating_sub(offset).min(bytes.len() as u64);
         let bytes = bytes.get(..room as usize).unwrap_or_default();

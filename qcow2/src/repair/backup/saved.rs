@@ -1,4 +1,4 @@
-//! A backup that was read as a whole: what it is about, and which parts it has.
+//! A backup that was read once as a whole: which image it belongs to, and where its parts are.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -19,19 +19,19 @@ pub(super) type Sector = [u8; SECTOR as usize];
 #[derive(Debug)]
 pub(super) struct Saved<'a> {
     reader: BackupReader<'a>,
-    /// The image, as far as the backup knows it.
+    /// The stamp of the image, as far as the backup holds it.
     pub(super) image: Stamp,
     /// The first sector before the repair, and after each write to it.
     pub(super) headers: Vec<Sector>,
-    /// Where the change ends that lies farthest behind, in bytes.
+    /// The highest end of a change in the image, in bytes.
     pub(super) changes_end: u64,
     /// Whether a restore began and did not end.
     pub(super) is_restoring: bool,
-    /// Where the metadata begins and ends.
+    /// Where the records of the metadata begin and end.
     metadata: (RecordPosition, RecordPosition),
-    /// Where the changes begin and end.
+    /// Where the records of changes begin and end.
     changes: (RecordPosition, RecordPosition),
-    /// Behind the last record.
+    /// The position behind the last record.
     pub(super) end: RecordPosition,
 }
 
@@ -136,7 +136,7 @@ impl<'a> Saved<'a> {
         Ok(())
     }
 
-    /// Takes in a change; false if it cannot be one.
+    /// Takes a change in; false if the record is no valid change.
     fn note_change(&mut self, record: &BackupRecord) -> bool {
         let (before, after) = halves(record);
         let len = before.len() as u64;
@@ -153,7 +153,7 @@ impl<'a> Saved<'a> {
         is_of_sectors && is_inside && self.headers.len() <= HEADERS
     }
 
-    /// Where something follows the last record that is none, if so.
+    /// Where the last record ends, if bytes that are no record follow it.
     pub(super) fn breaks_off(&self) -> Option<u64> {
         (self.end.end < self.reader.len()).then_some(self.end.end)
     }
@@ -161,7 +161,7 @@ impl<'a> Saved<'a> {
     /// Calls `f` with each record of metadata.
     ///
     /// # Errors
-    /// Those of `f`, and a backup that changes meanwhile.
+    /// Those of `f`; a backup that changes meanwhile.
     pub(super) fn for_each_kept(&self, f: impl FnMut(&BackupRecord) -> Result<()>) -> Result<()> {
         self.for_each(self.metadata, f)
     }
@@ -169,7 +169,7 @@ impl<'a> Saved<'a> {
     /// Calls `f` with each change, the first one first.
     ///
     /// # Errors
-    /// Those of `f`, and a backup that changes meanwhile.
+    /// Those of `f`; a backup that changes meanwhile.
     pub(super) fn for_each_change(&self, f: impl FnMut(&BackupRecord) -> Result<()>) -> Result<()> {
         self.for_each(self.changes, f)
     }
@@ -190,7 +190,7 @@ impl<'a> Saved<'a> {
     /// Calls `f` with each change, the last one first.
     ///
     /// # Errors
-    /// Those of `f`, and a backup that changes meanwhile.
+    /// Those of `f`; a backup that changes meanwhile.
     pub(super) fn for_each_change_back(&self, mut f: impl FnMut(&BackupRecord) -> Result<()>) -> Result<()> {
         let mut link = self.changes.1.last;
         while link != self.changes.0.last {
@@ -209,7 +209,7 @@ impl<'a> Saved<'a> {
     }
 }
 
-/// What was there before a change, and what after it.
+/// The sectors before a change, and after it.
 pub(super) fn halves(change: &BackupRecord) -> (&[u8], &[u8]) {
     change.content.split_at(change.content.len() / 2)
 }
@@ -220,7 +220,7 @@ fn sector(bytes: &[u8]) -> Sector {
     sector
 }
 
-/// The image that a backup is about: what is needed to know it again.
+/// The stamp of the image that a backup belongs to.
 fn identity(record: &BackupRecord) -> Option<Stamp> {
     let (device, rest) = record.content.split_first_chunk::<8>()?;
     let (inode, path) = rest.split_first_chunk::<8>()?;

@@ -1,4 +1,4 @@
-//! What is known of the sectors that a repair changes, a bounded number of them at a time.
+//! Keeps what is known about the sectors that a repair changed, for a bounded number of them at a time.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -9,8 +9,7 @@ use super::SECTOR;
 const GROUPS: usize = 1 << 18;
 const GROUP: u64 = 64;
 
-/// A window of an image's sectors, by their numbers: it ends before the first one for which there was no
-/// room.
+/// A window of an image's sectors, by number. It ends before the first sector for which there was no room.
 #[derive(Debug)]
 pub(super) struct Sectors {
     window: Range<u64>,
@@ -27,7 +26,7 @@ struct Group {
 }
 
 impl Sectors {
-    /// A window that begins at a sector, and ends as late as it can.
+    /// A window that begins at a sector, and extends as far as memory allows.
     pub(super) fn from(first: u64) -> Self {
         Self { window: first..u64::MAX, most: GROUPS, groups: BTreeMap::new() }
     }
@@ -36,8 +35,9 @@ impl Sectors {
         self.window.clone()
     }
 
-    /// Notes that the repair changes a sector; `is_before` and `is_after`: it holds what was there before this
-    /// change, and what was there after it. The changes come in their order.
+    /// Notes that the repair changed a sector. `is_before` says that it holds the bytes from before this
+    /// change, `is_after` those from after it. Changes must come in their order: the first one to a sector
+    /// knows its original.
     pub(super) fn changed(&mut self, sector: u64, is_before: bool, is_after: bool) {
         if !self.window.contains(&sector) {
             return;
@@ -58,12 +58,12 @@ impl Sectors {
         }
     }
 
-    /// Whether the repair changes a sector of the window.
+    /// Whether the repair changed a sector of the window.
     pub(super) fn is_changed(&self, sector: u64) -> bool {
         self.groups.get(&(sector / GROUP)).is_some_and(|group| group.changed >> (sector % GROUP) & 1 == 1)
     }
 
-    /// The first changed sector that holds nothing that was ever there, as far as is known.
+    /// The first changed sector whose content is in no change.
     pub(super) fn first_unknown(&self) -> Option<u64> {
         self.first(|group| group.changed & !group.known)
     }
@@ -73,7 +73,7 @@ impl Sectors {
         Some(found.0 * GROUP + u64::from(bits(found.1).trailing_zeros()))
     }
 
-    /// The runs of sectors, in bytes, that do not hold what was there before the repair.
+    /// The runs of sectors, in bytes, that do not hold their content from before the repair.
     pub(super) fn differing(&self) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
         for (&number, group) in &self.groups {
