@@ -1,14 +1,15 @@
-//! The merged layers become empty overlays on base: which of them, and how.
+//! Decides which merged layers become empty overlays on base, and empties them.
 //!
-//! A configuration may have recorded the chain layer by layer (libvirt does); then QEMU is given each layer with the one
-//! below it, whatever the headers say. So what is said here of a chain holds for both: the one of the headers, and the recorded one.
+//! A configuration may have recorded the chain layer by layer (libvirt does). Then QEMU is given each layer
+//! with the one below it, whatever the headers say. So everything here must be right for two chains: the one of
+//! the headers, and the recorded one.
 //!
-//! Order: from the bottom up, the active image last. When base holds what the guest sees, a layer with nothing but empty ones
-//! between it and base may lose its data, piece by piece: what it hid shows base then, which has the same bytes there. With
-//! the top first, the old data of the layers below would show. A layer grows when it is empty: then what
-//! it cut off shows base, too. It grows before the layer above is emptied, whose data may lie behind its end.
-//! The headers are changed when all of them are empty: until then the chain of the headers has all its layers, and the
-//! same command finds what is left to be done.
+//! The order is from the bottom up, the active image last. When base holds what the guest sees, a layer above
+//! only empty ones may lose its data piece by piece: base shows through, with the same bytes. From the top
+//! down, the old data of the layers below would show. A layer's disk grows when the layer is empty, so that
+//! base shows behind its former end, too. It grows before the layer above is emptied, whose data may lie behind
+//! that end. The headers are changed when all layers are empty: until then the chain of the headers has all its
+//! layers, and the same command finds what remains to be done.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -35,12 +36,12 @@ use crate::storage::{Access, Host};
 use crate::transfer::target::{clear_autoclear, give_leaks_back, prepare};
 use crate::units::GuestOffset;
 
-/// Which of the merged layers below the active image become empty overlays on base, from the bottom up; and those that
-/// keep their data, and why.
+/// The merged layers below the active image that become empty overlays on base, from the bottom up; and those
+/// that keep their data, with the reason.
 pub(super) fn plan(stack: &Stack<'_>, options: &CommitOptions, found: &Searched) -> (Vec<usize>, Vec<Kept>) {
     let (mut empties, mut kept) = (Vec::new(), Vec::new());
     if stack.has_active() && options.keep_active {
-        // It reads through all of them.
+        // The active image stays as it is, and reads through all of them.
         return (empties, kept);
     }
     let size = stack.active.image.virtual_size();
@@ -83,8 +84,8 @@ fn cannot(layer: &Layer, size: u64) -> Option<KeptReason> {
 }
 
 impl Plan {
-    /// Says what becomes of the merged layers: those at `empties` become empty overlays, and so does an active image that
-    /// is merged; `kept` stay as they are.
+    /// Enters into the plan what becomes of the merged layers: those at `empties` and a merged active image
+    /// become empty overlays; `kept` stay as they are.
     ///
     /// # Errors
     /// The system's.
@@ -109,7 +110,7 @@ impl Plan {
     }
 }
 
-/// The bytes that a layer holds on disk, with its external data file.
+/// The bytes that a layer holds on disk, including its external data file.
 ///
 /// # Errors
 /// The system's.
@@ -142,7 +143,8 @@ impl Commit {
             work.finish(&*host, self.chain.image_at(at)?)?;
         }
         let active = self.chain.active();
-        // What a merge that was stopped has begun in a layer that is kept now is made whole.
+        // An unfinished merge may have begun to empty a layer that this one keeps. Its journal is replayed, so
+        // that the layer is consistent.
         let of_active = self.unfinished.above.split_off(&active);
         let kept = std::mem::replace(&mut self.unfinished.above, of_active);
         for (at, (_, work)) in kept {
@@ -169,15 +171,16 @@ impl Commit {
         if !self.removes_active() {
             return work.finish(&*host, self.chain.image_at(active)?);
         }
-        // Its journal outlives it: then the same command knows what became of it.
+        // The journal is removed after the image, so that the same command still knows what became of the
+        // image.
         let data_file = data_file(&*host, self.stack()?.active)?;
         work.journal().set_obsolete(Some(data_file));
         self.removing = Some(Arc::clone(work.journal()));
         work.release(self.chain.image_at(active)?)
     }
 
-    /// Empties the layer at `at`, which gets base as its backing file if `name` is given. Gives the work, which is still
-    /// to be ended.
+    /// Empties the layer at `at`, and relinks it to base if `name` is given. Returns the work, which the caller
+    /// must finish.
     fn empty_layer(
         &mut self,
         at: usize,
@@ -209,7 +212,7 @@ impl Commit {
             None => Work::begin(&*host, image, header, dir, unfinished.as_ref())?,
         };
         if unfinished.is_some_and(|unfinished| unfinished.is_ours()) {
-            // Mappings that are gone lead nobody to the clusters that are not freed yet.
+            // The unfinished merge removed mappings before it freed their clusters; these are leaked now.
             give_leaks_back(image, &AtomicBool::new(false))?;
         }
         if let Image::Qcow2(image) = image {
@@ -220,8 +223,9 @@ impl Commit {
             }
             clear_autoclear(image)?;
             if at != span.active {
-                // A bitmap that outlives what it speaks of would lie to the next backup. Those of the active image stay
-                // true: what the guest sees there does not change.
+                // A bitmap describes changes to data that goes away here; if it stayed, the next backup would
+                // miss changes. The bitmaps of the active image stay true, because the guest sees the same disk
+                // through it.
                 let refcounts = Refcounts::load(image)?;
                 bitmaps::drop_all(image, &refcounts)?;
             }
@@ -232,7 +236,7 @@ impl Commit {
     }
 }
 
-/// Makes the disk of an empty image at least `size` bytes large.
+/// Grows the disk of an empty image to at least `size` bytes.
 fn grow_disk(image: &mut Qcow2, size: u64) -> Result<()> {
     if size <= image.virtual_size() {
         return Ok(());

@@ -1,18 +1,19 @@
-//! Carrying a commit out, step by step, each durable before the next.
+//! Carries a commit out step by step. Each step is durable before the next one begins.
 //!
-//! 1. Base gets a journal and its dirty bit (see `work.rs`); what a stopped merge has left is put in order.
+//! 1. Base gets a journal and its dirty bit (see `work.rs`); what an unfinished merge has left is put in order.
 //! 2. Base is prepared: feature bits, bitmaps, room in the metadata, a larger L1 table.
 //! 3. Data and mappings, batch by batch (see `job.rs`).
 //! 4. The size of base's disk.
 //! 5. With `verify`, everything is read back.
-//! 6. Layers that will not be needed are marked as being merged, and become empty overlays (see `emptying.rs`).
+//! 6. Layers that become obsolete are marked as being merged, and become empty overlays (see `emptying.rs`).
 //! 7. The overlay above top gets base as its backing file; or the active image is emptied.
-//! 8. Layers that are no longer needed get base as their backing file, and are marked as merged.
+//! 8. Obsolete layers get base as their backing file, and are marked as merged.
 //! 9. Base's dirty bit is cleared, and its journal removed.
 //!
-//! With `delete`, what is to be removed is noted in base's journal behind step 6. Instead of 8, and behind the first half of
-//! 9, it is removed, from the top down; then the journal goes, and at last the active image, an empty overlay by then
-//! (see `removal.rs`). So as long as anything is left, the chain can be opened, and leads to the journal.
+//! With `delete`, base's journal lists the obsolete layers behind step 6. They are removed instead of step 8,
+//! from the top down, after the dirty bit is cleared; then the journal is removed, and last the active image,
+//! which is an empty overlay by then (see `removal.rs`). So as long as there is anything left to do, the chain
+//! can be opened, and leads to the journal.
 
 use super::report::Report;
 use crate::transfer::target::{give_leaks_back, grow_raw, prepare};
@@ -47,7 +48,7 @@ impl Commit {
     /// Carries the plan out.
     ///
     /// # Errors
-    /// An I/O error, or [`Error::Cancelled`]. What the guest sees is unchanged then; the same commit can
+    /// An I/O error, or [`Error::Cancelled`]. The guest still sees the same disk then, and the same commit can
     /// be prepared again.
     pub fn execute(self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<Report> {
         on_workers(|| self.carry_out(progress, cancel))
@@ -59,14 +60,15 @@ impl Commit {
         let (folders, dir) = (self.chain.folders(&*self.host)?, self.options.journal_dir.clone());
         journal::sweep(&*self.host, &folders, dir.as_deref(), self.options.open.no_locks)?;
         if let Some(unremoved) = obsolete_of(&*self.host, &self.chain, &self.unfinished)? {
-            // Base's journal, which tells of them, is there until a new one takes its place.
+            // Only base's journal lists these layers: remove them before a new journal takes its place.
             unremoved.settle(&*self.host, Some(&self.chain), &self.options, &mut report)?;
         }
         let work = self.begin(cancel)?;
         match self.fill(&work, &mut report, progress, cancel) {
             Ok(()) => {}
             Err(e) => {
-                // A failed barrier is final: nothing may be written, or called durable, behind it.
+                // After a failed barrier nothing may be written, and nothing may count as durable. The same is
+                // true if the journal itself cannot be written. Otherwise stop in good order.
                 let of_journal = matches!(&e, Error::Io { path, .. } if path == work.journal().path());
                 if !of_journal && !matches!(e, Error::Barrier { .. }) {
                     work.stop();
@@ -78,11 +80,13 @@ impl Commit {
         self.link(&work)?;
         report.freed = held.saturating_sub(self.held_above()?);
         report.emptied = self.emptied();
-        // Until base is finished, its journal tells that an index of the same command meant another chain.
+        // This comes before base's journal is removed: relinking shortens the chain, and the journal still
+        // knows which layer an index in the same command meant.
         if !self.options.delete {
             self.mark_merged(&mut report)?;
         }
-        // A file is only removed when nothing is left to be written that a power cut may tear.
+        // A file is removed only when everything written is durable, so that no power cut can tear a write that
+        // needs the file.
         work.release(self.chain.image_at(self.base)?)?;
         if self.options.delete {
             self.remove_layers(&mut report)?;
@@ -97,7 +101,7 @@ impl Commit {
         Ok(report)
     }
 
-    /// Puts base under a journal: that of a merge that was stopped, if this one goes on with it.
+    /// Puts base under a journal: the one of an unfinished merge, if this merge continues it.
     fn begin(&mut self, cancel: &AtomicBool) -> Result<Work> {
         let host = Arc::clone(&self.host);
         let (unfinished, work) = (self.unfinished.base.take(), self.unfinished.base_work.take());
@@ -137,7 +141,7 @@ impl Commit {
         Ok(work)
     }
 
-    /// Has base hold everything, durably.
+    /// Moves everything into base, durably, and enters the phase of switching.
     fn fill(
         &mut self,
         work: &Work,
@@ -153,8 +157,8 @@ impl Commit {
         work.journal().note(Phase::Switching, u64::MAX, work.journal().header().total)
     }
 
-    /// The names of the layers lead to the files that are open. Otherwise whoever reads through the chain afterwards would
-    /// find another base than the one that holds everything.
+    /// Checks that the names of the layers still lead to the open files. If one does not, a reader of the chain
+    /// would find another base than the one that holds everything.
     fn names_are_the_same(&self) -> Result<()> {
         for layer in self.chain.layers().iter().skip(self.base) {
             Place::of_file(&*self.host, &layer.path, &**layer.image.file())?;
@@ -206,7 +210,8 @@ impl Commit {
     }
 
     fn link(&mut self, work: &Work) -> Result<()> {
-        // A power cut behind the switch must not leave old layers that nobody knows for what they are.
+        // Mark first: after a power cut behind the switch, an old layer without a mark would look like any
+        // other image.
         let marked = self.mark_obsolete()?;
         let dir = self.options.journal_dir.clone();
         let top_index = work.journal().header().top_index;
@@ -227,7 +232,7 @@ impl Commit {
     }
 }
 
-/// Sets the bits of the base's bitmaps, then moves the data; the size of its disk does not change yet.
+/// Sets the bits of base's bitmaps, then moves the data. The size of base's disk does not change yet.
 fn move_into_qcow2(
     images: &[&Image],
     span: Span,

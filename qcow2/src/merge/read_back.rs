@@ -1,4 +1,4 @@
-//! Reading back what a merge has written, before anything depends on it.
+//! Reads back what a merge has written, before anything depends on it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
@@ -11,9 +11,9 @@ use crate::transfer::verify::{reopen, whole_digest};
 use crate::transfer::{Progress, Run};
 
 impl Commit {
-    /// Reads back what the merge has written, checks base, and returns the digest of what the guest will
-    /// see when base has taken the place of the merged layers, unless a layer below base is not read here.
-    /// Everything is durable, nothing is switched.
+    /// Reads back what the merge has written, checks base, and returns the digest of the disk that the guest
+    /// will see when base has replaced the merged layers; `None` if a layer below base cannot be read here. At
+    /// this point everything is durable, and nothing is switched.
     ///
     /// # Errors
     /// As [`Job::verify`]; [`Error::Refused`] for an inconsistent base.

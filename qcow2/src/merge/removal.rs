@@ -1,8 +1,8 @@
-//! What becomes of layers that are no longer needed: they are marked, or removed from the top down.
+//! Marks obsolete layers, or removes them from the top down.
 //!
-//! Base's journal lists the layers that are to be removed from before the switch of the chain until they are gone. An active
-//! image that was merged is removed last, behind that journal; its own journal stays until then, so that the
-//! same command knows why the image is there no more.
+//! Base's journal lists the layers to be removed, from before the switch of the chain until they are removed. A
+//! merged active image is removed last, after that journal. Its own journal stays until then, so that the same
+//! command knows why the image is missing.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,20 +23,20 @@ use crate::error::{Error, FileOp, Result};
 use crate::journal::Journal;
 use crate::storage::{FileId, FileKind, Host, Place};
 
-/// An active image that was removed before.
+/// An active image that an unfinished merge has removed.
 #[derive(Debug)]
 pub(super) struct Gone {
     /// Its journal.
     pub(super) journal: Journal,
-    /// The name by which the caller knows it: a symbolic link, perhaps.
+    /// The name that the caller gave, perhaps a symbolic link.
     pub(super) asked: PathBuf,
 }
 
 /// A file that was removed.
 struct Removed {
-    /// The name by which the plan knows it.
+    /// Its name in the plan.
     path: PathBuf,
-    /// Where it was.
+    /// Its real path.
     real: PathBuf,
 }
 
@@ -46,8 +46,8 @@ impl Commit {
         self.options.delete && !self.options.keep_active && self.top == self.chain.active()
     }
 
-    /// Has base's journal list the layers that are to be removed, as they are now; `marked` tells for each whether
-    /// it has a mark.
+    /// Lists the layers to be removed in base's journal, with stamps of their present state. `marked` says for
+    /// each whether it has a mark.
     pub(super) fn note_obsolete(&self, journal: &Journal, marked: &[(PathBuf, bool)]) -> Result<()> {
         let had = journal.obsolete().is_some();
         if !self.options.delete && !had {
@@ -61,24 +61,24 @@ impl Commit {
         journal.note(state.phase, state.watermark, state.done)
     }
 
-    /// The layers between base and the active image that are no longer needed, the top first.
+    /// The obsolete layers between base and the active image, the top first.
     fn obsolete(&self) -> impl Iterator<Item = &Layer> {
         let active = self.chain.active();
         let layers = self.chain.layers().iter().take(active).rev();
         layers.filter(|layer| self.plan.obsolete.contains(&layer.path))
     }
 
-    /// Marks what is no longer needed as merged; what is empty gets base as its backing file.
+    /// Marks obsolete layers as merged; empty ones get base as their backing file.
     pub(super) fn mark_merged(&self, report: &mut Report) -> Result<()> {
         self.mark(&self.obsolete().collect::<Vec<_>>(), report)
     }
 
-    /// Removes what is no longer needed, from the top down, but for the active image.
+    /// Removes obsolete layers from the top down, except for the active image.
     pub(super) fn remove_layers(&self, report: &mut Report) -> Result<()> {
         let mut keeps = false;
         for layer in self.obsolete() {
             if keeps {
-                // Whoever uses the layer that is kept reads through those below it.
+                // The users of the kept layer read through this one.
                 report.kept.push(Kept { path: layer.path.clone(), why: KeptReason::BelowKept });
             } else {
                 match self.delete(layer, report)? {
@@ -93,7 +93,7 @@ impl Commit {
         Ok(())
     }
 
-    /// Removes the active image, an empty overlay by now, if it is to go; then its journal.
+    /// Removes the active image, which is an empty overlay by now, if the plan says so; then its journal.
     pub(super) fn remove_active(&self, report: &mut Report) -> Result<()> {
         let Some(journal) = &self.removing else { return Ok(()) };
         let active = self.stack()?.active;
@@ -107,16 +107,16 @@ impl Commit {
         Ok(self.host.canonicalize(&base.path).unwrap_or_else(|_| base.path.clone()))
     }
 
-    /// Marks the layers between base and the active image that are no longer needed as being merged, side by side; says
-    /// for each, the top first, whether its header had room. The active image never gets such a mark: until it
-    /// is removed, a guest may go on writing to it.
+    /// Marks the obsolete layers between base and the active image as being merged. Returns for each, the top
+    /// first, whether its header had room. The active image never gets such a mark: until it is removed, a
+    /// guest may go on writing to it.
     pub(super) fn mark_obsolete(&self) -> Result<Vec<(PathBuf, bool)>> {
         let base = self.base_name()?;
         let layers: Vec<&Layer> = self.obsolete().collect();
         relink::mark_merging(&*self.host, &layers, &base, self.options.journal_dir.as_deref())
     }
 
-    /// Merged layers that are empty overlays now.
+    /// The merged layers that are empty overlays now.
     pub(super) fn emptied(&self) -> Vec<PathBuf> {
         let is_active = |at: usize| {
             at == self.top && at == self.chain.active() && !matches!(self.plan.afterwards, Afterwards::Keep)
@@ -126,13 +126,13 @@ impl Commit {
         layers.filter(|(at, _)| is_emptied(*at)).map(|(_, layer)| layer.path.clone()).collect()
     }
 
-    /// Bytes that the layers above base hold on disk, up to top.
+    /// The bytes on disk that the merged layers hold.
     pub(super) fn held_above(&self) -> Result<u64> {
         self.stack()?.merged.iter().map(emptying::held).sum()
     }
 
-    /// Removes a layer, and then its data file, if its name still leads to the file of the plan, and that is a
-    /// regular file. `None` if the layer is kept, and then its data file is too.
+    /// Removes a layer, then its data file. A file is removed only if its name still leads to the file of the
+    /// plan, and it is a regular file. `None` if the layer is kept; its data file is kept then, too.
     fn delete(&self, layer: &Layer, report: &mut Report) -> Result<Option<Vec<Removed>>> {
         let host = &*self.host;
         let mut removed = Vec::new();
@@ -163,8 +163,8 @@ impl Commit {
         Ok(Some(removed))
     }
 
-    /// Removes the symbolic links by which removed files were named: they lead nowhere. That of the active image goes behind its
-    /// journal, because the same command finds the journal by it.
+    /// Removes the symbolic links that named removed files and now lead nowhere. The link of the active image
+    /// is removed after its journal, because the same command finds the journal through it.
     fn delete_links(&self, removed: Vec<Removed>, report: &mut Report) -> Result<()> {
         for Removed { path, real } in removed {
             if unlink_dangling(&*self.host, &path, &real)? {
@@ -178,8 +178,8 @@ impl Commit {
         self.shared.contains(&id)
     }
 
-    /// Marks layers as merged. Those that are empty get base as their backing file: who uses one that is not reads
-    /// through what lies below it.
+    /// Marks layers as merged. Empty ones get base as their backing file. The others keep theirs: their users
+    /// read through the layers below.
     fn mark(&self, layers: &[&Layer], report: &mut Report) -> Result<()> {
         let (dir, base) = (self.options.journal_dir.as_deref(), self.stack()?.base);
         let emptied = self.emptied();
@@ -200,7 +200,7 @@ impl Commit {
     }
 }
 
-/// Ends a merge that was stopped when it had removed the active image.
+/// Finishes a merge that was stopped after it had removed the active image.
 ///
 /// # Errors
 /// [`Error::InUse`]; the system's.
@@ -221,8 +221,8 @@ pub(super) fn finish_removed(
     Ok(())
 }
 
-/// Removes the symbolic link at `path` that led to the file `real`, which is there no more; false if there is none. What
-/// leads anywhere is no such link.
+/// Removes the symbolic link at `path` that led to the removed file `real`. False if there is none; a link that
+/// leads to a file stays.
 fn unlink_dangling(host: &dyn Host, path: &Path, real: &Path) -> Result<bool> {
     let io = |op| move |e| Error::io(path, op, None, e);
     let link = Place::named(host, path).map_err(io(FileOp::Resolve))?;

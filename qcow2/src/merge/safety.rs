@@ -18,8 +18,8 @@ use crate::journal;
 use crate::storage::{Access, FileId, FileKind, Host, if_there};
 use crate::units::GuestOffset;
 
-/// Rules that the headers alone decide; `ours` tells whether the layer at a position is marked dirty by a
-/// merge that was stopped, and is taken up again.
+/// Checks the rules that the headers alone decide. `ours` says whether the layer at a position was marked dirty
+/// by an unfinished merge that this one continues.
 pub(super) fn layers(stack: &Stack<'_>, options: &CommitOptions, ours: &dyn Fn(usize) -> bool) -> Result<()> {
     let span = stack.span;
     for (at, layer) in stack.chain.layers().iter().enumerate() {
@@ -42,7 +42,8 @@ pub(super) fn layers(stack: &Stack<'_>, options: &CommitOptions, ours: &dyn Fn(u
             return refuse(Refusal::SnapshotsWithoutSize);
         }
         if image.has_data_file() && image.header().snapshots > 0 && (at == span.base || emptied) {
-            // QEMU makes no such images: a data file has one place for a cluster, and snapshots share it.
+            // QEMU makes no such images: a data file has one place per guest cluster, so a write would change
+            // the snapshot, too.
             return refuse(Refusal::SnapshotsInDataFile);
         }
         if !merged {
@@ -68,8 +69,8 @@ pub(super) fn layers(stack: &Stack<'_>, options: &CommitOptions, ours: &dyn Fn(u
     Ok(())
 }
 
-/// The bitmaps that the merge loses: those of layers that go away, or that nobody sees the disk through any more. The
-/// active image goes on showing the same disk, and keeps its own.
+/// The bitmaps that the merge loses: those of layers that are removed, or through which nobody sees the disk
+/// any more. An active image that stays shows the same disk as before, and keeps its bitmaps.
 pub(super) fn bitmaps(stack: &Stack<'_>, options: &CommitOptions) -> Result<Vec<LostBitmap>> {
     let mut lost = Vec::new();
     let losing = match stack.has_active() {
@@ -85,7 +86,7 @@ pub(super) fn bitmaps(stack: &Stack<'_>, options: &CommitOptions) -> Result<Vec<
     Ok(lost)
 }
 
-/// Each image that is to be written needs a place for a journal, or for the record of an edit.
+/// Checks that each image that will be written has a place for its journal, and for the record of an edit.
 pub(super) fn journal_places(
     host: &dyn Host,
     stack: &Stack<'_>,
@@ -109,8 +110,8 @@ pub(super) fn journal_places(
     Ok(())
 }
 
-/// A qcow2 image that is to be written must be consistent: its refcounts decide what is free. Returns how
-/// many clusters it has leaked.
+/// Checks that a qcow2 image that will be written is consistent, because its refcounts decide which clusters
+/// are free. Returns how many clusters it has leaked.
 pub(super) fn consistent(layer: &Layer, cancel: &AtomicBool) -> Result<u64> {
     let Layer { image: Image::Qcow2(image), path, .. } = layer else { return Ok(0) };
     let data_file = image.has_data_file().then(|| &**image.data_file());
@@ -118,7 +119,7 @@ pub(super) fn consistent(layer: &Layer, cancel: &AtomicBool) -> Result<u64> {
     check_consistent(path, &**image.file(), data_file, &options).map(|report| report.leaks)
 }
 
-/// What was searched for images that share layers.
+/// The result of the search for images that share layers.
 #[derive(Debug, Default)]
 pub(super) struct Searched {
     pub(super) searched: Vec<PathBuf>,
@@ -128,8 +129,8 @@ pub(super) struct Searched {
     pub(super) shared: Vec<FileId>,
 }
 
-/// Nobody outside the chain may read through base or a merged layer, but for layers that were `merged` before, and for
-/// images that go on to see the same.
+/// Checks that no image outside the chain reads through base or a merged layer. Exceptions are layers that were
+/// `merged` before, and images whose content stays the same.
 pub(super) fn siblings(
     host: &dyn Host,
     stack: &Stack<'_>,
@@ -195,7 +196,8 @@ pub(super) fn siblings(
     Ok(Searched { searched, unreadable, shared, signs })
 }
 
-/// Whether the file of a layer, or its data file, has another name, by which somebody may use it whom nobody finds.
+/// Whether a layer's file or its data file has another name. Somebody may use it by that name, where no search
+/// finds them.
 pub(super) fn has_other_names(host: &dyn Host, layer: &Layer) -> Result<bool> {
     for path in [Some(&layer.path), layer.data_file.as_ref().map(|data| &data.path)].into_iter().flatten() {
         if host.links(path).map_err(|e| Error::io(path, FileOp::Stat, None, e))? > 1 {
@@ -205,8 +207,8 @@ pub(super) fn has_other_names(host: &dyn Host, layer: &Layer) -> Result<bool> {
     Ok(false)
 }
 
-/// Each image means the same chain by the name that leads to it and by the name of the file itself: a relative backing name
-/// begins at the folder of a symbolic link.
+/// Checks that each image leads to the same chain by the given name and by the real name of its file. They may
+/// differ, because a relative backing name starts at the folder of a symbolic link, not of its target.
 ///
 /// # Errors
 /// [`Refusal::TwoChains`]; the system's.
@@ -228,11 +230,11 @@ pub(super) fn one_chain(host: &dyn Host, chain: &Chain) -> Result<()> {
     Ok(())
 }
 
-/// The permission to write, of whomever.
+/// The bits that permit anybody to write.
 const WRITABLE: u32 = 0o222;
 
-/// Whether what an image sees does not change: it reads through the active image, which becomes an empty overlay on base
-/// as large as before, or stays as it is.
+/// Whether the merge does not change what an outside image shows: it reads through the active image, which
+/// stays as it is, or becomes an empty overlay on base with a disk of the same size.
 fn keeps_its_view(stack: &Stack<'_>, options: &CommitOptions, user: &Sibling) -> bool {
     let reads_through = |layer: &Layer| layer.id == user.uses && user.role == Role::BackingFile;
     stack.has_active() && !options.delete && reads_through(stack.active)
@@ -250,15 +252,15 @@ fn is_elsewhere(host: &dyn Host, stack: &Stack<'_>) -> Result<bool> {
     Ok(folder_of(host, stack.base)? != folder_of(host, stack.active)?)
 }
 
-/// The folder in whose sub-folders other users of base are likely: where each machine has a folder of its own, and base
-/// lies in another.
+/// The folder whose sub-folders are likely to hold other users of base: the one above the active image's
+/// folder, if each machine has a folder of its own.
 fn neighbours(host: &dyn Host, stack: &Stack<'_>) -> Result<Vec<PathBuf>> {
     let own = folder_of(host, stack.active)?;
     let above = own.as_deref().and_then(Path::parent).filter(|above| above.parent().is_some());
     Ok(above.map(Path::to_owned).into_iter().collect())
 }
 
-/// Whether the file system can give base the blocks of the merged layers instead of a copy.
+/// Whether the file system can share the blocks of the merged layers with base, instead of copying them.
 fn moves_by_sharing(host: &dyn Host, stack: &Stack<'_>) -> bool {
     let Stack { base, touched, .. } = *stack;
     let device = |layer: &Layer| layer.data_file.as_ref().map_or(layer.id, |data| data.id).device;
@@ -267,7 +269,8 @@ fn moves_by_sharing(host: &dyn Host, stack: &Stack<'_>) -> bool {
         && host.shares_blocks(&base.path)
 }
 
-/// Room for what the merge writes. Returns the files on file systems that do not say how much is free.
+/// Checks that there is room for what the merge writes. Returns the files whose file systems do not tell their
+/// free space.
 pub(super) fn space(host: &dyn Host, stack: &Stack<'_>, plan: &Plan) -> Result<Vec<PathBuf>> {
     let layer = stack.base;
     let stat = layer.image.file().stat().map_err(|e| Error::io(&layer.path, FileOp::Stat, None, e))?;
@@ -277,10 +280,10 @@ pub(super) fn space(host: &dyn Host, stack: &Stack<'_>, plan: &Plan) -> Result<V
         return if needed > stat.len { no_space(needed, stat.len) } else { Ok(Vec::new()) };
     }
     if moves_by_sharing(host, stack) {
-        // What really takes room is known only when it is done; running out then loses nothing.
+        // How many blocks are shared is known only afterwards. If space runs out on the way, nothing is lost.
         return Ok(Vec::new());
     }
-    // Clusters inside the file may be holes; behind its end they are for certain.
+    // Count every new cluster: inside the file it may be a hole, behind the end it surely takes space.
     let metadata = match &layer.image {
         Image::Raw(_) | Image::Foreign(_) => 0,
         Image::Qcow2(image) => (plan.totals.clusters_to_allocate * image.geometry().cluster_size())

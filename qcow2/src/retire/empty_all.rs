@@ -1,11 +1,11 @@
-//! Emptying all layers that a merge of somebody else has left above base: a configuration may have recorded the whole chain,
-//! and gives QEMU every layer of it, whatever the headers say.
+//! Empties all layers that somebody else's merge has left above base. A configuration may have recorded the
+//! whole chain; then QEMU is given every layer of it, whatever the headers say.
 //!
-//! The lowest goes first. As long as nobody has written to base since the merge, a recorded chain and the chain of the headers
-//! then show the same disk at every instant: what a layer above still holds equals base where it is seen, and what a
-//! layer that was emptied held is seen in base. From the top down, an old layer would show through the emptied one
-//! above it. Where the guest has written to base meanwhile, both chains are right as soon as the last one is emptied,
-//! in either order.
+//! The lowest layer goes first. As long as nobody has written to base since the merge, the recorded chain and
+//! the chain of the headers then show the same disk at every instant: data that a layer above still shows
+//! equals base's, and data that an emptied layer held is seen in base. From the top down, an old layer would
+//! show through the emptied one above it. If the guest has written to base meanwhile, both chains are right
+//! when the last layer is empty, in either order.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -18,28 +18,28 @@ use crate::merge::switch::mark::require_unchanged;
 use crate::stamp::Stamp;
 use crate::storage::{Access, FileId, Host};
 
-/// Layers that QEMU has merged into base, and that still lie above it.
+/// Layers that QEMU has merged into base and that still lie above it.
 #[derive(Clone, Copy, Debug)]
 pub struct MergedLayers<'a> {
     /// The layers, the uppermost first.
     pub layers: &'a [Stamp],
-    /// The one that a configuration names by itself, the old active image: it is not marked as merged.
+    /// The old active image, which a configuration names by itself: it is not marked as merged.
     pub active: Option<FileId>,
-    /// Images that may use the layers, because what they show does not depend on them any more.
+    /// Images that may use the layers: what they show does not depend on the layers any more.
     pub chain: &'a [FileId],
     /// Where else to look for images that use the layers.
     pub scan: &'a [PathBuf],
 }
 
-/// Makes several images empty overlays directly on `base`, each as [`empty_onto`] does, and tells what became of each, the
-/// uppermost first. All but the active one are marked as merged.
+/// Turns several images into empty overlays directly on `base`, each as [`empty_onto`] does. Returns the result
+/// for each, the uppermost first. All but the active one are marked as merged.
 ///
-/// An image that another one uses, in the same folders or in `scan`, keeps its data, and so does all below it: who uses it
-/// reads through them. The same is true of an image that somebody holds, or has written to since the stamp was taken. One
-/// that cannot be emptied for another reason keeps no other from it.
+/// An image that another one in the same folders or in `scan` uses keeps its data, and so do all images below
+/// it: its user reads through them. The same holds for an image that somebody holds, or has written to since
+/// its stamp was taken. If an image cannot be emptied for another reason, the others are emptied all the same.
 ///
 /// # Errors
-/// The search for users fails, or base is not there. Nothing was changed then.
+/// The search for users fails, or base does not exist. Nothing was changed then.
 pub fn empty_all_onto(
     host: &dyn Host,
     left: &MergedLayers<'_>,
@@ -72,7 +72,8 @@ pub fn empty_all_onto(
     Ok(paths.zip(emptied.into_iter().rev().chain(kept)).collect())
 }
 
-/// Whether nobody holds the layer, and nobody has written to it since its stamp was taken, except an earlier call that emptied it.
+/// Checks that nobody holds the layer, and that nobody but an earlier call has written to it since its stamp
+/// was taken.
 fn is_left_alone(host: &dyn Host, layer: &Stamp, base: FileId, options: &EmptyOptions) -> Result<()> {
     match is_empty_on(host, layer, base, &options.open) {
         Ok(true) => return Ok(()),
@@ -81,7 +82,7 @@ fn is_left_alone(host: &dyn Host, layer: &Stamp, base: FileId, options: &EmptyOp
             | Error::Io { .. }
             | Error::Refused { reason: Refusal::NotAsKnown { .. }, .. }),
         ) => return Err(error),
-        // What else is wrong with it is told when it is its turn.
+        // Any other trouble is this layer's own, and is reported when it is emptied.
         Ok(false) | Err(_) => {}
     }
     let file = host.open(&layer.path, Access::Read);

@@ -1,13 +1,13 @@
-//! Turning images into empty overlays directly on the base, after a merge that somebody else has done while the virtual
-//! machine ran: the active image of before, and the layers below it, which a recorded chain still puts over base. The
-//! base is in use, and only looked at.
+//! Turns images into empty overlays directly on base, after somebody else (QEMU) has merged them while the
+//! virtual machine ran: the former active image, and the layers below it, which a recorded chain still puts
+//! over base. Base is in use, and is only read.
 //!
-//! The merge of a stopped machine first relinks the overlay and then empties it: what is left of its
-//! clusters hides equal bytes of the base, so every state in between shows the same disk. Here the base
-//! may have been written to since, and an overlay that is half emptied, or relinked and still full, would
-//! show a mixture of old and new. So there is no state in between: backing name, backing format, an
-//! empty L1 table and the size of the disk take effect in one write inside the header's first sector. Before it the image is
-//! what it was, behind it it is the base; the clusters of the old table are freed when that is durable.
+//! An offline merge relinks the overlay first and then empties it cluster by cluster: the clusters that remain
+//! hide equal bytes of base, so every state in between shows the same disk. Here the guest may have written to
+//! base since, and an overlay that is half empty, or relinked and still full, would show a mixture of old and
+//! new. So there must be no state in between: backing name, backing format, an empty L1 table and the size of
+//! the disk take effect with one write inside the header's first sector. Before that write the image shows what
+//! it showed, after it it shows base. The clusters of the old table are freed when the write is durable.
 
 use crate::error::shown;
 use crate::image::rewrite;
@@ -31,47 +31,48 @@ use crate::stamp::Stamp;
 use crate::storage::{Access, FileId, Host, LockMode, Storage, if_there};
 use crate::units::{GuestOffset, HostOffset};
 
-/// What a caller may ask when an image is emptied.
+/// What a caller may choose when an image is emptied.
 #[derive(Clone, Debug, Default)]
 pub struct EmptyOptions {
-    /// Policy and formats for the images below base, and for external data files.
+    /// The policy and the formats for the images below base, and for external data files.
     pub open: OpenOptions,
-    /// Empty an image whose bitmaps will be lost.
+    /// Empty an image even if its bitmaps are lost.
     pub drop_bitmaps: bool,
-    /// Empty an image whose internal snapshots will change.
+    /// Empty an image even if its internal snapshots change.
     pub allow_snapshot_change: bool,
-    /// The size in bytes that the disk of the image must have at least: that of the active image, or more than it in
-    /// a recorded chain would be cut off. A disk never shrinks.
+    /// The least size of the image's disk, in bytes: that of the active image, because in a recorded chain a
+    /// smaller layer would cut the disk off. A disk never shrinks.
     pub size: u64,
-    /// Mark the image as merged into base, where its header has room: nobody needs it any more. Without it, it is marked as
-    /// an active image that was emptied, and that a guest may go on writing to.
+    /// Mark the image as merged into base, if its header has room: it is obsolete. Otherwise it is marked as an
+    /// active image that was emptied, to which a guest may go on writing.
     pub mark: bool,
-    /// The external data files that may be emptied with their image, where the caller knows them: one that the image names and
-    /// that is none of them stays as it is. `None`: any that an image names.
+    /// The external data files that may be emptied with their image, if the caller knows them; a data file that
+    /// is none of them stays as it is. `None` allows any that an image names.
     pub data_files: Option<Vec<FileId>>,
 }
 
-/// What became of an image that was emptied.
+/// The result for an image that was emptied.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Emptied {
     /// The name by which it calls base.
     pub name: OsString,
-    /// Whether it was an empty overlay on base before.
+    /// Whether it already was an empty overlay on base.
     pub was_empty: bool,
-    /// Bytes on disk that were freed, those of its external data file included.
+    /// Bytes on disk that were freed, including those of its external data file.
     pub freed: u64,
 }
 
-/// Makes `overlay` an empty overlay directly on `base`, an image of `format`. The overlay is locked for
-/// it and then must be the file of the stamp. The base is neither locked nor written: a running virtual machine
-/// may hold it. What base holds is not compared with the overlay: the caller knows that the merge is done.
+/// Turns `overlay` into an empty overlay directly on `base`, an image of `format`. The overlay is locked, and
+/// must be the file of the stamp. Base is neither locked nor written: a running virtual machine may hold it.
+/// The content of base is not compared with the overlay: the caller must know that the merge is complete.
 ///
 /// # Errors
-/// [`Error::InUse`]; [`Refusal::NotAsKnown`]; [`Error::Refused`] for an overlay that is raw, has no
-/// backing file, is larger than base (unless it is to be marked as a layer that nobody needs), dirty, corrupt or inconsistent, cannot become as large as the options ask, or
-/// has snapshots or bitmaps that the options do not give up; for a base of another format, or one that is based on the
-/// overlay. Then nothing was changed. An I/O error: the overlay is what it was, or shows base.
+/// [`Error::InUse`]; [`Refusal::NotAsKnown`]; [`Error::Refused`] for an overlay that is raw, has no backing
+/// file, is larger than base (unless `mark` is set), is dirty, corrupt or inconsistent, cannot become as large
+/// as the options ask, or has snapshots or bitmaps that the options do not give up; and for a base of another
+/// format, or one that is based on the overlay. Nothing was changed then. After an I/O error the overlay shows
+/// what it showed, or base.
 pub fn empty_onto(
     host: &dyn Host,
     overlay: &Stamp,
@@ -98,7 +99,8 @@ pub fn empty_onto(
     let mark = if options.mark { cluster0.merged_into() } else { cluster0.emptied_onto() };
     let was_empty = stands && same_format && same_size && empty && !bitmaps;
     if !was_empty && !image.header().is_sealed() {
-        // What was emptied by a call that did not come to its end has changed, and holds nothing.
+        // An unfinished call has changed the file since its stamp was taken. Its seal says that nobody else
+        // has.
         require_unchanged(host, overlay, &**image.file())?;
     }
     judge_header(&image, options, &wanted)?;
@@ -112,9 +114,9 @@ pub fn empty_onto(
     let mut refcounts = Refcounts::load(&image)?;
     let moves = !empty || entries > image.header().l1_entries;
     seal(&mut image, moves)?;
-    // A bitmap that outlives what it speaks of would lie to the next backup.
+    // A bitmap describes changes to data that goes away here. If it stayed, the next backup would miss changes.
     bitmaps::drop_all(&mut image, &refcounts)?;
-    // That may have cleared the bit.
+    // Dropping the bitmaps may have cleared the seal.
     seal(&mut image, moves)?;
     if moves {
         switch(&mut image, &mut refcounts, &wanted, entries)?;
@@ -130,12 +132,13 @@ pub fn empty_onto(
     Ok(Emptied { name, was_empty, freed })
 }
 
-/// Whether [`empty_onto`] would make an image an empty overlay on `base`, as far as its header and tables tell. Nothing is locked
-/// or written. With `in_use` a virtual machine may write to the image meanwhile, and base need not hold the data yet: what
-/// QEMU puts right when it closes the image is no reason then, and neither is damage that is seen elsewhere each time.
+/// Checks whether [`empty_onto`] could turn an image into an empty overlay on `base`, as far as its header and
+/// tables tell. Nothing is locked or written. With `in_use`, a virtual machine may write to the image
+/// meanwhile, and base need not hold the data yet. So trouble that QEMU mends when it closes the image is no
+/// obstacle then, nor damage that is seen at another place on every look.
 ///
 /// # Errors
-/// Those of [`empty_onto`], where the image can never be emptied as it is; an I/O error.
+/// Those of [`empty_onto`] that do not pass by themselves; an I/O error.
 pub fn can_be_emptied(
     host: &dyn Host,
     overlay: &Path,
@@ -149,7 +152,7 @@ pub fn can_be_emptied(
     let file = host.open(overlay, Access::Read).map_err(io(FileOp::Open))?;
     let id = file.stat().map_err(io(FileOp::Stat))?.id;
     let image = image_of(host, overlay, file, &OpenOptions { lock: false, ..options.open.clone() })?;
-    // The job makes a base that is too small larger.
+    // QEMU's job enlarges a base that is too small.
     let any_size = EmptyOptions { mark: true, ..options.clone() };
     let below = if in_use { &any_size } else { options };
     let base_id = look_at_base(host, &image, id, base, format, below)?;
@@ -163,8 +166,9 @@ pub fn can_be_emptied(
     plan(&image, &wanted, image.header().l1_offset, entries).map(drop)
 }
 
-/// Notes in the image that what is written to it from now on is ours, so that a call which is stopped before the switch can be
-/// made again. The switch clears the bit. Version 2 has no room for it.
+/// Sets a bit in the image which says that all writes from here on are ours, so that a call that was stopped
+/// before the switch can be repeated. Any other writer clears the bit, as it does every autoclear bit that it
+/// does not know; the switch clears it, too. Version 2 has no such bits.
 fn seal(image: &mut Qcow2, moves: bool) -> Result<()> {
     if !moves || image.header().version < 3 || image.header().is_sealed() {
         return Ok(());
@@ -197,7 +201,7 @@ impl<'a> Wanted<'a> {
             format,
             size: options.size.max(image.virtual_size()),
             mark: match options.mark {
-                // Its internal snapshots hold what they held.
+                // The internal snapshots keep their data, so the image is not empty.
                 true if image.header().snapshots > 0 => Mark::Merged,
                 true => Mark::MergedEmpty,
                 false => Mark::Emptied,
@@ -207,7 +211,7 @@ impl<'a> Wanted<'a> {
     }
 }
 
-/// Bytes that the image holds on disk, with its data file.
+/// The bytes that the image holds on disk, with its data file.
 fn held(image: &Qcow2) -> Result<u64> {
     let io = |e| Error::io(image.path(), FileOp::Stat, None, e);
     let mut bytes = image.file().stat().map_err(io)?.allocated;
@@ -217,15 +221,16 @@ fn held(image: &Qcow2) -> Result<u64> {
     Ok(bytes)
 }
 
-/// How many entries the L1 table needs for a disk of `size` bytes; never fewer than it has.
+/// How many entries the L1 table needs for a disk of `size` bytes; at least as many as it has.
 fn l1_entries(image: &Qcow2, size: u64) -> Result<u32> {
     grow::l1_growth(image, size)?;
     let needed = u32::try_from(image.geometry().l1_entries_for(size)).unwrap_or(u32::MAX);
     Ok(needed.max(image.header().l1_entries))
 }
 
-/// Whether an image is an overlay directly on the file `base` that holds nothing, or is about to become one: a call that
-/// empties it did not come to its end, and nobody else has written to it since. It is locked as its only user for that.
+/// Whether an image is an empty overlay directly on the file `base`, or is becoming one: an unfinished call has
+/// begun to empty it, and nobody else has written to it since. It is locked for writing while this is found
+/// out.
 ///
 /// # Errors
 /// [`Error::InUse`]; an image that is another file now, is not qcow2, or is damaged.
@@ -271,7 +276,7 @@ fn image_of(host: &dyn Host, path: &Path, file: Arc<dyn Storage>, options: &Open
     Ok(image)
 }
 
-/// The rules for the overlay that its header tells.
+/// Checks the rules for the overlay that its header alone decides.
 fn judge_header(image: &Qcow2, options: &EmptyOptions, wanted: &Wanted<'_>) -> Result<()> {
     let header = image.header();
     let refuse = |reason| Err(Error::refused(image.path(), reason));
@@ -294,11 +299,11 @@ fn judge_header(image: &Qcow2, options: &EmptyOptions, wanted: &Wanted<'_>) -> R
     Ok(())
 }
 
-/// How often tables that a guest changes meanwhile must show the same damage.
+/// How often damage must be seen in tables that a guest may be changing, before it is believed.
 const LOOKS: usize = 3;
 
-/// Whether its tables are consistent. Those of an image in use are read while they change, so that sound ones may look damaged:
-/// real damage is found at the same place again.
+/// Checks that the tables are consistent. The tables of an image in use may change while they are read, so that
+/// sound ones look damaged. Real damage is found at the same place again.
 fn judge_tables(image: &Qcow2, in_use: bool, cancel: &AtomicBool) -> Result<()> {
     let mut first = check_tables(image, cancel);
     for _ in 1..if in_use { LOOKS } else { 1 } {
@@ -324,7 +329,7 @@ fn check_tables(image: &Qcow2, cancel: &AtomicBool) -> Result<()> {
     check_consistent(image.path(), &**image.file(), data_file, &options).map(drop)
 }
 
-/// Looks at the base without a lock; only headers are read, of it and of what lies below it.
+/// Looks at base without a lock. Only the headers of base and of the images below it are read.
 fn look_at_base(
     host: &dyn Host,
     overlay: &Qcow2,
@@ -352,18 +357,18 @@ fn look_at_base(
         return Err(Error::refused(overlay.path(), reason));
     }
     let (size, needed) = (layer.image.virtual_size(), overlay.virtual_size());
-    // A layer below the active image may be larger than all that was merged.
+    // A layer below the active image may be larger than the active image, and so than base.
     if size < needed && !options.mark {
         return Err(Error::refused(overlay.path(), Refusal::LargerThanBase { size: needed, base: size }));
     }
     Ok(layer.id)
 }
 
-/// The name by which the overlay calls, or will call, base; and whether it stands there already.
+/// The name by which the overlay calls base or will call it, and whether the header has it already.
 fn backing_name(host: &dyn Host, image: &Qcow2, base: &Path, base_id: FileId) -> Result<(OsString, bool)> {
     let old = image.cluster0().backing_name.clone();
     let old = old.ok_or_else(|| Error::refused(image.path(), Refusal::NoBackingFile))?;
-    // A name that is no path leads to no file.
+    // A name that is not a path leads to no file.
     let stands = match BackingName::parse(&old) {
         Ok(name) => leads_to(host, &name, image, base_id)?,
         Err(_) => false,
@@ -372,8 +377,8 @@ fn backing_name(host: &dyn Host, image: &Qcow2, base: &Path, base_id: FileId) ->
     Ok((OsString::from_vec(name), stands))
 }
 
-/// Points the header at base and at an empty L1 table, in one write. The image does not know its new
-/// header yet: the clusters that the old one refers to are still to be freed.
+/// Points the header at base and at an empty L1 table, with one write. `image` keeps the old header in memory:
+/// the clusters that it refers to are still to be freed.
 fn switch(image: &mut Qcow2, refcounts: &mut Refcounts, wanted: &Wanted<'_>, entries: u32) -> Result<()> {
     let clusters = image.geometry().clusters_for(u64::from(entries) * 8);
     if let Some(table) = grow::make_room(image, refcounts, clusters, clusters)? {
@@ -384,7 +389,7 @@ fn switch(image: &mut Qcow2, refcounts: &mut Refcounts, wanted: &Wanted<'_>, ent
     rewrite::apply(image, &switch)
 }
 
-/// An edit that takes effect in one sector.
+/// Plans the edit of the header, and refuses one that does not take effect in one sector.
 fn plan(image: &Qcow2, wanted: &Wanted<'_>, l1_offset: HostOffset, l1_entries: u32) -> Result<Switch> {
     let cluster = rewrite::read_cluster(image)?;
     let disk = EmptyDisk {
@@ -403,7 +408,8 @@ fn plan(image: &Qcow2, wanted: &Wanted<'_>, l1_offset: HostOffset, l1_entries: u
     Ok(switch)
 }
 
-/// Writes an empty L1 table into the first free room; it is durable, and counted, and nothing refers to it.
+/// Writes an empty L1 table into the first free clusters. It is durable and has its refcounts; nothing refers
+/// to it yet.
 fn new_table(image: &Qcow2, refcounts: &Refcounts, clusters: u64) -> Result<HostOffset> {
     let geometry = image.geometry();
     let run = Allocator::find_run(image, refcounts, clusters)?.ok_or_else(|| {
@@ -417,7 +423,7 @@ fn new_table(image: &Qcow2, refcounts: &Refcounts, clusters: u64) -> Result<Host
     Ok(at)
 }
 
-/// Frees the clusters that the old L1 table referred to, and the table itself.
+/// Frees the clusters that the old L1 table refers to, then the table itself.
 fn give_back_left(image: &mut Qcow2, refcounts: &Refcounts) -> Result<()> {
     empty::free_clusters(image, refcounts, empty::FreedTable::Obsolete)?;
     let (old, bytes) = (image.header().l1_offset, image.header().l1_bytes());
@@ -433,8 +439,8 @@ fn free_table(image: &Qcow2, refcounts: &Refcounts, at: HostOffset, bytes: u64) 
     image.barrier()
 }
 
-/// Moves the L1 table towards the start of the file, so that the file can be cut behind it. The new
-/// table had to lie where there was room beside all the old data.
+/// Moves the L1 table towards the start of the file, so that the file can be cut behind it. When the table was
+/// written, all the old data was still in the way.
 fn move_down(image: &mut Qcow2, refcounts: &Refcounts) -> Result<()> {
     let (present, bytes) = (image.header().l1_offset, image.header().l1_bytes());
     let clusters = image.geometry().clusters_for(bytes);

@@ -1,9 +1,9 @@
-//! A merge that somebody else has begun and nobody knows the end of: its layers as they lie there, held
-//! under lock, and the questions that decide what is to be done. Does base hold what the layers above it
-//! supply? Which of them does the overlay above them name?
+//! A merge that somebody else (QEMU) has begun, with an unknown end. This module opens its layers under locks,
+//! and answers the two questions that decide what to do: does base hold what the layers above it show, and
+//! which of them does the overlay above top name as its backing file?
 //!
-//! Only the overlay's backing name is ever written: as long as base and the merged layers keep their bytes,
-//! nothing is decided for good.
+//! It writes nothing but the overlay's backing name: as long as base and the merged layers keep their bytes,
+//! every decision can be undone.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -36,29 +36,29 @@ pub struct Interrupted {
 #[derive(Debug)]
 struct Overlay {
     image: Image,
-    /// What its backing name leads to, if to anything.
+    /// The file to which its backing name leads, if there is one.
     names: Option<FileId>,
 }
 
-/// What the overlay above top has as its backing file.
+/// What the overlay above top names as its backing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackingIs {
-    /// The uppermost of the merged layers: nothing was switched.
+    /// Top, the uppermost merged layer: the overlay was not relinked.
     Top,
-    /// The base: the merge was switched.
+    /// Base: the overlay was relinked.
     Base,
-    /// Something else, or nothing.
+    /// Another file, or none.
     Other,
 }
 
 impl Interrupted {
-    /// Opens and locks the layers. `merged` are those above base, the top first; each must be as it was,
-    /// and lead to the next and at last to `base`. `overlay` is the image above top, where there is one:
-    /// it must be qcow2. `options` has policy and formats; its `active_format` is that of top.
+    /// Opens and locks the layers. `merged` are those above base, the top first. Each must be unchanged, and
+    /// lead to the next one, the last one to `base`. `overlay` is the image above top, if there is one; it must
+    /// be qcow2. `options` has the policy and the formats; its `active_format` is that of top.
     ///
     /// # Errors
-    /// What [`Chain::open`] reports; [`Error::InUse`]; [`Refusal::NotAsKnown`] for a file that is another one or
-    /// was changed, and for a chain that goes another way.
+    /// What [`Chain::open`] reports; [`Error::InUse`]; [`Refusal::NotAsKnown`] for a file that was replaced or
+    /// changed, and for a chain with other files.
     pub fn open(
         host: &dyn Host,
         overlay: Option<&Stamp>,
@@ -76,7 +76,7 @@ impl Interrupted {
             if at < merged.len() {
                 require_unchanged(host, stamp, file)?;
             } else if !stamp.is_same_file(&Stamp::of(host, &layer.path, file)?) {
-                // QEMU may have written to base, and may write as it closes it.
+                // Base may have changed: QEMU merged into it. It only has to be the same file.
                 let what = Difference::OtherFile.to_string();
                 return Err(Error::refused(&layer.path, Refusal::NotAsKnown { what }));
             }
@@ -89,7 +89,7 @@ impl Interrupted {
         Ok(Self { chain, base, overlay })
     }
 
-    /// What the overlay has as its backing file; [`BackingIs::Top`] where there is no overlay.
+    /// What the overlay names as its backing file; [`BackingIs::Top`] if there is no overlay.
     pub fn backing(&self) -> BackingIs {
         let Some(overlay) = &self.overlay else { return BackingIs::Top };
         let id = |at: usize| self.chain.layers().get(at).map(|layer| layer.id);
@@ -100,9 +100,9 @@ impl Interrupted {
         }
     }
 
-    /// The first byte of the disk in which base, read with nothing taken from the system's cache, does not
-    /// hold what the layers above it show; `None` if it holds it all. `size_before` is the size of base's disk
-    /// before the merge, in bytes: behind it the guest saw zeros.
+    /// The first byte of the disk in which base does not hold what the layers above it show; `None` if it holds
+    /// everything. Base is read past the system's cache. `size_before` is the size of base's disk before the
+    /// merge, in bytes: behind it the guest saw zeros.
     ///
     /// # Errors
     /// Whatever reading reports; [`Error::Cancelled`].
@@ -128,10 +128,11 @@ impl Interrupted {
         })
     }
 
-    /// A place of the disk that nobody has ever copied to base: a layer above holds bytes there that are not zero, and base
-    /// has nothing of its own. Once something was written to base there, its tables say so, whatever a guest discards
-    /// afterwards: that becomes zeros, not nothing. `None` if there is no such place, or if base's format does not tell:
-    /// raw, or qcow2 of version 2, whose discarded clusters are as those that never were.
+    /// A place of the disk that was certainly never copied to base: a layer above holds non-zero bytes there,
+    /// and base has nothing allocated. A write to base would show in its tables even after the guest has
+    /// discarded the place, because a discard leaves a zero cluster behind. `None` if there is no such place,
+    /// or if base's format cannot tell: raw, or qcow2 of version 2, where a discarded cluster becomes
+    /// unallocated.
     ///
     /// # Errors
     /// Whatever reading reports; [`Error::Cancelled`].
@@ -182,12 +183,12 @@ impl Interrupted {
         Ok(None)
     }
 
-    /// Gives the overlay its former backing file back: top, by the name that it had for it. Only if base is
-    /// its backing file now. The name changes in one sector.
+    /// Relinks the overlay to top, its former backing file, by the name that it had for it. This is done only
+    /// if base is its backing file now. The name changes in one sector.
     ///
     /// # Errors
     /// [`Error::Refused`] for an overlay that names anything but base, a name that does not lead to top, or a
-    /// header without room; then nothing was changed. An I/O error: it names the one or the other.
+    /// header without room; nothing was changed then. After an I/O error the overlay names either of the two.
     pub fn relink_back(&mut self, host: &dyn Host, name: &str) -> Result<()> {
         let top = self.chain.layers().last().map(|layer| (layer.id, layer.image.format()));
         let (Some(overlay), Some((top, format))) = (&mut self.overlay, top) else {
@@ -233,7 +234,7 @@ fn open_overlay(host: &dyn Host, stamp: &Stamp, options: &OpenOptions) -> Result
     Ok(Overlay { image: Image::Qcow2(image), names })
 }
 
-/// The file that a backing name of `overlay` leads to, if it leads to one.
+/// The file to which a backing name of `overlay` leads, if there is one.
 fn leads_to(host: &dyn Host, name: &[u8], overlay: &Path) -> Result<Option<FileId>> {
     let Ok(name) = BackingName::parse(name) else { return Ok(None) };
     let path = name.resolve(overlay);

@@ -1,8 +1,8 @@
-//! What becomes of images that are obsolete after a merge, when the merge itself was somebody else's: a
-//! virtual machine still runs on the base, and only what it has let go of may be touched.
+//! Marks or removes images that are obsolete after somebody else's merge. A virtual machine still runs on base,
+//! so only images that it has closed may be touched.
 //!
-//! Nothing here opens the base for writing, or takes a lock on it. Every image that is changed is first
-//! locked as by its only user, and then compared with the stamp that the caller has of it.
+//! Nothing here opens base for writing, or locks it. Every image that is changed is first locked for writing,
+//! then compared with the caller's stamp of it.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ use crate::merge::switch::mark::{mark, open, require_unchanged, unlink};
 use crate::stamp::{Difference, Stamp};
 use crate::storage::{FileId, FileKind, Host, LockMode, Place};
 
-/// What became of obsolete images.
+/// What was done with obsolete images.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RetireReport {
@@ -24,8 +24,8 @@ pub struct RetireReport {
     pub deleted: Vec<PathBuf>,
 }
 
-/// Marks images as merged into `base`, so that they are never merged again. Each is locked for it; the
-/// first that cannot be marked ends it, and those before it are marked then.
+/// Marks images as merged into `base`, so that they are never merged again. Each is locked for it. An error
+/// ends the call; the images before stay marked.
 ///
 /// # Errors
 /// [`Error::InUse`]; [`Refusal::NotAsKnown`]; an I/O error; an image that is damaged.
@@ -41,10 +41,10 @@ pub fn mark_merged(host: &dyn Host, images: &[Stamp], base: &Path, no_locks: boo
     Ok(retired)
 }
 
-/// Removes obsolete images in the order given: the uppermost first. Each must be a
-/// regular file that no process holds and no image in the same folders, or in `scan`, uses. `chain` are
-/// images that may use them, because they are about to go too or to be changed. External data files
-/// stay. The first image that cannot be removed ends it; those before it are removed by then.
+/// Removes obsolete images in the given order, the uppermost first. Each must be a regular file that no process
+/// holds, and that no image in the same folders or in `scan` uses. The images of `chain` may use them: they
+/// will be removed or changed, too. External data files stay. An error ends the call; the images before are
+/// removed by then.
 ///
 /// # Errors
 /// [`Error::InUse`]; [`Refusal::NotAsKnown`]; [`Refusal::SharedBase`]; an I/O error.
@@ -80,8 +80,9 @@ pub fn remove(
     Ok(retired)
 }
 
-/// How many of the `images`, the uppermost first, nobody else uses; and who uses the next one, if there is one. That one
-/// and those below it must stay: who uses it reads through them. Only looks; `chain` and `scan` are those of [`remove`].
+/// How many of the `images`, from the uppermost down, have no other user; and the users of the next one, if
+/// there is one. That one and those below it must stay: its users read through them. Nothing is changed;
+/// `chain` and `scan` are those of [`remove`].
 ///
 /// # Errors
 /// An I/O error.
@@ -100,7 +101,7 @@ pub fn unused(
     Ok((images.len(), Vec::new()))
 }
 
-/// The images in the same folders, or in `scan`, that use an image, without those that are about to go or to change.
+/// The images in the same folders or in `scan` that use an image, except those of `images` and `chain`.
 fn users_of(
     host: &dyn Host,
     image: &Stamp,

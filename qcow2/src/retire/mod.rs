@@ -1,5 +1,6 @@
-//! Images that somebody else has merged, while a virtual machine ran on them: marked, removed, made empty overlays on
-//! base, and compared with it. Base may be in use, and is only looked at.
+//! Handles images that somebody else (QEMU) has merged into base while a virtual machine ran on them: compares
+//! them with base, marks them, removes them, or turns them into empty overlays on base. Base may be in use, and
+//! is only read.
 
 mod empty_all;
 mod empty_onto;
