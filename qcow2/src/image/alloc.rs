@@ -1,9 +1,9 @@
-//! Allocation of clusters in an image that is being written.
+//! Allocates clusters in an image that is being written.
 //!
-//! The allocator goes forward through the refcounts once, handing out free clusters in the order of
-//! the file: gaps first, then the room behind the last cluster. What an operation frees in front of
-//! the allocator may be handed out again, so it is freed only behind the barrier that made it unused,
-//! and its blocks are freed before anything else is allocated.
+//! The allocator goes through the refcounts once, and hands out free clusters in the order of the file: gaps
+//! first, then the room behind the last cluster. A cluster that is freed ahead of it will be handed out again.
+//! So clusters are freed only behind the barrier that made them unused, and holes are punched into them before
+//! anything else is allocated.
 
 use std::ops::Range;
 
@@ -16,9 +16,9 @@ use crate::format::FormatError;
 #[derive(Debug)]
 pub(crate) struct Allocator {
     next: ClusterIndex,
-    /// The block that covers `next`, once it was read.
+    /// The refcount block that covers `next`, if it was read, and its number.
     block: Option<(u64, Vec<u8>)>,
-    /// Behind the last cluster that may be handed out: clusters that have a refcount block.
+    /// The end of the clusters that may be handed out: only clusters with a refcount block may.
     limit: ClusterIndex,
 }
 
@@ -26,11 +26,11 @@ impl Allocator {
     /// An allocator that begins at the start of the file.
     pub(crate) fn new(refcounts: &Refcounts) -> Self {
         let blocks = refcounts.table().iter().rposition(|e| e.block().is_some()).map_or(0, |n| n as u64 + 1);
-        // Cluster 0 is the header's, whatever its refcount says.
+        // Cluster 0 holds the header, whatever its refcount says.
         Self { next: 1, block: None, limit: blocks * refcounts.per_block() }
     }
 
-    /// Behind the last cluster that may be handed out.
+    /// The end of the clusters that may be handed out.
     pub(crate) fn limit(&self) -> ClusterIndex {
         self.limit
     }
@@ -56,7 +56,7 @@ impl Allocator {
         })
     }
 
-    /// The first run of `len` free clusters, or `None`; changes nothing.
+    /// The first run of `len` free clusters, or `None`. Nothing is allocated.
     ///
     /// # Errors
     /// A refcount block that cannot be read.
@@ -74,8 +74,8 @@ impl Allocator {
         }
     }
 
-    /// What taking `clusters` free clusters would come to: how many there are, and the first cluster
-    /// behind the last of them; changes nothing.
+    /// What taking `clusters` free clusters would give: how many of them there are, and where the last one
+    /// ends. Nothing is allocated.
     ///
     /// # Errors
     /// A refcount block that cannot be read.
@@ -112,7 +112,7 @@ impl Allocator {
             if self.block.as_ref().is_none_or(|(have, _)| *have != index) {
                 let mut bytes = self.block.take().map(|(_, bytes)| bytes).unwrap_or_default();
                 if !refcounts.read_block(image, index, &mut bytes)? {
-                    // Clusters without a refcount block are never handed out.
+                    // Clusters without a refcount block are not handed out: their refcount could not be raised.
                     if run.is_some() {
                         return Ok(run);
                     }

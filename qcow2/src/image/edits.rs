@@ -1,14 +1,15 @@
-//! Changes to the mapping of an image. A batch collects them, and brings them to disk in an order in which a crash leaks
-//! clusters at most.
+//! Changes the mapping of an image. A batch collects changes and writes them in such an order that a crash can
+//! leak clusters, but do no other harm.
 //!
-//! 1. [`Batch::stage`]: raised refcounts and whole new L2 tables, to which nothing refers yet (the
+//! 1. [`Batch::stage`]: writes raised refcounts and whole new L2 tables, to which nothing refers yet (the
 //!    caller has written the data); barrier.
-//! 2. [`Batch::publish`]: entries of live L2 tables and of the L1 table; barrier.
-//! 3. [`Batch::settle`]: the refcounts of freed clusters are lowered; barrier; only then are holes punched into the file
-//!    where these clusters lie.
+//! 2. [`Batch::publish`]: writes entries of live L2 tables and of the L1 table; barrier.
+//! 3. [`Batch::settle`]: lowers the refcounts of freed clusters; barrier; then punches holes where these
+//!    clusters lie.
 //!
-//! Each step rests on the barrier before it. An entry must not point to a cluster whose refcount says that it is free: the
-//! next writer would take it. And a cluster must not be free on disk while an old entry still points to it.
+//! Each step relies on the barrier before it. An entry must not point to a cluster whose refcount says that it
+//! is free, because the next writer would allocate it again. So refcounts are raised before entries appear, and
+//! lowered only when no entry on disk points to the cluster any more.
 
 use std::ops::Range;
 
@@ -18,7 +19,7 @@ use crate::error::{Error, FileOp, Result};
 use crate::format::{L1Entry, L2Entry, read_be_u64s, write_be_u64s};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
-/// Where new clusters come from: the allocator of an image, or a counter when only planning.
+/// Where new clusters come from: the allocator of an image, or a counter while only a plan is made.
 pub(crate) trait ClusterSource {
     /// A free cluster.
     ///
@@ -33,7 +34,7 @@ struct BatchTable {
     l1_index: u64,
     place: TablePlace,
     bytes: Vec<u8>,
-    /// The bytes that changed.
+    /// The range of bytes with all changes.
     dirty: Option<Range<usize>>,
 }
 
@@ -44,9 +45,9 @@ enum TablePlace {
     Absent,
     /// In the file, owned by the active L1 table alone.
     Live(HostOffset),
-    /// In the file, shared with a snapshot: never changed in place.
+    /// In the file, shared with a snapshot: it must not be changed in place.
     Shared(HostOffset),
-    /// New, in a cluster of its own; with the shared table that it replaces.
+    /// Not written yet, for a new cluster; with the shared table that it replaces, if any.
     Fresh { host: HostOffset, replaces: Option<HostOffset> },
 }
 
@@ -62,7 +63,7 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    /// The L2 entry of a cluster, as the batch has it.
+    /// The L2 entry of a cluster, with the changes of the batch.
     ///
     /// # Errors
     /// A table that cannot be read, or an entry that breaks the format's rules.
@@ -97,10 +98,12 @@ impl Batch {
             TablePlace::Shared(host) => Some(Some(host)),
         };
         if let Some(replaces) = replaces {
-            // A snapshot reads a shared table too, so the batch changes a copy, and one L1 entry makes it visible.
+            // A snapshot reads a shared table, too. So the batch changes a copy, which one L1 entry makes
+            // visible.
             let host = HostOffset::new(self.allocate(source)? << geometry.cluster_bits());
             self.table(image, cluster)?.place = TablePlace::Fresh { host, replaces };
             if let Some(old) = replaces {
+                // This lowers the refcount by one; the snapshot's reference to the old table remains.
                 self.freed.push(old.get() >> geometry.cluster_bits());
             }
         }
@@ -122,13 +125,14 @@ impl Batch {
         Ok(cluster)
     }
 
-    /// Notes that no entry refers to the host clusters of `len` bytes at `host` any more: [`Batch::settle`] frees them.
+    /// Notes that an entry for the `len` bytes at `host` goes away: [`Batch::settle`] lowers the refcounts of
+    /// the host clusters that they touch. A compressed cluster may touch several.
     pub(crate) fn free(&mut self, image: &Qcow2, host: HostOffset, len: u64) {
         let bits = image.geometry().cluster_bits();
         self.freed.extend(host.get() >> bits..=(host.get() + len.max(1) - 1) >> bits);
     }
 
-    /// How many clusters the batch has allocated, data and L2 tables.
+    /// How many clusters the batch has allocated, for data and L2 tables.
     pub(crate) fn allocated(&self) -> u64 {
         self.allocated.iter().map(|run| run.end - run.start).sum()
     }
@@ -138,13 +142,13 @@ impl Batch {
         self.table_bytes + self.freed.len() * 8
     }
 
-    /// Whether there is nothing to bring to disk.
+    /// Whether there is nothing to write.
     pub(crate) fn is_empty(&self) -> bool {
         let clean = self.current.as_ref().is_none_or(|t| t.dirty.is_none());
         clean && self.changed.is_empty() && self.allocated.is_empty() && self.freed.is_empty()
     }
 
-    /// Forgets everything but the table that is being looked at: for planning, where nothing is written.
+    /// Drops all changes but the current table. This bounds the memory of a plan, which writes nothing.
     pub(crate) fn forget(&mut self) {
         self.changed.clear();
         self.table_bytes = 0;
@@ -167,7 +171,7 @@ impl Batch {
         Ok(self.current.insert(table))
     }
 
-    /// Writes what nothing refers to yet.
+    /// Writes what nothing on disk refers to yet.
     ///
     /// # Errors
     /// An I/O error, or refcounts that are not what they should be.
@@ -186,7 +190,7 @@ impl Batch {
         Ok(())
     }
 
-    /// Makes the changes visible: what they refer to is durable.
+    /// Makes the changes visible. Everything that they refer to must be durable.
     ///
     /// # Errors
     /// An I/O error.
@@ -199,11 +203,12 @@ impl Batch {
         }
         let fresh = self.changed.iter().filter_map(|table| match table.place {
             TablePlace::Fresh { host, .. } => {
+                // The new table's refcount is one, so the entry has the COPIED flag.
                 Some((table.l1_index, L1Entry::Table { host, copied: true }.encode()))
             }
             _ => None,
         });
-        // Neighbouring L1 entries go in one write.
+        // Write neighbouring L1 entries together.
         let mut run: (u64, Vec<u64>) = (0, Vec::new());
         for (index, entry) in fresh {
             if run.0 + run.1.len() as u64 != index {
@@ -215,7 +220,7 @@ impl Batch {
         write_l1(image, &run)
     }
 
-    /// Frees the clusters that nothing refers to any more. The caller has made the entries durable that referred to them.
+    /// Frees the clusters that nothing refers to any more. The changed entries must be durable.
     ///
     /// # Errors
     /// An I/O error, or refcounts that are not what they should be.
@@ -225,7 +230,8 @@ impl Batch {
         }
         self.freed.sort_unstable();
         let freed = refcounts.lower(image, &self.freed)?;
-        // A hole in a cluster that a power cut brings back into use would lose its data.
+        // Until the refcounts are durable, a power cut may bring the cluster back into use; a hole would lose
+        // its data.
         image.barrier()?;
         let bits = image.geometry().cluster_bits();
         let len = image.file_size()?;

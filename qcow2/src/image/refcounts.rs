@@ -1,7 +1,7 @@
-//! Refcounts of an image that is being written: reading, raising and lowering them on disk.
+//! Reads, raises and lowers the refcounts of an image that is being written.
 //!
-//! Only the refcount table (at most 8 MiB) is held in memory. Changes are given as sorted lists and
-//! applied block by block, so a block is read and written once per list.
+//! Only the refcount table (at most 8 MiB) is held in memory. Changes come as sorted lists, so that each block
+//! is read and written once per list.
 
 use std::ops::Range;
 
@@ -78,14 +78,14 @@ impl Refcounts {
         first..first + self.table_clusters
     }
 
-    /// Notes that the table has moved and changed.
+    /// Takes over a new table, which the caller has written.
     pub(crate) fn replace_table(&mut self, at: HostOffset, clusters: u64, table: Vec<RefcountTableEntry>) {
         self.table_at = at;
         self.table_clusters = clusters;
         self.table = table;
     }
 
-    /// Takes a block out of the table; the clusters that it counted are free afterwards.
+    /// Takes a block out of the table. All clusters that it counts must be free.
     ///
     /// # Errors
     /// An I/O error.
@@ -128,7 +128,7 @@ impl Refcounts {
         Ok(0)
     }
 
-    /// Raises the refcounts of free clusters from zero to one. `runs` is sorted.
+    /// Raises the refcounts of free clusters from zero to one. `runs` must be sorted.
     ///
     /// # Errors
     /// A cluster that is not free, or has no refcount block: the image is damaged.
@@ -142,8 +142,8 @@ impl Refcounts {
         })
     }
 
-    /// Lowers refcounts by one for each time a cluster stands in `clusters`, which is sorted; returns
-    /// the runs of clusters that are free now.
+    /// Lowers the refcount of each cluster in `clusters` by one; a cluster that is listed several times is
+    /// lowered that often. The list must be sorted. Returns the runs of clusters that became free.
     ///
     /// # Errors
     /// A refcount that is zero already: the image is damaged.

@@ -1,4 +1,4 @@
-//! Big-endian numbers, bytes and paths, one behind the other.
+//! Encodes and decodes big-endian numbers, bytes and paths, one behind the other.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -45,7 +45,7 @@ impl ByteWriter {
     }
 }
 
-/// Takes values from bytes; `None` where they end too early.
+/// Takes values from bytes; `None` if the bytes end too early.
 #[derive(Debug)]
 pub(super) struct ByteReader<'a>(&'a [u8]);
 
@@ -94,7 +94,8 @@ impl<'a> ByteReader<'a> {
         Some(PathBuf::from(OsStr::from_bytes(bytes)))
     }
 
-    /// A number of values, then the values. Nothing is allocated for values that are not there.
+    /// A count, then that many values. Memory is taken only for values that are there, whatever the count
+    /// claims.
     pub(super) fn list<T>(&mut self, mut value: impl FnMut(&mut Self) -> Option<T>) -> Option<Vec<T>> {
         let count = self.u32()?;
         let mut list = Vec::new();

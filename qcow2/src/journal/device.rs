@@ -1,14 +1,14 @@
-//! A file under a journal: a storage that writes nothing over what is in use before the journal holds it.
+//! A file under a journal: a storage that overwrites bytes in use only when the journal holds the new ones.
 //!
 //! Blocks of [`BLOCK`] bytes are kept in memory until the next barrier if they are written
-//! - by [`Storage::write_live`]: metadata that something durable refers to, or
-//! - only in part: the rest of the block may be anybody's, and a disk that loses its power in the middle of a
+//! - by [`Storage::write_live`], which is for metadata that something durable refers to, or
+//! - only in part: the rest of the block may hold other data, and a disk that loses power while it writes a
 //!   block may lose all of it.
 //!
 //! Whole blocks of data go straight to the file. A barrier first makes a record of the blocks in memory
-//! durable, then writes them in place, then syncs the file. So one barrier stays one barrier for the
-//! callers, and what is written between two of them may still become durable in any order. When memory is full, the
-//! journal puts in one more barrier; callers do not see it, since more order breaks nothing.
+//! durable, then writes them in place, then syncs the file. So callers still see one barrier, and writes
+//! between two barriers may still become durable in any order. When memory is full, the journal adds a barrier
+//! of its own. Callers do not notice: more order than they asked for breaks nothing.
 
 use std::fs::File;
 use std::io;
@@ -22,7 +22,8 @@ use crate::storage::{
     CopyError, FileStat, FileView, LockError, LockMode, PAGE, Page, Pages, SECTOR, Storage, end_of, pieces,
 };
 
-// The blocks of a record are pages of memory, and are written in the sectors whose checksums it holds.
+// A block of a record is a page in memory, and a record's checksums are those of the sectors in which pages are
+// written.
 const _: () = assert!(BLOCK == PAGE && record::SECTOR == SECTOR);
 
 /// A file that is written under a journal. See the module.
@@ -32,15 +33,15 @@ pub(crate) struct Journaled {
     journal: Arc<Journal>,
     target: u8,
     kept: Mutex<HeldBlocks>,
-    /// How many blocks are kept. Readers take the lock only if there are some, since most reads touch none.
+    /// How many blocks are kept. Readers take the lock only if there are any.
     count: AtomicUsize,
 }
 
-/// What is in memory.
+/// The blocks in memory.
 #[derive(Debug)]
 struct HeldBlocks {
-    /// The blocks, each with the checksums of its sectors before. Only sectors that change are written: the dirty bit is
-    /// in one that must not be torn.
+    /// The blocks, each with the former checksums of its sectors. Only sectors that change are written, so that
+    /// a change elsewhere in the block cannot tear the sector with the dirty bit.
     blocks: Pages<[u32; SECTORS]>,
     /// Why nothing can be written any more.
     failed: Option<(io::ErrorKind, String)>,
@@ -53,8 +54,8 @@ impl Journaled {
         Self { file, journal, target, kept: Mutex::new(kept), count: AtomicUsize::new(0) }
     }
 
-    /// As [`Journaled::new`], with blocks of a record that a power cut may have kept from the file: they are
-    /// what is read, and written by the next barrier. The file then has `len` bytes at least.
+    /// As [`Journaled::new`], with blocks of a record that a power cut may have torn in the file. Readers see
+    /// these blocks instead, and the next barrier writes them. The file has at least `len` bytes then.
     pub(crate) fn replaying(
         file: Arc<dyn Storage>,
         journal: Arc<Journal>,
@@ -91,8 +92,8 @@ impl Journaled {
         if kept.blocks.len() >= self.journal.max_blocks() { self.barrier(kept) } else { Ok(()) }
     }
 
-    /// Makes the record durable, writes the blocks in place, and syncs the file. In this order, because a power cut while a
-    /// block is written in place may tear it, and then the record must be there to heal it.
+    /// Makes the record durable, writes the blocks in place, and syncs the file. The order matters: a power cut
+    /// may tear a block while it is written in place, and then the record must be there to mend it.
     fn barrier(&self, kept: &mut HeldBlocks) -> io::Result<()> {
         kept.usable()?;
         if kept.blocks.is_empty() {
@@ -107,13 +108,14 @@ impl Journaled {
             bytes: page.bytes.clone(),
         });
         self.journal.append(&mut turn, self.target, len, false, blocks.collect())?;
-        // The barrier of the journal may have taken long.
+        // The journal's barrier may have taken long. A new sign of life comes before the writes in place, so
+        // that their times do not look like somebody else's writes.
         self.journal.beat_now();
         let written = kept
             .blocks
             .for_each_run(len, |at, bytes| self.file.write_all_at(bytes, at))
             .and_then(|()| match size < len && self.file.size()? < len {
-                // The last sectors are zeros, which nothing was written for.
+                // The last sectors are zeros, and so were not written.
                 true => self.file.set_len(len),
                 false => Ok(()),
             })
@@ -128,7 +130,7 @@ impl Journaled {
         Ok(())
     }
 
-    /// Has `change` edit the bytes of a range in the blocks that it touches.
+    /// Lets `change` edit the bytes of a range in the kept blocks.
     fn keep(
         &self,
         kept: &mut HeldBlocks,
@@ -144,7 +146,7 @@ impl Journaled {
         Ok(())
     }
 
-    /// Writes a range: what fills whole blocks by `whole`, the rest through memory by `part`.
+    /// Writes a range: whole blocks straight to the file with `whole`, the rest into memory with `part`.
     fn split(
         &self,
         range: Range<u64>,
@@ -165,7 +167,7 @@ impl Journaled {
         whole(head..tail)
     }
 
-    /// Drops what is kept of whole blocks that are written anew.
+    /// Drops kept blocks that are about to be overwritten as a whole.
     fn forget(&self, range: Range<u64>) -> io::Result<()> {
         if self.has_kept() {
             let mut kept = self.lock();
@@ -187,7 +189,7 @@ impl HeldBlocks {
     }
 }
 
-/// The whole blocks of a range; nothing if the first offset is not below the second.
+/// The bounds of the whole blocks in a range. There are none unless the first offset is below the second.
 fn whole_blocks(range: &Range<u64>) -> (u64, u64) {
     (range.start.next_multiple_of(BLOCK), range.end - range.end % BLOCK)
 }
@@ -237,7 +239,8 @@ impl Storage for Journaled {
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
-        // A hole may hold anything afterwards, so blocks that it covers only in part stay as they are.
+        // The content of a hole is undefined. A block that the range covers only in part holds other data, too,
+        // so it stays.
         let (start, end) = (offset.next_multiple_of(BLOCK), end_of(offset, len)?);
         let end = if end >= self.file.size()? { end } else { end - end % BLOCK };
         if start >= end {
@@ -257,7 +260,7 @@ impl Storage for Journaled {
         let range = dst_offset..end_of(dst_offset, len).map_err(CopyError::write(dst_offset))?;
         let (head, tail) = whole_blocks(&range);
         let parts = if head < tail { [range.start..head, tail..range.end] } else { [range, 0..0] };
-        // The source may be this file itself, so it is read before the lock is taken.
+        // Read before the lock is taken: the source may be this very file.
         for part in parts.into_iter().filter(|part| !part.is_empty()) {
             let mut bytes = vec![0; (part.end - part.start) as usize];
             let from = src_offset + (part.start - dst_offset);
@@ -325,8 +328,8 @@ impl Storage for Journaled {
         self.file.start_writing(offset, len);
     }
 
-    /// A view shows the file, not the blocks in memory. That is right here: the caller only moves bytes that are durable,
-    /// or that come from another file.
+    /// The file shows nothing of the blocks in memory. That is right here: callers only move bytes that are
+    /// durable, or that come from another file.
     fn as_file(&self) -> Option<&File> {
         self.file.as_file()
     }

@@ -1,7 +1,7 @@
-//! The file of a journal: a header, and two places that records take in turn.
+//! The file of a journal: a header, and two slots that records take in turn.
 //!
-//! A record is written over the one before the last only when the last is durable and, in the image, all
-//! that it says. So of the two places at least one holds all that a power cut may have torn.
+//! A new record overwrites the one before the last. That happens only when the last record is durable, and its
+//! blocks are durable in the image. So at any time one of the slots holds all blocks that a power cut may tear.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,10 +17,10 @@ use crate::error::{Error, FileOp, Refusal, Result};
 use crate::stamp::Times;
 use crate::storage::{Access, Boot, FileKind, Host, LockError, LockMode, Owner, Place, Storage};
 
-/// What is behind the name of a journal that is not whole yet.
+/// The ending of the name of a journal that is still being made.
 pub(super) const NEW: &str = ".new";
 
-/// How often there is a sign of life.
+/// How often a sign of life is written.
 const BEAT_EVERY: Duration = Duration::from_millis(200);
 
 /// An open journal.
@@ -33,33 +33,35 @@ pub(crate) struct Journal {
     /// The length of the header, in bytes. Behind it are a block for the sign of life, and the records.
     header_len: u64,
     state: Mutex<JournalState>,
-    /// What every record says of the files to be removed.
+    /// The obsolete files that every new record lists.
     obsolete: Mutex<Option<Vec<ObsoleteFile>>>,
-    /// The files that are written under it, and how they were when somebody last looked.
+    /// The target files, and their times when they were last looked at.
     watched: Mutex<WatchedTargets>,
     /// This run of the system.
     boot: Option<Boot>,
     opened: Instant,
-    /// When the last sign of life was, in milliseconds since `opened`.
+    /// When the last sign of life was written, in milliseconds since `opened`.
     beaten: AtomicU64,
-    /// A write or a barrier has failed, here or of what the last record holds: nothing is written any more.
+    /// A write or a barrier has failed, in the journal or for the blocks of the last record. Nothing more is
+    /// written then.
     failed: AtomicBool,
 }
 
-/// The targets of a journal as files, and how they were behind the last barrier.
+/// The targets of a journal as files, and their times behind the last barrier.
 #[derive(Debug, Default)]
 struct WatchedTargets {
     files: Vec<Arc<dyn Storage>>,
     known: Vec<Times>,
 }
 
-/// How far the work is.
+/// The progress of the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct JournalState {
     pub(crate) phase: Phase,
     pub(crate) watermark: u64,
     pub(crate) done: u64,
-    /// Whether a torn header was made whole since the work went on, of a file that may be another one.
+    /// Whether a torn header was mended since the work went on, in a file that may be another one than the
+    /// work's.
     is_doubtful: bool,
     sequence: u64,
 }
@@ -72,17 +74,17 @@ impl JournalState {
 }
 
 impl Journal {
-    /// Makes a journal at `place`, instead of one that is there. It is durable afterwards.
+    /// Makes a journal at `place`, in place of any that is there. It is durable afterwards.
     ///
     /// # Errors
-    /// The system's; paths that are too long for a header; [`Refusal::Stranger`] if somebody who is not believed has put
-    /// a file where the journal is made before it has its name.
+    /// The system's; paths that are too long for a header; [`Refusal::Stranger`] if somebody who may not write
+    /// the targets has put a file at the name under which the journal is made.
     pub(crate) fn create(host: &dyn Host, place: &Place, header: Header) -> Result<Self> {
         Self::make(host, place, header, false)
     }
 
-    /// As [`Journal::create`], for an image whose dirty bit an earlier work has set: the new journal says
-    /// that from the moment it has its name.
+    /// As [`Journal::create`], for an image whose dirty bit earlier work has set. The new journal says so from
+    /// the moment that it has its name.
     ///
     /// # Errors
     /// As [`Journal::create`].
@@ -96,7 +98,7 @@ impl Journal {
         let bytes = header.encode().ok_or_else(|| {
             Error::Usage(format!("{}: the names of the layers are too long for a journal", path.display()))
         })?;
-        // Complete before it has its name, so that whoever finds the name finds a journal.
+        // The file is complete before it gets its name, so that the name never leads to half a journal.
         let mut fresh = place.name().to_owned();
         fresh.push(NEW);
         let fresh = place.beside(fresh);
@@ -121,8 +123,8 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Makes a journal at `place` that holds one record, with these blocks of a target that has `len` bytes
-    /// with them. Its content is durable afterwards, its name is not.
+    /// Makes a journal at `place` with one record. The record holds `blocks` of the only target, which is `len`
+    /// bytes long with them. The content is durable afterwards, the name is not.
     ///
     /// # Errors
     /// As [`Journal::create`].
@@ -147,8 +149,8 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Opens the journal at `place`, with its last record if there is one; `None` if there is no journal. Whether it is to be
-    /// believed is another matter: see [`Journal::owner`].
+    /// Opens the journal at `place`, with its last record if there is one; `None` if there is no journal. The
+    /// caller must find out whether it may be believed: see [`Journal::owner`].
     ///
     /// # Errors
     /// The system's; [`Refusal::JournalVersion`].
@@ -226,8 +228,8 @@ impl Journal {
         }
     }
 
-    /// Holds the journal as long as it is open, so that no other process takes it over or removes it. Where the file
-    /// system has no locks, the image's own must do.
+    /// Locks the journal as long as it is open, so that no other process takes it over or removes it. On a file
+    /// system without locks, only the image's lock protects it.
     ///
     /// # Errors
     /// [`Error::InUse`] if somebody else holds it.
@@ -238,7 +240,8 @@ impl Journal {
         }
     }
 
-    /// Whether another process works under this journal. Where the file system has no locks, nobody is seen.
+    /// Whether another process works under this journal. On a file system without locks, the answer is always
+    /// no.
     ///
     /// # Errors
     /// The system's.
@@ -253,7 +256,7 @@ impl Journal {
         Error::InUse { path: self.path.clone(), holders }
     }
 
-    /// These are the targets: each record says how they are behind the last barrier.
+    /// Sets the files of the targets: from now on each record notes their times behind the last barrier.
     pub(crate) fn watch(&self, files: Vec<Arc<dyn Storage>>) {
         self.watched().files = files;
     }
@@ -262,7 +265,7 @@ impl Journal {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks at the targets.
+    /// Takes the present times of the targets.
     fn look(&self) -> io::Result<()> {
         let mut watched = self.watched();
         if !watched.files.is_empty() {
@@ -272,14 +275,14 @@ impl Journal {
         Ok(())
     }
 
-    /// Where the sign of life is written, in bytes.
+    /// The offset of the sign of life, in bytes.
     fn beat_place(&self) -> u64 {
         self.header_len.next_multiple_of(BLOCK)
     }
 
-    /// Where records with this number, even or odd, lie.
+    /// The offset of the slot for the record with this number: one is for even numbers, one for odd.
     fn record_at(&self, sequence: u64) -> u64 {
-        // Obsolete files are some of those that the header names.
+        // Room for the list of obsolete files: it names no files but those of the header.
         let room = record_room(self.max_blocks()) + ENVELOPE + 2 * self.header_len as usize;
         self.beat_place() + BLOCK + sequence % 2 * (room as u64).next_multiple_of(BLOCK)
     }
@@ -299,22 +302,23 @@ impl Journal {
         &self.header
     }
 
-    /// The turn of whoever writes a record, and then in place what it says. Nobody else does so meanwhile.
+    /// Locks the journal for one writer, who first writes a record and then its blocks in place. The records of
+    /// two files must not mix: a record may be overwritten only when its blocks are in place.
     pub(super) fn turn(&self) -> MutexGuard<'_, JournalState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How far the work is.
+    /// The progress of the work.
     pub(crate) fn state(&self) -> JournalState {
         *self.turn()
     }
 
-    /// The files to be removed when all is done, as the last record has them.
+    /// The files to be removed when the work is done, as in the last record.
     pub(crate) fn obsolete(&self) -> Option<Vec<ObsoleteFile>> {
         self.obsolete.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// From the next record on, these files are to be removed when all is done.
+    /// Sets the files to be removed when the work is done. They are in the journal from the next record on.
     pub(crate) fn set_obsolete(&self, obsolete: Option<Vec<ObsoleteFile>>) {
         *self.obsolete.lock().unwrap_or_else(PoisonError::into_inner) = obsolete;
     }
@@ -328,27 +332,28 @@ impl Journal {
         Ok(stat.modified_ns)
     }
 
-    /// From the next record on, the work is in `phase`.
+    /// Sets the phase. It is in the journal from the next record on.
     pub(crate) fn enter(&self, phase: Phase) {
         self.turn().phase = phase;
     }
 
-    /// Notes durably that the work is in `phase`, that all is done below the guest offset `watermark`, and
-    /// how many bytes were written for that. Everything written to the targets before is durable.
+    /// Notes durably that the work is in `phase`, that everything below the guest offset `watermark` is done,
+    /// and how many bytes were written for that. Everything written to the targets before must be durable.
     ///
     /// # Errors
     /// The system's.
     pub(crate) fn note(&self, phase: Phase, watermark: u64, done: u64) -> Result<()> {
         let mut state = self.turn();
         (state.phase, state.watermark, state.done) = (phase, watermark, done);
-        // What was doubtful was proved, or does not count.
+        // By now a doubtful file was proved to be the right one, or the doubt does not matter any more.
         state.is_doubtful = false;
         let noted = self.look().and_then(|()| self.append(&mut state, 0, 0, false, Vec::new()));
         noted.map_err(|e| Error::io(&self.path, FileOp::Write, None, e))
     }
 
-    /// Notes, durably, that the blocks of the last record were written to the first target again, which is otherwise as
-    /// the work has left it; unless `is_doubtful`: then it may be another file, and its times prove nothing from now on.
+    /// Notes durably that the blocks of the last record were written to the first target again, so that its new
+    /// times count as the work's own. With `is_doubtful`, the target may be another file than the work's, and
+    /// its times prove nothing from now on.
     ///
     /// # Errors
     /// The system's.
@@ -374,7 +379,7 @@ impl Journal {
         noted.map_err(|e| Error::io(&self.path, FileOp::Write, None, e))
     }
 
-    /// Writes a record and makes it durable.
+    /// Writes a record durably.
     pub(super) fn append(
         &self,
         state: &mut JournalState,
@@ -410,13 +415,14 @@ impl Journal {
         Ok(())
     }
 
-    /// The blocks of the last record could not be written in place: it stays the last, for only it can make them whole
-    /// after a power cut.
+    /// Notes that blocks of the last record could not be written in place. No record may follow: only this one
+    /// can mend the blocks after a power cut.
     pub(super) fn fail(&self) {
         self.failed.store(true, Relaxed);
     }
 
-    /// A sign of life: the file's time of change shows until when the work went on.
+    /// Writes a sign of life if it is due: the file's time of modification shows until when the work was
+    /// running.
     pub(super) fn beat(&self) {
         let now = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
         let last = self.beaten.load(Relaxed);
@@ -429,18 +435,18 @@ impl Journal {
         }
     }
 
-    /// A sign of life whether or not it is due: behind a barrier, which may have taken long.
+    /// Writes a sign of life even if none is due: behind a barrier, which may have taken long.
     pub(super) fn beat_now(&self) {
         self.beaten.store(u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX), Relaxed);
         self.sign(self.beaten.load(Relaxed));
     }
 
     fn sign(&self, now: u64) {
-        // Only a hint: without it, the work is refused where a sign would have let it go on.
+        // An error is harmless: without the sign, the work may be refused where it could have gone on.
         let _ = self.file.write_all_at(&now.to_be_bytes(), self.beat_place());
     }
 
-    /// To whom the file belongs.
+    /// The owner of the file.
     ///
     /// # Errors
     /// The system's.
@@ -449,7 +455,7 @@ impl Journal {
         Ok(stat.owner)
     }
 
-    /// Removes the file, if its name is not another file's by now; that is durable afterwards.
+    /// Removes the file durably, unless its name leads to another file by now.
     ///
     /// # Errors
     /// The system's.
@@ -470,7 +476,7 @@ impl Journal {
     }
 }
 
-/// The bytes at `at` that an envelope there announces; `None` if there is none.
+/// The bytes of the envelope at `at`, as long as its head announces; `None` if there is no envelope.
 fn piece(file: &dyn Storage, at: u64, len: impl Fn(&[u8]) -> Option<usize>) -> io::Result<Option<Vec<u8>>> {
     let mut head = [0; ENVELOPE];
     file.read_exact_or_zero(&mut head, at)?;
@@ -489,8 +495,8 @@ pub(super) fn sync_folder(host: &dyn Host, place: &Place) -> Result<()> {
     host.sync_folder(folder).map_err(|e| Error::barrier(folder.path(), e))
 }
 
-/// Removes what an earlier work has left at a place where the file of a journal is to be made: what belongs to the caller, to
-/// root, or to somebody who may write the journal's targets.
+/// Removes a file that earlier work has left where a journal is going to be made. It must belong to the caller,
+/// to root, or to somebody who may write the journal's targets.
 ///
 /// # Errors
 /// [`Refusal::Stranger`] for a file that is not ours to remove; the system's.
@@ -508,7 +514,7 @@ fn clear(host: &dyn Host, place: &Place, header: &Header) -> Result<()> {
     place.unlink(host).map_err(|e| Error::io(&path, FileOp::Remove, None, e))
 }
 
-/// Whether a file of `owner` counts for each target of a journal.
+/// Whether a file of `owner` may speak for every target of a journal.
 fn may_speak_for_all(host: &dyn Host, owner: &Owner, header: &Header) -> Result<bool> {
     for target in &header.targets {
         let stat = host.stat(&target.path).map_err(|e| Error::io(&target.path, FileOp::Stat, None, e))?;

@@ -1,4 +1,4 @@
-//! Edits of cluster 0 that survive a power cut, and the repair of headers that one has torn.
+//! Edits cluster 0 so that the edit survives a power cut, and mends headers that a power cut has torn.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -28,14 +28,15 @@ pub(crate) struct Edit<'a> {
     pub(crate) path: &'a Path,
     /// Its file.
     pub(crate) file: &'a dyn Storage,
-    /// Offsets and bytes, in order; each is to be durable before the next.
+    /// Offsets and bytes, in order. Each write must be durable before the next.
     pub(crate) writes: Vec<(u64, Vec<u8>)>,
-    /// Whether each state between two sectors is the old header or the new one.
+    /// Whether the header is either the old or the new one even if only some of the sectors were written.
     pub(crate) atomic: bool,
 }
 
-/// Carries out edits of different images side by side; each is redone after a power cut that tears it. The
-/// records lie beside the images or in `dir`, and are removed afterwards.
+/// Carries out edits of different images in parallel. The record of each is durable beside its image or in
+/// `dir` before the edit begins, so that an edit which a power cut tears can be redone. The records are removed
+/// afterwards.
 ///
 /// # Errors
 /// The system's; a place where no record can be made.
@@ -57,7 +58,7 @@ pub(crate) fn edit_headers(host: &dyn Host, edits: &[Edit<'_>], dir: Option<&Pat
     sync_names()
 }
 
-/// Writes the record of an edit; its name is not durable yet.
+/// Writes the record of an edit. Its content is durable, its name not yet.
 pub(super) fn record(host: &dyn Host, edit: &Edit<'_>, dir: Option<&Path>) -> Result<Journal> {
     let place = place(host, edit.path, edit.file, dir, SWITCH)?;
     let now = Stamp::of(host, edit.path, edit.file)?;
@@ -86,7 +87,7 @@ pub(super) fn record(host: &dyn Host, edit: &Edit<'_>, dir: Option<&Path>) -> Re
     Journal::create_with(host, &place, header, blocks, len)
 }
 
-/// The blocks that an edit touches, before and after; it reaches up to `end`.
+/// The blocks that an edit changes, before and after. The last write ends at `end`.
 fn edited(edit: &Edit<'_>, end: u64) -> std::io::Result<Vec<Block>> {
     let mut old = vec![0; end.next_multiple_of(BLOCK) as usize];
     edit.file.read_exact_or_zero(&mut old, 0)?;
@@ -104,19 +105,21 @@ fn edited(edit: &Edit<'_>, end: u64) -> std::io::Result<Vec<Block>> {
         .collect())
 }
 
-/// A number that no other journal has.
+/// A random number to tell this journal's records from those of others.
 pub(crate) fn nonce() -> u64 {
     use std::hash::{BuildHasher, RandomState};
     RandomState::new().hash_one(std::process::id())
 }
 
-/// Makes the header of the image at `path` whole if a power cut has torn it: from the record of an edit, or
-/// from a journal, beside it or in `dir`, of somebody who may write the image. The image is locked for that. Records of
-/// edits that are done, or were not begun, are removed. Tells whether the header was written.
+/// Mends the header of the image at `path` if a power cut has torn it. The content comes from the record of an
+/// edit or from a journal, beside the image or in `dir`, whose owner may write the image. The image is locked
+/// for that. Records of edits that are done, or were not begun, are removed. Returns whether the header was
+/// written.
 ///
 /// # Errors
-/// [`Error::InUse`] if there is something to do, and somebody holds the image; [`Refusal::NoLocks`] if nobody can hold
-/// it, unless `no_locks`; [`Refusal::JournalOfAnother`]; [`Refusal::JournalVersion`]; the system's.
+/// [`Error::InUse`] if there is something to do but somebody holds the image; [`Refusal::NoLocks`] if the file
+/// system has no locks, unless `no_locks`; [`Refusal::JournalOfAnother`]; [`Refusal::JournalVersion`]; the
+/// system's.
 pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: bool) -> Result<bool> {
     let file = match host.open(path, Access::Read) {
         Ok(file) => file,
@@ -131,7 +134,7 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: b
         let file = hold()?;
         is_written = end_edit(host, path, &*file, &found)?;
     }
-    // The record is not whole. The edit begins only when its record is durable, so it was not begun.
+    // A record that is not whole: an edit begins only when its record is durable, so this one was not begun.
     let owner = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.owner;
     for record in places(host, &image, dir, SWITCH)? {
         let stat =
@@ -161,8 +164,8 @@ pub(crate) fn heal(host: &dyn Host, path: &Path, dir: Option<&Path>, no_locks: b
     Ok(true)
 }
 
-/// Whether a power cut has torn the header of the image at `path`, or stopped a change of it in the middle, so that
-/// [`heal`] has something to make whole. Only looks.
+/// Whether a power cut has torn the header of the image at `path`, or stopped an edit of it half-way, so that
+/// [`heal`] has something to mend. Nothing is changed.
 ///
 /// # Errors
 /// As [`heal`].
@@ -181,7 +184,7 @@ pub(crate) fn is_torn_header(host: &dyn Host, path: &Path, dir: Option<&Path>) -
     Ok(torn_under_a_journal(host, path, &*file, dir)?.is_some())
 }
 
-/// The journal from which a header is made whole that a power cut has torn.
+/// The journal from which a torn header can be mended; `None` if the header is not torn.
 fn torn_under_a_journal(
     host: &dyn Host,
     path: &Path,
@@ -205,24 +208,25 @@ fn torn_under_a_journal(
     if !torn || seen(journal, Some(last), 0, &found.now, host.boot())? == FileFate::Older {
         return Ok(None);
     }
-    // Without a power cut hardly anything is torn: sectors that differ come from an image that was put back at once.
+    // While the system has not restarted there was no power cut. Then several unknown sectors do not come from
+    // a torn write, but from an image that was restored from a copy at once.
     let is_same_run = last.boot.zip(host.boot()).is_some_and(|(then, now)| then.id == now.id);
     let foreign = compare(last, file).map_err(failed)?.foreign;
     Ok((!is_same_run || foreign < 2).then_some(found))
 }
 
-/// How far an edit of a header came, as its record and the image tell.
+/// How far the edit of a header got, as its record and the image tell.
 enum Edited<'a> {
-    /// The record is about another file: it stays.
+    /// The record belongs to another file, and stays.
     Elsewhere,
-    /// It is done, or was not begun.
+    /// The edit is done, or was not begun.
     Whole,
-    /// It was stopped in the middle, or is torn.
+    /// The edit was stopped half-way, or a sector is torn.
     Between(&'a Record),
 }
 
-/// How far the edit of a record came in the image at `path`. A record that was made for another file of that name counts
-/// only if every sector that it does not change is as the record found it.
+/// Judges how far the edit of a record got in the image at `path`. A record that was made for another file of
+/// that name counts only if every sector that it does not change is as the record found it.
 fn judge_edit<'a>(
     host: &dyn Host,
     path: &Path,
@@ -250,8 +254,8 @@ fn judge_edit<'a>(
     Ok(if is_between(host, path, file, found, last)? { Edited::Between(last) } else { Edited::Whole })
 }
 
-/// Redoes the edit of a record if it was torn, and removes the record, if it is about the image at `path`, which is held
-/// under lock. Tells whether the header was written.
+/// Redoes the edit of a record if it was stopped half-way or torn, and removes the record. A record of another
+/// file stays. The image at `path` must be locked. Returns whether the header was written.
 fn end_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &FoundJournal) -> Result<bool> {
     let is_written = match judge_edit(host, path, file, found)? {
         Edited::Elsewhere => return Ok(false),
@@ -265,10 +269,11 @@ fn end_edit(host: &dyn Host, path: &Path, file: &dyn Storage, found: &FoundJourn
     Ok(is_written)
 }
 
-/// Ends edits of headers in `folders` that a power cut has stopped, of images that nobody holds, and removes what a kill has
-/// left of a journal that was being made. A record counts only for the image beside it, and only if its owner may write that
-/// image: anybody may have put it there, and it could name any file.
-/// `dir` is the caller's own. On file systems without locks nothing is done, unless `no_locks`.
+/// Finishes edits of headers in `folders` that a power cut has stopped, for images that nobody holds, and
+/// removes unfinished journal files of killed processes. A record counts only for the image beside it, and only
+/// if its owner may write that image: anybody may have put it there, and it could name any file. In `dir`,
+/// which the caller has chosen, records may name images elsewhere. On file systems without locks nothing is
+/// done, unless `no_locks`.
 ///
 /// # Errors
 /// The system's.
@@ -276,7 +281,7 @@ pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>, no
     let folders = folders.iter().map(|folder| (folder.as_path(), false));
     for (folder, may_be_elsewhere) in folders.chain(dir.map(|dir| (dir, true))) {
         let failed = |op| move |e| Error::io(folder, op, None, e);
-        // What may not be listed cannot be swept.
+        // A folder that may not be listed is skipped.
         let may = |e: &std::io::Error| e.kind() != std::io::ErrorKind::PermissionDenied;
         let opened = match host.canonicalize(folder).and_then(|folder| host.folder(&folder)) {
             Err(e) if may(&e) => if_there(Err(e)).map_err(failed(FileOp::Open))?,
@@ -293,7 +298,7 @@ pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>, no
             sweep_unnamed(host, &place, no_locks)?;
             if name.as_bytes().ends_with(SWITCH.as_bytes()) {
                 match sweep_one(host, &place, may_be_elsewhere, no_locks) {
-                    // It is about no image of this chain, and stays where it is.
+                    // It stays where it is; no image of this chain needs it.
                     Err(Error::Refused {
                         reason:
                             Refusal::JournalVersion { .. } | Refusal::JournalOfAnother { .. } | Refusal::NoLocks,
@@ -308,13 +313,13 @@ pub(crate) fn sweep(host: &dyn Host, folders: &[PathBuf], dir: Option<&Path>, no
 }
 
 fn sweep_one(host: &dyn Host, record: &Place, may_be_elsewhere: bool, no_locks: bool) -> Result<()> {
-    // First, because a record that does not count need not be readable.
+    // Look at the owner first: a record that does not count need not be readable.
     let failed = |e| Error::io(&record.path(), FileOp::Stat, None, e);
     let owner = match record.stat(host) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         stat => match stat.map_err(failed)? {
             stat if stat.kind == FileKind::Regular => stat.owner,
-            // A record is a file: this is not ours.
+            // Only a regular file can be a record of ours.
             _ => return Ok(()),
         },
     };
@@ -344,7 +349,7 @@ fn sweep_one(host: &dyn Host, record: &Place, may_be_elsewhere: bool, no_locks: 
             return Ok(());
         }
         let found = FoundJournal { journal, last, now: Stamp::of(host, &path, &*file)? };
-        // In a folder for all, a record about another file of that name is that one's.
+        // In a shared folder, the record may belong to another file that had this name.
         if may_be_elsewhere && !found.is_same_file() {
             return Ok(());
         }
@@ -363,7 +368,8 @@ fn remove(host: &dyn Host, place: &Place) -> Result<()> {
     }
 }
 
-/// The image that a record is about: the one beside it, by the record's name, or the one that it names, if it may be elsewhere.
+/// The image that a record belongs to: the one beside it, by the record's name; or, if images may lie
+/// elsewhere, the one that the record names.
 ///
 /// # Errors
 /// The system's.
@@ -378,7 +384,7 @@ fn image_of(host: &dyn Host, record: &Place, may_be_elsewhere: bool) -> Result<O
             return Ok(Some(image));
         }
     }
-    // The name is one that was too long, or of an image elsewhere.
+    // The record's name was shortened, or it belongs to an image elsewhere: its header has the whole path.
     let Some((journal, _)) = Journal::open(host, record, Access::Read)? else { return Ok(None) };
     let Some(named) = journal.header().targets.first().map(|target| &target.path) else { return Ok(None) };
     if may_be_elsewhere {
@@ -387,13 +393,13 @@ fn image_of(host: &dyn Host, record: &Place, may_be_elsewhere: bool) -> Result<O
     Ok(named.file_name().filter(|name| is_beside(record, name, SWITCH)).map(|name| record.beside(name)))
 }
 
-/// Whether there is a record of an edit of the header of the image at `path`, beside it.
+/// Whether the record of an edit lies beside the image at `path`.
 pub(crate) fn has_edit(host: &dyn Host, path: &Path) -> bool {
     let Ok(file) = host.open(path, Access::Read) else { return false };
     find(host, path, &*file, None, Access::Read, SWITCH).is_ok_and(|found| found.is_some())
 }
 
-/// Whether the edit of a record is neither done nor not begun.
+/// Whether the edit of a record was begun, but not completed.
 fn is_between(
     host: &dyn Host,
     path: &Path,
@@ -402,7 +408,8 @@ fn is_between(
     last: &Record,
 ) -> Result<bool> {
     let sectors = compare(last, file).map_err(|e| Error::io(path, FileOp::Read, Some(0), e))?;
-    // The edit tears what it writes, and nothing else; and it is of an image.
+    // A torn edit leaves sectors alone that it does not change, and its block 0 is a qcow2 header. Anything
+    // else is not our edit.
     let is_image = last.blocks.iter().all(|block| block.number > 0 || is_qcow2(&block.bytes));
     if sectors.beside > 0 || !is_image {
         return Ok(false);
@@ -412,8 +419,8 @@ fn is_between(
     Ok(between || is_torn(host, path, file, found, last)?)
 }
 
-/// Whether a power cut tore the header as this record was written into it. If its names are no text, it was torn behind
-/// its first bytes.
+/// Whether a power cut tore the header while this record was written into it. A header that decodes, but has
+/// names that are not text, is torn behind its first bytes.
 fn is_torn(
     host: &dyn Host,
     path: &Path,
@@ -430,8 +437,8 @@ fn is_torn(
     Ok(sectors.foreign > 0 && !is_newer && !has_clean_names(file).map_err(failed)?)
 }
 
-/// Whether sectors are torn that were written together with the one that holds the dirty bit. That one is whole, so the bit
-/// alone would say that all is done, or that nothing was begun.
+/// Whether a power cut has torn sectors that were written together with the one that holds the dirty bit. That
+/// one is whole, so the bit alone would say that the work is done, or has not begun.
 fn is_torn_beside_the_dirty_bit(
     host: &dyn Host,
     path: &Path,
@@ -448,14 +455,15 @@ fn is_torn_beside_the_dirty_bit(
     let mut head = [0; SECTOR];
     file.read_exact_or_zero(&mut head, 0).map_err(failed)?;
     let is_written = last.blocks.first().is_some_and(|block| block.bytes.starts_with(&head));
-    // If the image is newer, somebody has used it since, and its header is that of the last user.
+    // If the image is newer than the record, somebody has used it since, and the header is theirs.
     let seen = seen(&found.journal, Some(last), 0, &found.now, host.boot())?;
     Ok(sectors.foreign > 0
         && is_written
         && matches!(seen, FileFate::Untouched | FileFate::Moved | FileFate::Unsure))
 }
 
-/// Writes the sectors of a record that are not in the file, and no others: a power cut may tear what is written.
+/// Writes the sectors of a record that the file does not hold yet, and no others: a power cut may tear every
+/// sector that is written.
 fn write_back(path: &Path, file: &dyn Storage, last: &Record) -> Result<()> {
     let failed = |op| move |e| Error::io(path, op, Some(0), e);
     let mut now = vec![0; BLOCK as usize];
@@ -472,7 +480,7 @@ fn write_back(path: &Path, file: &dyn Storage, last: &Record) -> Result<()> {
     file.sync().map_err(|e| Error::barrier(path, e))
 }
 
-/// Opens the image at `place` for writing, and locks it, if it is still the one in `opened`.
+/// Opens the image at `place` for writing and locks it. It must still be the file `opened`.
 fn hold(
     host: &dyn Host,
     path: &Path,
@@ -485,7 +493,7 @@ fn hold(
     Ok(file)
 }
 
-/// Opens the image at `place` for writing, and locks it.
+/// Opens the image at `place` for writing and locks it.
 fn hold_at(host: &dyn Host, path: &Path, place: &Place, no_locks: bool) -> Result<Arc<dyn Storage>> {
     let file = place.open(host, Access::ReadWrite).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     lock(host, path, &*file, no_locks)?;

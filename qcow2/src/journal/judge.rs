@@ -1,8 +1,9 @@
-//! Judges a journal that was found: may the work go on in the image as it is now?
+//! Judges a journal that was found: may the unfinished work continue in the image as it is now?
 //!
-//! [`crate::stamp`] says what has become of the files since the work was stopped. This module adds what only the journal
-//! tells: the phase of the work, the dirty bit that the work has set, and the sectors of the last record. Each source
-//! lies in some case, so a verdict says "unfinished" only where none of them speaks against it.
+//! [`crate::stamp`] tells what happened to the files since the work was stopped. This module adds what only the
+//! journal knows: the phase of the work, the dirty bit that the work has set, and the sectors of the last
+//! record. Each of these sources is wrong in some cases, so the verdict is "unfinished" only if none of them
+//! speaks against it.
 
 use std::io;
 
@@ -13,20 +14,21 @@ use crate::format::{Cluster0, FormatError};
 use crate::stamp::{FileFate, Stamp, Times, WorkTimes};
 use crate::storage::{Boot, Host, Storage};
 
-/// What a journal means.
+/// What a journal means for its image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum JournalVerdict {
-    /// The work has not begun, or is over: the journal can go.
+    /// The work has not begun, or is over: the journal can be removed.
     Over,
-    /// The work is over. Only the dirty bit is still to be cleared, or the image to be proved the same.
+    /// The work is over. What remains is to clear the dirty bit, after a proof that this is the work's image.
     Finished,
     /// The work was stopped, and nobody has written to the image since.
     Unfinished,
-    /// The work was stopped. Nothing proves that the image is as the work wrote it last, so what is done must be proved.
+    /// The work was stopped. Nothing proves that the image is as the work left it, so the data itself must be
+    /// checked.
     Unsure,
-    /// The image is older than its stamp: it was put back from a copy. The work begins anew.
+    /// The image is older than its stamp: it was restored from a copy. The work begins anew.
     PutBack,
-    /// The image is another file than the one of the stamp: a copy, or what has taken its place. The work begins anew.
+    /// The image is another file than that of its stamp: a copy, or a replacement. The work begins anew.
     Copied,
     /// Somebody has written to the image since.
     Foreign,
@@ -38,14 +40,14 @@ pub(crate) struct Judgement {
     pub(crate) verdict: JournalVerdict,
     /// Whether the blocks of the last record may be written again.
     pub(crate) replays: bool,
-    /// Whether a power cut has torn what the last record was to write: without it the image cannot be read.
+    /// Whether a sector of the last record is torn: without the record the image cannot be read.
     pub(crate) is_torn: bool,
-    /// Whether somebody may have written to the image since, as far as its times tell.
+    /// Whether the times of the files allow that somebody has written to the image since.
     pub(crate) may_be_newer: bool,
     /// Whether one of the files is older than its stamp.
     pub(crate) is_older: bool,
-    /// Whether every file has the length and the time of modification that the last record notes: then nobody has
-    /// written to it since that record, not even the work itself.
+    /// Whether every file has the length and the time of modification that the last record notes. Then nobody
+    /// has written to it since that record, not even the work itself.
     pub(crate) is_as_known: bool,
 }
 
@@ -53,7 +55,7 @@ pub(crate) struct Judgement {
 pub(crate) struct Now<'a> {
     pub(crate) stamps: Vec<Stamp>,
     pub(crate) files: Vec<&'a dyn Storage>,
-    /// The image's dirty bit; `None` if its header is broken. An image that has no such bit is not dirty.
+    /// The image's dirty bit; `None` if its header is broken. An image without such a bit counts as not dirty.
     pub(crate) dirty: Option<bool>,
 }
 
@@ -78,7 +80,7 @@ pub(crate) fn judge(
     let all_as_known = |at: usize, stamp: &Stamp| known(at).is_some_and(|known| *known == stamp.times);
     let mut may_be_newer = is_doubtful || !now.stamps.iter().enumerate().all(is_not_newer);
     for (at, stamp) in now.stamps.iter().enumerate() {
-        // What is written when the clock was set back looks older than it is.
+        // If the clock was set back, a later write has an earlier time.
         may_be_newer |= !all_as_known(at, stamp)
             && work(journal, last, at, boot)?.is_some_and(|work| work.clock_was_set_back());
     }
@@ -113,12 +115,14 @@ pub(crate) fn judge(
     let is_stamped = header.guard == Guard::Stamp;
     let verdict = match (is_stamped, now.dirty, last.phase) {
         (_, _, Phase::Removing) => JournalVerdict::Over,
-        // The work wrote that it was done after its last write to the image. An older image does not have that write.
+        // The work noted that it was done after its last write to the image, and an older image lacks that
+        // write.
         (_, _, Phase::Done) if matches!(seen, FileFate::Older) => JournalVerdict::PutBack,
         (true, _, Phase::Done) => JournalVerdict::Over,
-        // The bit is clear and the file newer: somebody has used the finished image since.
+        // The bit is clear and the file is newer: somebody has used the finished image since.
         (false, Some(false), Phase::Done) if is_newer && !is_doubtful => JournalVerdict::Over,
-        // An image that was put back at once, or whose header was healed, has the same bit. So it must be proved.
+        // An image that was restored from a copy at once, or whose header was mended, may have the same bit. So
+        // the data must be checked.
         (false, _, Phase::Done) => JournalVerdict::Finished,
         (false, Some(false), Phase::Arming) if is_newer => JournalVerdict::Foreign,
         (false, Some(false), Phase::Arming) => JournalVerdict::Over,
@@ -128,18 +132,20 @@ pub(crate) fn judge(
             _ => JournalVerdict::Foreign,
         },
         _ => match seen {
-            // Without a dirty bit only the time tells. With one, whoever opens the image with QEMU clears the bit.
+            // Without a dirty bit, only the time shows a foreign write. With one, QEMU would have cleared the
+            // bit.
             FileFate::Newer if is_stamped => JournalVerdict::Foreign,
             FileFate::Older => JournalVerdict::PutBack,
             FileFate::Copied | FileFate::Other => JournalVerdict::Copied,
-            // The system has not started again, so no power cut has torn a sector: somebody else has written there.
+            // The system has not restarted, so no power cut has torn a sector: somebody else has written there.
             FileFate::Untouched | FileFate::Moved
                 if is_stamped && sectors.foreign > 0 && is_same(last, boot) =>
             {
                 JournalVerdict::Foreign
             }
             FileFate::Untouched | FileFate::Moved => JournalVerdict::Unfinished,
-            // A sector that the record does not change is not as the record found it: no torn write explains that.
+            // A sector that the record does not change is not as the record found it. No torn write explains
+            // that.
             FileFate::Unsure | FileFate::Newer if sectors.beside > 0 && may_be_newer => {
                 JournalVerdict::Foreign
             }
@@ -148,8 +154,9 @@ pub(crate) fn judge(
         },
     };
     let replays = match verdict {
-        // If no sector of the record was written, the image is whole without the record. An image that was put back within
-        // the second after a kill looks the same, and the record does not fit it. So the record is left out.
+        // If no sector of the record was written, the image is whole without the record. An image that was
+        // restored within a second of the kill looks the same, but the record does not fit it. So the record is
+        // not used.
         JournalVerdict::Unfinished => !is_stamped || sectors.new > 0 || sectors.foreign > 0,
         JournalVerdict::Unsure | JournalVerdict::Copied => sectors.foreign > 0 && sectors.beside == 0,
         _ => false,
@@ -157,12 +164,12 @@ pub(crate) fn judge(
     Ok(as_judged(verdict, replays, sectors.foreign > 0))
 }
 
-/// Whether the system has not started again since a record was written.
+/// Whether the system has not restarted since a record was written.
 fn is_same(last: &Record, boot: Option<Boot>) -> bool {
     last.boot.zip(boot).is_some_and(|(then, now)| then.id == now.id)
 }
 
-/// What has become of one target of a journal since the work was stopped; `now` is its stamp as it is now.
+/// What has happened to one target of a journal since the work was stopped. `now` is its present stamp.
 ///
 /// # Errors
 /// The system's.
@@ -178,7 +185,8 @@ pub(super) fn seen(
     Ok(work.map_or(FileFate::Other, |work| then.judge(&work, now)))
 }
 
-/// Until when the work wrote to one of its targets, as the journal tells; `None` if it has no such target.
+/// Until when the work wrote to one of its targets, as far as the journal tells; `None` if it has no such
+/// target.
 fn work(
     journal: &Journal,
     last: Option<&Record>,
@@ -195,7 +203,7 @@ fn work(
     Ok(Some(WorkTimes { known, alive_ns, boot: run, now: boot }))
 }
 
-/// What has become of the targets of a journal. One answer for all: the one that speaks most against going on.
+/// What has happened to the targets of a journal: of their fates, the one that speaks most against continuing.
 fn seen_of_all(
     journal: &Journal,
     last: Option<&Record>,
@@ -218,16 +226,16 @@ fn seen_of_all(
     Ok(all.collect::<Result<Vec<_>>>()?.into_iter().max_by_key(weight).unwrap_or(FileFate::Other))
 }
 
-/// The sectors of a record's blocks as they are in the file.
+/// How many sectors of a record's blocks are in which state in the file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct SectorCounts {
-    /// Changed by the record, and as before.
+    /// The record changes them, and the file has the old bytes.
     pub(super) old: usize,
-    /// Changed by the record, and as they are to be.
+    /// The record changes them, and the file has the new bytes.
     pub(super) new: usize,
-    /// Neither as before nor as they are to be: torn, or written by somebody else.
+    /// The file has neither the old nor the new bytes: torn, or written by somebody else.
     pub(super) foreign: usize,
-    /// The foreign ones that the record does not change. A power cut cannot have torn these.
+    /// The foreign ones among those that the record does not change. A power cut cannot have torn these.
     pub(super) beside: usize,
 }
 
@@ -238,7 +246,7 @@ pub(super) fn compare(record: &Record, file: &dyn Storage) -> io::Result<SectorC
         file.read_exact_or_zero(&mut now, block.number * BLOCK)?;
         let new = block.bytes.chunks(SECTOR);
         for (((now, new), before), n) in now.chunks(SECTOR).zip(new).zip(&block.before).zip(0..) {
-            // Behind the end of the file nothing is written.
+            // Nothing is written behind the target's length.
             let behind = block.number * BLOCK + n * SECTOR as u64 >= record.len;
             let changes = crc32fast::hash(new) != *before;
             match (now == new, changes, crc32fast::hash(now) == *before) {
@@ -256,7 +264,7 @@ pub(super) fn compare(record: &Record, file: &dyn Storage) -> io::Result<SectorC
     Ok(sectors)
 }
 
-/// Whether the image in `file` has a header of qcow2 that can be read.
+/// Whether the image in `file` has a qcow2 header that can be decoded.
 pub(super) fn has_header(file: &dyn Storage) -> io::Result<bool> {
     Ok(match cluster0(file)? {
         Some(Ok(_)) => true,
@@ -265,7 +273,7 @@ pub(super) fn has_header(file: &dyn Storage) -> io::Result<bool> {
     })
 }
 
-/// Whether the names in the header of the image in `file` are text.
+/// Whether the header of the image in `file` can be decoded, and its names are text.
 pub(super) fn has_clean_names(file: &dyn Storage) -> io::Result<bool> {
     let Some(Ok(cluster0)) = cluster0(file)? else { return Ok(false) };
     Ok(are_names_clean(&cluster0))
@@ -281,7 +289,7 @@ pub(crate) fn are_names_clean(cluster0: &Cluster0) -> bool {
     clean(cluster0.backing_name.as_deref().unwrap_or_default()) && clean(format.as_bytes())
 }
 
-/// Cluster 0 as a reader sees it; `None` if it does not begin like one.
+/// Cluster 0 as a reader decodes it; `None` if it does not begin with a header.
 fn cluster0(file: &dyn Storage) -> io::Result<Option<std::result::Result<Cluster0, FormatError>>> {
     let mut bytes = vec![0; BLOCK as usize];
     file.read_exact_or_zero(&mut bytes, 0)?;

@@ -1,16 +1,17 @@
-//! The redo journal: what is about to be written over bytes in use is durable elsewhere first.
+//! The redo journal: bytes that will overwrite something in use are made durable in another file first.
 //!
-//! The order of writes (see [`crate::merge`]) leaves an image sound after a power cut as long as each sector of
-//! 512 bytes is either old or new. A disk that loses its power in the middle of one may leave neither. So
-//! the image that is being written lies under a journal: a small file beside it that holds, of the last
-//! barrier, every block that was written over something in use, or beside somebody else's bytes. Going on
-//! with the work begins by writing these blocks again.
+//! The order of writes (see [`crate::merge`]) leaves an image sound after a power cut if each sector of 512
+//! bytes is either old or new. But a disk that loses power while it writes a sector may leave neither. So the
+//! image that is being written lies under a journal. This is a small file beside it with the blocks that the
+//! last barrier wrote over something in use, or only in part. To continue unfinished work, these blocks are
+//! written again first.
 //!
-//! Whether that is allowed must be certain: somebody may have written to the image in between, or put it back from a
-//! copy. For version 3 the dirty bit tells the first, which is set together with clearing `lazy refcounts`: QEMU
-//! clears it when it opens the image for writing, and without lazy refcounts does not set it again. For the rest the
-//! journal holds stamps of the files (see [`mod@crate::stamp`]), as they were behind each barrier, and its own time of
-//! modification is kept fresh: a work that was killed has written to its files shortly after it at the latest.
+//! It must be certain that this is allowed: somebody may have written to the image in between, or restored it
+//! from a copy. For version 3 the dirty bit tells the former. The work sets it and clears `lazy refcounts`;
+//! QEMU clears the dirty bit when it opens the image for writing, and does not set it again without lazy
+//! refcounts. For everything else the journal holds stamps of the files (see [`mod@crate::stamp`]) as they were
+//! behind each barrier. The work also keeps the journal's time of modification fresh: work that was killed
+//! cannot have written to its files much later than that.
 
 mod bytes;
 mod device;

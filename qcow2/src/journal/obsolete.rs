@@ -1,13 +1,13 @@
-//! Stamps of files, and lists of obsolete files, as bytes.
+//! Encodes and decodes stamps of files and lists of obsolete files.
 
 use super::bytes::{ByteReader, ByteWriter};
 use crate::stamp::{Stamp, Times};
 use crate::storage::{Boot, FileId};
 
-/// A file that is obsolete when the work is done, and that is removed then.
+/// A file that becomes obsolete with the work, and is removed when the work is done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ObsoleteFile {
-    /// The file as the work has written it last.
+    /// The file as the work has left it.
     pub file: Stamp,
     /// What it is.
     pub kind: ObsoleteKind,

@@ -1,4 +1,4 @@
-//! Where journals lie, and whose they are.
+//! Finds the place of a journal, and checks to whom it belongs.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -13,22 +13,22 @@ use crate::error::{Error, FileOp, Refusal, Result};
 use crate::stamp::{SameFile, Stamp};
 use crate::storage::{Access, FileKind, FileStat, Folder, Host, Owner, Place, Storage, if_there};
 
-/// How the names of journals end.
+/// The ending of the names of journals.
 pub(crate) const JOURNAL: &str = ".qmerge-journal";
-/// How the names of the records of single edits of a header end.
+/// The ending of the names of records of single edits of a header.
 pub(crate) const SWITCH: &str = ".qmerge-switch";
-/// The longest name that file systems have, in bytes.
+/// The longest file name that file systems allow, in bytes.
 const LONGEST: usize = 255;
 
-/// The name of a file about the image, `.NAME` and an ending, shortened where it would be too long.
+/// The name of a file about the image: `.NAME` and an ending, shortened if it would be too long.
 fn named(image: &Path, ending: &str) -> OsString {
     let name = image.file_name().unwrap_or_default().as_bytes();
     let mut all = vec![b'.'];
-    // A journal is made under its name and NEW.
+    // A journal is made under its name with NEW appended.
     if 1 + name.len() + ending.len() + NEW.len() <= LONGEST {
         all.extend_from_slice(name);
     } else {
-        // Some file systems only take names that are text: no character is cut.
+        // Some file systems accept only valid text, so do not cut inside a character.
         let is_inside = |at: &usize| name.get(*at).is_some_and(|byte| byte & 0xc0 == 0x80);
         let cut = (LONGEST / 2 - 3..=LONGEST / 2).rev().find(|at| !is_inside(at)).unwrap_or(LONGEST / 2);
         all.extend(name.get(..cut).unwrap_or_default());
@@ -38,13 +38,13 @@ fn named(image: &Path, ending: &str) -> OsString {
     OsString::from_vec(all)
 }
 
-/// The name of such a file among those about images elsewhere, which may have the same name.
+/// The name of such a file in a folder for many images, some of which may have the same name.
 fn named_apart(image: &Path, ending: &str) -> OsString {
     let crc = crc32fast::hash(image.as_os_str().as_bytes());
     named(image, &format!("-{crc:08x}{ending}"))
 }
 
-/// Where files about the image at `image` lie, beside it and in `dir`.
+/// The places of files about the image at `image`: beside it and in `dir`.
 ///
 /// # Errors
 /// The system's.
@@ -57,27 +57,27 @@ pub(super) fn places(host: &dyn Host, image: &Place, dir: Option<&Path>, ending:
     Ok(all)
 }
 
-/// The folder of journals that a caller names; `None` if there is none.
+/// The caller's folder for journals; `None` if it does not exist.
 fn folder_of_journals(host: &dyn Host, dir: &Path) -> Result<Option<Folder>> {
-    // By its real name, as in `place`: a journal must not be taken for another one than itself.
+    // Use the real name, as in `place`, so that a journal has only one path.
     match host.canonicalize(dir).and_then(|dir| host.folder(&dir)) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         folder => folder.map(Some).map_err(|e| Error::io(dir, FileOp::Resolve, None, e)),
     }
 }
 
-/// Whether `place` is where a record beside an image of this name lies.
+/// Whether `place` is the place of a record beside an image of this name.
 pub(super) fn is_beside(place: &Place, image: &OsStr, ending: &str) -> bool {
     named(Path::new(image), ending) == place.name()
 }
 
-/// Where a new journal about the image in `file`, to which `path` led, goes: into `dir` if given, else beside the image, with
-/// symbolic links followed.
+/// The place for a new journal about the image in `file`, which was opened by `path`: in `dir` if given, else
+/// beside the image, with symbolic links followed.
 ///
 /// # Errors
-/// [`Refusal::JournalPlace`] if the image is a block device or its folder cannot be written, and `dir` was
-/// not given, or cannot be written either; [`Refusal::Stranger`] if somebody else has put a file there;
-/// [`Refusal::InTheWay`] for what is no file.
+/// [`Refusal::JournalPlace`] if `dir` cannot be written; or if it was not given, and the image is a block
+/// device or its folder cannot be written. [`Refusal::Stranger`] if somebody else has put a file there;
+/// [`Refusal::InTheWay`] if something other than a file is there.
 pub(crate) fn place(
     host: &dyn Host,
     path: &Path,
@@ -114,7 +114,7 @@ pub(crate) fn place(
     if dir.is_none() || there.is_none() {
         return Ok(place);
     }
-    // Two images may have had the same name, as on file systems that were mounted there in turn.
+    // Two images may have had the same path, for instance on file systems that were mounted there in turn.
     let taken = Journal::open(host, &place, Access::Read)?;
     let now = Stamp::of(host, path, file)?;
     match taken.as_ref().and_then(|(journal, _)| journal.header().targets.first()) {
@@ -127,7 +127,7 @@ pub(crate) fn place(
     }
 }
 
-/// Whether `now` has the place of another file: the same name in the same file system.
+/// Whether `now` has taken the place of another file: it has the same path in the same file system.
 fn has_followed(then: &Stamp, now: &Stamp) -> bool {
     let file_system = then.file_system.zip(now.file_system).map(|(then, now)| then == now);
     then.path == now.path && file_system.unwrap_or(then.id.device == now.id.device)
@@ -143,14 +143,14 @@ pub(crate) struct FoundJournal {
 }
 
 impl FoundJournal {
-    /// Whether the journal is about this very file, and not about one that had its name.
+    /// Whether the journal belongs to this very file, and not to another one that had its name.
     pub(crate) fn is_same_file(&self) -> bool {
         self.journal.header().targets.first().is_some_and(|target| target.is_same_file(&self.now))
     }
 }
 
-/// Refuses a place for a file about an image of this owner, if somebody who may not write the image has put a file there,
-/// or if there is something that is no file.
+/// Refuses a place for a journal of an image with this owner, if a file of somebody who may not write the image
+/// is there, or something other than a file.
 ///
 /// # Errors
 /// [`Refusal::Stranger`]; [`Refusal::InTheWay`]; the system's.
@@ -171,8 +171,9 @@ fn refuse_what_is_in_the_way(host: &dyn Host, path: &Path, place: &Place, image:
     }
 }
 
-/// Refuses an image about which somebody who may not write it has put a journal where ours would lie, or something that is
-/// no file: whoever wants to give up a merge is not told that there is none.
+/// Refuses an image if somebody who may not write it has put a file where our journal would lie, or if
+/// something other than a file is there. Otherwise a user who wants to abort a merge would be told that there
+/// is none.
 ///
 /// # Errors
 /// [`Refusal::Stranger`]; [`Refusal::InTheWay`]; the system's.
@@ -189,9 +190,9 @@ pub(crate) fn refuse_strangers(
     places.iter().try_for_each(|place| refuse_what_is_in_the_way(host, path, place, owner))
 }
 
-/// The journal about the image in `file`, if there is one that is believed, in `dir` or beside it: one about this very
-/// file, or else one that belongs to its name. That was made for a file that has given way to this one, or for one
-/// whose folder was copied. One of somebody who may not write the image does not count.
+/// Finds the journal about the image in `file`, in `dir` or beside it: one about this very file, or else one
+/// about its name. The latter was made for a file that this one has replaced, or for one whose folder was
+/// copied. A journal counts only if its owner may write the image.
 ///
 /// # Errors
 /// The system's; [`Refusal::JournalVersion`].
@@ -206,7 +207,7 @@ pub(crate) fn find(
     let image = Place::of_file(host, path, file)?;
     let mut candidates = vec![(image.beside(named(&image.path(), ending)), true)];
     if let Some(folder) = dir.map(|dir| folder_of_journals(host, dir)).transpose()?.flatten() {
-        // A device may have another name today: what the journals say counts.
+        // A device may have had another name, so look into every journal there.
         let folder = Arc::new(folder);
         let names = host.list_in(&folder).map_err(|e| Error::io(folder.path(), FileOp::List, None, e))?;
         let ours = names.into_iter().filter(|name| name.as_bytes().ends_with(ending.as_bytes()));
@@ -215,18 +216,18 @@ pub(crate) fn find(
     let mut now = None;
     let mut by_name = None;
     for (candidate, is_beside) in candidates {
-        // Most images have none: then nothing more is asked.
+        // Most images have no journal, and need no further questions.
         let stat = match candidate.stat(host) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             stat => stat.map_err(|e| Error::io(&candidate.path(), FileOp::Stat, None, e))?,
         };
         let owner = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.owner;
-        // It is not even opened: a journal that does not count need not be readable.
+        // Do not even open it: a journal that does not count need not be readable.
         if !stat.owner.may_speak_for(&owner, host.user()) {
             continue;
         }
         let opened = match Journal::open(host, &candidate, access) {
-            // Nothing tells which image it belongs to.
+            // A journal of an unknown version does not tell which image it belongs to.
             Err(Error::Refused { reason: Refusal::JournalVersion { .. }, .. }) if !is_beside => continue,
             opened => opened?,
         };
@@ -253,14 +254,14 @@ pub(crate) fn find(
     Ok(by_name)
 }
 
-/// Refuses if the image that a journal is about lies beside `image`, under another name than it had: the two belong
-/// together, and whoever takes the journal for the one of `image` leaves the other without.
+/// Refuses if the image that a journal belongs to was renamed, and now lies beside `image`. That image needs
+/// the journal, and would be left without it if the journal were taken for the one of `image`.
 ///
 /// # Errors
 /// [`Refusal::JournalOfRenamed`]; the system's.
 pub(crate) fn refuse_renamed(host: &dyn Host, image: &Path, journal: &Journal) -> Result<()> {
     let real = host.canonicalize(image).map_err(|e| Error::io(image, FileOp::Resolve, None, e))?;
-    // Where its folder was copied, the other one has a journal of its own.
+    // If the folder was copied, the original image has the original journal.
     let target = journal.header().targets.first().filter(|target| target.path == real);
     let (Some(target), Some(dir)) = (target, real.parent()) else { return Ok(()) };
     let failed = |e| Error::io(dir, FileOp::List, None, e);
@@ -285,13 +286,14 @@ pub(crate) fn refuse_renamed(host: &dyn Host, image: &Path, journal: &Journal) -
     Ok(())
 }
 
-/// The journal about an image at `path` that is there no more, in `dir` or beside where it was: the last thing
-/// that it says is that the image was to be removed. It counts if its owner may remove files there.
+/// Finds the journal about a removed image, in `dir` or beside `path`, where the image was. Its last record
+/// says that the image was about to be removed. It counts only if its owner may remove files in the image's
+/// folder.
 ///
 /// # Errors
 /// The system's.
 pub(crate) fn find_removed(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<Journal>> {
-    // A folder that is not there holds no journal.
+    // A folder that does not exist holds no journal.
     let image = if_there(Place::of_new(host, path)).map_err(|e| Error::io(path, FileOp::Resolve, None, e))?;
     let Some(image) = image else { return Ok(None) };
     for candidate in places(host, &image, dir, JOURNAL)? {

@@ -1,9 +1,8 @@
-//! What a journal file holds, as bytes: pure, so that any bytes can be tried on it.
+//! Encodes and decodes what a journal file holds. There is no I/O here, so that a test can try any bytes.
 //!
-//! All numbers are big-endian. Two kinds of envelopes follow the same form: a magic of 8 bytes, the
-//! length of the payload (8), the CRC-32 of both and of the payload (4), the payload. What does not fit,
-//! or has another CRC, is nothing: a power cut while it was written leaves such bytes, and they are
-//! ignored.
+//! All numbers are big-endian. Headers and records have the same envelope: a magic of 8 bytes, the length of
+//! the payload (8), the CRC-32 of both and of the payload (4), the payload. An envelope that does not fit, or
+//! has another CRC, is ignored: a power cut during its write leaves such bytes.
 
 use std::path::PathBuf;
 
@@ -13,9 +12,9 @@ pub(crate) use super::sample::Sample;
 use crate::stamp::{Stamp, Times};
 use crate::storage::Boot;
 
-/// What a journal keeps whole: the blocks in which disks are written, in bytes.
+/// The size of the blocks that a journal keeps whole, in bytes. Disks are written in such blocks.
 pub(crate) const BLOCK: u64 = 4096;
-/// What a disk writes wholly or not at all, in bytes.
+/// The unit that a disk writes wholly or not at all, in bytes.
 pub(crate) const SECTOR: usize = 512;
 /// The sectors of a block.
 pub(crate) const SECTORS: usize = BLOCK as usize / SECTOR;
@@ -28,9 +27,9 @@ pub(crate) const MAX_BLOCKS: usize = 2048;
 pub(crate) const VERSION: u32 = 4;
 const HEADER_MAGIC: &[u8; 8] = b"qmgJH004";
 const RECORD_MAGIC: &[u8; 8] = b"qmgJR004";
-/// What the header of any version but the first begins with; three digits follow.
+/// The beginning of the header of any version but the first; three digits follow.
 const HEADER_OF_ANY: &[u8; 5] = b"qmgJH";
-/// The header of version 1.
+/// The beginning of the header of version 1.
 const HEADER_OF_1: &[u8; 8] = b"qmergeJH";
 /// Magic, length and CRC.
 pub(crate) const ENVELOPE: usize = 20;
@@ -39,12 +38,12 @@ pub(crate) const MAX_HEADER: usize = 2 << 20;
 /// The longest payload of a record, in bytes.
 pub(crate) const MAX_RECORD: usize = record_room(MAX_BLOCKS) + 2 * MAX_HEADER;
 
-/// The longest payload of a record of so many blocks, without its list of obsolete files, in bytes.
+/// The longest payload of a record with this many blocks, without its list of obsolete files, in bytes.
 pub(crate) const fn record_room(blocks: usize) -> usize {
     256 + blocks * (8 + 4 * SECTORS + BLOCK as usize)
 }
 
-/// What the work under a journal is.
+/// The kind of work under a journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
     /// Layers are merged down into the image.
@@ -55,12 +54,12 @@ pub(crate) enum Purpose {
     Pull,
     /// Cluster 0 of the image is edited.
     Header {
-        /// Whether each state between two sectors is the old one or the new one.
+        /// Whether the header is either the old or the new one even if only some sectors were written.
         atomic: bool,
     },
 }
 
-/// How it is noticed that somebody else wrote to the image.
+/// How a write by somebody else is noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Guard {
     /// Its dirty bit was set, and QEMU's first act as a writer is to clear it.
@@ -68,24 +67,24 @@ pub(crate) enum Guard {
         /// Whether refcounts were lazy before, and are to be lazy again.
         lazy: bool,
     },
-    /// It has no such bit (raw, or version 2): its time of change must tell.
+    /// By its times, because the image has no such bit (raw, or version 2).
     Stamp,
 }
 
-/// The work that a journal belongs to.
+/// The header of a journal: the work that it belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     /// Ties the records to this header.
     pub nonce: u64,
-    /// What is done.
+    /// The kind of work.
     pub purpose: Purpose,
-    /// The most blocks that a record has: as many as are kept in memory.
+    /// The most blocks of a record: that many are kept in memory.
     pub max_blocks: u32,
     /// How foreign writes are noticed.
     pub guard: Guard,
     /// The run of the system in which the journal was made, where that is known.
     pub boot: Option<Boot>,
-    /// The image that is written, as it was before; then its external data file, if it has one.
+    /// The image that is written, as it was before the work; then its external data file, if it has one.
     pub targets: Vec<Stamp>,
     /// The layers above it, from the one above it up to top, with their data files.
     pub layers: Vec<Stamp>,
@@ -93,46 +92,46 @@ pub(crate) struct Header {
     pub base: PathBuf,
     /// The chain's uppermost image that is merged.
     pub top: PathBuf,
-    /// The number that it had in the chain, from 1 at the bottom, when the work was first begun.
+    /// Top's number in the chain, from 1 at the bottom, when the work was first begun.
     pub top_index: u32,
     /// The chain's active image.
     pub active: PathBuf,
     /// The size of the disk when the work is done, in bytes.
     pub new_size: u64,
-    /// Up to where zeros hide what base held, in bytes.
+    /// The end of the range in which zeros hide base's old content, in bytes.
     pub zero_until: u64,
-    /// The bytes that all of the work writes.
+    /// How many bytes the whole work writes.
     pub total: u64,
-    /// The layers that are restore points no more.
+    /// The layers that stop being restore points.
     pub restore_points_lost: Vec<PathBuf>,
-    /// Whether layers were empty already when the work began, as an earlier run of it had emptied them: what they held
-    /// is nowhere but in the image.
+    /// Whether earlier work had already emptied layers when this work began. Then only the image holds their
+    /// data.
     pub has_emptied: bool,
     /// Samples of what the image holds when the work is done.
     pub samples: Vec<Sample>,
 }
 
-/// How far the work is.
+/// The progress of the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {
     /// Only the header's first sector is being written, to set the dirty bit.
     Arming,
     /// Data moves; no other image is touched.
     Moving,
-    /// The image holds everything, and the chain above it is being changed.
+    /// The image holds everything. The chain above it is being changed.
     Switching,
-    /// All is done but releasing the image.
+    /// Everything is done, except that the image is not released yet.
     Done,
     /// The image is released, and anybody may write to it. Obsolete files are being removed.
     Removing,
 }
 
-/// A block of a target: what it was, and what it is to be.
+/// A block of a target: its old checksums and its new content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Block {
     /// Its number: its offset divided by [`BLOCK`].
     pub number: u64,
-    /// The CRC-32 of each sector before.
+    /// The CRC-32 of each sector before the write.
     pub before: [u32; SECTORS],
     /// The new content; [`BLOCK`] bytes.
     pub bytes: Box<[u8]>,
@@ -143,29 +142,30 @@ pub(crate) struct Block {
 pub(crate) struct Record {
     /// The nonce of the header.
     pub nonce: u64,
-    /// Its number: of two records that are both whole, the later one counts.
+    /// The number of the record. Of two whole records, the one with the higher number counts.
     pub sequence: u64,
-    /// How far the work is.
+    /// The progress of the work.
     pub phase: Phase,
-    /// The guest offset below which all is done and durable.
+    /// The guest offset below which everything is done and durable.
     pub watermark: u64,
-    /// The bytes that were written for that.
+    /// How many bytes were written for that.
     pub done: u64,
     /// Whether the work was stopped in good order, with the targets as in `known`.
     pub stopped: bool,
-    /// Length and times of each target when the work last looked, behind a barrier; nothing if it has not yet.
+    /// Length and times of each target when the work last looked, behind a barrier; empty if it has not looked
+    /// yet.
     pub known: Vec<Times>,
-    /// Whether the files may be others than those that the work knew, although `known` says how they are now: they were
-    /// written since to make a torn header whole.
+    /// Whether the files may be others than the work's, although their times are those in `known`: a torn
+    /// header in them was mended since, and the times were noted then.
     pub is_doubtful: bool,
     /// The run of the system in which the work wrote this, where that is known.
     pub boot: Option<Boot>,
-    /// The files to be removed when all is done, the uppermost layer first; `None` if they are to stay, or if
-    /// it is not known yet how the work leaves them.
+    /// The files to be removed when the work is done, the uppermost layer first. `None` if they stay, or if the
+    /// work has not finished with them yet.
     pub obsolete: Option<Vec<ObsoleteFile>>,
     /// Which target the blocks belong to.
     pub target: u8,
-    /// The length of that target with these blocks, in bytes: they are cut there.
+    /// The length of that target with these blocks, in bytes. The last block is cut there.
     pub len: u64,
     /// What is written in place once this record is durable.
     pub blocks: Vec<Block>,
@@ -213,7 +213,8 @@ fn open<'a>(bytes: &'a [u8], magic: &[u8; 8], most: usize) -> Option<ByteReader<
     (stored == crc(magic, payload)).then(|| ByteReader::new(payload))
 }
 
-/// The version of the journal that starts with `bytes`, if it is another one than this program writes.
+/// The version of the journal that starts with `bytes`; `None` if it is the one that this program writes, or no
+/// journal.
 pub(crate) fn other_version(bytes: &[u8]) -> Option<u32> {
     let version = match bytes.get(..8)?.split_at_checked(HEADER_OF_ANY.len())? {
         (start, digits) if start == HEADER_OF_ANY => std::str::from_utf8(digits).ok()?.parse().ok()?,
@@ -234,7 +235,7 @@ pub(crate) fn record_len(bytes: &[u8]) -> Option<usize> {
 }
 
 impl Header {
-    /// The header as bytes; `None` if its paths are too long for the room that there is.
+    /// Encodes the header; `None` if its paths are too long.
     pub(crate) fn encode(&self) -> Option<Vec<u8>> {
         let mut out = ByteWriter::with_capacity(1024);
         out.u64(self.nonce);
@@ -272,7 +273,7 @@ impl Header {
         (payload.len() <= MAX_HEADER).then(|| seal(HEADER_MAGIC, payload))
     }
 
-    /// The header that `bytes` start with, if it is whole.
+    /// Decodes the header at the start of `bytes`; `None` if it is not whole.
     pub(crate) fn parse(bytes: &[u8]) -> Option<Self> {
         let mut from = open(bytes, HEADER_MAGIC, MAX_HEADER)?;
         let nonce = from.u64()?;
@@ -321,7 +322,7 @@ impl Header {
 }
 
 impl Record {
-    /// The record as bytes.
+    /// Encodes the record.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = ByteWriter::with_capacity(128 + self.blocks.len() * (BLOCK as usize + 64));
         out.u64(self.nonce);
@@ -349,8 +350,9 @@ impl Record {
         seal(RECORD_MAGIC, out.into_bytes())
     }
 
-    /// The record that `bytes` start with, if it is whole and belongs to the header with that nonce. Its
-    /// blocks ascend, and lie where a file can have blocks; its numbers leave room to go on from.
+    /// Decodes the record at the start of `bytes`; `None` if it is not whole, or does not belong to the header
+    /// with that nonce. Its blocks are in ascending order and at offsets that a file can have; its numbers can
+    /// be counted on without an overflow.
     pub(crate) fn parse(bytes: &[u8], nonce: u64) -> Option<Self> {
         let mut from = open(bytes, RECORD_MAGIC, MAX_RECORD)?;
         if from.u64()? != nonce {

@@ -1,9 +1,9 @@
-//! Samples of what an image holds when a merge into it is done, as bytes.
+//! Encodes and decodes samples of what an image holds when a merge into it is done.
 
 use super::bytes::{ByteReader, ByteWriter};
 
-/// A range of the guest's disk and the checksum of what base shows there when the merge is done. When the overlays are
-/// emptied, nothing but base holds their data: then such samples tell whether it is still that base.
+/// A range of the guest's disk, and the checksum of what base shows there when the merge is done. Once layers
+/// are empty, only base holds their data. Then samples tell whether the file is still that base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sample {
     /// Where the range begins on the guest's disk, in bytes.
@@ -12,8 +12,8 @@ pub(crate) struct Sample {
     pub len: u32,
     /// The CRC-32 of its bytes.
     pub crc: u32,
-    /// Whether base held it already when the work began. If not, it does behind the last barrier before the chain is
-    /// changed.
+    /// Whether base held these bytes already when the work began. If not, base holds them behind the last
+    /// barrier before the chain is changed.
     pub was_held: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Files beside images that do not count: they belong to somebody who may not write the image.
+//! Finds journals that do not count, because their owner may not write the image.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -11,18 +11,18 @@ use super::place::{JOURNAL, SWITCH};
 use crate::serial;
 use crate::storage::{Host, Place};
 
-/// A file about an image that does not count, as it belongs to somebody who may not write the image.
+/// A journal or record that does not count, because its owner may not write the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Stranger {
     /// The file.
     #[serde(serialize_with = "serial::name")]
     pub file: PathBuf,
-    /// The number of the user to whom it belongs.
+    /// The user id of its owner.
     pub user: u32,
 }
 
-/// The journals and records in `folders` that do not count. What cannot be looked at is passed over.
+/// The journals and records in `folders` that do not count. Files that cannot be looked at are skipped.
 pub(crate) fn strangers(host: &dyn Host, folders: &[PathBuf]) -> Vec<Stranger> {
     let mut found: Vec<Stranger> = Vec::new();
     for folder in folders {
@@ -35,8 +35,8 @@ pub(crate) fn strangers(host: &dyn Host, folders: &[PathBuf]) -> Vec<Stranger> {
     found
 }
 
-/// The journals and records beside the image at `path` that are about it and do not count. What cannot be looked at is
-/// passed over; nothing is opened but the folder.
+/// The journals and records about the image at `path`, beside it, that do not count. Files that cannot be
+/// looked at are skipped; nothing but the folder is opened.
 pub fn strangers_about(host: &dyn Host, path: &Path) -> Vec<Stranger> {
     let Ok(real) = host.canonicalize(path) else { return Vec::new() };
     match (real.parent(), real.file_name()) {
@@ -45,7 +45,7 @@ pub fn strangers_about(host: &dyn Host, path: &Path) -> Vec<Stranger> {
     }
 }
 
-/// Those in a folder; only those about an image of this name, if one is given.
+/// The ones in a folder; if a name is given, only those about an image of that name.
 fn strangers_in(host: &dyn Host, folder: &Path, about: Option<&OsStr>) -> Vec<Stranger> {
     let mut found = Vec::new();
     let opened = host.canonicalize(folder).and_then(|folder| host.folder(&folder));

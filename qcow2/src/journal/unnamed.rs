@@ -1,4 +1,4 @@
-//! Journals that never came to their name: what a kill has left of one that was being made.
+//! Removes journal files that never got their name, because the process was killed while it made them.
 
 use std::ffi::OsStr;
 use std::io;
@@ -9,12 +9,12 @@ use super::place::{JOURNAL, is_beside};
 use crate::error::{Error, FileOp, Result};
 use crate::storage::{Access, FileKind, Host, Owner, Place, if_there};
 
-/// Removes the file at a place, if it is named like a journal that is being made, and nobody makes it: no process
-/// works under it, as its maker holds its lock. It is the caller's or root's, or of somebody who may write the image beside it.
-/// On file systems without locks nothing is removed, unless `no_locks`.
+/// Removes the file at a place if it is named like a journal that is being made, and no process holds its lock,
+/// as its maker would. The file must belong to the caller, to root, or to somebody who may write the image
+/// beside it. On file systems without locks nothing is removed, unless `no_locks`.
 ///
 /// # Errors
-/// The system's, but what may not be opened or removed stays.
+/// The system's; but a file that may not be opened or removed stays without an error.
 pub(super) fn sweep_unnamed(host: &dyn Host, place: &Place, no_locks: bool) -> Result<()> {
     let path = place.path();
     let failed = |op| {
@@ -25,7 +25,7 @@ pub(super) fn sweep_unnamed(host: &dyn Host, place: &Place, no_locks: bool) -> R
     let Some(journal) = name.filter(|name| name.ends_with(JOURNAL.as_bytes())).map(OsStr::from_bytes) else {
         return Ok(());
     };
-    // Before it is opened: merely opening a device can have effects.
+    // Check before the file is opened: merely opening a device can have effects.
     let Some(stat) = if_there(place.stat(host)).map_err(failed(FileOp::Stat))? else { return Ok(()) };
     if stat.kind != FileKind::Regular || !is_ours(host, place, journal, &stat.owner)? {
         return Ok(());
@@ -45,7 +45,7 @@ pub(super) fn sweep_unnamed(host: &dyn Host, place: &Place, no_locks: bool) -> R
     }
 }
 
-/// Whether the file of `owner` is one that the caller may take for a remainder of this program.
+/// Whether the caller may take a file of `owner` for one of this program's.
 fn is_ours(host: &dyn Host, place: &Place, journal: &OsStr, owner: &Owner) -> Result<bool> {
     if [0, host.user()].contains(&owner.user) {
         return Ok(true);
@@ -62,7 +62,7 @@ fn is_ours(host: &dyn Host, place: &Place, journal: &OsStr, owner: &Owner) -> Re
     Ok(stat.is_some_and(|stat| owner.may_speak_for(&stat.owner, host.user())))
 }
 
-/// Whether a file that the system does not give is no reason to fail.
+/// Whether this error only means that the file stays.
 fn may_stay(error: &io::Error) -> bool {
     use io::ErrorKind::{NotFound, PermissionDenied, ReadOnlyFilesystem};
     matches!(error.kind(), NotFound | PermissionDenied | ReadOnlyFilesystem)

@@ -1,8 +1,8 @@
-//! What becomes of a cluster: decided from its entry and from what it must hold, before anything is done.
+//! Decides what becomes of a cluster, from its entry and from what it must hold.
 //!
-//! A cluster is looked at as units: its 32 subclusters, or itself where there are none. Each unit is
-//! unallocated, zero or allocated before and after. A host cluster that others refer to (an internal snapshot) is
-//! never written: the cluster moves to a new one.
+//! A cluster consists of units: its 32 subclusters, or the whole cluster if the image has none. Each unit is
+//! unallocated, zero or allocated, before and after. If something else refers to the host cluster too (an
+//! internal snapshot), it must not be written: the cluster moves to a new one.
 
 use super::Effect;
 use crate::format::{L2Entry, SubclusterState, Subclusters};
@@ -15,7 +15,7 @@ use crate::units::{GuestOffset, GuestRange, HostOffset};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cluster {
     pub(super) start: GuestOffset,
-    /// The host cluster, and whether the base owns it alone.
+    /// The host cluster, and whether only the base's active table refers to it.
     pub(super) host: Option<HostOffset>,
     pub(super) owned: bool,
     /// The content, if it is compressed.
@@ -33,6 +33,7 @@ impl Cluster {
             (Subclusters { allocated: all, zero: 0 }, Subclusters { allocated: 0, zero: all });
         let (host, owned, states) = match entry {
             L2Entry::Unallocated => (None, false, Subclusters::default()),
+            // A compressed cluster cannot be changed in place: it is data without a host cluster of its own.
             L2Entry::Compressed { .. } => (None, false, allocated),
             L2Entry::Zero { host, copied } => (host, copied, zero),
             L2Entry::Standard { host, copied } => (Some(host), copied, allocated),
@@ -46,7 +47,7 @@ impl Cluster {
     }
 }
 
-/// What the base allows: what is the same for all of its clusters.
+/// The properties of the base that matter for every cluster.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms {
     /// How many units a cluster has, 1 or 32.
@@ -55,7 +56,7 @@ pub(super) struct Terms {
     pub(super) unit_size: u64,
     /// Whether the format can say that a cluster is zero.
     pub(super) has_zero_clusters: bool,
-    /// Whether the data lies in a data file, each cluster at its guest offset.
+    /// Whether the data lies in an external data file, each cluster at its guest offset.
     pub(super) has_data_file: bool,
     /// The size of the disk below base, in bytes; zero if there is none.
     pub(super) below: u64,
@@ -68,31 +69,32 @@ pub(super) struct Terms {
 pub(super) enum ClusterOutcome {
     /// It stays as it is.
     Unchanged,
-    /// It has no data and no host cluster: each unit is zero, or shows what lies below.
+    /// It loses its data and its host cluster: each unit is zero, or shows the layers below.
     NoData(Subclusters),
-    /// It has its data, or will have it, at `host`, where nobody else has any.
+    /// It keeps, or gets, the host cluster `host`; only units that change are written.
     InPlace {
         /// The host cluster.
         host: HostOffset,
-        /// Whether the base owns it alone. If not, nothing is written to it.
+        /// Whether only the base's active table refers to it. If not, no unit is written.
         owned: bool,
         /// What is there afterwards.
         units: Units,
     },
-    /// It gets a host cluster of its own, and all of its data moves there.
+    /// It gets a new host cluster, and all of its data moves there.
     Moved(Units),
 }
 
-/// The units of a cluster as they will be.
+/// The units of a cluster after the merge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Units {
     /// Their states.
     pub(super) states: Subclusters,
-    /// Bit n: unit n takes something that it did not hold.
+    /// Bit n: unit n gets new content.
     pub(super) written: u32,
 }
 
-/// What becomes of a cluster, and how much of the disk that changes. `needs` are sorted, disjoint, and lie inside it.
+/// Decides what becomes of a cluster, and how much of the disk that changes. `needs` must be sorted, disjoint,
+/// and inside the cluster.
 pub(super) fn decide(cluster: &Cluster, needs: &[Need], terms: &Terms) -> (ClusterOutcome, Effect) {
     let (units, effect) = terms.units_of(cluster, needs);
     let outcome = match units {
@@ -103,12 +105,12 @@ pub(super) fn decide(cluster: &Cluster, needs: &[Need], terms: &Terms) -> (Clust
 }
 
 impl Terms {
-    /// Unit `n` of a cluster, in the guest's disk.
+    /// The range of unit `n` of a cluster on the guest's disk.
     pub(super) fn unit(&self, cluster: &Cluster, n: u32) -> GuestRange {
         GuestRange { start: cluster.start + u64::from(n) * self.unit_size, len: self.unit_size }
     }
 
-    /// Which units are written, and which become zeros.
+    /// Decides which units are written, and which become zero without data.
     fn units_of(&self, cluster: &Cluster, needs: &[Need]) -> (Units, Effect) {
         let mut units = Units { states: cluster.states, written: 0 };
         let mut effect = Effect::default();
@@ -119,6 +121,7 @@ impl Terms {
                 continue;
             }
             let (zeros, data): (Vec<_>, Vec<_>) = parts.iter().partition(|part| part.origin == Origin::Zeros);
+            // The unit reads as the zeros that it must hold: nothing to do.
             if data.is_empty() && self.reads_zero(cluster.states.get(n), unit) {
                 continue;
             }
@@ -126,6 +129,7 @@ impl Terms {
             effect.copied += bytes(&data);
             effect.zeroed += bytes(&zeros);
             let bit = 1 << n;
+            // The whole unit becomes zero, up to the end of the disk. Its state can say so, without any data.
             if data.is_empty()
                 && bytes(&zeros) >= unit.len.min(self.rest(unit.start))
                 && let Some(zero) = self.zero_without_data(unit)
@@ -134,6 +138,8 @@ impl Terms {
                 units.states.zero = if zero { units.states.zero | bit } else { units.states.zero & !bit };
                 continue;
             }
+            // The unit needs data. If needs cover only a part of it, `emit` fills the gaps with its old
+            // content.
             units.written |= bit;
             units.states.allocated |= bit;
             units.states.zero &= !bit;
@@ -141,9 +147,10 @@ impl Terms {
         (units, effect)
     }
 
-    /// Where the data of a cluster goes that changes.
+    /// Decides where the data of a changed cluster goes.
     fn place(&self, cluster: &Cluster, units: Units) -> ClusterOutcome {
         if units.states.allocated == 0 && (!self.has_data_file || cluster.host.is_none()) {
+            // A data file has a fixed place for each cluster, so a cluster that has its place there keeps it.
             return ClusterOutcome::NoData(units.states);
         }
         if self.has_data_file {
@@ -151,7 +158,8 @@ impl Terms {
             return ClusterOutcome::InPlace { host, owned: true, units };
         }
         match cluster.host {
-            // A unit that only becomes zero leaves a shared host cluster as it is.
+            // A host cluster that something else refers to may stay if no unit is written: to become zero, a
+            // unit only needs a change of the entry.
             Some(host) if cluster.compressed.is_none() && (cluster.owned || units.written == 0) => {
                 ClusterOutcome::InPlace { host, owned: cluster.owned, units }
             }
@@ -159,7 +167,7 @@ impl Terms {
         }
     }
 
-    /// Whether a unit in this state reads as zeros already.
+    /// Whether a unit in this state already reads as zeros.
     fn reads_zero(&self, state: SubclusterState, unit: GuestRange) -> bool {
         match state {
             SubclusterState::Zero => true,
@@ -168,7 +176,7 @@ impl Terms {
         }
     }
 
-    /// Whether something below the base shows through where the base holds nothing.
+    /// Whether layers below the base show through where the base has nothing.
     pub(super) fn shows_below(&self, range: GuestRange) -> bool {
         range.start.get() < self.below
     }
@@ -178,11 +186,11 @@ impl Terms {
         self.size.saturating_sub(start.get())
     }
 
-    /// Whether a unit needs the zero flag to read as zeros without any data; `None` where it cannot.
+    /// Whether a unit needs the zero flag to read as zeros without data; `None` if it cannot.
     fn zero_without_data(&self, unit: GuestRange) -> Option<bool> {
         match self.has_zero_clusters {
             true => Some(true),
-            // Version 2 has no zero clusters, but where nothing lies below, an unallocated one reads as zeros.
+            // Version 2 has no zero clusters. But if nothing lies below, an unallocated cluster reads as zeros.
             false => (!self.shows_below(unit)).then_some(false),
         }
     }

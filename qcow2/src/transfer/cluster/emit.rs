@@ -1,4 +1,4 @@
-//! What follows from what becomes of a cluster: operations for its data, changes for its entry and its host clusters.
+//! Turns the outcome for a cluster into operations on its data, and changes of its entry and its host clusters.
 
 use super::Base;
 use super::decide::{Cluster, ClusterOutcome, Terms, Units};
@@ -13,7 +13,7 @@ use crate::transfer::origin::Origin;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 impl Base<'_> {
-    /// Brings what becomes of a cluster into a batch. A new host cluster is taken before a new L2 table.
+    /// Adds the outcome for a cluster to a batch. A new host cluster is allocated before a new L2 table.
     ///
     /// # Errors
     /// A table below that cannot be read or is damaged; no free cluster.
@@ -51,6 +51,7 @@ impl Base<'_> {
             }
         };
         batch.set(self.image, cluster.start, entry, source)?;
+        // The old entry is gone, and with it one reference to the old host cluster.
         if !matches!(outcome, ClusterOutcome::InPlace { .. }) {
             if let Some(part) = cluster.compressed {
                 batch.free(self.image, part.host, part.len);
@@ -66,16 +67,16 @@ impl Base<'_> {
     }
 }
 
-/// A host cluster that is filled.
+/// Fills a host cluster.
 struct Fill<'a> {
     base: &'a Base<'a>,
     terms: Terms,
     cluster: &'a Cluster,
     needs: &'a [Need],
     host: HostOffset,
-    /// Nothing of the cluster is there yet.
+    /// The host cluster is new: it holds nothing of the cluster yet.
     is_new: bool,
-    /// It reads as zeros until it is written.
+    /// The host cluster reads as zeros until it is written.
     is_blank: bool,
 }
 
@@ -89,7 +90,7 @@ impl Fill<'_> {
                     self.unit(n, unit, ops)?;
                 }
                 SubclusterState::Zero if self.base.has_raw_data_file() => {
-                    // Whoever reads a raw data file by itself must see the zeros too.
+                    // A raw data file must show the zeros even to a reader who does not look at the image.
                     ops.push(self.at(unit.start), unit.len.min(self.terms.rest(unit.start)), Origin::Zeros);
                 }
                 _ => {}
@@ -98,7 +99,7 @@ impl Fill<'_> {
         Ok(())
     }
 
-    /// Where a byte of the cluster lies.
+    /// The host offset of a guest offset in the cluster.
     fn at(&self, guest: GuestOffset) -> HostOffset {
         self.host + (guest - self.cluster.start)
     }
@@ -116,8 +117,8 @@ impl Fill<'_> {
         self.gap(n, GuestRange::between(done, unit.end()), ops)
     }
 
-    /// Adds the operations for a part of a unit that the merge does not change: its old content moves along, if it is
-    /// not there.
+    /// Adds the operations for a part of a unit that the merge does not change. Its old content is copied,
+    /// unless it is at the right place already.
     fn gap(&self, n: u32, gap: GuestRange, ops: &mut Ops) -> Result<()> {
         let before = self.cluster.states.get(n);
         if gap.is_empty() || (!self.is_new && before == SubclusterState::Allocated) {
@@ -164,7 +165,7 @@ impl Fill<'_> {
         Ok(())
     }
 
-    /// Adds zeros where there are none yet.
+    /// Adds a write of zeros, unless the host cluster reads as zeros anyway.
     fn zeros(&self, range: GuestRange, ops: &mut Ops) {
         if !self.is_blank {
             ops.push(self.at(range.start), range.len, Origin::Zeros);
@@ -172,7 +173,7 @@ impl Fill<'_> {
     }
 }
 
-/// The entry for a cluster in these states.
+/// Encodes the states of a cluster's units in the simplest entry.
 fn new_entry(host: Option<HostOffset>, copied: bool, states: Subclusters, units: u32) -> L2Entry {
     let all = u32::MAX >> (32 - units);
     let copied = copied && host.is_some();

@@ -1,7 +1,8 @@
-//! How one cluster of a qcow2 base takes what it must hold.
+//! Changes one cluster of a qcow2 base so that it holds what it must.
 //!
-//! In two steps. [`decide`](decide::decide) says what becomes of the cluster, as a value, from its entry and the needs
-//! alone. `emit` makes the operations for the data and the changes of the metadata that follow from that.
+//! This takes two steps. [`decide`](decide::decide) finds the outcome for the cluster, from its entry and its
+//! needs alone; it does nothing. `emit` turns the outcome into operations on the data and changes of the
+//! metadata.
 
 mod decide;
 mod emit;
@@ -15,7 +16,7 @@ use crate::image::Qcow2;
 use crate::image::edits::{Batch, ClusterSource};
 use crate::units::GuestOffset;
 
-/// What the step needs to know about the base.
+/// The base, with what both steps need to know about it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Base<'a> {
     /// The base.
@@ -24,7 +25,7 @@ pub(crate) struct Base<'a> {
     pub(crate) layer: usize,
     /// The layers below it, if there are any.
     pub(crate) below: Option<View<'a>>,
-    /// The size of the disk below it, in bytes, before the merge or when it is done: whichever is larger.
+    /// The size of the disk below it, in bytes: the larger of before the merge and after it.
     pub(crate) below_size: u64,
     /// The size of the disk when the merge is done, in bytes.
     pub(crate) size: u64,
@@ -32,7 +33,7 @@ pub(crate) struct Base<'a> {
     pub(crate) blank_from: u64,
 }
 
-/// What a merge does, in bytes of the guest's disk and in clusters.
+/// How much of the guest's disk a merge changes, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Effect {
     /// Bytes that come from the layers.
@@ -42,8 +43,8 @@ pub(crate) struct Effect {
 }
 
 impl Base<'_> {
-    /// Brings the needs of one cluster into a batch: operations for the data, changes for the metadata.
-    /// `needs` are sorted, disjoint, and lie inside the cluster at `start`.
+    /// Adds what the cluster at `start` needs to a batch: data operations to `ops`, changes of the metadata to
+    /// `batch`. `needs` must be sorted, disjoint, and inside the cluster.
     ///
     /// # Errors
     /// A table that cannot be read or is damaged; no free cluster.
