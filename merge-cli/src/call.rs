@@ -4,6 +4,8 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use qcow2::ways::{Asked, Task};
+
 use crate::exit::Exit;
 use crate::hint::{Command, file_word};
 
@@ -94,6 +96,22 @@ pub(crate) struct Call {
 }
 
 impl Call {
+    /// The same for the engine, which finds what can be done after an error.
+    pub(crate) fn asked(&self) -> Asked<'_> {
+        let task = match self.verb {
+            VerbName::Info => Task::Info,
+            VerbName::Map => Task::Look,
+            VerbName::Check | VerbName::Restore => Task::Check,
+            VerbName::Commit => Task::Commit,
+            VerbName::Pull => Task::Pull,
+            VerbName::Flatten => Task::Flatten,
+            _ => Task::Other,
+        };
+        let given = |option: &[u8]| self.words.iter().any(|word| word.as_bytes().starts_with(option));
+        let states_format = given(b"--format") || self.words.iter().any(|word| word == "-f");
+        Asked { task, image: &self.image, states_format, states_backing_format: given(b"--backing-format") }
+    }
+
     /// The same command, to be typed again.
     pub(crate) fn again(&self) -> Command {
         Command::qmerge(&self.words)

@@ -1,5 +1,9 @@
 //! What would succeed next, as the files tell: whether a repair or a flatten would, where a backing file that is missing may be,
-//! which names are free. For whoever says what to do about an error.
+//! which names are free. [`after`] makes values of it: what leads on after an error, for whoever says what to do about one.
+
+mod after;
+mod system;
+mod way;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -16,6 +20,9 @@ use crate::image::{ImageFormat, Qcow2};
 use crate::repair::{self, RepairMode};
 use crate::storage::{Access, Host, OsHost, Storage};
 use crate::units::{GuestOffset, GuestRange};
+
+pub use self::after::after;
+pub use self::way::{Act, Allow, Asked, Task, Way, Why};
 
 /// The folder that a file lies in, as one can type it.
 pub fn folder(path: &Path) -> PathBuf {
@@ -83,7 +90,7 @@ pub struct MovedBacking {
     /// Its name for the header of the overlay.
     pub name: OsString,
     /// Its format.
-    pub format: String,
+    pub format: ImageFormat,
 }
 
 impl NamedBacking {
@@ -121,11 +128,10 @@ impl NamedBacking {
         }
         let there = Self { path, written: name.to_owned(), declared: self.declared.clone() };
         let format = there.detected().filter(|found| ImageFormat::from_name(found.name()).is_some())?;
-        let format = format.name().to_owned();
         // A colon would be taken for a protocol, a dash for an option.
         let plain = !name.as_bytes().contains(&b':') && !name.as_bytes().starts_with(b"-");
         let name = if plain { name.to_owned() } else { Path::new(".").join(name).into() };
-        self.declared.as_ref().is_none_or(|declared| *declared == format).then_some(MovedBacking {
+        self.declared.as_ref().is_none_or(|declared| declared == format.name()).then_some(MovedBacking {
             path: there.path,
             name,
             format,

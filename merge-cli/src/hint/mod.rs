@@ -4,10 +4,9 @@
 //! fail as things are is not given; what must be put right first stands before it.
 
 mod command;
-mod engine;
 mod in_use;
-mod io;
 mod kind;
+mod ways;
 
 use std::fmt;
 use std::path::Path;
@@ -15,8 +14,8 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 pub(crate) use self::command::{Command, file_word, quoted};
-pub(crate) use self::engine::hints;
 pub(crate) use self::kind::HintKind;
+pub(crate) use self::ways::hints;
 
 /// One thing to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]

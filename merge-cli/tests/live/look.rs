@@ -185,7 +185,7 @@ fn an_image_that_qemu_holds_leads_to_the_same_merge_as_it_runs() {
     let socket = lab.path("qmp.sock");
     // A client that holds the monitor keeps it from being asked for the disk's name.
     let client = lab.connect();
-    let hint = format!("qmerge live commit 3.img --active --pivot --qmp {socket}");
+    let hint = format!("qmerge live commit 3.img --pivot --qmp {socket}");
     failed(&qmerge(lab.dir(), &["commit", "3.img"]), 5, &["in use", &hint]);
     drop(client);
     let hint = format!("hint: merge it as it runs: qmerge live commit disk0 --pivot --qmp {socket}\n");

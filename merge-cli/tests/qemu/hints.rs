@@ -58,7 +58,7 @@ fn provoke(kind: HintKind, chain: &Article) -> Tried {
             fs::rename(folder.join("a.qcow2"), folder.join("elsewhere")).unwrap();
             Tried::Here(commit(&[]), ChangesNothing)
         }
-        HintKind::AgainAsRoot => Tried::By("hint::io::tests"),
+        HintKind::AgainAsRoot => Tried::By("ways::system::tests of the engine"),
         HintKind::GoOn => Tried::By("resume::ctrl_c_says_how_much_is_kept"),
         HintKind::Help => Tried::Here(json(folder, &["flatten", "c.qcow2"]), Succeeds),
         HintKind::Info => {

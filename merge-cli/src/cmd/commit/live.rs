@@ -1,5 +1,6 @@
 //! Where the merge of a stopped machine meets one that runs: the same merge, as its QEMU or its libvirt does it.
 
+use std::ffi::OsString;
 use std::path::Path;
 
 use qcow2::Error;
@@ -25,11 +26,13 @@ pub(super) fn in_use(path: &Path, holders: &[Holder], args: &CommitArgs, call: &
         let message = format!("{}; it is the disk of libvirt's domain {name}", report.message);
         return Report { message, hint: as_domain(&domain, call), ..report }.into();
     }
-    let monitor = holders.iter().find_map(monitor_of);
-    let found = monitor.and_then(|at| Some((RunningMerge::find(&at, &args.active, &options)?, at)));
-    let Some((merge, address)) = found else { return report.into() };
-    let live = Hint::command(HintKind::LiveMerge, "merge it as it runs", same(&merge, &address, args));
-    Report { hint: report.hint.first(live), ..report }.into()
+    let Some(address) = holders.iter().find_map(monitor_of) else { return report.into() };
+    let live = |words: &str, line| Hint::command(HintKind::LiveMerge, words, line);
+    let hint = match RunningMerge::find(&address, &args.active, &options) {
+        Some(merge) => report.hint.first(live("merge it as it runs", same(&merge, &address, args))),
+        None => report.hint.or(live("or merge as it runs", as_named(&address, args))),
+    };
+    Report { hint, ..report }.into()
 }
 
 fn as_domain(domain: &RunningDomain, call: &Call) -> Hints {
@@ -43,14 +46,30 @@ fn as_domain(domain: &RunningDomain, call: &Call) -> Hints {
 
 /// The same merge as a live one.
 fn same(merge: &RunningMerge, address: &Address, args: &CommitArgs) -> Command {
-    let mut line = Command::qmerge(["live", "commit", &merge.disk]);
-    if let Some(base) = merge.base {
-        line = line.option("--base", format!("[{base}]"));
+    let index = |index: Option<usize>| index.map(|index| format!("[{index}]").into());
+    live(merge.disk.as_ref(), index(merge.base), index(merge.top), address, args)
+}
+
+/// The same where nobody could be asked what the disk is called: it answers to its active image, too.
+fn as_named(address: &Address, args: &CommitArgs) -> Command {
+    live(&args.active, args.base.clone(), args.top.clone(), address, args)
+}
+
+fn live(
+    disk: &Path,
+    base: Option<OsString>,
+    top: Option<OsString>,
+    address: &Address,
+    args: &CommitArgs,
+) -> Command {
+    let mut line = Command::qmerge(["live", "commit"]).file(disk);
+    if let Some(base) = base {
+        line = line.option("--base", base);
     } else if args.shallow {
         line = line.word("--shallow");
     }
-    line = match merge.top {
-        Some(top) => line.option("--top", format!("[{top}]")),
+    line = match top {
+        Some(top) => line.option("--top", top),
         None => line.word(if args.keep_active { "--keep-overlay" } else { "--pivot" }),
     };
     for (given, option) in [
