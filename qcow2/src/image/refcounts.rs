@@ -85,7 +85,7 @@ impl Refcounts {
         self.table = table;
     }
 
-    /// Takes a block out of the table. All clusters that it counts must be free.
+    /// Takes a block out of the table. It must count nothing but, perhaps, itself.
     ///
     /// # Errors
     /// An I/O error.

@@ -1,4 +1,4 @@
-//! The files that a QEMU has open, and whether they are the ones that lie here.
+//! Finds the files that a QEMU has open, and whether the same names lead to the same files here.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,12 +9,12 @@ use crate::block::servers::nbd_server;
 use crate::qmp::connection::Connection;
 use qcow2::storage::{FileId, Host, OsHost};
 
-/// What is known about a QEMU's files.
+/// The open files of a QEMU, as far as they can be seen.
 #[derive(Debug, Default)]
 pub struct Files {
-    /// The process, where it runs on this host.
+    /// The process, if it runs on this host.
     process: Option<u32>,
-    /// The files that it has open, by their names in its own view; `None` where that may not be read.
+    /// The files that it has open, by their names in its own view; `None` if they may not be read.
     open: Option<Vec<(PathBuf, FileId)>>,
 }
 
@@ -23,9 +23,9 @@ pub struct Files {
 pub(crate) enum Place {
     /// It is this file.
     Here(PathBuf, FileId),
-    /// A file of its name lies here, but QEMU has another one open: it runs in a container, perhaps.
+    /// A file of that name exists here, but QEMU has another one open: it may run in a container.
     Other,
-    /// It is no file here: another host's, or none at all.
+    /// There is no such file here: it is on another host, or no file at all.
     Elsewhere,
 }
 
@@ -41,7 +41,8 @@ impl Files {
         self.process.and_then(nbd_server)
     }
 
-    /// The absolute name of a file that QEMU opened by a relative one: the only open one that ends like it.
+    /// The absolute name of a file that QEMU opened by a relative name: the only open file whose path ends with
+    /// that name.
     pub fn absolute(&self, name: &str) -> Option<String> {
         let is_plain = !name.starts_with('/') && !name.contains(':');
         let relative = Path::new(name.trim_start_matches("./"));
@@ -61,12 +62,12 @@ impl Files {
         if self.is_elsewhere(id) { Place::Other } else { Place::Here(path.to_owned(), id) }
     }
 
-    /// Whether the process' files are seen, and this one is not open.
+    /// Whether the files of the process can be seen, and this one is not open.
     pub(crate) fn is_elsewhere(&self, id: FileId) -> bool {
         self.open.as_ref().is_some_and(|open| !open.iter().any(|(_, other)| *other == id))
     }
 
-    /// Whether the process is seen to have this file open.
+    /// Whether the process can be seen to have this file open.
     pub(crate) fn has_open(&self, id: FileId) -> bool {
         self.open.iter().flatten().any(|(_, open)| *open == id)
     }
@@ -77,7 +78,7 @@ impl Files {
     }
 }
 
-/// What a name leads to here.
+/// The file to which a name leads here.
 pub(crate) fn file_id(path: &Path) -> Option<FileId> {
     OsHost.stat(path).ok().map(|stat| stat.id)
 }
@@ -88,7 +89,7 @@ fn open_files(pid: u32) -> Option<Vec<(PathBuf, FileId)>> {
     let mut files = Vec::new();
     for entry in entries.flatten() {
         let link = entry.path();
-        // Sockets and pipes lead to no name.
+        // Sockets and pipes have no absolute name.
         let Some(name) = fs::read_link(&link).ok().filter(|name| name.is_absolute()) else { continue };
         if let Some(id) = file_id(&link)
             && seen.insert((name.clone(), id))

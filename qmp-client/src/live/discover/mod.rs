@@ -1,5 +1,5 @@
-//! What is there before anything is planned: QEMU's files, merges that have not come to their end, and the images of others
-//! that read through a disk's layers.
+//! Finds out what exists before anything is planned: QEMU's files, unfinished merges, and other images that
+//! read through a disk's layers.
 
 mod files;
 mod unfinished;

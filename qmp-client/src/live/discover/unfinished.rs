@@ -1,4 +1,4 @@
-//! Merges that were begun and have not come to their end, found by their state files.
+//! Finds unfinished merges by their state files.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use crate::live::outline::Outline;
 use crate::qmp::address::Address;
 use crate::state::{State, StateFile, find_states, sweep};
 
-/// A merge that was begun and has not come to its end: its job runs, or was interrupted, or what it left is not tidied.
+/// An unfinished merge: its job runs, or was interrupted, or its obsolete files are not tidied up yet.
 #[derive(Clone, Debug)]
 pub struct Unfinished {
     pub(crate) file: StateFile,
@@ -20,17 +20,19 @@ pub struct Unfinished {
 }
 
 impl Unfinished {
-    /// All that are noted in these folders, and beside this monitor's socket, each once. Folders that are not here are passed
-    /// over.
+    /// All unfinished merges with a state file in these folders or beside this monitor's socket, each once.
+    /// Folders that do not exist are skipped.
     ///
     /// # Errors
-    /// [`crate::Error::State`], which names the folder or the state file that cannot be read or believed.
+    /// [`crate::Error::State`], which names the folder or the state file that cannot be read or may not be
+    /// believed.
     pub fn find(address: Option<&Address>, folders: &[PathBuf]) -> Result<Vec<Self>> {
         let found = find_states(address, folders.iter().map(PathBuf::as_path))?;
         Ok(found.into_iter().map(|(file, state)| Self { file, state }).collect())
     }
 
-    /// Those that may speak of these disks: noted beside their images, in `state_dir`, or beside the monitor's socket.
+    /// The unfinished merges that may concern these disks: with state files beside their images, in
+    /// `state_dir`, or beside the monitor's socket.
     ///
     /// # Errors
     /// As [`Unfinished::find`].
@@ -38,7 +40,7 @@ impl Unfinished {
         Self::find(Some(address), &folders_of_disks(disks, state_dir))
     }
 
-    /// Those of which an image is a part, noted beside it.
+    /// The unfinished merges with a state file beside an image, and with the image as a part.
     ///
     /// # Errors
     /// As [`Unfinished::find`].
@@ -47,7 +49,7 @@ impl Unfinished {
         Ok(all.into_iter().filter(|merge| merge.is_about(image)).collect())
     }
 
-    /// The one whose state file lies beside an active image; none if there is no such file.
+    /// The unfinished merge with its state file beside an active image; `None` if there is no such file.
     ///
     /// # Errors
     /// As [`Unfinished::find`].
@@ -57,12 +59,12 @@ impl Unfinished {
         Ok(file.load()?.map(|state| Self { file, state }))
     }
 
-    /// What it is.
+    /// Its outline.
     pub fn outline(&self) -> Outline {
         Outline::of(&self.file, &self.state)
     }
 
-    /// Whether this file is its state file or one of its layers; links are followed.
+    /// Whether this file is its state file or one of its layers. Links are followed.
     pub fn is_about(&self, path: &Path) -> bool {
         let real = |path: &Path| std::fs::canonicalize(path).ok();
         let meant = real(path);
@@ -70,20 +72,21 @@ impl Unfinished {
         is(self.file.path()) || self.state.layers.iter().any(|layer| is(Path::new(&layer.file)))
     }
 
-    /// The disk in a graph of just now that has the chain from before it, or the one that it leaves.
+    /// The disk in a present graph that shows the chain from before the merge, or the one that the merge
+    /// leaves.
     pub(crate) fn disk<'g>(&self, graph: &'g Graph) -> Option<&'g Disk> {
         self.state.disk_after(graph).or_else(|| self.state.disk_before(graph))
     }
 }
 
-/// Whether a live merge stands in the way of a merge of the stopped machine.
+/// Whether a live merge stands in the way of an offline merge.
 #[derive(Clone, Debug)]
 pub enum Interrupted {
     /// None does.
     No,
     /// One may be under way: somebody holds the image.
     InUse(Vec<Holder>),
-    /// One was interrupted, and is to be put right first.
+    /// One was interrupted, and must be recovered first.
     Yes(Box<Outline>),
 }
 
@@ -103,8 +106,8 @@ impl Interrupted {
     }
 }
 
-/// Removes the files that clients have left in these folders, and beside the monitor's socket, which were killed while they
-/// wrote a state file. It is a convenience, and tells no errors.
+/// Removes the files of clients that were killed while they wrote a state file, in these folders and beside the
+/// monitor's socket. Errors are ignored: the files do no harm.
 pub fn sweep_folders(address: Option<&Address>, folders: &[PathBuf]) {
     let socket = match address {
         Some(Address::Unix(path)) => {
@@ -118,8 +121,8 @@ pub fn sweep_folders(address: Option<&Address>, folders: &[PathBuf]) {
     }
 }
 
-/// The folders in which states of these disks may lie: those of their images, links followed, and the one that the user
-/// named.
+/// The folders in which state files of these disks may lie: those of their images, with links followed, and the
+/// user's.
 pub fn folders_of_disks(disks: &[Disk], state_dir: Option<&Path>) -> Vec<PathBuf> {
     let images = disks.iter().flat_map(Disk::layers).map(|layer| PathBuf::from(&layer.file));
     let images = images.filter(|image| image.is_absolute());
@@ -130,7 +133,7 @@ pub fn folders_of_disks(disks: &[Disk], state_dir: Option<&Path>) -> Vec<PathBuf
     folders.into_iter().collect()
 }
 
-/// The folders in which a state of this image may lie: its own, as it is named and with links followed.
+/// The folders in which a state file of this image may lie: its own, by its given name and with links followed.
 pub fn folders_of_image(image: &Path) -> Vec<PathBuf> {
     let absolute = std::path::absolute(image).unwrap_or_else(|_| image.to_owned());
     let names = [std::fs::canonicalize(image).ok(), Some(absolute)];
@@ -139,7 +142,7 @@ pub fn folders_of_image(image: &Path) -> Vec<PathBuf> {
     folders.into_iter().collect()
 }
 
-/// Merges of which a disk shows one of the two chains, and the state of each.
+/// The state files of these merges, each with its state.
 pub(crate) fn states(all: &[Unfinished]) -> Vec<(StateFile, State)> {
     all.iter().map(|merge| (merge.file.clone(), merge.state.clone())).collect()
 }

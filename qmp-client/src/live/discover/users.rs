@@ -1,4 +1,4 @@
-//! Other images that read through base or a merged layer: what a merge would corrupt.
+//! Finds other images that read through base or a merged layer. A merge would change what they show.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use crate::block::graph::{Disk, Graph, Layer};
 use crate::error::{Error, Result};
 use crate::live::hindrance::Hindrance;
 
-/// Where other users of a merge's files were looked for, and what stays unknown.
+/// Where other users of a merge's files were searched, and what stays unknown.
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct Searched {
@@ -22,7 +22,7 @@ pub struct Searched {
     pub unreadable: Vec<PathBuf>,
     /// Images that will break, because the user allowed it.
     pub broken: Vec<PathBuf>,
-    /// The same, each with the index of the layer that it uses.
+    /// The same images, each with the index of the layer that it uses.
     pub(crate) users: Vec<(usize, PathBuf)>,
 }
 
@@ -87,12 +87,12 @@ pub(crate) fn search(
     Ok(Searched { folders, unreadable, broken, users })
 }
 
-/// Folders by names that mean the same in another working directory.
+/// The folders by absolute names, which mean the same in another working directory.
 pub(crate) fn absolute(folders: &[PathBuf]) -> Vec<PathBuf> {
     folders.iter().map(|folder| std::path::absolute(folder).unwrap_or_else(|_| folder.clone())).collect()
 }
 
-/// The folders of files, as named and with links followed.
+/// The folders of files: by the given names, and with links followed.
 fn folders(files: &[(PathBuf, FileId)]) -> qcow2::Result<BTreeSet<PathBuf>> {
     let real =
         |path: &Path| path.canonicalize().map_err(|e| qcow2::Error::io(path, FileOp::Resolve, None, e));

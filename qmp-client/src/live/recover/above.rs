@@ -1,5 +1,5 @@
-//! New overlays above the image that a merge has left as the disk's top: somebody took a snapshot behind the switch, and what
-//! the guest wrote last is there.
+//! Finds overlays above the image that a merge has left as the disk's top. If somebody took a snapshot after
+//! the switch, the guest's last writes are in such an overlay.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -13,16 +13,15 @@ use super::finding::{Fact, Finding, Found, Next, Trouble};
 use super::look;
 use crate::live::discover::Unfinished;
 
-/// Where the disk is.
+/// What was found above an image.
 enum Above {
-    /// In this image, the uppermost of the only chain that there is.
+    /// The disk is this image, the uppermost of the only chain.
     In(PathBuf),
     /// More than one image has this one as its backing file.
     Forks(PathBuf, Vec<PathBuf>),
 }
 
-/// Corrects what a finding says of the top. `live` are the files of the disk in a QEMU that runs, from the active one
-/// down.
+/// Corrects the top in a finding. `live` are the files of the disk in a running QEMU, from the active one down.
 pub(super) fn look_above(merge: &Unfinished, finding: &mut Finding, live: &[String]) {
     let Some(top) = finding.valid_top.clone() else { return };
     let shown = live.first().filter(|_| live.contains(&top));
@@ -62,7 +61,7 @@ pub(super) fn look_above(merge: &Unfinished, finding: &mut Finding, live: &[Stri
     }
 }
 
-/// `searched` takes the folders that were looked in.
+/// Follows the users of `top` upwards. `searched` receives the folders that were searched.
 fn find_above(merge: &Unfinished, top: &Path, searched: &mut BTreeSet<PathBuf>) -> Result<Above> {
     let state = &merge.state;
     let mut at = top.to_owned();
@@ -80,6 +79,8 @@ fn find_above(merge: &Unfinished, top: &Path, searched: &mut BTreeSet<PathBuf>) 
             let found = find_users(&OsHost, &all, &[file], &ours)?.users;
             Ok(found.into_iter().map(|user| user.path).collect())
         };
+        // An empty overlay that nobody uses shows the same disk: it may be a remainder of a clean-up, and is no
+        // fork.
         let mut users = Vec::new();
         for user in users_of(below)? {
             let has_users = || -> Result<bool> {
@@ -95,14 +96,14 @@ fn find_above(merge: &Unfinished, top: &Path, searched: &mut BTreeSet<PathBuf>) 
             [user] => at = user.clone(),
             _ => return Ok(Above::Forks(at, users)),
         }
-        // Files that name each other in a circle end here.
+        // The search skips our own images from now on. This also ends a circle of images that name each other.
         ours.extend(look::id(&at)?);
         folders.extend(look::folders_of(&at));
     }
     Ok(Above::In(at))
 }
 
-/// Whether an overlay holds nothing, and nobody has it open: it shows what the image below it shows.
+/// Whether an overlay is empty and nobody has it open. Then it shows what the image below it shows.
 fn is_idle(overlay: &Path, below: FileId) -> Result<bool> {
     if !look::is_empty_on(overlay, below)? {
         return Ok(false);

@@ -1,4 +1,5 @@
-//! What is done about an interrupted merge: each deed needs the leave that only the judge gives.
+//! Acts on an interrupted merge. Each action takes a permission that only the judge ([`crate::State::judge`])
+//! can give.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +15,7 @@ use crate::live::verdict::{NotSwitched, RelinkBack, Switched};
 use crate::state::{Kind, StateLayer};
 
 impl Case<'_> {
-    /// Nothing was switched: the chain is as it was.
+    /// Ends a merge that has not switched: the chain is as it was.
     pub(super) fn not_switched(&self, leave: NotSwitched<'_>) -> Result<Finding> {
         let state = leave.state();
         look::free(state.layers.iter())?;
@@ -28,7 +29,8 @@ impl Case<'_> {
         Ok(finding)
     }
 
-    /// The merge is complete: what it left becomes empty overlays on base, or is removed if that was the wish.
+    /// Ends a complete merge: its obsolete layers become empty overlays on base, or are removed if the user
+    /// asked for that.
     pub(super) fn switched(&self, leave: Switched<'_>, obsolete: &[(&StateLayer, Stamp)]) -> Result<Finding> {
         let state = leave.state();
         let mut finding = self.finding(Found::Completed);
@@ -47,7 +49,8 @@ impl Case<'_> {
         Ok(finding)
     }
 
-    /// Gives the overlay its former backing file back. `opened` are the images, as they were compared.
+    /// Relinks the overlay to its former backing file. `opened` are the images, still locked from the
+    /// comparison.
     pub(super) fn relink_back(&self, leave: RelinkBack<'_>, mut opened: Interrupted) -> Result<Finding> {
         let state = leave.state();
         let (overlay, name) = state
@@ -69,7 +72,8 @@ impl Case<'_> {
         Ok(finding)
     }
 
-    /// Removes layers, or makes them empty overlays on base: from the top, as they were seen.
+    /// Removes layers, or turns them into empty overlays on base. `obsolete` are the layers from the top, as
+    /// they were seen.
     fn clean(
         &self,
         leave: Switched<'_>,
@@ -97,7 +101,7 @@ impl Case<'_> {
         Ok(())
     }
 
-    /// Takes the state file away, because all that it spoke of is done.
+    /// Removes the state file, because everything that it notes is done.
     fn forget(&self, finding: &mut Finding) {
         let file = &self.merge.file;
         if !self.options.dry_run

@@ -1,4 +1,4 @@
-//! What is seen of the files of an interrupted merge: all that the judge is given.
+//! Collects the evidence about the files of an interrupted merge, for the judge.
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -15,15 +15,16 @@ use super::look;
 use crate::live::verdict::{Compared, Header, Leads, Seen, Treated};
 use crate::state::{Kind, Phase, Qemu, State, StateLayer, stamp_of};
 
-/// What is seen, and the files as they were then.
+/// What was seen, with the stamps that were taken first.
 pub(super) struct Evidence {
-    /// For the judge.
+    /// What the judge gets.
     pub(super) seen: Seen,
-    /// The files, in the order of the state's layers: what is changed later must still be so.
+    /// The stamps of the files, in the order of the state's layers. A file that is changed later must still
+    /// have its stamp.
     pub(super) stamps: Vec<Option<Stamp>>,
-    /// Why something could not be read that matters only when something is to be changed.
+    /// An error about a file that must be readable only if something will be changed.
     pub(super) unread: Option<Error>,
-    /// Why nothing could be compared.
+    /// Why the images could not be compared.
     pub(super) not_compared: Option<Error>,
 }
 
@@ -33,7 +34,7 @@ impl Evidence {
     /// # Errors
     /// A file cannot be looked at, or the header that tells which chain stands cannot be read.
     pub(super) fn of(state: &State, qemu: Qemu) -> Result<Self> {
-        // First: what is written between this and the next look must be seen as a change.
+        // Take the stamps first, so that a write between this and the next look shows as a change.
         let stamps = state.layers.iter().map(stamp_now).collect::<Result<_>>()?;
         let seen = Seen::of(state, qemu, Header::Unread).map_err(|error| match error {
             crate::Error::File { file, source } => Error::io(&file, FileOp::Stat, None, source),
@@ -91,7 +92,7 @@ impl Evidence {
         Ok(())
     }
 
-    /// The layers that the merge leaves behind and that are still there, from the top, as they were seen.
+    /// The obsolete layers that still exist, from the top, with the stamps that were taken.
     pub(super) fn obsolete<'s>(&self, state: &'s State) -> Vec<(&'s StateLayer, Stamp)> {
         let merged = state.layers.iter().zip(&self.stamps).filter(|(layer, _)| {
             layer.index > state.base && layer.index <= state.top && layer.stamp.is_some()
@@ -99,11 +100,11 @@ impl Evidence {
         merged.filter_map(|(layer, stamp)| Some((layer, stamp.clone()?))).collect()
     }
 
-    /// Compares base with what was merged into it, and notes what that shows. Returns the images, opened and locked, where
-    /// they differ, so that nobody changes them before something is done about it.
+    /// Compares base with what was merged into it, and notes the result. If they differ, returns the images
+    /// still open and locked, so that nobody changes them before something is done about it.
     ///
     /// # Errors
-    /// The images cannot be read, or are not what was seen.
+    /// The images cannot be read, or have changed since they were seen.
     pub(super) fn compare(
         &mut self,
         state: &State,
@@ -114,7 +115,8 @@ impl Evidence {
         let opened = self.open(state, no_lock).and_then(|opened| {
             let size = state.layer(state.base).map_or(0, |layer| layer.virtual_size);
             let is_switched = state.kind == Kind::ActiveCommit || opened.backing() == BackingIs::Base;
-            // Only where no pivot is noted does it matter what was never there.
+            // Whether data was never copied matters only if no pivot is noted: QEMU pivots only after
+            // everything was copied.
             if state.kind == Kind::ActiveCommit
                 && state.phase == Phase::Copying
                 && let Some(at) = opened.never_copied(cancel)?
@@ -167,7 +169,8 @@ impl Evidence {
                 Stamp::now(&OsHost, path)?.ok_or_else(nowhere)?
             }
         };
-        // As their headers say, wherever that leads. The format of top is known.
+        // Follow the headers wherever they lead, so that the comparison is about the chain as it is. Only the
+        // format of top comes from the state.
         let active_format = state.layer(state.top).map(look::format);
         let (policy, no_locks) = (Policy::local_files(), no_lock);
         let options = OpenOptions { policy, active_format, no_locks, ..OpenOptions::default() };
@@ -175,7 +178,7 @@ impl Evidence {
     }
 }
 
-/// The file of a layer as it is now, if it is there.
+/// The present stamp of a layer's file, if the file exists.
 fn stamp_now(layer: &StateLayer) -> Result<Option<Stamp>> {
     let path = Path::new(&layer.file);
     stamp_of(path).map_err(|source| Error::io(path, FileOp::Stat, None, source))

@@ -1,4 +1,4 @@
-//! What was found out about an interrupted merge, and what was done: values, for which others find words.
+//! The findings about an interrupted merge, and what was done, as values. The command finds the words for them.
 
 use std::path::PathBuf;
 
@@ -9,43 +9,43 @@ use crate::live::tidy::StaysReason;
 use crate::live::verdict::Doubt;
 use crate::qmp::address::Address;
 
-/// What was found out about one interrupted merge, and what was done, or would be.
+/// What was found out about one interrupted merge, and what was done, or would be done.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Finding {
     /// The merge.
     pub merge: Outline,
-    /// What came of it.
+    /// Its outcome.
     pub outcome: Found,
-    /// The image that holds the disk, where that is certain.
+    /// The image that holds the disk; `None` if that is not certain.
     pub valid_top: Option<String>,
-    /// What was found, in the order in which it was.
+    /// What was found, in this order.
     pub facts: Vec<Fact>,
-    /// What was done, or would be.
+    /// What was done, or would be done.
     pub did: Vec<Deed>,
-    /// How to go on.
+    /// What the user can do next.
     pub next: Option<Next>,
-    /// What keeps it from being done.
+    /// What stands in the way.
     pub trouble: Option<Trouble>,
 }
 
-/// What came of an interrupted merge.
+/// The outcome of an interrupted merge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Found {
-    /// QEMU runs, and has it in hand.
+    /// QEMU is running, and the merge is its business.
     Running,
     /// Somebody holds the images.
     InUse,
-    /// Nothing was switched.
+    /// The merge did not switch: the disk is the chain from before.
     NotSwitched,
-    /// It is complete.
+    /// The merge is complete.
     Completed,
     /// An overlay got its former backing file back.
     RelinkedBack,
-    /// Only the user can tell.
+    /// Only the user can tell which image is the disk.
     Unclear,
-    /// An error came in between.
+    /// An error stopped the recovery.
     Failed,
 }
 
@@ -57,11 +57,11 @@ pub enum Fact {
     NothingSwitched,
     /// The merge is complete.
     Complete,
-    /// The merge is complete, and the guest had moved to base.
+    /// The merge is complete, and the guest ran on base already.
     GuestMoved,
-    /// The pull is complete; this disk needs these files no more.
+    /// The pull is complete; this disk no longer needs these files.
     Pulled(Vec<String>),
-    /// QEMU had switched, and base lacks data.
+    /// QEMU had switched, but base lacks data.
     BaseLacks {
         /// Base.
         base: String,
@@ -75,49 +75,50 @@ pub enum Fact {
         /// Why.
         why: StaysReason,
     },
-    /// QEMU runs, and has the job.
+    /// QEMU is running, and has the job.
     JobIs(JobStatus),
     /// The job can be cancelled over this monitor.
     CanBeCancelled(Address),
-    /// The guest was still paused by a client that was killed, and goes on now.
+    /// A killed client had left the guest paused; it runs again.
     GuestGoesOn,
-    /// QEMU runs, the job is gone, and nothing was switched.
+    /// QEMU is running, the job is gone, and nothing was switched.
     JobIsGone,
-    /// QEMU runs, and has switched; only the end is not noted.
+    /// QEMU is running and has switched; only the end is not noted.
     HasSwitched,
-    /// An image lies above the one that the merge left on top, and is the disk.
+    /// Another image lies above the merge's top, and is the disk.
     LiesAbove {
         /// The image.
         above: String,
-        /// The one that the merge left on top.
+        /// The image that the merge left on top.
         top: String,
     },
-    /// Whether an image lies above that one cannot be seen.
+    /// It could not be found out whether an image lies above the merge's top.
     AboveNotSeen {
-        /// The one that the merge left on top.
+        /// The image that the merge left on top.
         top: String,
         /// Why.
         error: qcow2::Error,
     },
-    /// An image is the backing file of several, and there is another trouble.
+    /// An image is the backing file of several, besides another trouble.
     Fork {
         /// The image.
         image: PathBuf,
-        /// Those that have it as their backing file.
+        /// The images that have it as their backing file.
         users: Vec<PathBuf>,
     },
-    /// Only these folders were searched for an image above the top; a snapshot in another one would be the disk.
+    /// Only these folders were searched for images above the top. A snapshot in another folder would be the
+    /// disk.
     Searched(Vec<PathBuf>),
-    /// What starts the virtual machine should name this image.
+    /// The configuration of the virtual machine should name this image.
     ShouldBeNamed {
         /// The image.
         top: String,
-        /// Whether QEMU shows that. Otherwise it is the uppermost image that was found.
+        /// Whether a running QEMU shows it. Otherwise it is only the uppermost image that was found.
         certain: bool,
     },
 }
 
-/// Something that was done, or would be.
+/// Something that was done, or would be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Deed {
@@ -130,50 +131,50 @@ pub enum Deed {
         /// Base.
         base: String,
     },
-    /// An overlay gets its former backing file back.
+    /// An overlay is relinked to its former backing file.
     RelinkBack {
         /// The overlay.
         overlay: String,
-        /// The name.
+        /// The former backing name.
         name: String,
     },
     /// The state file is removed.
     Forget(PathBuf),
 }
 
-/// How to go on.
+/// What the user can do next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Next {
-    /// The same merge of the stopped machine, with this image as the active one.
+    /// Repeat the merge offline, with this image as the active one.
     Offline {
         /// The active image.
         active: String,
     },
-    /// The merge is ended over this monitor.
+    /// End the merge over this monitor.
     End(Address),
-    /// The merge is begun anew over this monitor.
+    /// Begin the merge anew over this monitor.
     Begin(Address),
 }
 
-/// What keeps an interrupted merge from being put right.
+/// What keeps an interrupted merge from being recovered.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Trouble {
-    /// Only the user can tell what is wanted. Nothing was changed.
+    /// Only the user can tell which data is wanted. Nothing was changed.
     InDoubt(Doubt),
-    /// An image is the backing file of several: which of them is the disk cannot be told.
+    /// An image is the backing file of several, any of which may be the disk.
     Fork {
         /// The image.
         image: PathBuf,
-        /// Those that have it as their backing file.
+        /// The images that have it as their backing file.
         users: Vec<PathBuf>,
     },
-    /// QEMU runs, and another client holds its monitor.
+    /// QEMU is running, and another client holds its monitor.
     MonitorInUse(Address),
-    /// The images could not be looked at or changed.
+    /// The images could not be read or changed.
     Engine(qcow2::Error),
-    /// All is done, and the state file could not be removed.
+    /// Everything is done, but the state file could not be removed.
     NotForgotten(crate::Error),
 }
 

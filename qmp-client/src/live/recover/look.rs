@@ -1,4 +1,4 @@
-//! What the headers of a merge's images say, read without locks.
+//! Reads the headers of a merge's images, without locks.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use qcow2::{Error, Result};
 
 use crate::state::StateLayer;
 
-/// The folders in which a file lies, as it is named and with links followed, as far as they are there.
+/// The existing folders in which a file lies: by its given name, and with links followed.
 pub(super) fn folders_of(path: &Path) -> Vec<PathBuf> {
     let names = [path.canonicalize().ok(), path.is_absolute().then(|| path.to_owned())];
     let folders = names.into_iter().flatten().filter_map(|path| path.parent().map(Path::to_owned));
@@ -31,7 +31,7 @@ pub(super) fn header(path: &Path) -> Result<Option<Cluster0>> {
     Qcow2::read_cluster0(path, &*file).map(Some)
 }
 
-/// The backing name of an image, and the file that it leads to, if to any.
+/// The backing name of an image, and the file to which it leads, if there is one.
 pub(super) fn backing(path: &Path) -> Result<(Option<String>, Option<FileId>)> {
     let Some(name) = header(path)?.and_then(|cluster0| cluster0.backing_name) else {
         return Ok((None, None));
@@ -52,7 +52,7 @@ pub(super) fn id(path: &Path) -> Result<Option<FileId>> {
     }
 }
 
-/// Whether an image is an overlay on the file `base` that holds nothing: an earlier clean-up has emptied it. Only its header
+/// Whether an image is an empty overlay on the file `base`, as an earlier clean-up leaves it. Only its header
 /// and its L1 table are read, without a lock.
 pub(super) fn is_empty_on(path: &Path, base: FileId) -> Result<bool> {
     let (Some(cluster0), (_, leads_to)) = (header(path)?, backing(path)?) else { return Ok(false) };
@@ -79,18 +79,20 @@ pub(super) fn is_sealed(path: &Path) -> Result<bool> {
     Ok(header(path)?.is_some_and(|cluster0| cluster0.header.is_sealed()))
 }
 
-/// Whether QEMU may write to an image when it closes it, though nobody wrote there: to clear the dirty bit of lazy
-/// refcounts, or to store bitmaps.
+/// Whether QEMU may write to an image when it closes it, even if the guest wrote nothing: it clears the dirty
+/// bit of lazy refcounts, and stores bitmaps.
 pub(super) fn is_written_by_closing(layer: &StateLayer) -> Result<bool> {
     Ok(header_of(layer)?.is_some_and(|cluster0| cluster0.header.lazy_refcounts() || cluster0.has_bitmaps()))
 }
 
-/// Whether what a guest writes to an image goes to another file: the image's own time does not tell of it then.
+/// Whether the guest's writes to an image go to an external data file. Then the times of the image do not show
+/// them.
 pub(super) fn has_data_file(layer: &StateLayer) -> Result<bool> {
     Ok(header_of(layer)?.is_some_and(|cluster0| cluster0.header.has_data_file()))
 }
 
-/// The header of a layer that is a qcow2 image; what a guest has written to a raw one is not taken for a header.
+/// The header of a layer that is a qcow2 image by its recorded format. A raw layer has none, even if the guest
+/// wrote one into it.
 fn header_of(layer: &StateLayer) -> Result<Option<Cluster0>> {
     match format(layer) {
         ImageFormat::Qcow2 => header(Path::new(&layer.file)),
@@ -103,7 +105,7 @@ pub(super) fn is_marked(path: &Path) -> Result<bool> {
     Ok(header(path)?.is_some_and(|cluster0| cluster0.merged_into().is_some()))
 }
 
-/// Refuses if anybody holds one of the files.
+/// Checks that nobody holds one of the files.
 pub(super) fn free<'a>(layers: impl Iterator<Item = &'a StateLayer>) -> Result<()> {
     for layer in layers {
         let path = Path::new(&layer.file);

@@ -1,8 +1,9 @@
-//! What a merge left whose QEMU, client or host has gone, put right.
+//! Recovers from a live merge that was interrupted because QEMU, the client or the host went away.
 //!
-//! A state file says how far the merge was; the images say what they are. The judge ([`crate::State::judge`]) is given both,
-//! and says what is true. Where that is certain, what is left to do is done. Where somebody has written to an image that
-//! the merge left behind, nobody but the user can know which bytes are wanted: that is only told.
+//! The state file tells how far the merge got; the images tell what they hold. The judge
+//! ([`crate::State::judge`]) gets both, and decides what is true. If that is certain, the remaining work is
+//! done. If somebody has written to an image that the merge left behind, only the user can know which bytes are
+//! wanted: then this module only reports.
 
 mod above;
 mod act;
@@ -24,19 +25,19 @@ use evidence::Evidence;
 
 pub use finding::{Deed, Fact, Finding, Found, Next, Trouble};
 
-/// How an interrupted merge is put right.
+/// How an interrupted merge is recovered.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Recovery<'a> {
-    /// Only find out what would be done.
+    /// Find out what would be done, and change nothing.
     pub dry_run: bool,
-    /// Images are changed also where the file system has no locks.
+    /// Change images even if the file system has no locks.
     pub no_lock: bool,
-    /// A monitor to ask, beside the one that the merge noted.
+    /// A monitor to ask besides the one that the merge noted.
     pub address: Option<&'a Address>,
-    /// Told how far a comparison is.
+    /// Receives the progress of a comparison.
     pub progress: &'a dyn Progress,
-    /// Ends a comparison, or the emptying of layers, at a safe point; the same call goes on later.
+    /// Stops a comparison, or the emptying of layers, at a safe point. The same call continues it later.
     pub cancel: &'a AtomicBool,
 }
 
@@ -47,21 +48,21 @@ impl std::fmt::Debug for Recovery<'_> {
 }
 
 impl<'a> Recovery<'a> {
-    /// With no monitor but the one that the merge noted.
+    /// A recovery that asks only the monitor that the merge noted.
     pub fn new(progress: &'a dyn Progress, cancel: &'a AtomicBool) -> Self {
         Self { dry_run: false, no_lock: false, address: None, progress, cancel }
     }
 }
 
-/// One merge that is dealt with.
+/// One merge, and how it is recovered.
 struct Case<'a> {
     merge: &'a Unfinished,
     options: Recovery<'a>,
 }
 
 impl Unfinished {
-    /// Says which image holds the disk, and does what is left to do, or would be. QEMU need not run. Failures are part of what is
-    /// said: what was known before one came is worth as much.
+    /// Finds out which image holds the disk, and does the remaining work, unless this is a dry run. QEMU need
+    /// not be running. Failures are part of the finding, so that they do not hide what was found before.
     pub fn recover(&self, options: Recovery<'_>) -> Finding {
         let case = Case { merge: self, options };
         let (asked, live) = qemu::ask(self, options.address, options.dry_run);
@@ -85,7 +86,7 @@ impl Case<'_> {
                 return Err(error);
             }
             let Recovery { progress, cancel, .. } = self.options;
-            // Who only looks is kept from nothing.
+            // A dry run changes nothing, so it needs no locks.
             let no_lock = self.options.no_lock || self.options.dry_run;
             compared = evidence.compare(state, no_lock, progress, cancel)?;
             ruling = state.rule(&evidence.seen);
@@ -109,7 +110,7 @@ impl Case<'_> {
                 }
             }
             Ruling::Compare | Ruling::NotComparable => Err(not_compared(evidence)),
-            // The job came back between two questions; the same call finds it.
+            // The job appeared between two questions. The next call will find it.
             Ruling::AtWork => Ok(self.finding(Found::Running)),
             Ruling::InDoubt(doubt) => {
                 let mut finding = self.finding(Found::Unclear);
@@ -124,7 +125,7 @@ impl Case<'_> {
         Finding::new(self.merge.outline(), outcome)
     }
 
-    /// An error of the engine: nothing was changed, or the same call goes on.
+    /// The finding for an error of the engine. Either nothing was changed, or the same call continues.
     fn failed(&self, error: Error) -> Finding {
         let outcome = if matches!(error, Error::InUse { .. }) { Found::InUse } else { Found::Failed };
         let mut finding = self.finding(outcome);

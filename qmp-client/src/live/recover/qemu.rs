@@ -1,4 +1,4 @@
-//! Whether the QEMU that ran the merge still runs, and has it in hand.
+//! Asks whether the QEMU that ran the merge is still running, and whether the merge is its business.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::qmp::connection::{Connection, Options};
 use crate::qmp::owner::Owner;
 use crate::state::{Phase, Qemu};
 
-/// How long a monitor may take to greet: one that another client holds never does.
+/// How long to wait for a monitor's greeting. A monitor that another client holds never sends one.
 const GREETING: Duration = Duration::from_secs(2);
 
 /// What answers at the address of a merge.
@@ -29,17 +29,17 @@ enum Answer {
 /// What QEMU says of a merge.
 struct Said {
     qemu: Qemu,
-    /// Whether a disk has the nodes that the merge leaves, so that the merge can be found again and ended.
+    /// Whether a disk consists of the nodes that the merge leaves. Then the merge can be found again and ended.
     has_nodes: bool,
-    /// Whether the guest was paused by a client that was killed, and goes on now.
+    /// Whether a killed client had left the guest paused, and it runs again now.
     goes_on: bool,
     /// The files of the disk, from the active one down.
     files: Vec<String>,
 }
 
-/// What the QEMUs say that may have the merge: the one at its own address, and the one at `address`. An error is what there is
-/// to say where one of them has it in hand and nothing is to be changed. The files are those of its disk, from the active
-/// one down, if one shows it.
+/// Asks the QEMUs that may have the merge: the one at the recorded address, and the one at `address`. The error
+/// is the finding if the merge is the business of one of them, so that nothing may be changed. The second value
+/// is the files of the disk, from the active one down, if a QEMU shows it.
 pub(super) fn ask(
     merge: &Unfinished,
     address: Option<&Address>,
@@ -85,7 +85,7 @@ fn in_hand(merge: &Unfinished, address: &Address, said: &Said) -> Option<Finding
             finding.facts.push(Fact::HasSwitched);
             finding.next = Some(Next::End(address.clone()));
         }
-        // Only files are left to put right, and their locks tell who has them.
+        // Only files remain to be recovered, and their locks show who uses them.
         _ => return None,
     }
     Some(finding)
@@ -93,7 +93,7 @@ fn in_hand(merge: &Unfinished, address: &Address, said: &Said) -> Option<Finding
 
 fn ask_one(address: &Address, merge: &Unfinished, dry_run: bool) -> Answer {
     let state = &merge.state;
-    // A manager's monitor is not for us; such a merge was not begun through it.
+    // The monitor belongs to a manager like libvirt, so this merge was not begun through it.
     if Owner::of(address, None).is_some() {
         return Answer::Nobody;
     }
@@ -103,9 +103,9 @@ fn ask_one(address: &Address, merge: &Unfinished, dry_run: bool) -> Answer {
         Err(Error::NoGreeting { .. }) => return Answer::Silence,
         Err(_) => return Answer::Nobody,
     };
-    // Not every job leaves QEMU fit to be asked for its disks.
+    // Ask for jobs before disks: with some jobs, QEMU cannot answer for its disks.
     let Ok(all) = jobs(&monitor) else { return Answer::Silence };
-    // Where that fails, the note stays.
+    // If that fails, the state still notes the pause, and the next call tries again.
     let go_on = || !dry_run && let_go_on(&monitor, &merge.file, &mut state.clone()).unwrap_or(false);
     if let Some(job) = all.into_iter().find(|job| job.id == state.job) {
         return Answer::Says(Said {

@@ -1,5 +1,5 @@
-//! What becomes of obsolete layers that QEMU has merged: each is removed, becomes an empty overlay on base, or keeps its data
-//! for a reason that is told. For the end of a merge and for its recovery alike.
+//! Handles obsolete layers that QEMU has merged. Each is removed, becomes an empty overlay on base, or keeps
+//! its data for a reason that is reported. Both the end of a merge and its recovery use this.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -23,20 +23,20 @@ use crate::state::{Kind, State, StateLayer, stamp_of};
 pub struct TidyOptions {
     /// Remove them.
     pub delete: bool,
-    /// Where else to look for images that use them, beside the folders that the merge noted.
+    /// Folders to search for images that use the files, besides those that the merge noted.
     pub scan: Vec<PathBuf>,
-    /// Change files also where the file system has no locks.
+    /// Change files even if the file system has no locks.
     pub no_lock: bool,
 }
 
 impl TidyOptions {
-    /// The files are removed if `delete`; images that use them are looked for in `scan` too.
+    /// Options to remove the files if `delete` is set. Images that use them are also searched in `scan`.
     pub fn new(delete: bool, scan: &[PathBuf]) -> Self {
         Self { delete, scan: scan.to_vec(), no_lock: false }
     }
 }
 
-/// What became of them.
+/// What was done with the obsolete files.
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct Tidied {
@@ -44,20 +44,20 @@ pub struct Tidied {
     pub deleted: Vec<PathBuf>,
     /// Files that are empty overlays on base now, from the top.
     pub emptied: Vec<PathBuf>,
-    /// Files that the disk no longer needs, and that are what they were.
+    /// Files that the disk no longer needs, and that stay unchanged.
     pub obsolete: Vec<PathBuf>,
-    /// Files that keep what they hold for good, each with the reason.
+    /// Files that keep their data for good, each with the reason.
     pub stale: Vec<(PathBuf, StaysReason)>,
     /// Files that could not be treated now, each with the reason.
     pub kept: Vec<(PathBuf, StaysReason)>,
     /// The first error for which a file was kept.
     pub error: Option<Error>,
-    /// Whether the old active image keeps what it holds against what was planned, and every layer below it with it: it can
-    /// never be emptied as it is, and the user must say what becomes of it.
+    /// Whether the old active image cannot be emptied, though that was planned. It and every layer below it
+    /// keep their data, and the user must decide what becomes of them.
     pub is_stuck: bool,
 }
 
-/// Tidies up after a merge that has switched, whose base is durable.
+/// Tidies up after a merge that has switched. Base must be durable.
 pub(crate) struct Tidy<'a> {
     pub(crate) switched: Switched<'a>,
     pub(crate) options: &'a TidyOptions,
@@ -71,7 +71,7 @@ impl Tidy<'_> {
         self.switched.state()
     }
 
-    /// Deals with layers that are still what they were, from the top.
+    /// Handles the obsolete layers, from the top. Each must still have its stamp.
     pub(crate) fn run(&self, obsolete: &[(&StateLayer, Stamp)], tidied: &mut Tidied) {
         let stamps: Vec<Stamp> = obsolete.iter().map(|(_, stamp)| stamp.clone()).collect();
         let scan = [&self.state().scan[..], &self.options.scan[..]].concat();
@@ -83,7 +83,7 @@ impl Tidy<'_> {
         }
     }
 
-    /// Removes them, the uppermost first, until one that another image uses.
+    /// Removes the layers, the uppermost first, down to the first one that another image uses.
     fn delete(&self, stamp: &[Stamp], ids: &[FileId], scan: &[PathBuf], tidied: &mut Tidied) {
         let (free, users) = match unused(&OsHost, stamp, ids, scan) {
             Ok(found) => found,
@@ -97,7 +97,7 @@ impl Tidy<'_> {
             }
             match remove(&OsHost, std::slice::from_ref(image), ids, scan, self.options.no_lock) {
                 Ok(removed) => tidied.deleted.extend(removed.deleted),
-                // Whoever uses the layer that is kept reads through those below it.
+                // The users of the kept layer read through those below it.
                 Err(error) => return keep(tidied, going.get(at..).unwrap_or_default(), error),
             }
         }
@@ -130,7 +130,7 @@ impl Tidy<'_> {
                 going.push(stamp.clone());
             }
             if own.is_some() && is_active(layer) {
-                // Who accepts that it stays may want what it shows.
+                // The user has accepted that the old active image stays, and it must go on showing its disk.
                 all_stay.get_or_insert(StaysReason::BelowKept);
             }
         }
@@ -155,7 +155,7 @@ impl Tidy<'_> {
             can_be_emptied(&OsHost, path, base, format, &options, false, self.cancel).err()
         });
         if let (Some(stamp), Some(error)) = (must_go, refused) {
-            // Below it nothing may change as long as it shows the old disk.
+            // As long as it shows the old disk, nothing below it may change.
             return self.old_stays(stamp, &going, error, tidied);
         }
         let must_go = must_go.filter(|_| !self.state().allow_stale);
@@ -182,20 +182,20 @@ impl Tidy<'_> {
         }
     }
 
-    /// The size in bytes that an empty overlay must have at least: what the disk had when the merge began, or what base has now.
-    /// The disk may have been made larger since, and what lies behind its former end must not be cut off.
+    /// The least size of an empty overlay, in bytes: the disk's size when the merge began, or base's size now,
+    /// whichever is larger. If the disk has grown since, a smaller overlay would cut off its end.
     fn size(&self, base: &StateLayer, format: ImageFormat, open: &OpenOptions) -> u64 {
         let then = self.state().active().map_or(0, |active| active.virtual_size);
         let open = OpenOptions { active_format: Some(format), ..open.clone() };
-        // A base that cannot be opened is told of where a layer is to be emptied onto it.
+        // If base cannot be opened, emptying a layer onto it will fail, and report that.
         let now = Chain::open(&OsHost, Path::new(&base.file), &open)
             .ok()
             .and_then(|chain| chain.images().last().map(|image| image.virtual_size()));
         then.max(now.unwrap_or(0))
     }
 
-    /// The old active image cannot be emptied: it and all layers below it stay as they are. Who has accepted that is told so;
-    /// otherwise the merge is not forgotten.
+    /// Handles an old active image that cannot be emptied: it and all layers below it stay as they are. If the
+    /// user has accepted that, it is reported; otherwise the merge stays unfinished.
     fn old_stays(&self, active: &Stamp, going: &[Stamp], error: Error, tidied: &mut Tidied) {
         if may_pass(&error) || !self.state().allow_stale {
             tidied.is_stuck = !may_pass(&error);
@@ -220,11 +220,11 @@ impl Tidy<'_> {
         }
     }
 
-    /// Leaves an image as it is, for good. A mark keeps it from being merged again, where it can carry one.
+    /// Leaves an image as it is, for good. If its header has room, a mark keeps it from being merged again.
     fn leave(&self, image: &Stamp, why: StaysReason, tidied: &mut Tidied) {
         let base = self.state().layer(self.state().base).map_or(Path::new(""), |base| Path::new(&base.file));
         if !self.dry_run {
-            // What cannot be marked is named all the same.
+            // An image without a mark is reported all the same.
             let _ = mark_merged(&OsHost, std::slice::from_ref(image), base, self.options.no_lock);
         }
         tidied.stale.push((image.path.clone(), why));
@@ -247,7 +247,7 @@ fn still(path: &Path, before: &Stamp) -> Option<FileId> {
     before.is_same_file(&now).then_some(now.id)
 }
 
-/// The first cannot be treated now, and so no other can: who uses it reads through them.
+/// Keeps all images because of an error about the first one: it reads through the others.
 fn keep(tidied: &mut Tidied, images: &[Stamp], error: Error) {
     for (at, image) in images.iter().enumerate() {
         let why = if at == 0 { StaysReason::failed(&error) } else { StaysReason::BelowKept };

@@ -1,4 +1,4 @@
-//! The end of a live merge: its obsolete files are removed, emptied, or kept for a reason.
+//! Tidies up after a live merge: removes or empties its obsolete files, or keeps them for a reason.
 
 mod layers;
 mod reason;
@@ -17,8 +17,8 @@ pub use layers::{Tidied, TidyOptions};
 pub(crate) use layers::{Tidy, id};
 pub use reason::StaysReason;
 
-/// Removes or empties the obsolete layers of a merge, as far as QEMU has closed them. Base is durable then, and the merge is
-/// switched.
+/// Removes or empties the obsolete layers of a merge, as far as QEMU has closed them. The merge must have
+/// switched, and base must be durable.
 pub(crate) fn after(switched: Switched<'_>, files: &Files, options: &TidyOptions) -> Tidied {
     let state = switched.state();
     let mut tidied = Tidied::default();
@@ -26,7 +26,7 @@ pub(crate) fn after(switched: Switched<'_>, files: &Files, options: &TidyOptions
     for layer in state.merged() {
         let path = PathBuf::from(&layer.file);
         if state.kind == Kind::Pull {
-            // They were not written, and others may use them.
+            // A pull writes nothing to these layers, and other images may use them.
             tidied.obsolete.push(path);
         } else if !tidied.kept.is_empty() {
             // Whoever uses the layer that is kept reads through those below it.
@@ -41,14 +41,15 @@ pub(crate) fn after(switched: Switched<'_>, files: &Files, options: &TidyOptions
                 Some(id) if files.has_open(id) => {
                     tidied.kept.push((path, StaysReason::OpenInQemu));
                 }
-                // The host may have started again since, and the file system have another number.
+                // The host may have restarted since, which can change the device number of a file system: take
+                // the present id.
                 Some(id) => obsolete.push((layer, Stamp { path, id, ..stamp.clone() })),
             }
         } else {
             tidied.stale.push((path, StaysReason::NotHere));
         }
     }
-    // It is short work, and half of it would have to be done again.
+    // This is short work, so it cannot be cancelled.
     let cancel = AtomicBool::new(false);
     Tidy { switched, options, dry_run: false, cancel: &cancel }.run(&obsolete, &mut tidied);
     tidied

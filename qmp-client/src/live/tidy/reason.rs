@@ -1,4 +1,4 @@
-//! Why a layer that a merge has left is not removed, or does not become an empty overlay.
+//! Why an obsolete layer is not removed, or does not become an empty overlay.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use crate::live::plan::Obstacle;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StaysReason {
-    /// A layer above it is kept, and whoever uses that reads through this one.
+    /// A layer above it is kept, and reads through this one.
     BelowKept,
     /// An image outside the chain uses it.
     UsedBy(PathBuf),
@@ -20,7 +20,7 @@ pub enum StaysReason {
     OtherFile,
     /// QEMU still has it open.
     OpenInQemu,
-    /// It is no file here.
+    /// It is not a file on this host.
     NotHere,
     /// It cannot become an empty overlay on base.
     Obstacle(Obstacle),
@@ -36,12 +36,12 @@ pub enum StaysReason {
 }
 
 impl StaysReason {
-    /// Another image uses it: this one, if it is known.
+    /// The reason if another image uses the layer: `user`, if it is known.
     pub(crate) fn used_by(user: Option<&PathBuf>) -> Self {
         user.map_or(Self::BelowKept, |user| Self::UsedBy(user.clone()))
     }
 
-    /// For a file that can never be treated as it is: the rule, without the name of the file.
+    /// The reason for a file that can never be handled as it is: the rule, without the file's name.
     pub(crate) fn of(error: &Error) -> Self {
         match error {
             Error::Refused { reason: Refusal::SharedBase { users }, .. } if !users.is_empty() => {
@@ -52,7 +52,7 @@ impl StaysReason {
         }
     }
 
-    /// For a file that cannot be treated now.
+    /// The reason for a file that cannot be handled now.
     pub(crate) fn failed(error: &Error) -> Self {
         Self::Failed { code: error.code(), what: error.to_string() }
     }

@@ -1,18 +1,18 @@
-//! Why it cannot be told what is true of a merge.
+//! Why it cannot be told whether a merge has switched.
 
 use std::fmt;
 
 use qcow2::error::shown;
 
-/// Why the files, the state and QEMU do not tell which image is the disk. Only the user can know.
+/// Why the files, the state and QEMU do not tell which image is the disk. Only the user can know it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Doubt {
-    /// A file of the chain is gone, is another file, or was none here from the beginning.
+    /// A file of the chain is gone, is another file, or was never a file on this host.
     Moved {
         /// The file.
         file: String,
-        /// Whether it is not there at all.
+        /// Whether there is no file at all.
         gone: bool,
     },
     /// The state names no header that the switch changes.
@@ -22,11 +22,11 @@ pub enum Doubt {
         /// The overlay.
         overlay: String,
     },
-    /// The overlay names neither what it named before nor what the merge writes.
+    /// The overlay names neither its former backing file nor the one that the merge writes.
     NamesOther {
         /// The overlay.
         overlay: String,
-        /// What it names; none if it names nothing.
+        /// What it names; `None` if it names nothing.
         name: Option<String>,
     },
     /// The merge writes the name that the overlay had before.
@@ -34,19 +34,20 @@ pub enum Doubt {
         /// The overlay.
         overlay: String,
     },
-    /// The header says one thing, and QEMU shows the other.
+    /// The header names one chain, and QEMU shows the other.
     QemuDisagrees {
         /// The overlay.
         overlay: String,
         /// Whether QEMU shows the chain that the merge leaves.
         shows_after: bool,
     },
-    /// The overlay was switched, names again what it named before, and somebody has written to merged layers since.
+    /// The overlay was switched, but names its former backing file again, and somebody has written to merged
+    /// layers since.
     NamesAgain {
         /// The overlay.
         overlay: String,
     },
-    /// Another client has switched, and it is not known whether what was copied was durable.
+    /// Another client has switched, and it is unknown whether the copied data was durable then.
     OtherClient {
         /// The overlay.
         overlay: String,
@@ -56,22 +57,23 @@ pub enum Doubt {
         /// The layer's file.
         file: String,
     },
-    /// QEMU was about to switch, and merged layers are gone, so that nobody can compare.
+    /// QEMU was about to switch, and merged layers are gone, so that no comparison is possible.
     LayersMissing,
     /// Base does not hold what was merged into it, and somebody may have written to it since.
     BaseDiffers {
         /// The first byte of the disk that differs.
         at: u64,
     },
-    /// QEMU is gone, and no pivot is noted; but another client may have pivoted before.
+    /// QEMU is gone, and no pivot is noted; but another client may have pivoted.
     PivotUnseen,
-    /// QEMU runs on base, and no pivot is noted.
+    /// QEMU runs on base, though no pivot is noted.
     RunsOnBase,
     /// QEMU runs on the old active image, and base may have been written since the pivot.
     RunsOnOld,
-    /// The old active image holds bytes that base does not, and nothing tells where the guest wrote last.
+    /// The old active image holds bytes that base does not, and nothing shows where the guest wrote last.
     TwoDisks {
-        /// Whether the old active image was written to since the state was noted; none where no time tells.
+        /// Whether the old active image was written to since the state was noted; `None` if its times do not
+        /// show it.
         old_written: Option<bool>,
         /// The same for base.
         base_written: Option<bool>,

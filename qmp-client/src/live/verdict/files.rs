@@ -1,32 +1,33 @@
-//! What the files of a merge tell: whether each is still the file of its stamp, and whether somebody has written to it.
+//! Reads the stamps of a merge's files: whether each is still the same file, and whether somebody has written
+//! to it.
 
 use qcow2::stamp::Stamp;
 
 use super::{Doubt, Doubtful, Seen, Treated};
 use crate::state::{Kind, Phase, State, StateLayer};
 
-/// What is seen of layers that were merged.
+/// Facts about the merged layers.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct MergedFacts {
-    /// How many of them an earlier clean-up has emptied, or marked.
+    /// How many of them an earlier clean-up has emptied or marked.
     pub(super) treated: usize,
-    /// How many are not there any more, whoever removed them.
+    /// How many are gone, whoever removed them.
     pub(super) gone: usize,
-    /// Whether one that is there keeps no time of its writes.
+    /// Whether the times of one that exists do not show its writes.
     pub(super) is_timeless: bool,
 }
 
 impl State {
-    /// The layers, by index, that are other files now, or to which somebody has written who should not have. The user must
-    /// see them before anything that rests on them is put right or deleted. A mark that the engine has set counts as a
-    /// write too.
+    /// The indexes of layers that are other files now, or were written though nobody should have written to
+    /// them. The user must see them before anything that depends on them is changed or deleted. A mark that the
+    /// engine has set counts as a write, too.
     pub fn touched(&self, seen: &Seen) -> Vec<usize> {
         let active = self.layers.len();
         let may_be_written = |index: usize| match (self.kind, self.phase) {
             (Kind::ActiveCommit, Phase::Switched) => index == self.base,
             (Kind::Commit, Phase::Switched) => index == active,
             (Kind::ActiveCommit, _) => index == self.base || index == active,
-            // Closing base, and the overlay above top for its header, write too.
+            // QEMU also writes when it closes base, and to the header of the overlay above top.
             (Kind::Commit, _) => [self.base, self.top.saturating_add(1), active].contains(&index),
             (Kind::Pull, _) => index == active,
         };
@@ -47,19 +48,19 @@ impl State {
         all.find(|(layer, _)| layer.index == index).map_or(Treated::Not, |(_, treated)| *treated)
     }
 
-    /// When a layer was written last, at the latest, in nanoseconds since 1970, if that is after its stamp was taken; none if
-    /// it was not, and none at all if that cannot be known.
+    /// When a layer was last written, at the latest, in nanoseconds since 1970. `Some(None)` if it was not
+    /// written since its stamp was taken; `None` if that is unknown.
     pub(super) fn written(&self, seen: &Seen, index: usize) -> Option<Option<i128>> {
         let (now, tells_time) = seen.stamp(self, index)?;
         if self.treated(seen, index) == Treated::Sealed {
-            // Only the clean-up has written there: nobody has opened the layer for writing after it.
+            // Only the clean-up has written to it: any other writer would have cleared the seal.
             return Some(None);
         }
         let before = self.layer(index)?.stamp.as_ref().filter(|_| tells_time)?;
         Some(before.is_written(now)?.then_some(now.last_written_ns()))
     }
 
-    /// Whether these layers are the files that they were, as far as they were files here.
+    /// Checks that these layers are the same files as before, as far as they were files on this host.
     pub(super) fn are_there<'a>(
         &self,
         seen: &Seen,
@@ -76,8 +77,8 @@ impl State {
         Ok(())
     }
 
-    /// Looks at layers that were merged. If one is another file, or somebody has written to it, that is a doubt: what it
-    /// holds now was never merged.
+    /// Looks at merged layers. If one is another file, or somebody has written to it, that is a doubt: its
+    /// present content was never merged.
     pub(super) fn look_at_merged<'a>(
         &self,
         seen: &Seen,
@@ -107,8 +108,8 @@ impl State {
 }
 
 impl Seen {
-    /// The stamp of the layer of this index as its file is now, if it is there, and whether its times tell when the image was
-    /// written.
+    /// The present stamp of the layer with this index, if its file exists; and whether its times show when the
+    /// image was written.
     fn stamp(&self, state: &State, index: usize) -> Option<(&Stamp, bool)> {
         let place = state.layers.iter().position(|layer| layer.index == index)?;
         let now = self.stamps.get(place)?.as_ref()?;

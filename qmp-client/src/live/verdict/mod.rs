@@ -1,8 +1,8 @@
-//! The one judge of interrupted merges: active commits, commits below the active layer, and pulls.
+//! Judges interrupted merges: active commits, commits below the active layer, and pulls.
 //!
-//! [`State::judge`] is pure: it is given what the state file says and what is seen of the images and of QEMU, and asks for
-//! nothing itself. Where the images must be compared, it says so, and is asked again. Whoever acts on a merge that it has
-//! not watched to its end needs a [`Ruling`], and only this module makes one.
+//! [`State::judge`] is pure: it gets the state file and what is seen of the images and of QEMU, and asks for
+//! nothing itself. If the images must be compared, it says so, and is called again with the result. Code that
+//! acts on a merge without having watched it to its end needs a [`Ruling`], and only this module makes one.
 
 mod doubt;
 mod files;
@@ -21,38 +21,40 @@ use crate::state::{Kind, Phase, Qemu, State, StateLayer, stamp_of};
 
 pub use doubt::Doubt;
 
-/// What is true, or why that cannot be told.
+/// The truth, or why it cannot be told.
 type Doubtful<T> = std::result::Result<T, Doubt>;
 
-/// What can be seen now of a merge that a state file speaks of.
+/// What can be seen now of the merge in a state file.
 #[derive(Clone, Debug)]
 pub struct Seen {
     /// What QEMU says.
     pub qemu: Qemu,
-    /// What the header names that the switch changes, see [`State::backing`].
+    /// The backing name in the header that the switch changes, see [`State::backing`].
     pub header: Header,
     /// Where that name leads.
     pub leads: Leads,
-    /// The files as they are now, in the order of [`State::layers`].
+    /// The present stamps of the files, in the order of [`State::layers`].
     pub stamps: Vec<Option<Stamp>>,
-    /// Whether their times tell nothing of their images, whose bytes go to another file; in the same order.
+    /// For each layer in the same order, whether its times do not show writes, because the data goes to an
+    /// external data file.
     pub timeless: Vec<bool>,
-    /// What an earlier clean-up has done to them, in the same order.
+    /// For each layer in the same order, what an earlier clean-up has done to it.
     pub treated: Vec<Treated>,
-    /// Whether QEMU writes to base when it closes it, without a write of the guest's: for lazy refcounts or bitmaps.
+    /// Whether QEMU may write to base when it closes it, even if the guest wrote nothing: for lazy refcounts or
+    /// bitmaps.
     pub closing_writes_base: bool,
-    /// Whether the host has not been started since the state was written.
+    /// Whether the host has not restarted since the state was written.
     pub same_boot: bool,
     /// Whether base holds what was merged into it.
     pub compared: Compared,
-    /// Whether there is a place at which the layers above base hold data, and nothing was ever written to base.
+    /// Whether there is a place where the layers above base hold data, and base was never written.
     pub never_copied: bool,
 }
 
 /// What the header of an overlay names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Header {
-    /// It was not read: there is none to be read for an active commit, or it cannot be.
+    /// It was not read: it cannot be, or there is none to read, as for an active commit.
     Unread,
     /// It names no backing file.
     Nothing,
@@ -60,10 +62,10 @@ pub enum Header {
     Names(String),
 }
 
-/// Where a backing name leads, its folder and links followed.
+/// Where a backing name leads, with links followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leads {
-    /// To no file here: then only its letters tell.
+    /// To no file here: then only the name itself can be compared.
     Nowhere,
     /// To the file of the layer with this index.
     To(usize),
@@ -71,7 +73,7 @@ pub enum Leads {
     Elsewhere,
 }
 
-/// What a clean-up that did not come to its end has done to a layer.
+/// What an interrupted clean-up has done to a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Treated {
     /// Nothing that can be seen.
@@ -85,20 +87,21 @@ pub enum Treated {
 }
 
 impl Treated {
-    /// Whether it is empty, or is being emptied. Either begins only when base holds all that the layer held.
+    /// Whether it is empty, or is being emptied. A clean-up begins that only when base holds everything that
+    /// the layer held.
     fn is_begun(self) -> bool {
         matches!(self, Self::Emptied | Self::Sealed)
     }
 }
 
-/// What a comparison of base with the layers that were merged into it has shown.
+/// The result of comparing base with the layers that were merged into it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compared {
-    /// Nothing was compared. It is costly, and often needless.
+    /// They were not compared: it is costly, and often not needed.
     NotYet,
-    /// Base holds all that they show.
+    /// Base holds everything that they show.
     Equal,
-    /// It does not; this is the first byte of the disk that differs.
+    /// Base differs; this is the first byte of the disk that does.
     Differs(u64),
     /// Somebody holds the images.
     InUse,
@@ -111,23 +114,24 @@ pub enum Compared {
 pub enum Verdict {
     /// QEMU has the job: [`crate::Merge::attach`] goes on with it.
     AtWork,
-    /// Nothing is switched. The valid top is the active layer from before the merge, with the whole chain below it; what
-    /// was copied is not seen by the guest. The state file can go, and the merge can begin anew.
+    /// The merge did not switch. The valid top is the active layer from before the merge, with the whole chain
+    /// below it; the guest does not see what was copied. The state file can be removed, and the merge can begin
+    /// anew.
     NotSwitched,
-    /// It is switched, and what lies under the new chain is whole. The merged layers, and after an active commit the old
-    /// active layer, are obsolete; they, and then the state file, are still to be cleaned up.
+    /// The merge has switched, and the new chain holds everything. The merged layers are obsolete, after an
+    /// active commit also the old active layer. They must still be cleaned up, then the state file.
     Switched,
-    /// The header was switched, and base lacks data that the merged layers hold as they held it: the overlay is to name top
-    /// again.
+    /// The header was switched, but base lacks data that the merged layers still hold: the overlay must be
+    /// relinked to top.
     RelinkBack {
         /// The first byte of the disk that base lacks.
         at: u64,
     },
-    /// The images must be compared; with the result this is to be judged again.
+    /// The images must be compared first; then judge again with the result.
     Compare,
-    /// They must be compared, and cannot be now. Nothing may be written or deleted.
+    /// The images must be compared, but cannot be now. Nothing may be written or deleted.
     NotComparable,
-    /// It cannot be told. Nothing may be written or deleted.
+    /// The truth cannot be told. Nothing may be written or deleted.
     InDoubt {
         /// Why.
         doubt: Doubt,
@@ -136,8 +140,8 @@ pub enum Verdict {
     },
 }
 
-/// A verdict as the leave to act on it. Nobody but this module can make one, so what is done to the images of an interrupted
-/// merge was judged here.
+/// A verdict with the permission to act on it. Only this module can make one, so whatever is done to the images
+/// of an interrupted merge was judged here.
 #[derive(Debug)]
 pub(crate) enum Ruling<'s> {
     /// See [`Verdict::AtWork`].
@@ -156,15 +160,15 @@ pub(crate) enum Ruling<'s> {
     InDoubt(Doubt),
 }
 
-/// Leave to forget a merge that has not switched.
+/// The permission to forget a merge that has not switched.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NotSwitched<'s>(&'s State);
 
-/// Leave to tidy up after a merge that has switched, and to forget it then.
+/// The permission to tidy up after a merge that has switched, and to forget it then.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Switched<'s>(&'s State);
 
-/// Leave to give an overlay its former backing file back, and to forget the merge then.
+/// The permission to relink an overlay to its former backing file, and to forget the merge then.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RelinkBack<'s> {
     state: &'s State,
@@ -173,13 +177,13 @@ pub(crate) struct RelinkBack<'s> {
 }
 
 impl<'s> Switched<'s> {
-    /// Leave to tidy up after a merge whose switch QEMU has called a success, and that shows the chain which it leaves. Who
-    /// has switched with [`crate::Merge`] just now has seen both.
+    /// The permission for a merge whose switch QEMU has reported as a success, if QEMU shows the chain that the
+    /// merge leaves. A client that has just switched with [`crate::Merge`] has seen both.
     pub(crate) fn seen_in(state: &'s State, graph: &Graph) -> Option<Self> {
         (state.phase == Phase::Switched && state.disk_after(graph).is_some()).then_some(Self(state))
     }
 
-    /// Leave to tidy up after a merge whose own client has just noted the switch.
+    /// The permission for the client of a merge that has just noted the switch itself.
     pub(crate) fn noted(state: &'s State) -> Option<Self> {
         (state.phase == Phase::Switched).then_some(Self(state))
     }
@@ -190,14 +194,14 @@ impl<'s> Switched<'s> {
 }
 
 impl<'s> NotSwitched<'s> {
-    /// Leave to forget a merge whose job QEMU has no more, and which was never told to switch; QEMU shows the chain from
-    /// before.
+    /// The permission to forget a merge that was never told to switch, if QEMU no longer has the job and shows
+    /// the chain from before.
     pub(crate) fn seen_in(state: &'s State, graph: &Graph, has_job: bool) -> Option<Self> {
         (state.phase == Phase::Copying && !has_job && state.disk_before(graph).is_some())
             .then_some(Self(state))
     }
 
-    /// Leave to forget a merge whose job, which is this one, was cancelled before it was done.
+    /// The permission to forget a merge whose job, with this id, was cancelled before it was done.
     pub(crate) fn cancelled(state: &'s State, job: &str) -> Option<Self> {
         (state.job == job).then_some(Self(state))
     }
@@ -214,10 +218,10 @@ impl<'s> RelinkBack<'s> {
 }
 
 impl Seen {
-    /// Looks at the files; what QEMU says, and what the images hold, comes from those who can ask and read.
+    /// Looks at the files. The caller adds what QEMU says and what the images hold.
     ///
     /// # Errors
-    /// [`crate::Error::File`] for one that cannot be looked at: it is not gone.
+    /// [`crate::Error::File`] for a file that cannot be looked at. It must not count as gone.
     pub fn of(state: &State, qemu: Qemu, header: Header) -> Result<Self> {
         let look = |layer: &StateLayer| {
             let path = Path::new(&layer.file);
@@ -237,7 +241,8 @@ impl Seen {
         })
     }
 
-    /// The file of this layer, by index, does not tell when its image was written: the bytes go to another file.
+    /// Notes that the times of the layer with this index do not show writes, because the data goes to an
+    /// external data file.
     pub fn tells_no_time(&mut self, state: &State, index: usize) {
         for (layer, is_timeless) in state.layers.iter().zip(&mut self.timeless) {
             *is_timeless |= layer.index == index;
@@ -246,12 +251,14 @@ impl Seen {
 }
 
 impl State {
-    /// What is true, from what is seen. Pure: nothing is asked or looked at.
+    /// Decides what is true, from what is seen. This is pure: it asks and reads nothing.
     ///
-    /// Headers are believed before memory: a header that was written tells that the switch has begun, and what it names
-    /// was made durable before. For an active commit no header changes, so files tell: base and the old active
-    /// layer were equal, and held, when their stamps were taken, so whichever was written since is the one
-    /// that the guest went on with. A QEMU that runs on base says little: somebody may have started it there.
+    /// For a commit below the active layer and for a pull, the header of the overlay tells which chain stands:
+    /// if it was written, the switch has begun. Whether base is complete then is another question, see
+    /// `judge_switched`. For an active commit no header changes, so the times of the files must tell: base and
+    /// the old active layer were equal, and locked by QEMU, when their stamps were taken. So the guest went on
+    /// with the one that was written since. A QEMU that runs on base proves little: somebody may have started
+    /// it there.
     pub fn judge(&self, seen: &Seen) -> Verdict {
         if let Qemu::HasJob(_) = seen.qemu {
             return Verdict::AtWork;
@@ -263,7 +270,7 @@ impl State {
         verdict.unwrap_or_else(|doubt| Verdict::InDoubt { doubt, likely: self.valid_top.clone() })
     }
 
-    /// The same, as the leave to act on it.
+    /// Judges, and returns the verdict with the permission to act on it.
     pub(crate) fn rule(&self, seen: &Seen) -> Ruling<'_> {
         match self.judge(seen) {
             Verdict::AtWork => Ruling::AtWork,

@@ -1,11 +1,12 @@
-//! Merges that leave the active layer where it is: the header of the overlay above top says which chain stands.
+//! Judges merges that leave the active layer in place. The header of the overlay above top says which chain
+//! stands.
 
 use super::{Compared, Doubt, Doubtful, Header, Leads, Seen, Verdict};
 use crate::live::plan::Obstacle;
 use crate::state::{Kind, Phase, Qemu, RecordedRelink, State};
 
 impl State {
-    /// A commit of layers below the active one, or a pull.
+    /// Judges a commit of layers below the active one, or a pull.
     pub(super) fn judge_relink(&self, seen: &Seen) -> Doubtful<Verdict> {
         let Some(relink) = &self.backing else { return Err(Doubt::NoHeader) };
         self.are_there(seen, self.layer(relink.index))?;
@@ -24,7 +25,8 @@ impl State {
             (_, _, true) if seen.qemu == Qemu::ShowsBefore => {
                 Err(Doubt::QemuDisagrees { overlay: overlay(), shows_after: false })
             }
-            // Somebody has given the overlay its old name back: the merged layers are the disk again, if they are whole.
+            // Somebody has relinked the overlay to top. The merged layers are the disk again, but not as they
+            // were merged.
             (Phase::Switched, true, _)
                 if self.touched(seen).iter().any(|index| (self.base + 1..=self.top).contains(index)) =>
             {
@@ -38,13 +40,13 @@ impl State {
         }
     }
 
-    /// The overlay names base. Whether base holds all is not certain yet: QEMU writes the name before base's tables, and only
-    /// this client flushes between the two.
+    /// Judges a merge whose overlay names base. It is not certain yet that base holds everything: QEMU writes
+    /// the name before base's tables, and only this client flushes base before the switch.
     fn judge_switched(&self, seen: &Seen, relink: &RecordedRelink) -> Doubtful<Verdict> {
         let by_another = self.phase == Phase::Copying && seen.qemu != Qemu::ShowsAfter;
         let unproved = || match by_another {
             true => Err(Doubt::OtherClient { overlay: relink.overlay.clone() }),
-            // QEMU has gone on from there, or base was flushed before the switch was noted.
+            // QEMU runs on this chain, or this client flushed base before it noted the switch.
             false => Ok(Verdict::Switched),
         };
         if self.kind == Kind::Pull {
@@ -52,7 +54,8 @@ impl State {
         }
         let merged = self.look_at_merged(seen, self.merged())?;
         if merged.treated + merged.gone > 0 {
-            // A clean-up begins only when base is known to be whole; but a layer may have been removed by hand.
+            // A clean-up begins only when base is known to be complete. But a missing layer may have been
+            // removed by hand.
             let certain = self.phase == Phase::Switched || merged.gone == 0;
             return if certain { Ok(Verdict::Switched) } else { Err(Doubt::LayersMissing) };
         }
@@ -62,10 +65,10 @@ impl State {
         match seen.compared {
             Compared::NotYet => Ok(Verdict::Compare),
             Compared::Equal => Ok(Verdict::Switched),
-            // QEMU called it a success, and has the base of a disk that runs.
+            // QEMU reported a success, and base is in use: a machine runs on it.
             Compared::InUse if self.phase == Phase::Switched => Ok(Verdict::Switched),
             Compared::InUse | Compared::Unsupported => Ok(Verdict::NotComparable),
-            // Where base may have been written after a switch that QEMU called a success, the difference may be wanted.
+            // Base may have been written after a successful switch, so the difference may be wanted data.
             Compared::Differs(at)
                 if merged.is_timeless
                     || (self.phase == Phase::Switched && self.written(seen, self.base) != Some(None)) =>
@@ -77,7 +80,8 @@ impl State {
     }
 }
 
-/// Whether the header names this file: by where the name leads, or by its letters where it leads to no file here.
+/// Whether the header names this layer: judged by the file to which the name leads, or by the name itself if it
+/// leads to no file here.
 fn names(seen: &Seen, name: Option<&str>, index: usize) -> bool {
     match (&seen.header, seen.leads) {
         (Header::Names(_), Leads::To(layer)) => layer == index,
