@@ -60,7 +60,7 @@ pub struct Times {
 
 /// Until when a work wrote to a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WorkTimes {
+pub(crate) struct WorkTimes {
     /// Length and times of the file when the work last noted them, behind a barrier.
     pub known: Times,
     /// The last sign of life of the work, in nanoseconds since 1970; `None` if it ended in good order, with
@@ -74,7 +74,7 @@ pub struct WorkTimes {
 
 /// What has become of a file since a work on it was stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FileFate {
+pub(crate) enum FileFate {
     /// It is as the work left it.
     Untouched,
     /// It is as the work left it, under another name.
@@ -93,7 +93,7 @@ pub enum FileFate {
 
 /// Whether two stamps are of one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SameFile {
+pub(crate) enum SameFile {
     /// They are.
     Yes,
     /// They are not.
@@ -105,7 +105,7 @@ pub enum SameFile {
 /// The first thing that tells that a file is not as it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Difference {
+pub(crate) enum Difference {
     /// It is another file.
     OtherFile,
     /// It has another length, in bytes.
@@ -134,7 +134,7 @@ impl fmt::Display for Difference {
 
 impl Times {
     /// Those of a file.
-    pub fn of(stat: &FileStat) -> Self {
+    pub(crate) fn of(stat: &FileStat) -> Self {
         Self { len: stat.len, modified_ns: stat.modified_ns, changed_ns: stat.changed_ns }
     }
 }
@@ -147,7 +147,7 @@ impl WorkTimes {
 
     /// Whether somebody has set the clock back since the work was stopped: then what is written later may bear an earlier
     /// time. In one run of the system its start seems earlier then; a later run has begun after the last sign of life.
-    pub fn clock_was_set_back(&self) -> bool {
+    pub(crate) fn clock_was_set_back(&self) -> bool {
         let (Some(then), Some(now)) = (self.boot, self.now) else { return false };
         let last = self.alive_ns.unwrap_or(self.known.changed_ns).max(self.known.changed_ns);
         match then.id == now.id {
@@ -175,7 +175,7 @@ impl Stamp {
     ///
     /// # Errors
     /// The system's.
-    pub fn of(host: &dyn Host, path: &Path, file: &dyn Storage) -> Result<Self> {
+    pub(crate) fn of(host: &dyn Host, path: &Path, file: &dyn Storage) -> Result<Self> {
         let failed = |op: FileOp| move |e| Error::io(path, op, None, e);
         let stat = file.stat().map_err(failed(FileOp::Stat))?;
         let mut head = [0; HEAD];
@@ -220,7 +220,7 @@ impl Stamp {
     }
 
     /// Whether `now` is of the same file: by inode, time of birth and file system; a device by its path or number.
-    pub fn same_file(&self, now: &Self) -> SameFile {
+    pub(crate) fn same_file(&self, now: &Self) -> SameFile {
         if self.is_device || now.is_device {
             let same = self.is_device == now.is_device && (self.id == now.id || self.path == now.path);
             return if same { SameFile::Yes } else { SameFile::No };
@@ -270,7 +270,7 @@ impl Stamp {
 
     /// What tells that `now` is not the same file as it was; `None` if nothing does. Of a device only that it is another
     /// one is told.
-    pub fn difference(&self, now: &Self) -> Option<Difference> {
+    pub(crate) fn difference(&self, now: &Self) -> Option<Difference> {
         let (then, times) = (self.times, now.times);
         match () {
             () if !self.is_same_file(now) => Some(Difference::OtherFile),
@@ -285,13 +285,13 @@ impl Stamp {
     }
 
     /// Whether `now` is the same file with the same content, and nobody has touched it in between.
-    pub fn is_unchanged(&self, now: &Self) -> bool {
+    pub(crate) fn is_unchanged(&self, now: &Self) -> bool {
         self.is_same_file(now) && (self.times, self.head_crc) == (now.times, now.head_crc)
     }
 
     /// Whether `now` is the same file under the same name, and nobody has written to it since. A power cut may have
     /// taken the times of the last change: then both are earlier.
-    pub fn is_unwritten(&self, now: &Self) -> bool {
+    pub(crate) fn is_unwritten(&self, now: &Self) -> bool {
         let (then, times) = (self.times, now.times);
         let is_earlier = times.modified_ns <= then.modified_ns && times.changed_ns < then.changed_ns;
         self.is_same_file(now)
@@ -302,7 +302,7 @@ impl Stamp {
 
     /// What has become of the file since `work` on it was stopped; `now` is what stands where the file is looked for.
     /// A device has no times that tell, so it is never [`FileFate::Untouched`].
-    pub fn judge(&self, work: &WorkTimes, now: &Self) -> FileFate {
+    pub(crate) fn judge(&self, work: &WorkTimes, now: &Self) -> FileFate {
         let same = self.same_file(now);
         let (known, times) = (work.known, now.times);
         if same == SameFile::No {

@@ -30,9 +30,9 @@ use crate::storage::{Access, FileId};
 pub use data_file::{DataFile, DataFileKept};
 pub use digest::digest;
 pub(crate) use find::index;
-pub use name::{BackingName, Spelling};
+pub use name::BackingName;
 pub use open::{OpenOptions, open_data_file};
-pub use policy::{DEFAULT_MAX_DEPTH, Policy};
+pub use policy::Policy;
 pub use reader::Reader;
 pub use relink::new_backing_name;
 pub use search::Search;
@@ -108,7 +108,7 @@ impl Chain {
     }
 
     /// The identities of all files of the chain: images and external data files.
-    pub fn files(&self) -> Vec<FileId> {
+    pub(crate) fn files(&self) -> Vec<FileId> {
         let data = |layer: &Layer| layer.data_file.as_ref().map(|file| file.id);
         self.layers.iter().flat_map(|layer| [Some(layer.id), data(layer)]).flatten().collect()
     }

@@ -50,7 +50,7 @@ const FILTERS: &[(&str, &[&str])] =
 
 /// How a name is spelt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Spelling {
+pub(crate) enum Spelling {
     /// A path.
     Path,
     /// `file:` and a path: a regular file.
@@ -196,12 +196,12 @@ impl BackingName {
     }
 
     /// Whether the name also states what lies below the image that it leads to.
-    pub fn states_backing(&self) -> bool {
+    pub(crate) fn states_backing(&self) -> bool {
         self.backing.is_some()
     }
 
     /// How the name is spelt.
-    pub fn spelling(&self) -> Spelling {
+    pub(crate) fn spelling(&self) -> Spelling {
         self.spelling
     }
 
@@ -216,7 +216,7 @@ impl BackingName {
     }
 
     /// Whether the name leads to different files for processes with different working directories.
-    pub fn depends_on_working_dir(&self) -> bool {
+    pub(crate) fn depends_on_working_dir(&self) -> bool {
         self.from_working_dir && self.is_relative()
     }
 
@@ -227,7 +227,7 @@ impl BackingName {
     }
 
     /// The path that the name would lead to if it started at the directory of `overlay`.
-    pub fn resolve_beside(&self, overlay: &Path) -> PathBuf {
+    pub(crate) fn resolve_beside(&self, overlay: &Path) -> PathBuf {
         beside(overlay, &self.path)
     }
 

@@ -14,7 +14,7 @@ use crate::storage::{Access, FileId, Host, Place, Storage};
 
 /// How many layers a chain may have unless the caller sets a limit: any number. A chain never holds a file
 /// twice, so an attacker needs a file for every layer.
-pub const DEFAULT_MAX_DEPTH: usize = usize::MAX;
+pub(crate) const DEFAULT_MAX_DEPTH: usize = usize::MAX;
 
 /// Folders whose files claim to be regular but are not: reading some of them blocks, or changes the system.
 pub(super) const KERNEL_FILES: &[&str] = &["/proc", "/sys"];

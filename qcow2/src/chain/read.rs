@@ -41,7 +41,12 @@ impl View<'_> {
     ///
     /// # Errors
     /// Data that cannot be read or inflated.
-    pub fn read_supplied(&self, part: &Supplied, buf: &mut [u8], cache: &mut ClusterCache) -> Result<()> {
+    pub(crate) fn read_supplied(
+        &self,
+        part: &Supplied,
+        buf: &mut [u8],
+        cache: &mut ClusterCache,
+    ) -> Result<()> {
         match part.supply {
             Supply::Layer { layer, mapping } if !part.supply.is_zero() => {
                 let Some(image) = self.layers.get(layer) else {

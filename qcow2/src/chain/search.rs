@@ -54,7 +54,7 @@ struct Walk<'a> {
 
 impl Search {
     /// Searches these folders only, without their sub-folders.
-    pub fn of_folders(folders: &[PathBuf]) -> Self {
+    pub(crate) fn of_folders(folders: &[PathBuf]) -> Self {
         Self { folders: folders.to_vec(), ..Self::default() }
     }
 

@@ -49,7 +49,7 @@ impl Chain {
     ///
     /// # Errors
     /// [`Error::Io`] where a name cannot be followed, though it leads to something.
-    pub fn folders(&self, host: &dyn Host) -> Result<Vec<PathBuf>> {
+    pub(crate) fn folders(&self, host: &dyn Host) -> Result<Vec<PathBuf>> {
         let data = self.layers.iter().filter_map(|layer| layer.data_file.as_ref());
         let paths = self.layers.iter().map(|layer| &layer.path).chain(data.map(|file| &file.path));
         let real = |path: &Path| {

@@ -38,7 +38,7 @@ pub struct Supplied {
 
 impl Supply {
     /// What supplies the same range from `bytes` bytes further on.
-    pub fn advance(self, bytes: u64) -> Self {
+    pub(crate) fn advance(self, bytes: u64) -> Self {
         match self {
             Self::Layer { layer, mapping } => Self::Layer { layer, mapping: mapping.advance(bytes) },
             Self::PastEnd { .. } | Self::Nothing => self,

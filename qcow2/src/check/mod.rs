@@ -160,7 +160,7 @@ pub fn check(
 /// # Errors
 /// Those of a check; the first read that failed, because an unread table may refer to any cluster;
 /// [`Refusal::Inconsistent`].
-pub fn check_consistent(
+pub(crate) fn check_consistent(
     path: &Path,
     file: &dyn Storage,
     data_file: Option<&dyn Storage>,

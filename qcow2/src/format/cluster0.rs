@@ -37,7 +37,7 @@ impl Cluster0 {
     ///
     /// # Errors
     /// The first violation, or the first feature that is not supported.
-    pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
         let this = Self::decode(bytes)?;
         this.validate()?;
         Ok(this)

@@ -15,7 +15,7 @@ use crate::units::HostOffset;
 ///
 /// # Errors
 /// A table that cannot be read, is broken, or does not end inside the file.
-pub fn read_snapshots(path: &Path, file: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
+pub(crate) fn read_snapshots(path: &Path, file: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
     if header.snapshots == 0 {
         return Ok(Vec::new());
     }
@@ -31,7 +31,7 @@ pub fn read_snapshots(path: &Path, file: &dyn Storage, header: &Header) -> Resul
 ///
 /// # Errors
 /// A directory that cannot be read or is broken.
-pub fn read_bitmaps(path: &Path, file: &dyn Storage, cluster0: &Cluster0) -> Result<Vec<Bitmap>> {
+pub(crate) fn read_bitmaps(path: &Path, file: &dyn Storage, cluster0: &Cluster0) -> Result<Vec<Bitmap>> {
     let format = |e| Error::format(path, e);
     let Some(extension) = cluster0.bitmaps().map_err(format)? else { return Ok(Vec::new()) };
     let bytes = read(path, file, extension.directory_offset, extension.directory_size)?;

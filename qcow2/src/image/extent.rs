@@ -43,7 +43,7 @@ pub struct CompressedPart {
 
 impl Mapping {
     /// The mapping of what lies `bytes` further on in the same extent.
-    pub fn advance(self, bytes: u64) -> Self {
+    pub(crate) fn advance(self, bytes: u64) -> Self {
         match self {
             Self::Unallocated => self,
             Self::Zero { host } => Self::Zero { host: host.map(|h| h + bytes) },
@@ -57,7 +57,7 @@ impl Mapping {
 
 impl Extent {
     /// The part of the extent inside `range`, or `None` if they do not meet.
-    pub fn clip(&self, range: &GuestRange) -> Option<Self> {
+    pub(crate) fn clip(&self, range: &GuestRange) -> Option<Self> {
         let both = self.range.intersect(range)?;
         Some(Self { range: both, mapping: self.mapping.advance(both.start - self.range.start) })
     }

@@ -19,7 +19,7 @@ pub struct Foreign {
 impl Foreign {
     /// What counts as the size of its disk, in bytes, as nobody knows it: larger than every disk, so that something
     /// of it may show through every layer above.
-    pub const SIZE: u64 = 1 << 62;
+    pub(crate) const SIZE: u64 = 1 << 62;
 
     pub(super) fn new(path: &Path, file: Arc<dyn Storage>, container: Container) -> Self {
         Self { path: path.to_owned(), file, container }
@@ -31,7 +31,7 @@ impl Foreign {
     }
 
     /// The image file.
-    pub fn file(&self) -> &Arc<dyn Storage> {
+    pub(crate) fn file(&self) -> &Arc<dyn Storage> {
         &self.file
     }
 

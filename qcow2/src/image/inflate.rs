@@ -11,7 +11,7 @@ use crate::format::Compression;
 const ZSTD_WINDOW_LIMIT: u64 = 8 << 20;
 
 /// Inflates clusters; keeps its state and buffers for the next one, so each worker has its own.
-pub struct Inflater {
+pub(crate) struct Inflater {
     zlib: Decompress,
     zstd: FrameDecoder,
 }
@@ -30,7 +30,7 @@ impl Default for Inflater {
 
 impl Inflater {
     /// A new inflater.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut zstd = FrameDecoder::new();
         zstd.set_max_window_size(ZSTD_WINDOW_LIMIT);
         Self { zlib: Decompress::new(false), zstd }
@@ -41,7 +41,7 @@ impl Inflater {
     ///
     /// # Errors
     /// What is wrong with the stream: damaged, or shorter than the cluster.
-    pub fn inflate(&mut self, kind: Compression, data: &[u8], out: &mut [u8]) -> Result<(), String> {
+    pub(crate) fn inflate(&mut self, kind: Compression, data: &[u8], out: &mut [u8]) -> Result<(), String> {
         match kind {
             Compression::Zlib => self.inflate_zlib(data, out),
             Compression::Zstd => self.inflate_zstd(data, out),

@@ -27,7 +27,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// As there.
-    pub fn map(&self, range: GuestRange, out: &mut Vec<Extent>) -> Result<()> {
+    pub(crate) fn map(&self, range: GuestRange, out: &mut Vec<Extent>) -> Result<()> {
         let end = range.end().min(GuestOffset::new(self.virtual_size()));
         let range = GuestRange::between(range.start, end);
         let mut pending: Vec<Slice> = Vec::new();

@@ -35,13 +35,14 @@ use crate::units::{GuestOffset, GuestRange};
 
 pub use crate::format::{Bitmap, Cluster0, Compression, Container, Geometry, Header, Snapshot};
 
-pub use self::bitmaps::{BitmapInfo, names as bitmap_names};
+pub use self::bitmaps::BitmapInfo;
+pub(crate) use self::bitmaps::names as bitmap_names;
 pub use self::create::{CreateOptions, create, create_raw};
-pub use self::directory::{read_bitmaps, read_snapshots};
+pub(crate) use self::directory::{read_bitmaps, read_snapshots};
 pub(crate) use self::extent::push;
 pub use self::extent::{CompressedPart, Extent, Mapping};
 pub use self::foreign::Foreign;
-pub use self::inflate::Inflater;
+pub(crate) use self::inflate::Inflater;
 pub use self::qcow2::Qcow2;
 pub use self::raw::Raw;
 pub use self::read::ClusterCache;
@@ -141,7 +142,7 @@ impl ImageFormat {
     ///
     /// # Errors
     /// [`Error::Foreign`] for a format that is not read here; the file cannot be read.
-    pub fn detect_readable(path: &Path, file: &dyn Storage) -> Result<Self> {
+    pub(crate) fn detect_readable(path: &Path, file: &dyn Storage) -> Result<Self> {
         match Self::detect(path, file)? {
             Self::Foreign(container) => Err(Error::Foreign { path: path.to_owned(), container }),
             format => Ok(format),
@@ -219,7 +220,7 @@ impl Image {
     }
 
     /// The file that holds plain guest data: the external data file if there is one, else the image file.
-    pub fn data_file(&self) -> &Arc<dyn Storage> {
+    pub(crate) fn data_file(&self) -> &Arc<dyn Storage> {
         match self {
             Self::Raw(raw) => raw.file(),
             Self::Qcow2(qcow2) => qcow2.data_file(),

@@ -11,7 +11,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// Refcounts that cannot be read.
-    pub fn is_preallocated(&self) -> Result<bool> {
+    pub(crate) fn is_preallocated(&self) -> Result<bool> {
         let failed = |e| Error::io(self.path(), FileOp::Stat, None, e);
         let cluster_size = self.geometry().cluster_size();
         let held = self.file().stat().map_err(failed)?.allocated / cluster_size;

@@ -35,7 +35,11 @@ impl Qcow2 {
     ///
     /// # Errors
     /// As there; also a data file that the header needs and the caller did not give.
-    pub fn open(path: &Path, file: Arc<dyn Storage>, data_file: Option<Arc<dyn Storage>>) -> Result<Self> {
+    pub(crate) fn open(
+        path: &Path,
+        file: Arc<dyn Storage>,
+        data_file: Option<Arc<dyn Storage>>,
+    ) -> Result<Self> {
         let cluster0 = Self::read_cluster0(path, &*file)?;
         cluster0.validate().map_err(|e| Error::format(path, e))?;
         let geometry = cluster0.header.geometry();
@@ -107,7 +111,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// A length cannot be read.
-    pub fn refresh_lengths(&self) -> Result<()> {
+    pub(crate) fn refresh_lengths(&self) -> Result<()> {
         let io = |e| Error::io(&self.path, FileOp::Size, None, e);
         let file_len = self.file.size().map_err(io)?;
         self.file_len.store(file_len, Ordering::Relaxed);
@@ -132,7 +136,7 @@ impl Qcow2 {
     }
 
     /// The sizes that follow from the header.
-    pub fn geometry(&self) -> &Geometry {
+    pub(crate) fn geometry(&self) -> &Geometry {
         &self.geometry
     }
 
@@ -147,22 +151,22 @@ impl Qcow2 {
     }
 
     /// The image file.
-    pub fn file(&self) -> &Arc<dyn Storage> {
+    pub(crate) fn file(&self) -> &Arc<dyn Storage> {
         &self.file
     }
 
     /// The file that holds plain guest data.
-    pub fn data_file(&self) -> &Arc<dyn Storage> {
+    pub(crate) fn data_file(&self) -> &Arc<dyn Storage> {
         self.data_file.as_ref().unwrap_or(&self.file)
     }
 
     /// Whether plain guest data lies in an external data file.
-    pub fn has_data_file(&self) -> bool {
+    pub(crate) fn has_data_file(&self) -> bool {
         self.data_file.is_some()
     }
 
     /// The length of the image file in bytes, when it was last asked for.
-    pub fn file_len(&self) -> u64 {
+    pub(crate) fn file_len(&self) -> u64 {
         self.file_len.load(Ordering::Relaxed)
     }
 
@@ -285,7 +289,7 @@ impl Qcow2 {
 
     /// Reads the image as QEMU does where it is cut short: what a table places behind the end of the file reads as
     /// zeros, a table there as an empty one; and an entry of an L2 table with no more than the COPIED flag is none.
-    pub fn read_as_qemu(&mut self) {
+    pub(crate) fn read_as_qemu(&mut self) {
         self.as_qemu = true;
     }
 
@@ -301,7 +305,7 @@ impl Qcow2 {
 
     /// Whether anything was read as zeros because it lies behind the end of the file; only with
     /// [`read_as_qemu`](Self::read_as_qemu).
-    pub fn has_read_behind_end(&self) -> bool {
+    pub(crate) fn has_read_behind_end(&self) -> bool {
         self.behind_end.load(Ordering::Relaxed)
     }
 
@@ -311,7 +315,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// [`Error::Format`]; a table that cannot be read.
-    pub fn check_number_of_tables(&self) -> Result<()> {
+    pub(crate) fn check_number_of_tables(&self) -> Result<()> {
         let room = self.file_len().div_ceil(self.geometry.cluster_size());
         let (entries, start) = (u64::from(self.header().l1_entries), self.header().l1_offset);
         if entries <= room {

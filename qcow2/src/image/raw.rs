@@ -25,7 +25,7 @@ impl Raw {
     ///
     /// # Errors
     /// The file's length cannot be read.
-    pub fn open(path: &Path, file: Arc<dyn Storage>) -> Result<Self> {
+    pub(crate) fn open(path: &Path, file: Arc<dyn Storage>) -> Result<Self> {
         let len = file.size().map_err(|e| Error::io(path, FileOp::Size, None, e))?;
         let size = len
             .checked_next_multiple_of(SECTOR)
@@ -34,7 +34,7 @@ impl Raw {
     }
 
     /// The size of the guest's disk in bytes: the file's length, rounded up to a sector as QEMU does.
-    pub fn virtual_size(&self) -> u64 {
+    pub(crate) fn virtual_size(&self) -> u64 {
         self.size
     }
 
@@ -44,7 +44,7 @@ impl Raw {
     }
 
     /// The image file.
-    pub fn file(&self) -> &Arc<dyn Storage> {
+    pub(crate) fn file(&self) -> &Arc<dyn Storage> {
         &self.file
     }
 
@@ -58,7 +58,7 @@ impl Raw {
     ///
     /// # Errors
     /// The file's holes cannot be asked for.
-    pub fn map(&self, range: GuestRange, out: &mut Vec<Extent>) -> Result<()> {
+    pub(crate) fn map(&self, range: GuestRange, out: &mut Vec<Extent>) -> Result<()> {
         let end = range.end().get().min(self.size);
         let mut at = range.start.get();
         while at < end {
@@ -76,7 +76,7 @@ impl Raw {
     ///
     /// # Errors
     /// The file's holes cannot be asked for.
-    pub fn next_allocated(&self, from: GuestOffset) -> Result<Option<GuestOffset>> {
+    pub(crate) fn next_allocated(&self, from: GuestOffset) -> Result<Option<GuestOffset>> {
         Ok(self.next_data(from.get())?.map(|data| from.max(GuestOffset::new(data.start))))
     }
 

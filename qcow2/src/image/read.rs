@@ -27,7 +27,7 @@ impl ClusterCache {
     ///
     /// # Errors
     /// The stream cannot be read or is damaged.
-    pub fn cluster(
+    pub(crate) fn cluster(
         &mut self,
         image: &Qcow2,
         layer: usize,

@@ -73,7 +73,7 @@ pub struct Emptied {
 /// as the options ask, or has snapshots or bitmaps that the options do not give up; and for a base of another
 /// format, or one that is based on the overlay. Nothing was changed then. After an I/O error the overlay shows
 /// what it showed, or base.
-pub fn empty_onto(
+pub(crate) fn empty_onto(
     host: &dyn Host,
     overlay: &Stamp,
     base: &Path,

@@ -10,6 +10,6 @@ mod look_tests;
 mod mark;
 
 pub use empty_all::{MergedLayers, empty_all_onto};
-pub use empty_onto::{Emptied, EmptyOptions, can_be_emptied, empty_onto};
+pub use empty_onto::{Emptied, EmptyOptions, can_be_emptied};
 pub use interrupted::{BackingIs, Interrupted};
 pub use mark::{RetireReport, mark_merged, remove, unused};

@@ -32,19 +32,19 @@ pub enum CopyError {
 
 impl CopyError {
     /// The target cannot be written at an offset.
-    pub fn write(offset: u64) -> impl Fn(io::Error) -> Self {
+    pub(crate) fn write(offset: u64) -> impl Fn(io::Error) -> Self {
         move |source| Self::Write { offset, source }
     }
 
     /// The source cannot be read somewhere in a range, where the first bad sector is looked for.
-    pub fn read(src: &dyn Storage, offset: u64, len: u64) -> impl Fn(io::Error) -> Self {
+    pub(crate) fn read(src: &dyn Storage, offset: u64, len: u64) -> impl Fn(io::Error) -> Self {
         move |source| Self::Read { offset: first_unreadable(src, offset, len), source }
     }
 }
 
 /// The first offset of a range that cannot be read, to the page: where reading the range has failed. If each page can be
 /// read by now, the start of the range.
-pub fn first_unreadable(file: &dyn Storage, offset: u64, len: u64) -> u64 {
+pub(crate) fn first_unreadable(file: &dyn Storage, offset: u64, len: u64) -> u64 {
     const PAGE: u64 = 4096;
     let end = offset.saturating_add(len);
     let mut page = [0; PAGE as usize];

@@ -20,7 +20,7 @@ pub struct Folder {
 
 impl Folder {
     /// A folder that is known by its name only, of a host whose names lead to the same files at any time.
-    pub fn named(path: impl Into<PathBuf>) -> Self {
+    pub(crate) fn named(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), owner: Owner { user: 0, group: 0, mode: 0o700 }, handle: None }
     }
 
@@ -30,7 +30,7 @@ impl Folder {
     }
 
     /// To whom it belonged when it was opened. Its owner may remove and rename every file in it.
-    pub fn owner(&self) -> Owner {
+    pub(crate) fn owner(&self) -> Owner {
         self.owner
     }
 
@@ -57,7 +57,7 @@ impl Place {
     ///
     /// # Errors
     /// The system's; a folder that somebody gives another name meanwhile.
-    pub fn of(host: &dyn Host, path: &Path) -> io::Result<Self> {
+    pub(crate) fn of(host: &dyn Host, path: &Path) -> io::Result<Self> {
         Self::at(host, &host.canonicalize(path)?)
     }
 
@@ -65,7 +65,7 @@ impl Place {
     ///
     /// # Errors
     /// As [`Place::of`].
-    pub fn of_new(host: &dyn Host, path: &Path) -> io::Result<Self> {
+    pub(crate) fn of_new(host: &dyn Host, path: &Path) -> io::Result<Self> {
         Self::at(host, &host.resolve(path)?)
     }
 
@@ -84,7 +84,7 @@ impl Place {
     ///
     /// # Errors
     /// The system's; a path with a symbolic link.
-    pub fn at(host: &dyn Host, real: &Path) -> io::Result<Self> {
+    pub(crate) fn at(host: &dyn Host, real: &Path) -> io::Result<Self> {
         let name = real.file_name().ok_or(ErrorKind::InvalidInput)?.to_owned();
         let folder = real.parent().filter(|folder| !folder.as_os_str().is_empty());
         Ok(Self { folder: Arc::new(host.folder(folder.unwrap_or(Path::new(".")))?), name })
@@ -94,7 +94,7 @@ impl Place {
     ///
     /// # Errors
     /// The system's; [`Refusal::NotAsKnown`] if the name leads to another file by now.
-    pub fn of_file(host: &dyn Host, path: &Path, file: &dyn Storage) -> Result<Self> {
+    pub(crate) fn of_file(host: &dyn Host, path: &Path, file: &dyn Storage) -> Result<Self> {
         let place = Self::of(host, path).map_err(|e| Error::io(path, FileOp::Resolve, None, e))?;
         let found = place.stat(host).map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
         let opened = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?;
@@ -102,7 +102,7 @@ impl Place {
     }
 
     /// The folder.
-    pub fn folder(&self) -> &Folder {
+    pub(crate) fn folder(&self) -> &Folder {
         &self.folder
     }
 
@@ -146,7 +146,7 @@ impl Place {
     ///
     /// # Errors
     /// [`Refusal::NotAsKnown`] if the name is another file's by now; the system's.
-    pub fn reopen(&self, host: &dyn Host, file: &dyn Storage) -> Result<Arc<dyn Storage>> {
+    pub(crate) fn reopen(&self, host: &dyn Host, file: &dyn Storage) -> Result<Arc<dyn Storage>> {
         let path = self.path();
         let id = |file: &dyn Storage| {
             file.stat().map(|stat| stat.id).map_err(|e| Error::io(&path, FileOp::Stat, None, e))
@@ -179,7 +179,7 @@ impl Place {
     ///
     /// # Errors
     /// The system's; [`ErrorKind::AlreadyExists`].
-    pub fn rename_new(&self, host: &dyn Host, to: &OsStr) -> io::Result<()> {
+    pub(crate) fn rename_new(&self, host: &dyn Host, to: &OsStr) -> io::Result<()> {
         host.rename_new_in(&self.folder, &self.name, to)
     }
 
@@ -187,7 +187,7 @@ impl Place {
     ///
     /// # Errors
     /// The system's.
-    pub fn unlink(&self, host: &dyn Host) -> io::Result<()> {
+    pub(crate) fn unlink(&self, host: &dyn Host) -> io::Result<()> {
         host.unlink_in(&self.folder, &self.name)
     }
 

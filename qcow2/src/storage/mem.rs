@@ -31,7 +31,7 @@ struct MemBoot(Boot);
 
 /// One open of a file in memory.
 #[derive(Debug)]
-pub struct MemFile {
+pub(crate) struct MemFile {
     inode: Arc<Inode>,
     access: Access,
     /// What tells this open from others in the inode's list of locks.
@@ -248,7 +248,7 @@ impl Host for MemHost {
 
 impl MemFile {
     /// A new empty file that has no name.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let inode = Inode {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             content: RwLock::new(FileContent::new()),

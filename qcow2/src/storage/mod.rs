@@ -33,15 +33,16 @@ use std::sync::Arc;
 
 use crate::error::Holder;
 
-pub use copy::{CopyError, first_unreadable};
+pub use copy::CopyError;
+pub(crate) use copy::first_unreadable;
 pub use folder::{Folder, Place};
-pub use mem::{MemFile, MemHost};
+pub(crate) use mem::MemFile;
+pub use mem::MemHost;
 pub use os::OsHost;
-pub use os_file::OsFile;
 pub(crate) use overlay::{Flush, PageOverlay};
 pub use owner::Owner;
 pub(crate) use pages::{PAGE, Page, Pages, SECTOR, end_of, pieces};
-pub use unlocked::may_be_unlocked;
+pub(crate) use unlocked::may_be_unlocked;
 pub use view::FileView;
 
 /// One opened file, block device or memory buffer, shared by threads. All operations are positional.

@@ -27,7 +27,7 @@ const MAX_LINKS: usize = 40;
 
 impl OsHost {
     /// Opens a file like [`Host::open`], as its own type.
-    pub fn open_file(&self, path: &Path, access: Access) -> io::Result<OsFile> {
+    pub(crate) fn open_file(&self, path: &Path, access: Access) -> io::Result<OsFile> {
         // Looked at before it is opened: merely opening a device or a fifo can have effects. Looked at
         // again afterwards: the name may lead elsewhere by then, and O_NONBLOCK keeps that harmless.
         refuse_other(&fs::metadata(path)?)?;
@@ -41,7 +41,7 @@ impl OsHost {
     }
 
     /// Creates a file like [`Host::create_new`], as its own type.
-    pub fn create_file(&self, path: &Path) -> io::Result<OsFile> {
+    pub(crate) fn create_file(&self, path: &Path) -> io::Result<OsFile> {
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
         made(file, || fs::remove_file(path))
     }

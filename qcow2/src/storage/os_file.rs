@@ -19,7 +19,7 @@ use super::{FileKind, FileStat, LockError, LockMode, Owner, Storage, lock, right
 
 /// An opened regular file or block device.
 #[derive(Debug)]
-pub struct OsFile {
+pub(crate) struct OsFile {
     file: File,
     kind: FileKind,
     locked: Mutex<Option<LockMode>>,
@@ -45,7 +45,7 @@ const IDENTIFIED: [u32; 5] = [0xef53, 0x9123_683e, 0xca45_1a4e, 0x2fc1_2fc1, 0x0
 
 impl OsFile {
     /// Wraps an opened file; refuses what is not a regular file or a block device.
-    pub fn new(file: File) -> io::Result<Self> {
+    pub(crate) fn new(file: File) -> io::Result<Self> {
         let kind = refuse_other(&file.metadata()?)?;
         Ok(Self {
             least_kernel_copy: least_kernel_copy(&file),

@@ -25,7 +25,7 @@ impl Owner {
     /// who runs the program.
     ///
     /// A right that only a group gives is not looked up for this file's owner: who is in it may change.
-    pub fn may_speak_for(&self, target: &Self, caller: u32) -> bool {
+    pub(crate) fn may_speak_for(&self, target: &Self, caller: u32) -> bool {
         let all_may = target.mode & BY_ALL != 0;
         let group_may = target.mode & BY_GROUP != 0 && target.group == self.group;
         let is_theirs = [ROOT, caller, target.user].contains(&self.user);
@@ -38,7 +38,7 @@ impl Owner {
     /// but one to its folder. `caller` is the user who runs the program.
     ///
     /// A right that only a group gives counts for the file's own owner alone: what that one could empty is not lost by it.
-    pub fn may_remove(&self, target: &Self, folder: &Self, caller: u32) -> bool {
+    pub(crate) fn may_remove(&self, target: &Self, folder: &Self, caller: u32) -> bool {
         let all_may = folder.mode & (BY_ALL | STICKY) == BY_ALL;
         let others_may_not = self.mode & (BY_GROUP | BY_ALL) == 0
             || (self.mode & BY_ALL == 0 && self.group == folder.group && folder.mode & BY_GROUP != 0);

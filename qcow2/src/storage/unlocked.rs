@@ -10,7 +10,7 @@ use crate::error::{Error, Refusal, Result};
 ///
 /// # Errors
 /// [`Refusal::NoLocks`]; [`Error::InUse`].
-pub fn may_be_unlocked(
+pub(crate) fn may_be_unlocked(
     host: &dyn Host,
     path: &Path,
     id: FileId,

@@ -43,14 +43,4 @@ impl FileView {
         }
         Some(bytes)
     }
-
-    /// The length of the view in bytes.
-    pub fn len(&self) -> u64 {
-        self.map.len() as u64
-    }
-
-    /// Whether the file was empty.
-    pub fn is_empty(&self) -> bool {
-        self.map.is_empty()
-    }
 }

@@ -49,7 +49,7 @@ pub struct BitmapInfo {
 ///
 /// # Errors
 /// A directory that cannot be read or is broken.
-pub fn names(image: &Qcow2) -> Result<Vec<BitmapInfo>> {
+pub(crate) fn names(image: &Qcow2) -> Result<Vec<BitmapInfo>> {
     let bitmaps = read_bitmaps(image.path(), &**image.file(), image.cluster0())?;
     Ok(bitmaps
         .iter()

@@ -31,7 +31,7 @@ pub fn open_whole(
 ///
 /// # Errors
 /// As [`open_whole`].
-pub fn refuse_torn(
+pub(crate) fn refuse_torn(
     host: &dyn Host,
     path: &Path,
     file: &dyn Storage,

@@ -58,7 +58,7 @@ pub fn unfinished_merge(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Res
 ///
 /// # Errors
 /// As [`unfinished_merge`].
-pub fn is_pull_unfinished(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<bool> {
+pub(crate) fn is_pull_unfinished(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<bool> {
     let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
     Ok(found.is_some_and(|found| found.last.is_some() && is_pull(&found.journal)))
