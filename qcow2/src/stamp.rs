@@ -3,7 +3,7 @@
 //! The system says several things about a file, and each of them lies in some case. An inode number is
 //! only unique in its file system. A device number may be another one when the system has started again.
 //! A time of modification can be set to anything, as `cp -p` does. So a [`Stamp`] holds all of them, and
-//! the time of the last change (ctime), which no program can set back, and [`Stamp::judge`] weighs them
+//! the time of the last change (ctime), which no program can set back, and `Stamp::judge` weighs them
 //! in one place.
 
 use std::fmt;

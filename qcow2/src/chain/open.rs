@@ -34,7 +34,7 @@ pub struct OpenOptions {
     /// Whether a file that is opened for writing may lie on a file system without locks. Then only the caller
     /// can know that nobody else uses it. Files that are only read may always lie there.
     pub no_locks: bool,
-    /// Whether images that are cut short are read as QEMU does ([`Qcow2::read_as_qemu`]).
+    /// Whether images that are cut short are read as QEMU does (`Qcow2::read_as_qemu`).
     pub as_qemu: bool,
 }
 

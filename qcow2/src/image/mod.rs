@@ -183,7 +183,7 @@ impl Image {
         })
     }
 
-    /// The size of the disk that the guest sees, in bytes; [`Foreign::SIZE`] where it is not known.
+    /// The size of the disk that the guest sees, in bytes; `Foreign::SIZE` where it is not known.
     pub fn virtual_size(&self) -> u64 {
         match self {
             Self::Raw(raw) => raw.virtual_size(),

@@ -31,7 +31,7 @@ pub struct MergedLayers<'a> {
     pub scan: &'a [PathBuf],
 }
 
-/// Turns several images into empty overlays directly on `base`, each as [`empty_onto`] does. Returns the result
+/// Turns several images into empty overlays directly on `base`, each as `empty_onto` does. Returns the result
 /// for each, the uppermost first. All but the active one are marked as merged.
 ///
 /// An image that another one in the same folders or in `scan` uses keeps its data, and so do all images below

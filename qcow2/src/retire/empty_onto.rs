@@ -132,13 +132,13 @@ pub(crate) fn empty_onto(
     Ok(Emptied { name, was_empty, freed })
 }
 
-/// Checks whether [`empty_onto`] could turn an image into an empty overlay on `base`, as far as its header and
+/// Checks whether `empty_onto` could turn an image into an empty overlay on `base`, as far as its header and
 /// tables tell. Nothing is locked or written. With `in_use`, a virtual machine may write to the image
 /// meanwhile, and base need not hold the data yet. So trouble that QEMU mends when it closes the image is no
 /// obstacle then, nor damage that is seen at another place on every look.
 ///
 /// # Errors
-/// Those of [`empty_onto`] that do not pass by themselves; an I/O error.
+/// Those of `empty_onto` that do not pass by themselves; an I/O error.
 pub fn can_be_emptied(
     host: &dyn Host,
     overlay: &Path,

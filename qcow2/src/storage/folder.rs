@@ -61,10 +61,10 @@ impl Place {
         Self::at(host, &host.canonicalize(path)?)
     }
 
-    /// As [`Place::of`], for a name that need not lead to anything: only its folder must be there.
+    /// As `Place::of`, for a name that need not lead to anything: only its folder must be there.
     ///
     /// # Errors
-    /// As [`Place::of`].
+    /// As `Place::of`.
     pub(crate) fn of_new(host: &dyn Host, path: &Path) -> io::Result<Self> {
         Self::at(host, &host.resolve(path)?)
     }
@@ -72,7 +72,7 @@ impl Place {
     /// The place that `path` itself names: the links of its folder are followed, but none that has its last name.
     ///
     /// # Errors
-    /// As [`Place::of`].
+    /// As `Place::of`.
     pub fn named(host: &dyn Host, path: &Path) -> io::Result<Self> {
         let name = path.file_name().ok_or(ErrorKind::InvalidInput)?.to_owned();
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
