@@ -1,8 +1,7 @@
-//! Making a node durable while a job waits at PENDING.
+//! Makes a node durable while a job waits at PENDING.
 //!
-//! QEMU relinks an overlay before it writes the tables of the image that has received the data. Killed in
-//! between, it leaves a chain that has lost what was merged, and a check that finds no error. So that image
-//! is flushed first.
+//! QEMU relinks an overlay before it writes the tables of the image that has received the data. If it is killed
+//! in between, the chain has lost the merged data, and a check finds no error. So that image is flushed first.
 
 use std::fs;
 use std::io;
@@ -22,21 +21,21 @@ use crate::qmp::monitor::{Execute, Monitor};
 /// How a node of this QEMU can be flushed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Means {
-    /// Through an NBD server that is started for it.
+    /// Through an NBD server that is started for the flush.
     OwnServer,
-    /// Through the NBD server that runs already, at this socket.
+    /// Through the NBD server that QEMU runs already, at this socket.
     Server(PathBuf),
     /// By pausing the guest for a moment: QEMU flushes every node then.
     StopAndCont,
-    /// By a command of QEMU's monitor for people, which does not tell whether the flush has failed: for a guest that is
-    /// paused, and needs no NBD server.
+    /// By a command of QEMU's human monitor, which does not tell whether the flush has failed. It serves for a
+    /// paused guest, and needs no NBD server.
     Command,
 }
 
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 impl Means {
-    /// Finds the first means that works, by flushing `node`; the guest is not paused for that.
+    /// Finds the first means that works, by flushing `node` with it. The guest is not paused for that.
     ///
     /// # Errors
     /// [`Error::NotFlushed`] if there is none.
@@ -74,8 +73,8 @@ impl Means {
         match self {
             Self::OwnServer => {
                 let folder = tempfile::Builder::new().prefix("qmp-flush").tempdir().map_err(local(node))?;
-                // A QEMU that runs as another user makes its socket there. Only root may give the folder away; for
-                // others QEMU's refusal leads to the next means.
+                // A QEMU of another user must be able to make its socket there. Only root can give the folder
+                // away; for others QEMU's refusal leads to the next means.
                 if let Some(user) = monitor.peer().and_then(user_of) {
                     let _ = chown(folder.path(), Some(user), None);
                 }
@@ -87,7 +86,7 @@ impl Means {
                 flushed.and(stopped.map(drop))
             }
             Self::Server(socket) => flush_export(monitor, node, socket, THEIRS),
-            // Somebody has paused it in the meantime, and would not have it go on.
+            // Somebody else has paused the guest meanwhile, and wants it to stay paused.
             Self::StopAndCont if !runs(monitor)? => Self::Command.flush(monitor, node),
             Self::StopAndCont => {
                 monitor.query("stop", json!({}))?;
@@ -113,7 +112,7 @@ impl Means {
 /// [`Error::NotFlushed`] if there is none; those of the flush.
 pub(crate) fn flush(monitor: &(impl Monitor + ?Sized), node: &str, server: Option<&Path>) -> Result<()> {
     match Means::find(monitor, node, server)? {
-        // Its proof is the flush itself.
+        // For this means there was no trial: the flush itself shows whether it works.
         Means::OwnServer | Means::Server(_) | Means::Command => Ok(()),
         means @ Means::StopAndCont => means.flush(monitor, node),
     }
@@ -124,11 +123,11 @@ fn runs(monitor: &(impl Monitor + ?Sized)) -> Result<bool> {
     Ok(monitor.query("query-status", json!({}))?["running"] == true)
 }
 
-/// The user that a process acts as, now: a QEMU may have given up the rights with which it opened its monitor.
+/// The user as whom a process acts now. A QEMU may have given up the rights with which it opened its monitor.
 pub(crate) fn user_of(process: u32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let users = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
-    // Real, effective, saved, and that of the file system.
+    // The fields are the real, effective, saved and file system user ids.
     users.split_whitespace().nth(1)?.parse().ok()
 }
 
@@ -139,18 +138,18 @@ fn flush_export(monitor: &(impl Monitor + ?Sized), node: &str, socket: &Path, pr
     let flushed =
         UnixStream::connect(socket).and_then(|stream| nbd::flush(stream, &id, TIMEOUT)).map_err(local(node));
     match remove(monitor, &id) {
-        // QEMU has gone: that is why the flush has failed.
+        // QEMU has gone, which is why the flush has failed.
         Err(gone @ Error::Disconnected { .. }) => Err(gone),
         removed => flushed.and(removed),
     }
 }
 
-/// Removes what a client that was killed during a flush has left: its export, and the server that it started for it, which
-/// would be in the way of the next.
+/// Removes what a client that was killed during a flush has left: its export, and the server that it started.
+/// They would stand in the way of the next flush.
 fn sweep(monitor: &(impl Monitor + ?Sized)) -> Result<()> {
     let all = match monitor.query("query-block-exports", json!({})) {
         Ok(all) => all,
-        // Then nothing can be exported either.
+        // A QEMU that does not know the query cannot export anything either.
         Err(Error::Command { .. }) => return Ok(()),
         Err(error) => return Err(error),
     };
@@ -167,7 +166,7 @@ fn sweep(monitor: &(impl Monitor + ?Sized)) -> Result<()> {
     Ok(())
 }
 
-/// Removes an export, and waits until it is gone: as long as it is there, it holds the node.
+/// Removes an export, and waits until it is gone. As long as it exists, it uses the node.
 fn remove(monitor: &(impl Monitor + ?Sized), id: &str) -> Result<()> {
     monitor.query("block-export-del", json!({"id": id, "mode": "hard"}))?;
     let deadline = Instant::now() + Duration::from_secs(10);

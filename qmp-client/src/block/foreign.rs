@@ -1,4 +1,5 @@
-//! The end of a job that another client has started: no state file tells what it is for, so the graph is the judge.
+//! Ends a job that another client has started. No state file tells its purpose, so the graph shows whether it
+//! succeeded.
 
 use qapi::qmp::JobStatus;
 
@@ -9,16 +10,16 @@ use crate::block::jobs::{Goal, Job, LONGEST_STEP, Waited, Watch, failed, stuck};
 use crate::error::{Error, Refusal, Result};
 use crate::qmp::monitor::Monitor;
 
-/// Has a job that is ready or pending, whoever started it, do what it is for, and returns the disk as it is then. Of one
-/// that has concluded and is kept only the result is taken.
+/// Completes a job that is ready or pending, whoever started it, and returns the disk as it is then. If the job
+/// has concluded and QEMU keeps it, only its result is taken.
 ///
-/// A job that is not kept by QEMU takes its error with it, so what counts is the chain: it must be another than
-/// before. What a pending job has written is flushed first, as far as a way to do that is found.
+/// A job that QEMU does not keep takes its error with it. So the chain decides: it must have changed. The data
+/// that a pending job has written is flushed first, if a way to do that is found.
 ///
 /// # Errors
-/// [`Error::Refused`] if the job is one of a merge of this library, which only whoever has its state file may end, or is
-/// neither ready, pending nor concluded; [`Error::Job`] if it failed, does not end, or
-/// the disk has the chain that it had.
+/// [`Error::Refused`] if the job belongs to a merge of this library, which only a client with its state file
+/// may end, or if it is neither ready, pending nor concluded; [`Error::Job`] if it failed, does not end, or
+/// left the chain unchanged.
 pub fn conclude<M: Monitor + ?Sized>(monitor: &M, disk: &Disk, job: &Job<'_, M>) -> Result<Disk> {
     if job.is_of_merge() {
         return Err(Refusal::NoStateFound { job: job.id().to_owned() }.into());
@@ -50,7 +51,7 @@ pub fn conclude<M: Monitor + ?Sized>(monitor: &M, disk: &Disk, job: &Job<'_, M>)
     match waited {
         Waited::Reached(_) | Waited::Concluded(_) => match job.take_result() {
             Ok(_) => {}
-            // It was forgotten between two questions; the graph knows.
+            // QEMU forgot it between two questions; the graph shows how it ended.
             Err(Error::Job { .. }) if job.state()?.is_none() && changed(monitor, disk)?.is_some() => {}
             Err(error) => return Err(error),
         },
@@ -61,8 +62,8 @@ pub fn conclude<M: Monitor + ?Sized>(monitor: &M, disk: &Disk, job: &Job<'_, M>)
         .ok_or_else(|| failed(job, "it has ended, and the disk has the chain that it had".into()))
 }
 
-/// Flushes what a pending job has written: all layers that are open for writing. Where no way to do that is found, it is
-/// left to QEMU, as it would be without this client.
+/// Flushes all layers that are open for writing, because a pending job may have written any of them. If no way
+/// to do that is found, it is left to QEMU, as it would be without this client.
 fn flush<M: Monitor + ?Sized>(monitor: &M, disk: &Disk, job: &Job<'_, M>) -> Result<()> {
     // A mirror, and an active commit is one, has flushed its target and holds all requests: a flush would hang.
     if holds_requests(monitor, job.id())? {

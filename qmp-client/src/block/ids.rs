@@ -1,30 +1,30 @@
-//! The names that jobs, nodes and exports of ours get, so that they are known again.
+//! The names of our jobs, nodes and exports, by which they can be recognised later.
 
 use std::collections::hash_map::RandomState;
 use std::fmt::Write as _;
 use std::hash::BuildHasher;
 
-/// The kinds of merge jobs, as their ids begin: data moves down, or up.
+/// How the ids of merge jobs begin: one for data that moves down, one for up.
 pub(crate) const MERGES: [&str; 2] = ["merge", "pull"];
 
-/// What the ids of the exports begin with through which a node is flushed: on a server that was started for the flush.
+/// How the ids of exports for a flush begin, on a server that was started for the flush.
 pub(crate) const FLUSH_ALONE: &str = "flush-alone-";
 /// The same, on a server that runs anyway.
 pub(crate) const FLUSH_BESIDE: &str = "flush-beside-";
 
-/// Eight hexadecimal digits, others each time. Should they ever meet a name that is in use, QEMU refuses it.
+/// Eight random hexadecimal digits. If they ever make a name that is in use, QEMU refuses it.
 pub(crate) fn unique() -> String {
     // The standard library's only source of randomness.
     let bits = RandomState::new().hash_one(std::process::id());
     format!("{:08x}", bits & 0xffff_ffff)
 }
 
-/// What the ids of all jobs of this kind on this disk begin with, and those of no other disk.
+/// How the ids of all jobs of this kind on this disk begin, and of no other disk.
 pub(crate) fn job_prefix(kind: &str, disk: &str) -> String {
     format!("{kind}.{}.", escaped(disk))
 }
 
-/// Whether a job's id is one that a merge of this library gets, or was made to look like one.
+/// Whether a job's id has the form of those that merges of this library get.
 pub(crate) fn is_of_merge(id: &str) -> bool {
     let unique = |end: &str| end.len() == 8 && end.bytes().all(|byte| byte.is_ascii_hexdigit());
     let mut parts = id.split('.');
@@ -35,7 +35,7 @@ pub(crate) fn is_of_merge(id: &str) -> bool {
     kind && disk && span && parts.next().is_some_and(unique) && parts.next().is_none()
 }
 
-/// Any text in the letters that an id may have; others become `_` and two hexadecimal digits for each byte.
+/// Any text in the characters that an id may have. Each other byte becomes `_` and two hexadecimal digits.
 pub(crate) fn escaped(text: &str) -> String {
     let mut written = String::new();
     for byte in text.bytes() {
@@ -49,7 +49,7 @@ pub(crate) fn escaped(text: &str) -> String {
     written
 }
 
-/// The text that [`escaped`] has written; `None` if it has not.
+/// The text from which [`escaped`] made this one; `None` if it did not make it.
 pub(crate) fn unescaped(written: &str) -> Option<String> {
     let mut parts = written.split('_');
     let mut bytes = parts.next()?.as_bytes().to_vec();

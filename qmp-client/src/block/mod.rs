@@ -1,4 +1,5 @@
-//! The block layer of a running QEMU: its disks and jobs, nodes made durable, and what changes a chain, a step at a time.
+//! The block layer of a running QEMU: its disks and jobs, flushing nodes, and the single steps that change a
+//! chain.
 
 pub(crate) mod flush;
 pub(crate) mod foreign;

@@ -1,4 +1,4 @@
-//! As much of an NBD client as one flush takes.
+//! An NBD client that can do one thing: a flush.
 //!
 //! QMP has no command that flushes a node. A read-only export of the node has one: NBD's flush goes
 //! through to the image file, its metadata included, and the guest does not stop. The protocol's numbers
@@ -22,7 +22,7 @@ const INFO_EXPORT: u16 = 0;
 const HAS_FLAGS_AND_FLUSH: u16 = 1 | 4;
 const COMMAND_DISCONNECT: u16 = 2;
 const COMMAND_FLUSH: u16 = 3;
-/// An option's reply longer than this is none that a server of ours sends.
+/// The longest reply to an option that is accepted. QEMU's are much shorter.
 const LONGEST_REPLY: u32 = 64 << 10;
 
 /// Flushes the export of this name on the server at the other end of `stream`, which is then used up.
@@ -93,7 +93,7 @@ fn talk(mut stream: impl Read + Write, export: &str) -> io::Result<()> {
     if u64_of(&mut stream)? != cookie {
         return Err(invalid("the NBD server's reply is to another request"));
     }
-    // The flush is what counts; a server that has gone needs no farewell.
+    // The flush is done, so an error of the farewell does not matter.
     let _ = stream.write_all(&request(COMMAND_DISCONNECT, 0));
     match i32::try_from(error) {
         Ok(0) => Ok(()),

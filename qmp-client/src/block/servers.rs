@@ -1,7 +1,7 @@
-//! The NBD server that a QEMU runs already, found by what the system tells of its sockets.
+//! Finds the NBD server that a QEMU already runs, through the system's list of its sockets.
 //!
-//! A QEMU runs one NBD server at most, and QMP does not tell where it listens. A merge needs to know it: base
-//! is flushed through a server, and where there is one no second can be started.
+//! A QEMU runs at most one NBD server, and QMP does not tell where it listens. A merge must know: base is
+//! flushed through a server, and if one runs, no second can be started.
 
 use std::fs;
 use std::io::Read;
@@ -11,16 +11,16 @@ use std::time::Duration;
 
 use crate::block::nbd::GREETING;
 
-/// How long a server may take to greet. It says the first word, and needs nothing for it.
+/// How long to wait for a server's greeting, which it sends at once.
 const GREETS_WITHIN: Duration = Duration::from_secs(1);
 /// The mark of a listening socket in the system's table (Linux, `__SO_ACCEPTCON`).
 const LISTENS: &str = "00010000";
 
-/// The socket of the NBD server that the process runs; `None` if it runs none on a UNIX socket, or may not be
-/// looked at.
+/// The socket of the NBD server that the process runs; `None` if it runs none on a UNIX socket, or if its
+/// sockets cannot be read.
 ///
-/// Only sockets are tried that can be such a server's by the process's command line: connecting to another one,
-/// a guest agent's perhaps, would disturb it.
+/// Only sockets that may belong to such a server by the process's command line are tried: a connection to
+/// another one, a guest agent's for instance, would disturb it.
 pub fn nbd_server(process: u32) -> Option<PathBuf> {
     let arguments = fs::read(format!("/proc/{process}/cmdline")).ok()?;
     let arguments: Vec<String> =

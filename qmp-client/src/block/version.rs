@@ -1,4 +1,4 @@
-//! What differs between the versions of QEMU that are supported: 7.2 and later.
+//! The differences between the supported versions of QEMU: 7.2 and later.
 
 use serde_json::{Value, json};
 
@@ -10,12 +10,12 @@ const CLOSES_SAFELY: (u64, u64) = (9, 0);
 
 /// Whether a node can be exported for a moment without harm.
 ///
-/// Before version 9.0 QEMU closes the connection of an export in the thread that the node's requests run in, and aborts, with
-/// the guest, if that is an iothread. So an export is safe there only where no iothread is. What is not known is
-/// taken for the worse.
+/// Before version 9.0 QEMU closes an export's connection in the thread that runs the node's requests. If that
+/// is an iothread, QEMU aborts, and the guest with it. So an export is safe there only without iothreads. If
+/// something is unknown, the answer is no.
 ///
 /// # Errors
-/// [`Error::Disconnected`] and [`Error::TimedOut`], as no answer is no knowledge.
+/// [`Error::Disconnected`] and [`Error::TimedOut`]: then there is no answer at all.
 pub(crate) fn exports_are_safe(monitor: &(impl Monitor + ?Sized)) -> Result<bool> {
     let closes_safely = version(monitor)?.is_some_and(|version| version >= CLOSES_SAFELY);
     Ok(closes_safely || !may_have_iothreads(monitor)?)
@@ -28,14 +28,14 @@ fn version(monitor: &(impl Monitor + ?Sized)) -> Result<Option<(u64, u64)>> {
     Ok(number("major").zip(number("minor")))
 }
 
-/// Iothreads are objects of the user's; a storage daemon has them too, and only this list tells both.
+/// Iothreads are objects of the user. A storage daemon has them, too, and only this list shows both.
 fn may_have_iothreads(monitor: &(impl Monitor + ?Sized)) -> Result<bool> {
     let answer = known(monitor, "qom-list", json!({"path": "/objects"}))?;
     let Value::Array(objects) = answer else { return Ok(true) };
     Ok(objects.iter().any(|object| object["type"].as_str().is_none_or(|kind| kind.contains("iothread"))))
 }
 
-/// The answer; null where QEMU gives none.
+/// The answer; null if QEMU refuses the question.
 fn known(monitor: &(impl Monitor + ?Sized), command: &str, arguments: Value) -> Result<Value> {
     match monitor.query(command, arguments) {
         Ok(answer) => Ok(answer),

@@ -1,4 +1,5 @@
-//! The state file itself: written as a whole, read with suspicion.
+//! Reads and writes a state file. It is always written as a whole, and believed only if it can come from nobody
+//! but root and the caller.
 
 use std::ffi::OsString;
 use std::fs;
@@ -22,19 +23,19 @@ pub struct StateFile {
 }
 
 impl StateFile {
-    /// The one beside an active image: `.NAME.qmerge-live` in the image's folder, links followed. `None` if there
-    /// is no such image here, or the path is relative.
+    /// The state file beside an active image: `.NAME.qmerge-live` in the image's folder, with links followed.
+    /// `None` if there is no such image here, or the path is relative.
     pub fn beside(active: &Path) -> Option<Self> {
         let image = active.is_absolute().then(|| fs::canonicalize(active).ok())??;
         Some(Self::named(image.parent()?, &image))
     }
 
-    /// The one for an active image in another folder. The image may be no file here.
+    /// The state file for an active image in another folder. The image need not be a file on this host.
     pub fn in_folder(folder: &Path, active: &Path) -> Self {
         Self::named(folder, active)
     }
 
-    /// The one at this path.
+    /// The state file at this path.
     pub fn at(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }
     }
@@ -43,7 +44,7 @@ impl StateFile {
         let mut name = OsString::from(".");
         match image.file_name().filter(|_| image.is_absolute()) {
             Some(last) => name.push(last),
-            // An address of what is no file: its letters, but no slashes.
+            // The image is an address, not a file: use its text without slashes.
             None => name.push(image.to_string_lossy().replace('/', "_")),
         }
         name.push(SUFFIX);
@@ -58,9 +59,9 @@ impl StateFile {
     /// Reads the state; `None` if there is no such file.
     ///
     /// # Errors
-    /// [`crate::Error::File`] if it cannot be read; [`crate::Error::State`] if it holds no state, or was perhaps written by
-    /// anybody but root and the caller: it names files to be written and removed, and what it says may then be somebody's
-    /// trap.
+    /// [`crate::Error::File`] if it cannot be read; [`crate::Error::State`] if it holds no state, or if anybody
+    /// but root and the caller may have written it. A state file names files to be written and removed, so a
+    /// foreign one could be a trap.
     pub fn load(&self) -> Result<Option<State>> {
         let load = || match folder::place(&self.path)? {
             Some(place) => load_at(&place),
@@ -69,17 +70,18 @@ impl StateFile {
         load().map_err(|why| failed(&self.path, why))
     }
 
-    /// Replaces what the file says, durably: once this returns, a power cut does not bring the old text back.
+    /// Replaces the content of the file durably: after this returns, a power cut does not bring the old content
+    /// back.
     ///
     /// # Errors
-    /// [`crate::Error::File`] if the file or its folder cannot be written or synced. The old text may stand, or the
-    /// new one.
+    /// [`crate::Error::File`] if the file or its folder cannot be written or synced. The file has the old or
+    /// the new content then.
     pub fn save(&self, state: &mut State) -> Result<()> {
         state.changed_ns = now_ns();
         self.save_as_it_is(state)
     }
 
-    /// The same, with the time that the state names.
+    /// As [`StateFile::save`], with the time that the state names.
     pub(crate) fn save_as_it_is(&self, state: &State) -> Result<()> {
         let save = || {
             let text = serde_json::to_vec_pretty(state).map_err(StateFault::Unwritable)?;
@@ -99,7 +101,7 @@ impl StateFile {
         remove().map_err(|why| failed(&self.path, why))
     }
 
-    /// Removes the file of a merge that is done with, and its line in the list beside the monitor's socket.
+    /// Removes the state file of a finished merge, and its line in the list beside the monitor's socket.
     ///
     /// # Errors
     /// As [`StateFile::remove`].
@@ -119,7 +121,8 @@ fn load_at(place: &Place) -> std::result::Result<Option<State>, StateTrouble> {
 /// All states in a folder, by the names of their files.
 ///
 /// # Errors
-/// [`crate::Error::File`] for the folder or a file that cannot be read; [`crate::Error::State`] for a file that says nothing.
+/// [`crate::Error::File`] for the folder or a file that cannot be read; [`crate::Error::State`] for a file
+/// without a state.
 pub fn states_in(path: &Path) -> Result<Vec<(StateFile, State)>> {
     let opened = folder::open(path).map_err(|e| unreadable(path, e))?;
     let names = folder::names(&opened, ".", SUFFIX).map_err(|e| unreadable(path, e))?;
@@ -134,7 +137,7 @@ pub fn states_in(path: &Path) -> Result<Vec<(StateFile, State)>> {
     Ok(found)
 }
 
-/// Loads those that are there.
+/// Loads the states of the files that exist.
 pub(super) fn load_all(paths: impl IntoIterator<Item = PathBuf>) -> Result<Vec<(StateFile, State)>> {
     let mut found = Vec::new();
     for path in paths {
@@ -146,8 +149,8 @@ pub(super) fn load_all(paths: impl IntoIterator<Item = PathBuf>) -> Result<Vec<(
     Ok(found)
 }
 
-/// All states that a monitor's pointer names and that lie in these folders, each once. Folders that do not exist
-/// here are passed over.
+/// All states that a monitor's pointer names and that lie in these folders, each once. Folders that do not
+/// exist here are skipped.
 ///
 /// # Errors
 /// As [`states_in`].

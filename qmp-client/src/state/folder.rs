@@ -1,5 +1,5 @@
-//! State files in folders that are opened once: names are looked up there by descriptor, no link is followed, and only what
-//! root or the caller has written is believed.
+//! Accesses state files in folders that are opened once: names are looked up relative to the folder's
+//! descriptor, no link is followed, and only files of root or the caller are believed.
 
 use std::ffi::OsStr;
 use std::io;
@@ -13,15 +13,15 @@ use super::litter::NewFile;
 use super::stamp::if_there;
 use crate::error::StateFault;
 
-/// A state takes some hundred bytes for each layer; nothing longer is one.
+/// The longest state file, in bytes. A state takes some hundred bytes for each layer.
 const LONGEST: u64 = 16 << 20;
 /// The permission of the group, or of everybody, to write.
 const BY_OTHERS: u32 = 0o022;
 
 type FolderResult<T> = Result<T, StateTrouble>;
 
-/// The place that a path names: the links of its folder are followed, but none that has its last name. `None` if there
-/// is no such folder.
+/// The place that a path names. Links in its folder's path are followed, but not a link at its last name.
+/// `None` if there is no such folder.
 pub(super) fn place(path: &Path) -> FolderResult<Option<Place>> {
     Ok(if_there(Place::named(&OsHost, path))?)
 }
@@ -31,9 +31,10 @@ pub(super) fn open(path: &Path) -> io::Result<Arc<Folder>> {
     OsHost.folder(&OsHost.canonicalize(path)?).map(Arc::new)
 }
 
-/// What a file holds that root or the caller wrote, and nobody else can have; `None` if there is no such file.
+/// The content of a file that nobody but root or the caller can have written; `None` if there is no such file.
 ///
-/// Whoever may write it could have root write and remove files elsewhere, so this is the owner's word or nothing.
+/// Anybody who may write the file could make root write and remove files elsewhere, so a file that others may
+/// write is refused.
 pub(super) fn read(place: &Place) -> FolderResult<Option<Vec<u8>>> {
     let Some(file) = opened(place)? else { return Ok(None) };
     let len = usize::try_from(file.size()?.min(LONGEST)).unwrap_or(usize::MAX);
@@ -42,7 +43,7 @@ pub(super) fn read(place: &Place) -> FolderResult<Option<Vec<u8>>> {
     Ok(Some(text))
 }
 
-/// Puts a file with this text in the place of another: it is whole whenever somebody looks, and durable at the end.
+/// Replaces a file atomically by one with this text, durably.
 pub(super) fn replace(place: &Place, text: &[u8]) -> FolderResult<()> {
     let new = NewFile::beside(place)?;
     new.write_all(text)?;
@@ -59,9 +60,10 @@ pub(super) fn remove(place: &Place) -> FolderResult<()> {
     Ok(())
 }
 
-/// Opens a file, if it is a plain one whose owner is believed.
+/// Opens a regular file whose owner is believed.
 fn opened(place: &Place) -> FolderResult<Option<Arc<dyn Storage>>> {
-    // Merely opening a device can have effects; a link that is laid behind this look is not followed.
+    // Look first: merely opening a device can have effects. A link that is put there after this look is not
+    // followed.
     match unless_gone(place.stat(&OsHost))? {
         None => return Ok(None),
         Some(stat) if stat.kind == FileKind::Regular => {}
@@ -76,7 +78,8 @@ fn opened(place: &Place) -> FolderResult<Option<Arc<dyn Storage>>> {
     Ok(Some(file))
 }
 
-/// `None` if nothing has the name. Other errors are none: a link that is laid in the place of a file is no absent file.
+/// `None` if nothing has the name. All other errors remain errors: a link in the place of the file must not
+/// count as a missing file.
 fn unless_gone<T>(said: io::Result<T>) -> io::Result<Option<T>> {
     match said {
         Ok(found) => Ok(Some(found)),

@@ -1,4 +1,5 @@
-//! New files that are not in their place yet, and those that a client left which was killed before it put them there.
+//! Makes new files under temporary names, and removes those of clients that were killed before they gave them
+//! their names.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -13,14 +14,14 @@ use rustix::fs::{FlockOperation, flock};
 use super::folder;
 use crate::block::ids::unique;
 
-/// What the names of such files begin with; a few letters follow.
+/// How the temporary names begin; a few letters follow.
 const PREFIX: &str = ".qmerge-new-";
-/// How often a new file may be taken away by a client that sweeps, in the moment before it is locked, or its name be
-/// somebody's already.
+/// How often to try again if a sweeping client removes the new file before it is locked, or if the name is
+/// taken.
 const TRIES: u32 = 16;
 
-/// A new file that has no place yet. It is locked as long as it is open, so that no other client takes it for litter; and it is
-/// removed again, unless it is put into its place.
+/// A new file under a temporary name. It is locked as long as it is open, so that no other client takes it for
+/// litter. It is removed when dropped, unless it got its name.
 pub(super) struct NewFile {
     place: Place,
     file: Arc<dyn Storage>,
@@ -37,7 +38,7 @@ impl NewFile {
                 created => created?,
             };
             let new = Self { place, file, is_put: false };
-            // Where locks are not supported, nobody can sweep either.
+            // Without locks nobody sweeps, so no lock is needed.
             let _ = lock(&*new.file);
             if system_file(&*new.file)?.metadata()?.nlink() > 0 {
                 return Ok(new);
@@ -52,7 +53,7 @@ impl NewFile {
         self.file.sync()
     }
 
-    /// Gives it a name in its folder, which takes the place of what has that.
+    /// Gives it a name in its folder. A file with that name is replaced.
     pub(super) fn put(mut self, name: &OsStr) -> io::Result<()> {
         self.place.rename(&OsHost, name)?;
         self.is_put = true;
@@ -68,16 +69,16 @@ impl NewFile {
 impl Drop for NewFile {
     fn drop(&mut self) {
         if !self.is_put {
-            // It does no harm where it stays, and the next client sweeps it.
+            // If that fails, the file does no harm, and the next client sweeps it.
             let _ = self.place.unlink_file(&OsHost, &*self.file);
         }
     }
 }
 
-/// Removes the files that a client has left in this folder which was killed before they were in their place: those of this
-/// user that have such a name, are plain files, and are locked by nobody. Returns what was removed.
+/// Removes the temporary files of killed clients in this folder: regular files of this user with such a name
+/// that nobody has locked. Returns what was removed.
 ///
-/// It is a convenience, and reports no errors: such a file does no harm.
+/// Errors are ignored, because such a file does no harm.
 pub fn sweep(folder: &Path) -> Vec<PathBuf> {
     let Ok(opened) = folder::open(folder) else { return Vec::new() };
     let names = folder::names(&opened, PREFIX, "").unwrap_or_default();
@@ -90,13 +91,13 @@ fn take_away(place: &Place) -> io::Result<bool> {
     if named.kind != FileKind::Regular || named.owner.user != OsHost.user() {
         return Ok(false);
     }
-    // Not through a link, and not into a pipe, that somebody puts there meanwhile.
+    // Follow no link, and do not block on a pipe, that somebody puts there meanwhile.
     let file = place.open(&OsHost, Access::Read)?;
     let has_one_name = system_file(&*file)?.metadata()?.nlink() == 1;
     if !has_one_name || file.stat()?.id != named.id || lock(&*file).is_err() {
         return Ok(false);
     }
-    // Its maker may have put it into its place before it was locked here: then the name is gone.
+    // Its maker may have given it its final name before it was locked here: then this name is gone.
     place.unlink_file(&OsHost, &*file)
 }
 

@@ -1,8 +1,8 @@
-//! What must be known of a merge after its client, or QEMU, or the host has gone: above all which image is the
-//! valid top.
+//! The state of a merge that must survive its client, QEMU and the host: above all which image is the valid
+//! top.
 //!
-//! A small file beside the active image says it, written before the job starts and whenever that changes. It is
-//! replaced as a whole and synced, so a crash leaves the old text or the new one.
+//! A small file beside the active image holds it. It is written before the job starts, and at every change. It
+//! is replaced as a whole and synced, so a crash leaves the old content or the new one.
 
 mod file;
 mod folder;
@@ -42,11 +42,12 @@ pub struct State {
     pub created_ns: u64,
     /// When this was written last, in nanoseconds since 1970.
     pub changed_ns: u64,
-    /// When this program saw that QEMU was gone, in nanoseconds since 1970: before all was copied; or after QEMU was told to
-    /// switch, and before it said that it had. What was written to the disk's files before was written by that QEMU.
+    /// When this program saw that QEMU was gone, in nanoseconds since 1970: either before everything was
+    /// copied; or after QEMU was told to switch, and before it answered. Earlier writes to the disk's files are
+    /// that QEMU's.
     pub gone_ns: Option<u64>,
-    /// Which run of the host's kernel wrote it. Times of files are evidence only while that runs: a power cut
-    /// may lose a time though the data of that time was synced.
+    /// The run of the host's kernel in which this was written. Times of files are evidence only within one run:
+    /// a power cut may lose a file's new time even though its data was synced.
     pub boot: Option<String>,
     /// The monitor's address, as [`crate::Address`] reads it; the path of a socket is absolute.
     pub address: String,
@@ -58,24 +59,24 @@ pub struct State {
     pub kind: Kind,
     /// How far the merge is.
     pub phase: Phase,
-    /// The file that holds the guest's disk, together with what lies below it: the image to start QEMU with.
+    /// The valid top: the image that, with those below it, holds the guest's disk. QEMU must be started with
+    /// it.
     pub valid_top: String,
     /// The whole chain as it was when the merge began, from the active layer down.
     pub layers: Vec<StateLayer>,
     /// The index of the base, counted from the bottom; 0 for a pull of everything.
     pub base: usize,
-    /// The index of the uppermost layer that goes: top for a commit, the one below the active layer for a pull.
+    /// The index of the uppermost obsolete layer: top for a commit, the one below the active layer for a pull.
     pub top: usize,
-    /// The header that the switch changes; none for an active commit.
+    /// The header that the switch changes; `None` for an active commit.
     pub backing: Option<RecordedRelink>,
     /// Whether the merged files are to be deleted afterwards.
     pub delete: bool,
-    /// Folders that are searched for other users of the merged files before these are deleted, beside those of the
-    /// chain.
+    /// Folders to search for other users of the merged files before these are deleted, besides the folders of
+    /// the chain.
     #[serde(default)]
     pub scan: Vec<std::path::PathBuf>,
-    /// Whether the user accepts that merged layers stay as they are, with old data, where they cannot become empty overlays
-    /// on base.
+    /// Whether the user accepts that merged layers keep old data if they cannot become empty overlays on base.
     #[serde(default)]
     pub allow_stale: bool,
     /// Whether an active commit is to pivot as soon as it is ready.
@@ -86,7 +87,8 @@ pub struct State {
     pub nbd_socket: Option<std::path::PathBuf>,
     /// The limits that the disk had before it was throttled, while it is.
     pub throttled: Option<Throttled>,
-    /// Whether the guest is paused for a moment, or may be: whoever finds that it still is lets it go on.
+    /// Whether this client has paused the guest for a moment, or may have. A client that finds it still paused
+    /// resumes it.
     #[serde(default)]
     pub paused: bool,
 }
@@ -97,21 +99,21 @@ pub struct State {
 pub enum Kind {
     /// Layers below the active one are merged into a base below them.
     Commit,
-    /// The active layer too is merged; the guest moves to base at the end.
+    /// All layers above base are merged, including the active one; the guest moves to base at the end.
     ActiveCommit,
     /// The active layer takes in layers below it.
     Pull,
 }
 
-/// How far a merge is.
+/// The progress of a merge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
-    /// Data is copied; nothing is switched. Written before the job is started.
+    /// Data is copied; nothing is switched. This is written before the job starts.
     Copying,
-    /// QEMU is about to be told to switch, or has been told. The target of the copy is durable.
+    /// QEMU is about to be told to switch, or was told. The copied data is durable.
     Switching,
-    /// QEMU has switched and called it a success; merged files may be left to clean up.
+    /// QEMU has reported a successful switch. Merged files may still have to be cleaned up.
     Switched,
 }
 
@@ -119,7 +121,7 @@ pub enum Phase {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct StateLayer {
-    /// The place in the chain, counted from the bottom: `1` is the base of all.
+    /// The place in the chain, counted from the bottom, which is `1`.
     pub index: usize,
     /// The node's name, in the QEMU that ran the merge.
     pub node: String,
@@ -131,7 +133,7 @@ pub struct StateLayer {
     /// The name of that file as QEMU had it.
     #[serde(default)]
     pub data_file: Option<String>,
-    /// Which file that was, if it is to be emptied with its image.
+    /// The stamp of the external data file, if it will be emptied with its image.
     #[serde(with = "stamp")]
     pub data_file_stamp: Option<Stamp>,
     /// The file's name as QEMU had it, or the address of what is no file.
@@ -144,13 +146,13 @@ pub struct StateLayer {
     /// Whether it is encrypted.
     #[serde(default)]
     pub encrypted: bool,
-    /// Whether it is a part of its file only.
+    /// Whether it is only a part of its file.
     #[serde(default)]
     pub part: bool,
     /// The size that a guest sees, in bytes.
     pub virtual_size: u64,
-    /// Which file that was, where it is one here. For base, top and the active layer it is taken again at the
-    /// switch and after it.
+    /// The stamp of the file, if it is a file on this host. For base, top and the active layer it is taken
+    /// again at the switch and after it.
     #[serde(with = "stamp")]
     pub stamp: Option<Stamp>,
 }
@@ -171,7 +173,7 @@ pub struct RecordedRelink {
     pub new: Option<String>,
 }
 
-/// Limits of a disk that has been throttled, to be put back.
+/// The former limits of a disk that is throttled for the merge.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Throttled {
@@ -202,8 +204,8 @@ impl State {
         self.layers.iter().filter(|layer| layer.index <= self.base || layer.index > self.top)
     }
 
-    /// The layer whose stamp tells, in doubt, what happened to the disk: the one that the copy went to. None
-    /// if the state names no such layer.
+    /// The layer that the copy went to, whose stamp tells what happened to the disk; `None` if the state names
+    /// no such layer.
     pub fn target(&self) -> Option<&StateLayer> {
         match self.kind {
             Kind::Pull => self.active(),
@@ -211,12 +213,12 @@ impl State {
         }
     }
 
-    /// Whether the state was written since the host was started last.
+    /// Whether the state was written in the present run of the host.
     pub fn is_of_this_boot(&self) -> bool {
         self.boot.is_some() && self.boot == boot()
     }
 
-    /// The merge is in this phase now, with this file as the valid top.
+    /// Sets the phase, and the file that is the valid top in it.
     pub(crate) fn enter(&mut self, phase: Phase, valid_top: String) {
         self.phase = phase;
         self.valid_top = valid_top;
@@ -243,7 +245,7 @@ impl State {
             version: u64,
         }
         let no_state = |error: serde_json::Error| StateFault::NoState(error.to_string());
-        // First, for other versions may have other fields.
+        // Read the version first: other versions may have other fields.
         let Versioned { version: found } = serde_json::from_slice(text).map_err(no_state)?;
         if found != u64::from(VERSION) {
             return Err(StateFault::OtherVersion { found, expected: VERSION });
@@ -253,7 +255,7 @@ impl State {
         Ok(state)
     }
 
-    /// What any file must fulfil before its numbers are used.
+    /// The conditions that a state must meet before its numbers are used.
     pub(crate) fn check(&self) -> std::result::Result<(), String> {
         let depth = self.layers.len();
         if !self.layers.iter().enumerate().all(|(place, layer)| layer.index == depth - place) {
@@ -276,7 +278,7 @@ impl State {
 }
 
 impl StateLayer {
-    /// The layer as it is now, its file looked at if `here`.
+    /// The layer as it is now, with the stamp of its file if it is `here`.
     ///
     /// # Errors
     /// [`Error::File`] if that cannot be looked at.
@@ -300,7 +302,7 @@ impl StateLayer {
         })
     }
 
-    /// Notes which file the external data file is: it is to be emptied with its image.
+    /// Takes the stamp of the external data file, so that it can be emptied with its image.
     ///
     /// # Errors
     /// [`Error::File`] if it cannot be looked at.
@@ -311,8 +313,8 @@ impl StateLayer {
         Ok(())
     }
 
-    /// Takes the file's stamp anew, if it is still the same file. Where nobody can tell, the old one stays, and the file
-    /// looks as if it was written since: that is in doubt later, and safe.
+    /// Takes the file's stamp again if it is still the same file. If that cannot be told, the old stamp stays.
+    /// Then the file looks as if somebody had written to it, which leads to a doubt later, and to no harm.
     pub(crate) fn look_again(&mut self) {
         let now = stamp_of(std::path::Path::new(&self.file)).ok().flatten();
         if let (Some(before), Some(now)) = (&mut self.stamp, now)
@@ -322,7 +324,7 @@ impl StateLayer {
         }
     }
 
-    /// The layer as far as it is known here.
+    /// The layer as far as QEMU's answer describes it.
     pub(crate) fn recall(&self) -> Layer {
         Layer {
             index: self.index,
@@ -356,12 +358,12 @@ fn unreadable(path: &std::path::Path, source: std::io::Error) -> Error {
     Error::File { file: path.to_owned(), source }
 }
 
-/// Why a state file does not help.
+/// Why a state file cannot be used.
 #[derive(Debug)]
 enum StateTrouble {
     /// The system refused.
     Io(io::Error),
-    /// It is not believed, or says nothing.
+    /// It is not believed, or holds no state.
     Fault(StateFault),
 }
 

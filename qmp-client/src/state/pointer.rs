@@ -1,6 +1,6 @@
-//! Where a monitor's state files lie: a list beside its socket, for when QEMU can no longer be asked.
+//! A list of a monitor's state files beside its socket, for when QEMU can no longer be asked.
 //!
-//! It is a convenience. Nothing relies on it being there, so a socket's folder that cannot be written is no error.
+//! Nothing depends on the list, so it is no error if the socket's folder cannot be written.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -14,7 +14,7 @@ use crate::qmp::address::Address;
 /// The list of one monitor.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Pointer {
-    /// None for a monitor without a socket file.
+    /// `None` for a monitor without a socket file.
     path: Option<PathBuf>,
 }
 
@@ -28,7 +28,7 @@ impl Pointer {
         Self { path: if let Address::Unix(socket) = address { Some(beside(socket)) } else { None } }
     }
 
-    /// Adds a file, as far as that is possible.
+    /// Adds a file, if that is possible.
     pub(crate) fn add(&self, file: &StateFile) {
         let path = std::path::absolute(file.path()).unwrap_or_else(|_| file.path().to_owned());
         let mut paths = self.read();
@@ -38,7 +38,7 @@ impl Pointer {
         }
     }
 
-    /// Takes a file out, and with the last one the list.
+    /// Takes a file out of the list, and removes the list with the last one.
     pub(crate) fn remove(&self, file: &StateFile) {
         let path = std::path::absolute(file.path()).unwrap_or_else(|_| file.path().to_owned());
         let mut paths = self.read();
@@ -47,7 +47,7 @@ impl Pointer {
     }
 
     fn read(&self) -> Vec<PathBuf> {
-        // What somebody else has written there counts as nothing.
+        // A list that somebody else has written counts as empty.
         let place = self.path.as_deref().and_then(|path| folder::place(path).ok().flatten());
         let text = place.and_then(|place| folder::read(&place).ok().flatten()).unwrap_or_default();
         let lines = text.split(|byte| *byte == b'\n').filter(|line| line.starts_with(b"/"));
@@ -56,7 +56,7 @@ impl Pointer {
 
     fn write(&self, paths: &[PathBuf]) {
         let Some(Ok(Some(place))) = self.path.as_deref().map(folder::place) else { return };
-        // Best effort, as said above: the state files themselves are what counts.
+        // Errors are ignored: only the state files themselves matter.
         let _ = if paths.is_empty() {
             folder::remove(&place)
         } else {

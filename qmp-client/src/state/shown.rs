@@ -1,4 +1,4 @@
-//! Which disk of a running QEMU a state speaks of, and which of its two chains that has.
+//! Finds the disk of a running QEMU to which a state belongs, and which of its two chains it shows.
 
 use qapi::qmp::JobStatus;
 
@@ -8,23 +8,23 @@ use crate::block::jobs::jobs;
 use crate::error::Result;
 use crate::qmp::monitor::Monitor;
 
-/// What QEMU says of a disk and its merge.
+/// What QEMU shows of a disk and its merge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Qemu {
     /// It does not answer, or has ended.
     Gone,
     /// It has the job.
     HasJob(JobStatus),
-    /// It has not the job, and the disk's chain is the one from before the merge.
+    /// It has no such job, and the disk's chain is the one from before the merge.
     ShowsBefore,
-    /// It has not the job, and the disk's chain is the one that the merge leaves.
+    /// It has no such job, and the disk's chain is the one that the merge leaves.
     ShowsAfter,
     /// It has neither the job nor a disk with one of the two chains.
     ShowsNeither,
 }
 
 impl Qemu {
-    /// Asks QEMU for its jobs, and looks for the disk in a graph of just now.
+    /// Asks QEMU for its jobs, and looks for the disk in the present graph.
     ///
     /// # Errors
     /// Those of the queries.
@@ -50,7 +50,7 @@ impl State {
 
     /// The disk with the chain that the merge leaves, which may have new overlays on top by now.
     pub fn disk_after<'g>(&self, graph: &'g Graph) -> Option<&'g Disk> {
-        // The chain from before ends with base too.
+        // The chain from before the merge ends with base, too, and must not be taken for this one.
         let before = self.disk_before(graph).map(Disk::name);
         self.disk_on(graph, &self.layers_after().collect::<Vec<_>>())
             .filter(|disk| Some(disk.name()) != before)

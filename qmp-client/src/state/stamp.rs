@@ -1,4 +1,4 @@
-//! Stamps of files, taken here, and as a state file holds them. Only [`Stamp`] itself judges them.
+//! Takes stamps of files, and converts them for state files. Only [`Stamp`] itself judges them.
 
 use std::fs;
 use std::io;
@@ -25,11 +25,11 @@ struct StoredStamp {
     head_crc: u32,
 }
 
-/// Takes the stamp of the file at this absolute path, links followed. `None` if there is none, if it is neither a file nor a
-/// block device, or the path is relative: it is QEMU's, whose folder is another.
+/// Takes the stamp of the file at this absolute path, with links followed. `None` if there is none, if it is
+/// neither a file nor a block device, or if the path is relative: it is relative to QEMU's folder, not to ours.
 ///
 /// # Errors
-/// The system's: nobody knows then whether there is a file.
+/// The system's: then it is unknown whether there is a file.
 pub(crate) fn stamp_of(path: &Path) -> io::Result<Option<Stamp>> {
     if !path.is_absolute() {
         return Ok(None);
@@ -38,7 +38,7 @@ pub(crate) fn stamp_of(path: &Path) -> io::Result<Option<Stamp>> {
         qcow2::Error::Io { source, .. } => source,
         other => io::Error::other(other),
     })?;
-    // Whoever reads of the file reads the name that QEMU has for it.
+    // Keep the name that QEMU has for the file, for messages.
     Ok(stamp.map(|stamp| Stamp { path: path.to_owned(), ..stamp }))
 }
 
@@ -77,21 +77,22 @@ pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<S
     }))
 }
 
-/// A time that does not fit, of the year 2262 or later, becomes another one: the file then looks as if it was written to.
+/// A time after the year 2262 does not fit, and becomes another one. Then the file looks as if somebody had
+/// written to it.
 fn nanoseconds(time: i128) -> i64 {
     i64::try_from(time).unwrap_or(if time < 0 { i64::MIN } else { i64::MAX })
 }
 
-/// What the system says about a name, where "it leads nowhere" is an answer.
+/// Turns "it leads nowhere" from an error into an answer.
 ///
 /// # Errors
-/// What is no answer: the device, the network or the process' limits have failed.
+/// All other errors: the device, the network or a limit of the process has failed.
 pub(super) fn if_there<T>(said: io::Result<T>) -> io::Result<Option<T>> {
     let answers = [Errno::NOENT, Errno::NOTDIR, Errno::LOOP, Errno::NAMETOOLONG, Errno::INVAL];
     match said {
         Ok(found) => Ok(Some(found)),
         Err(e) if Errno::from_io_error(&e).is_some_and(|errno| answers.contains(&errno)) => Ok(None),
-        // A name with a zero byte never comes to the system.
+        // No file can have a name with a zero byte.
         Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(None),
         Err(e) => Err(e),
     }

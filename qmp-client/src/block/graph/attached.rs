@@ -1,4 +1,4 @@
-//! Which job works on which disk.
+//! Finds out which job works on which disk.
 
 use serde_json::json;
 
@@ -12,9 +12,9 @@ use crate::qmp::monitor::{Execute, Monitor, read};
 impl Graph {
     /// All jobs of this QEMU, whoever started them, each with the disk on which it works.
     ///
-    /// A job does not tell its disk. It is known from the edge that leads from the job to a node of the disk,
-    /// and for a job that has concluded, which has no edges any more, from the id that a
-    /// [`crate::Procedure`] gives; for another one's it is not known. Nor is it for jobs that work on no disk.
+    /// A job does not tell its disk. The edge from the job to a node of the disk does. A job that has concluded
+    /// has no edges any more; its disk is known only if the id is one that a [`crate::Procedure`] gives. Some
+    /// jobs work on no disk.
     ///
     /// # Errors
     /// Those of the queries.
@@ -27,7 +27,8 @@ impl Graph {
         let edges: Edges = read(command, monitor.query(command, json!({}))?)?;
         let of = |job: &JobState| {
             let named = |d: &&Disk| MERGES.iter().any(|kind| job.id.starts_with(&job_prefix(kind, d.name())));
-            // The first node that a disk has is its own; further down there may be a base that several share.
+            // Take the job's first node that belongs to a disk: further down there may be a base that several
+            // disks share.
             let works = |d: &&Disk, node: &String| {
                 d.filters().contains(node) || d.layers().iter().any(|l| l.node == *node)
             };
@@ -38,7 +39,7 @@ impl Graph {
     }
 }
 
-/// The nodes of new overlays that no disk has yet: each pair is a node and the one that holds its file.
+/// The nodes of new overlays that belong to no disk yet, each with the node that holds its file.
 ///
 /// # Errors
 /// Those of the query.

@@ -24,14 +24,13 @@ pub struct Disk {
 /// One image of a chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layer {
-    /// The place in the chain, counted from the bottom: `1` is the base of all. A new overlay renumbers
-    /// nothing.
+    /// The place in the chain, counted from the bottom, which is `1`. So a new overlay renumbers nothing.
     pub index: usize,
     /// The node's name. Names that begin with `#` are made by QEMU and change with every start.
     pub node: String,
     /// The node that holds the file, or speaks the protocol, below [`Layer::node`].
     pub protocol_node: Option<String>,
-    /// The node that holds the external data file, where the image has one.
+    /// The node that holds the external data file, if the image has one.
     pub data_file_node: Option<String>,
     /// The name of that file as QEMU has it.
     pub data_file: Option<String>,
@@ -43,14 +42,14 @@ pub struct Layer {
     pub format: String,
     /// The size that a guest sees, in bytes.
     pub virtual_size: u64,
-    /// The bytes held on disk, where QEMU knows them.
+    /// The bytes that it holds on disk, if QEMU knows them.
     pub actual_size: Option<u64>,
     /// Whether QEMU has it open for reading only.
     pub read_only: bool,
-    /// Whether QEMU decrypts it: what it holds is not in plain text on disk.
+    /// Whether QEMU decrypts it: its data on disk is not plain.
     pub encrypted: bool,
-    /// Whether it is a part of its file only, by an offset or a size that QEMU was given: who names the file names
-    /// another disk.
+    /// Whether it is only a part of its file, by an offset or a size that QEMU was given. Then the file's name
+    /// alone means another disk.
     pub part: bool,
     /// The backing file that the image's header names.
     pub backing: Option<Backing>,
@@ -83,7 +82,7 @@ pub struct Range<'a> {
 }
 
 impl Disk {
-    /// `None` where QEMU names no node that it describes: a disk that is about to go.
+    /// `None` if QEMU describes none of its nodes: the disk is about to be removed.
     pub(super) fn new(root: Root, named: &HashMap<String, NamedNode>) -> Option<Self> {
         let top = root.top().to_owned();
         let known = |name: &String| named.get(name);
@@ -92,7 +91,7 @@ impl Disk {
             .iter()
             .filter_map(|(name, files)| Some((known(name)?, files)))
             .partition(|(node, _)| node.is_filter());
-        // A disk without a name of its own is not called after a job that works on it just now.
+        // A disk without a name of its own must not be named after a job's filter, which will go.
         let lasting = filters.iter().find(|(node, _)| !node.is_of_a_job()).or(images.first());
         let name = match lasting {
             Some((node, _)) if root.name == top && root.export.is_none() => node.node_name.clone(),
@@ -161,7 +160,7 @@ impl Disk {
         self.export.as_deref()
     }
 
-    /// The topmost node, a filter perhaps: what a job names as its device.
+    /// The topmost node, perhaps a filter. A job names it as its device.
     pub fn root(&self) -> &str {
         &self.root
     }
@@ -246,8 +245,8 @@ impl Disk {
         self.layers.iter().find(|l| l.index + 1 == layer.index)
     }
 
-    /// Refuses names that QEMU could not tell as they are: JSON is UTF-8, and QEMU puts U+FFFD in the place of other bytes. What is
-    /// written with such a name, into a header perhaps, leads nowhere.
+    /// Refuses names that are not UTF-8. QEMU puts U+FFFD in the place of other bytes in its JSON, so a name
+    /// that we write into a header would lead nowhere.
     pub(crate) fn is_told(layer: &Layer) -> Result<()> {
         let file = Path::new(&layer.file);
         if layer.file.contains(char::REPLACEMENT_CHARACTER) && file.symlink_metadata().is_err() {
@@ -263,9 +262,9 @@ impl Disk {
     }
 }
 
-/// The name of an image's file. QEMU describes an image with a `json:` name when its header and its place in
-/// the chain say different things, as after a merge with a relative name; the file below has its plain one.
-/// Where that is a filter, its description ends with the file that it passes requests on to.
+/// The name of an image's file. QEMU describes an image by a `json:` name if its header disagrees with its
+/// place in the chain, as after a merge with a relative name; the node of the file has the plain name. If that
+/// node is a filter, its description ends with the file below it.
 pub(super) fn file_of(node: &NamedNode, below: Option<&NamedNode>) -> String {
     let described = |node: &NamedNode| node.file.starts_with("json:");
     match below {
@@ -294,7 +293,7 @@ fn leaf(description: &str) -> Option<String> {
     level["filename"].as_str().filter(|_| is_local).map(str::to_owned)
 }
 
-/// Whether `name` is the file of this layer, by its text or by being the same file here.
+/// Whether `name` means the file of this layer: it is the same text, or leads to the same file here.
 fn is_file(layer: &Layer, name: &str) -> bool {
     let file_id = |path: &str| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
     layer.file == name || file_id(name).is_some_and(|here| file_id(&layer.file) == Some(here))

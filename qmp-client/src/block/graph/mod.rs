@@ -18,17 +18,17 @@ use disk::file_of;
 pub use disk::{Backing, Disk, Layer, Range};
 use nodes::{Below, Edges, NamedNode};
 
-/// The disks of a QEMU or of a qemu-storage-daemon, as they were when it was asked.
+/// The disks of a QEMU or a qemu-storage-daemon at the time of the query.
 #[derive(Clone, Debug)]
 pub struct Graph {
     disks: Vec<Disk>,
-    /// All nodes, each with its file as QEMU calls it.
+    /// All nodes, each with its file's name as QEMU has it.
     files: Vec<(String, String)>,
     /// Which node is above which; `None` before QEMU 4.0.
     edges: Option<Edges>,
 }
 
-/// A place where a chain hangs: a device, or an export.
+/// The top of a chain: a device, or an export.
 struct Root {
     name: String,
     device: Option<String>,
@@ -41,12 +41,12 @@ struct Root {
 impl Graph {
     /// Asks for the devices of a QEMU, the exports of both, and the chains below them.
     ///
-    /// Node names are asked for in a flat list: QEMU's answer is otherwise quadratic in the depth of a
-    /// chain, and takes seconds during which the guest stands still.
+    /// The nodes are queried as a flat list. QEMU's other answer is quadratic in the depth of a chain, and
+    /// takes seconds during which the guest stands still.
     ///
     /// # Errors
-    /// Those of the queries; [`Error::Refused`] while QEMU keeps a pull that has concluded, because QEMU 10.0.2 then
-    /// crashes at this question.
+    /// Those of the queries; [`Error::Refused`] while QEMU keeps a pull that has concluded, because this query
+    /// crashes QEMU 10.0.2 then.
     pub fn ask(monitor: &(impl Monitor + ?Sized)) -> Result<Self> {
         no_kept_stream(monitor)?;
         let command = "query-blockstats";
@@ -84,8 +84,8 @@ impl Graph {
 
     /// The same disks with the names of their layers' files as `rename` gives them, where it gives one.
     ///
-    /// For names that only QEMU understands, because it runs in another folder: whoever knows which files it
-    /// has open can say which are meant.
+    /// This is for names that are relative to QEMU's own folder: a caller that knows QEMU's open files can tell
+    /// which files are meant.
     #[must_use]
     pub fn with_files(mut self, rename: &dyn Fn(&str) -> Option<String>) -> Self {
         self.disks.iter_mut().for_each(|disk| disk.rename_files(rename));
@@ -114,11 +114,11 @@ impl Graph {
 }
 
 impl Root {
-    /// The chain that an entry of `query-blockstats` tells, each level in the one above it. It is gone down step by
-    /// step: a long chain is nested deeper than types may be.
+    /// The chain in an entry of `query-blockstats`, where each level is nested in the one above. The code
+    /// descends step by step, because a long chain is nested too deep for recursive types.
     ///
-    /// Which node holds an image's file, the edges of the graph tell. The entry tells of the node that holds the data,
-    /// and that is another one for an image with an external data file.
+    /// The edges of the graph tell which node holds an image's file. The entry names the node with the data,
+    /// which is another one for an image with an external data file.
     fn of_device(stats: &Value, below: Option<&HashMap<&str, Below>>) -> Option<Self> {
         let text = |level: &Value, key: &str| level[key].as_str().map(str::to_owned);
         let device = text(stats, "device").filter(|d| !d.is_empty());
@@ -126,7 +126,7 @@ impl Root {
         let mut nodes = Vec::new();
         let mut level = stats;
         while level.is_object() {
-            // An empty drive has no node. What lies below is the backing node, or the node under a filter.
+            // An empty drive has no node. Below a node lies its backing node, or the node under a filter.
             let node = text(level, "node-name")?;
             let files = match below {
                 Some(below) => below.get(node.as_str()).cloned().unwrap_or_default(),
@@ -145,8 +145,8 @@ impl Root {
     }
 }
 
-/// Refuses while QEMU keeps a `stream` job that has concluded. Its filter is then a node without anything below it, and QEMU
-/// 10.0.2 crashes, with the guest, when it is to list its nodes.
+/// Refuses while QEMU keeps a `stream` job that has concluded. The job's filter has nothing below it then, and
+/// QEMU 10.0.2 crashes, with the guest, when it lists its nodes.
 fn no_kept_stream(monitor: &(impl Monitor + ?Sized)) -> Result<()> {
     let jobs = match monitor.query("query-jobs", json!({})) {
         Ok(jobs) => jobs,
@@ -167,8 +167,8 @@ fn device_id(qdev: &str) -> Option<&str> {
         .filter(|id| !id.is_empty())
 }
 
-/// Which node is what to which other one. The command is one that QEMU calls unstable, but it is exact, unlike names of files.
-/// `None` before QEMU 4.0.
+/// The edges between nodes. QEMU calls this command unstable, but it is exact, unlike file names. `None` before
+/// QEMU 4.0.
 fn edges(monitor: &(impl Monitor + ?Sized)) -> Result<Option<Edges>> {
     let command = "x-debug-query-block-graph";
     match monitor.query(command, json!({})) {
@@ -178,7 +178,7 @@ fn edges(monitor: &(impl Monitor + ?Sized)) -> Result<Option<Edges>> {
     }
 }
 
-/// The chains below exports: a qemu-storage-daemon has no devices, and statistics only for devices.
+/// The chains below exports. A qemu-storage-daemon has no devices, and QEMU gives statistics only for devices.
 fn exports(
     monitor: &(impl Monitor + ?Sized),
     edges: Option<&Edges>,

@@ -1,4 +1,4 @@
-//! The few fields of QEMU's answers that tell the graph; all others are passed over.
+//! The few fields of QEMU's answers that the graph needs; all others are ignored.
 
 use std::collections::{HashMap, HashSet};
 
@@ -38,7 +38,7 @@ pub(super) struct NamedNode {
 }
 
 impl NamedNode {
-    /// Whether it is a filter that a job has put there for its time.
+    /// Whether it is a filter that exists only for a job.
     pub(super) fn is_of_a_job(&self) -> bool {
         ["commit_top", "mirror_top"].contains(&self.drv.as_str())
     }
@@ -117,7 +117,7 @@ impl Edges {
         below
     }
 
-    /// The nodes that a node reads through, and itself. What a filter copies to is none of them.
+    /// A node and the nodes through which it reads. The target of a copying filter is not among them.
     pub(super) fn reach(&self, top: &str) -> HashSet<&str> {
         let names: HashMap<u64, &str> = self.drivers().map(|n| (n.id, n.name.as_str())).collect();
         let mut next: Vec<u64> = self.drivers().filter(|n| n.name == top).map(|n| n.id).collect();
@@ -148,8 +148,8 @@ impl Edges {
         let children: HashMap<(u64, &str), u64> =
             self.edges.iter().map(|e| ((e.parent, e.name.as_str()), e.child)).collect();
         let child = |id, role| children.get(&(id, role)).copied().filter(|c| names.contains_key(c));
-        // A node that is the file of nothing with a file of its own is a protocol: the chain's end. A filter
-        // over `file` is told apart by what lies below it: a node that has a file again.
+        // The chain ends at a protocol node, which has no file below. A filter over `file` differs: the node
+        // below it has a file again.
         let below =
             |id| child(id, "backing").or_else(|| child(id, "file").filter(|c| child(*c, "file").is_some()));
         let mut chain = Vec::new();
@@ -162,7 +162,8 @@ impl Edges {
         chain
     }
 
-    /// Whether nothing uses a node but, perhaps, the node `own`, and it has no backing node: no disk has it, or had it.
+    /// Whether no node uses this one, except perhaps `own`, and it has no backing node: it belongs to no disk,
+    /// and never did.
     pub(super) fn is_alone(&self, node: &str, own: Option<&str>) -> bool {
         let is_other = |id: u64| !self.nodes.iter().any(|n| n.id == id && Some(n.name.as_str()) == own);
         let Some(id) = self.drivers().find(|n| n.name == node).map(|n| n.id) else { return true };
@@ -176,8 +177,8 @@ impl Edges {
         self.edges.iter().any(|e| Some(e.parent) == job && e.name == "target")
     }
 
-    /// The node that the job of this id works on, and those below it: an active commit works on a filter of
-    /// its own, which lies above the active layer.
+    /// The node that the job with this id works on, and those below it. An active commit works on a filter of
+    /// its own above the active layer.
     pub(super) fn works_on(&self, job: &str) -> Vec<String> {
         let job = self.nodes.iter().find(|n| n.kind == "block-job" && n.name == job).map(|n| n.id);
         let main =

@@ -1,4 +1,5 @@
-//! Nodes of the same QEMU that read through a disk's layers and are no part of it: no folder that is searched shows them.
+//! Finds nodes of the same QEMU that read through a disk's layers without belonging to the disk. A search of
+//! folders does not show them.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -17,9 +18,10 @@ pub(crate) struct Reader {
 }
 
 impl Graph {
-    /// The nodes outside this disk that read through one of the `touched` layers: by an edge, by having its file open a second
-    /// time, or as another device or export whose own image it is. `layer_of` tells the index of the touched layer that a
-    /// file's name leads to. Another device or export of the same active image is no such reader, as it shows the same disk.
+    /// The nodes outside this disk that read through one of the `touched` layers: by an edge, because they have
+    /// its file open a second time, or as another device or export with this image. `layer_of` returns the
+    /// index of the touched layer to which a file name leads. Another device or export of the same active image
+    /// does not count: it shows the same disk.
     pub(crate) fn readers(
         &self,
         disk: &Disk,
@@ -54,7 +56,7 @@ impl Graph {
                 add(top, index);
             }
         }
-        // What a killed client's flush has left reads nothing.
+        // An export that a killed client left behind after a flush reads nothing.
         let is_flush = |id: &str| id.starts_with(FLUSH_ALONE) || id.starts_with(FLUSH_BESIDE);
         let others = self.disks.iter().filter(|other| other.active().node != disk.active().node);
         for other in others.filter(|other| !other.export().is_some_and(is_flush)) {

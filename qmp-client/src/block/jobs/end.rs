@@ -1,4 +1,4 @@
-//! How any job comes to its end, whoever started it.
+//! Ends a job, whoever started it.
 
 use std::time::Duration;
 
@@ -8,11 +8,11 @@ use super::{Goal, Job, Waited, Watch};
 use crate::error::{Error, Refusal, Result};
 use crate::qmp::monitor::Monitor;
 
-/// How long a step that copies nothing may take; QEMU lets the disk's I/O finish first.
+/// How long a step that copies nothing may take. QEMU finishes the disk's pending I/O first.
 pub(crate) const LONGEST_STEP: Duration = Duration::from_secs(600);
 
-/// The job's status, which is one of those wanted, or concluded: ended by somebody else, or by this client before
-/// it was interrupted.
+/// Waits until the job has one of the wanted states, or has concluded: somebody else may have ended it, or this
+/// client before it was interrupted.
 pub(crate) fn require<M: Monitor + ?Sized>(job: &Job<'_, M>, wanted: &[JobStatus]) -> Result<JobStatus> {
     match job.state()?.map(|state| state.status) {
         Some(status) if wanted.contains(&status) || status == JobStatus::concluded => Ok(status),
@@ -34,7 +34,7 @@ pub fn cancel<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<()> {
     job.cancel()?;
     match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
         Waited::Reached(_) => match job.take_result() {
-            // A cancelled job is one that failed.
+            // QEMU reports a cancelled job as failed.
             Err(Error::Job { .. }) => Ok(()),
             Err(error) => Err(error),
             Ok(_) => Err(failed(job, "it was done before it was cancelled".into())),
@@ -44,7 +44,7 @@ pub fn cancel<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<()> {
     }
 }
 
-/// The error of a job that does not come to an end.
+/// The error for a job that does not end.
 pub(crate) fn stuck<M: Monitor + ?Sized>(job: &Job<'_, M>, waited: &Waited) -> Error {
     let why = match waited {
         Waited::Stalled(_) => "it met an error and stands still".into(),

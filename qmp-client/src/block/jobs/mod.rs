@@ -1,7 +1,7 @@
-//! Jobs as state machines: events are hints, the answer to a query is the truth.
+//! Jobs as state machines. An event is only a reason to ask; the answer to a query counts.
 //!
-//! A job belongs to QEMU, not to the client that started it: all of this works on jobs that somebody
-//! else started, or this client before it lost its connection.
+//! A job belongs to QEMU, not to the client that started it. So everything here works on jobs that somebody
+//! else started, or this client on an earlier connection.
 
 mod end;
 #[cfg(test)]
@@ -30,8 +30,8 @@ pub struct JobState {
     pub kind: String,
     /// Where it stands.
     pub status: JobStatus,
-    /// How much is done, out of [`JobState::total`]: bytes for jobs that copy. An intermediate commit counts
-    /// the whole virtual size with its holes, an active one what is to be copied, which grows while the
+    /// How much is done, out of [`JobState::total`]; in bytes for jobs that copy. An intermediate commit counts
+    /// the whole virtual size with its holes. An active one counts the data to copy, which grows while the
     /// guest writes.
     pub done: u64,
     /// How much there is to do.
@@ -112,10 +112,10 @@ pub fn jobs(monitor: &(impl Monitor + ?Sized)) -> Result<Vec<JobState>> {
 /// What to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Goal {
-    /// An active commit has copied all but what the guest writes just now, and can be completed, or is already asked
-    /// to and holds the guest's writes.
+    /// An active commit has copied everything but the guest's latest writes. It can be completed, or already is
+    /// completing and holds the guest's writes.
     Ready,
-    /// All is copied, nothing is switched; the job waits to be finalised.
+    /// Everything is copied, nothing is switched; the job waits to be finalised.
     Pending,
     /// The job is over; only its result is kept.
     Concluded,
@@ -131,7 +131,7 @@ impl Goal {
     }
 }
 
-/// How far a job is, for whoever watches it.
+/// The progress of a job.
 #[derive(Debug)]
 pub struct Progress<'a> {
     /// The job, as it just was.
@@ -160,9 +160,9 @@ pub enum Waited {
     Concluded(JobState),
     /// The job stands still because of an error, such as a full disk. It goes on when it is resumed.
     Stalled(JobState),
-    /// QEMU knows no such job any more. That says nothing about how it ended.
+    /// QEMU does not know the job any more. That tells nothing about how it ended.
     Vanished,
-    /// The time was up.
+    /// The timeout passed.
     TimeUp(JobState),
     /// The watcher did not want to wait any longer.
     Stopped(JobState),
@@ -176,10 +176,10 @@ pub struct Job<'a, M: ?Sized> {
 }
 
 impl<'a, M: Monitor + ?Sized> Job<'a, M> {
-    /// How long no event is waited for before QEMU is asked again.
+    /// How long to wait for an event before QEMU is asked again.
     const TICK: Duration = Duration::from_millis(500);
 
-    /// The job of this id. That it exists is not asked.
+    /// The job with this id. It need not exist.
     pub fn new(monitor: &'a M, id: impl Into<String>) -> Self {
         Self { monitor, id: id.into() }
     }
@@ -189,12 +189,12 @@ impl<'a, M: Monitor + ?Sized> Job<'a, M> {
         &self.id
     }
 
-    /// Whether the id is one that the merges of this library get: a state file notes it then, or did.
+    /// Whether the id is one of this library's merges. Then a state file notes the job, or did.
     pub fn is_of_merge(&self) -> bool {
         is_of_merge(&self.id)
     }
 
-    /// How the job stands; `None` if QEMU knows no such job.
+    /// The state of the job; `None` if QEMU does not know it.
     ///
     /// # Errors
     /// Those of the queries.
@@ -202,10 +202,10 @@ impl<'a, M: Monitor + ?Sized> Job<'a, M> {
         Ok(jobs(self.monitor)?.into_iter().find(|job| job.id == self.id))
     }
 
-    /// Waits until the job reaches `goal`, cannot reach it any more, or needs help; up to `timeout`, if there
-    /// is one. `watch` is told each time that QEMU was asked, at least twice a second.
+    /// Waits until the job reaches `goal`, cannot reach it any more, or needs help; at most `timeout`, if
+    /// given. `watch` is called after each query, at least twice a second.
     ///
-    /// Events that come meanwhile are taken.
+    /// Events that arrive meanwhile are consumed.
     ///
     /// # Errors
     /// Those of the queries; [`Error::Disconnected`] if QEMU goes away.
@@ -237,7 +237,7 @@ impl<'a, M: Monitor + ?Sized> Job<'a, M> {
             if left.is_zero() {
                 return Ok(Waited::TimeUp(job));
             }
-            // One event of this job is enough reason to ask; a storm of them is one reason.
+            // One event of this job is a reason to ask QEMU; many events at once are still one reason.
             let deadline = Instant::now() + left.min(Self::TICK);
             while let Some(event) =
                 self.monitor.next_event(deadline.saturating_duration_since(Instant::now()))?
@@ -260,7 +260,7 @@ impl<'a, M: Monitor + ?Sized> Job<'a, M> {
         self.monitor.execute(&qmp::job_pause { id: self.id.clone() }).map(drop)
     }
 
-    /// Lets a halted job go on, one that met an error too.
+    /// Resumes a paused job, even one that stopped because of an error.
     ///
     /// # Errors
     /// Those of the command.
@@ -268,8 +268,8 @@ impl<'a, M: Monitor + ?Sized> Job<'a, M> {
         self.monitor.execute(&qmp::job_resume { id: self.id.clone() }).map(drop)
     }
 
-    /// Ends the job without its effect. A commit that is ready or pending is not carried out either; what was
-    /// copied stays copied.
+    /// Ends the job without its effect. Even a commit that is ready or pending does not take effect; copied
+    /// data stays copied.
     ///
     /// # Errors
     /// Those of the command.
@@ -278,7 +278,7 @@ impl<'a, M: Monitor + ?Sized> Job<'a, M> {
         self.monitor.execute(&qmp::job_cancel { id: self.id.clone() }).map(drop)
     }
 
-    /// Asks a job that is ready to do what it is for. The answer comes before that is done.
+    /// Asks a job that is ready to complete. The answer comes before the job has completed.
     ///
     /// # Errors
     /// Those of the command.
@@ -303,12 +303,12 @@ impl<'a, M: Monitor + ?Sized> Job<'a, M> {
         self.monitor.execute(&qmp::block_job_set_speed { device: self.id.clone(), speed }).map(drop)
     }
 
-    /// Takes the result of a job that has concluded, and lets QEMU forget it: as long as it is kept, no other
-    /// job can start on the disk.
+    /// Takes the result of a job that has concluded, and lets QEMU forget the job. As long as QEMU keeps it, no
+    /// other job can start on the disk.
     ///
     /// # Errors
-    /// [`Error::Job`] with QEMU's words if the job failed (it is forgotten then too) or has vanished: a job
-    /// whose end nobody saw is never called a success.
+    /// [`Error::Job`] with QEMU's words if the job failed (it is forgotten then, too) or has vanished: a job
+    /// whose end nobody saw does not count as a success.
     pub fn take_result(&self) -> Result<JobState> {
         let failed = |why: String| Err(Error::Job { id: self.id.clone(), why });
         let Some(job) = self.state()? else {

@@ -1,4 +1,4 @@
-//! What differs between a merge down and a merge up, in one place.
+//! The differences between a merge down and a merge up, in one place.
 
 use qapi::qmp;
 use serde_json::Value;
@@ -26,15 +26,15 @@ impl Direction {
         if self == Self::Down { down } else { up }
     }
 
-    /// The uppermost layer that takes part, by its index, as the ids of jobs tell it.
+    /// The index of the uppermost layer that takes part, which the id of the job holds.
     pub(super) fn last(self, span: Span) -> usize {
         if self == Self::Down { span.top } else { span.top + 1 }
     }
 
-    /// Whether QEMU keeps a job that has concluded until it is dismissed, and its error with it.
+    /// Whether QEMU is told to keep a job that has concluded, with its error, until it is dismissed.
     ///
-    /// QEMU 10.0.2 crashes when it is asked for its nodes while a `stream` job that has concluded is kept. So a pull is not
-    /// kept, and the graph tells how it ended.
+    /// QEMU 10.0.2 crashes when it is asked for its nodes while it keeps a `stream` job that has concluded. So
+    /// a pull is not kept, and the graph shows how it ended.
     pub(super) fn keeps_job(self) -> bool {
         self == Self::Down
     }
@@ -47,7 +47,7 @@ impl Direction {
         }
     }
 
-    /// Has a pending job switch, and waits until it has concluded.
+    /// Lets a pending job switch, and waits until it has concluded.
     pub(super) fn switch<M: Monitor + ?Sized>(self, job: &Job<'_, M>, monitor: &M) -> Result<()> {
         match self {
             Self::Down => steps::switch(job),
@@ -65,8 +65,8 @@ fn commit(merge: &Procedure) -> qmp::block_commit {
         job_id: Some(merge.job_id.clone()),
         device: merge.root.clone(),
         base_node: Some(merge.receiver.node.clone()),
-        // For an active commit too: without it QEMU takes the root for top, and drops a throttle or any other
-        // filter there at the pivot.
+        // Give it for an active commit, too: without it QEMU takes the root as top, and drops a throttle or
+        // other filter above the active layer at the pivot.
         top_node: merge.merged.first().map(|top| top.node.clone()),
         backing_file: merge.backing_file.clone(),
         backing_mask_protocol: masks_protocol(merge).filter(|_| !merge.is_active()),
@@ -98,7 +98,8 @@ fn stream(merge: &Procedure) -> qmp::block_stream {
     }
 }
 
-/// Without it the header would name the driver of a base without a format as its format.
+/// Without this, QEMU would write the protocol driver of a base that has no format node into the header as its
+/// format.
 fn masks_protocol(merge: &Procedure) -> Option<bool> {
     merge.base.as_ref().is_some_and(|base| base.protocol_node.is_none()).then_some(true)
 }

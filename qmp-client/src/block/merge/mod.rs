@@ -1,4 +1,5 @@
-//! The live merge of a part of a chain: QEMU's `block-commit` and `block-stream`, with their hazards fenced.
+//! The live merge of a part of a chain with QEMU's `block-commit` and `block-stream`, and protection from their
+//! hazards.
 //!
 //! Both directions are one procedure. What differs between them is in [`Direction`], and nowhere else.
 
@@ -25,22 +26,22 @@ use name::backing_name;
 pub use steps::Merged;
 pub(crate) use steps::with_chain;
 
-/// How a merge is to be done.
+/// The options of a merge.
 #[derive(Clone, Debug, Default)]
 pub struct MergeOptions {
-    /// The backing name that the overlay above the merged layers gets; without it, base's name in the style that the
-    /// overlay had. Only where there is such an overlay, and a base.
+    /// The backing name that the overlay above the merged layers gets; `None` for base's name in the overlay's
+    /// former style. It matters only if there are such an overlay and a base.
     pub backing_file: Option<String>,
     /// The limit in bytes per second, zero for none.
     pub speed: u64,
     /// Whether the persistent bitmaps of merged layers may be lost.
     pub drop_bitmaps: bool,
-    /// The socket of an NBD server that this QEMU runs already, for flushing; QEMU runs only one. Without
-    /// one, a server is started for it, and if that is not possible the guest is paused for a moment.
+    /// The socket of an NBD server that this QEMU already runs, for flushing: QEMU can run only one. With
+    /// `None`, a server is started for the flush; if that is not possible, the guest is paused for a moment.
     pub nbd_socket: Option<PathBuf>,
 }
 
-/// The layers that go, by their indexes from the bottom: those above `base`, up to and including `top`.
+/// The layers that are merged, by their indexes from the bottom: those above `base`, up to and including `top`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Span {
     /// The layer below them; 0 if there is none.
@@ -73,13 +74,13 @@ pub struct Procedure {
     job_id: String,
     filter: String,
     options: MergeOptions,
-    /// How the receiver is flushed; none before that is known.
+    /// How the receiver is flushed; `None` until that is known.
     means: Option<Means>,
 }
 
 impl Procedure {
-    /// Plans a merge of the layers above `range.base`, up to and including `range.top`, down into base, and refuses what
-    /// the graph shows to be impossible or harmful.
+    /// Plans a merge of the layers above `range.base`, up to and including `range.top`, down into base. Merges
+    /// that the graph shows to be impossible or harmful are refused.
     ///
     /// # Errors
     /// [`Error::BackingName`] and [`Error::Refused`] with the reason.
@@ -96,10 +97,10 @@ impl Procedure {
         Self::plan(Direction::Down, disk, span, backing_file, options)
     }
 
-    /// Plans a pull of the layers below the active one, down to but without `base`, into it. Without a `base` the active
+    /// Plans a pull into the active layer of all layers between it and `base`. Without a `base` the active
     /// layer takes in everything, and stands alone then.
     ///
-    /// No layer below is written: each stays what it was, for whoever else uses it.
+    /// No layer below is written, so other users of these layers see no change.
     ///
     /// # Errors
     /// [`Error::Layer`] if nothing lies between; [`Error::BackingName`] and [`Error::Refused`] with the reason.
@@ -140,8 +141,8 @@ impl Procedure {
         Ok(planned)
     }
 
-    /// The merge of these layers of a chain, listed from the top, whose job has this id. `None` if the chain has not the
-    /// layers that it takes.
+    /// The merge whose job has this id, of a chain with these layers, listed from the top. `None` if the chain
+    /// lacks layers of the merge.
     pub(crate) fn of(
         direction: Direction,
         disk: &str,
@@ -211,8 +212,8 @@ impl Procedure {
         self.overlay.as_ref()
     }
 
-    /// The layers that the disk no longer needs afterwards, from the top. As soon as a commit starts they are no restore
-    /// points any more, and neither is base; top alone stays what it was. A pull changes none.
+    /// The layers that the disk no longer needs afterwards, from the top. As soon as a commit starts, they and
+    /// base stop being restore points; only top keeps showing its disk. A pull changes none of them.
     pub fn merged(&self) -> &[Layer] {
         &self.merged
     }
@@ -227,13 +228,13 @@ impl Procedure {
         &self.options
     }
 
-    /// The bytes that the merged layers hold on disk, which is about what is copied at most; `None` where QEMU does
-    /// not know it of one of them.
+    /// The bytes that the merged layers hold on disk, roughly an upper bound of what is copied; `None` if QEMU
+    /// does not know them for one of the layers.
     pub fn bytes(&self) -> Option<u64> {
         self.merged.iter().try_fold(0_u64, |sum, layer| sum.checked_add(layer.actual_size?))
     }
 
-    /// What the job reaches when all is copied.
+    /// The goal that the job reaches when everything is copied.
     pub fn goal(&self) -> Goal {
         if self.is_active() { Goal::Ready } else { Goal::Pending }
     }
@@ -247,11 +248,11 @@ impl Procedure {
         steps::chain(&self.merged, &self.layers_after)
     }
 
-    /// Asks QEMU all that can be known before the job starts, and tries what it will have to do at the end:
-    /// flushing the layer that takes the data, and for a commit writing the header of the overlay above.
+    /// Checks everything that QEMU can tell before the job starts, and tries what will be done at the end:
+    /// flushing the layer that takes the data, and for a commit, writing the header of the overlay above.
     ///
-    /// The header is written with the backing name that it holds; a backing format that was missing is added.
-    /// The guest keeps running.
+    /// The header is written with the backing name that it has already; a missing backing format is added. The
+    /// guest keeps running.
     ///
     /// # Errors
     /// [`Error::Refused`] with the reason; [`Error::NotFlushed`]; those of the commands.
@@ -276,8 +277,8 @@ impl Procedure {
         Ok(Job::new(monitor, self.job_id.clone()))
     }
 
-    /// The commands that carry the merge out, in order, each with its arguments; those between which QEMU is
-    /// only asked are left out, and so is the flush, whose means is found when it begins. An active merge is pivoted.
+    /// The commands that carry the merge out, in order, each with its arguments. Queries are omitted, and so is
+    /// the flush, whose means is found only at the start. An active merge ends with a pivot.
     ///
     /// # Errors
     /// [`Error::Request`] if a command cannot be written as JSON.
@@ -294,11 +295,11 @@ impl Procedure {
         Ok(commands)
     }
 
-    /// Finds the job of this same merge that was started before, by a client that has gone perhaps, and gets
-    /// ready to end it. `None` if there is none.
+    /// Finds the job of this merge that was started earlier, perhaps by a client that is gone, and prepares to
+    /// end it. `None` if there is none.
     ///
-    /// The chain must be the one that the job works on: the layers are known by their indexes, which the
-    /// job's id holds and which no new overlay changes.
+    /// The chain must be the one that the job works on. The layers are identified by their indexes, which are
+    /// in the job's id, and which no new overlay changes.
     ///
     /// # Errors
     /// [`Error::NotFlushed`]; those of the queries.
@@ -330,7 +331,8 @@ impl Procedure {
         !self.is_active()
     }
 
-    /// Makes durable what the layer that takes the data holds, its tables included, by the means that the preflight found.
+    /// Makes the layer that takes the data durable, including its tables, by the means that the preflight
+    /// found.
     ///
     /// # Errors
     /// [`Refusal::NotTried`] before [`Procedure::preflight`] has passed, and for an active commit, where QEMU does
@@ -338,7 +340,7 @@ impl Procedure {
     pub fn flush(&self, monitor: &(impl Monitor + ?Sized)) -> Result<()> {
         let means = self.means.as_ref().ok_or(Refusal::NotTried)?;
         match means.flush(monitor, &self.receiver.node) {
-            // A job that had to make its target larger lets nobody export it.
+            // While a job that had to grow its target exists, the target cannot be exported.
             Err(Error::Command { .. }) if self.grows() => {
                 flush(monitor, &self.receiver.node, self.options.nbd_socket.as_deref())
             }
@@ -358,15 +360,18 @@ impl Procedure {
         top.is_some_and(|top| self.receiver.virtual_size < top.virtual_size)
     }
 
-    /// Switches a merge whose job is pending or, for an active commit, ready, and closes what is no longer needed.
+    /// Switches a merge whose job is pending or, for an active commit, ready, and closes the nodes that are no
+    /// longer needed.
     ///
-    /// `before_switch` is called when what was copied is durable and nothing is switched yet. For an active commit the guest's
-    /// writes are held then, and base equals the active layer: the moment to note durably that base is the valid
-    /// top. If it fails there, the job is cancelled and the guest stays where it was.
+    /// `before_switch` is called when the copied data is durable and nothing is switched yet. For an active
+    /// commit the guest's writes are held at that moment, and base equals the active layer: the caller must
+    /// note durably that base is the valid top. If the call fails, the job is cancelled and the guest stays
+    /// where it was.
     ///
     /// # Errors
-    /// [`Error::Refused`] if the job has not come so far, those of the flush, and that of `before_switch`: nothing is
-    /// switched then, and a pending job can be finished again or cancelled. [`Error::Job`] if the switch fails.
+    /// [`Error::Refused`] if the job is not ready for that, those of the flush, and that of `before_switch`:
+    /// nothing is switched then, and a pending job can be finished later or cancelled. [`Error::Job`] if the
+    /// switch fails.
     pub fn finish<M: Monitor + ?Sized>(
         &self,
         job: &Job<'_, M>,
@@ -374,8 +379,8 @@ impl Procedure {
         before_switch: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Merged> {
         if self.is_active() {
-            // If it does not hold, it ended before, by somebody else perhaps; or an error at the last moment, and nothing
-            // was switched.
+            // If the job does not hold the writes, it ended before, perhaps through somebody else; or it failed
+            // at the last moment, and nothing was switched.
             if steps::hold(job)? {
                 if let Err(error) = before_switch() {
                     self.cancel(job)?;
@@ -394,11 +399,12 @@ impl Procedure {
         self.verify(job, monitor)
     }
 
-    /// Ends an active merge whose job is ready without a pivot: base then is what the disk was at one moment, and
-    /// durable; the guest stays on the active layer.
+    /// Ends an active merge whose job is ready, without a pivot. Base then holds the disk as it was at one
+    /// moment, durably; the guest stays on the active layer.
     ///
     /// # Errors
-    /// [`Error::Refused`] for another merge, or if the job is not ready; [`Error::Job`] if it failed or was done before.
+    /// [`Error::Refused`] for a merge that is not active, or if the job is not ready; [`Error::Job`] if the job
+    /// failed, or completed before.
     pub fn keep_overlay<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Disk> {
         if !self.is_active() {
             return Err(Refusal::OnlyActiveCommit { step: "can keep the overlay" }.into());
@@ -407,14 +413,15 @@ impl Procedure {
             job.take_result()?;
             return Err(failed(job, "it was done before base could be let go of".into()));
         }
-        // Base equals the active layer, and QEMU has flushed it: what is left is to let go of it.
+        // Base equals the active layer, and QEMU has flushed it: cancelling the job now releases base.
         self.cancel(job)?;
         with_chain(monitor, &self.chain())?
             .ok_or_else(|| failed(job, "no disk has the chain that it had before".into()))
     }
 
-    /// Cancels the job and waits until it is gone. The chain is as it was. What a commit has copied stays in base and the
-    /// layers between it and top, where the guest does not see it; the active layer of a pull shows the same bytes.
+    /// Cancels the job and waits until it is gone. The chain is as it was. The data that a commit has copied
+    /// stays in base, and shows through the layers between base and top; the guest does not see it. The active
+    /// layer of a pull shows the same bytes as before.
     ///
     /// # Errors
     /// Those of the commands; [`Error::Job`] if the job cannot be cancelled any more.
@@ -422,13 +429,13 @@ impl Procedure {
         crate::block::jobs::cancel(job)
     }
 
-    /// Looks whether the merge has been carried out, and closes what is no longer needed.
+    /// Checks in the graph that the merge was carried out, and closes the nodes that are no longer needed.
     pub(crate) fn verify<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Merged> {
         steps::wrap_up(self, job, monitor)
     }
 }
 
-/// What the ids of all jobs begin with that merge these layers of a disk this way.
+/// How the ids of all jobs begin that merge these layers of a disk in this direction.
 fn id_of_all(direction: Direction, disk: &str, span: Span) -> String {
     format!("{}{}.{}.", job_prefix(direction.of_jobs(), disk), span.base, direction.last(span))
 }

@@ -1,4 +1,4 @@
-//! The backing name that the overlay above top gets.
+//! Finds the backing name that the overlay above top gets.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use crate::block::graph::{Disk, Layer, Range};
 use crate::error::{Error, Result};
 
-/// The name under which the overlay above top will find base.
+/// The name by which the overlay above top will name base.
 ///
-/// A name is kept in the style that the overlay had: relative stays relative if base lies in the same folder
-/// or below it. A `json:` name is never written: QEMU opens it, but the tools for stopped images do not.
-/// Where base has no path, the name is the one that the layer above base has for it.
+/// The name keeps the overlay's style: relative stays relative if base lies in the same folder or below it. A
+/// `json:` name is never written: QEMU opens it, but offline tools do not. If base has no path, the layer above
+/// base supplies the name.
 ///
 /// # Errors
-/// [`Error::BackingName`] if no such name is known, or if it is seen here that it leads to another file.
+/// [`Error::BackingName`] if there is no such name, or if it leads to another file here.
 pub(super) fn backing_name(
     disk: &Disk,
     range: &Range<'_>,

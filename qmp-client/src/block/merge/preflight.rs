@@ -1,4 +1,4 @@
-//! What is asked before a merge begins: all that would make it fail, or do harm, half-way.
+//! Checks before a merge begins that nothing will make it fail, or do harm, half-way.
 
 use qapi::qmp;
 use serde_json::json;
@@ -40,7 +40,7 @@ fn sizes(merge: &Procedure, top: &Layer) -> Result<()> {
         Some(above) if is_short && top.virtual_size < above.virtual_size => {
             refuse(Refusal::ShortTop { top: top.file.clone(), base: base.file.clone() })
         }
-        // The try that the overlay can be written would write the wrong format.
+        // The trial write of the overlay's header would write the wrong format.
         Some(above) if above.format != top.format => {
             refuse(Refusal::FormatsDiffer { overlay: above.file.clone(), top: top.file.clone() })
         }
@@ -57,13 +57,13 @@ fn ownership(chain: &[Layer]) -> Result<()> {
     }
 }
 
-/// Refuses to lose the persistent bitmaps of layers that are given up.
+/// Refuses to lose the persistent bitmaps of merged layers.
 fn bitmaps(merge: &Procedure) -> Result<()> {
     let names: Vec<_> = merge.merged.iter().flat_map(|layer| &layer.bitmaps).cloned().collect();
     if merge.options.drop_bitmaps || names.is_empty() { Ok(()) } else { refuse(Refusal::Bitmaps { names }) }
 }
 
-/// Refuses while the guest is being moved, and while a merge of this disk is there, in either direction.
+/// Refuses while the guest is being migrated, and while another merge of this disk exists, in either direction.
 pub(super) fn circumstances(monitor: &(impl Monitor + ?Sized), disk: &str) -> Result<()> {
     if let Some(status) = known(monitor, "query-status")? {
         let status = status["status"].as_str().unwrap_or_default().to_owned();
@@ -84,11 +84,11 @@ pub(super) fn circumstances(monitor: &(impl Monitor + ?Sized), disk: &str) -> Re
     }
 }
 
-/// Looks whether the overlay above top can be switched at the end, by having QEMU write its header with the name that it has
-/// already; and whether base can be flushed before that at all.
+/// Tries whether the overlay above top can be switched at the end, by letting QEMU write its header with the
+/// name that it already has; and whether base can be flushed before that.
 ///
-/// QEMU 10.0.2 opens that file for writing only at the end of the job, and crashes if it cannot. This needs
-/// the same, and fails with an error.
+/// QEMU 10.0.2 opens that file for writing only at the end of the job, and crashes if it cannot. The trial
+/// needs the same rights, but fails with an error.
 pub(super) fn overlay(merge: &Procedure, monitor: &(impl Monitor + ?Sized)) -> Result<()> {
     if merge.grows() && known(monitor, "query-status")?.is_none() {
         return refuse(Refusal::GrowsUnflushed { base: merge.receiver.file.clone() });
@@ -97,8 +97,8 @@ pub(super) fn overlay(merge: &Procedure, monitor: &(impl Monitor + ?Sized)) -> R
     monitor.execute(&same).map(drop)
 }
 
-/// The command that gives the overlay above top the backing name that it has; none where it has no name, where
-/// there is no such overlay, or for a pull, which has the overlay open for writing.
+/// The command that writes the present backing name of the overlay above top again. `None` if it has no name,
+/// if there is no such overlay, and for a pull, which has the overlay open for writing anyway.
 pub(super) fn same_name(merge: &Procedure) -> Option<qmp::change_backing_file> {
     let above = merge.overlay.as_ref().filter(|_| merge.direction == Direction::Down)?;
     Some(qmp::change_backing_file {
@@ -108,7 +108,7 @@ pub(super) fn same_name(merge: &Procedure) -> Option<qmp::change_backing_file> {
     })
 }
 
-/// The answer to a question that a storage daemon does not know.
+/// The answer to a query that a storage daemon does not know: `None` then.
 fn known(monitor: &(impl Monitor + ?Sized), command: &str) -> Result<Option<serde_json::Value>> {
     match monitor.query(command, json!({})) {
         Ok(answer) => Ok(Some(answer)),

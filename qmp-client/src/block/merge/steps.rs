@@ -23,8 +23,8 @@ pub struct Merged {
     pub still_open: Vec<(String, String)>,
 }
 
-/// Has an active commit that is ready hold the guest's writes, with base equal to the active layer. False if it has
-/// concluded instead.
+/// Lets an active commit that is ready hold the guest's writes, so that base equals the active layer. False if
+/// it has concluded instead.
 pub(super) fn hold<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<bool> {
     let wanted = [JobStatus::ready, JobStatus::waiting, JobStatus::pending];
     if require(job, &wanted)? == JobStatus::ready {
@@ -37,10 +37,10 @@ pub(super) fn hold<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<bool> {
     }
 }
 
-/// Has a pending job switch, and waits until it has concluded.
+/// Lets a pending job switch, and waits until it has concluded.
 pub(super) fn switch<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<()> {
     if let Err(error) = job.finalize()
-        // Another client may have been faster.
+        // Another client may have finalised the job already.
         && job.state()?.is_none_or(|state| state.status == JobStatus::pending)
     {
         return Err(error);
@@ -51,7 +51,7 @@ pub(super) fn switch<M: Monitor + ?Sized>(job: &Job<'_, M>) -> Result<()> {
     }
 }
 
-/// The same for a job that QEMU forgets as soon as it has concluded. Returns its error, if it told one.
+/// As above, for a job that QEMU forgets as soon as it has concluded. Returns its error, if QEMU reported one.
 pub(super) fn switch_unkept<M: Monitor + ?Sized>(job: &Job<'_, M>, monitor: &M) -> Result<Option<String>> {
     if let Err(error) = job.finalize()
         && job.state()?.is_some_and(|state| state.status == JobStatus::pending)
@@ -71,8 +71,8 @@ pub(super) fn switch_unkept<M: Monitor + ?Sized>(job: &Job<'_, M>, monitor: &M) 
     }
 }
 
-/// Looks whether a disk has the chain that is left, and the header the name that it should have, for QEMU may have
-/// changed the one and failed at the other; then lets go of the layers that are no longer needed.
+/// Checks that a disk has the chain that the merge leaves, and that the header has the right name: QEMU may
+/// have changed one and failed at the other. Then closes the layers that are no longer needed.
 pub(super) fn wrap_up<M: Monitor + ?Sized>(
     merge: &Procedure,
     job: &Job<'_, M>,
@@ -97,9 +97,9 @@ pub(super) fn wrap_up<M: Monitor + ?Sized>(
     Ok(Merged { disk, still_open: let_go(monitor, &merge.merged, &merge.layers_after, server)? })
 }
 
-/// Closes layers that are no longer needed, once the overlay that named them durably names another backing file: QEMU
-/// writes that name, and does not wait until it is on the disk. A power cut would leave the old name, so whoever
-/// removes these layers earlier may lose the chain.
+/// Closes layers that are no longer needed, after the overlay's new backing name is durable. QEMU writes that
+/// name without waiting for the disk, and after a power cut the old name would be back. So the layers must not
+/// be removed earlier.
 pub(super) fn let_go(
     monitor: &(impl Monitor + ?Sized),
     merged: &[Layer],
@@ -107,7 +107,7 @@ pub(super) fn let_go(
     server: Option<&Path>,
 ) -> Result<Vec<(String, String)>> {
     let top = merged.iter().map(|layer| layer.index).max();
-    // The layers that are left come from the top.
+    // The remaining layers are listed from the top.
     if let Some(overlay) = layers_after.iter().rfind(|layer| Some(layer.index) > top) {
         flush(monitor, &overlay.node, server)?;
     }
@@ -134,7 +134,7 @@ pub(super) fn written<C: Command>(command: &C) -> Result<(&'static str, Value)> 
     Ok((C::NAME, arguments))
 }
 
-/// The commands that end a pending job, which is `kept` until it is dismissed, and close the layers that are given up.
+/// The commands that end a pending job, which must be dismissed if it is `kept`, and close the obsolete layers.
 pub(super) fn end_of(job: &str, kept: bool, given_up: &[Layer]) -> Result<Vec<(&'static str, Value)>> {
     let finalize = written(&qmp::job_finalize { id: job.to_owned() });
     let dismiss = kept.then(|| written(&qmp::job_dismiss { id: job.to_owned() }));
@@ -142,7 +142,7 @@ pub(super) fn end_of(job: &str, kept: bool, given_up: &[Layer]) -> Result<Vec<(&
     [Some(finalize), dismiss].into_iter().flatten().chain(closed).collect()
 }
 
-/// Closes nodes that have names of the user's: QEMU keeps them, and their files, open.
+/// Closes nodes with names of the user's choice. QEMU itself keeps these, and their files, open.
 fn close(monitor: &(impl Monitor + ?Sized), layers: &[Layer]) -> Result<Vec<(String, String)>> {
     let mut still_open = Vec::new();
     for node in to_close(layers) {

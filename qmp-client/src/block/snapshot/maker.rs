@@ -1,5 +1,5 @@
-//! The names of what a snapshot makes in QEMU before the switch. They tell which client makes it, so that another one can
-//! know and undo what is left of a client that was killed.
+//! The names of the nodes and jobs that a snapshot makes in QEMU before the switch. They tell which client
+//! makes them, so that another client can recognise and undo the remains of a killed one.
 
 use std::fs;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,7 +16,8 @@ const JOB: &str = "create-";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Maker {
     process: u32,
-    /// When the process started, in clock ticks since the system did: numbers of processes are used again.
+    /// When the process started, in clock ticks since the system did. It is needed because process ids are
+    /// reused.
     started: u64,
     number: u32,
 }
@@ -66,13 +67,14 @@ impl Maker {
         parts.next().is_none().then_some(Self { process, started, number })
     }
 
-    /// Whether the client still runs. One of another host, or of another container, is not seen to.
+    /// Whether the client still runs. A client on another host, or in another container, is not seen, and
+    /// counts as gone.
     pub(super) fn lives(self) -> bool {
         start_of(self.process) == Some(self.started)
     }
 }
 
-/// When a process started, in clock ticks since the system did; `None` if there is none.
+/// When a process started, in clock ticks since the system did; `None` if there is no such process.
 fn start_of(process: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     // The program's name, in parentheses, may hold spaces and parentheses.

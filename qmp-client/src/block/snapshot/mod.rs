@@ -1,7 +1,7 @@
-//! New overlays for several disks at one moment.
+//! Puts new overlays on several disks at one moment.
 //!
-//! Until the switch, QEMU has a job or a node that tells each new file and its maker: what a killed client has left is
-//! found by them, see [`unfinished_snapshots`].
+//! Until the switch, QEMU has a job or a node whose name tells each new file and its maker. By these, the
+//! remains of a killed client are found, see [`unfinished_snapshots`].
 
 mod maker;
 mod unfinished_snapshot;
@@ -19,8 +19,8 @@ use maker::Maker;
 use unfinished_snapshot::remove_empty;
 pub use unfinished_snapshot::{Undone, UnfinishedSnapshot, unfinished_snapshots};
 
-/// Puts a new qcow2 overlay on each of these disks, all in one transaction: either every guest write is
-/// before all of the new overlays, or after all. The paths are absolute, and the same for QEMU as here.
+/// Puts a new qcow2 overlay on each of these disks, all in one transaction: every guest write comes before all
+/// of the new overlays, or after all. The paths must be absolute, and mean the same files to QEMU as here.
 ///
 /// Returns the disks as they are now. If anything fails, the files and nodes that were made are removed and
 /// every disk is as it was.
@@ -115,25 +115,26 @@ fn make_all(
             last.is_created = true;
         }
         add(monitor, json!({"driver": "file", "filename": path, "node-name": storage}))?;
-        // Not earlier: at every moment a job or a node tells what was made.
+        // Do this not earlier: at every moment a job or a node must tell what was made.
         job.take_result()?;
         let options = json!({
             "driver": "qcow2", "file": storage, "size": active.virtual_size,
             "backing-file": backing_name(disk)?, "backing-fmt": active.format,
         });
         create(monitor, &id, options)?.take_result()?;
-        // Its backing file is the disk that is in use: it must not be opened a second time.
+        // The backing file is the disk in use, and must not be opened a second time.
         add(monitor, json!({"driver": "qcow2", "file": storage, "node-name": node, "backing": null}))?;
         actions.push(json!({"type": "blockdev-snapshot", "data": {"node": active.node, "overlay": node}}));
     }
-    // A disk must not go over to a file whose name somebody has removed meanwhile.
+    // Check that the files still have their names: a disk must not switch to a file that was removed meanwhile.
     for Overlay { path, .. } in made.iter() {
         fs::symlink_metadata(path).map_err(|source| Error::File { file: path.clone(), source })?;
     }
     monitor.query("transaction", json!({"actions": actions})).map(drop)
 }
 
-/// Has QEMU create something. Its job is kept, so that it can tell for whom it was done; one that failed is not.
+/// Lets QEMU create something. Its job is kept, because its name tells for whom it was done; a failed one is
+/// dismissed.
 fn create<'m, M: Monitor + ?Sized>(monitor: &'m M, id: &str, options: Value) -> Result<Job<'m, M>> {
     monitor.query("blockdev-create", json!({"job-id": id, "options": options}))?;
     let job = Job::new(monitor, id);
@@ -151,20 +152,23 @@ fn add(monitor: &(impl Monitor + ?Sized), options: Value) -> Result<()> {
     monitor.query("blockdev-add", options).map(drop)
 }
 
-/// Removes what was made. The first error has been told; what fails here was not made, or cannot be helped.
+/// Removes what was made. Errors are ignored: the first error is the one to report, and what fails here was not
+/// made, or cannot be removed.
 fn undo(monitor: &(impl Monitor + ?Sized), made: &[Overlay]) {
     for overlay in made {
         let close = |node: &str| {
             let _ = monitor.query("blockdev-del", json!({"node-name": node}));
         };
         close(&overlay.node);
-        // An overlay that QEMU keeps is in use after all: the answer to the transaction was lost, perhaps.
+        // If QEMU keeps the overlay's node, it is in use after all: perhaps the answer to the transaction was
+        // lost.
         let query = "query-named-block-nodes";
         let held = monitor.query(query, json!({"flat": true})).map_or(true, |nodes| {
             let nodes = nodes.as_array().map_or(&[][..], Vec::as_slice);
             nodes.iter().any(|n| n["node-name"] == overlay.node.as_str())
         });
-        // As long as the file is there, a node or a job tells of it: whoever is killed here leaves a trace.
+        // Remove the file first. As long as it exists, a node or a job tells of it, even if this client is
+        // killed here.
         if overlay.is_created && !held {
             let _ = remove_empty(&overlay.path);
         }

@@ -1,5 +1,5 @@
-//! What a client has left that was killed before its snapshot was switched: an empty file, nodes that hold it, a job that
-//! created it. No disk writes to it.
+//! Undoes the remains of a client that was killed before its snapshot was switched: an empty file, nodes that
+//! hold it, a job that created it. No disk writes to it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, Metadata};
@@ -18,7 +18,7 @@ use crate::block::jobs::{Goal, Job, LONGEST_STEP, Waited, Watch, jobs, stuck};
 use crate::error::{Error, Result};
 use crate::qmp::monitor::{Execute, Monitor};
 
-/// A new overlay that no disk has, whose client is gone.
+/// A new overlay that belongs to no disk, and whose client is gone.
 #[derive(Clone, Debug)]
 pub struct UnfinishedSnapshot {
     /// Its file, by the name that QEMU has for it.
@@ -29,8 +29,8 @@ pub struct UnfinishedSnapshot {
     jobs: Vec<String>,
 }
 
-/// Looks for new overlays that clients have left which were killed between the creation of a file and the switch. Those of
-/// clients that still run on this host are not counted.
+/// Finds the new overlays of clients that were killed between the creation of a file and the switch. Overlays
+/// of clients that still run on this host do not count.
 ///
 /// # Errors
 /// Those of the queries.
@@ -57,10 +57,12 @@ pub fn unfinished_snapshots(monitor: &(impl Monitor + ?Sized)) -> Result<Vec<Unf
     if found.is_empty() {
         return Ok(Vec::new());
     }
-    // Behind the transaction a disk has them; one that was unplugged since has left them with a backing node.
+    // After the transaction the nodes belong to a disk. If that disk was unplugged since, they still have a
+    // backing node.
     let pairs: Vec<_> = found.keys().map(|maker| (maker.node(), maker.storage())).collect();
     let alone = are_alone(monitor, &pairs)?;
-    // As long as there is a job, there is no overlay that a disk could have; and the job may hold the file's node.
+    // As long as the job exists, the overlay cannot belong to a disk; and the job may still use the file's
+    // node.
     let is_left = |(trace, alone): (Trace, bool)| (alone || !trace.jobs.is_empty()).then_some(trace);
     let left = found.into_values().zip(alone).filter_map(is_left);
     Ok(left.filter_map(Trace::unfinished).collect())
@@ -76,29 +78,30 @@ struct Trace {
 
 impl Trace {
     fn unfinished(mut self) -> Option<UnfinishedSnapshot> {
-        // The name of the node that holds the file is the longer one, and goes last.
+        // The node that holds the file has the longer name, so it sorts behind the overlay's node.
         self.nodes.sort_by_key(String::len);
         Some(UnfinishedSnapshot { file: self.file?.into(), nodes: self.nodes, jobs: self.jobs })
     }
 }
 
 impl UnfinishedSnapshot {
-    /// Undoes it: removes the file, closes the nodes, and lets QEMU forget the jobs, in this order: a call that is killed in
-    /// between leaves a trace for the next one.
+    /// Undoes it: removes the file, closes the nodes, and lets QEMU forget the jobs. The order matters: a call
+    /// that is killed in between leaves a trace for the next one.
     ///
-    /// The names of nodes and files are QEMU's word only, and whoever calls this may have more rights than QEMU. So the file is
-    /// removed only if it belongs to QEMU's user, lies in the folder of a disk's active image or in one of `folders`, is
-    /// open in QEMU as far as there is a node of it, and holds nothing.
+    /// The names of nodes and files come from QEMU, and the caller may have more rights than QEMU. So the file
+    /// is removed only if it belongs to QEMU's user, lies in the folder of a disk's active image or in one of
+    /// `folders`, is open in QEMU if there is a node for it, and is empty.
     ///
     /// # Errors
     /// Those of the commands; [`Error::File`] if the file cannot be looked at or removed.
     pub fn undo<M: Monitor + ?Sized>(&self, monitor: &M, folders: &[PathBuf]) -> Result<Undone> {
-        // A job that still creates the file holds the node below.
+        // A job that is still creating the file uses the node below.
         for id in &self.jobs {
             let job = Job::new(monitor, id.clone());
             match job.wait(Goal::Concluded, Some(LONGEST_STEP), &mut |_| Watch::GoOn)? {
                 Waited::Reached(_) => {}
-                // Its client lives after all, in another container or on another host, and has taken its result.
+                // Its client is alive after all, in another container or on another host, and has taken the
+                // job's result.
                 Waited::Vanished => return Ok(Undone::UnderWay),
                 other => return Err(stuck(&job, &other)),
             }
@@ -142,7 +145,7 @@ impl UnfinishedSnapshot {
     }
 }
 
-/// What has become of it.
+/// The result for an unfinished snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Undone {
@@ -150,20 +153,21 @@ pub enum Undone {
     Removed,
     /// There was no file; QEMU knows nothing of it.
     Closed,
-    /// QEMU knows nothing of it. The file stays: it is not certain that this QEMU made it, or it is not empty.
+    /// QEMU knows nothing of it any more. The file stays, because it is not empty, or it is not certain that
+    /// this QEMU made it.
     FileStays,
-    /// Nothing: its client goes on with it.
+    /// Nothing was done: its client is still working on it.
     UnderWay,
 }
 
-/// Whether a process is seen to have this file open.
+/// Whether a process can be seen to have this file open.
 fn has_open(process: u32, file: &Metadata) -> bool {
     let entries = fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
     let mut open = entries.filter_map(|entry| fs::metadata(entry.path()).ok());
     open.any(|open| (open.dev(), open.ino()) == (file.dev(), file.ino()))
 }
 
-/// Removes a file that is empty, or an image that holds nothing, unless somebody has it open or it is gone.
+/// Removes a file of length zero or an empty image, unless somebody has it open or it is gone.
 pub(super) fn remove_empty(path: &Path) -> io::Result<bool> {
     let host = &OsHost;
     let removed = Place::named(host, path).and_then(|place| {
@@ -182,7 +186,7 @@ pub(super) fn remove_empty(path: &Path) -> io::Result<bool> {
     }
 }
 
-/// Whether a file has no byte, or is a qcow2 image whose L1 table is empty, without snapshots.
+/// Whether a file has length zero, or is a qcow2 image with an empty L1 table and no snapshots.
 fn holds_nothing(path: &Path, file: &dyn Storage) -> io::Result<bool> {
     if file.size()? == 0 {
         return Ok(true);
@@ -190,7 +194,7 @@ fn holds_nothing(path: &Path, file: &dyn Storage) -> io::Result<bool> {
     if !matches!(ImageFormat::detect(path, file), Ok(ImageFormat::Qcow2)) {
         return Ok(false);
     }
-    // An image that cannot be understood is not one that a snapshot makes.
+    // A snapshot does not make images that cannot be decoded.
     let Ok(cluster0) = Qcow2::read_cluster0(path, file) else { return Ok(false) };
     let header = &cluster0.header;
     if header.snapshots != 0 || header.has_data_file() {
