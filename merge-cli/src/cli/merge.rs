@@ -152,6 +152,13 @@ pub(crate) struct FlattenArgs {
     #[arg(long, value_name = "LAYER")]
     pub(crate) base: Option<OsString>,
 
+    /// Write an internal snapshot of ACTIVE, by its name or id, instead of what ACTIVE holds now
+    ///
+    /// The disk of NEW is as large as it was when the snapshot was taken. What the snapshot does not hold comes from the
+    /// layers below ACTIVE, as they are now.
+    #[arg(long, value_name = "NAME|ID")]
+    pub(crate) snapshot: Option<OsString>,
+
     /// Write zeros that lie among the data, too; without it, aligned runs of 4 KiB and more are left out
     #[arg(long)]
     pub(crate) keep_zeros: bool,

@@ -22,6 +22,7 @@ use crate::signals::Stop;
 pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
     let options = FlattenOptions {
         open: open::options(&args.open),
+        snapshot: args.snapshot.clone(),
         output: args.output.clone(),
         to: args.to.into(),
         base: args.base.clone(),
@@ -67,9 +68,11 @@ fn human(plan: &FlattenPlan, report: &FlattenReport) -> String {
         (Some(_), Some(name)) => format!("; its backing file is {}", shown(name)),
         _ => String::new(),
     };
+    let of = plan.snapshot.as_ref().map(|name| format!(" from the snapshot {}", shown(name)));
     format!(
-        "wrote {} ({}, {}{below}): {} copied in {}",
+        "wrote {}{} ({}, {}{below}): {} copied in {}",
         shown(&plan.output),
+        of.unwrap_or_default(),
         plan.to.name(),
         size::short(plan.virtual_size),
         size::short(report.totals.bytes_to_copy),

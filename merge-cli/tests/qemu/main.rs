@@ -22,6 +22,7 @@ mod differential;
 mod engines;
 mod fates;
 mod faults;
+mod flatten;
 mod formats;
 mod hints;
 mod interrupts;

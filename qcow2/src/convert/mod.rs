@@ -1,112 +1,33 @@
-//! Flattens a chain into one new file.
+//! A chain as one new file.
 //!
-//! A flatten is a merge of all layers into an empty image. The plan is made with an empty image in memory. The
-//! work is done in a file with a temporary name, which gets its final name when everything is durable. No input
-//! is written; all of them are locked for reading.
+//! Flattening is a merge of all layers into an empty image that does not exist yet: planned against one
+//! in memory, carried out in a file with a temporary name, which gets its own name when everything is
+//! durable. No input is touched; all of them are locked for reading.
 
+mod new_image;
+mod plan;
 mod target;
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::time::{Duration, Instant};
-
-use serde::{Serialize, Serializer};
+use std::time::Instant;
 
 use crate::chain::view::View;
 use crate::chain::{Chain, Layer, OpenOptions, new_backing_name};
 use crate::error::{Error, FileOp, Refusal, Result, shown};
 use crate::image::alloc::Allocator;
-use crate::image::create::{CreateOptions, NewImageLayout, dir_of, whole_sectors};
+use crate::image::create::dir_of;
 use crate::image::refcounts::Refcounts;
-use crate::image::{Image, ImageFormat, Qcow2, Raw};
+use crate::image::{Image, ImageFormat, Qcow2};
 use crate::merge::open_whole;
-use crate::serial;
 use crate::storage::{Host, MemFile, Storage};
 use crate::transfer::{Job, Progress, Question, Run, Totals, Writer, Zeros};
+use new_image::{NewImage, new_image};
+pub use plan::{FlattenOptions, FlattenPlan, FlattenReport};
 use target::Temporary;
-
-/// What a caller may ask of a flatten.
-#[derive(Clone, Debug)]
-pub struct FlattenOptions {
-    /// How the chain is opened: policy and formats. The flatten sets access and locks itself.
-    pub open: OpenOptions,
-    /// The new file. It must not exist.
-    pub output: PathBuf,
-    /// Its format.
-    pub to: ImageFormat,
-    /// Flatten only the layers above this one, given by path or index. The new file gets it as its backing
-    /// file.
-    pub base: Option<OsString>,
-    /// Write zeros that lie among the data, instead of leaving holes for runs of 4 KiB or more.
-    pub keep_zeros: bool,
-}
-
-/// What a flatten will do.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct FlattenPlan {
-    /// The chain's active image.
-    #[serde(serialize_with = "serial::name")]
-    pub active: PathBuf,
-    /// The new file.
-    #[serde(serialize_with = "serial::name")]
-    pub output: PathBuf,
-    /// Its format.
-    #[serde(rename = "format")]
-    pub to: ImageFormat,
-    /// The layer that becomes its backing file.
-    #[serde(serialize_with = "serial::some_name")]
-    pub base: Option<PathBuf>,
-    /// The backing name that is written into it.
-    #[serde(rename = "backing-filename", serialize_with = "serial::some_name")]
-    pub backing_name: Option<OsString>,
-    /// The size of its disk in bytes.
-    pub virtual_size: u64,
-    /// What is copied and taken.
-    #[serde(flatten, serialize_with = "moved")]
-    pub totals: Totals,
-    /// The most bytes that the new file will take on the disk. (A raw file is as long as its disk, but with
-    /// holes.)
-    pub file_size_after: u64,
-    /// Whether the file system does not say how much is free.
-    #[serde(rename = "room-unknown")]
-    pub is_room_unknown: bool,
-}
-
-/// The result of a flatten.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct FlattenReport {
-    /// What was copied and taken.
-    #[serde(flatten, serialize_with = "moved")]
-    pub totals: Totals,
-    /// The length of the new file in bytes.
-    #[serde(rename = "file-size-after")]
-    pub file_size: u64,
-    /// Bytes that it holds on the disk.
-    #[serde(rename = "actual-size")]
-    pub allocated: u64,
-    /// How long it took.
-    #[serde(rename = "seconds", serialize_with = "serial::seconds")]
-    pub elapsed: Duration,
-}
-
-/// The totals as programs get them, without those that say nothing of their own here: a flatten writes all that
-/// it copies.
-fn moved<S: Serializer>(totals: &Totals, to: S) -> std::result::Result<S::Ok, S::Error> {
-    #[derive(Serialize)]
-    #[serde(rename_all = "kebab-case")]
-    struct Moved {
-        bytes_to_copy: u64,
-        bytes_to_zero: u64,
-        clusters_to_allocate: u64,
-    }
-    let Totals { bytes_to_copy, bytes_to_zero, clusters_to_allocate, .. } = *totals;
-    Moved { bytes_to_copy, bytes_to_zero, clusters_to_allocate }.serialize(to)
-}
 
 /// A flatten that is ready to be carried out: its chain is open and locked for reading.
 #[derive(Debug)]
@@ -120,19 +41,12 @@ pub struct Flatten {
     plan: FlattenPlan,
 }
 
-/// The kind of file that is made.
-#[derive(Clone, Debug)]
-enum NewImage {
-    Raw { size: u64 },
-    Qcow2(CreateOptions),
-}
-
 impl Flatten {
     /// Opens, locks and plans; nothing is written.
     ///
     /// # Errors
     /// What [`Chain::open`] reports; [`Error::Usage`] for a base that is not below the active image, or
-    /// with a raw output; [`Error::Refused`] if the output exists or has no room for its backing name;
+    /// with a raw output, and for a snapshot that there is not; [`Error::Refused`] if the output exists or has no room for its backing name;
     /// [`Error::NoSpace`]; [`Error::Cancelled`].
     pub fn prepare(
         host: Arc<dyn Host>,
@@ -144,7 +58,10 @@ impl Flatten {
         target::refuse_existing(&*host, output)?;
         let open =
             OpenOptions { lock: true, access: Default::default(), as_qemu: true, ..options.open.clone() };
-        let chain = open_whole(&*host, active, &open, None)?;
+        let mut chain = open_whole(&*host, active, &open, None)?;
+        if let Some(name) = &options.snapshot {
+            show_snapshot(&mut chain, name)?;
+        }
         let below = match &options.base {
             Some(name) => below(&*host, &chain, name, options.to)?,
             None => 0,
@@ -156,6 +73,7 @@ impl Flatten {
         let new = new_image(&chain, options, backing.as_ref().map(|(_, backing)| backing.clone()))?;
         let mut plan = FlattenPlan {
             active: active.to_owned(),
+            snapshot: options.snapshot.clone(),
             output: output.clone(),
             to: options.to,
             base: backing.as_ref().map(|(base, _)| base.path.clone()),
@@ -167,7 +85,7 @@ impl Flatten {
         };
         let empty = new.write(output, Arc::new(MemFile::new()), 0)?;
         plan.virtual_size = empty.virtual_size();
-        // The plan does not read the data to find zeros in it, so its figures are upper bounds.
+        // Reading all data is for whoever writes the file: what is planned is the most that it takes.
         let zeros = if options.keep_zeros { Zeros::Mapped } else { Zeros::Holes };
         plan.totals = with_job(&chain, below, &empty, zeros, |job| job.plan(cancel))?;
         plan.file_size_after = new.file_size(output, &plan.totals)?;
@@ -187,8 +105,8 @@ impl Flatten {
         &self.plan
     }
 
-    /// The layers whose files were cut short: their tables place clusters behind the end of the file, which
-    /// read as zeros, as in QEMU.
+    /// The layers of which something that their tables place behind the end of the file is read as zeros, as QEMU reads
+    /// it: files that were cut short.
     pub fn cut_short(&self) -> Vec<PathBuf> {
         let cut = self
             .chain
@@ -206,8 +124,8 @@ impl Flatten {
     /// Carries the plan out. When it returns, the new file and its name are durable.
     ///
     /// # Errors
-    /// An I/O error; [`Error::Refused`] if the output exists by now; [`Error::Cancelled`]. After an error no
-    /// file stays behind, unless the process is killed.
+    /// An I/O error; [`Error::Refused`] if the output exists by now; [`Error::Cancelled`]. No file is left
+    /// behind then, unless the process is killed.
     pub fn execute(self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<FlattenReport> {
         let start = Instant::now();
         let output = &self.plan.output;
@@ -235,7 +153,7 @@ impl Flatten {
 }
 
 impl Flatten {
-    /// The files whose content goes into the new file, the active image first.
+    /// The files whose content goes into the new one, the active image first.
     fn inputs(&self) -> Vec<&dyn Storage> {
         let layers = self.chain.layers().iter().skip(self.below).rev();
         let files = layers.flat_map(|layer| [layer.image.file(), layer.image.data_file()]);
@@ -243,7 +161,19 @@ impl Flatten {
     }
 }
 
-/// How many layers stay below the new file, if the layer `name` becomes its backing file.
+/// Has the active image show what its internal snapshot holds.
+fn show_snapshot(chain: &mut Chain, name: &OsStr) -> Result<()> {
+    match chain.image_at(chain.active())? {
+        Image::Qcow2(image) => image.show_snapshot(name.as_bytes()),
+        other => Err(Error::Usage(format!(
+            "{}: a {} image has no internal snapshots",
+            shown(other.path()),
+            other.format().name()
+        ))),
+    }
+}
+
+/// How many layers stay below the new file if the layer that `name` means becomes its backing file.
 fn below(host: &dyn Host, chain: &Chain, name: &OsStr, to: ImageFormat) -> Result<usize> {
     if to == ImageFormat::Raw {
         return Err(Error::Usage("a raw file has no backing file: a base needs qcow2".to_owned()));
@@ -265,54 +195,7 @@ fn backing_of(host: &dyn Host, base: &Layer, output: &Path) -> Result<(Vec<u8>, 
     Ok((name, base.image.format().name().to_owned()))
 }
 
-/// The kind of the new image. It takes cluster size and subclusters from the active image.
-fn new_image(
-    chain: &Chain,
-    options: &FlattenOptions,
-    backing: Option<(Vec<u8>, String)>,
-) -> Result<NewImage> {
-    let active = chain.layers().get(chain.active()).map(|layer| &layer.image);
-    let size = active.map_or(0, Image::virtual_size);
-    if options.to == ImageFormat::Raw {
-        return Ok(NewImage::Raw { size: whole_sectors(&options.output, size)? });
-    }
-    let mut create = CreateOptions { backing, ..CreateOptions::new(size) };
-    if let Some(qcow2) = active.and_then(Image::as_qcow2) {
-        create.cluster_bits = qcow2.geometry().cluster_bits();
-        create.extended_l2 = qcow2.geometry().extended_l2();
-    }
-    Ok(NewImage::Qcow2(create))
-}
-
-impl NewImage {
-    /// Makes the empty image in `file`, with room for `clusters` clusters.
-    fn write(&self, path: &Path, file: Arc<dyn Storage>, clusters: u64) -> Result<Image> {
-        match self {
-            Self::Raw { size } => {
-                file.set_len(*size).map_err(|e| Error::io(path, FileOp::Grow, Some(*size), e))?;
-                Ok(Image::Raw(Raw::open(path, file)?))
-            }
-            Self::Qcow2(options) => {
-                NewImageLayout::of(path, options, clusters)?.write(path, &*file)?;
-                Image::open(path, file, ImageFormat::Qcow2, None)
-            }
-        }
-    }
-
-    /// The most bytes that the file takes on the disk.
-    fn file_size(&self, path: &Path, totals: &Totals) -> Result<u64> {
-        match self {
-            Self::Raw { .. } => Ok(totals.hole_bytes),
-            Self::Qcow2(options) => {
-                let clusters = totals.clusters_to_allocate;
-                let data = clusters.saturating_mul(1 << options.cluster_bits);
-                Ok(NewImageLayout::of(path, options, clusters)?.file_size().saturating_add(data))
-            }
-        }
-    }
-}
-
-/// Calls `f` with the job that merges all layers but the first `below` into `new`, the image on top of those.
+/// Calls `f` with the merge of the layers above the first `below` into `new`, which lies on those.
 fn with_job<T>(
     chain: &Chain,
     below: usize,

@@ -11,7 +11,7 @@ use super::*;
 use crate::chain::{Policy, digest};
 use crate::check::{CheckOptions, Verdict, check};
 use crate::error::ErrorKind;
-use crate::image::{create, create_raw};
+use crate::image::{CreateOptions, create, create_raw};
 use crate::storage::{Access, LockMode, MemHost, OsHost};
 use crate::testing::{Silent, local, random_chain};
 
@@ -25,7 +25,7 @@ fn tool(dir: &Path, tool: &str, args: &[&str]) -> String {
 
 fn options(output: &Path, to: ImageFormat, base: Option<&str>) -> FlattenOptions {
     let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
-    FlattenOptions { open, output: output.to_owned(), to, base: base.map(Into::into), keep_zeros: false }
+    FlattenOptions { base: base.map(Into::into), ..FlattenOptions::new(open, output.to_owned(), to) }
 }
 
 fn flatten(active: &Path, options: &FlattenOptions) -> Result<(FlattenPlan, FlattenReport)> {

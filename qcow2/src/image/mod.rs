@@ -22,6 +22,7 @@ mod raw;
 mod read;
 pub(crate) mod refcounts;
 pub(crate) mod rewrite;
+mod snapshot;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, FileOp, Result};
-use crate::format::{Cluster0, FormatError, Geometry, Header, L1Entry, parts, read_be_u64s};
+use crate::format::{Cluster0, FormatError, Geometry, Header, L1Entry, Snapshot, parts, read_be_u64s};
 use crate::storage::{FileView, Storage, first_unreadable};
 use crate::units::HostOffset;
 
@@ -268,6 +268,13 @@ impl Qcow2 {
         cluster0.validate().map_err(|e| Error::format(&self.path, e))?;
         self.cluster0 = cluster0;
         Ok(())
+    }
+
+    /// Goes on with the L1 table and the size of an internal snapshot, which the caller has judged.
+    pub(super) fn show_tables_of(&mut self, snapshot: &Snapshot) {
+        let header = &mut self.cluster0.header;
+        (header.l1_offset, header.l1_entries) = (snapshot.l1_offset, snapshot.l1_entries);
+        header.size = snapshot.disk_size.unwrap_or(header.size);
     }
 
     /// Whether an offset lies inside the image file. A program that writes to the image makes the file longer before a

@@ -169,8 +169,7 @@ fn flatten(scenario: &Scenario, _: u64) -> Outcome {
     let active = scenario.path(scenario.active());
     let output = Path::new("/vm/flat");
     for to in [ImageFormat::Raw, ImageFormat::Qcow2] {
-        let flat =
-            FlattenOptions { open: options(), output: output.to_owned(), to, base: None, keep_zeros: false };
+        let flat = FlattenOptions::new(options(), output.to_owned(), to);
         let call = |disk: &SimHost| {
             let cancel = AtomicBool::new(false);
             let host: Arc<dyn Host> = Arc::new(disk.clone());

@@ -90,7 +90,7 @@ fn overlay(
 
 fn flatten(active: &str, output: &str, to: ImageFormat, cancel: &AtomicBool) -> Result<()> {
     let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
-    let options = FlattenOptions { open, output: output.into(), to, base: None, keep_zeros: false };
+    let options = FlattenOptions::new(open, output.into(), to);
     Flatten::prepare(Arc::new(OsHost), Path::new(active), &options, cancel)?
         .execute(&Silent, cancel)
         .map(drop)

@@ -1,0 +1,102 @@
+//! What may be asked of a flatten, what it will do, and how it came out.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Serialize, Serializer};
+
+use crate::chain::OpenOptions;
+use crate::image::ImageFormat;
+use crate::serial;
+use crate::transfer::Totals;
+
+/// What a caller may ask of a flatten.
+#[derive(Clone, Debug)]
+pub struct FlattenOptions {
+    /// How the chain is opened: policy and formats. Access and locks are the flatten's own matter.
+    pub open: OpenOptions,
+    /// An internal snapshot of the active image, by its id or its name, in the place of what the image holds now. Its
+    /// disk is as large as it was when the snapshot was taken; what it does not hold comes from the layers below.
+    pub snapshot: Option<OsString>,
+    /// The new file. It must not exist.
+    pub output: PathBuf,
+    /// Its format.
+    pub to: ImageFormat,
+    /// Only the layers above this one, by path or index; the new file gets it as its backing file.
+    pub base: Option<OsString>,
+    /// Write zeros that lie among the data, instead of leaving them out where 4 KiB or more are together.
+    pub keep_zeros: bool,
+}
+
+impl FlattenOptions {
+    /// The whole chain, as its active image shows it, becomes `output`.
+    pub fn new(open: OpenOptions, output: PathBuf, to: ImageFormat) -> Self {
+        Self { open, snapshot: None, output, to, base: None, keep_zeros: false }
+    }
+}
+
+/// What a flatten will do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FlattenPlan {
+    /// The chain's active image.
+    #[serde(serialize_with = "serial::name")]
+    pub active: PathBuf,
+    /// Its internal snapshot that is written, as it was asked for.
+    #[serde(serialize_with = "serial::some_name")]
+    pub snapshot: Option<OsString>,
+    /// The new file.
+    #[serde(serialize_with = "serial::name")]
+    pub output: PathBuf,
+    /// Its format.
+    #[serde(rename = "format")]
+    pub to: ImageFormat,
+    /// The layer that becomes its backing file.
+    #[serde(serialize_with = "serial::some_name")]
+    pub base: Option<PathBuf>,
+    /// The backing name that is written into it.
+    #[serde(rename = "backing-filename", serialize_with = "serial::some_name")]
+    pub backing_name: Option<OsString>,
+    /// The size of its disk in bytes.
+    pub virtual_size: u64,
+    /// What is copied and taken.
+    #[serde(flatten, serialize_with = "moved")]
+    pub totals: Totals,
+    /// The most bytes that it will take on the disk. (A raw file is as long as its disk, with holes.)
+    pub file_size_after: u64,
+    /// Whether the file system does not say how much is free.
+    #[serde(rename = "room-unknown")]
+    pub is_room_unknown: bool,
+}
+
+/// How a flatten came out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FlattenReport {
+    /// What was copied and taken.
+    #[serde(flatten, serialize_with = "moved")]
+    pub totals: Totals,
+    /// The length of the new file in bytes.
+    #[serde(rename = "file-size-after")]
+    pub file_size: u64,
+    /// Bytes that it holds on the disk.
+    #[serde(rename = "actual-size")]
+    pub allocated: u64,
+    /// How long it took.
+    #[serde(rename = "seconds", serialize_with = "serial::seconds")]
+    pub elapsed: Duration,
+}
+
+/// What programs are told of the bytes: all that is copied is written.
+fn moved<S: Serializer>(totals: &Totals, to: S) -> std::result::Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Moved {
+        bytes_to_copy: u64,
+        bytes_to_zero: u64,
+        clusters_to_allocate: u64,
+    }
+    let Totals { bytes_to_copy, bytes_to_zero, clusters_to_allocate, .. } = *totals;
+    Moved { bytes_to_copy, bytes_to_zero, clusters_to_allocate }.serialize(to)
+}
