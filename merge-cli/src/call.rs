@@ -104,6 +104,7 @@ impl Call {
             VerbName::Check | VerbName::Restore => Task::Check,
             VerbName::Commit => Task::Commit,
             VerbName::Pull => Task::Pull,
+            VerbName::Flatten if self.words.iter().any(|word| word == "--salvage") => Task::Salvage,
             VerbName::Flatten => Task::Flatten,
             _ => Task::Other,
         };

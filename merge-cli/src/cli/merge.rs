@@ -163,6 +163,13 @@ pub(crate) struct FlattenArgs {
     #[arg(long)]
     pub(crate) keep_zeros: bool,
 
+    /// Write whatever can be read, with zeros in the place of what cannot, and name those ranges; exits 9 then
+    ///
+    /// Unreadable are what bad sectors hold, what damaged tables do not tell, and damaged compressed clusters. Headers,
+    /// and the backing files that they name, must be whole.
+    #[arg(long)]
+    pub(crate) salvage: bool,
+
     #[command(flatten)]
     pub(crate) open: ChainArgs,
 }

@@ -13,6 +13,7 @@ use crate::cli::FlattenArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Console;
+use crate::output::human::plural;
 use crate::output::json::{merged, paths, value};
 use crate::output::progress::Meter;
 use crate::output::size;
@@ -27,6 +28,7 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
         to: args.to.into(),
         base: args.base.clone(),
         keep_zeros: args.keep_zeros,
+        salvage: args.salvage,
     };
     let stop = Stop::on_signals(call)?;
     let meter = Meter::new(console, "writing");
@@ -60,7 +62,29 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
     fields["cut-short"] = paths(&cut_short);
     console.event("result", fields)?;
     console.result(&human(&plan, &report))?;
-    Ok(Exit::DONE)
+    if report.lost.is_empty() {
+        return Ok(Exit::DONE);
+    }
+    console.warn(&lost(&report));
+    Ok(Exit::DAMAGED)
+}
+
+/// How many lost ranges are named to people.
+const NAMED: usize = 20;
+
+/// What could not be read and is zeros now.
+fn lost(report: &FlattenReport) -> String {
+    let bytes: u64 = report.lost.iter().map(|range| range.len).sum();
+    let least = if report.lists_all_lost { "" } else { "at least " };
+    let mut lines =
+        vec![format!("warning: {least}{} could not be read; zeros are in their place:", size::exact(bytes))];
+    let named = report.lost.iter().take(NAMED);
+    lines.extend(named.map(|range| format!("  {} at guest offset {}", size::exact(range.len), range.start)));
+    let more = report.lost.len().saturating_sub(NAMED);
+    if more > 0 {
+        lines.push(format!("  and {} more, which --json lists", plural(more as u64, "range", "ranges")));
+    }
+    lines.join("\n")
 }
 
 fn human(plan: &FlattenPlan, report: &FlattenReport) -> String {

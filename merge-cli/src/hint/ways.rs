@@ -83,6 +83,7 @@ fn allowed(allow: &Allow, call: &Call) -> (HintKind, Command) {
                 [name.as_os_str(), "=".as_ref(), format.name().as_ref()].into_iter().collect();
             (HintKind::BackingFormat, call.again().option("--backing-format", value))
         }
+        Allow::DataLoss => (HintKind::Salvage, with("--salvage")),
         Allow::NoLocks => (HintKind::NoLock, with("--no-lock")),
         Allow::Restart => (HintKind::Restart, with("--restart")),
         Allow::Copy => (HintKind::AllowCopy, with("--allow-copy")),
@@ -136,6 +137,7 @@ fn words(why: &Why) -> String {
         Why::SaveReadable => "or save what can be read",
         Why::NewFile => "or make a new file",
         Why::ShownByChain => "what the chain shows, as a new file",
+        Why::ZerosForTheRest => "to save what can be read, with zeros for the rest",
         Why::GiveMergeUp => "to give the merge up",
         Why::GiveUp => "to give it up",
         Why::OrGiveUp => "or give the merge up",

@@ -1,8 +1,9 @@
-//! What `qmerge flatten` takes and gives beside the whole chain: internal snapshots, judged by QEMU.
+//! What `qmerge flatten` takes and gives beside the whole chain: internal snapshots, and what can be read of damaged images,
+//! judged by QEMU.
 
 use kit::qemu_is_here;
 
-use crate::support::lab;
+use crate::support::{Patch, lab};
 
 const M: u64 = 1 << 20;
 
@@ -84,4 +85,58 @@ fn a_snapshot_that_there_is_not_is_named_with_those_that_there_are() {
     folder
         .refused(&["flatten", "vm.raw", "--snapshot", "s", "-o", "new"], &[2])
         .says("no internal snapshots");
+}
+
+#[test]
+fn what_is_damaged_becomes_zeros_and_is_named() {
+    if !qemu_is_here() {
+        return;
+    }
+    let k = 1 << 10;
+    for kind in ["zlib", "zstd"] {
+        let folder = lab("salvage");
+        folder.raw("base.raw", 4 * M, 4 * M, 1);
+        folder.overlay("vm.qcow2", "base.raw", "raw", None, &format!("compression_type={kind}"));
+        folder.io("qcow2", "vm.qcow2", &["write -P 2 0 1M", "write -c -P 3 1M 64k", "write -c -P 4 2M 64k"]);
+        folder.overlay("top.qcow2", "vm.qcow2", "qcow2", None, "");
+        folder.io("qcow2", "top.qcow2", &["write -P 5 128k 64k"]);
+        let before = folder.view("qcow2", "top.qcow2");
+        let vm = Patch::of(&folder, "vm.qcow2");
+        // An entry that is no entry, seen and hidden; a stream that is none, and one behind the end of the file.
+        vm.set_u64(vm.l2_entry(64 * k), 0x8000_0000_0000_0200);
+        vm.set_u64(vm.l2_entry(128 * k), 0x8000_0000_0000_0200);
+        vm.write(vm.u64(vm.l2_entry(M)) & ((1 << 54) - 1), &[0xff; 64]);
+        vm.set_u64(vm.l2_entry(2 * M), vm.u64(vm.l2_entry(2 * M)) & !((1 << 54) - 1) | 1 << 40);
+        let lost = [(64 * k, 64 * k), (M, 64 * k), (2 * M, 64 * k)];
+        let files = folder.files();
+        let plain = ["flatten", "top.qcow2", "-o", "new", "--to", "raw"];
+        folder.refused(&plain, &[9]).says("--salvage");
+        for extra in [&["--json"][..], &["--json", "--keep-zeros"], &[]] {
+            let args = [&plain[..], &["--salvage"], extra].concat();
+            let run = folder.qmerge(&args).expect(9);
+            if extra.is_empty() {
+                run.says("192 KiB (196608 bytes) could not be read").says("at guest offset 0x100000");
+            } else {
+                let result = run.json_lines().pop().unwrap();
+                let told = result["lost"].as_array().unwrap().iter();
+                let told: Vec<_> = told
+                    .map(|range| (range["start"].as_u64().unwrap(), range["length"].as_u64().unwrap()))
+                    .collect();
+                assert_eq!(told, lost);
+            }
+            let after = folder.view("raw", "new");
+            let mut at = 0;
+            for (start, len) in lost {
+                after.assert_same_range(&before, at, start, "what can be read");
+                after.assert_all(start, start + len, 0, "what is lost");
+                at = start + len;
+            }
+            after.assert_same_range(&before, at, 4 * M, "what can be read");
+            std::fs::remove_file(folder.join("new")).unwrap();
+        }
+        let run = folder.qmerge(&["info", "top.qcow2"]);
+        folder.assert_unchanged(&files, &run);
+        // A sound image is salvaged like any other.
+        folder.qmerge(&["flatten", "base.raw", "-f", "raw", "-o", "new", "--salvage"]).ok();
+    }
 }

@@ -33,6 +33,8 @@ enum Here {
     Succeeds,
     /// It answers, as `check` does with its codes, or fails until something is put right, and changes nothing.
     ChangesNothing,
+    /// It saves what can be read, and says with 9 that it is not all.
+    Salvages,
 }
 
 fn json(folder: &Lab, args: &[&str]) -> Run {
@@ -41,7 +43,7 @@ fn json(folder: &Lab, args: &[&str]) -> Run {
 
 /// A new kind of hint does not compile without a line here.
 fn provoke(kind: HintKind, chain: &Article) -> Tried {
-    use Here::{ChangesNothing, Succeeds};
+    use Here::{ChangesNothing, Salvages, Succeeds};
     let folder = &chain.folder;
     let commit = |more: &[&str]| json(folder, &[&["commit", "c.qcow2"], more].concat());
     let shared = || {
@@ -70,6 +72,11 @@ fn provoke(kind: HintKind, chain: &Article) -> Tried {
             let patch = Patch::of(folder, "c.qcow2");
             patch.set_u64(patch.l1_offset(), 0x200);
             Tried::Here(json(folder, &["flatten", "c.qcow2", "-o", "new.qcow2"]), ChangesNothing)
+        }
+        HintKind::Salvage => {
+            let patch = Patch::of(folder, "c.qcow2");
+            patch.set_u64(patch.l1_offset(), 0x200);
+            Tried::Here(json(folder, &["flatten", "c.qcow2", "-o", "new.qcow2"]), Salvages)
         }
         HintKind::Repair => {
             Patch::of(folder, "base.qcow2").set_bits(72, 2);
@@ -191,9 +198,10 @@ fn every_kind_of_hint_does_what_it_says_when_it_is_typed() {
         if kind != HintKind::Help {
             typed.assert_harmless(&run);
         }
-        assert!(here == Here::ChangesNothing || typed.code == 0, "{}: {typed:?}\nafter:\n{run}", kind.name());
+        assert!(here != Here::Succeeds || typed.code == 0, "{}: {typed:?}\nafter:\n{run}", kind.name());
+        assert!(here != Here::Salvages || typed.code == 9 && !typed.changed.is_empty(), "{typed:?}");
         assert!(
-            here == Here::Succeeds || typed.changed.is_empty(),
+            here != Here::ChangesNothing || typed.changed.is_empty(),
             "{}: {typed:?}\nafter:\n{run}",
             kind.name()
         );

@@ -36,6 +36,8 @@ pub struct OpenOptions {
     pub no_locks: bool,
     /// Whether images that are cut short are read as QEMU does (`Qcow2::read_as_qemu`).
     pub as_qemu: bool,
+    /// Whether everything is to be read that can be, of images that are damaged. What is lost reads as zeros.
+    pub salvage: bool,
 }
 
 impl Chain {
@@ -172,6 +174,9 @@ impl Opener<'_> {
             qcow2.own_data_file(data_file.as_ref().is_some_and(|data| data.kept.is_none()));
             if self.options.as_qemu {
                 qcow2.read_as_qemu();
+            }
+            if self.options.salvage {
+                qcow2.salvage();
             }
             // This check comes before anything follows the tables: time and memory of a merge grow with their
             // number.

@@ -1,9 +1,10 @@
-//! A chain as one new file.
+//! Flattens a chain into one new file.
 //!
-//! Flattening is a merge of all layers into an empty image that does not exist yet: planned against one
-//! in memory, carried out in a file with a temporary name, which gets its own name when everything is
-//! durable. No input is touched; all of them are locked for reading.
+//! A flatten is a merge of all layers into an empty image. The plan is made with an empty image in memory. The
+//! work is done in a file with a temporary name, which gets its final name when everything is durable. No input
+//! is written; all of them are locked for reading.
 
+mod lost;
 mod new_image;
 mod plan;
 mod target;
@@ -21,7 +22,7 @@ use crate::error::{Error, FileOp, Refusal, Result, shown};
 use crate::image::alloc::Allocator;
 use crate::image::create::dir_of;
 use crate::image::refcounts::Refcounts;
-use crate::image::{Image, ImageFormat, Qcow2};
+use crate::image::{Image, ImageFormat, Lost, Qcow2};
 use crate::merge::open_whole;
 use crate::storage::{Host, MemFile, Storage};
 use crate::transfer::{Job, Progress, Question, Run, Totals, Writer, Zeros};
@@ -38,6 +39,7 @@ pub struct Flatten {
     below: usize,
     new: NewImage,
     keep_zeros: bool,
+    salvage: bool,
     plan: FlattenPlan,
 }
 
@@ -56,8 +58,13 @@ impl Flatten {
     ) -> Result<Self> {
         let output = &options.output;
         target::refuse_existing(&*host, output)?;
-        let open =
-            OpenOptions { lock: true, access: Default::default(), as_qemu: true, ..options.open.clone() };
+        let open = OpenOptions {
+            lock: true,
+            access: Default::default(),
+            as_qemu: true,
+            salvage: options.salvage,
+            ..options.open.clone()
+        };
         let mut chain = open_whole(&*host, active, &open, None)?;
         if let Some(name) = &options.snapshot {
             show_snapshot(&mut chain, name)?;
@@ -85,9 +92,9 @@ impl Flatten {
         };
         let empty = new.write(output, Arc::new(MemFile::new()), 0)?;
         plan.virtual_size = empty.virtual_size();
-        // Reading all data is for whoever writes the file: what is planned is the most that it takes.
+        // The plan does not read the data to find zeros in it, so its figures are upper bounds.
         let zeros = if options.keep_zeros { Zeros::Mapped } else { Zeros::Holes };
-        plan.totals = with_job(&chain, below, &empty, zeros, |job| job.plan(cancel))?;
+        plan.totals = with_job(&chain, below, &empty, (zeros, None), |job| job.plan(cancel))?;
         plan.file_size_after = new.file_size(output, &plan.totals)?;
         let dir = dir_of(output);
         match host.free_space(dir).map_err(|e| Error::io(dir, FileOp::Stat, None, e))? {
@@ -97,7 +104,8 @@ impl Flatten {
             }
             available => plan.is_room_unknown = available.is_none(),
         }
-        Ok(Self { host, chain, below, new, keep_zeros: options.keep_zeros, plan })
+        let (keep_zeros, salvage) = (options.keep_zeros, options.salvage);
+        Ok(Self { host, chain, below, new, keep_zeros, salvage, plan })
     }
 
     /// What will be done.
@@ -105,8 +113,8 @@ impl Flatten {
         &self.plan
     }
 
-    /// The layers of which something that their tables place behind the end of the file is read as zeros, as QEMU reads
-    /// it: files that were cut short.
+    /// The layers whose files were cut short: their tables place clusters behind the end of the file, which
+    /// read as zeros, as in QEMU.
     pub fn cut_short(&self) -> Vec<PathBuf> {
         let cut = self
             .chain
@@ -124,8 +132,8 @@ impl Flatten {
     /// Carries the plan out. When it returns, the new file and its name are durable.
     ///
     /// # Errors
-    /// An I/O error; [`Error::Refused`] if the output exists by now; [`Error::Cancelled`]. No file is left
-    /// behind then, unless the process is killed.
+    /// An I/O error; [`Error::Refused`] if the output exists by now; [`Error::Cancelled`]. After an error no
+    /// file stays behind, unless the process is killed.
     pub fn execute(self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<FlattenReport> {
         let start = Instant::now();
         let output = &self.plan.output;
@@ -136,7 +144,9 @@ impl Flatten {
         let done = AtomicU64::new(0);
         let run = Run { progress, total: planned.bytes_to_write, done, cancel, journal: None };
         let zeros = if self.keep_zeros { Zeros::Mapped } else { Zeros::Read };
-        let totals = with_job(&self.chain, self.below, &image, zeros, |job| match &image {
+        let lost = self.salvage.then(Lost::default);
+        let how = (zeros, lost.as_ref());
+        let totals = with_job(&self.chain, self.below, &image, how, |job| match &image {
             Image::Raw(_) => job.run(None, &run),
             Image::Foreign(foreign) => Err(foreign.refuse()),
             Image::Qcow2(image) => {
@@ -147,13 +157,24 @@ impl Flatten {
         })?;
         file.sync().map_err(|e| Error::barrier(output, e))?;
         let stat = file.stat().map_err(|e| Error::io(output, FileOp::Stat, None, e))?;
+        let (lost, lists_all_lost) = match &lost {
+            Some(lost) => lost::seen(lost, &self.chain, self.below)?,
+            None => (Vec::new(), true),
+        };
         temporary.give_name(output, &self.inputs())?;
-        Ok(FlattenReport { totals, file_size: stat.len, allocated: stat.allocated, elapsed: start.elapsed() })
+        Ok(FlattenReport {
+            totals,
+            file_size: stat.len,
+            allocated: stat.allocated,
+            elapsed: start.elapsed(),
+            lost,
+            lists_all_lost,
+        })
     }
 }
 
 impl Flatten {
-    /// The files whose content goes into the new one, the active image first.
+    /// The files whose content goes into the new file, the active image first.
     fn inputs(&self) -> Vec<&dyn Storage> {
         let layers = self.chain.layers().iter().skip(self.below).rev();
         let files = layers.flat_map(|layer| [layer.image.file(), layer.image.data_file()]);
@@ -173,7 +194,7 @@ fn show_snapshot(chain: &mut Chain, name: &OsStr) -> Result<()> {
     }
 }
 
-/// How many layers stay below the new file if the layer that `name` means becomes its backing file.
+/// How many layers stay below the new file, if the layer `name` becomes its backing file.
 fn below(host: &dyn Host, chain: &Chain, name: &OsStr, to: ImageFormat) -> Result<usize> {
     if to == ImageFormat::Raw {
         return Err(Error::Usage("a raw file has no backing file: a base needs qcow2".to_owned()));
@@ -195,12 +216,12 @@ fn backing_of(host: &dyn Host, base: &Layer, output: &Path) -> Result<(Vec<u8>, 
     Ok((name, base.image.format().name().to_owned()))
 }
 
-/// Calls `f` with the merge of the layers above the first `below` into `new`, which lies on those.
+/// Calls `f` with the job that merges all layers but the first `below` into `new`, the image on top of those.
 fn with_job<T>(
     chain: &Chain,
     below: usize,
     new: &Image,
-    zeros: Zeros,
+    (zeros, lost): (Zeros, Option<&Lost>),
     f: impl FnOnce(&Job<'_>) -> Result<T>,
 ) -> Result<T> {
     let mut layers = chain.images();
@@ -219,7 +240,7 @@ fn with_job<T>(
         limit: u64::MAX,
     };
     let (new_size, from) = (new.virtual_size(), crate::units::GuestOffset::ZERO);
-    f(&Job { layers: &layers, base: below, question, new_size, from, zeros })
+    f(&Job { layers: &layers, base: below, question, new_size, from, zeros, lost })
 }
 
 /// The refusal of an output that exists.
@@ -227,5 +248,7 @@ fn exists(output: &Path) -> Error {
     Error::refused(output, Refusal::Exists)
 }
 
+#[cfg(test)]
+mod salvage_tests;
 #[cfg(test)]
 mod tests;

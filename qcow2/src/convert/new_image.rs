@@ -18,7 +18,7 @@ pub(super) enum NewImage {
     Qcow2(CreateOptions),
 }
 
-/// The new image: of the active image's kind where there is a choice.
+/// The kind of the new image. It takes cluster size and subclusters from the active image.
 pub(super) fn new_image(
     chain: &Chain,
     options: &FlattenOptions,

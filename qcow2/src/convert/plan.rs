@@ -10,11 +10,12 @@ use crate::chain::OpenOptions;
 use crate::image::ImageFormat;
 use crate::serial;
 use crate::transfer::Totals;
+use crate::units::GuestRange;
 
 /// What a caller may ask of a flatten.
 #[derive(Clone, Debug)]
 pub struct FlattenOptions {
-    /// How the chain is opened: policy and formats. Access and locks are the flatten's own matter.
+    /// How the chain is opened: policy and formats. The flatten sets access and locks itself.
     pub open: OpenOptions,
     /// An internal snapshot of the active image, by its id or its name, in the place of what the image holds now. Its
     /// disk is as large as it was when the snapshot was taken; what it does not hold comes from the layers below.
@@ -23,16 +24,20 @@ pub struct FlattenOptions {
     pub output: PathBuf,
     /// Its format.
     pub to: ImageFormat,
-    /// Only the layers above this one, by path or index; the new file gets it as its backing file.
+    /// Flatten only the layers above this one, given by path or index. The new file gets it as its backing
+    /// file.
     pub base: Option<OsString>,
-    /// Write zeros that lie among the data, instead of leaving them out where 4 KiB or more are together.
+    /// Write zeros that lie among the data, instead of leaving holes for runs of 4 KiB or more.
     pub keep_zeros: bool,
+    /// Write whatever can be read: what a damaged table or a bad sector keeps back, and compressed clusters that cannot be
+    /// inflated, become zeros, and are named in the report. All data is read for that before it is copied.
+    pub salvage: bool,
 }
 
 impl FlattenOptions {
     /// The whole chain, as its active image shows it, becomes `output`.
     pub fn new(open: OpenOptions, output: PathBuf, to: ImageFormat) -> Self {
-        Self { open, snapshot: None, output, to, base: None, keep_zeros: false }
+        Self { open, snapshot: None, output, to, base: None, keep_zeros: false, salvage: false }
     }
 }
 
@@ -63,14 +68,15 @@ pub struct FlattenPlan {
     /// What is copied and taken.
     #[serde(flatten, serialize_with = "moved")]
     pub totals: Totals,
-    /// The most bytes that it will take on the disk. (A raw file is as long as its disk, with holes.)
+    /// The most bytes that the new file will take on the disk. (A raw file is as long as its disk, but with
+    /// holes.)
     pub file_size_after: u64,
     /// Whether the file system does not say how much is free.
     #[serde(rename = "room-unknown")]
     pub is_room_unknown: bool,
 }
 
-/// How a flatten came out.
+/// The result of a flatten.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct FlattenReport {
@@ -86,9 +92,25 @@ pub struct FlattenReport {
     /// How long it took.
     #[serde(rename = "seconds", serialize_with = "serial::seconds")]
     pub elapsed: Duration,
+    /// What could not be read and is zeros now, in order, if it was asked to salvage.
+    #[serde(serialize_with = "ranges")]
+    pub lost: Vec<GuestRange>,
+    /// Whether those are all; else there are more of them than are listed.
+    pub lists_all_lost: bool,
 }
 
-/// What programs are told of the bytes: all that is copied is written.
+/// Ranges of the disk, as `map` has them.
+fn ranges<S: Serializer>(list: &[GuestRange], to: S) -> std::result::Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Range {
+        start: u64,
+        length: u64,
+    }
+    to.collect_seq(list.iter().map(|range| Range { start: range.start.get(), length: range.len }))
+}
+
+/// The totals as programs get them, without those that say nothing of their own here: a flatten writes all that
+/// it copies.
 fn moved<S: Serializer>(totals: &Totals, to: S) -> std::result::Result<S::Ok, S::Error> {
     #[derive(Serialize)]
     #[serde(rename_all = "kebab-case")]

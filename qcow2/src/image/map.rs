@@ -32,13 +32,17 @@ impl Qcow2 {
         let range = GuestRange::between(range.start, end);
         let mut pending: Vec<Slice> = Vec::new();
         let mut buf = Vec::new();
-        self.for_each_l1(range, |part, entry| {
+        self.for_each_l1_around(range, |part, entry| {
             match entry {
-                L1Entry::Unallocated => {
+                None => {
+                    self.decode_slices(&mut pending, &mut buf, out)?;
+                    self.lose(part, out);
+                }
+                Some(L1Entry::Unallocated) => {
                     self.decode_slices(&mut pending, &mut buf, out)?;
                     push(out, part.start, part.len, Mapping::Unallocated);
                 }
-                L1Entry::Table { host, .. } => {
+                Some(L1Entry::Table { host, .. }) => {
                     let slice = self.slice(host, part);
                     let joins = pending.last().is_some_and(|last| last.host + last.len == slice.host)
                         && pending.iter().map(|s| s.len).sum::<u64>() + slice.len <= TABLE_READ;
@@ -76,7 +80,13 @@ impl Qcow2 {
             let count = (entries - index).min(most);
             most = (most * 2).min(TABLE_READ / 8);
             buf.resize(count as usize * 8, 0);
-            self.read_table(self.header().l1_offset + index * 8, &mut buf)?;
+            match self.read_table(self.header().l1_offset + index * 8, &mut buf) {
+                // There may be something everywhere.
+                Err(_) if self.lost().is_some() => {
+                    return Ok(Some(GuestOffset::new(index * geometry.l2_coverage()).max(from)));
+                }
+                read => read?,
+            }
             if let Some(n) = read_be_u64s(&buf).position(|raw| raw != 0) {
                 let start = GuestOffset::new((index + n as u64) * geometry.l2_coverage());
                 return Ok(Some(start.max(from)));
@@ -93,6 +103,17 @@ impl Qcow2 {
         range: GuestRange,
         mut f: impl FnMut(GuestRange, L1Entry) -> Result<()>,
     ) -> Result<()> {
+        self.for_each_l1_around(range, |part, entry| {
+            f(part, entry.ok_or(Error::Broken { invariant: "an image that is salvaged is only read" })?)
+        })
+    }
+
+    /// As [`for_each_l1`](Self::for_each_l1), with nothing for entries that are lost where the image is salvaged.
+    fn for_each_l1_around(
+        &self,
+        range: GuestRange,
+        mut f: impl FnMut(GuestRange, Option<L1Entry>) -> Result<()>,
+    ) -> Result<()> {
         let geometry = *self.geometry();
         let coverage = geometry.l2_coverage();
         let mut at = range.start;
@@ -102,33 +123,54 @@ impl Qcow2 {
             let wanted = (range.end().get() - 1) / coverage - first + 1;
             let have = u64::from(self.header().l1_entries).saturating_sub(first);
             if have == 0 {
-                return f(GuestRange::between(at, range.end()), L1Entry::Unallocated);
+                return f(GuestRange::between(at, range.end()), Some(L1Entry::Unallocated));
             }
             let count = wanted.min(have).min(TABLE_READ / 8);
             buf.resize(count as usize * 8, 0);
             let table = self.header().l1_offset + first * 8;
-            self.read_table(table, &mut buf)?;
+            let unreadable = self.read_table_around(table, &mut buf)?;
             for (n, raw) in read_be_u64s(&buf).enumerate() {
                 let host = table + n as u64 * 8;
-                let mut entry = L1Entry::decode(raw, &geometry, host.get()).map_err(|e| Error::Mapping {
-                    path: self.path().to_owned(),
-                    guest: at,
-                    source: e,
-                })?;
-                if let L1Entry::Table { host: table, .. } = entry {
-                    if self.is_read_as_qemu() && !self.is_inside_file(table)? {
-                        self.note_behind_end();
-                        entry = L1Entry::Unallocated;
-                    } else {
-                        self.check_table("L2 table offset in L1 entry", host.get(), table)?;
-                    }
-                }
+                let entry = match unreadable.iter().any(|part| part.contains(&(n * 8))) {
+                    true => None,
+                    false => self.or_lost(self.l1_entry(raw, host, at))?,
+                };
                 let next = GuestOffset::new((first + n as u64 + 1).saturating_mul(coverage));
                 f(GuestRange::between(at, next.min(range.end())), entry)?;
                 at = next;
             }
         }
         Ok(())
+    }
+
+    /// The entry that stands in the L1 table at `host`.
+    fn l1_entry(&self, raw: u64, host: HostOffset, guest: GuestOffset) -> Result<L1Entry> {
+        let entry =
+            L1Entry::decode(raw, self.geometry(), host.get()).map_err(|e| self.mapping_error(guest, e))?;
+        if let L1Entry::Table { host: table, .. } = entry {
+            if self.is_read_as_qemu() && self.lost().is_none() && !self.is_inside_file(table)? {
+                self.note_behind_end();
+                return Ok(L1Entry::Unallocated);
+            }
+            self.check_table("L2 table offset in L1 entry", host.get(), table)?;
+        }
+        Ok(entry)
+    }
+
+    /// Nothing for what is damaged, where the image is salvaged.
+    fn or_lost<T>(&self, found: Result<T>) -> Result<Option<T>> {
+        match found {
+            Err(Error::Mapping { .. } | Error::Format { .. }) if self.lost().is_some() => Ok(None),
+            found => found.map(Some),
+        }
+    }
+
+    /// Notes that a range cannot be mapped, and has it read as zeros.
+    fn lose(&self, range: GuestRange, out: &mut Vec<Extent>) {
+        if let Some(lost) = self.lost() {
+            lost.add(range);
+        }
+        push(out, range.start, range.len, Mapping::Zero { host: None });
     }
 
     /// The slice of an L2 table that covers `part`, which lies inside the table's coverage.
@@ -145,17 +187,41 @@ impl Qcow2 {
         let (Some(first), Some(last)) = (slices.first(), slices.last()) else { return Ok(()) };
         let start = first.host;
         buf.resize(((last.host + last.len) - start) as usize, 0);
-        self.read_table(start, buf)?;
+        let unreadable = self.read_table_around(start, buf)?;
         for slice in slices.drain(..) {
             let from = (slice.host - start) as usize;
             let bytes = &buf[from..from + slice.len as usize];
-            if self.geometry().extended_l2() {
-                self.decode_extended(slice, bytes, out)?;
-            } else {
-                self.decode_standard(slice, bytes, out)?;
+            if unreadable.is_empty() {
+                self.decode(slice, bytes, out)?;
+                continue;
+            }
+            // Entries lie in one page each.
+            let size = self.geometry().l2_entry_size();
+            for (n, bytes) in bytes.chunks(size as usize).enumerate() {
+                let entry = self.entry_of(&slice, n as u64);
+                match unreadable.iter().any(|part| part.contains(&(from + n * size as usize))) {
+                    true => self.lose(entry.guest, out),
+                    false => self.decode(entry, bytes, out)?,
+                }
             }
         }
         Ok(())
+    }
+
+    /// The slice with but one entry of another one.
+    fn entry_of(&self, slice: &Slice, n: u64) -> Slice {
+        let (size, cluster) = (self.geometry().l2_entry_size(), self.geometry().cluster_size());
+        let first = slice.guest.start.align_down(cluster) + n * cluster;
+        let whole = GuestRange { start: first, len: cluster };
+        let guest = whole.intersect(&slice.guest).unwrap_or(GuestRange { start: first, len: 0 });
+        Slice { host: slice.host + n * size, len: size, guest }
+    }
+
+    fn decode(&self, slice: Slice, bytes: &[u8], out: &mut Vec<Extent>) -> Result<()> {
+        match self.geometry().extended_l2() {
+            true => self.decode_extended(slice, bytes, out),
+            false => self.decode_standard(slice, bytes, out),
+        }
     }
 
     fn decode_standard(&self, slice: Slice, bytes: &[u8], out: &mut Vec<Extent>) -> Result<()> {
@@ -164,7 +230,12 @@ impl Qcow2 {
         let mut words = read_be_u64s(bytes).enumerate().peekable();
         while let Some((n, raw)) = words.next() {
             let host = slice.host + n as u64 * 8;
-            let entry = self.decode_entry(raw, 0, host, at)?;
+            let Some(entry) = self.or_lost(self.decode_entry(raw, 0, host, at))? else {
+                let next = (at.align_down(cluster) + cluster).min(slice.guest.end());
+                self.lose(GuestRange::between(at, next), out);
+                at = next;
+                continue;
+            };
             // How the raw entry of the next cluster looks if it goes on as this one.
             let step = match entry {
                 L2Entry::Unallocated | L2Entry::Zero { host: None, .. } => Some(0),
@@ -180,7 +251,7 @@ impl Qcow2 {
                 }
             }
             let next = (at.align_down(cluster) + clusters * cluster).min(slice.guest.end());
-            self.push_entry(entry, GuestRange::between(at, next), host, out)?;
+            self.push_entry_or_lost(entry, GuestRange::between(at, next), host, out)?;
             at = next;
         }
         Ok(())
@@ -192,9 +263,14 @@ impl Qcow2 {
         let mut words = read_be_u64s(bytes);
         let mut host = slice.host;
         while let (Some(first), Some(second)) = (words.next(), words.next()) {
-            let entry = self.decode_entry(first, second, host, at)?;
+            let entry = self.or_lost(self.decode_entry(first, second, host, at))?;
             let next = (at.align_down(cluster) + cluster).min(slice.guest.end());
-            self.push_entry(entry, GuestRange::between(at, next), host, out)?;
+            match entry {
+                Some(entry) => {
+                    self.push_entry_or_lost(entry, GuestRange::between(at, next), host, out)?;
+                }
+                None => self.lose(GuestRange::between(at, next), out),
+            }
             at = next;
             host = host + 16;
         }
@@ -213,6 +289,20 @@ impl Qcow2 {
                 false => Err(self.mapping_error(guest, e)),
             },
         )
+    }
+
+    /// As [`push_entry`](Self::push_entry); an entry that leads nowhere is lost where the image is salvaged.
+    fn push_entry_or_lost(
+        &self,
+        entry: L2Entry,
+        range: GuestRange,
+        at: HostOffset,
+        out: &mut Vec<Extent>,
+    ) -> Result<()> {
+        if self.or_lost(self.push_entry(entry, range, at, out))?.is_none() {
+            self.lose(range, out);
+        }
+        Ok(())
     }
 
     /// Appends what an entry says about `range`, which starts inside its cluster.
@@ -259,7 +349,9 @@ impl Qcow2 {
             self.note_behind_end();
         }
         push(out, range.start, held, Mapping::Data { host });
-        push(out, range.start + held, range.len - held, Mapping::Zero { host: None });
+        if held < range.len {
+            self.lose(GuestRange::between(range.start + held, range.end()), out);
+        }
     }
 
     fn push_mixed(

@@ -13,6 +13,7 @@ mod extent;
 mod foreign;
 pub(crate) mod grow;
 mod inflate;
+mod lost;
 mod map;
 #[cfg(test)]
 mod map_tests;
@@ -44,6 +45,7 @@ pub(crate) use self::extent::push;
 pub use self::extent::{CompressedPart, Extent, Mapping};
 pub use self::foreign::Foreign;
 pub(crate) use self::inflate::Inflater;
+pub(crate) use self::lost::Lost;
 pub use self::qcow2::Qcow2;
 pub use self::raw::Raw;
 pub use self::read::ClusterCache;
@@ -116,7 +118,8 @@ impl ImageFormat {
         };
         let head = read(CONTAINER_HEAD, 0)?;
         let size = file.size().map_err(|e| Error::io(path, FileOp::Size, None, e))?;
-        let tail = match size.checked_sub(CONTAINER_TAIL as u64) {
+        // A qcow2 image is known by its beginning: its last sector may be a bad one.
+        let tail = match size.checked_sub(CONTAINER_TAIL as u64).filter(|_| !is_qcow2(&head)) {
             Some(at) => read(CONTAINER_TAIL, at)?,
             None => Vec::new(),
         };

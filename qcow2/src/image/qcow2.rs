@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use super::Lost;
 use crate::error::{Error, FileOp, Result};
 use crate::format::{Cluster0, FormatError, Geometry, Header, L1Entry, Snapshot, parts, read_be_u64s};
-use crate::storage::{FileView, Storage, first_unreadable};
+use crate::storage::{FileView, Storage, first_unreadable, read_around};
 use crate::units::HostOffset;
 
 /// An opened qcow2 image: its header and its files. Tables are read when they are needed.
@@ -26,6 +27,8 @@ pub struct Qcow2 {
     /// Whether the image is read as QEMU does where it is cut short, and whether that made a difference.
     as_qemu: bool,
     behind_end: AtomicBool,
+    /// What cannot be read, if the rest is to be had nevertheless.
+    lost: Option<Lost>,
     /// The file as memory, once it was asked for; only a locked file gives one.
     view: OnceLock<Option<FileView>>,
 }
@@ -66,6 +69,7 @@ impl Qcow2 {
             data_len: AtomicU64::new(0),
             as_qemu: false,
             behind_end: AtomicBool::new(false),
+            lost: None,
             view: OnceLock::new(),
         };
         image.refresh_lengths()?;
@@ -208,6 +212,15 @@ impl Qcow2 {
         })
     }
 
+    /// As [`read_table`](Self::read_table); where the image is salvaged, gives the parts that cannot be read, which are zeros
+    /// then.
+    pub(super) fn read_table_around(&self, host: HostOffset, buf: &mut [u8]) -> Result<Vec<Range<usize>>> {
+        match self.read_table(host, buf) {
+            Err(_) if self.lost.is_some() => Ok(read_around(&*self.file, buf, host.get())),
+            read => read.map(|()| Vec::new()),
+        }
+    }
+
     /// Writes a part of the image file's metadata, in use or not.
     pub(crate) fn write(&self, host: HostOffset, bytes: &[u8]) -> Result<()> {
         self.file
@@ -300,6 +313,17 @@ impl Qcow2 {
         self.as_qemu = true;
     }
 
+    /// Has everything be mapped that can be: what a table does not tell, because it cannot be read or is damaged, reads as
+    /// zeros and is noted in [`lost`](Self::lost). So is what lies behind the end of the file.
+    pub(crate) fn salvage(&mut self) {
+        self.lost = Some(Lost::default());
+    }
+
+    /// What could not be mapped so far, whoever sees it; only with [`salvage`](Self::salvage).
+    pub(crate) fn lost(&self) -> Option<&Lost> {
+        self.lost.as_ref()
+    }
+
     /// Whether the image is read as QEMU does where it is cut short.
     pub(super) fn is_read_as_qemu(&self) -> bool {
         self.as_qemu
@@ -332,12 +356,12 @@ impl Qcow2 {
         let piece = 1 << 16;
         for first in (0..entries).step_by(piece) {
             buf.resize((entries - first).min(piece as u64) as usize * 8, 0);
-            self.read_table(start + first * 8, &mut buf)?;
+            self.read_table_around(start + first * 8, &mut buf)?;
             let counts = |raw: &u64| match L1Entry::decode(*raw, &self.geometry, 0) {
                 Ok(L1Entry::Table { host, .. }) if self.as_qemu => host.get() < self.file_len(),
                 Ok(L1Entry::Table { .. }) => true,
                 Ok(L1Entry::Unallocated) => false,
-                Err(_) => *raw != 0,
+                Err(_) => *raw != 0 && self.lost.is_none(),
             };
             tables += read_be_u64s(&buf).filter(counts).count() as u64;
         }

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
@@ -58,6 +59,28 @@ pub(crate) fn first_unreadable(file: &dyn Storage, offset: u64, len: u64) -> u64
         at = next;
     }
     offset
+}
+
+/// Reads what can be read of a range, where reading it as a whole has failed, page by page. Gives the parts of `buf` that
+/// could not be, which are zeros then; what lies behind the end of the file is zeros, too.
+pub(crate) fn read_around(file: &dyn Storage, buf: &mut [u8], offset: u64) -> Vec<Range<usize>> {
+    const PAGE: u64 = 4096;
+    let mut unreadable: Vec<Range<usize>> = Vec::new();
+    let mut at = 0;
+    while at < buf.len() {
+        let len = PAGE - (offset + at as u64) % PAGE;
+        let next = (at + len as usize).min(buf.len());
+        let page = buf.get_mut(at..next).unwrap_or_default();
+        if file.read_exact_or_zero(page, offset + at as u64).is_err() {
+            page.fill(0);
+            match unreadable.last_mut() {
+                Some(last) if last.end == at => last.end = next,
+                _ => unreadable.push(at..next),
+            }
+        }
+        at = next;
+    }
+    unreadable
 }
 
 /// The most that one `copy_file_range` call is asked to move, in bytes: large enough to share many

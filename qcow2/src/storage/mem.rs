@@ -111,6 +111,13 @@ impl MemHost {
         Ok(())
     }
 
+    /// Has every read of a page of a file fail, as on a disk with a bad sector. `offset` lies in the page, which has 4 KiB.
+    pub fn spoil(&self, path: impl AsRef<Path>, offset: u64) -> io::Result<()> {
+        let inode = self.inode(path.as_ref())?;
+        inode.content.write().unwrap_or_else(PoisonError::into_inner).bad.insert(offset / PAGE);
+        Ok(())
+    }
+
     /// Puts a file there that has this inode and content.
     #[cfg(feature = "testing")]
     pub(super) fn restore(&self, path: &Path, id: u64, content: FileContent) {
@@ -315,8 +322,14 @@ impl Storage for MemFile {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        checked_end(offset, buf.len() as u64)?;
-        Ok(self.inode.read().read(buf, offset))
+        let end = checked_end(offset, buf.len() as u64)?;
+        let content = self.inode.read();
+        let mut bad = content.bad.range(offset / PAGE..end.div_ceil(PAGE));
+        // A hole has no sectors.
+        if bad.any(|page| content.pages.contains_key(page)) {
+            return Err(io::Error::other("a bad sector"));
+        }
+        Ok(content.read(buf, offset))
     }
 
     fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {

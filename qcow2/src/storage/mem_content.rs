@@ -1,6 +1,6 @@
 //! The bytes of a file in memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,6 +30,8 @@ pub(super) struct FileContent {
     pub(super) set: Option<i128>,
     /// When it was made.
     pub(super) born: u64,
+    /// Pages that cannot be read.
+    pub(super) bad: BTreeSet<u64>,
 }
 
 impl FileContent {

@@ -35,6 +35,7 @@ use crate::error::Holder;
 
 pub use copy::CopyError;
 pub(crate) use copy::first_unreadable;
+pub(crate) use copy::read_around;
 pub use folder::{Folder, Place};
 pub(crate) use mem::MemFile;
 pub use mem::MemHost;

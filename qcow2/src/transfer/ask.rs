@@ -36,7 +36,15 @@ pub(crate) fn down<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
         limit: u64::MAX,
     };
     let from = GuestOffset::ZERO;
-    Ok(Job { layers: images, base: span.base, question, new_size: base.max(top), from, zeros: Zeros::Mapped })
+    Ok(Job {
+        layers: images,
+        base: span.base,
+        question,
+        new_size: base.max(top),
+        from,
+        zeros: Zeros::Mapped,
+        lost: None,
+    })
 }
 
 /// Has the image at `active` hold what the layers between it and `base` show: data moves up. Without a base, all layers
@@ -58,7 +66,7 @@ pub(crate) fn up<'a>(images: &'a [&'a Image], base: Option<usize>, active: usize
         limit: size,
     };
     let from = GuestOffset::ZERO;
-    Ok(Job { layers: images, base: active, question, new_size: size, from, zeros: Zeros::Mapped })
+    Ok(Job { layers: images, base: active, question, new_size: size, from, zeros: Zeros::Mapped, lost: None })
 }
 
 /// How far the overlay at `at` looks: its own disk, or that of an internal snapshot that is larger.

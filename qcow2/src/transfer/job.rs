@@ -21,7 +21,7 @@ use crate::error::{Error, FileOp, Result};
 use crate::image::alloc::Allocator;
 use crate::image::edits::{Batch, ClusterSource};
 use crate::image::refcounts::Refcounts;
-use crate::image::{Extent, Image, Mapping, Qcow2, Raw};
+use crate::image::{Extent, Image, Lost, Mapping, Qcow2, Raw};
 use crate::storage::FileKind;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -73,6 +73,8 @@ pub(crate) struct Job<'a> {
     pub(crate) from: GuestOffset,
     /// Which zeros of the layers are not copied.
     pub(crate) zeros: Zeros,
+    /// Where data is noted that cannot be read, if zeros are to be in its place. All data is read before it is copied, then.
+    pub(crate) lost: Option<&'a Lost>,
 }
 
 /// The parts of a qcow2 base that a merge changes.
@@ -118,12 +120,13 @@ impl<'a> Job<'a> {
                 some.into_par_iter().map(|window| Ok((self.question.needs(window)?, window.end()))).collect();
             for needs in needs {
                 let (mut needs, end): (Vec<Need>, _) = needs?;
-                while let Some(first) = needs.first().filter(|_| self.zeros == Zeros::Read) {
+                let reads = self.zeros == Zeros::Read || self.lost.is_some();
+                while let Some(first) = needs.first().filter(|_| reads) {
                     let border = first.range.start.align_down(AHEAD) + AHEAD;
                     let some = split(&mut needs, border);
-                    f(&self.zeros.found_in(some, self.layers), border.min(end))?;
+                    f(&self.zeros.found_in(some, self.layers, self.lost), border.min(end))?;
                 }
-                f(&self.zeros.found_in(needs, self.layers), end)?;
+                f(&self.zeros.found_in(needs, self.layers, self.lost), end)?;
             }
         }
     }

@@ -1,4 +1,5 @@
-//! Zeros among the data that is copied: a new file does without them.
+//! Zeros among the data that is copied: a new file does without them. And what of the data cannot be read, if that is to
+//! become zeros.
 
 use std::sync::Arc;
 
@@ -6,8 +7,8 @@ use rayon::prelude::*;
 
 use super::needs::Need;
 use super::origin::Origin;
-use crate::image::{ClusterCache, Image};
-use crate::storage::Storage;
+use crate::image::{ClusterCache, Image, Lost, Qcow2};
+use crate::storage::{Storage, read_around};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// The shortest run of zeros that is looked for, and how it is aligned, in bytes.
@@ -33,15 +34,16 @@ pub(crate) enum Zeros {
 }
 
 impl Zeros {
-    /// The needs with the zeros that were looked for. What cannot be read is data: whoever copies it has the error.
-    pub(crate) fn found_in(self, needs: Vec<Need>, layers: &[&Image]) -> Vec<Need> {
-        if self == Self::Mapped {
+    /// The needs with the zeros that were looked for. What cannot be read is data, and whoever copies it has the error; with
+    /// `lost` all is read, what cannot be is noted there, and becomes zeros.
+    pub(crate) fn found_in(self, needs: Vec<Need>, layers: &[&Image], lost: Option<&Lost>) -> Vec<Need> {
+        if self == Self::Mapped && lost.is_none() {
             return needs;
         }
         let pieces: Vec<Need> = needs.iter().flat_map(pieces).collect();
         let look = |cache: &mut Looker, need: &Need| {
             let mut found = Vec::new();
-            cache.look(self, need, layers, &mut found);
+            cache.look((self, lost), need, layers, &mut found);
             found
         };
         let found: Vec<Vec<Need>> = pieces.par_iter().map_init(Looker::default, look).collect();
@@ -92,6 +94,9 @@ fn push(out: &mut Vec<Need>, need: Need) {
     }
 }
 
+/// What is looked for, and where it is noted what cannot be read.
+type How<'a> = (Zeros, Option<&'a Lost>);
+
 /// What a worker keeps.
 #[derive(Default)]
 struct Looker {
@@ -100,21 +105,34 @@ struct Looker {
 }
 
 impl Looker {
-    fn look(&mut self, zeros: Zeros, need: &Need, layers: &[&Image], out: &mut Vec<Need>) {
+    fn look(&mut self, how: How<'_>, need: &Need, layers: &[&Image], out: &mut Vec<Need>) {
+        let (zeros, lost) = how;
         match need.origin {
             Origin::Plain { layer, host } => match layers.get(layer) {
-                Some(image) => self.plain(zeros, need, (image.data_file(), host), out),
+                Some(image) => self.plain(how, need, (image.data_file(), host), out),
                 None => push(out, *need),
             },
-            Origin::Compressed { layer, part, guest } if zeros == Zeros::Read => {
+            Origin::Compressed { layer, part, guest } if zeros == Zeros::Read || lost.is_some() => {
                 let image = layers.get(layer).and_then(|image| image.as_qcow2());
                 // A stream of nothing but zeros is short, whatever its type.
-                let short = image.filter(|q| part.len <= 1024 + q.geometry().cluster_size() / 256);
-                let cluster = short.and_then(|image| self.cache.cluster(image, layer, &part, guest).ok());
+                let is_short = |q: &&Qcow2| part.len <= 1024 + q.geometry().cluster_size() / 256;
+                let Some(image) = image.filter(|q| lost.is_some() || is_short(q)) else {
+                    push(out, *need);
+                    return;
+                };
                 let from = part.skip as usize;
-                let bytes = cluster.and_then(|bytes| bytes.get(from..from + need.range.len as usize));
-                let all = bytes.is_some_and(|bytes| bytes.chunks(ZEROS.len()).all(is_zero));
-                push(out, if all { Need { origin: Origin::Zeros, ..*need } } else { *need });
+                let as_zeros = match (self.cache.cluster(image, layer, &part, guest), lost) {
+                    (Ok(bytes), _) if zeros == Zeros::Read => {
+                        let bytes = bytes.get(from..from + need.range.len as usize);
+                        bytes.is_some_and(|bytes| bytes.chunks(ZEROS.len()).all(is_zero))
+                    }
+                    (Err(_), Some(lost)) => {
+                        lost.add(need.range);
+                        true
+                    }
+                    _ => false,
+                };
+                push(out, if as_zeros { Need { origin: Origin::Zeros, ..*need } } else { *need });
             }
             _ => push(out, *need),
         }
@@ -123,7 +141,7 @@ impl Looker {
     /// Data of a file from `host` on: first its holes, then what is read.
     fn plain(
         &mut self,
-        zeros: Zeros,
+        how: How<'_>,
         need: &Need,
         (file, host): (&Arc<dyn Storage>, HostOffset),
         out: &mut Vec<Need>,
@@ -135,6 +153,7 @@ impl Looker {
         while at < len {
             // Only whole blocks of a hole are left out: the rest belongs to a block of data.
             let data = match file.next_data(host.get() + at) {
+                _ if how.0 == Zeros::Mapped => at..len,
                 Ok(Some(data)) => data.start.max(host.get() + at) - host.get()..data.end - host.get(),
                 Ok(None) => len..len,
                 Err(_) => at..len,
@@ -150,8 +169,8 @@ impl Looker {
             let to = (start + data.end.min(len)).get().next_multiple_of(BLOCK).saturating_sub(start.get());
             let to = if data.start >= len { len } else { to.clamp(from, len) };
             if to > from {
-                match zeros {
-                    Zeros::Read => self.read(&part, (file, host), from..to, out),
+                match how {
+                    (Zeros::Read, _) | (_, Some(_)) => self.read(how, &part, (file, host), from..to, out),
                     _ => part(from, to).into_iter().for_each(|need| push(out, need)),
                 }
             }
@@ -159,27 +178,46 @@ impl Looker {
         }
     }
 
+    /// Looks at the bytes of a range.
     fn read(
         &mut self,
+        (zeros, lost): How<'_>,
         part: &dyn Fn(u64, u64) -> Option<Need>,
         (file, host): (&Arc<dyn Storage>, HostOffset),
         range: std::ops::Range<u64>,
         out: &mut Vec<Need>,
     ) {
         self.bytes.resize((range.end - range.start) as usize, 0);
-        if file.read_exact_or_zero(&mut self.bytes, host.get() + range.start).is_err() {
-            part(range.start, range.end).into_iter().for_each(|need| push(out, need));
-            return;
-        }
+        let start = host.get() + range.start;
+        let unreadable = match (file.read_exact_or_zero(&mut self.bytes, start), lost) {
+            (Ok(()), _) => Vec::new(),
+            (Err(_), Some(_)) => read_around(&**file, &mut self.bytes, start),
+            (Err(_), None) => {
+                part(range.start, range.end).into_iter().for_each(|need| push(out, need));
+                return;
+            }
+        };
+        let mut unreadable = unreadable.into_iter().peekable();
         let mut at = range.start;
         while let Some(whole) = part(at, range.end) {
-            // Up to the next border of a block of the guest's disk.
+            let from = (at - range.start) as usize;
+            // Up to the next border of a block of the guest's disk, or of what cannot be read.
             let guest = whole.range.start;
             let len = (BLOCK - guest.get() % BLOCK).min(whole.range.len);
-            let from = (at - range.start) as usize;
-            let bytes = self.bytes.get(from..from + len as usize).unwrap_or_default();
+            let (len, is_lost) = match unreadable.peek() {
+                Some(bad) if bad.start <= from => (len.min((bad.end - from) as u64), true),
+                Some(bad) => (len.min((bad.start - from) as u64), false),
+                None => (len, false),
+            };
+            let to = from + len as usize;
+            unreadable.next_if(|bad| bad.end <= to);
+            let bytes = self.bytes.get(from..to).unwrap_or_default();
             if let Some(need) = part(at, at + len) {
-                push(out, if is_zero(bytes) { Need { origin: Origin::Zeros, ..need } } else { need });
+                if let Some(lost) = lost.filter(|_| is_lost) {
+                    lost.add(need.range);
+                }
+                let as_zeros = is_lost || zeros == Zeros::Read && is_zero(bytes);
+                push(out, if as_zeros { Need { origin: Origin::Zeros, ..need } } else { need });
             }
             at += len;
         }
@@ -215,7 +253,7 @@ mod tests {
     /// The ranges of the guest's disk that are copied, and that are zeros.
     fn found(zeros: Zeros, needs: Vec<Need>, image: &Image) -> [Vec<(u64, u64)>; 2] {
         let (start, end) = (needs[0].range.start, needs.last().unwrap().range.end());
-        let found = zeros.found_in(needs, &[image]);
+        let found = zeros.found_in(needs, &[image], None);
         let mut at = start;
         for need in &found {
             assert_eq!(need.range.start, at, "{found:?}");

@@ -22,13 +22,19 @@ pub fn after(error: &Error, asked: &Asked<'_>) -> Vec<Way> {
     match error {
         Error::Io { path, op, source, .. } => after_failure(path, *op, source, asked),
         Error::Barrier { path, source } => after_failure(path, FileOp::Write, source, asked),
-        Error::Unreadable { path, source, .. } => after_failure(path, FileOp::Read, source, asked),
+        Error::Unreadable { path, source, .. } => {
+            let mut ways = after_failure(path, FileOp::Read, source, asked);
+            ways.extend(salvage(asked));
+            ways
+        }
         Error::Format { path, .. } if merge::can_be_healed(&OsHost, path) => torn(path, asked),
         Error::Format { path, source } | Error::Mapping { path, source, .. } => {
             if source.is_unsupported() {
                 unsupported(path, asked)
             } else {
-                malformed(path, asked)
+                let mut ways = malformed(path, asked);
+                ways.extend(salvage(asked).filter(|_| matches!(error, Error::Mapping { .. })));
+                ways
             }
         }
         Error::Foreign { path, container } => foreign(path, *container, asked),
@@ -77,6 +83,11 @@ fn check(image: &Path, why: Why) -> Way {
 fn flatten(why: Why, asked: &Asked<'_>) -> Option<Way> {
     let act = Act::Flatten { image: asked.image.to_owned(), output: free_name(asked.image)? };
     Some(Way::to(act, why))
+}
+
+/// The new file with zeros for what cannot be read.
+fn salvage(asked: &Asked<'_>) -> Option<Way> {
+    (asked.task == Task::Flatten).then(|| Way::allow(Allow::DataLoss, Why::ZerosForTheRest))
 }
 
 fn torn(path: &Path, asked: &Asked<'_>) -> Vec<Way> {

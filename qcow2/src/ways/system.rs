@@ -28,7 +28,9 @@ pub(super) fn after_failure(path: &Path, op: FileOp, source: &io::Error, asked: 
             ErrorKind::NotFound => not_found(path, op),
             ErrorKind::PermissionDenied => permission(path, is_root()),
             ErrorKind::ReadOnlyFilesystem => Way::again(Why::ReadOnlyMount),
-            ErrorKind::AlreadyExists if asked.task == Task::Flatten => other_output(path),
+            ErrorKind::AlreadyExists if matches!(asked.task, Task::Flatten | Task::Salvage) => {
+                other_output(path)
+            }
             ErrorKind::AlreadyExists => Way::outside(Why::Taken(file())),
             ErrorKind::QuotaExceeded => Way::again(Why::Quota),
             ErrorKind::StorageFull => full(path),

@@ -34,6 +34,8 @@ pub enum Task {
     Pull,
     /// To write a new file.
     Flatten,
+    /// To write a new file with whatever can be read.
+    Salvage,
     /// Anything else.
     Other,
 }
@@ -137,6 +139,8 @@ pub enum Allow {
     SnapshotChange,
     /// That persistent bitmaps are lost.
     BitmapLoss,
+    /// That zeros take the place of what cannot be read.
+    DataLoss,
     /// That images name files in these folders.
     Folders(Vec<PathBuf>),
     /// The format of the named image: its bytes are the disk itself.
@@ -246,6 +250,8 @@ pub enum Why {
     NewFile,
     /// What a chain shows.
     ShownByChain,
+    /// Whatever can be read is saved, with zeros for the rest.
+    ZerosForTheRest,
     /// A stopped merge is not wanted.
     GiveMergeUp,
     /// The same, where only one is in question.
