@@ -1,4 +1,4 @@
-//! The command as the user typed it: errors answer in its words.
+//! The command as the user typed it, so that errors can repeat its words.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -18,7 +18,7 @@ pub(crate) enum VerbName {
     Map,
     /// `qmerge check`
     Check,
-    /// `qmerge check --restore`, which answers as the verbs that change something
+    /// `qmerge check --restore`, whose exit codes are those of the verbs that change something
     Restore,
     /// `qmerge compare`
     Compare,
@@ -69,7 +69,7 @@ impl VerbName {
         }
     }
 
-    /// The code of every failure, for verbs whose other codes are answers.
+    /// The exit code of every failure, for verbs whose other codes are results.
     pub(crate) fn failure_exit(self) -> Option<Exit> {
         match self {
             Self::Check => Some(Exit::CHECK_FAILED),
@@ -78,7 +78,8 @@ impl VerbName {
         }
     }
 
-    /// The code of bad arguments. `check` answers 2 for corruption, so a typing error must not.
+    /// The exit code of bad arguments. `check` exits with 2 for corruption, so a typing error must have another
+    /// code.
     pub(crate) fn usage_exit(self) -> Exit {
         self.failure_exit().unwrap_or(Exit::USAGE)
     }
@@ -96,7 +97,7 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    /// The same for the engine, which finds what can be done after an error.
+    /// The call as the engine needs it to find out what can be done after an error.
     pub(crate) fn asked(&self) -> Asked<'_> {
         let task = match self.verb {
             VerbName::Info => Task::Info,

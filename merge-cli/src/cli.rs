@@ -24,8 +24,9 @@ use crate::exit;
 /// Merges QEMU disk image chains: safely, fast, and without QEMU.
 ///
 /// A chain is one disk in several files: `base.raw <- a.qcow2 <- b.qcow2 (active)`. The guest writes to the
-/// active image; what that does not hold is read from its backing file, and so on down. `qmerge commit` moves
-/// the data of overlays down into a base, so that fewer files are left, and the guest sees the same bytes.
+/// active image; data that it does not hold is read from its backing file, and so on down. `qmerge commit`
+/// moves the data of overlays down into a base, so that fewer files are left, and the guest sees the same
+/// bytes.
 #[derive(Debug, Parser)]
 #[command(
     name = "qmerge",
@@ -102,9 +103,9 @@ pub(crate) enum Verb {
 
     /// Move data of the layers below up into an image
     ///
-    /// The image takes in what it does not hold of the layers above base; then base is its backing file. Nothing else is
-    /// written: the way for a base that others use, and the cheap one where the layers below hold little. The virtual machine
-    /// must be shut down.
+    /// The image takes in the data of the layers above base that it does not hold; then base is its backing
+    /// file. No other file is written: so it works with a base that others use, and is cheap if the layers
+    /// below hold little. The virtual machine must be shut down.
     #[command(
         after_long_help = "Examples, for the chain base.raw <- a.qcow2 <- b.qcow2 <- c.qcow2:\n  qmerge pull c.qcow2 --base base.raw    base.raw <- c.qcow2 is left\n  qmerge pull c.qcow2                    c.qcow2 needs no other file then"
     )]
@@ -112,7 +113,7 @@ pub(crate) enum Verb {
 
     /// Give up a merge that was stopped
     ///
-    /// Leaves BASE consistent; the overlays hold all that they held. To finish the merge instead, run the same
+    /// Leaves BASE consistent; the overlays keep all their data. To finish the merge instead, run the same
     /// qmerge commit again.
     #[command(
         after_long_help = "Examples:\n  qmerge info base.qcow2       whether a merge is pending\n  qmerge abort base.qcow2"
@@ -121,7 +122,7 @@ pub(crate) enum Verb {
 
     /// Write a chain, or its upper part, into one new file
     ///
-    /// Reads the chain and touches none of its files. NEW appears under its name when it is complete and durable.
+    /// Reads the chain and writes none of its files. NEW gets its name when it is complete and durable.
     #[command(
         after_long_help = "Examples:\n  qmerge flatten vm.qcow2 -o whole.qcow2\n  qmerge flatten vm.qcow2 -o whole.raw --to raw\n  qmerge flatten vm.qcow2 -o upper.qcow2 --base base.qcow2"
     )]
@@ -151,8 +152,8 @@ pub(crate) struct ImageArgs {
 
     /// Write images on a file system without locks
     ///
-    /// Some network and FUSE file systems have none. Nothing keeps a virtual machine from using the images meanwhile
-    /// then: be certain that none does. Locks that there are count as always.
+    /// Some network and FUSE file systems have none. Then nothing keeps a virtual machine from using the images
+    /// meanwhile: be certain that none does. Existing locks are respected as always.
     #[arg(long, help_heading = "Opening", hide_short_help = true)]
     pub(crate) no_lock: bool,
 }

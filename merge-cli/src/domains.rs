@@ -9,7 +9,7 @@ use crate::hint::Command;
 /// Names other folders than libvirt's own, between colons; for tests, and for a libvirt that was built with others.
 const FOLDERS: &str = "QMERGE_LIBVIRT_DIR";
 
-/// All that libvirt's files tell.
+/// Everything that libvirt's files tell.
 pub(crate) fn read() -> Definitions {
     let folders = match env::var_os(FOLDERS) {
         Some(paths) => Folders::of(env::split_paths(&paths).filter(|path| !path.as_os_str().is_empty())),

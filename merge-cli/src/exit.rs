@@ -2,10 +2,10 @@
 
 use std::process::ExitCode;
 
-/// What the process tells its caller.
+/// The exit code of the process.
 ///
-/// `check` and `compare` answer with the codes of `qemu-img check` and `qemu-img compare`; every
-/// other verb uses the table that [`TABLE`] prints.
+/// `check` and `compare` use the codes of `qemu-img check` and `qemu-img compare`; every other verb uses the
+/// table in [`TABLE`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Exit(u8);
 

@@ -14,7 +14,7 @@ use crate::hint::{self, Hint, HintKind, Hints};
 pub(crate) enum Failure {
     /// Something failed, and the user is told.
     Reported(Report),
-    /// The reader of standard output went away (`qmerge map x | head`): nothing to tell, nobody to tell it.
+    /// The reader of standard output went away (`qmerge map x | head`): there is nobody left to tell.
     PipeClosed,
 }
 
@@ -27,7 +27,7 @@ pub(crate) struct Report {
     pub(crate) message: String,
     /// What to do next, the best first.
     pub(crate) hint: Hints,
-    /// What the process answers.
+    /// The exit code.
     pub(crate) exit: Exit,
 }
 

@@ -49,8 +49,9 @@ fn main() -> ExitCode {
     .into()
 }
 
-/// Makes the system's answers errors that can be told: a chain may have more layers than a shell lets a process open files,
-/// and a file that grows over the limit of the shell ends a process by a signal. Where that fails, all is as before.
+/// Prepares the limits of the process: a chain may have more layers than the shell's limit of open files, and a
+/// file that grows over the shell's size limit must give an error, not kill the process by a signal. If this
+/// fails, the limits stay.
 fn prepare_process() {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     if current != maximum {

@@ -13,7 +13,7 @@ use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Hint, HintKind};
 
-/// Signals so close together are one: `timeout` sends two, one to its child and one to its whole group.
+/// Two signals within this time count as one: `timeout` sends one to its child and one to its whole group.
 const TOGETHER: Duration = Duration::from_millis(500);
 
 /// The request to stop, and which signal made it.
@@ -24,8 +24,8 @@ pub(crate) struct Stop {
 }
 
 impl Stop {
-    /// From now on SIGINT, SIGTERM and SIGHUP ask to stop; a second one exits at once, which a merge
-    /// survives as it survives a crash.
+    /// From now on SIGINT, SIGTERM and SIGHUP ask to stop. A second one exits at once, which a merge survives
+    /// like a crash.
     pub(crate) fn on_signals(call: &Call) -> Result<Self, Failure> {
         Self::watch().map_err(|e| {
             Report {
@@ -60,7 +60,7 @@ impl Stop {
         Ok(stop)
     }
 
-    /// The flag that the engine looks at.
+    /// The flag that the engine checks.
     pub(crate) fn flag(&self) -> &AtomicBool {
         &self.cancel
     }

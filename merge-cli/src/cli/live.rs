@@ -1,4 +1,4 @@
-//! Arguments of the verbs that speak to a running QEMU.
+//! The arguments of the verbs that talk to a running QEMU.
 
 mod merge;
 
@@ -45,8 +45,8 @@ pub(crate) enum LiveVerb {
 
     /// Put new overlays on disks, all at one moment
     ///
-    /// The image that was active becomes the backing file of the new one, and is written no more. What
-    /// starts the virtual machine must name the new image the next time.
+    /// The active image becomes the backing file of the new one, and is no longer written. The configuration of
+    /// the virtual machine must name the new image at the next start.
     #[command(
         after_long_help = "Example:\n  qmerge live snapshot vda=/vm/a.qcow2 vdb=/vm/data-a.qcow2 --qmp /run/vm1/qmp.sock"
     )]
@@ -55,7 +55,7 @@ pub(crate) enum LiveVerb {
         #[arg(required = true, value_name = "DISK=FILE", value_parser = OsStringValueParser::new().try_map(overlay))]
         overlays: Vec<Overlay>,
 
-        /// Make overlays that are not encrypted on disks that are
+        /// Make unencrypted overlays on encrypted disks
         #[arg(long)]
         allow_plaintext: bool,
     },
@@ -71,28 +71,28 @@ pub(crate) enum LiveVerb {
 
     /// Merge layers of a disk up into the active one, while the guest runs
     ///
-    /// No layer below is written: each stays what it was, for whoever else uses it.
+    /// No layer below is written, so other users of these layers see no change.
     #[command(after_long_help = PULL_EXAMPLES)]
     Pull(LivePullArgs),
 
-    /// Switch a merge that was started with --async, as soon as all is copied
+    /// Switch a merge that was started with --async, as soon as everything is copied
     #[command(after_long_help = "Example:\n  qmerge live finish vda --qmp /run/vm1/qmp.sock")]
     Finish(EndArgs),
 
-    /// Let the guest of an active merge write to base, as soon as all is copied
+    /// Let the guest of an active merge write to base, as soon as everything is copied
     #[command(after_long_help = "Example:\n  qmerge live pivot vda --qmp /run/vm1/qmp.sock")]
     Pivot(EndArgs),
 
     /// List the jobs, also those that another client started
     Jobs,
 
-    /// Halt the job of a disk; it keeps what it has done
+    /// Pause the job of a disk; its progress is kept
     Pause {
         /// The disk, as `live list` prints it
         disk: String,
     },
 
-    /// Let the job of a disk go on, also one that met an error
+    /// Resume the job of a disk, even one that stopped because of an error
     Resume {
         /// The disk, as `live list` prints it
         disk: String,
@@ -100,18 +100,18 @@ pub(crate) enum LiveVerb {
 
     /// End the job of a disk without its effect
     ///
-    /// The chain stays as long as it is, and the guest's bytes are the same. What a merge has copied into
-    /// its base stays there: the layers between base and top are restore points no more.
+    /// The chain stays as it is, and the guest sees the same bytes. The data that a merge has copied into its
+    /// base stays there: base and the layers between base and top stop being restore points.
     Cancel {
         /// The disk, as `live list` prints it
         disk: String,
 
-        /// Look in DIR too, where the merge keeps its state
+        /// Look also in DIR, where the merge keeps its state
         #[arg(long, value_name = "DIR")]
         state_dir: Option<PathBuf>,
     },
 
-    /// Limit the job of a disk to so many bytes per second
+    /// Limit the speed of the job of a disk
     #[command(
         after_long_help = "Examples:\n  qmerge live speed vda 50M --qmp /run/vm1/qmp.sock\n  qmerge live speed vda 0 --qmp /run/vm1/qmp.sock"
     )]
@@ -124,11 +124,11 @@ pub(crate) enum LiveVerb {
         rate: u64,
     },
 
-    /// Put right what an interrupted merge left
+    /// Recover from an interrupted merge
     ///
-    /// After QEMU, this command or the host has gone in the middle of a merge: says which image holds the disk,
-    /// and does what is left to do. Where somebody has written to an image that the merge left behind, it
-    /// changes nothing and says what can be done. Needs no QEMU; with --qmp it also looks beside that socket.
+    /// After QEMU, this command or the host died in the middle of a merge: says which image holds the disk, and
+    /// does the remaining work. If somebody has written to an image that the merge left behind, it changes
+    /// nothing and says what can be done. Needs no QEMU; with --qmp it also looks beside that socket.
     #[command(
         after_long_help = "Examples:\n  qmerge live recover /vm/a.qcow2\n  qmerge live recover --qmp /run/vm1/qmp.sock\n  qmerge live recover /vm --dry-run"
     )]
@@ -145,7 +145,7 @@ pub(crate) struct RecoverArgs {
     #[arg(long)]
     pub(crate) dry_run: bool,
 
-    /// Look in DIR too, where the merge kept its state
+    /// Look also in DIR, where the merge kept its state
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
 
@@ -200,7 +200,7 @@ impl LiveVerb {
         }
     }
 
-    /// Whether it only looks.
+    /// Whether it only reads.
     pub(crate) fn only_looks(&self) -> bool {
         match self {
             Self::List | Self::Chain { .. } | Self::Jobs => true,
@@ -220,7 +220,7 @@ fn overlay(text: OsString) -> Result<Overlay, &'static str> {
     let sign = bytes.iter().position(|byte| *byte == b'=').filter(|at| (1..bytes.len() - 1).contains(at));
     let (disk, file) = sign.and_then(|at| bytes.split_at_checked(at)).ok_or(FORM)?;
     let disk = str::from_utf8(disk).map_err(|_| "no disk has such a name: QEMU's are UTF-8")?;
-    // A file may have any name; whether QEMU can be told of it is another question.
+    // A file may have any name. Whether QEMU can be given that name is checked later.
     let file = OsStr::from_bytes(file.strip_prefix(b"=").unwrap_or_default());
     Ok(Overlay { disk: disk.to_owned(), file: file.into() })
 }

@@ -1,4 +1,4 @@
-//! Arguments of the verbs that only look.
+//! The arguments of the verbs that only read, and of `check`.
 
 use std::path::PathBuf;
 
@@ -16,7 +16,7 @@ pub(crate) struct InfoArgs {
     #[arg(long)]
     pub(crate) chain: bool,
 
-    /// Where the journal of a stopped merge is, if the merge was given such a DIR
+    /// Where the journal of an unfinished merge is, if the merge was given such a DIR
     #[arg(long, value_name = "DIR")]
     pub(crate) journal_dir: Option<PathBuf>,
 
@@ -37,9 +37,9 @@ pub(crate) struct MapArgs {
 /// What `qmerge check` repairs
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum RepairWhat {
-    /// Give lost space back, and nothing else
+    /// Free leaked clusters, and nothing else
     Leaks,
-    /// Correct all that follows from the references: refcounts, COPIED flags, the refcount table
+    /// Correct everything that follows from the references: refcounts, COPIED flags, the refcount table
     All,
 }
 
@@ -51,7 +51,8 @@ pub(crate) struct CheckArgs {
 
     /// Repair the image, then report what remains
     ///
-    /// The image must not be in use. The guest's data is not touched; what could only be guessed is left and reported.
+    /// The image must not be in use. The guest's data is not touched; nothing is guessed: damage without a
+    /// certain repair stays, and is reported.
     #[arg(long, value_name = "WHAT", group = "work", help_heading = "Repair")]
     pub(crate) repair: Option<RepairWhat>,
 
@@ -61,8 +62,8 @@ pub(crate) struct CheckArgs {
 
     /// Copy the metadata to a new FILE before the first write, for --restore
     ///
-    /// All that the repair writes is noted there before it is written. Space that the repair frees is not given to the
-    /// file system then, so that it can be taken back.
+    /// Every change of the repair is noted there before it is made. Freed clusters stay allocated in the file
+    /// system then, so that they can be taken back.
     #[arg(
         long,
         value_name = "FILE",
@@ -74,8 +75,9 @@ pub(crate) struct CheckArgs {
 
     /// Put the metadata back as it was before the repair whose --backup is FILE
     ///
-    /// Refuses if anything but that repair has changed the metadata since. If it is stopped, the same command goes on.
-    /// Exits 0 when all is as it was before, else as the other verbs: 4 half-way, 5 in use, 6 refused.
+    /// Refuses if anything but that repair has changed the metadata since. If it is stopped, the same command
+    /// continues. Exits 0 when everything is as it was before, else as the other verbs: 4 half-way, 5 in use, 6
+    /// refused.
     #[arg(long, value_name = "FILE", group = "work", help_heading = "Repair")]
     pub(crate) restore: Option<PathBuf>,
 

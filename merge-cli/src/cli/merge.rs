@@ -42,25 +42,26 @@ pub(crate) struct CommitArgs {
 
     /// Remove the files that are no longer needed
     ///
-    /// Without it they stay, marked as merged. Files are removed when everything is durable, top-down, ACTIVE
-    /// itself last, and only if they are still the files of the plan and no other image uses them.
+    /// Without it they stay, as empty overlays on base, marked as merged. Files are removed from the top down,
+    /// ACTIVE itself last, when everything is durable, and only if they are still the files of the plan and no
+    /// other image uses them.
     #[arg(long, conflicts_with = "keep_active", help_heading = "How")]
     pub(crate) delete: bool,
 
     /// Leave ACTIVE as it is when it is merged
     ///
-    /// Its data then stands in base too. Do not boot from base while somebody may still boot from ACTIVE.
+    /// Its data is then in base, too. Do not boot from base while somebody may still boot from ACTIVE.
     #[arg(long, help_heading = "How")]
     pub(crate) keep_active: bool,
 
-    /// Begin again where base was written by others since this merge was stopped
+    /// Begin again although others have written to base since this merge was stopped
     #[arg(long, help_heading = "How", hide_short_help = true)]
     pub(crate) restart: bool,
 
     /// Keep the journal in DIR, for block devices and folders that cannot be written
     ///
-    /// The journal is what makes an interrupted merge go on, so name the same DIR then. Without it, the journal
-    /// lies beside base.
+    /// An interrupted merge continues with the journal, so name the same DIR then. Without it, the journal lies
+    /// beside base.
     #[arg(long, value_name = "DIR", help_heading = "How", hide_short_help = true)]
     pub(crate) journal_dir: Option<PathBuf>,
 
@@ -106,7 +107,7 @@ pub(crate) struct PullArgs {
     #[arg(long)]
     pub(crate) verify: bool,
 
-    /// Pull although internal snapshots of the image will show something else
+    /// Pull although internal snapshots of the image change: they read through the layers that it leaves
     #[arg(long)]
     pub(crate) allow_snapshot_change: bool,
 
@@ -124,7 +125,7 @@ pub(crate) struct AbortArgs {
     /// The image that the merge writes to
     pub(crate) base: PathBuf,
 
-    /// Where the journal is, if the merge was given such a DIR
+    /// Where the journal lies, if the merge was given such a DIR
     #[arg(long, value_name = "DIR")]
     pub(crate) journal_dir: Option<PathBuf>,
 
@@ -146,7 +147,7 @@ pub(crate) struct FlattenArgs {
     #[arg(long, value_name = "FMT", default_value = "qcow2")]
     pub(crate) to: ImageFormat,
 
-    /// Leave out LAYER and what lies below it; NEW gets LAYER as its backing file
+    /// Leave out LAYER and those below it; NEW gets LAYER as its backing file
     ///
     /// A layer is named by its path, or by its index: [1] is the bottom of the chain.
     #[arg(long, value_name = "LAYER")]

@@ -55,7 +55,7 @@ pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Ex
     })
 }
 
-/// An image in use is something else than a failed check when it was to be repaired.
+/// If a repair was asked for, an image in use has its own exit code: it is not a failed check.
 fn failure(error: &Error, args: &CheckArgs, call: &Call) -> Failure {
     match Failure::engine(error, call) {
         Failure::Reported(report) if args.repair.is_some() && error.kind() == ErrorKind::InUse => {
@@ -75,7 +75,7 @@ fn nothing_to_check(image: &Path) -> Failure {
     .into()
 }
 
-/// What was done, what was found, worst first, and what it means.
+/// Tells what was done, what was found (the worst first), and what it means.
 fn human(image: &Path, outcome: &Checked) -> String {
     let report = outcome.report();
     let (mut lines, repaired) = match outcome {
@@ -130,7 +130,7 @@ fn human(image: &Path, outcome: &Checked) -> String {
     lines.join("\n")
 }
 
-/// The command that writes what can be read of the image into a new file; none if that would fail at a table.
+/// The command that writes the readable data of the image into a new file; `None` if a table cannot be read.
 fn saving(image: &Path) -> Option<Command> {
     let output = free_name(image).filter(|_| can_be_flattened(image))?;
     Some(Command::qmerge(["flatten"]).file(image).word("-o").file(output))

@@ -148,10 +148,10 @@ fn options(args: &CommitArgs) -> CommitOptions {
     }
 }
 
-/// How far a merge that was stopped is, of the whole merge and as `info` tells it: what is durable counts, and what was
-/// done before it went on.
+/// The progress of a merge that was stopped, as `info` tells it: durable data counts, also what was done before
+/// it was continued.
 fn kept(base: &Path, args: &CommitArgs) -> String {
-    // Where it cannot be read, nothing is said.
+    // If it cannot be read, say nothing about it.
     match merge::unfinished_merge(&OsHost, base, args.journal_dir.as_deref()) {
         Ok(Some(UnfinishedMerge { is_removing: true, .. })) => {
             "behind the merge, while layers were removed".to_owned()
@@ -166,8 +166,8 @@ fn kept(base: &Path, args: &CommitArgs) -> String {
     }
 }
 
-/// A failure while the plan was carried out: the guest's view is what it was, and what is `kept` need not be
-/// done again.
+/// A failure while the plan was carried out: the guest sees the same disk, and the part that is `kept` need not
+/// be done again.
 fn halfway(error: &Error, stop: &Stop, meter: &Meter<'_>, call: &Call, kept: &str) -> Failure {
     meter.clear();
     if let (ErrorKind::Cancelled, Some(exit)) = (error.kind(), stop.exit()) {
@@ -177,7 +177,7 @@ fn halfway(error: &Error, stop: &Stop, meter: &Meter<'_>, call: &Call, kept: &st
         Failure::Reported(report) => {
             let exit = if error.kind() == ErrorKind::Io { Exit::HALFWAY } else { report.exit };
             let message = match error {
-                // Base is not what it was when that was so.
+                // This base is not the one that held the progress, so nothing is kept.
                 Error::Refused { reason: Refusal::MergedDataLost, .. } => report.message,
                 _ => format!("{}\nstopped {kept}; nothing is lost", report.message),
             };

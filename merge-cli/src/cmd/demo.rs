@@ -30,7 +30,7 @@ use crate::signals::Stop;
 /// The smallest disk that the demonstration can be shown on.
 const LEAST_SIZE: u64 = 1 << 20;
 
-/// Shows the two merges of an afternoon: shorten a chain, then consolidate it.
+/// Shows two merges: the first shortens a chain, the second consolidates it.
 pub(super) fn run(args: &DemoArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
     if args.size < LEAST_SIZE {
         return Err(Report {
@@ -175,7 +175,7 @@ impl Demo<'_> {
         }
     }
 
-    /// What must never happen.
+    /// The failure if the bytes differ, which must never happen.
     fn changed(&self, image: &str) -> Failure {
         Report {
             kind: "verify-failed",

@@ -19,7 +19,7 @@ use crate::output::progress::Meter;
 use crate::output::size;
 use crate::signals::Stop;
 
-/// Plans, and writes the new file. Whatever stops it leaves no file behind.
+/// Plans, and writes the new file. If it fails, no file stays behind.
 pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
     let options = FlattenOptions {
         open: open::options(&args.open),

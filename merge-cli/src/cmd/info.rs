@@ -18,7 +18,7 @@ use crate::failure::Failure;
 use crate::output::Console;
 use crate::output::json::{path, value};
 
-/// A merge of a running virtual machine that has not come to its end: its state file, and what that says if it can be read.
+/// An unfinished live merge: its state file, and the state if it can be read.
 type LiveMerge = Option<(PathBuf, Option<Outline>)>;
 
 /// Prints what the image is. Without `--chain` no other file is opened.
@@ -35,7 +35,7 @@ pub(super) fn run(args: &InfoArgs, call: &Call, console: &Console) -> Result<Exi
         console.result(&human::image(&facts, &live))?;
     }
     match &facts.problem {
-        // A sound image that is not for this engine has been shown like any other.
+        // A sound image of a format that this engine does not read was shown like any other.
         Some(problem) if problem.kind() != ErrorKind::Unsupported => Err(Failure::engine(problem, call)),
         _ => Ok(Exit::DONE),
     }
@@ -55,7 +55,7 @@ fn chain(args: &InfoArgs, call: &Call, console: &Console) -> Result<Exit, Failur
     Ok(Exit::DONE)
 }
 
-/// The merge of which this was the active image.
+/// The unfinished live merge with this active image.
 fn live_merge(image: &Path) -> LiveMerge {
     match Unfinished::beside(image) {
         Ok(merge) => merge.map(|merge| {

@@ -1,4 +1,4 @@
-//! The traces of a live merge that was interrupted, met by a verb that writes.
+//! Checks for an interrupted live merge before a verb writes.
 
 use std::path::Path;
 
@@ -10,8 +10,8 @@ use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind};
 
-/// Refuses where a live merge of the image has not come to its end: which image is the right one is to be
-/// settled first. `in_use` makes the failure where processes hold the image.
+/// Refuses if a live merge of the image is unfinished: first it must be settled which image holds the disk.
+/// `in_use` makes the failure if processes use the image.
 pub(super) fn refuse(active: &Path, in_use: impl Fn(&[Holder]) -> Failure) -> Result<(), Failure> {
     let merge = match Interrupted::of_image(active).map_err(|e| damaged(&e))? {
         Interrupted::No => return Ok(()),

@@ -16,7 +16,7 @@ use crate::failure::Failure;
 use crate::output::Console;
 use crate::output::harmless;
 
-/// Prints the map, range by range as it is found: its length does not matter for memory.
+/// Prints the map range by range, so that memory does not depend on its length.
 pub(super) fn run(args: &MapArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
     let chain = open::chain(&args.image, &open::options(&args.open), call)?;
     warn_if_written(&chain, console);
@@ -36,10 +36,10 @@ pub(super) fn run(args: &MapArgs, call: &Call, console: &Console) -> Result<Exit
     Ok(Exit::DONE)
 }
 
-/// Tells that the map may be out of date before it is read: it is made beside a program that writes.
+/// Warns that the map may be out of date soon, if a program writes to the chain meanwhile.
 fn warn_if_written(chain: &Chain, console: &Console) {
     for layer in chain.layers() {
-        // Where locks cannot be read, nobody can say.
+        // If locks cannot be read, this is unknown.
         if let Ok(Some(LockMode::Write)) = layer.image.file().used_by_others() {
             let error = Error::InUse { path: layer.path.clone(), holders: OsHost.holders(layer.id) };
             console.warn(&format!("warning: {error}, for writing: this map may be out of date already"));

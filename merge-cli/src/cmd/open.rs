@@ -29,7 +29,7 @@ pub(super) fn options(args: &ChainArgs) -> OpenOptions {
     OpenOptions { backing_formats: formats.collect(), ..image_options(&args.image) }
 }
 
-/// Says which layers are not locked, as their file systems have no locks.
+/// Warns about layers that are not locked because their file systems have no locks.
 pub(super) fn warn_unlocked(layers: &[PathBuf], console: &Console) {
     for layer in layers {
         console.warn(&format!(
@@ -39,12 +39,12 @@ pub(super) fn warn_unlocked(layers: &[PathBuf], console: &Console) {
     }
 }
 
-/// Opens a chain for reading, without locks: what only looks works beside a running QEMU.
+/// Opens a chain for reading without locks, so that verbs that only read work beside a running QEMU.
 pub(super) fn chain(active: &Path, options: &OpenOptions, call: &Call) -> Result<Chain, Failure> {
     Chain::open(&OsHost, active, options).map_err(|e| Failure::engine(&e, call))
 }
 
-/// Opens a chain whose bytes are read: what a power cut has torn in the middle of a merge is refused.
+/// Opens a chain to read its data. An image that a power cut has torn in the middle of a merge is refused.
 pub(super) fn whole_chain(active: &Path, options: &OpenOptions, call: &Call) -> Result<Chain, Failure> {
     merge::open_whole(&OsHost, active, options, None).map_err(|e| Failure::engine(&e, call))
 }

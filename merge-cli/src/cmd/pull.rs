@@ -1,4 +1,4 @@
-//! `qmerge pull`: an image takes in what the layers below it show.
+//! `qmerge pull`: moves what the layers below show up into an image.
 
 use std::sync::Arc;
 
@@ -73,7 +73,7 @@ fn options(args: &PullArgs) -> PullOptions {
     }
 }
 
-/// A failure in the middle: the guest's view is what it was, and what was taken in stays.
+/// A failure half-way: the guest sees the same disk, and the image keeps what it has taken in.
 fn halfway(error: &Error, stop: &Stop, call: &Call) -> Failure {
     const WHEN: &str = "in the middle; what was taken in stays";
     if let (ErrorKind::Cancelled, Some(exit)) = (error.kind(), stop.exit()) {

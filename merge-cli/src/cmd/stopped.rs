@@ -1,4 +1,4 @@
-//! What there is to say when a verb that writes has stopped.
+//! What to say when a verb that writes was stopped.
 
 use qcow2::{Error, ErrorKind};
 

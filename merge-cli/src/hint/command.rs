@@ -68,7 +68,7 @@ impl fmt::Display for Command {
     }
 }
 
-/// The name of a file as an argument: one that begins with `-` is led to from the working folder.
+/// The name of a file as an argument. A name that begins with `-` gets `./` in front.
 pub(crate) fn file_word(file: &Path) -> OsString {
     if file.as_os_str().as_bytes().starts_with(b"-") {
         return Path::new(".").join(file).into();
@@ -76,8 +76,8 @@ pub(crate) fn file_word(file: &Path) -> OsString {
     file.as_os_str().to_owned()
 }
 
-/// A word for the shell, quoted if it needs to be. What a terminal would obey, and bytes that are no UTF-8, are written
-/// as `$'\x1b'`, which bash, zsh and ksh read back.
+/// A word for the shell, quoted if necessary. Control characters and bytes that are not UTF-8 are written as
+/// `$'\x1b'`, which bash, zsh and ksh read back.
 pub(crate) fn quoted(word: &OsStr) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%^".contains(c);
     let text = word.to_str();

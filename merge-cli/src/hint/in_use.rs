@@ -1,4 +1,4 @@
-//! The hints where another process holds an image.
+//! The hints if another process uses an image.
 
 use qcow2::error::Holder;
 use qmp_client::{is_machine, monitor_of};
@@ -6,7 +6,7 @@ use qmp_client::{is_machine, monitor_of};
 use super::{Command, Hint, HintKind, Hints};
 use crate::call::{Call, VerbName};
 
-/// The hints for an image that `holders` hold. A machine that shows its monitor can be looked at as it runs.
+/// The hints for an image that `holders` use. A machine that shows its monitor can be looked at while it runs.
 pub(super) fn hints(holders: &[Holder], call: &Call) -> Hints {
     let wait = match holders.iter().any(is_machine) {
         true => "shut the virtual machine down, then again",

@@ -1,4 +1,4 @@
-//! Which hints there are. The tests read this file, too: they type each of them.
+//! The kinds of hints. The tests read this file, too, and type each hint.
 
 /// Makes the kinds, with their names.
 macro_rules! kinds {
@@ -77,7 +77,7 @@ kinds! {
     NewName = "new-name",
     /// The demonstration again, in another way.
     Demo = "demo",
-    /// A merge of a running machine brought to its end.
+    /// A live merge recovered.
     Recover = "recover",
     /// The same merge as QEMU does it.
     LiveMerge = "live-merge",
@@ -87,7 +87,7 @@ kinds! {
     AllowPlaintext = "allow-plaintext",
     /// The same command, allowed to leave an old image as it is.
     AllowStale = "allow-stale",
-    /// The same command, which removes what nobody needs any more.
+    /// The same command, which removes obsolete files.
     Delete = "delete",
     /// The same command, the active layer included.
     Active = "active",

@@ -1,7 +1,7 @@
-//! What to do next: values, of which a command line is a part. They are made from typed errors; no text is read.
+//! Hints what to do next, as values with a command line. They are made from typed errors; no text is parsed.
 //!
-//! Each is one line, and a command stands at its end, so that it can be typed as it stands. A command that would
-//! fail as things are is not given; what must be put right first stands before it.
+//! Each hint is one line with the command at its end, so that it can be typed as it stands. A command that
+//! would fail in the present state is not given; the text before it says what must be done first.
 
 mod command;
 mod in_use;

@@ -1,4 +1,4 @@
-//! The ways that the engine finds, as they are typed, and its reasons in words.
+//! Turns the ways that the engine finds into commands, and its reasons into words.
 
 use std::ffi::OsString;
 

@@ -37,7 +37,7 @@ pub(crate) fn value(of: &impl Serialize) -> Value {
     serde_json::to_value(of).unwrap_or_default()
 }
 
-/// Both objects in one; what the second says counts.
+/// Merges two objects; the second one takes precedence.
 pub(crate) fn merged(mut first: Value, second: Value) -> Value {
     if let (Value::Object(fields), Value::Object(more)) = (&mut first, second) {
         fields.extend(more);
@@ -55,9 +55,10 @@ pub(crate) fn paths<P: AsRef<Path>>(list: &[P]) -> Value {
     list.iter().map(|p| path(p.as_ref())).collect()
 }
 
-/// JSON text with what a terminal would obey written as `\u202e`: a reader of JSON reads the same, and a person who looks at it
-/// is not deceived. (JSON itself escapes only the control characters below the blank.) Such characters stand in strings
-/// alone, and all of them lie in the first plane; the ends of lines are the layout's.
+/// Escapes characters in JSON text that a terminal would obey, as `\u202e`. A program reads the same text, and
+/// a person who looks at it is not deceived. (JSON itself escapes only control characters below the blank.)
+/// Such characters occur only inside strings, and all of them lie in the first plane; line ends are the
+/// layout's own.
 pub(crate) fn escaped(text: &str) -> Cow<'_, str> {
     if !text.contains(|c| c != '\n' && is_harmful(c)) {
         return text.into();

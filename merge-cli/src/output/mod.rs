@@ -1,4 +1,4 @@
-//! What the user sees: results on standard output, everything else on standard error.
+//! Prints results on standard output, and everything else on standard error.
 
 pub(crate) mod human;
 pub(crate) mod json;
@@ -39,7 +39,7 @@ impl Console {
         self.quiet
     }
 
-    /// Whether a progress line makes sense: standard error is a terminal, and people read it.
+    /// Whether to show a progress line: only if standard error is a terminal.
     pub(crate) fn shows_progress(&self) -> bool {
         !self.json && !self.quiet && io::stderr().is_terminal()
     }
@@ -72,14 +72,14 @@ impl Console {
         BufWriter::with_capacity(1 << 16, io::stdout().lock())
     }
 
-    /// Tells people something on standard error that is no error.
+    /// Tells people on standard error something that is not an error.
     pub(crate) fn note(&self, text: &str) {
         if !self.quiet {
             write_stderr(text);
         }
     }
 
-    /// Tells people on standard error what needs them now, even if they want to be told little.
+    /// Tells people on standard error something that needs their action now, even with `--quiet`.
     pub(crate) fn warn(&self, text: &str) {
         write_stderr(text);
     }
@@ -88,7 +88,7 @@ impl Console {
     pub(crate) fn failure(&self, report: &Report) {
         write_stderr(&report.to_string());
         if self.json && !self.document_begun.load(Ordering::Relaxed) {
-            // A reader that went away has its answer in the exit code.
+            // If the reader went away, the exit code still tells.
             let _ = self.event("error", json::error(report));
         }
     }
@@ -105,8 +105,8 @@ fn write_stderr(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{}", harmless(text.trim_end_matches('\n')));
 }
 
-/// A text for a terminal: names that images hold stand in it, and their authors may have put into them what a terminal
-/// obeys. Ends of lines stay: whoever puts a name into a text escapes those of the name.
+/// Makes a text safe for a terminal: it may contain names from images, and their authors may have put control
+/// characters into them. Line ends stay: code that puts a name into a text must escape the name's own.
 pub(crate) fn harmless(text: &str) -> Cow<'_, str> {
     if !text.contains(|c| c != '\n' && is_harmful(c)) {
         return text.into();

@@ -14,13 +14,13 @@ const DRAW_EVERY: Duration = Duration::from_millis(100);
 /// How often an event is sent.
 const EVENT_EVERY: Duration = Duration::from_millis(500);
 
-/// Shows how far an operation is. Shared by the threads that do the work.
+/// Shows the progress of an operation. The threads that do the work share it.
 #[derive(Debug)]
 pub(crate) struct Meter<'a> {
     console: &'a Console,
     /// What is being done, as a participle: "merging".
     what: &'static str,
-    /// Whether programs are told by events; not where the result is one document.
+    /// Whether progress is also printed as events; not if the result is one JSON document.
     events: bool,
     state: Mutex<State>,
 }
@@ -66,7 +66,7 @@ impl<'a> Meter<'a> {
     /// Tells how many bytes of how many are done.
     pub(crate) fn update(&self, done: u64, total: u64) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        // Threads may come in another order than their work was counted.
+        // Threads may report in another order than their work was counted: never go back.
         state.done = state.done.max(done);
         state.total = total;
         let done = state.done;
@@ -83,7 +83,7 @@ impl<'a> Meter<'a> {
         state.complete = complete;
         state.shown = Some(Instant::now());
         if self.console.is_json() && self.events {
-            // A reader that went away must not stop a merge; the result will tell.
+            // A reader that went away must not stop a merge; printing the result will fail, and report it.
             let _ = self.console.event("progress", json!({ "done": done, "total": total }));
         } else if self.console.shows_progress() {
             let line = line(self.what, done, total, state.begun.elapsed());
@@ -99,7 +99,7 @@ impl<'a> Meter<'a> {
         if state.total == 0 { 0.0 } else { state.done as f64 / state.total as f64 * 100.0 }
     }
 
-    /// Takes the line away, so that the result begins on a clean one.
+    /// Removes the line, so that the result begins on a clean one.
     pub(crate) fn clear(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.width > 0 {
@@ -123,7 +123,7 @@ impl Drop for Meter<'_> {
 
 fn draw(text: &str) {
     let mut err = io::stderr().lock();
-    // A terminal that went away is no reason to stop.
+    // If the terminal went away, the work goes on.
     let _ = err.write_all(text.as_bytes()).and_then(|()| err.flush());
 }
 
@@ -132,7 +132,7 @@ fn line(what: &str, done: u64, total: u64, elapsed: Duration) -> String {
     let share = if total == 0 { 1.0 } else { (done as f64 / total as f64).min(1.0) };
     let mut line = format!("{what}  {:5.1}%  {} of {}", share * 100.0, size::short(done), size::short(total));
     let seconds = elapsed.as_secs_f64();
-    // Rates over less than a moment are noise.
+    // A rate over a very short time is noise.
     if seconds >= 0.5 && done > 0 {
         let rate = done as f64 / seconds;
         line += &format!("  {}/s", size::short(rate as u64));

@@ -25,7 +25,7 @@ pub(crate) fn short(bytes: u64) -> String {
     format!("{text} {name}")
 }
 
-/// Two sizes of one thing, before and after: in bytes where short ones would not show by how much they differ.
+/// Two sizes of one thing, before and after: in bytes, if short sizes would look equal.
 pub(crate) fn change(before: u64, after: u64) -> String {
     let unit = |text: &str| text.rsplit(' ').next().unwrap_or_default().to_owned();
     let (short_before, short_after) = (short(before), short(after));

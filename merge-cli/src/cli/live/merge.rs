@@ -45,8 +45,8 @@ pub(crate) struct LiveCommitArgs {
 
     /// Merge the layer that the guest writes to, too
     ///
-    /// Everything is copied while the guest writes on; then the job is ready, and stays so until `live pivot` lets
-    /// the guest write to base, or `live cancel` leaves it where it is.
+    /// Everything is copied while the guest goes on writing. Then the job is ready, and stays so until `live
+    /// pivot` lets the guest write to base, or `live cancel` leaves it where it is.
     #[arg(long, help_heading = "What to merge")]
     pub(crate) active: bool,
 
@@ -54,18 +54,19 @@ pub(crate) struct LiveCommitArgs {
     #[arg(long, conflicts_with_all = ["keep_overlay", "async_"], help_heading = "What to merge")]
     pub(crate) pivot: bool,
 
-    /// As --active; leave the guest where it writes, and base with what the disk showed at that moment
+    /// As --active; but leave the guest on the active image, and base with the disk as it was at that moment
     #[arg(long, conflicts_with_all = ["delete", "async_"], help_heading = "What to merge")]
     pub(crate) keep_overlay: bool,
 
-    /// Slow the guest's writes down, within limits, if an active merge does not catch up with them
+    /// Slow the guest's writes down, within limits, if an active merge cannot catch up with them
     #[arg(long, conflicts_with = "async_", help_heading = "How")]
     pub(crate) converge: bool,
 
     /// Remove the files that are no longer needed
     ///
-    /// Without it they stay, as empty overlays on base. Files are removed when base is durable and QEMU has closed them,
-    /// top-down, and only if they are still the files of the plan and no other image uses them.
+    /// Without it they stay, as empty overlays on base. Files are removed from the top down when base is
+    /// durable and QEMU has closed them, and only if they are still the files of the plan and no other image
+    /// uses them.
     #[arg(long, help_heading = "How")]
     pub(crate) delete: bool,
 
@@ -98,8 +99,9 @@ pub(crate) struct LiveCommitArgs {
 
     /// Merge although the old active image cannot become an empty overlay on base
     ///
-    /// It stays bootable then, with old data: over NBD or another protocol, onto a format that this engine does not write
-    /// (VMDK, VDI, LUKS), or where nobody may write to it. See to it that nothing starts from it again.
+    /// This happens if base is reached over NBD or another protocol, has a format that this engine does not
+    /// write (VMDK, VDI, LUKS), or if the old image cannot be written. The old image stays bootable then, with
+    /// old data: make sure that nothing starts from it again.
     #[arg(long, help_heading = "Safety")]
     pub(crate) allow_stale: bool,
 
@@ -142,7 +144,7 @@ pub(crate) struct LivePullArgs {
     /// The disk, as `live list` prints it
     pub(crate) disk: String,
 
-    /// Leave LAYER and what lies below it [default: pull everything]
+    /// Leave LAYER and those below it [default: pull everything]
     ///
     /// A layer is named by its path, its node name, or its index: [1] is the bottom of the chain.
     #[arg(long, value_name = "LAYER", help_heading = "What to merge")]
@@ -186,11 +188,11 @@ impl LivePullArgs {
 /// What both directions have in common.
 #[derive(Debug, Args)]
 pub(crate) struct JobArgs {
-    /// Copy at most so many bytes per second, with K, M, G or T
+    /// Copy at most this many bytes per second, with K, M, G or T
     #[arg(long, value_name = "RATE", value_parser = size::parse, help_heading = "How")]
     pub(crate) bandwidth: Option<u64>,
 
-    /// Give up after so many seconds: the job is cancelled, the chain stays as it was
+    /// Give up after this many seconds: the job is cancelled, the chain stays as it was
     #[arg(long, value_name = "SECONDS", conflicts_with = "async_", value_parser = seconds, help_heading = "How")]
     pub(crate) timeout: Option<Duration>,
 
@@ -198,11 +200,11 @@ pub(crate) struct JobArgs {
     #[arg(long = "async", id = "async_", help_heading = "How")]
     pub(crate) async_: bool,
 
-    /// Folder of the file that notes how far the merge is [default: the active image's folder]
+    /// Folder of the file that notes the progress of the merge [default: the active image's folder]
     #[arg(long, value_name = "DIR", help_heading = "How")]
     pub(crate) state_dir: Option<PathBuf>,
 
-    /// Socket of the NBD server that QEMU runs [default: found by itself where the process may be looked at]
+    /// Socket of the NBD server that QEMU runs [default: found automatically if the process may be looked at]
     #[arg(long, value_name = "PATH", help_heading = "How")]
     pub(crate) nbd_socket: Option<PathBuf>,
 
@@ -228,7 +230,7 @@ pub(crate) struct EndArgs {
     /// The disk, as `live list` prints it
     pub(crate) disk: String,
 
-    /// Wait at most so many seconds until all is copied; the job goes on if that is not enough
+    /// Wait at most this many seconds until everything is copied; if that is not enough, the job goes on
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) timeout: Option<Duration>,
 
@@ -236,7 +238,8 @@ pub(crate) struct EndArgs {
     #[arg(long)]
     pub(crate) delete: bool,
 
-    /// Also search DIR for images that use those files, beside the folders that `live commit` searched (repeatable)
+    /// Also search DIR for images that use those files, besides the folders that `live commit` searched
+    /// (repeatable)
     #[arg(long, value_name = "DIR")]
     pub(crate) scan: Vec<PathBuf>,
 
@@ -248,7 +251,7 @@ pub(crate) struct EndArgs {
     #[arg(long)]
     pub(crate) allow_stale: bool,
 
-    /// Look in DIR too, where the merge keeps its state
+    /// Look also in DIR, where the merge keeps its state
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
 }

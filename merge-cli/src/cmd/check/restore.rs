@@ -19,7 +19,7 @@ use crate::output::{Console, size};
 /// How many places a plan lists for people.
 const LISTED: usize = 20;
 
-/// Puts the metadata back that the backup `from` holds, or shows what that would do.
+/// Restores the metadata from the backup `from`, or shows what that would do.
 pub(super) fn run(args: &CheckArgs, from: &Path, call: &Call, console: &Console) -> Result<Exit, Failure> {
     if args.open.format == Some(ImageFormat::Raw) {
         return Err(super::nothing_to_check(&args.image));

@@ -1,4 +1,4 @@
-//! Plan and result of a commit in words.
+//! The plan and the result of a commit in words.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ use crate::output::size;
 /// The plan; `domains` are the fields that tell of libvirt.
 pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, String)]) -> String {
     let mut fields = Fields::default();
-    // Every layer from base up to top stops being a restore point, but top itself.
+    // All layers from base up to top stop being restore points, except top itself.
     let below = plan.restore_points_lost.iter().skip(1);
     let merged: Vec<_> = below.chain([&plan.top]).map(|file| show(file)).collect();
     fields.add("merge", format!("{} into {}", merged.join(", "), show(&plan.base)));
@@ -83,7 +83,7 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, Str
     fields.render()
 }
 
-/// Where other users of base were looked for, and what nobody knows of them.
+/// Where other users of base were searched, and what stays unknown.
 fn others(plan: &Plan, fields: &mut Fields) {
     let signs = &plan.signs;
     if !plan.searched.is_empty() {
@@ -129,7 +129,7 @@ fn others(plan: &Plan, fields: &mut Fields) {
     }
 }
 
-/// What there is to say where nothing is merged.
+/// What to say if nothing is merged.
 pub(super) fn settled(settled: &Settled, args: &CommitArgs) -> String {
     let reason = &settled.reason;
     match unremoved(&settled.unremoved, args) {
@@ -192,7 +192,7 @@ fn merged(plan: &Plan, report: &Report) -> String {
     )
 }
 
-/// What became of the layers that nobody needs any more.
+/// What was done with the obsolete layers.
 fn layers(report: &Report) -> Vec<String> {
     let mut lines = Vec::new();
     if !report.deleted.is_empty() {
@@ -236,7 +236,7 @@ fn afterwards(plan: &Plan) -> String {
     }
 }
 
-/// A word of care where the switch of the header takes more than one sector.
+/// A warning if the switch of the header takes more than one sector.
 fn torn(atomic: bool) -> &'static str {
     let careful = "\n(its header takes more than one sector: after a power cut just then, the same command makes it whole)";
     if atomic { "" } else { careful }
@@ -260,7 +260,7 @@ fn keeps(kept: &Kept) -> String {
     )
 }
 
-/// What a merge that was stopped has left to be removed, if anything.
+/// The files that an unfinished merge still has to remove, if any.
 fn unremoved(files: &[PathBuf], args: &CommitArgs) -> Option<String> {
     let what = if args.delete { "will be removed" } else { "stay, marked as merged" };
     (!files.is_empty()).then(|| format!("{}: {what}", list(files)))

@@ -1,4 +1,4 @@
-//! Where the merge of a stopped machine meets one that runs: the same merge, as its QEMU or its libvirt does it.
+//! If the machine of an offline merge is running: the same merge, done by its QEMU or its libvirt.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -15,8 +15,8 @@ use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind, Hints};
 use crate::output::human::{printable, shell_word};
 
-/// The failure of a merge whose images a process holds; where that is a domain of libvirt's or shows a monitor, with the command
-/// that does the same merge as it runs.
+/// The failure of a merge whose images are in use. If the user is a domain of libvirt or shows a monitor, it
+/// has the command that does the same merge live.
 pub(super) fn in_use(path: &Path, holders: &[Holder], args: &CommitArgs, call: &Call) -> Failure {
     let error = Error::InUse { path: path.to_owned(), holders: holders.to_vec() };
     let Failure::Reported(report) = Failure::engine(&error, call) else { return Failure::PipeClosed };

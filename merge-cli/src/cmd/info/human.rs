@@ -15,7 +15,7 @@ use crate::hint::word;
 use crate::output::human::{Fields, Table, plural};
 use crate::output::size;
 
-/// A table of the layers, the active image first, and what is remarkable about single layers.
+/// A table of the layers, the active image first, and remarks about single layers.
 pub(super) fn chain(layers: &[(LiveMerge, LayerFacts)]) -> String {
     let mut table = Table::new(&["LAYER", "FORMAT", ">VIRTUAL SIZE", ">ON DISK", ">VISIBLE", "FILE"]);
     let mut notes = Vec::new();
@@ -40,7 +40,7 @@ pub(super) fn chain(layers: &[(LiveMerge, LayerFacts)]) -> String {
     text
 }
 
-/// What somebody who wants to merge must know about a layer.
+/// What a user who wants to merge must know about a layer.
 fn remarks(facts: &ImageFacts, live: &LiveMerge) -> impl Iterator<Item = String> {
     let header = facts.cluster0.as_ref().map(|c| &c.header);
     let all = [
@@ -60,7 +60,7 @@ fn remarks(facts: &ImageFacts, live: &LiveMerge) -> impl Iterator<Item = String>
     all.into_iter().flatten()
 }
 
-/// What there is to say of an image that was to take in more.
+/// What to say about an image with an unfinished pull.
 const PULL_PENDING: &str = "pull pending: the guest sees the same; the same pull goes on";
 
 /// `merge pending: 42 % of b.qcow2 into base.qcow2`, and what to do.
@@ -102,7 +102,7 @@ fn merged(cluster0: &Cluster0, holds_data: bool) -> Option<String> {
     Some(format!("a merge into {} was stopped; the same commit goes on", name(into)))
 }
 
-/// A merge of the running machine that has not come to its end.
+/// An unfinished live merge.
 fn live_merge(facts: &ImageFacts, live: &LiveMerge) -> Option<String> {
     let (file, state) = live.as_ref()?;
     let recover = format!("qmerge live recover {}", word(&facts.path));

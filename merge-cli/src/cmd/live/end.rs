@@ -1,4 +1,4 @@
-//! `qmerge live finish` and `pivot`: the end of a merge that an earlier call has started, or another client.
+//! `qmerge live finish` and `pivot`: end a merge that an earlier call or another client has started.
 
 use qmp_client::{Connection, Driver, End, Kind, Outline, Run, TidyOptions};
 
@@ -15,7 +15,7 @@ use crate::output::human::printable;
 use crate::output::progress::Meter;
 use crate::signals::Stop;
 
-/// Waits until all is copied, and switches.
+/// Waits until everything is copied, and switches.
 pub(super) fn run(
     session: &Session<'_>,
     monitor: Connection,

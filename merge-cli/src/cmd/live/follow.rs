@@ -1,4 +1,4 @@
-//! A merge under the eyes of its user: what happens is told as it happens, and how it ended.
+//! Follows a merge: tells its user what happens while it runs, and how it ended.
 
 use std::sync::atomic::Ordering;
 
@@ -17,7 +17,7 @@ use crate::output::progress::Meter;
 use crate::output::size;
 use crate::signals::Stop;
 
-/// What a merge's client does until it is over.
+/// What is needed to follow a merge to its end.
 pub(super) struct Follow<'a> {
     /// The call.
     pub(super) session: &'a Session<'a>,
@@ -34,7 +34,7 @@ pub(super) struct Follow<'a> {
 }
 
 impl Follow<'_> {
-    /// Stays with the merge until it is over or stands still.
+    /// Follows the merge until it is over or stands still.
     pub(super) fn step(&mut self, merge: &mut dyn Driver) -> Result<Step, Failure> {
         let teller = Teller::of(self.session, self.console, &self.meter, &self.stop);
         let step = self.run.follow(merge, &mut |event| teller.tell(&event));
@@ -42,7 +42,7 @@ impl Follow<'_> {
         step.map_err(|stopped| self.failure(&stopped))
     }
 
-    /// Takes turns with other clients as long as it stands still, and tells the end.
+    /// As long as the merge stands still, lets other clients use the monitor in turn; then tells the end.
     pub(super) fn until_over(mut self, step: Step) -> Result<Exit, Failure> {
         let teller = Teller::of(self.session, self.console, &self.meter, &self.stop);
         let ended = self.run.take_turns(step, &mut |event| teller.tell(&event));
@@ -63,7 +63,7 @@ impl Follow<'_> {
         }
     }
 
-    /// A merge that did not come to its end.
+    /// The failure of a merge that did not end.
     fn failure(&self, stopped: &Stopped) -> Failure {
         let session = self.session;
         let again = |words: &str| Hint::command(HintKind::Again, words, session.again());
@@ -112,7 +112,7 @@ impl Follow<'_> {
         }
     }
 
-    /// The job is gone, and nobody saw how it ended; the graph tells.
+    /// The job is gone, and nobody saw its end. The graph shows how it ended.
     fn vanished(&self, stopped: &Stopped, disk: &str) -> Failure {
         let chain = self.session.other(&["chain", disk]);
         let hint = Hint::command(HintKind::LiveLook, "see the chain as it is", chain).into();

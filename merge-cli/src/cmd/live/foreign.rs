@@ -1,4 +1,4 @@
-//! The end of a merge that another client has started.
+//! Ends a merge that another client has started.
 
 use qmp_client::qapi::qmp::JobStatus;
 use qmp_client::{Disk, End, Job, Machine, conclude};
@@ -11,7 +11,7 @@ use crate::hint::{Hint, HintKind};
 use crate::output::Console;
 use crate::output::human::printable;
 
-/// Has it do what it is for, and says from the graph what came of it.
+/// Completes its job, and tells the result from the graph.
 pub(super) fn end(
     session: &Session<'_>,
     machine: &Machine<'_>,

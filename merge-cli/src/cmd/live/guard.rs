@@ -1,4 +1,4 @@
-//! What manages a virtual machine is asked, not gone around.
+//! Refuses to change a virtual machine behind the back of its manager (libvirt, for example).
 
 use std::slice;
 
@@ -23,7 +23,7 @@ pub(super) fn process(session: &Session<'_>, monitor: &Connection) -> Result<(),
     if owner.is_none() || session.verb.only_looks() {
         return Ok(());
     }
-    // Its disks tell what the layers are called that the user has named by their numbers.
+    // The disks are needed to turn the user's layer numbers into paths.
     let machine = Machine::look(monitor, session.address).ok();
     let disks = machine.as_ref().map_or(&[][..], |machine| Graph::disks(machine.graph()));
     refuse(session, owner, monitor.peer(), disks)
@@ -85,7 +85,7 @@ fn instead_of_libvirt(session: &Session<'_>, process: Option<u32>, disks: &[Disk
             virsh("libvirt has no command for that; its jobs can be slowed", &words)
         }
         Instead::SnapshotOfSome { snapshot, list, disks } => {
-            // Which other disks there are is asked as it is typed.
+            // The command itself asks for the other disks when it is typed.
             let other = disks.iter().map(|disk| format!(" && $3 != \"{disk}\"")).collect::<String>();
             let (snapshot, list) = (command(&snapshot), command(&list));
             Hint::advice(format!(

@@ -31,7 +31,7 @@ pub(super) fn list(session: &Session<'_>, machine: &Machine<'_>, console: &Conso
         let merge = |job: &JobState| under_way.iter().find(|merge| merge.job == job.id);
         return console.document(&jobs.iter().map(|(job, disk)| json(job, *disk, merge(job))).collect());
     }
-    // A switched merge has files to clean up after; one that was only copied has lost nothing.
+    // A switched merge still has files to clean up; a merge that only copied data has lost nothing.
     for merge in left.iter().filter(|merge| merge.phase != Phase::Copying) {
         let disk = printable(&merge.disk);
         console.note(&format!(
@@ -98,7 +98,7 @@ pub(super) fn steer(
     let fail = |e: qmp_client::Error| session.failure(&e);
     let of_this = |(_, of): &(JobState, Option<&Disk>)| of.is_some_and(|of| of.name() == disk.name());
     let all = graph.jobs(monitor).map_err(fail)?;
-    // What has concluded cannot be steered: one that still runs, if there is one, is meant.
+    // A concluded job cannot be steered. If another job of the disk still runs, the user means that one.
     let (ended, at_work): (Vec<_>, Vec<_>) =
         all.iter().filter(|entry| of_this(entry)).partition(|(job, _)| job.status == JobStatus::concluded);
     let Some((state, _)) = at_work.first().or(ended.first()) else {
@@ -125,7 +125,7 @@ pub(super) fn steer(
         let now = job.state().map_err(fail)?;
         let mut out = json(now.as_ref().unwrap_or(state), Some(disk), None);
         if now.is_none() {
-            // QEMU's word for a job that it has forgotten.
+            // QEMU's status for a job that it has forgotten.
             out["status"] = "null".into();
         }
         return console.document(&out);

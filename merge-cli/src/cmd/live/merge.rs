@@ -1,4 +1,4 @@
-//! `qmerge live commit` and `qmerge live pull`: arguments become a request, and what is to be done is told.
+//! `qmerge live commit` and `qmerge live pull`: turns arguments into a request, and shows the plan.
 
 use qcow2::error::shown;
 use qmp_client::{Connection, End, Nothing, Planned, Prepared, Request, Room, Run, TidyOptions};
@@ -153,7 +153,7 @@ impl MergeCall<'_> {
         Ok(Exit::DONE)
     }
 
-    /// Shows the plan, to people on standard error unless it is all that is asked for.
+    /// Shows the plan: on standard error, unless it is all that the user asked for.
     fn announce(&self, planned: &Planned<'_>) -> Result<(), Failure> {
         let (plan, console) = (&planned.plan, self.console);
         for job in &planned.begins_anew {

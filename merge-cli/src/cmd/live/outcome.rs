@@ -1,4 +1,4 @@
-//! What came out of a merge: for people and for programs.
+//! The outcome of a merge, for people and for programs.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -68,7 +68,7 @@ impl Outcome {
         Self { lines, notes, fields, stuck }
     }
 
-    /// What an earlier call has left, whose client was killed when QEMU had switched, is dealt with.
+    /// The remaining work of an earlier call, which was killed after QEMU had switched, is done.
     pub(super) fn of_left(
         session: &Session<'_>,
         machine: &Machine<'_>,
@@ -148,7 +148,7 @@ impl Outcome {
     }
 }
 
-/// Says that the end of an earlier call is made up for.
+/// Says that the remaining work of an earlier call was done.
 pub(super) fn say_left(disk: &Disk, console: &Console) {
     console.note(&format!(
         "picked up again: the merge of {} had switched; what it left is dealt with now",
@@ -156,7 +156,8 @@ pub(super) fn say_left(disk: &Disk, console: &Console) {
     ));
 }
 
-/// The guest has moved to base, and the old active image cannot be emptied: it shows an old disk to whoever starts from it.
+/// The guest has moved to base, but the old active image cannot be emptied: a machine that starts from it sees
+/// an old disk.
 fn stuck(session: &Session<'_>, state: &Outline, tidied: &Tidied) -> Failure {
     let old = state.active().map_or("", |layer| layer.file.as_str());
     let why = tidied.error.as_ref().map(ToString::to_string).unwrap_or_default();

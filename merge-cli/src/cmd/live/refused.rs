@@ -1,4 +1,4 @@
-//! Merges that are not begun, and what makes them possible.
+//! The refusals of merges, and what makes the merges possible.
 
 use qmp_client::{Hindrance, Obstacle};
 
@@ -161,7 +161,7 @@ fn hints(session: &Session<'_>, hindrance: &Hindrance) -> Hints {
     }
 }
 
-/// The option that was given and is for the active layer.
+/// The given option that is only for merges of the active layer.
 fn option_for_active(session: &Session<'_>) -> &'static str {
     match session.verb {
         LiveVerb::Commit(args) if args.pivot => "--pivot",

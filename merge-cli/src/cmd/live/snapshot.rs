@@ -15,7 +15,7 @@ use crate::hint::{Command, Hint, HintKind};
 use crate::output::Console;
 use crate::output::human::printable;
 
-/// Makes the overlays; relative names are those of this folder, not of QEMU's.
+/// Makes the overlays. Relative names are relative to the user's folder, not to QEMU's.
 pub(super) fn run(
     session: &Session<'_>,
     machine: &Machine<'_>,
@@ -27,7 +27,8 @@ pub(super) fn run(
     for overlay in overlays {
         let disk = find(machine, &overlay.disk, session)?;
         guard::disk(session, disk)?;
-        // It fails only where there is no current folder; the library then says that the path is not absolute.
+        // This fails only if there is no current folder. Then the library reports that the path is not
+        // absolute.
         wanted.push((disk, path::absolute(&overlay.file).unwrap_or_else(|_| overlay.file.clone())));
     }
     let mut encrypted = wanted.iter().filter(|(disk, _)| disk.active().encrypted);
@@ -81,13 +82,13 @@ pub(super) fn run(
     Ok(())
 }
 
-/// Whether the disk writes to this file since a snapshot: an earlier call has taken it, and was killed, perhaps, before it
-/// said so.
+/// Whether a snapshot has already made this file the disk's active image. An earlier call may have taken it,
+/// and was killed before it said so.
 fn is_there(disk: &Disk, file: &Path) -> bool {
     Path::new(&disk.active().file) == file && qmp_client::is_of_a_snapshot(disk.active())
 }
 
-/// A snapshot is of one moment, so one of an earlier moment is no success.
+/// A snapshot shows one moment, so a snapshot of an earlier moment does not count as a success.
 fn taken(session: &Session<'_>, disk: &Disk, file: &Path) -> Failure {
     let (name, file) = (printable(disk.name()), file.display());
     Report {
@@ -124,8 +125,8 @@ fn plaintext(session: &Session<'_>, disk: &Disk, file: &Path) -> Failure {
     .into()
 }
 
-/// Whether only QEMU knows which file is meant: the name is relative to its folder, and none of its open files is seen
-/// to have it.
+/// Whether only QEMU knows which file is meant: the name is relative to its folder, and matches none of its
+/// visible open files.
 fn is_relative(file: &str) -> bool {
     !file.starts_with('/') && !file.contains(':')
 }

@@ -1,4 +1,4 @@
-//! A job that stands still: what happened, and what to do about it.
+//! Tells why a job stands still, and what to do about it.
 
 use std::path::Path;
 

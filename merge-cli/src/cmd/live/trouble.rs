@@ -1,4 +1,4 @@
-//! What can go wrong on the way to QEMU and back, and what to type next.
+//! Turns errors of live calls into failures, with hints what to type next.
 
 use std::ffi::OsString;
 use std::io;
@@ -40,8 +40,8 @@ impl Session<'_> {
         Report { kind, message: error.to_string(), hint, exit }.into()
     }
 
-    /// The failure of a merge that cannot be planned. Where QEMU would do it wrong, a stopped machine's can be merged,
-    /// perhaps.
+    /// The failure of a merge that cannot be planned. If only QEMU would do it wrong, it may be possible
+    /// offline.
     pub(super) fn unplanned(&self, error: &Error, disk: &Disk, request: &Request) -> Failure {
         match error {
             Error::Layer { .. } => {
@@ -137,7 +137,7 @@ impl Session<'_> {
         .into()
     }
 
-    /// A merge of ours whose state file was not found: whoever knows where it lies names the folder.
+    /// The failure for a merge of ours whose state file was not found: the user must name its folder.
     fn no_state(&self) -> Hints {
         let name = Hint::advice(format!(
             "name the folder that the merge was begun with: {}",
@@ -234,7 +234,7 @@ pub(super) fn live_in(words: &[&str], address: &Address, state_dir: Option<&Path
     }
 }
 
-/// A commit of the stopped machine.
+/// The same commit, offline.
 pub(super) fn offline(merge: &StoppedMerge) -> Command {
     let command = Command::qmerge(["commit"]).file(&merge.active);
     let command = match &merge.top {
@@ -245,7 +245,7 @@ pub(super) fn offline(merge: &StoppedMerge) -> Command {
     if merge.delete { command.word("--delete") } else { command }
 }
 
-/// Nobody said which QEMU is meant.
+/// The failure if the user did not say which QEMU is meant.
 pub(super) fn no_address(verb: &LiveVerb) -> Failure {
     Report {
         kind: "usage",
@@ -318,7 +318,7 @@ pub(super) fn class(error: &Error) -> (&'static str, Exit) {
 mod tests {
     use super::*;
 
-    /// An option that was given is refused when the hint gives it again.
+    /// An option may be given only once, so a hint must not repeat it.
     #[test]
     fn a_hint_gives_no_option_twice() {
         let address = "/vm/qmp.sock".parse().unwrap();

@@ -1,4 +1,4 @@
-//! What a snapshot has left whose client was killed before the switch.
+//! Handles unfinished snapshots, whose client was killed before the switch.
 
 use std::path::PathBuf;
 
@@ -35,7 +35,7 @@ pub(super) fn undo_all(monitor: &Connection, folders: &[PathBuf], console: &Cons
     Ok(())
 }
 
-/// Says what is left, and changes nothing.
+/// Reports unfinished snapshots, and changes nothing.
 pub(super) fn tell(session: &Session<'_>, monitor: &Connection, console: &Console) -> Result<(), Failure> {
     let left = unfinished_snapshots(monitor).map_err(|e| session.failure(&e))?;
     for UnfinishedSnapshot { file, .. } in left {

@@ -1,4 +1,4 @@
-//! Questions that only the user can answer: what is uncertain, and what to do in each case.
+//! Reports doubts that only the user can settle: what is uncertain, and what to do in each case.
 
 use std::path::Path;
 

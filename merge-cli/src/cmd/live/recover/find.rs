@@ -1,4 +1,4 @@
-//! Which merges are meant.
+//! Finds the merges that the user means.
 
 use std::path::{Path, PathBuf};
 
@@ -41,12 +41,12 @@ pub(super) fn merges(args: &RecoverArgs, qmp: Option<&Address>) -> Result<Vec<Un
     Ok(all.into_iter().filter(|merge| is_meant(&what, merge)).collect())
 }
 
-/// Removes the files that clients have left there which were killed while they wrote a state.
+/// Removes temporary files of clients that were killed while they wrote a state.
 pub(super) fn sweep(args: &RecoverArgs, qmp: Option<&Address>) {
     sweep_folders(qmp, &folders(args));
 }
 
-/// Where was looked, in words.
+/// The searched places, in words.
 pub(super) fn searched(args: &RecoverArgs, qmp: Option<&Address>) -> String {
     let beside = qmp.map(|address| format!("beside the socket {address}"));
     let folders = folders(args).into_iter().map(|folder| format!("in {}", folder.display()));
@@ -80,8 +80,8 @@ fn is_meant(what: &What<'_>, merge: &Unfinished) -> bool {
     }
 }
 
-/// A state file that says nothing, or that is not to be trusted; or a file or a folder that cannot be read, which says
-/// nothing about any image.
+/// The failure for a state file that holds no state or must not be trusted, and for a file or folder that
+/// cannot be read.
 pub(in crate::cmd) fn damaged(error: &Error) -> Failure {
     if let Error::File { file: path, .. } = error {
         let command = Command::of("ls").word("-ld").file(path);

@@ -1,5 +1,5 @@
-//! `qmerge live recover`: what a merge left whose QEMU, client or host has gone, put right. The library decides; here are the
-//! words.
+//! `qmerge live recover`: recovers from a merge whose QEMU, client or host went away. The library decides; this
+//! module finds the words.
 
 mod doubt;
 mod find;
@@ -23,7 +23,7 @@ use crate::signals::Stop;
 
 pub(in crate::cmd) use self::find::damaged;
 
-/// Deals with every state file that is found.
+/// Recovers the merge of every state file that is found.
 pub(super) fn run(
     args: &RecoverArgs,
     qmp: Option<&Address>,
@@ -64,7 +64,7 @@ pub(super) fn run(
     first.map_or(Ok(Exit::DONE), |report| Err(report.into()))
 }
 
-/// Undoes what snapshots have left in a QEMU that still runs, and that no manager owns.
+/// Undoes unfinished snapshots in a QEMU that is still running, and that no manager owns.
 fn snapshots(qmp: Option<&Address>, call: &Call, console: &Console) -> Result<(), Failure> {
     let Some(address) = qmp.filter(|address| Owner::of(address, None).is_none()) else { return Ok(()) };
     let options = Options { allow_tcp: true, greeting_timeout: Duration::from_secs(2), ..Options::default() };

@@ -1,4 +1,4 @@
-//! What is said about a merge, for people and for programs.
+//! The report about a recovered merge, for people and for programs.
 
 use std::path::{Path, PathBuf};
 
@@ -23,11 +23,11 @@ pub(super) struct Told {
     valid_top: Option<String>,
     /// What was found.
     facts: Vec<String>,
-    /// What was done, or would be, as imperatives.
+    /// What was done, or would be done, as imperatives.
     did: Vec<String>,
-    /// The command that goes on.
+    /// The command to go on with.
     next: Option<String>,
-    /// What keeps it from being done.
+    /// What stands in the way.
     pub(super) trouble: Option<Report>,
 }
 
@@ -239,7 +239,7 @@ fn trouble(merge: &Outline, trouble: &Trouble, call: &Call, stop: &Stop) -> Opti
     })
 }
 
-/// The merge and how far it was, in words.
+/// The merge and its progress, in words.
 pub(in crate::cmd) fn what(merge: &Outline) -> String {
     let disk = printable(&merge.disk);
     let range = format!("layers [{}] to [{}]", merge.base + 1, merge.top);
