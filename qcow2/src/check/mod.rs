@@ -1,10 +1,10 @@
 //! Checks whether an image is consistent: whether its refcounts agree with the references in its tables.
 //!
-//! The check only reads; [`crate::repair`] acts on what it finds. A pass reads every table once, however often
-//! tables are shared or overlap. It counts the references to each host cluster in a window of packed counters,
-//! then compares the whole window with the stored refcounts. An image with more clusters than the window takes
-//! several passes. Memory is bounded by about 60 MiB; it grows with the length of the file, never with what the
-//! header claims.
+//! The check only reads; [`crate::repair`] acts on what it finds. A pass reads every table once per batch of L1
+//! entries (see `tables`), however often tables are shared or overlap. It counts the references to each host
+//! cluster in a window of packed counters, then compares the whole window with the stored refcounts. An image
+//! with more clusters than the window takes several passes. Memory is bounded by about 60 MiB; it grows with
+//! the length of the file, never with what the header claims.
 //!
 //! The findings are those of `qemu-img check`, and a few that it does not report:
 //!

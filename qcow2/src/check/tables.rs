@@ -1,8 +1,10 @@
-//! Walks from L1 tables to L2 tables, and reads every L2 table once, however often it is referred to.
+//! Walks from L1 tables to L2 tables, and reads every L2 table once per batch of L1 entries, however often
+//! these refer to it.
 //!
 //! L1 entries are gathered into batches and sorted by the offsets of their L2 tables; duplicates (tables shared
 //! with snapshots, or a hostile image) are merged. So L2 tables are read in file order, in large pieces, by all
-//! threads, and the length of the file bounds the work, not the number of entries.
+//! threads, and the length of the file bounds the work per batch. Only an L1 table with more than [`BATCH`]
+//! entries can have a table read again.
 
 use std::ops::Range;
 

@@ -33,11 +33,11 @@ fn the_last_whole_record_counts() {
     file.write_all_at(&[0xa5; 512], place + 512).unwrap();
     let (again, last) = Journal::open(&host, path, Access::ReadWrite).unwrap().unwrap();
     assert_eq!(last.unwrap().sequence, 1);
-    // And the next one takes the torn one's place.
+    // The next record takes the slot of the torn one.
     again.append(&mut again.turn(), 0, 1, true, vec![]).unwrap();
     let last = Journal::open(&host, path, Access::Read).unwrap().unwrap().1.unwrap();
     assert_eq!((last.sequence, last.stopped, last.obsolete), (2, true, None));
-    // What is to be removed stands in every record from then on.
+    // From then on every record lists the files to be removed.
     again.set_obsolete(Some(obsolete()));
     again.note(Phase::Switching, 1, 1).unwrap();
     again.note(Phase::Removing, 1, 1).unwrap();
@@ -62,7 +62,7 @@ fn a_new_journal_takes_the_place_of_an_old_one() {
     assert!(Journal::open(&host, &at(&host, "/y.journal"), Access::Read).unwrap().is_none());
 }
 
-/// What was left of a journal by who may write the image does not keep root from making one.
+/// The remains of a journal of somebody who may write the image do not keep root from making one.
 #[test]
 fn what_the_owner_of_the_image_has_left_is_in_nobody_s_way() {
     for (user, is_removed) in [(7, true), (8, false)] {

@@ -1,4 +1,4 @@
-//! Phase, dirty bit, times and sectors, and what they come to.
+//! The verdicts that follow from phase, dirty bit, times and sectors.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -127,7 +127,7 @@ fn an_older_image_is_never_gone_on_with() {
                 (JournalVerdict::PutBack, false),
                 "{guard:?} {dirty}"
             );
-            // Layers are not removed for the sake of a base that does not hold what was in them.
+            // Layers must not be removed if base does not hold their data.
             let removing = case.judge(Some(&case_record(&record, Phase::Removing)), dirty);
             assert!(removing.is_older && removing.verdict == JournalVerdict::Over);
         }
@@ -146,7 +146,7 @@ fn what_is_not_certain_is_unsure() {
     case.host.set_modified("/i", record.known[0].modified_ns).unwrap();
     let judged = case.judge(Some(&record), true);
     assert_eq!((judged.verdict, judged.replays, judged.may_be_newer), (JournalVerdict::Unsure, false, false));
-    // What the record did not change is not as it was: it is another state of the image.
+    // Sectors that the record does not change differ: this is another state of the image.
     case.file.write_all_at(&[3], 2048).unwrap();
     case.host.set_modified("/i", record.known[0].modified_ns).unwrap();
     assert_eq!(case.verdict(&record, true), JournalVerdict::PutBack);
@@ -154,7 +154,8 @@ fn what_is_not_certain_is_unsure() {
     assert_eq!(case.verdict(&record, true), JournalVerdict::Foreign);
 }
 
-/// What was written to make a torn header whole is noted, and yet it is not known whether the rest is as it was left.
+/// The write that mended a torn header is noted, but it stays unknown whether the rest of the file is as the
+/// work left it.
 #[test]
 fn an_image_that_was_made_whole_is_as_certain_as_it_was_before() {
     for (guard, dirty) in [(DIRTY_BIT, true), (Guard::Stamp, false)] {

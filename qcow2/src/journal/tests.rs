@@ -73,7 +73,8 @@ fn reads_see_what_a_plain_file_would_show() {
     }
 }
 
-/// A block is kept with what the file held behind the part that is written. A shorter file has lost that.
+/// A block is kept with the file's bytes behind the written part. A file that was shortened has lost those
+/// bytes.
 #[test]
 fn what_a_shorter_file_has_lost_does_not_come_back() {
     let host = MemHost::new();
@@ -90,7 +91,7 @@ fn what_a_shorter_file_has_lost_does_not_come_back() {
     );
 }
 
-/// Old content moves along inside base, and a lock that was held meanwhile stopped the merge for ever.
+/// Old content is copied inside base. Once, a lock that was held meanwhile stopped the merge for ever.
 #[test]
 fn a_file_is_copied_from_itself_while_blocks_are_kept() {
     let host = MemHost::new();
@@ -130,7 +131,7 @@ impl Storage for Noted {
         self.1.read_at(buf, offset)
     }
     fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        // Signs of life come when they come.
+        // Signs of life depend on the clock, and are left out.
         if self.0 == "base" || buf.len() > 8 {
             self.note(if self.0 == "base" { format!("w {offset}+{}", buf.len()) } else { "w".into() });
         }
@@ -330,7 +331,7 @@ fn a_torn_header_is_made_whole() {
     let half = |bytes: &mut Vec<u8>| bytes[600..900].fill(7);
     let (_, healed, new) = torn(false, half);
     assert!(healed == new);
-    // Nothing was written: the edit was never begun, and somebody may rely on the old header by now.
+    // Nothing was written: the edit was not begun, and somebody may have used the old header since.
     let (_, healed, _) = torn(false, |_| {});
     assert_eq!(healed[600..900], [0; 300]);
     // The switch of an atomic edit was not written yet.
@@ -408,7 +409,7 @@ fn a_record_makes_nothing_whole_that_is_no_image() {
     let (host, torn, _) = torn_elsewhere(&[b'#'; 4096]);
     super::sweep(&host, &[], Some(Path::new("/vm")), false).unwrap();
     assert!(host.content("/etc/conf").unwrap() == torn);
-    // Nor what differs where the record changes nothing.
+    // Nor is an edit carried out if sectors differ that the record does not change.
     let (host, _, _) = torn_elsewhere(&image());
     let file = host.open(Path::new("/etc/conf"), Access::ReadWrite).unwrap();
     file.write_all_at(b"else", 1024).unwrap();
@@ -417,7 +418,7 @@ fn a_record_makes_nothing_whole_that_is_no_image() {
     assert!(host.content("/etc/conf").unwrap() == other);
 }
 
-/// Whoever may write in the folder of an image, and not the image, puts a record or a journal there.
+/// Somebody who may write in the folder of an image, but not the image, puts a record or a journal there.
 #[test]
 fn what_a_stranger_says_is_left_alone() {
     let eve = |mode| Owner { user: 7, group: 7, mode };
@@ -439,7 +440,7 @@ fn what_a_stranger_says_is_left_alone() {
         matches!(&refused, Error::Refused { reason: Refusal::Stranger { file, user: 7 }, .. } if file == beside),
         "{refused}"
     );
-    // It is believed when it is somebody's who may write the image.
+    // It is believed if its owner may write the image.
     host.give(path, eve(0o600)).unwrap();
     heal(&host, path, None, false).unwrap();
     assert_eq!(host.content(path).unwrap()[24..30], *b"theirs");
@@ -479,7 +480,7 @@ fn a_header_that_is_made_whole_proves_nothing_of_the_rest() {
     assert!(!last().1.unwrap().is_doubtful);
 }
 
-/// Something that no version of this program has put there is named, and never removed.
+/// Something that no version of this program can have put there is named, and never removed.
 #[test]
 fn what_is_no_file_is_in_the_way() {
     for ending in [super::JOURNAL, super::SWITCH] {

@@ -18,7 +18,7 @@ fn merged_layers(layers: &[Stamp]) -> MergedLayers<'_> {
     MergedLayers { layers, active: layers.first().map(|layer| layer.id), chain: &[], scan: &[] }
 }
 
-/// What a chain shows that somebody recorded: each image over the one before, whatever the headers say.
+/// What a recorded chain shows: each image over the one before, whatever the headers say.
 fn recorded(host: &MemHost, paths: &[PathBuf]) -> Vec<u8> {
     let chains: Vec<Chain> = paths.iter().map(|path| Chain::open(host, path, &local()).unwrap()).collect();
     let images: Vec<_> = chains.iter().filter_map(|chain| chain.images().pop()).collect();
@@ -63,7 +63,7 @@ fn every_merged_layer_becomes_an_empty_overlay_as_large_as_asked() {
             assert!(report.is_consistent() && report.leaks == 0, "seed {seed}: {report:#?}");
             grown += u32::from((was as u64) < size);
         }
-        // The same call again finds that nothing is to be done.
+        // The same call again finds nothing to do.
         let layers = all_stamps(&host, &paths[1..]);
         let left = merged_layers(&layers);
         let again = empty_all_onto(&host, &left, base, format, &options, &never()).unwrap();
@@ -72,7 +72,7 @@ fn every_merged_layer_becomes_an_empty_overlay_as_large_as_asked() {
     assert!(grown > 3, "{grown} images were too short");
 }
 
-/// A virtual machine that starts from either chain before anything was written to base sees its disk.
+/// A virtual machine that starts from either chain sees the same disk, as long as nothing was written to base.
 #[test]
 fn at_every_power_cut_the_headers_and_a_recorded_chain_show_the_disk() {
     let mut deep = 0;
@@ -99,7 +99,7 @@ fn at_every_power_cut_the_headers_and_a_recorded_chain_show_the_disk() {
     assert!(deep > 1, "{deep} chains with more than one layer to empty");
 }
 
-/// Who uses a layer as a disk reads through those below it.
+/// A user of a layer reads through those below it.
 #[test]
 fn below_a_layer_that_somebody_holds_or_has_written_to_nothing_is_emptied() {
     for held in [true, false] {
@@ -150,8 +150,8 @@ fn what_an_image_outside_reads_through_keeps_its_data() {
     assert!(see(&host, Path::new("/other")) == seen);
 }
 
-/// A call that was stopped at any moment is made again with what was stamp at first: what it has written itself is no reason
-/// to leave a layer alone. Where somebody else has written since, it is.
+/// A call that was stopped at any moment is repeated with the first stamps. Its own writes must not keep a
+/// layer from being emptied; somebody else's must.
 #[test]
 fn a_call_that_was_stopped_anywhere_is_made_again() {
     let (mut again, mut sealed) = (0, 0);
@@ -179,7 +179,7 @@ fn a_call_that_was_stopped_anywhere_is_made_again() {
                     .clone()
             };
             let left = merged_layers(&layers);
-            // Version 2 has no room for the bit: such a layer is left to the user.
+            // Version 2 has no room for the bit: such a layer is not emptied again.
             if paths.iter().skip(1).any(|path| head(path).version < 3) {
                 return;
             }

@@ -98,7 +98,7 @@ fn an_old_active_image_shows_the_base_and_holds_nothing() {
     }
 }
 
-/// The base was written to since: a mixture of it and of the old image would be a disk that never was.
+/// Base was written to since: a mixture of it and of the old image would be a disk that never existed.
 #[test]
 fn no_power_cut_shows_a_mixture_of_old_and_new() {
     let mut told_apart = 0;
@@ -106,7 +106,7 @@ fn no_power_cut_shows_a_mixture_of_old_and_new() {
         let (host, paths, mut dice) = merged(seed);
         let (active, base) = (paths.last().unwrap(), &paths[0]);
         let (stale, new) = (see(&host, active), base_through(&host, active));
-        // All that was written may lie behind the end of a shorter active image.
+        // All writes may lie behind the end of a shorter active image.
         if stale == new {
             continue;
         }

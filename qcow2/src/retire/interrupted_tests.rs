@@ -86,7 +86,8 @@ impl InterruptedCase {
         opened.first_difference(self.size_before, &Silent, &AtomicBool::new(false)).unwrap()
     }
 
-    /// What a power cut takes from a base that was not synced before the switch. The file stays the same.
+    /// Loses what a power cut may take from a base that was not synced before the switch. It stays the same
+    /// file.
     fn lose_base(&self) {
         let file = self.host.open(&self.paths[self.base], Access::ReadWrite).unwrap();
         file.set_len(0).unwrap();
@@ -169,11 +170,11 @@ fn what_is_not_as_it_was_is_refused() {
     assert!(wrong.to_string().contains("does not lead to the top"), "{wrong}");
 }
 
-/// The content of an old active image is contained in base, until somebody writes to it.
+/// Base holds the content of an old active image, until somebody writes to that image.
 #[test]
 fn an_active_image_is_compared_without_an_overlay() {
     let case = merged(5);
-    // The merged layers, which are as they were, are no part of this chain.
+    // The merged layers, which are unchanged, are not part of this chain.
     let options = CommitOptions {
         open: local(),
         keep_active: true,

@@ -1,5 +1,5 @@
-//! Every look at a file or a name fails once while a merge is judged: what nobody could see is an error, or said in the plan,
-//! and never "not there".
+//! Every look at a file or a name fails once while a merge is judged. The failure must become an error, or be
+//! named in the plan; it must never count as "not there".
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,7 +29,7 @@ fn prepare(disk: &SimHost, active: &str, options: &CommitOptions) -> Result<Plan
     Ok(Commit::prepare(host, Path::new(active), options, &AtomicBool::new(false))?.plan().unwrap().clone())
 }
 
-/// Has each operation fail once, and looks at what comes of it; gives how many there are.
+/// Lets each operation fail once, and judges the result; returns how many operations there are.
 fn each_fails(host: &MemHost, mut look: impl FnMut(&SimHost, &str)) -> u64 {
     for nth in 1.. {
         let disk = SimHost::over(host);
