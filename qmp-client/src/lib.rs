@@ -57,6 +57,7 @@ pub mod fuzzing;
 pub mod libvirt;
 mod live;
 mod qmp;
+mod serial;
 mod state;
 
 pub use block::foreign::conclude;

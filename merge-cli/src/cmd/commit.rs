@@ -1,7 +1,6 @@
 //! `qmerge commit`: merges the layers above base, up to top, down into base.
 
 mod human;
-mod json;
 mod libvirt;
 mod live;
 
@@ -10,10 +9,12 @@ use std::sync::Arc;
 
 use qcow2::chain::Chain;
 use qcow2::error::shown;
-use qcow2::merge::{self, BaseChoice, Commit, CommitOptions, Plan, Prepared, Settled, UnfinishedMerge};
+use qcow2::merge::{
+    self, BaseChoice, Commit, CommitOptions, Plan, Prepared, Report, Settled, UnfinishedMerge,
+};
 use qcow2::storage::OsHost;
 use qcow2::{Error, ErrorKind, Refusal};
-use qmp_client::libvirt::Images;
+use qmp_client::libvirt::{Images, Naming};
 use serde_json::Value;
 
 use super::{interrupted, open, stopped};
@@ -21,7 +22,8 @@ use crate::call::Call;
 use crate::cli::CommitArgs;
 use crate::domains;
 use crate::exit::Exit;
-use crate::failure::{Failure, Report};
+use crate::failure::{self, Failure};
+use crate::output::json::{merged, value};
 use crate::output::progress::Meter;
 use crate::output::{Console, size};
 use crate::signals::Stop;
@@ -50,11 +52,8 @@ pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &St
     let planned = Planned::of(&prepared);
     let definitions = domains::read();
     let images = planned.images();
-    let (naming, unread) = libvirt::json(&definitions, &images);
-    let mut fields = planned.json();
-    fields["libvirt"] = naming;
-    fields["libvirt-unread"] = unread;
-    console.event("plan", fields)?;
+    let naming = value(&Naming::of(&images, &definitions));
+    console.event("plan", merged(planned.json(), naming))?;
     let domains = libvirt::text(&definitions, &images);
     let words = planned.words(args, &domains);
     if args.dry_run {
@@ -70,13 +69,11 @@ pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &St
         .execute(&meter, stop.flag())
         .map_err(|e| halfway(&e, stop, &meter, call, &kept(planned.base(), args)))?;
     drop(meter);
-    let (json, words) = match &planned {
-        Planned::Merge(plan) => (json::result(plan, &report), human::result(plan, &report)),
-        Planned::Settled(settled) => {
-            (json::settled_result(settled, &report), human::settled_result(settled, &report))
-        }
+    let words = match &planned {
+        Planned::Merge(plan) => human::result(plan, &report),
+        Planned::Settled(settled) => human::settled_result(settled, &report),
     };
-    console.event("result", json)?;
+    console.event("result", came_out(planned.json(), &report))?;
     console.result(&words)?;
     Ok(Exit::DONE)
 }
@@ -113,8 +110,8 @@ impl Planned {
 
     fn json(&self) -> Value {
         match self {
-            Self::Merge(plan) => json::plan(plan),
-            Self::Settled(settled) => json::settled(settled),
+            Self::Merge(plan) => value(&**plan),
+            Self::Settled(settled) => value(settled),
         }
     }
 
@@ -124,6 +121,27 @@ impl Planned {
             Self::Settled(settled) => human::settled(settled, args),
         }
     }
+}
+
+/// What a plan says that a result does not.
+const OF_PLANS: [&str; 9] = [
+    "restore-points-lost",
+    "searched",
+    "unreadable",
+    "room-unknown",
+    "signs",
+    "data-files",
+    "strangers",
+    "resumed",
+    "begins-anew",
+];
+
+/// The fields of the result: what stays true of the plan, as it came out.
+fn came_out(mut plan: Value, report: &Report) -> Value {
+    if let Value::Object(fields) = &mut plan {
+        fields.retain(|key, _| !OF_PLANS.contains(&key.as_str()));
+    }
+    merged(plan, value(report))
 }
 
 fn options(args: &CommitArgs) -> CommitOptions {
@@ -181,7 +199,7 @@ fn halfway(error: &Error, stop: &Stop, meter: &Meter<'_>, call: &Call, kept: &st
                 Error::Refused { reason: Refusal::MergedDataLost, .. } => report.message,
                 _ => format!("{}\nstopped {kept}; nothing is lost", report.message),
             };
-            Report { exit, message, ..report }.into()
+            failure::Report { exit, message, ..report }.into()
         }
         failure => failure,
     }

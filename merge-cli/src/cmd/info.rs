@@ -16,7 +16,7 @@ use crate::cli::InfoArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Console;
-use crate::output::json::{path, value};
+use crate::output::json::{only, path, value};
 
 /// An unfinished live merge: its state file, and the state if it can be read.
 type LiveMerge = Option<(PathBuf, Option<Outline>)>;
@@ -69,14 +69,10 @@ fn live_merge(image: &Path) -> LiveMerge {
 
 fn with_live(mut fields: Value, live: &LiveMerge) -> Value {
     if let Some((file, state)) = live {
-        let state = state.as_ref();
-        fields["live-merge"] = json!({
-            "state-file": path(file),
-            "disk": state.map(|s| s.disk.as_str()),
-            "kind": state.map(|s| s.kind),
-            "phase": state.map(|s| s.phase),
-            "valid-top": state.map(|s| s.valid_top.as_str()),
-        });
+        let known = state.as_ref().map(|state| only(state, &["disk", "kind", "phase", "valid-top"]));
+        let unknown = json!({ "disk": null, "kind": null, "phase": null, "valid-top": null });
+        fields["live-merge"] = known.unwrap_or(unknown);
+        fields["live-merge"]["state-file"] = path(file);
     }
     fields
 }

@@ -45,6 +45,15 @@ pub(crate) fn merged(mut first: Value, second: Value) -> Value {
     first
 }
 
+/// What a library says of itself, of these keys alone.
+pub(crate) fn only(of: &impl Serialize, keys: &[&str]) -> Value {
+    let mut all = value(of);
+    if let Value::Object(fields) = &mut all {
+        fields.retain(|key, _| keys.contains(&key.as_str()));
+    }
+    all
+}
+
 /// A path; bytes that are no UTF-8 are replaced, as JSON has no way to write them.
 pub(crate) fn path(path: &Path) -> Value {
     path.to_string_lossy().into()

@@ -12,6 +12,7 @@ mod make_plan;
 mod model_tests;
 mod options;
 mod plan;
+mod plan_of_nothing;
 mod prepare;
 mod pull;
 mod read_back;

@@ -5,8 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use serde::Serialize;
-
 use super::commit::Commit;
 use super::options::CommitOptions;
 use super::plan::Plan;
@@ -19,7 +17,6 @@ use super::resume::obsolete::ObsoleteLayers;
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, FileOp, Result};
 use crate::journal;
-use crate::serial;
 use crate::storage::Host;
 use crate::transfer::ops::Progress;
 use crate::transfer::verify::whole_digest;
@@ -37,26 +34,20 @@ pub enum Prepared {
 }
 
 /// Why there is nothing to merge.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Settled {
     /// The image that holds the data.
-    #[serde(serialize_with = "serial::name")]
     pub base: PathBuf,
     /// The uppermost layer that was to be merged.
-    #[serde(serialize_with = "serial::name")]
     pub top: PathBuf,
     /// The active image.
-    #[serde(serialize_with = "serial::name")]
     pub active: PathBuf,
     /// The size of base's disk, in bytes, where it can be told.
-    #[serde(skip)]
     pub base_size: u64,
     /// The reason.
-    #[serde(rename = "nothing-to-do", serialize_with = "serial::words")]
     pub reason: NothingReason,
     /// Files of layers that a merge was to remove when it was stopped.
-    #[serde(rename = "left-over", serialize_with = "serial::names")]
     pub unremoved: Vec<PathBuf>,
 }
 

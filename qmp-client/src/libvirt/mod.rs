@@ -9,6 +9,7 @@ mod encrypted;
 mod images;
 mod managed;
 mod name;
+mod naming;
 #[cfg(test)]
 mod tests;
 mod virsh;
@@ -20,4 +21,5 @@ pub use encrypted::is_encrypted;
 pub use images::{ImageRole, Images, RunningDomain, running_domain};
 pub use managed::{Asked, Instead, Managed};
 pub use name::{DomainName, domain_of_arguments, domain_of_socket};
+pub use naming::Naming;
 pub use virsh::{BlockCommit, Virsh};

@@ -2,6 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::{Serialize, Serializer};
+
+use crate::serial;
 use crate::state::{Kind, Phase, State, StateFile, StateLayer};
 
 /// A merge as its state file describes it, as far as it can be of use outside: what is merged into what, and how far it is.
@@ -53,6 +56,40 @@ pub struct Relink {
     pub old: String,
     /// The name after; none after a pull of everything.
     pub new: Option<String>,
+}
+
+/// A merge for programs.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct OutlineShape<'o> {
+    disk: &'o str,
+    job: &'o str,
+    kind: Kind,
+    phase: Phase,
+    base: Option<&'o str>,
+    top: Option<&'o str>,
+    obsolete: Vec<&'o str>,
+    valid_top: &'o str,
+    #[serde(serialize_with = "serial::name")]
+    state_file: &'o Path,
+}
+
+impl Serialize for Outline {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let file = |index| self.layer(index).map(|layer| layer.file.as_str());
+        OutlineShape {
+            disk: &self.disk,
+            job: &self.job,
+            kind: self.kind,
+            phase: self.phase,
+            base: file(self.base),
+            top: file(self.top),
+            obsolete: self.merged().map(|layer| layer.file.as_str()).collect(),
+            valid_top: &self.valid_top,
+            state_file: &self.state_file,
+        }
+        .serialize(to)
+    }
 }
 
 impl Outline {

@@ -2,12 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use qmp_client::libvirt::{After, Definitions, ImageRole, Images, Mention, Recorded, Virsh};
-use serde_json::{Value, json};
+use qmp_client::libvirt::{After, Definitions, Images, Mention, Recorded, Virsh};
 
 use crate::domains::command;
 use crate::output::human::printable;
-use crate::output::json::path;
 
 /// The fields of the plan in words: each a title and its text.
 pub(in crate::cmd) fn text(definitions: &Definitions, images: &Images<'_>) -> Vec<(&'static str, String)> {
@@ -58,42 +56,4 @@ fn told(mention: &Mention<'_>, images: &Images<'_>) -> String {
         ),
     };
     text + "\n" + &warning
-}
-
-/// The same for programs.
-pub(in crate::cmd) fn json(definitions: &Definitions, images: &Images<'_>) -> (Value, Value) {
-    let one = |mention: &Mention<'_>| {
-        let named = images.of_mention(mention).into_iter();
-        let named = named.map(|(file, role)| json!({ "file": path(file), "role": self::role(role) }));
-        let (after, files) = match images.after(mention) {
-            After::Right => ("right", Vec::new()),
-            After::OtherDisk(file) => ("other-disk", vec![file]),
-            After::Stale(files) => ("stale", files),
-            After::Missing(files) => ("missing-files", files),
-        };
-        json!({
-            "domain": mention.domain.name,
-            "definition": path(&mention.domain.definition),
-            "disk": mention.disk.target,
-            "images": named.collect::<Value>(),
-            "records": match mention.disk.recorded {
-                Recorded::ActiveOnly => "active-image",
-                Recorded::Part => "part-of-chain",
-                Recorded::Whole => "chain",
-            },
-            "afterwards": after,
-            "files": files.iter().map(|file| path(file)).collect::<Value>(),
-        })
-    };
-    let unread = definitions.unread.iter().map(|(file, why)| json!({ "file": path(file), "reason": why }));
-    (images.named_in(definitions).iter().map(one).collect(), unread.collect())
-}
-
-fn role(role: ImageRole) -> &'static str {
-    match role {
-        ImageRole::Active => "active",
-        ImageRole::Overlay => "overlay",
-        ImageRole::Base => "base",
-        _ => "merged",
-    }
 }

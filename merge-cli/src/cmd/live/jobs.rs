@@ -2,14 +2,14 @@
 
 use qmp_client::qapi::qmp::JobStatus;
 use qmp_client::{Disk, Job, JobState, Machine, Outline, Phase, Unfinished};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::trouble::{self, Session};
 use crate::cli::LiveVerb;
 use crate::failure::Failure;
 use crate::output::Console;
 use crate::output::human::{Table, printable};
-use crate::output::json::path;
+use crate::output::json::{only, value};
 use crate::output::size;
 
 /// Prints all jobs.
@@ -150,34 +150,13 @@ fn word(status: JobStatus) -> String {
     serde_json::to_value(status).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-/// A job with the fields of `query-jobs` and `query-block-jobs`, and its disk.
+/// A job with its disk, and the merge that it belongs to if that is known.
 fn json(job: &JobState, disk: Option<&Disk>, merge: Option<&Outline>) -> Value {
-    let mut out = json!({
-        "disk": disk.map(Disk::name),
-        "id": job.id,
-        "type": job.kind,
-        "status": word(job.status),
-        "current-progress": job.done,
-        "total-progress": job.total,
-    });
-    if let Some(block) = &job.block {
-        out["io-status"] = block.io_status.as_str().into();
-        out["speed"] = block.speed.into();
-        out["auto-finalize"] = block.auto_finalize.into();
-        out["auto-dismiss"] = block.auto_dismiss.into();
-    }
+    let mut out = value(job);
+    out["disk"] = disk.map(Disk::name).into();
     if let Some(merge) = merge {
-        out["merge"] = json!({
-            "kind": merge.kind,
-            "phase": merge.phase,
-            "base": merge.layer(merge.base).map(|layer| &layer.file),
-            "obsolete": merge.merged().map(|layer| layer.file.as_str()).collect::<Value>(),
-            "valid-top": merge.valid_top,
-            "state-file": path(merge.state_file()),
-        });
-    }
-    if let Some(error) = &job.error {
-        out["error"] = error.as_str().into();
+        let keys = ["kind", "phase", "base", "obsolete", "valid-top", "state-file"];
+        out["merge"] = only(merge, &keys);
     }
     out
 }

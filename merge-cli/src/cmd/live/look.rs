@@ -1,17 +1,17 @@
 //! The verbs that only look at disks.
 
-use qmp_client::{Disk, Graph, Layer};
-use serde_json::{Value, json};
+use qmp_client::{Disk, Graph};
 
 use crate::failure::Failure;
 use crate::output::Console;
 use crate::output::human::{Table, printable};
+use crate::output::json::value;
 use crate::output::size;
 
 /// Prints the disks.
 pub(super) fn list(graph: &Graph, console: &Console) -> Result<(), Failure> {
     if console.is_json() {
-        return console.document(&graph.disks().iter().map(in_list).collect());
+        return console.document(&value(&graph.disks()));
     }
     if graph.disks().is_empty() {
         console.note("there is no disk: no device has a medium, and nothing is exported");
@@ -26,22 +26,10 @@ pub(super) fn list(graph: &Graph, console: &Console) -> Result<(), Failure> {
     console.result(&table.render())
 }
 
-/// A disk as `live list --json` has it.
-pub(super) fn in_list(disk: &Disk) -> Value {
-    let active = disk.active();
-    json!({
-        "disk": disk.name(),
-        "node": active.node,
-        "file": active.file,
-        "format": active.format,
-        "virtual-size": active.virtual_size,
-    })
-}
-
 /// Prints the layers of a disk, from the active one down.
 pub(super) fn chain(disk: &Disk, console: &Console) -> Result<(), Failure> {
     if console.is_json() {
-        return console.document(&disk.layers().iter().map(layer).collect());
+        return console.document(&value(&disk.layers()));
     }
     let head = ["LAYER", "FORMAT", ">VIRTUAL SIZE", ">ON DISK", "NODE", "PROTOCOL", "FILE"];
     let mut table = Table::new(&head);
@@ -58,32 +46,4 @@ pub(super) fn chain(disk: &Disk, console: &Console) -> Result<(), Failure> {
         table.row(cells.map(|cell| printable(cell)).into());
     }
     console.result(&table.render())
-}
-
-/// A layer, with QEMU's own names for what QEMU tells.
-fn layer(layer: &Layer) -> Value {
-    let mut out = json!({
-        "index": layer.index,
-        "node": layer.node,
-        "filename": layer.file,
-        "format": layer.format,
-        "virtual-size": layer.virtual_size,
-        "ro": layer.read_only,
-        "bitmaps": layer.bitmaps,
-    });
-    let backing = layer.backing.as_ref();
-    let known: [(&str, Option<Value>); 6] = [
-        ("actual-size", layer.actual_size.map(Value::from)),
-        ("protocol", layer.protocol.clone().map(Value::from)),
-        ("protocol-node", layer.protocol_node.clone().map(Value::from)),
-        ("backing-filename", backing.map(|b| b.name.clone().into())),
-        ("backing-filename-format", backing.and_then(|b| b.format.clone()).map(Value::from)),
-        ("full-backing-filename", backing.and_then(|b| b.resolved.clone()).map(Value::from)),
-    ];
-    for (key, value) in known {
-        if let Some(value) = value {
-            out[key] = value;
-        }
-    }
-    out
 }

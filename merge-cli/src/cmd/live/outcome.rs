@@ -14,7 +14,7 @@ use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind, Hints};
 use crate::output::Console;
 use crate::output::human::{printable, shell_word};
-use crate::output::json::{path, paths};
+use crate::output::json::{merged, only, value};
 use crate::output::size;
 
 /// How a merge ended, or was left.
@@ -57,7 +57,8 @@ impl Outcome {
         if state.kind == Kind::ActiveCommit {
             notes.push(configuration(process, state, &mut fields));
         }
-        add_files(session, state, tidied, &mut lines, &mut fields);
+        add_files(session, state, tidied, &mut lines);
+        fields = merged(fields, value(tidied));
         fields["active"] = state.valid_top.as_str().into();
         if state.kind == Kind::ActiveCommit {
             // QEMU counts holes as done for the other kinds.
@@ -87,6 +88,7 @@ impl Outcome {
     /// The guest stays; base holds what the disk showed.
     pub(super) fn kept_overlay(state: &Outline, copied: u64, seconds: f64) -> Self {
         let mut fields = fields(state, "overlay-kept");
+        fields["obsolete"] = json!([]);
         fields["active"] = state.valid_top.as_str().into();
         fields["bytes-copied"] = copied.into();
         fields["seconds"] = seconds.into();
@@ -172,31 +174,16 @@ fn stuck(session: &Session<'_>, state: &Outline, tidied: &Tidied) -> Failure {
 
 /// What a program is told of every merge.
 fn fields(state: &Outline, status: &str) -> Value {
-    let file = |index: usize| state.layer(index).map(|layer| layer.file.as_str());
-    let obsolete =
-        if status == "overlay-kept" { json!([]) } else { state.merged().map(|l| l.file.as_str()).collect() };
-    json!({
-        "disk": state.disk,
-        "kind": state.kind,
-        "status": status,
-        "job": state.job,
-        "base": file(state.base),
-        "top": file(state.top),
-        "obsolete": obsolete,
-    })
+    let mut fields = only(state, &["disk", "kind", "job", "base", "top", "obsolete"]);
+    fields["status"] = status.into();
+    fields
 }
 
 fn target(state: &Outline) -> String {
     printable(state.target().map_or("", |layer| &layer.file))
 }
 
-fn add_files(
-    session: &Session<'_>,
-    state: &Outline,
-    tidied: &Tidied,
-    lines: &mut Vec<String>,
-    fields: &mut Value,
-) {
+fn add_files(session: &Session<'_>, state: &Outline, tidied: &Tidied, lines: &mut Vec<String>) {
     let list = |files: &[PathBuf]| {
         files.iter().map(|f| printable(&f.to_string_lossy())).collect::<Vec<_>>().join(", ")
     };
@@ -232,14 +219,6 @@ fn add_files(
         let later = session.other(&["recover", &state.disk]);
         lines.push(format!("to deal with them later: {later}"));
     }
-    fields["deleted"] = paths(&tidied.deleted);
-    fields["unneeded"] = paths(&tidied.obsolete);
-    fields["emptied"] = paths(&tidied.emptied);
-    let stale =
-        tidied.stale.iter().map(|(file, why)| json!({ "file": path(file), "reason": why.to_string() }));
-    fields["stale"] = stale.collect();
-    let kept = tidied.kept.iter().map(|(file, why)| json!({ "file": path(file), "reason": why.to_string() }));
-    fields["kept"] = kept.collect();
 }
 
 /// What the configuration of the virtual machine should name from now on.

@@ -7,13 +7,14 @@ use qmp_client::{Disk, Error, Machine, Refusal};
 
 use super::outcome::say_left;
 use super::trouble::Session;
-use super::{find, guard, look, unfinished_snapshot};
+use super::{find, guard, unfinished_snapshot};
 use crate::cli::Overlay;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind};
 use crate::output::Console;
 use crate::output::human::printable;
+use crate::output::json::value;
 
 /// Makes the overlays. Relative names are relative to the user's folder, not to QEMU's.
 pub(super) fn run(
@@ -71,7 +72,7 @@ pub(super) fn run(
         _ => session.failure(&error),
     })?;
     if console.is_json() {
-        return console.document(&disks.iter().map(look::in_list).collect());
+        return console.document(&value(&disks));
     }
     let lines = wanted.iter().map(|(disk, file)| {
         let (name, old) = (printable(disk.name()), printable(&disk.active().file));

@@ -5,6 +5,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use serde::{Serialize, Serializer};
+
 use super::Root;
 use super::nodes::{Below, NamedNode};
 use crate::error::{Error, Refusal, Result, printable};
@@ -21,52 +23,67 @@ pub struct Disk {
     layers: Vec<Layer>,
 }
 
-/// One image of a chain.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One image of a chain. For programs it has QEMU's own names for what QEMU tells.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Layer {
     /// The place in the chain, counted from the bottom, which is `1`. So a new overlay renumbers nothing.
     pub index: usize,
     /// The node's name. Names that begin with `#` are made by QEMU and change with every start.
     pub node: String,
     /// The node that holds the file, or speaks the protocol, below [`Layer::node`].
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub protocol_node: Option<String>,
     /// The node that holds the external data file, if the image has one.
+    #[serde(skip)]
     pub data_file_node: Option<String>,
     /// The name of that file as QEMU has it.
+    #[serde(skip)]
     pub data_file: Option<String>,
     /// The driver of [`Layer::protocol_node`], such as `file`, `host_device` or `nbd`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub protocol: Option<String>,
     /// The file's name as QEMU has it, or the address of what is no file.
+    #[serde(rename = "filename")]
     pub file: String,
     /// The format, such as `qcow2` or `raw`.
     pub format: String,
     /// The size that a guest sees, in bytes.
     pub virtual_size: u64,
     /// The bytes that it holds on disk, if QEMU knows them.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub actual_size: Option<u64>,
     /// Whether QEMU has it open for reading only.
+    #[serde(rename = "ro")]
     pub read_only: bool,
     /// Whether QEMU decrypts it: its data on disk is not plain.
+    #[serde(skip)]
     pub encrypted: bool,
     /// Whether it is only a part of its file, by an offset or a size that QEMU was given. Then the file's name
     /// alone means another disk.
+    #[serde(skip)]
     pub part: bool,
     /// The backing file that the image's header names.
+    #[serde(flatten)]
     pub backing: Option<Backing>,
     /// The names of its persistent bitmaps.
     pub bitmaps: Vec<String>,
     /// How many internal snapshots it holds.
+    #[serde(skip)]
     pub snapshots: usize,
 }
 
 /// The backing file that an image's header names.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Backing {
     /// The name as it is written there.
+    #[serde(rename = "backing-filename")]
     pub name: String,
     /// The format as it is written there.
+    #[serde(rename = "backing-filename-format", skip_serializing_if = "Option::is_none")]
     pub format: Option<String>,
     /// The name as QEMU resolves it.
+    #[serde(rename = "full-backing-filename", skip_serializing_if = "Option::is_none")]
     pub resolved: Option<String>,
 }
 
@@ -79,6 +96,24 @@ pub struct Range<'a> {
     pub top: &'a Layer,
     /// The layer above top; none if top is the active layer.
     pub above: Option<&'a Layer>,
+}
+
+/// A disk for programs: its name, and its active image.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct DiskShape<'d> {
+    disk: &'d str,
+    node: &'d str,
+    file: &'d str,
+    format: &'d str,
+    virtual_size: u64,
+}
+
+impl Serialize for Disk {
+    fn serialize<S: Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
+        let Layer { node, file, format, virtual_size, .. } = self.active();
+        DiskShape { disk: self.name(), node, file, format, virtual_size: *virtual_size }.serialize(to)
+    }
 }
 
 impl Disk {

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use qapi::qmp::{self, JobStatus};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::block::ids::is_of_merge;
@@ -21,29 +21,34 @@ use crate::qmp::monitor::{Execute, Monitor, read};
 pub use end::cancel;
 pub(crate) use end::{LONGEST_STEP, failed, require, stuck};
 
-/// A job as QEMU described it at one moment.
-#[derive(Clone, Debug)]
+/// A job as QEMU described it at one moment. For programs it has the fields of `query-jobs` and `query-block-jobs`.
+#[derive(Clone, Debug, Serialize)]
 pub struct JobState {
     /// The job's id.
     pub id: String,
     /// What it does, such as `commit` or `stream`.
+    #[serde(rename = "type")]
     pub kind: String,
     /// Where it stands.
     pub status: JobStatus,
     /// How much is done, out of [`JobState::total`]; in bytes for jobs that copy. An intermediate commit counts
     /// the whole virtual size with its holes. An active one counts the data to copy, which grows while the
     /// guest writes.
+    #[serde(rename = "current-progress")]
     pub done: u64,
     /// How much there is to do.
+    #[serde(rename = "total-progress")]
     pub total: u64,
     /// What went wrong, once the job has concluded.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
     /// What is particular to jobs that move a disk's data.
+    #[serde(flatten)]
     pub block: Option<BlockJobState>,
 }
 
 /// What QEMU tells only of jobs that move a disk's data.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BlockJobState {
     /// `ok`, `nospace` or `failed`: why a job that met an error stands still.

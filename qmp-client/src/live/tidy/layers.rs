@@ -11,10 +11,12 @@ use qcow2::retire::{MergedLayers, can_be_emptied, empty_all_onto, mark_merged, r
 use qcow2::stamp::Stamp;
 use qcow2::storage::{FileId, OsHost};
 use qcow2::{Error, Refusal};
+use serde::Serialize;
 
 use super::reason::StaysReason;
 use crate::live::plan::{Obstacle, how_to_empty};
 use crate::live::verdict::Switched;
+use crate::serial;
 use crate::state::{Kind, State, StateLayer, stamp_of};
 
 /// What to do with obsolete files.
@@ -37,23 +39,30 @@ impl TidyOptions {
 }
 
 /// What was done with the obsolete files.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize)]
 #[non_exhaustive]
 pub struct Tidied {
     /// Files that were removed.
+    #[serde(serialize_with = "serial::names")]
     pub deleted: Vec<PathBuf>,
     /// Files that are empty overlays on base now, from the top.
+    #[serde(serialize_with = "serial::names")]
     pub emptied: Vec<PathBuf>,
     /// Files that the disk no longer needs, and that stay unchanged.
+    #[serde(rename = "unneeded", serialize_with = "serial::names")]
     pub obsolete: Vec<PathBuf>,
     /// Files that keep their data for good, each with the reason.
+    #[serde(serialize_with = "serial::reasons")]
     pub stale: Vec<(PathBuf, StaysReason)>,
     /// Files that could not be treated now, each with the reason.
+    #[serde(serialize_with = "serial::reasons")]
     pub kept: Vec<(PathBuf, StaysReason)>,
     /// The first error for which a file was kept.
+    #[serde(skip)]
     pub error: Option<Error>,
     /// Whether the old active image cannot be emptied, though that was planned. It and every layer below it
     /// keep their data, and the user must decide what becomes of them.
+    #[serde(skip)]
     pub is_stuck: bool,
 }
 

@@ -14,6 +14,7 @@ use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind, Hints};
 use crate::output::human::printable;
+use crate::output::json::{merged, only};
 use crate::signals::Stop;
 
 /// What was found out about one merge, and what was done, in words.
@@ -61,13 +62,7 @@ impl Told {
 
     /// For programs.
     pub(super) fn json(&self) -> Value {
-        let merge = &self.merge;
-        json!({
-            "state-file": merge.state_file().display().to_string(),
-            "disk": merge.disk,
-            "job": merge.job,
-            "kind": merge.kind,
-            "phase": merge.phase,
+        let more = json!({
             "outcome": self.outcome,
             "valid-top": self.valid_top,
             "facts": self.facts,
@@ -79,7 +74,8 @@ impl Told {
                 "hint": trouble.hint.to_string(),
                 "exit-code": trouble.exit.code(),
             })),
-        })
+        });
+        merged(only(&self.merge, &["state-file", "disk", "job", "kind", "phase"]), more)
     }
 }
 
