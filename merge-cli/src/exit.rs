@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use qcow2::ErrorKind;
+
 /// The exit code of the process.
 ///
 /// `check` and `compare` use the codes of `qemu-img check` and `qemu-img compare`; every other verb uses the
@@ -42,6 +44,20 @@ impl Exit {
     pub(crate) const COMPARE_DIFFERENT: Self = Self(1);
     /// `compare`: the comparison failed.
     pub(crate) const COMPARE_FAILED: Self = Self(2);
+
+    /// The code of an error of this class.
+    pub(crate) fn of(kind: ErrorKind) -> Self {
+        match kind {
+            ErrorKind::Usage => Self::USAGE,
+            ErrorKind::InUse => Self::IN_USE,
+            ErrorKind::Refused => Self::REFUSED,
+            ErrorKind::Unsupported => Self::UNSUPPORTED,
+            ErrorKind::NoSpace => Self::NO_SPACE,
+            ErrorKind::Damaged => Self::DAMAGED,
+            ErrorKind::Cancelled => Self::HALFWAY,
+            _ => Self::FAILED,
+        }
+    }
 
     /// The code after a signal, as shells count it.
     pub(crate) fn signal(number: u8) -> Self {

@@ -93,16 +93,7 @@ fn exit(kind: ErrorKind, call: &Call) -> Exit {
     if let Some(exit) = call.verb.failure_exit() {
         return exit;
     }
-    match kind {
-        ErrorKind::Usage => Exit::USAGE,
-        ErrorKind::InUse => Exit::IN_USE,
-        ErrorKind::Refused => Exit::REFUSED,
-        ErrorKind::Unsupported => Exit::UNSUPPORTED,
-        ErrorKind::NoSpace => Exit::NO_SPACE,
-        ErrorKind::Damaged => Exit::DAMAGED,
-        ErrorKind::Cancelled => Exit::HALFWAY,
-        _ => Exit::FAILED,
-    }
+    Exit::of(kind)
 }
 
 #[cfg(test)]

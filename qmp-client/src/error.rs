@@ -1,5 +1,6 @@
 //! What can go wrong between this side of a monitor and QEMU.
 
+mod code;
 mod fault;
 mod refusal;
 

@@ -59,6 +59,7 @@ mod live;
 mod qmp;
 mod serial;
 mod state;
+pub mod ways;
 
 pub use block::foreign::conclude;
 pub use block::graph::{Backing, Disk, Graph, Layer, Range};

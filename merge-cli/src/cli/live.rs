@@ -183,11 +183,6 @@ impl LiveVerb {
         }
     }
 
-    /// Whether it merges, or ends a merge.
-    pub(crate) fn is_merge(&self) -> bool {
-        matches!(self, Self::Commit(_) | Self::Pull(_) | Self::Finish(_) | Self::Pivot(_))
-    }
-
     /// The folder that was named for the merge's state.
     pub(crate) fn state_dir(&self) -> Option<&Path> {
         match self {

@@ -1,16 +1,19 @@
 //! Follows a merge: tells its user what happens while it runs, and how it ended.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use qmp_client::{AfterFailure, Driver, Ended, How, Run, RunEvent, Step, Stopped, Watch};
+use qmp_client::ways;
+use qmp_client::{Driver, Ended, How, Outline, Run, RunEvent, Step, Stopped, Watch};
 use serde_json::json;
 
 use super::outcome::Outcome;
 use super::stall;
 use super::trouble::Session;
+use super::ways::hints;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Hint, HintKind, Hints};
+use crate::hint::{Hint, HintKind};
 use crate::output::Console;
 use crate::output::human::printable;
 use crate::output::progress::Meter;
@@ -66,69 +69,35 @@ impl Follow<'_> {
     /// The failure of a merge that did not end.
     fn failure(&self, stopped: &Stopped) -> Failure {
         let session = self.session;
-        let again = |words: &str| Hint::command(HintKind::Again, words, session.again());
+        let ways = ways::stopped(stopped, &session.wanted());
         match stopped {
-            Stopped::Other(error) => session.failure(error),
-            Stopped::Lost(error) => {
-                let goes_on =
-                    again("if QEMU still runs, the job goes on, and the same command picks it up again");
-                let ended = "if it has ended, this says which image holds the disk";
-                let recover = Hint::command(HintKind::Recover, ended, session.other(&["recover"]));
-                session.failure_with(error, Hints::from(goes_on).or(recover))
+            Stopped::Other(error) | Stopped::Lost(error) | Stopped::Failed { error, .. } => {
+                session.failure_with(error, &ways)
             }
-            Stopped::Failed { merge, error, after } => {
-                let disk = merge.disk.as_str();
-                let hints =
-                    match after {
-                        AfterFailure::AsItWas => again(
-                            "the chain is as it was; look for the reason (dmesg, QEMU's log), then again",
-                        )
-                        .into(),
-                        AfterFailure::InDoubt => Hint::command(
-                            HintKind::Recover,
-                            "which image is valid, and what to do",
-                            session.other(&["recover", disk]),
-                        )
-                        .into(),
-                        AfterFailure::Waiting => {
-                            let cancel = session.other(&["cancel", disk]);
-                            Hints::from(again("nothing is switched, and the job waits; again"))
-                                .or(Hint::command(HintKind::LiveCancel, "or give it up", cancel))
-                        }
-                        _ => return session.failure(error),
-                    };
-                session.failure_with(error, hints)
+            Stopped::GivenUp { merge, done, after, cancelled } => {
+                self.given_up(merge, *done, *after, *cancelled)
             }
-            Stopped::Vanished { merge } => self.vanished(stopped, &merge.disk),
-            Stopped::EndedByAnother { disk } => self.vanished(stopped, disk),
-            Stopped::GivenUp { .. } => self.given_up(stopped),
-            _ => Report {
-                kind: "qmp",
-                message: stopped.to_string(),
-                hint: again("again").into(),
-                exit: Exit::FAILED,
+            // The job is gone, and nobody saw how it ended; the graph tells.
+            _ => {
+                let (message, hint) = (stopped.to_string(), hints(&ways, session));
+                Report { kind: "job-vanished", message, hint, exit: Exit::FAILED }.into()
             }
-            .into(),
         }
     }
 
-    /// The job is gone, and nobody saw its end. The graph shows how it ended.
-    fn vanished(&self, stopped: &Stopped, disk: &str) -> Failure {
-        let chain = self.session.other(&["chain", disk]);
-        let hint = Hint::command(HintKind::LiveLook, "see the chain as it is", chain).into();
-        Report { kind: "job-vanished", message: stopped.to_string(), hint, exit: Exit::FAILED }.into()
-    }
-
-    fn given_up(&self, stopped: &Stopped) -> Failure {
-        let Stopped::GivenUp { merge, done: (done, total), after, cancelled } = stopped else {
-            return self.vanished(stopped, "");
-        };
+    fn given_up(
+        &self,
+        merge: &Outline,
+        (done, total): (u64, u64),
+        after: Option<Duration>,
+        cancelled: bool,
+    ) -> Failure {
         let (session, signal) = (self.session, self.stop.exit());
         let (kind, when, exit) = match (signal, after) {
             (None, Some(time)) => ("timed-out", format!(" after {} s", time.as_secs_f64()), Exit::HALFWAY),
             (signal, _) => ("interrupted", String::new(), signal.unwrap_or(Exit::HALFWAY)),
         };
-        let share = if *total == 0 { 0.0 } else { *done as f64 / *total as f64 * 100.0 };
+        let share = if total == 0 { 0.0 } else { done as f64 / total as f64 * 100.0 };
         let disk = printable(&merge.disk);
         let again = |words: &str| Hint::command(HintKind::Again, words, session.again());
         if !cancelled {

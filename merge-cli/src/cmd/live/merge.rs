@@ -1,6 +1,7 @@
 //! `qmerge live commit` and `qmerge live pull`: turns arguments into a request, and shows the plan.
 
 use qcow2::error::shown;
+use qmp_client::ways::not_begun;
 use qmp_client::{Connection, End, Nothing, Planned, Prepared, Request, Room, Run, TidyOptions};
 
 use super::follow::Follow;
@@ -79,7 +80,7 @@ impl MergeCall<'_> {
                 let written: Vec<String> = written.chain([&planned.plan.receiver().file]).cloned().collect();
                 let mut merge = planned.begin().map_err(|e| match &e {
                     qmp_client::Error::Refused { .. } => session.unplanned(&e, disk, &self.request),
-                    _ => session.not_begun(&e, &written),
+                    _ => session.failure_with(&e, &not_begun(&e, &written, &session.wanted())),
                 })?;
                 if self.request.wait {
                     Outcome::started(session, &qmp_client::Driver::outline(&merge)).tell(console)?;

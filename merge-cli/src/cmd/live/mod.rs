@@ -15,6 +15,7 @@ mod snapshot;
 mod stall;
 mod trouble;
 mod unfinished_snapshot;
+mod ways;
 
 use std::ffi::OsString;
 

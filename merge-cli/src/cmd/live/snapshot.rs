@@ -3,6 +3,7 @@
 use std::path::{self, Path, PathBuf};
 
 use qcow2::ways::folder;
+use qmp_client::ways::end_first;
 use qmp_client::{Disk, Error, Machine, Refusal};
 
 use super::outcome::say_left;
@@ -48,10 +49,11 @@ pub(super) fn run(
     }
     let pairs: Vec<_> = wanted.iter().map(|(disk, file)| (*disk, file.as_path())).collect();
     let disks = qmp_client::snapshot(machine.monitor(), &pairs).map_err(|error| match &error {
-        Error::Refused { reason: Refusal::NotUtf8 { .. } } => session
-            .failure_with(&error, Hint::advice("give the files, and their folders, names in UTF-8").into()),
+        Error::Refused { reason: Refusal::NotUtf8 { .. } } => {
+            session.report(&error, Hint::advice("give the files, and their folders, names in UTF-8").into())
+        }
         Error::Refused { .. } => match wanted.iter().find(|(_, file)| file.symlink_metadata().is_ok()) {
-            Some((_, file)) => session.failure_with(
+            Some((_, file)) => session.report(
                 &error,
                 Hint::command(
                     HintKind::Advice,
@@ -61,12 +63,12 @@ pub(super) fn run(
                 .into(),
             ),
             None => match wanted.iter().find(|(disk, _)| is_relative(&disk.active().file)) {
-                Some((disk, _)) => session.failure_with(&error, Hint::advice(relative(disk)).into()),
+                Some((disk, _)) => session.report(&error, Hint::advice(relative(disk)).into()),
                 None => session.failure(&error),
             },
         },
         Error::Command { .. } => match busy(machine, &pairs) {
-            Some(disk) => session.failure_with(&error, session.end_first(disk.name())),
+            Some(disk) => session.failure_with(&error, &end_first(disk.name())),
             None => session.failure(&error),
         },
         _ => session.failure(&error),
