@@ -18,7 +18,7 @@ pub(crate) use self::live::{
 };
 pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, RepairWhat};
 use self::merge::COMMIT_EXAMPLES;
-pub(crate) use self::merge::{AbortArgs, CommitArgs, FlattenArgs, PullArgs};
+pub(crate) use self::merge::{AbortArgs, CommitArgs, FlattenArgs, PullArgs, SafetyArgs};
 use crate::exit;
 
 /// Merges QEMU disk image chains: safely, fast, and without QEMU.

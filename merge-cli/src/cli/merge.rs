@@ -65,6 +65,17 @@ pub(crate) struct CommitArgs {
     #[arg(long, value_name = "DIR", help_heading = "How", hide_short_help = true)]
     pub(crate) journal_dir: Option<PathBuf>,
 
+    #[command(flatten)]
+    pub(crate) safety: SafetyArgs,
+
+    #[command(flatten)]
+    pub(crate) open: ChainArgs,
+}
+
+/// What a merge down is allowed to break, running or not.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Safety")]
+pub(crate) struct SafetyArgs {
     /// Also search DIR for images that use base or a merged layer (repeatable)
     ///
     /// The folders of the chain are always searched.
@@ -82,9 +93,6 @@ pub(crate) struct CommitArgs {
     /// Merge although persistent bitmaps of merged layers are lost
     #[arg(long, help_heading = "Safety")]
     pub(crate) drop_bitmaps: bool,
-
-    #[command(flatten)]
-    pub(crate) open: ChainArgs,
 }
 
 /// `qmerge pull`

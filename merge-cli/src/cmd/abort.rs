@@ -1,5 +1,7 @@
 //! `qmerge abort`: gives up a merge that was stopped.
 
+use std::slice;
+
 use qcow2::error::shown;
 use qcow2::merge::{self, Aborted};
 use qcow2::storage::OsHost;
@@ -22,8 +24,7 @@ pub(super) fn run(args: &AbortArgs, call: &Call, console: &Console) -> Result<Ex
     let healed = merge::heal_image(&OsHost, &args.base, &options, dir);
     let done = healed.and_then(|healed| {
         if healed {
-            console
-                .note(&format!("{}: a power cut had torn its header; it is whole again", shown(&args.base)));
+            open::tell_healed(slice::from_ref(&args.base), console);
         }
         merge::abort(&OsHost, &args.base, &options, dir, stop.flag())
     });

@@ -7,13 +7,12 @@ mod live;
 use std::path::Path;
 use std::sync::Arc;
 
+use qcow2::Error;
 use qcow2::chain::Chain;
-use qcow2::error::shown;
 use qcow2::merge::{
     self, BaseChoice, Commit, CommitOptions, Plan, Prepared, Report, Settled, UnfinishedMerge,
 };
 use qcow2::storage::OsHost;
-use qcow2::{Error, ErrorKind, Refusal};
 use qmp_client::libvirt::{Images, Naming};
 use serde_json::Value;
 
@@ -22,7 +21,7 @@ use crate::call::Call;
 use crate::cli::CommitArgs;
 use crate::domains;
 use crate::exit::Exit;
-use crate::failure::{self, Failure};
+use crate::failure::Failure;
 use crate::output::json::{merged, value};
 use crate::output::progress::Meter;
 use crate::output::{Console, size};
@@ -39,9 +38,7 @@ pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &St
     let options = options(args);
     let healed = if args.dry_run { Ok(Vec::new()) } else { merge::heal(&OsHost, &args.active, &options) };
     let prepared = healed.and_then(|healed| {
-        for image in healed {
-            console.note(&format!("{}: a power cut had torn its header; it is whole again", shown(&image)));
-        }
+        open::tell_healed(&healed, console);
         Commit::prepare(Arc::new(OsHost), &args.active, &options, stop.flag())
     });
     if let Err(Error::InUse { path, holders }) = &prepared {
@@ -67,7 +64,7 @@ pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &St
     let meter = Meter::new(console, "merging");
     let report = prepared
         .execute(&meter, stop.flag())
-        .map_err(|e| halfway(&e, stop, &meter, call, &kept(planned.base(), args)))?;
+        .map_err(|e| stopped::halfway(&e, stop, &meter, call, &kept(planned.base(), args)))?;
     drop(meter);
     let words = match &planned {
         Planned::Merge(plan) => human::result(plan, &report),
@@ -157,12 +154,12 @@ fn options(args: &CommitArgs) -> CommitOptions {
         delete: args.delete,
         keep_active: args.keep_active,
         verify: args.verify,
-        drop_bitmaps: args.drop_bitmaps,
-        allow_snapshot_change: args.allow_snapshot_change,
-        allow_shared_base: args.allow_shared_base,
+        drop_bitmaps: args.safety.drop_bitmaps,
+        allow_snapshot_change: args.safety.allow_snapshot_change,
+        allow_shared_base: args.safety.allow_shared_base,
         restart: args.restart,
         journal_dir: args.journal_dir.clone(),
-        scan: args.scan.clone(),
+        scan: args.safety.scan.clone(),
     }
 }
 
@@ -181,26 +178,5 @@ fn kept(base: &Path, args: &CommitArgs) -> String {
             format!("at {percent} %, {} of {} are done for good", size::short(done), size::short(total))
         }
         _ => "before anything was done for good".to_owned(),
-    }
-}
-
-/// A failure while the plan was carried out: the guest sees the same disk, and the part that is `kept` need not
-/// be done again.
-fn halfway(error: &Error, stop: &Stop, meter: &Meter<'_>, call: &Call, kept: &str) -> Failure {
-    meter.clear();
-    if let (ErrorKind::Cancelled, Some(exit)) = (error.kind(), stop.exit()) {
-        return Failure::interrupted(kept, exit, call);
-    }
-    match Failure::engine(error, call) {
-        Failure::Reported(report) => {
-            let exit = if error.kind() == ErrorKind::Io { Exit::HALFWAY } else { report.exit };
-            let message = match error {
-                // This base is not the one that held the progress, so nothing is kept.
-                Error::Refused { reason: Refusal::MergedDataLost, .. } => report.message,
-                _ => format!("{}\nstopped {kept}; nothing is lost", report.message),
-            };
-            failure::Report { exit, message, ..report }.into()
-        }
-        failure => failure,
     }
 }

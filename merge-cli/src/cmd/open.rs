@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use qcow2::chain::{Chain, OpenOptions, Policy};
+use qcow2::error::shown;
 use qcow2::image::ImageFormat;
 use qcow2::merge;
 use qcow2::storage::OsHost;
@@ -27,6 +28,13 @@ pub(super) fn image_options(args: &ImageArgs) -> OpenOptions {
 pub(super) fn options(args: &ChainArgs) -> OpenOptions {
     let formats = args.backing_format.iter().map(|given| (PathBuf::from(&given.layer), given.format.into()));
     OpenOptions { backing_formats: formats.collect(), ..image_options(&args.image) }
+}
+
+/// Says which images were made whole.
+pub(super) fn tell_healed(images: &[PathBuf], console: &Console) {
+    for image in images {
+        console.note(&format!("{}: a power cut had torn its header; it is whole again", shown(image)));
+    }
 }
 
 /// Warns about layers that are not locked because their file systems have no locks.

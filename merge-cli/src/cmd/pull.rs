@@ -2,17 +2,17 @@
 
 use std::sync::Arc;
 
+use qcow2::Error;
 use qcow2::chain::Chain;
 use qcow2::error::shown;
 use qcow2::merge::{self, CommitOptions, PreparedPull, Pull, PullOptions, PullPlan, PullReport};
 use qcow2::storage::OsHost;
-use qcow2::{Error, ErrorKind};
 
 use super::{interrupted, open, stopped};
 use crate::call::Call;
 use crate::cli::PullArgs;
 use crate::exit::Exit;
-use crate::failure::{Failure, Report};
+use crate::failure::Failure;
 use crate::output::human::{Fields, plural};
 use crate::output::json::{merged, value};
 use crate::output::progress::Meter;
@@ -33,9 +33,8 @@ pub(super) fn run(args: &PullArgs, call: &Call, console: &Console) -> Result<Exi
             journal_dir: options.journal_dir.clone(),
             ..CommitOptions::default()
         };
-        for image in merge::heal(&OsHost, &args.active, &heals).map_err(|e| Failure::engine(&e, call))? {
-            console.note(&format!("{}: a power cut had torn its header; it is whole again", shown(&image)));
-        }
+        let healed = merge::heal(&OsHost, &args.active, &heals).map_err(|e| Failure::engine(&e, call))?;
+        open::tell_healed(&healed, console);
     }
     let prepared = Pull::prepare(Arc::new(OsHost), &args.active, &options, stop.flag())
         .map_err(|e| stopped::unchanged(&e, &stop, call))?;
@@ -53,10 +52,9 @@ pub(super) fn run(args: &PullArgs, call: &Call, console: &Console) -> Result<Exi
         console.note(&words);
     }
     let meter = Meter::new(console, "pulling");
-    let report = prepared.execute(&meter, stop.flag()).map_err(|e| {
-        meter.clear();
-        halfway(&e, &stop, call)
-    })?;
+    let kept = "in the middle; what was taken in stays";
+    let report =
+        prepared.execute(&meter, stop.flag()).map_err(|e| stopped::halfway(&e, &stop, &meter, call, kept))?;
     drop(meter);
     console.event("result", merged(value(&plan), value(&report)))?;
     console.result(&if is_nothing { words } else { result_words(&plan, &report) })?;
@@ -70,22 +68,6 @@ fn options(args: &PullArgs) -> PullOptions {
         verify: args.verify,
         allow_snapshot_change: args.allow_snapshot_change,
         journal_dir: args.journal_dir.clone(),
-    }
-}
-
-/// A failure half-way: the guest sees the same disk, and the image keeps what it has taken in.
-fn halfway(error: &Error, stop: &Stop, call: &Call) -> Failure {
-    const WHEN: &str = "in the middle; what was taken in stays";
-    if let (ErrorKind::Cancelled, Some(exit)) = (error.kind(), stop.exit()) {
-        return Failure::interrupted(WHEN, exit, call);
-    }
-    match Failure::engine(error, call) {
-        Failure::Reported(report) => {
-            let exit = if error.kind() == ErrorKind::Io { Exit::HALFWAY } else { report.exit };
-            let message = format!("{}\nstopped {WHEN}; nothing is lost", report.message);
-            Report { exit, message, ..report }.into()
-        }
-        failure => failure,
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Args;
 use qmp_client::Request;
 
+use crate::cli::SafetyArgs;
 use crate::output::size;
 
 /// Examples of `live commit`.
@@ -79,23 +80,8 @@ pub(crate) struct LiveCommitArgs {
     #[command(flatten)]
     pub(crate) job: JobArgs,
 
-    /// Also search DIR for images that use base or a merged layer (repeatable)
-    ///
-    /// The folders of the chain are always searched.
-    #[arg(long, value_name = "DIR", help_heading = "Safety")]
-    pub(crate) scan: Vec<PathBuf>,
-
-    /// Merge although an image outside the chain uses base or a merged layer; that image breaks
-    #[arg(long, help_heading = "Safety")]
-    pub(crate) allow_shared_base: bool,
-
-    /// Merge although persistent bitmaps of merged layers are lost
-    #[arg(long, help_heading = "Safety")]
-    pub(crate) drop_bitmaps: bool,
-
-    /// Merge although internal snapshots of merged layers change
-    #[arg(long, help_heading = "Safety")]
-    pub(crate) allow_snapshot_change: bool,
+    #[command(flatten)]
+    pub(crate) safety: SafetyArgs,
 
     /// Merge although the old active image cannot become an empty overlay on base
     ///
@@ -127,12 +113,12 @@ impl LiveCommitArgs {
         request.converge = self.converge;
         request.delete = self.delete;
         request.backing_file.clone_from(&self.backing_file);
-        request.scan.clone_from(&self.scan);
-        request.allow_shared_base = self.allow_shared_base;
+        request.scan.clone_from(&self.safety.scan);
+        request.allow_shared_base = self.safety.allow_shared_base;
         request.allow_stale = self.allow_stale;
         request.allow_plaintext = self.allow_plaintext;
-        request.drop_bitmaps = self.drop_bitmaps;
-        request.allow_snapshot_change = self.allow_snapshot_change;
+        request.drop_bitmaps = self.safety.drop_bitmaps;
+        request.allow_snapshot_change = self.safety.allow_snapshot_change;
         request.no_lock = self.no_lock;
         request
     }

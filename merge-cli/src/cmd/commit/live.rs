@@ -74,14 +74,14 @@ fn live(
     };
     for (given, option) in [
         (args.delete, "--delete"),
-        (args.drop_bitmaps, "--drop-bitmaps"),
-        (args.allow_shared_base, "--allow-shared-base"),
+        (args.safety.drop_bitmaps, "--drop-bitmaps"),
+        (args.safety.allow_shared_base, "--allow-shared-base"),
         (args.dry_run, "--dry-run"),
     ] {
         if given {
             line = line.word(option);
         }
     }
-    let line = args.scan.iter().fold(line, |line, dir| line.option("--scan", dir));
+    let line = args.safety.scan.iter().fold(line, |line, dir| line.option("--scan", dir));
     line.option("--qmp", address.to_string())
 }
