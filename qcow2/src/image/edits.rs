@@ -11,6 +11,7 @@
 //! is free, because the next writer would allocate it again. So refcounts are raised before entries appear, and
 //! lowered only when no entry on disk points to the cluster any more.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::Qcow2;
@@ -55,7 +56,8 @@ enum TablePlace {
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
     current: Option<BatchTable>,
-    changed: Vec<BatchTable>,
+    /// The changed tables, by their L1 index.
+    changed: BTreeMap<u64, BatchTable>,
     /// The bytes of the changed tables.
     table_bytes: usize,
     allocated: Vec<Range<ClusterIndex>>,
@@ -163,9 +165,15 @@ impl Batch {
             other => {
                 if let Some(done) = other.filter(|t| t.dirty.is_some()) {
                     self.table_bytes += done.bytes.len();
-                    self.changed.push(done);
+                    self.changed.insert(done.l1_index, done);
                 }
-                BatchTable::load(image, l1_index)?
+                match self.changed.remove(&l1_index) {
+                    Some(table) => {
+                        self.table_bytes -= table.bytes.len();
+                        table
+                    }
+                    None => BatchTable::load(image, l1_index)?,
+                }
             }
         };
         Ok(self.current.insert(table))
@@ -176,13 +184,14 @@ impl Batch {
     /// # Errors
     /// An I/O error, or refcounts that are not what they should be.
     pub(crate) fn stage(&mut self, image: &Qcow2, refcounts: &Refcounts) -> Result<()> {
-        self.changed.extend(self.current.take().filter(|t| t.dirty.is_some()));
+        let last = self.current.take().filter(|t| t.dirty.is_some());
+        self.changed.extend(last.map(|table| (table.l1_index, table)));
         self.allocated.sort_unstable_by_key(|run| run.start);
         refcounts.raise(image, &self.allocated)?;
         if let Some(last) = self.allocated.last() {
             image.extend_to(last.end << image.geometry().cluster_bits())?;
         }
-        for table in &self.changed {
+        for table in self.changed.values() {
             if let TablePlace::Fresh { host, .. } = table.place {
                 image.write_new(host, &table.bytes)?;
             }
@@ -195,13 +204,13 @@ impl Batch {
     /// # Errors
     /// An I/O error.
     pub(crate) fn publish(&self, image: &Qcow2) -> Result<()> {
-        for table in &self.changed {
+        for table in self.changed.values() {
             if let (TablePlace::Live(host), Some(dirty)) = (table.place, table.dirty.clone()) {
                 let at = host + dirty.start as u64;
                 image.write(at, table.bytes.get(dirty).unwrap_or_default())?;
             }
         }
-        let fresh = self.changed.iter().filter_map(|table| match table.place {
+        let fresh = self.changed.values().filter_map(|table| match table.place {
             TablePlace::Fresh { host, .. } => {
                 // The new table's refcount is one, so the entry has the COPIED flag.
                 Some((table.l1_index, L1Entry::Table { host, copied: true }.encode()))

@@ -15,7 +15,7 @@ use crate::image::edits::Batch;
 use crate::image::refcounts::Refcounts;
 use crate::image::{ClusterCache, CreateOptions, Image, ImageFormat, create, create_raw, grow};
 use crate::storage::{Access, Host, MemHost};
-use crate::transfer::cluster::Base;
+use crate::transfer::cluster::{Base, WholeClusters};
 use crate::transfer::job::{Source, bring_to_disk, for_each_cluster};
 use crate::transfer::needs::Need;
 use crate::transfer::ops::{Ops, Run, Silent, Target};
@@ -134,10 +134,12 @@ impl World {
                     blank_from: u64::MAX,
                 };
                 let (mut batch, mut ops) = (Batch::default(), Ops::default());
+                let mut whole = WholeClusters::default();
                 for_each_cluster(&[need], image.geometry().cluster_size(), |start, needs| {
-                    base.take(start, needs, &mut batch, &mut ops, &mut source).map(drop)
+                    base.take(start, needs, &mut whole, &mut batch, &mut ops, &mut source).map(drop)
                 })
                 .unwrap();
+                whole.place(&base, &mut batch, &mut ops, &mut source).unwrap();
                 let cancel = AtomicBool::new(false);
                 let done = AtomicU64::new(0);
                 let run = Run { progress: &Silent, total: 0, done, cancel: &cancel, journal: None };

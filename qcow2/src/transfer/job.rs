@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
 
-use super::cluster::{Base, Effect};
+use super::cluster::{Base, Effect, WholeClusters};
 use super::needs::{Need, Question};
 use super::ops::{Ops, Run, Target};
 use super::origin::Origin;
@@ -27,6 +27,8 @@ use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// A batch is brought to disk when it holds this many operations,
 const BATCH_OPS: usize = 32 << 10;
+/// or this many clusters that come whole from one place; they are sorted, so more are better,
+const BATCH_WHOLE: usize = 256 << 10;
 /// or the bytes of data that [`Pace`] tells,
 /// or this much metadata.
 const BATCH_MEMORY: usize = 8 << 20;
@@ -231,7 +233,7 @@ impl<'a> Job<'a> {
         pace: &mut Pace,
         mut full: impl FnMut(&mut Batch, &mut Ops, GuestOffset) -> Result<u64>,
     ) -> Result<Effect> {
-        let (mut batch, mut ops) = (Batch::default(), Ops::default());
+        let (mut batch, mut ops, mut whole) = (Batch::default(), Ops::default(), WholeClusters::default());
         let mut total = Effect::default();
         let cluster = base.image.geometry().cluster_size();
         let mut end = self.from;
@@ -240,17 +242,24 @@ impl<'a> Job<'a> {
                 if start < self.from {
                     return Ok(());
                 }
-                let effect = base.take(start, needs, &mut batch, &mut ops, source)?;
+                let effect = base.take(start, needs, &mut whole, &mut batch, &mut ops, source)?;
                 total.copied += effect.copied;
                 total.zeroed += effect.zeroed;
                 end = start + cluster;
-                if ops.len() >= BATCH_OPS || ops.bytes() >= pace.bytes() || batch.memory() >= BATCH_MEMORY {
+                let memory = batch.memory() + whole.tables() * cluster as usize;
+                if ops.len() >= BATCH_OPS
+                    || whole.len() >= BATCH_WHOLE
+                    || ops.bytes() + whole.bytes() >= pace.bytes()
+                    || memory >= BATCH_MEMORY
+                {
+                    whole.place(base, &mut batch, &mut ops, source)?;
                     let bytes = full(&mut batch, &mut ops, end)?;
                     pace.done(bytes);
                 }
                 Ok(())
             })
         })?;
+        whole.place(base, &mut batch, &mut ops, source)?;
         full(&mut batch, &mut ops, end)?;
         Ok(total)
     }

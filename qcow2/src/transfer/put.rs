@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use super::cluster::Base;
+use super::cluster::{Base, WholeClusters};
 use super::job::{Source, bring_to_disk, for_each_cluster};
 use super::needs::Need;
 use super::ops::{Ops, Run, Silent, Target};
@@ -133,10 +133,11 @@ fn base_of<'a>(image: &'a Qcow2, chain: &'a [&'a Image]) -> Base<'a> {
 
 /// What the needs become: changes of the metadata, and operations.
 fn steps(base: &Base<'_>, needs: &[Need], source: &mut dyn ClusterSource) -> Result<(Batch, Ops)> {
-    let (mut batch, mut ops) = (Batch::default(), Ops::default());
+    let (mut batch, mut ops, mut whole) = (Batch::default(), Ops::default(), WholeClusters::default());
     for_each_cluster(needs, base.image.geometry().cluster_size(), |start, parts| {
-        base.take(start, parts, &mut batch, &mut ops, source).map(drop)
+        base.take(start, parts, &mut whole, &mut batch, &mut ops, source).map(drop)
     })?;
+    whole.place(base, &mut batch, &mut ops, source)?;
     Ok((batch, ops))
 }
 

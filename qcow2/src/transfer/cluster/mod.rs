@@ -2,12 +2,14 @@
 //!
 //! This takes two steps. [`decide`](decide::decide) finds the outcome for the cluster, from its entry and its
 //! needs alone; it does nothing. `emit` turns the outcome into operations on the data and changes of the
-//! metadata.
+//! metadata. `whole` does the same for clusters that come whole from one place, for all of a batch at once.
 
 mod decide;
 mod emit;
+mod whole;
 
 use self::decide::{Cluster, Terms, decide};
+pub(crate) use self::whole::WholeClusters;
 use super::needs::Need;
 use super::ops::Ops;
 use crate::chain::view::View;
@@ -44,7 +46,8 @@ pub(crate) struct Effect {
 
 impl Base<'_> {
     /// Adds what the cluster at `start` needs to a batch: data operations to `ops`, changes of the metadata to
-    /// `batch`. `needs` must be sorted, disjoint, and inside the cluster.
+    /// `batch`. `needs` must be sorted, disjoint, and inside the cluster. A cluster that comes whole from one place
+    /// is kept in `whole`, until that is placed.
     ///
     /// # Errors
     /// A table that cannot be read or is damaged; no free cluster.
@@ -52,6 +55,7 @@ impl Base<'_> {
         &self,
         start: GuestOffset,
         needs: &[Need],
+        whole: &mut WholeClusters,
         batch: &mut Batch,
         ops: &mut Ops,
         source: &mut dyn ClusterSource,
@@ -59,7 +63,9 @@ impl Base<'_> {
         let terms = self.terms();
         let cluster = Cluster::new(start, batch.entry(self.image, start)?, terms.units);
         let (outcome, effect) = decide(&cluster, needs, &terms);
-        self.emit(&cluster, needs, outcome, batch, ops, source)?;
+        if !whole.keep(self, &cluster, needs, outcome) {
+            self.emit(&cluster, needs, outcome, batch, ops, source)?;
+        }
         Ok(effect)
     }
 
