@@ -25,7 +25,7 @@ use std::path::PathBuf;
 
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::storage::{Access, FileId};
+use crate::storage::{Access, FileId, Host, Place};
 
 pub use data_file::{DataFile, DataFileKept};
 pub use digest::digest;
@@ -105,6 +105,21 @@ impl Chain {
     /// The position of the active image: that of the last layer.
     pub fn active(&self) -> usize {
         self.layers.len().saturating_sub(1)
+    }
+
+    /// Checks that the names of the layers from `base` up still lead to the open files. If one does not, a reader of the
+    /// chain would find another base than the one that was merged with.
+    ///
+    /// # Errors
+    /// [`Refusal::NotAsKnown`](crate::Refusal::NotAsKnown); the system's.
+    pub(crate) fn names_are_the_same(&self, host: &dyn Host, base: usize) -> Result<()> {
+        for layer in self.layers.iter().skip(base) {
+            Place::of_file(host, &layer.path, &**layer.image.file())?;
+            if let (Some(data), Some(image)) = (&layer.data_file, layer.image.as_qcow2()) {
+                Place::of_file(host, &data.path, &**image.data_file())?;
+            }
+        }
+        Ok(())
     }
 
     /// The identities of all files of the chain: images and external data files.

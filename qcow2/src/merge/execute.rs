@@ -153,20 +153,8 @@ impl Commit {
         if self.options.verify {
             report.digest = self.read_back(progress, cancel)?;
         }
-        self.names_are_the_same()?;
+        self.chain.names_are_the_same(&*self.host, self.base)?;
         work.journal().note(Phase::Switching, u64::MAX, work.journal().header().total)
-    }
-
-    /// Checks that the names of the layers still lead to the open files. If one does not, a reader of the chain
-    /// would find another base than the one that holds everything.
-    fn names_are_the_same(&self) -> Result<()> {
-        for layer in self.chain.layers().iter().skip(self.base) {
-            Place::of_file(&*self.host, &layer.path, &**layer.image.file())?;
-            if let (Some(data), Some(image)) = (&layer.data_file, layer.image.as_qcow2()) {
-                Place::of_file(&*self.host, &data.path, &**image.data_file())?;
-            }
-        }
-        Ok(())
     }
 
     fn move_data(

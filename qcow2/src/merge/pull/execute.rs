@@ -95,6 +95,8 @@ impl Pull {
         if self.options.verify {
             report.digest = Some(self.read_back(cancel)?);
         }
+        // Behind the switch the image reads through what lies at the name of base.
+        self.chain.names_are_the_same(&*self.host, self.base.unwrap_or(0))?;
         journal.note(Phase::Switching, u64::MAX, journal.header().total)
     }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 
 use kit::Random;
 
@@ -15,7 +16,7 @@ use crate::merge::{Commit, CommitOptions, heal};
 use crate::storage::sim::{Cuts, Fault, FaultKind, Garbage, SimHost, power_cuts};
 use crate::storage::{Host, MemHost};
 use crate::testing::{Silent, local, random_chain};
-use crate::transfer::put;
+use crate::transfer::{Progress, put};
 use crate::units::GuestOffset;
 
 fn options(base: Option<u64>) -> PullOptions {
@@ -154,6 +155,44 @@ fn what_cannot_be_pulled_is_refused() {
     assert!(matches!(prepare("/0", None).unwrap(), PreparedPull::Nothing(_)));
     assert!(matches!(prepare("/2", Some("/1")).unwrap(), PreparedPull::Nothing(_)));
     assert_eq!(prepare("/2", Some("[1]")).unwrap().plan().pulled, [Path::new("/1")]);
+}
+
+/// Gives the name of an image to another file when the first bytes are written.
+struct Exchange<'a> {
+    host: &'a MemHost,
+    image: &'a Path,
+    done: AtomicBool,
+}
+
+impl Progress for Exchange<'_> {
+    fn written(&self, _: u64, _: u64) {
+        if !self.done.swap(true, Relaxed) {
+            self.host.rename(self.image, Path::new("/kept")).unwrap();
+            self.host.rename(Path::new("/other"), self.image).unwrap();
+        }
+    }
+}
+
+/// The image would read through another base than the one that it was pulled onto.
+#[test]
+fn a_layer_that_is_exchanged_during_a_pull_costs_no_data() {
+    let (active, never) = (Path::new("/2"), AtomicBool::new(false));
+    let shown = see(&chain(), active);
+    for exchanged in ["/0", "/1", "/2"] {
+        let (host, image) = (chain(), Path::new(exchanged));
+        host.add("/other", &host.content(image).unwrap()).unwrap();
+        let exchange = Exchange { host: &host, image, done: AtomicBool::new(false) };
+        let pull = Pull::prepare(Arc::new(host.clone()), active, &options(Some(0)), &never).unwrap();
+        let refused = pull.execute(&exchange, &never).unwrap_err();
+        let is_named =
+            matches!(&refused, Error::Refused { path, reason: Refusal::NotAsKnown { .. } } if path == image);
+        assert!(is_named, "{exchanged}: {refused}");
+        host.rename(Path::new("/kept"), image).unwrap();
+        assert_eq!(depth(&host, active), 3, "{exchanged}: the image was switched");
+        assert!(see(&host, active) == shown, "{exchanged}");
+        self::pull(Arc::new(host.clone()), active, &options(Some(0))).unwrap();
+        assert!(see(&host, active) == shown && no_journal(&host), "{exchanged}: when done again");
+    }
 }
 
 /// What a commit has begun, only that commit finishes; and a commit goes on where a pull was stopped.
