@@ -14,7 +14,7 @@ use crate::repair::{
     RepairMode, RepairPlan, RestoreOptions, RestorePlan, plan, plan_restore, repair, repair_with_backup,
     restore,
 };
-use crate::storage::{Access, Host, LockError, LockMode, Storage, may_be_unlocked};
+use crate::storage::{Access, Host, LockMode, Storage, lock, may_be_unlocked};
 
 /// What is asked of an image.
 #[derive(Clone, Debug, Default)]
@@ -163,10 +163,7 @@ fn open_locked(host: &dyn Host, path: &Path, writes: bool, no_locks: bool) -> Re
         if writes { (Access::ReadWrite, LockMode::Write) } else { (Access::Read, LockMode::Read) };
     let file = host.open(path, access).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     let id = file.stat().map_err(|e| Error::io(path, FileOp::Stat, None, e))?.id;
-    file.lock(mode).map_err(|e| match e {
-        LockError::Held { .. } => Error::InUse { path: path.to_owned(), holders: host.holders(id) },
-        LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
-    })?;
+    lock(host, path, &*file, mode)?;
     may_be_unlocked(host, path, id, &*file, access, no_locks)?;
     Ok(file)
 }

@@ -10,9 +10,7 @@ use super::{Chain, DataFile, Layer, data_file};
 use crate::error::{Contradiction, Error, FileOp, Refusal, Result, Role, shown};
 use crate::format::{Cluster0, EXT_BACKING_FORMAT, FormatError};
 use crate::image::{Image, ImageFormat, Qcow2};
-use crate::storage::{
-    Access, FileId, FileKind, Host, LockError, LockMode, Storage, if_there, may_be_unlocked,
-};
+use crate::storage::{Access, FileId, FileKind, Host, LockMode, Storage, if_there, lock, may_be_unlocked};
 
 /// How a chain is opened. The default names no formats, opens everything for reading, takes no locks,
 /// and lets no image name other files.
@@ -146,10 +144,7 @@ impl Opener<'_> {
             Access::Read => LockMode::Read,
             Access::ReadWrite => LockMode::Write,
         };
-        storage.lock(mode).map_err(|e| match e {
-            LockError::Held { .. } => Error::InUse { path: path.to_owned(), holders: self.host.holders(id) },
-            LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
-        })?;
+        lock(self.host, path, storage, mode)?;
         may_be_unlocked(self.host, path, id, storage, access, self.options.no_locks)
     }
 

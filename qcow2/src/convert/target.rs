@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use super::exists;
 use crate::error::{Error, FileOp, Result};
-use crate::image::create::{dir_of, lock_new};
-use crate::storage::{Host, Place, Storage};
+use crate::image::create::dir_of;
+use crate::storage::{Host, LockMode, Place, Storage, lock};
 
 /// The most bytes of the output's name that the temporary name repeats, so that the whole stays below the limit
 /// of file systems, 255 bytes.
@@ -42,7 +42,7 @@ impl<'a> Temporary<'a> {
             match place.create(host) {
                 Ok(file) => {
                     let this = Self { host, place, path, file, named: false };
-                    lock_new(host, &this.path, &*this.file)?;
+                    lock(host, &this.path, &*this.file, LockMode::Write)?;
                     return Ok(this);
                 }
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => {}

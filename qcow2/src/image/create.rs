@@ -11,7 +11,7 @@ use crate::format::{
     Cluster0, Compression, FormatError, Geometry, Header, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES,
     RefcountWidth, features, write_be_u64s,
 };
-use crate::storage::{Host, LockError, LockMode, Storage};
+use crate::storage::{Host, LockMode, Storage, lock};
 use crate::units::HostOffset;
 
 /// QEMU counts disks in sectors.
@@ -90,7 +90,8 @@ pub(crate) fn whole_sectors(path: &Path, size: u64) -> Result<u64> {
 /// Creates a file, fills it, and makes it durable; removes it again if that fails.
 fn make(host: &dyn Host, path: &Path, fill: impl FnOnce(&dyn Storage) -> Result<()>) -> Result<()> {
     let file = host.create_new(path).map_err(|e| Error::io(path, FileOp::Create, None, e))?;
-    let filled = lock_new(host, path, &*file)
+    // So that nobody opens it half made.
+    let filled = lock(host, path, &*file, LockMode::Write)
         .and_then(|()| fill(&*file))
         .and_then(|()| file.sync().map_err(|e| Error::barrier(path, e)))
         .and_then(|()| host.sync_dir(dir_of(path)).map_err(|e| Error::barrier(dir_of(path), e)));
@@ -99,17 +100,6 @@ fn make(host: &dyn Host, path: &Path, fill: impl FnOnce(&dyn Storage) -> Result<
         let _ = host.unlink(path);
     }
     filled
-}
-
-/// Locks a file that this process has created, so that nobody opens it half made.
-pub(crate) fn lock_new(host: &dyn Host, path: &Path, file: &dyn Storage) -> Result<()> {
-    file.lock(LockMode::Write).map_err(|e| match e {
-        LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
-        LockError::Held { .. } => {
-            let holders = file.stat().map(|stat| host.holders(stat.id)).unwrap_or_default();
-            Error::InUse { path: path.to_owned(), holders }
-        }
-    })
 }
 
 /// Where everything of a new image lies.

@@ -17,7 +17,7 @@ use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::is_qcow2;
 use crate::stamp::{FileFate, Stamp};
 use crate::storage::{
-    Access, FileKind, FileStat, Host, LockError, LockMode, Place, Storage, if_there, leads_nowhere,
+    Access, FileKind, FileStat, Host, LockMode, Place, Storage, if_there, leads_nowhere, lock,
     may_be_unlocked,
 };
 
@@ -489,25 +489,19 @@ fn hold(
     no_locks: bool,
 ) -> Result<Arc<dyn Storage>> {
     let file = place.reopen(host, opened)?;
-    lock(host, path, &*file, no_locks)?;
+    lock_to_write(host, path, &*file, no_locks)?;
     Ok(file)
 }
 
 /// Opens the image at `place` for writing and locks it.
 fn hold_at(host: &dyn Host, path: &Path, place: &Place, no_locks: bool) -> Result<Arc<dyn Storage>> {
     let file = place.open(host, Access::ReadWrite).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
-    lock(host, path, &*file, no_locks)?;
+    lock_to_write(host, path, &*file, no_locks)?;
     Ok(file)
 }
 
-fn lock(host: &dyn Host, path: &Path, file: &dyn Storage, no_locks: bool) -> Result<()> {
-    file.lock(LockMode::Write).map_err(|e| match e {
-        LockError::Held { .. } => {
-            let holders = file.stat().map(|stat| host.holders(stat.id)).unwrap_or_default();
-            Error::InUse { path: path.to_owned(), holders }
-        }
-        LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
-    })?;
+fn lock_to_write(host: &dyn Host, path: &Path, file: &dyn Storage, no_locks: bool) -> Result<()> {
+    lock(host, path, file, LockMode::Write)?;
     if file.has_locks() {
         return Ok(());
     }

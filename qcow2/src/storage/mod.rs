@@ -43,7 +43,7 @@ pub use os::OsHost;
 pub(crate) use overlay::{Flush, PageOverlay};
 pub use owner::Owner;
 pub(crate) use pages::{PAGE, Page, Pages, SECTOR, end_of, pieces};
-pub(crate) use unlocked::may_be_unlocked;
+pub(crate) use unlocked::{lock, may_be_unlocked};
 pub use view::FileView;
 
 /// One opened file, block device or memory buffer, shared by threads. All operations are positional.

@@ -16,7 +16,7 @@ use crate::merge::report::Report;
 use crate::merge::switch::mark::mark_of;
 use crate::merge::switch::relink;
 use crate::storage::{
-    Access, FileKind, Host, LockError, LockMode, Owner, Place, Storage, leads_nowhere, may_be_unlocked,
+    Access, FileKind, Host, LockMode, Owner, Place, Storage, leads_nowhere, lock, may_be_unlocked,
 };
 use crate::units::GuestOffset;
 
@@ -62,10 +62,7 @@ pub(crate) fn finish(
     if file.stat().map_err(failed(FileOp::Stat))?.id != stat.id {
         return Ok(());
     }
-    file.lock(LockMode::Write).map_err(|e| match e {
-        LockError::Held { .. } => Error::InUse { path: path.to_owned(), holders: host.holders(stat.id) },
-        LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
-    })?;
+    lock(host, path, &*file, LockMode::Write)?;
     may_be_unlocked(host, path, stat.id, &*file, Access::ReadWrite, options.open.no_locks)?;
     // Its tables tell whether it is empty: its data file need not be opened.
     let image = Qcow2::open(path, file.clone(), Some(file))?;

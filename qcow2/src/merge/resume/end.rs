@@ -8,7 +8,7 @@ use crate::journal;
 use crate::journal::FoundJournal;
 use crate::merge::options::CommitOptions;
 use crate::merge::report::Report;
-use crate::storage::{Access, Host, LockError, LockMode, Place, may_be_unlocked};
+use crate::storage::{Access, Host, LockMode, Place, lock, may_be_unlocked};
 
 /// Ends what a merge has left behind that changed the chain and was stopped then: nothing of the layer at `at` itself
 /// is needed but its header. Layers that were to be removed are.
@@ -30,10 +30,7 @@ pub(crate) fn end_left(
     }
     let path = &layer.path;
     let file = Place::of_file(host, path, &**layer.image.file())?.reopen(host, &**layer.image.file())?;
-    file.lock(LockMode::Write).map_err(|e| match e {
-        LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(layer.id) },
-        LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
-    })?;
+    lock(host, path, &*file, LockMode::Write)?;
     may_be_unlocked(host, path, layer.id, &*file, Access::ReadWrite, options.open.no_locks)?;
     let found = journal::find(host, path, &*file, dir, Access::ReadWrite, journal::JOURNAL)?;
     let Some(FoundJournal { journal, last, .. }) = found else { return Ok(()) };

@@ -21,8 +21,8 @@ use crate::merge::report::Report;
 use crate::merge::switch::mark::mark;
 use crate::stamp::Stamp;
 use crate::storage::{
-    Access, FileId, FileKind, FileStat, Host, LockError, LockMode, Owner, Place, Storage, if_there,
-    leads_nowhere, may_be_unlocked,
+    Access, FileId, FileKind, FileStat, Host, LockMode, Owner, Place, Storage, if_there, leads_nowhere, lock,
+    may_be_unlocked,
 };
 
 /// The obsolete layers of an unfinished merge, which are still to be marked or removed.
@@ -237,10 +237,7 @@ impl ObsoleteLayers {
         if file.stat().map_err(failed(FileOp::Stat))?.id != stat.id {
             return moved();
         }
-        file.lock(LockMode::Write).map_err(|e| match e {
-            LockError::Held { .. } => Error::InUse { path: path.clone(), holders: host.holders(stat.id) },
-            LockError::Io(e) => Error::io(path, FileOp::Lock, None, e),
-        })?;
+        lock(host, path, &*file, LockMode::Write)?;
         may_be_unlocked(host, path, stat.id, &*file, Access::ReadWrite, options.open.no_locks)?;
         if !obsolete.file.is_unwritten(&Stamp::of(host, path, &*file)?) {
             return kept(KeptReason::Written);

@@ -8,7 +8,7 @@ use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{Mark, is_qcow2, plan_mark};
 use crate::image::Qcow2;
 use crate::stamp::{Difference, Stamp};
-use crate::storage::{Access, Host, LockError, LockMode, Place, Storage, may_be_unlocked};
+use crate::storage::{Access, Host, LockMode, Place, Storage, lock, may_be_unlocked};
 use crate::units::GuestOffset;
 
 /// Opens the image of a stamp, and locks it in `mode`. It must be the same file. With `no_locks` its file system need not have
@@ -28,10 +28,7 @@ pub(crate) fn open(
     };
     let io = |op| move |e| Error::io(&image.path, op, None, e);
     let file = host.open(&image.path, access).map_err(io(FileOp::Open))?;
-    file.lock(mode).map_err(|e| match e {
-        LockError::Held { .. } => Error::InUse { path: image.path.clone(), holders: host.holders(image.id) },
-        LockError::Io(e) => Error::io(&image.path, FileOp::Lock, None, e),
-    })?;
+    lock(host, &image.path, &*file, mode)?;
     may_be_unlocked(host, &image.path, image.id, &*file, access, no_locks)?;
     if !image.is_same_file(&Stamp::of(host, &image.path, &*file)?) {
         return Err(refusal(&image.path, Difference::OtherFile));
