@@ -21,6 +21,7 @@ use super::options::CommitOptions;
 use super::plan::{Afterwards, Kept, Plan};
 use super::reason::KeptReason;
 use super::resume::describe::{data_file, describe};
+use super::resume::unfinished_work::UnfinishedWork;
 use super::resume::work::Work;
 use super::safety::Searched;
 use super::stack::Stack;
@@ -209,7 +210,13 @@ impl Commit {
                 work.replay(image, Some(GuestOffset::ZERO))?;
                 work
             }
-            None => Work::begin(&*host, image, header, dir, unfinished.as_ref())?,
+            None => Work::begin(
+                &*host,
+                image,
+                header,
+                dir,
+                unfinished.as_ref().map(UnfinishedWork::inherited).as_ref(),
+            )?,
         };
         if unfinished.is_some_and(|unfinished| unfinished.is_ours()) {
             // The unfinished merge removed mappings before it freed their clusters; these are leaked now.

@@ -24,7 +24,8 @@ use std::time::Instant;
 use super::commit::Commit;
 use super::plan::Afterwards;
 use super::resume::samples;
-use super::resume::work::{UnfinishedWork, Work};
+use super::resume::unfinished_work::UnfinishedWork;
+use super::resume::work::Work;
 use super::settled::obsolete_of;
 use super::stack::Stack;
 use super::switch::relink;
@@ -35,7 +36,6 @@ use crate::image::bitmaps;
 use crate::image::refcounts::Refcounts;
 use crate::journal::record::Phase;
 use crate::journal::{self, Journal};
-use crate::storage::Place;
 use crate::transfer::ask::Span;
 use crate::transfer::ask::down;
 use crate::transfer::changes;
@@ -118,6 +118,7 @@ impl Commit {
         }
         let dir = self.options.journal_dir.clone();
         let (base, from) = (self.base, self.from);
+        let inherited = unfinished.as_ref().map(UnfinishedWork::inherited);
         let image = self.chain.image_at(base)?;
         let work = match work {
             Some(work) => {
@@ -130,10 +131,10 @@ impl Commit {
                     work
                 } else {
                     work.unwrap(image)?;
-                    Work::begin(&*host, image, header, dir.as_deref(), unfinished.as_ref())?
+                    Work::begin(&*host, image, header, dir.as_deref(), inherited.as_ref())?
                 }
             }
-            None => Work::begin(&*host, image, header, dir.as_deref(), unfinished.as_ref())?,
+            None => Work::begin(&*host, image, header, dir.as_deref(), inherited.as_ref())?,
         };
         if unfinished.is_some_and(|unfinished| unfinished.is_ours()) && leaks > 0 {
             give_leaks_back(image, cancel)?;

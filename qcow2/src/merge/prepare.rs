@@ -17,7 +17,7 @@ use super::resume::before::{self, Before};
 use super::resume::describe::describe;
 use super::resume::obsolete::ObsoleteLayers;
 use super::resume::torn::{refuse_torn_header, refuse_torn_tables};
-use super::resume::work;
+use super::resume::unfinished_work;
 use super::settled::{Done, Finish, Nothing, Prepared, Settled, Unfinished, obsolete_of};
 use super::stack::Stack;
 use super::switch::relink;
@@ -268,7 +268,7 @@ fn resume(
         return Ok(((end > 0).then_some((end, done)), None));
     }
     match unfinished.may_be_newer() {
-        true => Err(work::written_since(base.path(), unfinished)),
+        true => Err(unfinished_work::written_since(base.path(), unfinished)),
         false => Ok((None, Some(BeginsAnew::NotProved))),
     }
 }

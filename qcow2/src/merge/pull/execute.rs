@@ -14,6 +14,7 @@ use crate::image::rewrite::{apply, header_error, read_cluster};
 use crate::image::{Image, Qcow2};
 use crate::journal::Journal;
 use crate::journal::record::Phase;
+use crate::merge::resume::unfinished_work::UnfinishedWork;
 use crate::merge::resume::work::Work;
 use crate::merge::switch::relink::relink_journaled;
 use crate::transfer::ask::up;
@@ -76,7 +77,13 @@ impl Pull {
             work.unwrap(image)?;
         }
         let dir = self.options.journal_dir.as_deref();
-        let work = Work::begin(&*self.host, image, self.header.clone(), dir, left.as_ref())?;
+        let work = Work::begin(
+            &*self.host,
+            image,
+            self.header.clone(),
+            dir,
+            left.as_ref().map(UnfinishedWork::inherited).as_ref(),
+        )?;
         if left.is_some_and(|left| left.is_ours()) && self.leaks > 0 {
             give_leaks_back(image, cancel)?;
         }

@@ -15,7 +15,8 @@ use std::sync::Arc;
 
 pub use plan::{PullOptions, PullPlan, PullReport};
 
-use super::resume::work::{UnfinishedWork, Work};
+use super::resume::unfinished_work::UnfinishedWork;
+use super::resume::work::Work;
 use crate::chain::Chain;
 use crate::journal::record::Header;
 use crate::storage::Host;

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::torn::refuse_torn_header;
 use super::unfinished::UnfinishedMerge;
-use super::work::UnfinishedWork;
+use super::unfinished_work::UnfinishedWork;
 use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::journal;

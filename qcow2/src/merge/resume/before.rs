@@ -11,8 +11,9 @@ use std::path::{Path, PathBuf};
 use super::describe::stamp;
 use super::obsolete::ObsoleteLayers;
 use super::torn::refuse_torn_header;
-use super::work;
-use super::work::{UnfinishedWork, Work};
+use super::unfinished_work;
+use super::unfinished_work::UnfinishedWork;
+use super::work::Work;
 use crate::chain::{Chain, index};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::Cluster0;
@@ -67,7 +68,7 @@ pub(crate) fn find_unfinished(
             unfinished.refuse_renamed(host, &layer.path)?;
         }
         if unfinished.is_foreign() && at == span.base && !options.restart && !unfinished.may_have_emptied() {
-            return Err(work::written_since(&layer.path, &unfinished));
+            return Err(unfinished_work::written_since(&layer.path, &unfinished));
         }
         // As long as it is not certain that base holds everything, the active image counts for what it holds.
         let as_it_is = at != span.base && !all.base.as_ref().is_some_and(UnfinishedWork::is_certain);
@@ -96,7 +97,7 @@ pub(crate) fn find_unfinished(
         return Err(Error::refused(&base.path, Refusal::MergedDataLost));
     }
     if unfinished.is_foreign() && !options.restart {
-        return Err(work::written_since(&base.path, unfinished));
+        return Err(unfinished_work::written_since(&base.path, unfinished));
     }
     Ok(all)
 }

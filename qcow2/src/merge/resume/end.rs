@@ -1,8 +1,8 @@
 //! The end of a merge that was stopped behind the switch of its chain.
 
-use super::work::UnfinishedWork;
+use super::unfinished_work::UnfinishedWork;
 use crate::chain::Chain;
-use crate::error::{Error, FileOp, Refusal, Result};
+use crate::error::{Error, Refusal, Result};
 use crate::image::Image;
 use crate::journal;
 use crate::journal::FoundJournal;

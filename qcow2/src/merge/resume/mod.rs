@@ -10,4 +10,5 @@ pub(crate) mod obsolete;
 pub(crate) mod samples;
 pub(crate) mod torn;
 pub(crate) mod unfinished;
+pub(crate) mod unfinished_work;
 pub(crate) mod work;

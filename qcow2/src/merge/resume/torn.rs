@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use super::unfinished::{UnfinishedMerge, unfinished_merge};
-use super::work::{FoundImage, UnfinishedWork};
+use super::unfinished_work::{FoundImage, UnfinishedWork};
 use crate::chain::{Chain, Layer, OpenOptions};
 use crate::error::{Error, Refusal, Result};
 use crate::journal;
