@@ -19,7 +19,7 @@ use qcow2::storage::OsHost;
 pub(crate) fn merge_chain(active: &Path, offset: u64, out: &mut dyn Write) -> Result<()> {
     // Images may name other files of this system, but only in the folder where the active image lies.
     let folder = active.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let open = OpenOptions { policy: Policy::deny().allow_dir(folder), ..OpenOptions::default() };
+    let open = OpenOptions::new(Policy::deny().allow_dir(folder));
     let mut say = |line: String| writeln!(out, "{line}").map_err(|e| said(active, e));
 
     let chain = Chain::open(&OsHost, active, &open)?;
@@ -31,8 +31,7 @@ pub(crate) fn merge_chain(active: &Path, offset: u64, out: &mut dyn Write) -> Re
     say(format!("at {offset}: {:02x?}", &bytes[..len]))?;
     drop(chain);
 
-    let (options, never) =
-        (CommitOptions { open, verify: true, ..CommitOptions::default() }, AtomicBool::new(false));
+    let (options, never) = (CommitOptions::new(open).verified(), AtomicBool::new(false));
     for image in heal(&OsHost, active, &options)? {
         say(format!("{}: a power cut had torn its header; it is whole again", shown(&image)))?;
     }

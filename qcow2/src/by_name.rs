@@ -18,6 +18,7 @@ use crate::storage::{Access, Host, LockMode, Storage, lock, may_be_unlocked};
 
 /// What is asked of an image.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct CheckRequest<'a> {
     /// What is repaired; otherwise it is only checked.
     pub repair: Option<RepairMode>,

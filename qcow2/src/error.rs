@@ -155,6 +155,7 @@ pub enum Error {
 
 /// As what an image names a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Role {
     /// What lies below it.
     BackingFile,

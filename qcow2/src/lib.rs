@@ -25,8 +25,8 @@
 //! use qcow2::storage::OsHost;
 //!
 //! let active = Path::new("vm.qcow2");
-//! let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
-//! let options = CommitOptions { open, verify: true, ..CommitOptions::default() };
+//! let open = OpenOptions::new(Policy::local_files());
+//! let options = CommitOptions::new(open).verified();
 //! let cancel = AtomicBool::new(false);
 //! for image in merge::heal(&OsHost, active, &options)? {
 //!     println!("{}: its header was torn, and is whole again", image.display());

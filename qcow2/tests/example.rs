@@ -15,8 +15,10 @@ fn a_chain_is_shown_read_and_merged() {
     let (base, top) = (dir.path().join("base.qcow2"), dir.path().join("top.qcow2"));
     create(&OsHost, &base, &CreateOptions::new(1 << 20)).unwrap();
     let backing = Some((b"base.qcow2".to_vec(), "qcow2".to_owned()));
-    create(&OsHost, &top, &CreateOptions { backing, ..CreateOptions::new(1 << 20) }).unwrap();
-    let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+    let mut options = CreateOptions::new(1 << 20);
+    options.backing = backing;
+    create(&OsHost, &top, &options).unwrap();
+    let open = OpenOptions::new(Policy::local_files());
     put(&OsHost, &base, &open, &[(GuestOffset::ZERO, vec![1; 200_000])]).unwrap();
     put(&OsHost, &top, &open, &[(GuestOffset::new(65536), vec![2; 65536])]).unwrap();
     let told = || {

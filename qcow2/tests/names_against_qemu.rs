@@ -38,7 +38,7 @@ fn qemu_chain(active: &Path) -> Result<Vec<(String, String)>, String> {
 }
 
 fn our_chain(active: &Path) -> Result<Vec<(String, String)>, String> {
-    let options = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+    let options = OpenOptions::new(Policy::local_files());
     let chain = Chain::open(&OsHost, active, &options).map_err(|e| e.to_string())?;
     let layers = chain.layers().iter().rev();
     Ok(layers.map(|l| (l.path.display().to_string(), l.image.format().name().to_owned())).collect())
@@ -359,10 +359,7 @@ fn what_qemu_refuses_for_other_reasons() {
     folder.set_backing("top", b"base.raw", "qcow2");
     folder.compare(&folder.path("top"), "base.raw", "qcow2");
     assert!(our_chain(&folder.path("top")).is_err());
-    let given = OpenOptions {
-        policy: Policy::local_files(),
-        backing_formats: [(folder.path("base.raw"), ImageFormat::Raw)].into(),
-        ..OpenOptions::default()
-    };
+    let given = OpenOptions::new(Policy::local_files())
+        .with_backing_formats([(folder.path("base.raw"), ImageFormat::Raw)]);
     assert!(Chain::open(&OsHost, &folder.path("top"), &given).is_err());
 }

@@ -5,7 +5,6 @@ mod restore;
 use std::path::Path;
 
 use qcow2::by_name::{CheckRequest, Checked, check_named};
-use qcow2::chain::OpenOptions;
 use qcow2::check::Verdict;
 use qcow2::error::shown;
 use qcow2::image::ImageFormat;
@@ -32,12 +31,15 @@ pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Ex
     if let Some(from) = &args.restore {
         return restore::run(args, from, call, console);
     }
-    let options = OpenOptions { lock: true, ..open::image_options(&args.open) };
+    let options = open::image_options(&args.open).locked();
     let repair = args.repair.map(|what| match what {
         RepairWhat::Leaks => RepairMode::Leaks,
         RepairWhat::All => RepairMode::All,
     });
-    let request = CheckRequest { repair, dry_run: args.dry_run, backup: args.backup.as_deref() };
+    let mut request = CheckRequest::default();
+    request.repair = repair;
+    request.dry_run = args.dry_run;
+    request.backup = args.backup.as_deref();
     let outcome =
         check_named(&OsHost, &args.image, &options, &request).map_err(|e| failure(&e, args, call))?;
     let Some(outcome) = outcome else { return Err(nothing_to_check(&args.image)) };

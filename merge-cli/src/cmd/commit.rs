@@ -147,20 +147,19 @@ fn options(args: &CommitArgs) -> CommitOptions {
         None if args.shallow => BaseChoice::Shallow,
         None => BaseChoice::Bottom,
     };
-    CommitOptions {
-        base,
-        top: args.top.clone(),
-        open: open::options(&args.open),
-        delete: args.delete,
-        keep_active: args.keep_active,
-        verify: args.verify,
-        drop_bitmaps: args.safety.drop_bitmaps,
-        allow_snapshot_change: args.safety.allow_snapshot_change,
-        allow_shared_base: args.safety.allow_shared_base,
-        restart: args.restart,
-        journal_dir: args.journal_dir.clone(),
-        scan: args.safety.scan.clone(),
-    }
+    let mut options = CommitOptions::new(open::options(&args.open));
+    options.base = base;
+    options.top.clone_from(&args.top);
+    options.delete = args.delete;
+    options.keep_active = args.keep_active;
+    options.verify = args.verify;
+    options.drop_bitmaps = args.safety.drop_bitmaps;
+    options.allow_snapshot_change = args.safety.allow_snapshot_change;
+    options.allow_shared_base = args.safety.allow_shared_base;
+    options.restart = args.restart;
+    options.journal_dir.clone_from(&args.journal_dir);
+    options.scan.clone_from(&args.safety.scan);
+    options
 }
 
 /// The progress of a merge that was stopped, as `info` tells it: durable data counts, also what was done before

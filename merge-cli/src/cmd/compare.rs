@@ -1,7 +1,6 @@
 //! `qmerge compare`: would a guest see the same bytes?
 
 use qcow2::ErrorKind;
-use qcow2::chain::OpenOptions;
 use qcow2::chain::view::View;
 use qcow2::compare::{self, Comparison};
 use qcow2::error::shown;
@@ -21,9 +20,9 @@ use crate::signals::Stop;
 
 /// Compares under readers' locks, so that nothing changes meanwhile.
 pub(super) fn run(args: &CompareArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
-    let first_options = OpenOptions { lock: true, ..open::options(&args.open) };
+    let first_options = open::options(&args.open).locked();
     let second_format = args.second_format.map(ImageFormat::from);
-    let second_options = OpenOptions { active_format: second_format, ..first_options.clone() };
+    let second_options = first_options.clone().with_format(second_format);
     let first = open::whole_chain(&args.first, &first_options, call)?;
     let second = open::whole_chain(&args.second, &second_options, call)?;
     open::warn_unlocked(&[first.unlocked(), second.unlocked()].concat(), console);

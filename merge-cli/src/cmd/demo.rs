@@ -193,6 +193,6 @@ impl Demo<'_> {
 }
 
 fn open(image: &str) -> EngineResult<Chain> {
-    let options = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+    let options = OpenOptions::new(Policy::local_files());
     Chain::open(&OsHost, Path::new(image), &options)
 }

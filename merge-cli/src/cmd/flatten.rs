@@ -21,15 +21,12 @@ use crate::signals::Stop;
 
 /// Plans, and writes the new file. If it fails, no file stays behind.
 pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
-    let options = FlattenOptions {
-        open: open::options(&args.open),
-        snapshot: args.snapshot.clone(),
-        output: args.output.clone(),
-        to: args.to.into(),
-        base: args.base.clone(),
-        keep_zeros: args.keep_zeros,
-        salvage: args.salvage,
-    };
+    let open = open::options(&args.open);
+    let mut options = FlattenOptions::new(open, args.output.clone(), args.to.into());
+    options.snapshot.clone_from(&args.snapshot);
+    options.base.clone_from(&args.base);
+    options.keep_zeros = args.keep_zeros;
+    options.salvage = args.salvage;
     let stop = Stop::on_signals(call)?;
     let meter = Meter::new(console, "writing");
     let failed = |error: qcow2::Error| {

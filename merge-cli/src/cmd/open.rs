@@ -21,13 +21,15 @@ pub(super) fn image_options(args: &ImageArgs) -> OpenOptions {
         dirs => dirs.iter().fold(Policy::deny(), |policy, dir| policy.allow_dir(dir)),
     };
     let active_format = args.format.map(ImageFormat::from);
-    OpenOptions { policy, active_format, no_locks: args.no_lock, ..OpenOptions::default() }
+    let mut options = OpenOptions::new(policy).with_format(active_format);
+    options.no_locks = args.no_lock;
+    options
 }
 
 /// How a chain is opened for `args`.
 pub(super) fn options(args: &ChainArgs) -> OpenOptions {
     let formats = args.backing_format.iter().map(|given| (PathBuf::from(&given.layer), given.format.into()));
-    OpenOptions { backing_formats: formats.collect(), ..image_options(&args.image) }
+    image_options(&args.image).with_backing_formats(formats)
 }
 
 /// Says which images were made whole.

@@ -28,11 +28,8 @@ pub(super) fn run(args: &PullArgs, call: &Call, console: &Console) -> Result<Exi
     let stop = Stop::on_signals(call)?;
     let options = options(args);
     if !args.dry_run {
-        let heals = CommitOptions {
-            open: options.open.clone(),
-            journal_dir: options.journal_dir.clone(),
-            ..CommitOptions::default()
-        };
+        let mut heals = CommitOptions::new(options.open.clone());
+        heals.journal_dir.clone_from(&options.journal_dir);
         let healed = merge::heal(&OsHost, &args.active, &heals).map_err(|e| Failure::engine(&e, call))?;
         open::tell_healed(&healed, console);
     }
@@ -62,13 +59,12 @@ pub(super) fn run(args: &PullArgs, call: &Call, console: &Console) -> Result<Exi
 }
 
 fn options(args: &PullArgs) -> PullOptions {
-    PullOptions {
-        base: args.base.clone(),
-        open: open::options(&args.open),
-        verify: args.verify,
-        allow_snapshot_change: args.allow_snapshot_change,
-        journal_dir: args.journal_dir.clone(),
-    }
+    let mut options = PullOptions::new(open::options(&args.open));
+    options.base.clone_from(&args.base);
+    options.verify = args.verify;
+    options.allow_snapshot_change = args.allow_snapshot_change;
+    options.journal_dir.clone_from(&args.journal_dir);
+    options
 }
 
 /// The chain as it will be.

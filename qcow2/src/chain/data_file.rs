@@ -11,6 +11,7 @@ use crate::storage::{FileId, FileKind, Host, Place, Storage};
 
 /// The external data file of a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DataFile {
     /// Its path, as resolved.
     pub path: PathBuf,

@@ -15,6 +15,7 @@ use crate::storage::{Access, FileId, FileKind, Host, LockMode, Storage, if_there
 /// How a chain is opened. The default names no formats, opens everything for reading, takes no locks,
 /// and lets no image name other files.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct OpenOptions {
     /// Which files may be opened because an image names them.
     pub policy: Policy,
@@ -36,6 +37,32 @@ pub struct OpenOptions {
     pub as_qemu: bool,
     /// Whether everything is to be read that can be, of images that are damaged. What is lost reads as zeros.
     pub salvage: bool,
+}
+
+impl OpenOptions {
+    /// Opens what the policy allows, for reading, without locks.
+    pub fn new(policy: Policy) -> Self {
+        Self { policy, ..Self::default() }
+    }
+
+    /// The same with every file locked.
+    #[must_use]
+    pub fn locked(self) -> Self {
+        Self { lock: true, ..self }
+    }
+
+    /// The same for an active image of this format; `None` lets its magic decide.
+    #[must_use]
+    pub fn with_format(self, active_format: Option<ImageFormat>) -> Self {
+        Self { active_format, ..self }
+    }
+
+    /// The same with these formats of backing files whose overlays do not state one, each by a path that leads to the
+    /// file, or by its name as written.
+    #[must_use]
+    pub fn with_backing_formats(self, formats: impl IntoIterator<Item = (PathBuf, ImageFormat)>) -> Self {
+        Self { backing_formats: formats.into_iter().collect(), ..self }
+    }
 }
 
 impl Chain {

@@ -21,6 +21,7 @@ const HEAD: usize = 4096;
 
 /// An image outside a chain that uses one of the chain's files.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Sibling {
     /// The image.
     pub path: PathBuf,
@@ -32,6 +33,7 @@ pub struct Sibling {
 
 /// What a search for users found.
 #[derive(Debug, Default)]
+#[non_exhaustive]
 pub struct Siblings {
     /// The images outside the chain that use one of the files, by path.
     pub users: Vec<Sibling>,

@@ -13,6 +13,7 @@ use crate::storage::{Access, FileId, FileKind, Host, NameKind, if_there};
 
 /// An image whose backing name leads to no file, and ends in the file name of a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Lookalike {
     /// The image.
     pub path: PathBuf,

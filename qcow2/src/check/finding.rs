@@ -37,6 +37,7 @@ impl fmt::Display for Severity {
 
 /// A part of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Structure {
     /// Cluster 0.
     Header,
@@ -127,6 +128,7 @@ pub enum What {
 
 /// One thing that a check found.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Finding {
     /// How bad it is.
     pub severity: Severity,

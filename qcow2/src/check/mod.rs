@@ -49,6 +49,7 @@ const KEPT_FINDINGS: usize = 1000;
 
 /// How to check.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct CheckOptions<'a> {
     /// When this becomes true, the check ends with [`Error::Cancelled`].
     pub cancel: Option<&'a AtomicBool>,

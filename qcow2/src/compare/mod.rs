@@ -10,6 +10,7 @@ use crate::units::{GuestOffset, GuestRange};
 
 /// What a comparison has found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Comparison {
     /// Whether the guest sees the same bytes. Disks of different sizes count as equal if the rest of the longer
     /// one is zero, as for `qemu-img compare` without `-s`.

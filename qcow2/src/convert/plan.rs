@@ -14,6 +14,7 @@ use crate::units::GuestRange;
 
 /// What a caller may ask of a flatten.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct FlattenOptions {
     /// How the chain is opened: policy and formats. The flatten sets access and locks itself.
     pub open: OpenOptions,
@@ -44,6 +45,7 @@ impl FlattenOptions {
 /// What a flatten will do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct FlattenPlan {
     /// The chain's active image.
     #[serde(serialize_with = "serial::name")]
@@ -79,6 +81,7 @@ pub struct FlattenPlan {
 /// The result of a flatten.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct FlattenReport {
     /// What was copied and taken.
     #[serde(flatten, serialize_with = "moved")]

@@ -36,6 +36,7 @@ pub(super) mod at {
 
 /// How compressed clusters are packed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Compression {
     /// Raw deflate.
     #[default]

@@ -19,6 +19,7 @@ const SECTOR: u64 = 512;
 
 /// What a new qcow2 image is to be. The defaults are those of `qemu-img create`.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CreateOptions {
     /// The size of the guest's disk in bytes, rounded up to a sector as QEMU does.
     pub virtual_size: u64,

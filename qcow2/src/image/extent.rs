@@ -32,6 +32,7 @@ pub enum Mapping {
 
 /// A part of a compressed cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CompressedPart {
     /// The first byte of the compressed stream.
     pub host: HostOffset,

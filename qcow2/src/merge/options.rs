@@ -17,8 +17,9 @@ pub enum BaseChoice {
     Named(OsString),
 }
 
-/// What a caller may ask of a commit.
+/// What a caller may ask of a commit. By default all layers are merged into the bottom.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct CommitOptions {
     /// The layer that takes the data.
     pub base: BaseChoice,
@@ -45,4 +46,17 @@ pub struct CommitOptions {
     pub journal_dir: Option<PathBuf>,
     /// More directories to search for images that share layers.
     pub scan: Vec<PathBuf>,
+}
+
+impl CommitOptions {
+    /// Merges all layers of a chain that is opened like this into the bottom.
+    pub fn new(open: OpenOptions) -> Self {
+        Self { open, ..Self::default() }
+    }
+
+    /// The same, and everything is read back before anything is switched.
+    #[must_use]
+    pub fn verified(self) -> Self {
+        Self { verify: true, ..self }
+    }
 }

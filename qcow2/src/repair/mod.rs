@@ -57,6 +57,7 @@ const FEATURES: u64 = 72;
 
 /// What is repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum RepairMode {
     /// Leaked clusters are freed, and nothing else. COPIED flags are set where a refcount becomes one by that.
     Leaks,

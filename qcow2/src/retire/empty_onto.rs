@@ -33,6 +33,7 @@ use crate::units::{GuestOffset, HostOffset};
 
 /// What a caller may choose when an image is emptied.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct EmptyOptions {
     /// The policy and the formats for the images below base, and for external data files.
     pub open: OpenOptions,
@@ -49,6 +50,13 @@ pub struct EmptyOptions {
     /// The external data files that may be emptied with their image, if the caller knows them; a data file that
     /// is none of them stays as it is. `None` allows any that an image names.
     pub data_files: Option<Vec<FileId>>,
+}
+
+impl EmptyOptions {
+    /// What lies below base, and external data files, are opened like this.
+    pub fn new(open: OpenOptions) -> Self {
+        Self { open, ..Self::default() }
+    }
 }
 
 /// The result for an image that was emptied.

@@ -39,6 +39,7 @@ const WINDOWS: usize = 4;
 /// What a merge moves and takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Totals {
     /// Bytes of the guest's disk that come from the layers.
     pub bytes_to_copy: u64,

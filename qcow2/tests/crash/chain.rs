@@ -185,17 +185,15 @@ impl Scenario {
     pub(crate) fn options(&self) -> CommitOptions {
         let named = |at: usize| self.layers[at].path.clone().into_os_string();
         let top = if self.by_index { format!("[{}]", self.top + 1).into() } else { named(self.top) };
-        CommitOptions {
-            base: BaseChoice::Named(named(self.base)),
-            top: (self.by_index || self.top != self.active()).then_some(top),
-            open: options(),
-            delete: self.after == After::Delete,
-            keep_active: self.after == After::Keep,
-            drop_bitmaps: true,
-            allow_snapshot_change: true,
-            journal_dir: self.device.then(|| PathBuf::from(JOURNALS)),
-            ..CommitOptions::default()
-        }
+        let mut options = CommitOptions::new(options());
+        options.base = BaseChoice::Named(named(self.base));
+        options.top = (self.by_index || self.top != self.active()).then_some(top);
+        options.delete = self.after == After::Delete;
+        options.keep_active = self.after == After::Keep;
+        options.drop_bitmaps = true;
+        options.allow_snapshot_change = true;
+        options.journal_dir = self.device.then(|| PathBuf::from(JOURNALS));
+        options
     }
 
     /// The disk before the merge, all of it durable.
@@ -253,5 +251,5 @@ impl Scenario {
 
 /// Everything that an image names may be opened.
 pub(crate) fn options() -> OpenOptions {
-    OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() }
+    OpenOptions::new(Policy::local_files())
 }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use qcow2::chain::Chain;
 use qcow2::fuzzing::sample::{Content, Sample};
-use qcow2::merge::CommitOptions;
 use qcow2::storage::sim::{Cuts, DiskOp, Fault, FaultKind, Garbage, SimHost, power_cuts};
 use qcow2::{Error, ErrorKind};
 
@@ -145,7 +144,8 @@ fn layers_below_one_that_is_kept_stay() {
     let host = Judge::new(&scenario).start().host();
     let other = sample(7).over("2.qcow2", "qcow2").build();
     host.add("/vm/other.qcow2", &other.bytes).unwrap();
-    let options = CommitOptions { allow_shared_base: true, ..scenario.options() };
+    let mut options = scenario.options();
+    options.allow_shared_base = true;
     let report = merge_with(&scenario, &options, Arc::new(host.clone())).unwrap();
     assert_eq!(report.deleted, [scenario.path(3)]);
     let kept: Vec<_> = report.kept.iter().map(|kept| kept.path.as_path()).collect();

@@ -121,8 +121,8 @@ impl<'a> Judge<'a> {
         if self.is_gone(state, self.scenario.active()) {
             return Ok(false);
         }
-        let shallow =
-            CommitOptions { base: BaseChoice::Shallow, top: None, delete: false, ..self.scenario.options() };
+        let mut shallow = self.scenario.options();
+        (shallow.base, shallow.top, shallow.delete) = (BaseChoice::Shallow, None, false);
         let merged = merge_with(self.scenario, &shallow, Arc::new(host.clone()));
         let after = |what: &str| format!("{what} after {merged:?}");
         match self.read_whole(&host) {

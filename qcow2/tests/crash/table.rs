@@ -157,11 +157,9 @@ fn is_possible(kind: BaseKind, stop: Stop, fate: LayerFate) -> bool {
 
 /// The options of the merge when the chain lies in another folder.
 fn merge_options(scenario: &Scenario) -> CommitOptions {
-    CommitOptions {
-        open: options(),
-        journal_dir: scenario.device.then(|| PathBuf::from(JOURNALS)),
-        ..CommitOptions::default()
-    }
+    let mut options = CommitOptions::new(options());
+    options.journal_dir = scenario.device.then(|| PathBuf::from(JOURNALS));
+    options
 }
 
 fn merge(host: &SimHost, active: &Path, options: &CommitOptions) -> Result<Report> {
@@ -424,7 +422,9 @@ fn row(
         Err(_) => {}
     }
     // Begun again, it is done or refused: never less than the guest has.
-    let again = merge(host, &active, &CommitOptions { restart: true, ..options.clone() });
+    let mut anew = options.clone();
+    anew.restart = true;
+    let again = merge(host, &active, &anew);
     judge(&again, "with --restart: ")?;
     Ok(if again.is_ok() { "refused, merged with --restart" } else { "refused" })
 }

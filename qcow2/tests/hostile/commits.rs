@@ -36,8 +36,7 @@ fn chain(base: &Image, top: &Image) -> MemHost {
 }
 
 fn options() -> CommitOptions {
-    let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
-    CommitOptions { open, ..CommitOptions::default() }
+    CommitOptions::new(OpenOptions::new(Policy::local_files()))
 }
 
 fn prepare(host: &MemHost, options: &CommitOptions) -> Result<Prepared> {
@@ -299,7 +298,9 @@ fn what_would_be_lost_is_refused_until_it_is_allowed() {
     let host = chain(&base().build(), &snapshot);
     let error = assert_refused(&host, ErrorKind::Refused, TOP, "a snapshot in the top");
     assert!(matches!(error, Error::Refused { reason: Refusal::Snapshots { count: 1 }, .. }), "{error}");
-    prepare(&host, &CommitOptions { allow_snapshot_change: true, ..options() }).unwrap();
+    let mut allowed = options();
+    allowed.allow_snapshot_change = true;
+    prepare(&host, &allowed).unwrap();
 
     let bitmap = Sample { bitmaps: vec!["nightly".into()], ..top() }.build();
     let host = chain(&base().build(), &bitmap);
@@ -317,7 +318,9 @@ fn a_base_that_another_image_uses_is_refused() {
     host.add("/vm/sibling.qcow2", &top().build().bytes).unwrap();
     let error = assert_refused(&host, ErrorKind::Refused, BASE, "a sibling");
     assert!(error.to_string().contains("/vm/sibling.qcow2"), "{error}");
-    prepare(&host, &CommitOptions { allow_shared_base: true, ..options() }).unwrap();
+    let mut allowed = options();
+    allowed.allow_shared_base = true;
+    prepare(&host, &allowed).unwrap();
 }
 
 #[test]

@@ -12,7 +12,7 @@ use qcow2::merge::{Commit, CommitOptions, Silent};
 use qcow2::storage::{Access, Host, MemHost};
 
 fn local() -> OpenOptions {
-    OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() }
+    OpenOptions::new(Policy::local_files())
 }
 
 /// QEMU read the L1 table of a snapshot into the buffer of the active one, which was smaller.
@@ -27,7 +27,7 @@ fn cve_2014_0145_the_l1_table_of_a_snapshot_is_larger_than_that_of_the_disk() {
     let host = MemHost::new();
     host.add("/vm/base.qcow2", &base.bytes).unwrap();
     host.add("/vm/top.qcow2", &top.bytes).unwrap();
-    let options = CommitOptions { open: local(), ..CommitOptions::default() };
+    let options = CommitOptions::new(local());
     let never = AtomicBool::new(false);
     let commit =
         Commit::prepare(Arc::new(host.clone()), Path::new("/vm/top.qcow2"), &options, &never).unwrap();

@@ -35,7 +35,8 @@ pub(super) fn run(args: &CheckArgs, from: &Path, call: &Call, console: &Console)
 }
 
 fn carry_out(args: &CheckArgs, from: &Path, call: &Call) -> Result<RestorePlan, Failure> {
-    let options = RestoreOptions { allow_copy: args.allow_copy, ..RestoreOptions::default() };
+    let mut options = RestoreOptions::default();
+    options.allow_copy = args.allow_copy;
     restore_named(&OsHost, &args.image, from, &options, args.dry_run, args.open.no_lock).map_err(|failed| {
         match Failure::engine(&failed.error, call) {
             Failure::Reported(report) if failed.has_begun => {

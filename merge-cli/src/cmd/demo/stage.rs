@@ -89,7 +89,7 @@ fn overlay(
 }
 
 fn flatten(active: &str, output: &str, to: ImageFormat, cancel: &AtomicBool) -> Result<()> {
-    let open = OpenOptions { policy: Policy::local_files(), ..OpenOptions::default() };
+    let open = OpenOptions::new(Policy::local_files());
     let options = FlattenOptions::new(open, output.into(), to);
     Flatten::prepare(Arc::new(OsHost), Path::new(active), &options, cancel)?
         .execute(&Silent, cancel)

@@ -33,6 +33,7 @@ pub(crate) use self::remove::drop_all;
 
 /// What a user wants to know about a persistent bitmap.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BitmapInfo {
     /// The name; bytes that are not UTF-8 are replaced.
     pub name: String,

@@ -12,6 +12,7 @@ use crate::transfer::Totals;
 
 /// What a caller may ask of a pull.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct PullOptions {
     /// The layer that becomes the backing file, by path or index; without it, nothing is to lie below the image.
     pub base: Option<OsString>,
@@ -23,6 +24,13 @@ pub struct PullOptions {
     pub allow_snapshot_change: bool,
     /// Where the journal is kept if it cannot lie beside the image.
     pub journal_dir: Option<PathBuf>,
+}
+
+impl PullOptions {
+    /// Has the active image of a chain that is opened like this take in all layers below it.
+    pub fn new(open: OpenOptions) -> Self {
+        Self { open, ..Self::default() }
+    }
 }
 
 /// What a pull will do.

@@ -17,6 +17,7 @@ use crate::storage::{Access, Host, Place, Storage};
 
 /// How to restore an image.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct RestoreOptions<'a> {
     /// Whether the image may be a copy of the repaired file, instead of that file itself.
     pub allow_copy: bool,

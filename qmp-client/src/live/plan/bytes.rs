@@ -56,11 +56,7 @@ fn open(files: &Files, layer: &Layer) -> Option<Chain> {
         "raw" => ImageFormat::Raw,
         _ => return None,
     };
-    let options = OpenOptions {
-        policy: Policy::local_files(),
-        active_format: Some(active_format),
-        ..OpenOptions::default()
-    };
+    let options = OpenOptions::new(Policy::local_files()).with_format(Some(active_format));
     Chain::open(&OsHost, &path, &options).ok()
 }
 

@@ -220,15 +220,21 @@ fn contradicted(layer: &Layer) -> Option<Obstacle> {
 
 /// How layers are emptied: what is lost has been accepted before the merge began.
 pub(crate) fn how_to_empty(no_locks: bool) -> EmptyOptions {
-    let open = OpenOptions { policy: Policy::local_files(), no_locks, ..OpenOptions::default() };
-    EmptyOptions { open, drop_bitmaps: true, allow_snapshot_change: true, ..EmptyOptions::default() }
+    let mut open = OpenOptions::new(Policy::local_files());
+    open.no_locks = no_locks;
+    let mut options = EmptyOptions::new(open);
+    options.drop_bitmaps = true;
+    options.allow_snapshot_change = true;
+    options
 }
 
 /// What the header and the tables of a layer say against it, though QEMU has it open.
 fn unemptied(disk: &Disk, layer: &Layer, base: &Layer) -> Option<Obstacle> {
     let format = ImageFormat::from_name(&base.format)?;
     let is_active = layer.index == disk.active().index;
-    let options = EmptyOptions { size: disk.active().virtual_size, mark: !is_active, ..how_to_empty(false) };
+    let mut options = how_to_empty(false);
+    options.size = disk.active().virtual_size;
+    options.mark = !is_active;
     let (path, base) = (Path::new(&layer.file), Path::new(&base.file));
     let never = AtomicBool::new(false);
     let why = can_be_emptied(&OsHost, path, base, format, &options, true, &never).err()?;

@@ -173,7 +173,8 @@ impl Evidence {
         // format of top comes from the state.
         let active_format = state.layer(state.top).map(look::format);
         let (policy, no_locks) = (Policy::local_files(), no_lock);
-        let options = OpenOptions { policy, active_format, no_locks, ..OpenOptions::default() };
+        let mut options = OpenOptions::new(policy).with_format(active_format);
+        options.no_locks = no_locks;
         Interrupted::open(&OsHost, overlay.as_ref(), &merged, &base, &options)
     }
 }

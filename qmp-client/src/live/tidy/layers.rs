@@ -195,7 +195,7 @@ impl Tidy<'_> {
     /// whichever is larger. If the disk has grown since, a smaller overlay would cut off its end.
     fn size(&self, base: &StateLayer, format: ImageFormat, open: &OpenOptions) -> u64 {
         let then = self.state().active().map_or(0, |active| active.virtual_size);
-        let open = OpenOptions { active_format: Some(format), ..open.clone() };
+        let open = open.clone().with_format(Some(format));
         // If base cannot be opened, emptying a layer onto it will fail, and report that.
         let now = Chain::open(&OsHost, Path::new(&base.file), &open)
             .ok()
