@@ -40,7 +40,7 @@ impl AttachedMerge {
 fn procedure<M: Monitor>(monitor: &M, kind: AttachedMerge, nbd: &Path) -> Result<Procedure> {
     let graph = Graph::ask(monitor)?;
     let disk = graph.disk("disk0")?;
-    let options = MergeOptions { nbd_socket: Some(nbd.to_owned()), ..Default::default() };
+    let options = MergeOptions::default().with_nbd_socket(Some(nbd.to_owned()));
     Ok(if kind == AttachedMerge::Pull {
         let mut pull = Procedure::pull(disk, Some(disk.layer("[1]")?), options)?;
         pull.preflight(monitor)?;
@@ -75,7 +75,8 @@ fn whole<M: Monitor>(
     nbd: &Path,
 ) -> Result<()> {
     let procedure = procedure(monitor, kind, nbd)?;
-    let wishes = Wishes { keep_overlay: kind == AttachedMerge::KeepOverlay, ..Wishes::default() };
+    let mut wishes = Wishes::default();
+    wishes.keep_overlay = kind == AttachedMerge::KeepOverlay;
     let mut merge = Merge::begin(monitor, procedure, chain.state_file(), &daemon.address(), &wishes)?;
     to_the_end(&mut merge, kind)
 }

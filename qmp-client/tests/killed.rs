@@ -30,7 +30,7 @@ enum KilledMerge {
 fn whole<M: Monitor>(monitor: &M, daemon: &Daemon, chain: &Chain, kind: KilledMerge) -> Result<()> {
     let graph = Graph::ask(monitor)?;
     let disk = graph.disk("disk0")?;
-    let options = MergeOptions { nbd_socket: Some(chain.nbd()), ..Default::default() };
+    let options = MergeOptions::default().with_nbd_socket(Some(chain.nbd()));
     let procedure: Procedure = if kind == KilledMerge::Pull {
         let mut pull = Procedure::pull(disk, Some(disk.layer("[1]")?), options)?;
         pull.preflight(monitor)?;

@@ -145,7 +145,7 @@ fn a_cancelled_merge_leaves_the_chain_and_the_bytes() {
         let before = chain.bytes(4);
         let daemon = Daemon::serve(&chain, None);
         let monitor = daemon.connect();
-        let options = MergeOptions { speed: if goal.is_none() { 64 << 10 } else { 0 }, ..Default::default() };
+        let options = MergeOptions::default().with_speed(if goal.is_none() { 64 << 10 } else { 0 });
         let mut commit = plan(&disk(&monitor), "[1]", top, options);
         commit.preflight(&monitor).unwrap();
         let job = commit.start(&monitor).unwrap();
@@ -184,7 +184,7 @@ fn base_is_durable_before_the_switch() {
         let mut daemon = Daemon::serve(&chain, (!own_server).then_some(nbd.as_path()));
         let monitor = daemon.connect();
         let nbd_socket = (!own_server).then_some(nbd);
-        let options = MergeOptions { nbd_socket, ..Default::default() };
+        let options = MergeOptions::default().with_nbd_socket(nbd_socket);
         let mut commit = plan(&disk(&monitor), "[1]", "[3]", options);
         commit.preflight(&monitor).unwrap();
         let job = commit.start(&monitor).unwrap();
@@ -255,7 +255,8 @@ fn a_second_client_is_told_who_holds_the_monitor_and_quit_is_seen() {
     let mut daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
     let address = Address::Unix(daemon.socket.clone());
-    let options = Options { greeting_timeout: Duration::from_millis(200), ..Options::default() };
+    let mut options = Options::default();
+    options.greeting_timeout = Duration::from_millis(200);
     let error = Connection::connect(&address, &options).unwrap_err().to_string();
     assert!(error.contains("another client holds this monitor"), "{error}");
 
@@ -300,7 +301,7 @@ fn an_overlay_that_qemu_cannot_write_is_found_before_qemu_would_crash() {
     let daemon = with_an_overlay_that_cannot_be_written(&chain);
     let monitor = daemon.connect();
     let nbd_socket = Some(chain.folder.path().join("nbd.sock"));
-    let mut commit = plan(&disk(&monitor), "[1]", "[2]", MergeOptions { nbd_socket, ..Default::default() });
+    let mut commit = plan(&disk(&monitor), "[1]", "[2]", MergeOptions::default().with_nbd_socket(nbd_socket));
     let error = commit.preflight(&monitor).unwrap_err().to_string();
     assert!(error.contains("Permission denied"), "{error}");
     assert_eq!(disk(&monitor).layers().len(), 4, "QEMU lives");
@@ -491,8 +492,7 @@ fn a_full_disk_halts_the_merge_and_room_lets_it_go_on() {
         let nodes = named_nodes(&chain, full);
         let daemon = Daemon::spawn_nodes(Command::new("qemu-storage-daemon"), &nodes, &chain, None);
         let monitor = daemon.connect();
-        let options =
-            MergeOptions { backing_file: (top == "[3]").then(|| "1.img".into()), ..Default::default() };
+        let options = MergeOptions::default().with_backing_file((top == "[3]").then(|| "1.img".into()));
         let mut commit = plan(&disk(&monitor), "[1]", top, options);
         commit.preflight(&monitor).unwrap();
         let job = commit.start(&monitor).unwrap();
@@ -527,8 +527,7 @@ fn a_killed_daemon_loses_nothing_at_any_stage() {
         let mut daemon = Daemon::serve(&chain, None);
         let monitor = daemon.connect();
         let active = ["ready", "held", "pivoted"].contains(&stage);
-        let options =
-            MergeOptions { speed: if stage == "running" { 64 << 10 } else { 0 }, ..Default::default() };
+        let options = MergeOptions::default().with_speed(if stage == "running" { 64 << 10 } else { 0 });
         let mut commit = plan(&disk(&monitor), "[1]", if active { "[4]" } else { "[3]" }, options);
         commit.preflight(&monitor).unwrap();
         let job = commit.start(&monitor).unwrap();
@@ -580,7 +579,7 @@ fn a_guest_that_writes_without_pause_loses_no_write() {
     let taken = snapshot(&monitor, &[(&disk(&monitor), &new)]).unwrap();
     assert_eq!(taken[0].active().index, 5);
     writer.wait_for(100);
-    let options = MergeOptions { nbd_socket: Some(nbd.clone()), ..Default::default() };
+    let options = MergeOptions::default().with_nbd_socket(Some(nbd.clone()));
     let mut commit = plan(&disk(&monitor), "[1]", "[4]", options.clone());
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();
@@ -700,7 +699,7 @@ fn a_base_whose_server_goes_halts_the_merge_and_it_can_be_cancelled() {
     let (chain, mut server) = over_nbd();
     let daemon = Daemon::serve(&chain, None);
     let monitor = daemon.connect();
-    let options = MergeOptions { speed: 16 << 10, ..Default::default() };
+    let options = MergeOptions::default().with_speed(16 << 10);
     let mut commit = plan(&disk(&monitor), "[1]", "[2]", options);
     commit.preflight(&monitor).unwrap();
     let job = commit.start(&monitor).unwrap();

@@ -87,7 +87,7 @@ fn a_guest_that_is_too_fast_is_throttled_and_gets_its_limits_back() {
         // A writer beside the device is not slowed down by its limits, so the job never gets ready.
         let writer = Writer::start(&nbd, 16 << 20);
         writer.wait_for(10);
-        let options = MergeOptions { speed: 2 << 20, ..Default::default() };
+        let options = MergeOptions::default().with_speed(2 << 20);
         let planned = commit(&monitor, options, "[1]", "[4]");
         let mut merge =
             Merge::begin(&monitor, planned, chain.state_file(), &daemon.address(), &Wishes::default())

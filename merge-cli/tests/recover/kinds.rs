@@ -16,7 +16,8 @@ fn what_was_to_be_deleted_is_deleted() {
     {
         let lab = Lab::new();
         let file = StateFile::beside(&lab.dir().join("4.img")).unwrap();
-        let wishes = Wishes { delete: true, ..Wishes::default() };
+        let mut wishes = Wishes::default();
+        wishes.delete = true;
         lab.dies_as(&Merging { top: Some(top), wishes, file }, "job-finalize", When::After);
         let dry = lab.ok(&["live", "recover", "--dry-run"]);
         assert!(dry.contains("to do: remove "), "{dry}");
@@ -42,7 +43,8 @@ fn what_another_image_needs_is_not_deleted() {
         let other = lab.dir().join(folder);
         std::fs::create_dir_all(&other).unwrap();
         let scan = if folder == "." { Vec::new() } else { vec![other.clone()] };
-        let wishes = Wishes { delete: true, scan, ..Wishes::default() };
+        let mut wishes = Wishes::default();
+        (wishes.delete, wishes.scan) = (true, scan);
         lab.dies_as(&Merging { top: Some("[3]"), wishes, file }, "job-finalize", When::After);
         let used = lab.path("2.img");
         run("qemu-img", &other, &["create", "-q", "-f", "qcow2", "-b", &used, "-F", "qcow2", "other.img"]);

@@ -168,7 +168,7 @@ impl Bitmap {
     }
 
     /// The guest bytes for which one bit stands. Granularities above 31 bits are taken as 31;
-    /// [`validate`](Self::validate) refuses them.
+    /// `validate` refuses them.
     pub fn granularity(&self) -> u64 {
         1 << self.granularity_bits.min(31)
     }

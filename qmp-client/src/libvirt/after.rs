@@ -32,7 +32,7 @@ pub enum After {
 
 impl Mention<'_> {
     /// What the domain boots when the images that were asked about have met these fates, in the same order.
-    pub fn after(&self, fates: &[Fate]) -> After {
+    pub(crate) fn after(&self, fates: &[Fate]) -> After {
         let with = |wanted: Fate| -> Vec<PathBuf> {
             let of = |(image, place): (&Option<PathBuf>, &Option<usize>)| {
                 image.clone().filter(|_| place.and_then(|place| fates.get(place)) == Some(&wanted))

@@ -27,6 +27,7 @@ struct Folder {
 
 /// All that is known of libvirt's domains.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Definitions {
     /// The domains, those that are defined before those that run.
     pub domains: Vec<Domain>,
@@ -36,6 +37,7 @@ pub struct Definitions {
 
 /// A disk of a domain whose definition names images that were asked about.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Mention<'a> {
     /// The domain.
     pub domain: &'a Domain,
@@ -47,12 +49,12 @@ pub struct Mention<'a> {
 
 impl Mention<'_> {
     /// Which of the images asked about it names, from the top, by their places in that list.
-    pub fn named(&self) -> impl Iterator<Item = usize> {
+    pub(crate) fn named(&self) -> impl Iterator<Item = usize> {
         self.places.iter().copied().flatten()
     }
 
     /// Whether its active image is one of them.
-    pub fn is_by_source(&self) -> bool {
+    pub(crate) fn is_by_source(&self) -> bool {
         self.places.first().is_some_and(Option::is_some)
     }
 }
@@ -129,7 +131,7 @@ impl Definitions {
 
     /// The disks whose definitions name any of these images, which a name or the same file tells. A domain that is defined and
     /// runs is told once, as it is defined, unless only the other file names one.
-    pub fn naming(&self, images: &[&Path]) -> Vec<Mention<'_>> {
+    pub(crate) fn naming(&self, images: &[&Path]) -> Vec<Mention<'_>> {
         let wanted: Vec<_> = images.iter().map(|path| (*path, file_id(path))).collect();
         let place = |image: &Path| {
             let id = file_id(image);
@@ -153,12 +155,12 @@ impl Definitions {
     }
 
     /// The domain of this name, as it runs if that is known.
-    pub fn domain(&self, name: &str) -> Option<&Domain> {
+    pub(crate) fn domain(&self, name: &str) -> Option<&Domain> {
         self.domains.iter().rfind(|domain| domain.name == name)
     }
 
     /// Whether a domain runs, as far as files tell.
-    pub fn runs(&self, domain: &Domain) -> bool {
+    pub(crate) fn runs(&self, domain: &Domain) -> bool {
         let is_it = |other: &&Domain| {
             other.is_live && other.name == domain.name && other.is_of_a_session == domain.is_of_a_session
         };

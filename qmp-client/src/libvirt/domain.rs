@@ -11,6 +11,7 @@ const DEEPEST: usize = 1000;
 
 /// A virtual machine as a file of libvirt's defines it.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Domain {
     /// The domain's name, which virsh takes.
     pub name: String,
@@ -26,6 +27,7 @@ pub struct Domain {
 
 /// A disk of a domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DomainDisk {
     /// The name by which virsh knows it, such as `vda`.
     pub target: String,

@@ -16,7 +16,7 @@ pub enum DomainName {
 
 impl DomainName {
     /// The word for virsh.
-    pub fn word(&self) -> String {
+    pub(crate) fn word(&self) -> String {
         match self {
             Self::Name(name) => name.clone(),
             Self::Id(id) => id.to_string(),

@@ -14,6 +14,7 @@ pub struct Virsh {
 
 /// What `virsh blockcommit` is asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BlockCommit<'a> {
     /// The layer that takes the data; the bottom of the chain without it.
     pub base: Option<&'a Path>,
@@ -29,7 +30,7 @@ pub struct BlockCommit<'a> {
 
 impl Virsh {
     /// For the domain of this name.
-    pub fn new(domain: &DomainName, is_of_a_session: bool) -> Self {
+    pub(crate) fn new(domain: &DomainName, is_of_a_session: bool) -> Self {
         Self { connection: connection(is_of_a_session), domain: domain.word() }
     }
 
@@ -51,7 +52,7 @@ impl Virsh {
     }
 
     /// Layers merged down.
-    pub fn block_commit(&self, target: &str, wanted: &BlockCommit<'_>) -> Vec<String> {
+    pub(crate) fn block_commit(&self, target: &str, wanted: &BlockCommit<'_>) -> Vec<String> {
         let mut words = self.command("blockcommit", &[target]);
         for (option, layer) in [("--base", wanted.base), ("--top", wanted.top)] {
             words.extend(layer.into_iter().flat_map(|path| [option.to_owned(), path.display().to_string()]));
@@ -66,7 +67,7 @@ impl Virsh {
     }
 
     /// Layers merged up.
-    pub fn block_pull(&self, target: &str, base: Option<&Path>) -> Vec<String> {
+    pub(crate) fn block_pull(&self, target: &str, base: Option<&Path>) -> Vec<String> {
         let mut words = self.command("blockpull", &[target]);
         words.extend(base.into_iter().flat_map(|path| ["--base".to_owned(), path.display().to_string()]));
         words.extend(["--wait", "--verbose"].map(str::to_owned));
@@ -75,7 +76,7 @@ impl Virsh {
 
     /// New overlays on these disks, with absolute paths, and on no `others`. No record of a snapshot is made: a merge would leave it
     /// dangling.
-    pub fn snapshot(&self, overlays: &[(&str, &Path)], others: &[&str]) -> Vec<String> {
+    pub(crate) fn snapshot(&self, overlays: &[(&str, &Path)], others: &[&str]) -> Vec<String> {
         let mut words = self.command("snapshot-create-as", &["--no-metadata", "--disk-only", "--atomic"]);
         // virsh splits the value at commas.
         let of = |(target, file): &(&str, &Path)| {

@@ -34,7 +34,7 @@ pub struct StoppedMerge {
 
 impl StoppedMerge {
     /// The merge that is asked for; none where the layers are not known, or the data would go up.
-    pub fn of_request(disk: &Disk, request: &Request) -> Option<Self> {
+    pub(crate) fn of_request(disk: &Disk, request: &Request) -> Option<Self> {
         if request.direction == Direction::Up {
             return None;
         }

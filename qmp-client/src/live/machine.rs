@@ -52,7 +52,7 @@ impl<'m> Machine<'m> {
     }
 
     /// Where the monitor listens.
-    pub fn address(&self) -> &'m Address {
+    pub(crate) fn address(&self) -> &'m Address {
         self.address
     }
 
@@ -62,7 +62,7 @@ impl<'m> Machine<'m> {
     }
 
     /// The files that QEMU has open.
-    pub fn files(&self) -> &Files {
+    pub(crate) fn files(&self) -> &Files {
         &self.files
     }
 

@@ -36,6 +36,7 @@ pub use throttle::Throttle;
 
 /// What a user wants of a merge, beyond the merge itself.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Wishes {
     /// Delete the merged files afterwards. The library only keeps this wish; who calls it deletes.
     pub delete: bool,
@@ -145,7 +146,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     }
 
     /// The state file.
-    pub fn file(&self) -> &StateFile {
+    pub(crate) fn file(&self) -> &StateFile {
         &self.file
     }
 
@@ -246,7 +247,7 @@ impl<'m, M: Monitor + ?Sized> Merge<'m, M> {
     /// Everything is done, what was merged is cleaned up: removes the state file.
     ///
     /// # Errors
-    /// [`Error::File`] if it cannot be removed; those of [`Merge::relax`].
+    /// [`Error::File`] if it cannot be removed; those of `Merge::relax`.
     pub fn done(&mut self) -> Result<()> {
         self.relax()?;
         self.file.remove()?;

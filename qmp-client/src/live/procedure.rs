@@ -6,7 +6,7 @@ use crate::state::{Kind, RecordedRelink, State, StateLayer};
 
 impl Procedure {
     /// What is merged which way.
-    pub fn kind(&self) -> Kind {
+    pub(crate) fn kind(&self) -> Kind {
         match self.direction() {
             Direction::Down if self.is_active() => Kind::ActiveCommit,
             Direction::Down => Kind::Commit,

@@ -109,7 +109,7 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
     /// steps of half the limit, down to [`Throttle::FLOOR`]. `on_limit` is told each new limit in bytes per second.
     ///
     /// The state file keeps the former limits meanwhile. They are put back before this returns, unless the job is
-    /// ready: then at the end of the merge, however it ends. Whoever leaves the job ready calls [`Merge::relax`].
+    /// ready: then at the end of the merge, however it ends. Whoever leaves the job ready calls `Merge::relax`.
     ///
     /// # Errors
     /// [`crate::Error::Refused`] for a merge that is no active commit; those of the commands and of the state file.
@@ -163,7 +163,7 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
     ///
     /// # Errors
     /// Those of the command and of the state file.
-    pub fn relax(&mut self) -> Result<()> {
+    pub(crate) fn relax(&mut self) -> Result<()> {
         relax(self.monitor, &mut self.state, &self.file)
     }
 

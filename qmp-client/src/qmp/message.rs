@@ -36,6 +36,7 @@ pub enum Message {
 
 /// An event, known to the schema or not.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Event {
     /// The name, such as `JOB_STATUS_CHANGE`.
     pub name: String,
@@ -47,6 +48,7 @@ pub struct Event {
 
 /// QEMU's words about a command that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Failure {
     /// The class, such as `GenericError`; nearly all are that one.
     pub class: String,
@@ -59,7 +61,7 @@ impl Message {
     ///
     /// # Errors
     /// [`Error::Protocol`] if the line is not a JSON object, or is none of the four kinds of message.
-    pub fn parse(line: &str) -> Result<Self> {
+    pub(crate) fn parse(line: &str) -> Result<Self> {
         let bad = |why: String| Error::Protocol { why, line: shortened(line) };
         let value = read(line).map_err(bad)?;
         let Value::Object(mut object) = value else { return Err(bad("it is no object".into())) };

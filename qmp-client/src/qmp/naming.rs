@@ -5,6 +5,7 @@ use std::path::Path;
 
 /// A word of a command line, with the option that it is the value of.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Named {
     /// The option before it, such as `-drive`.
     pub option: Option<String>,

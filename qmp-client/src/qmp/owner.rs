@@ -46,7 +46,7 @@ impl Owner {
     }
 
     /// Who started a process with this command line.
-    pub fn of_command_line(words: &[String]) -> Option<Self> {
+    pub(crate) fn of_command_line(words: &[String]) -> Option<Self> {
         Self::by_arguments(words.join("\0").as_bytes())
     }
 

@@ -214,7 +214,7 @@ impl State {
     }
 
     /// Whether the state was written in the present run of the host.
-    pub fn is_of_this_boot(&self) -> bool {
+    pub(crate) fn is_of_this_boot(&self) -> bool {
         self.boot.is_some() && self.boot == boot()
     }
 

@@ -28,7 +28,7 @@ impl Qemu {
     ///
     /// # Errors
     /// Those of the queries.
-    pub fn ask(monitor: &(impl Monitor + ?Sized), graph: &Graph, state: &State) -> Result<Self> {
+    pub(crate) fn ask(monitor: &(impl Monitor + ?Sized), graph: &Graph, state: &State) -> Result<Self> {
         if let Some(job) = jobs(monitor)?.into_iter().find(|job| job.id == state.job) {
             return Ok(Self::HasJob(job.status));
         }
@@ -44,12 +44,12 @@ impl Qemu {
 
 impl State {
     /// The disk with the chain from before the merge, which may have new overlays on top by now.
-    pub fn disk_before<'g>(&self, graph: &'g Graph) -> Option<&'g Disk> {
+    pub(crate) fn disk_before<'g>(&self, graph: &'g Graph) -> Option<&'g Disk> {
         self.disk_on(graph, &self.layers.iter().collect::<Vec<_>>())
     }
 
     /// The disk with the chain that the merge leaves, which may have new overlays on top by now.
-    pub fn disk_after<'g>(&self, graph: &'g Graph) -> Option<&'g Disk> {
+    pub(crate) fn disk_after<'g>(&self, graph: &'g Graph) -> Option<&'g Disk> {
         // The chain from before the merge ends with base, too, and must not be taken for this one.
         let before = self.disk_before(graph).map(Disk::name);
         self.disk_on(graph, &self.layers_after().collect::<Vec<_>>())

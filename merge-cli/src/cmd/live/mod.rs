@@ -74,7 +74,9 @@ pub(super) fn run(args: &LiveArgs, words: &[OsString], console: &Console) -> Res
 }
 
 fn connection_options() -> Options {
-    Options { allow_tcp: true, ..Options::default() }
+    let mut options = Options::default();
+    options.allow_tcp = true;
+    options
 }
 
 /// QEMU as it is now.

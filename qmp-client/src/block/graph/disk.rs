@@ -26,6 +26,7 @@ pub struct Disk {
 /// One image of a chain. For programs it has QEMU's own names for what QEMU tells.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Layer {
     /// The place in the chain, counted from the bottom, which is `1`. So a new overlay renumbers nothing.
     pub index: usize,
@@ -75,6 +76,7 @@ pub struct Layer {
 
 /// The backing file that an image's header names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Backing {
     /// The name as it is written there.
     #[serde(rename = "backing-filename")]
@@ -191,7 +193,7 @@ impl Disk {
     }
 
     /// The id of the export, for a disk that is no device but is served to others.
-    pub fn export(&self) -> Option<&str> {
+    pub(crate) fn export(&self) -> Option<&str> {
         self.export.as_deref()
     }
 
@@ -276,7 +278,7 @@ impl Disk {
     }
 
     /// The layer directly below another one.
-    pub fn below(&self, layer: &Layer) -> Option<&Layer> {
+    pub(crate) fn below(&self, layer: &Layer) -> Option<&Layer> {
         self.layers.iter().find(|l| l.index + 1 == layer.index)
     }
 

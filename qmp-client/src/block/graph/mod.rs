@@ -87,7 +87,7 @@ impl Graph {
     /// This is for names that are relative to QEMU's own folder: a caller that knows QEMU's open files can tell
     /// which files are meant.
     #[must_use]
-    pub fn with_files(mut self, rename: &dyn Fn(&str) -> Option<String>) -> Self {
+    pub(crate) fn with_files(mut self, rename: &dyn Fn(&str) -> Option<String>) -> Self {
         self.disks.iter_mut().for_each(|disk| disk.rename_files(rename));
         for (_, file) in &mut self.files {
             if let Some(name) = rename(file) {

@@ -23,6 +23,7 @@ pub(crate) use end::{LONGEST_STEP, failed, require, stuck};
 
 /// A job as QEMU described it at one moment. For programs it has the fields of `query-jobs` and `query-block-jobs`.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct JobState {
     /// The job's id.
     pub id: String,
@@ -50,6 +51,7 @@ pub struct JobState {
 /// What QEMU tells only of jobs that move a disk's data.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct BlockJobState {
     /// `ok`, `nospace` or `failed`: why a job that met an error stands still.
     pub io_status: String,
@@ -138,6 +140,7 @@ impl Goal {
 
 /// The progress of a job.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Progress<'a> {
     /// The job, as it just was.
     pub job: &'a JobState,

@@ -28,6 +28,7 @@ pub(crate) use steps::with_chain;
 
 /// The options of a merge.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct MergeOptions {
     /// The backing name that the overlay above the merged layers gets; `None` for base's name in the overlay's
     /// former style. It matters only if there are such an overlay and a base.
@@ -39,6 +40,26 @@ pub struct MergeOptions {
     /// The socket of an NBD server that this QEMU already runs, for flushing: QEMU can run only one. With
     /// `None`, a server is started for the flush; if that is not possible, the guest is paused for a moment.
     pub nbd_socket: Option<PathBuf>,
+}
+
+impl MergeOptions {
+    /// The same with a limit in bytes per second; zero for none.
+    #[must_use]
+    pub fn with_speed(self, speed: u64) -> Self {
+        Self { speed, ..self }
+    }
+
+    /// The same with the socket of an NBD server that this QEMU already runs.
+    #[must_use]
+    pub fn with_nbd_socket(self, nbd_socket: Option<PathBuf>) -> Self {
+        Self { nbd_socket, ..self }
+    }
+
+    /// The same with another backing name for the overlay above the merged layers.
+    #[must_use]
+    pub fn with_backing_file(self, backing_file: Option<String>) -> Self {
+        Self { backing_file, ..self }
+    }
 }
 
 /// The layers that are merged, by their indexes from the bottom: those above `base`, up to and including `top`.
@@ -235,7 +256,7 @@ impl Procedure {
     }
 
     /// The goal that the job reaches when everything is copied.
-    pub fn goal(&self) -> Goal {
+    pub(crate) fn goal(&self) -> Goal {
         if self.is_active() { Goal::Ready } else { Goal::Pending }
     }
 
@@ -282,7 +303,7 @@ impl Procedure {
     ///
     /// # Errors
     /// [`Error::Request`] if a command cannot be written as JSON.
-    pub fn commands(&self) -> Result<Vec<(&'static str, Value)>> {
+    pub(crate) fn commands(&self) -> Result<Vec<(&'static str, Value)>> {
         let mut commands = Vec::new();
         if let Some(same) = preflight::same_name(self) {
             commands.push(steps::written(&same)?);
@@ -405,7 +426,7 @@ impl Procedure {
     /// # Errors
     /// [`Error::Refused`] for a merge that is not active, or if the job is not ready; [`Error::Job`] if the job
     /// failed, or completed before.
-    pub fn keep_overlay<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Disk> {
+    pub(crate) fn keep_overlay<M: Monitor + ?Sized>(&self, job: &Job<'_, M>, monitor: &M) -> Result<Disk> {
         if !self.is_active() {
             return Err(Refusal::OnlyActiveCommit { step: "can keep the overlay" }.into());
         }

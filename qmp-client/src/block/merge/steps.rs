@@ -16,6 +16,7 @@ use crate::qmp::monitor::{Execute, Monitor};
 
 /// What a merge left.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Merged {
     /// The disk as it is now.
     pub disk: Disk,

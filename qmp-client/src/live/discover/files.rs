@@ -31,19 +31,19 @@ pub(crate) enum Place {
 
 impl Files {
     /// The files of the process that answers a monitor.
-    pub fn of(monitor: &Connection) -> Self {
+    pub(crate) fn of(monitor: &Connection) -> Self {
         let process = monitor.peer();
         Self { process, open: process.and_then(open_files) }
     }
 
     /// The socket of the NBD server that QEMU runs already.
-    pub fn nbd_server(&self) -> Option<PathBuf> {
+    pub(crate) fn nbd_server(&self) -> Option<PathBuf> {
         self.process.and_then(nbd_server)
     }
 
     /// The absolute name of a file that QEMU opened by a relative name: the only open file whose path ends with
     /// that name.
-    pub fn absolute(&self, name: &str) -> Option<String> {
+    pub(crate) fn absolute(&self, name: &str) -> Option<String> {
         let is_plain = !name.starts_with('/') && !name.contains(':');
         let relative = Path::new(name.trim_start_matches("./"));
         let open = self.open.as_ref().filter(|_| is_plain)?;

@@ -36,7 +36,7 @@ impl Unfinished {
     ///
     /// # Errors
     /// As [`Unfinished::find`].
-    pub fn of_disks(address: &Address, disks: &[Disk], state_dir: Option<&Path>) -> Result<Vec<Self>> {
+    pub(crate) fn of_disks(address: &Address, disks: &[Disk], state_dir: Option<&Path>) -> Result<Vec<Self>> {
         Self::find(Some(address), &folders_of_disks(disks, state_dir))
     }
 

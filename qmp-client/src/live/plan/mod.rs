@@ -104,7 +104,7 @@ impl Plan {
     }
 
     /// What is merged which way.
-    pub fn kind(&self) -> Kind {
+    pub(crate) fn kind(&self) -> Kind {
         match self.direction {
             Direction::Up => Kind::Pull,
             Direction::Down if self.merges_active() => Kind::ActiveCommit,

@@ -67,7 +67,7 @@ impl Request {
     }
 
     /// Whether the active layer may be merged.
-    pub fn allows_active(&self) -> bool {
+    pub(crate) fn allows_active(&self) -> bool {
         self.active || self.pivot || self.keep_overlay
     }
 

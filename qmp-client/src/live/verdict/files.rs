@@ -21,7 +21,7 @@ impl State {
     /// The indexes of layers that are other files now, or were written though nobody should have written to
     /// them. The user must see them before anything that depends on them is changed or deleted. A mark that the
     /// engine has set counts as a write, too.
-    pub fn touched(&self, seen: &Seen) -> Vec<usize> {
+    pub(crate) fn touched(&self, seen: &Seen) -> Vec<usize> {
         let active = self.layers.len();
         let may_be_written = |index: usize| match (self.kind, self.phase) {
             (Kind::ActiveCommit, Phase::Switched) => index == self.base,

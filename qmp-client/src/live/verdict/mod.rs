@@ -26,6 +26,7 @@ type Doubtful<T> = std::result::Result<T, Doubt>;
 
 /// What can be seen now of the merge in a state file.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Seen {
     /// What QEMU says.
     pub qemu: Qemu,
@@ -243,7 +244,7 @@ impl Seen {
 
     /// Notes that the times of the layer with this index do not show writes, because the data goes to an
     /// external data file.
-    pub fn tells_no_time(&mut self, state: &State, index: usize) {
+    pub(crate) fn tells_no_time(&mut self, state: &State, index: usize) {
         for (layer, is_timeless) in state.layers.iter().zip(&mut self.timeless) {
             *is_timeless |= layer.index == index;
         }

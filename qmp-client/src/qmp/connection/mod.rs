@@ -27,6 +27,7 @@ use reader::{Mailbox, Outcome};
 
 /// How a connection is made.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Options {
     /// How long the greeting is waited for. A monitor serves one client: the second one can connect, but
     /// is not greeted before the first one leaves.

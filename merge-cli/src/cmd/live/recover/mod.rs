@@ -67,7 +67,9 @@ pub(super) fn run(
 /// Undoes unfinished snapshots in a QEMU that is still running, and that no manager owns.
 fn snapshots(qmp: Option<&Address>, call: &Call, console: &Console) -> Result<(), Failure> {
     let Some(address) = qmp.filter(|address| Owner::of(address, None).is_none()) else { return Ok(()) };
-    let options = Options { allow_tcp: true, greeting_timeout: Duration::from_secs(2), ..Options::default() };
+    let mut options = Options::default();
+    options.allow_tcp = true;
+    options.greeting_timeout = Duration::from_secs(2);
     let Ok(monitor) = Connection::connect(address, &options) else { return Ok(()) };
     if Owner::of(address, monitor.peer()).is_some() {
         return Ok(());
