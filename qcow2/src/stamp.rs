@@ -1,10 +1,9 @@
-//! A file as it was when somebody looked at it, to be known again later.
+//! The stamp of a file, by which it is recognised later.
 //!
-//! The system says several things about a file, and each of them lies in some case. An inode number is
-//! only unique in its file system. A device number may be another one when the system has started again.
-//! A time of modification can be set to anything, as `cp -p` does. So a [`Stamp`] holds all of them, and
-//! the time of the last change (ctime), which no program can set back, and `Stamp::judge` weighs them
-//! in one place.
+//! The system tells several things about a file, and each of them can mislead. An inode number is unique only
+//! in its file system. A device number may change when the system restarts. A time of modification can be set
+//! to anything, as `cp -p` does. So a [`Stamp`] holds all of them, and the time of the last change (ctime),
+//! which no program can set back. `Stamp::judge` weighs them in one place.
 
 use std::fmt;
 use std::io;
@@ -16,19 +15,19 @@ use crate::storage::{Access, Boot, FileId, FileKind, FileStat, Host, Storage, if
 /// How much of the beginning of a file its checksum covers, in bytes: one sector.
 const HEAD: usize = 512;
 
-/// How much later than the last sign of life a work that was killed may have written, in nanoseconds. There is a sign
-/// before each write if the last one is older than a fifth of that.
+/// How long after its last sign of life killed work may still have written, in nanoseconds. Before each write
+/// there is a new sign if the last one is older than a fifth of this.
 const SLACK_NS: i128 = 1_000_000_000;
 
-/// The same, if the system has started again since: the signs of life need not have reached the disk, so the
-/// last one that is known for certain is the one behind the last barrier.
+/// The same, if the system has restarted since. The signs of life need not have reached the disk then, so the
+/// last certain one is the one behind the last barrier.
 const SLACK_AFTER_RESTART_NS: i128 = 30_000_000_000;
 
-/// By how much the start of one run of the system may differ between two looks at it, in nanoseconds, without anybody
-/// having set the clock: it is told to a hundredth of a second.
+/// How much the start time of one run of the system may differ between two looks, in nanoseconds, though nobody
+/// has set the clock: it is known to a hundredth of a second.
 const CLOCK_JITTER_NS: i128 = 500_000_000;
 
-/// A file as it was when somebody looked.
+/// What identified a file when somebody looked, and its state then.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stamp {
     /// Its absolute path, without symbolic links; or the name by which a caller wants it opened and reported.
@@ -37,7 +36,7 @@ pub struct Stamp {
     pub id: FileId,
     /// Whether it is a block device.
     pub is_device: bool,
-    /// What identifies its file system, also when the system has started again, where there is such a thing.
+    /// An identity of its file system that survives a restart of the system, if there is one.
     pub file_system: Option<u64>,
     /// When it was made, in nanoseconds since 1970, where the file system knows that.
     pub born_ns: Option<i128>,
@@ -72,7 +71,7 @@ pub(crate) struct WorkTimes {
     pub now: Option<Boot>,
 }
 
-/// What has become of a file since a work on it was stopped.
+/// What has happened to a file since work on it was stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FileFate {
     /// It is as the work left it.
@@ -81,13 +80,13 @@ pub(crate) enum FileFate {
     Moved,
     /// Somebody has written to it since.
     Newer,
-    /// It is older than what the work last knew: it was put back from a copy.
+    /// It is older than the work's last knowledge: it was restored from a copy.
     Older,
-    /// It is another file of the same name: a copy, or what has taken its place.
+    /// It is another file of the same name: a copy, or a replacement.
     Copied,
     /// It is another file.
     Other,
-    /// It may be as the work left it, but what the system says does not prove that.
+    /// It may be as the work left it, but the system's answers do not prove that.
     Unsure,
 }
 
@@ -98,11 +97,11 @@ pub(crate) enum SameFile {
     Yes,
     /// They are not.
     No,
-    /// Inode numbers are equal, and nothing tells the file systems apart or one.
+    /// The inode numbers are equal, but it is unknown whether the file systems are.
     Unsure,
 }
 
-/// The first thing that tells that a file is not as it was.
+/// The first difference that shows that a file has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub(crate) enum Difference {
@@ -145,8 +144,9 @@ impl WorkTimes {
         Some(self.boot?.id != self.now?.id)
     }
 
-    /// Whether somebody has set the clock back since the work was stopped: then what is written later may bear an earlier
-    /// time. In one run of the system its start seems earlier then; a later run has begun after the last sign of life.
+    /// Whether somebody has set the clock back since the work was stopped: then later writes may have earlier
+    /// times. Within one run of the system, the run's start seems to move back then; another run must have
+    /// begun after the last sign of life.
     pub(crate) fn clock_was_set_back(&self) -> bool {
         let (Some(then), Some(now)) = (self.boot, self.now) else { return false };
         let last = self.alive_ns.unwrap_or(self.known.changed_ns).max(self.known.changed_ns);
@@ -191,11 +191,11 @@ impl Stamp {
         })
     }
 
-    /// Looks at the file that a name leads to, links followed. `None` if there is none, or if it is neither a regular file
-    /// nor a block device.
+    /// Takes the stamp of the file to which a name leads, with links followed. `None` if there is none, or if
+    /// it is neither a regular file nor a block device.
     ///
     /// # Errors
-    /// The system's: nobody knows then whether there is a file.
+    /// The system's: then it is unknown whether there is a file.
     pub fn now(host: &dyn Host, path: &Path) -> Result<Option<Self>> {
         let failed = |op: FileOp| move |e| Error::io(path, op, None, e);
         let stat = if_there(host.stat(path)).map_err(failed(FileOp::Stat))?;
@@ -205,7 +205,8 @@ impl Stamp {
         match if_there(host.open(path, Access::Read)) {
             Ok(Some(file)) => Self::of(host, path, &*file).map(Some),
             Ok(None) => Ok(None),
-            // Whoever commands QEMU need not be allowed to read its images. Length and times tell the most.
+            // The user who controls QEMU may not be allowed to read its images. Length and times tell most
+            // without that.
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(Some(Self {
                 path: host.canonicalize(path).map_err(failed(FileOp::Resolve))?,
                 id: stat.id,

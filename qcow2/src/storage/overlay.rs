@@ -1,4 +1,4 @@
-//! A file whose changes wait in memory, for work on tables: it reads, it writes, and its barriers are its owner's.
+//! A file whose changes wait in memory, for work on tables. Its owner decides what a barrier does.
 
 use std::fmt;
 use std::io;
@@ -8,7 +8,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use super::pages::{Pages, end_of, pieces};
 use super::{CopyError, FileStat, LockError, LockMode, Storage};
 
-/// What becomes of the changes.
+/// Decides what happens to the changes.
 pub(crate) trait Flush: Send + Sync + fmt::Debug {
     /// Told before one more page is held; may write pages, and drop them.
     ///
@@ -23,9 +23,9 @@ pub(crate) trait Flush: Send + Sync + fmt::Debug {
     fn barrier(&mut self, file: &dyn Storage, pages: &mut Pages<()>) -> io::Result<()>;
 }
 
-/// A file with changes that are held in memory; what becomes of them `F` says.
+/// A file with changes that are held in memory; `F` decides what happens to them.
 ///
-/// It moves no data and changes no length: that is not supported. A hole that is punched changes nothing.
+/// Copies and changes of the length are not supported. Punching a hole changes nothing.
 #[derive(Debug)]
 pub(crate) struct PageOverlay<'a, F> {
     file: &'a dyn Storage,
@@ -44,7 +44,7 @@ impl<'a, F: Flush> PageOverlay<'a, F> {
         Self { file, held: RwLock::new(Held { pages: Pages::new(|_| ()), flush }) }
     }
 
-    /// Ends the overlay behind one more barrier, and gives back what says what becomes of changes.
+    /// Ends the overlay with one more barrier, and returns its `F`.
     ///
     /// # Errors
     /// The system's.

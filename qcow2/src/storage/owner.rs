@@ -1,4 +1,4 @@
-//! Who may write a file, and whose word counts about it.
+//! Who may write a file, and whose journals, records and headers count for it.
 
 /// To whom a file belongs, and who else may write it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,11 +20,12 @@ const BY_ALL: u32 = 0o002;
 const STICKY: u32 = 0o1000;
 
 impl Owner {
-    /// Whether a file of this owner may say what is to be written to a file of `target`, or that it is to be
-    /// removed: whoever could have written this file could have written that one, too. `caller` is the user
-    /// who runs the program.
+    /// Whether the content of a file of this owner may decide what is written to a file of `target`, or that it
+    /// is removed: only if everybody who could have written this file could have written that one, too.
+    /// `caller` is the user who runs the program.
     ///
-    /// A right that only a group gives is not looked up for this file's owner: who is in it may change.
+    /// A right that only a group gives does not count for this file's owner, because the members of a group may
+    /// change.
     pub(crate) fn may_speak_for(&self, target: &Self, caller: u32) -> bool {
         let all_may = target.mode & BY_ALL != 0;
         let group_may = target.mode & BY_GROUP != 0 && target.group == self.group;
@@ -33,9 +34,10 @@ impl Owner {
         all_may || (is_theirs && others_may_not)
     }
 
-    /// Whether a file of this owner may say that a file of `target` in `folder` is to be removed: whoever could have
-    /// written this file could have removed that one, by the rules of unlink(2). To remove a file takes no right to the file,
-    /// but one to its folder. `caller` is the user who runs the program.
+    /// Whether the content of a file of this owner may decide that a file of `target` in `folder` is removed:
+    /// only if everybody who could have written this file could have removed that one, by the rules of
+    /// unlink(2). Removal needs rights to the folder, not to the file. `caller` is the user who runs the
+    /// program.
     ///
     /// A right that only a group gives counts for the file's own owner alone: what that one could empty is not lost by it.
     pub(crate) fn may_remove(&self, target: &Self, folder: &Self, caller: u32) -> bool {

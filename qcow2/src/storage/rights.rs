@@ -1,4 +1,4 @@
-//! The rights of a new file that holds what others hold: never more than theirs.
+//! The rights of a new file with the content of others: never more than theirs.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -43,7 +43,7 @@ impl Rights {
             if !same_user && !may_read {
                 return None;
             }
-            // Whoever is in another group is one of all others here.
+            // Members of another group count as others here.
             let group = if same_group { owner.mode & GROUPS } else { (owner.mode & ALL) << 3 };
             mode &= OWNERS | group | (owner.mode & ALL);
         }
@@ -82,7 +82,7 @@ pub(super) fn take(file: &File, inputs: &[&File]) {
     if !is_group || acl.is_some() {
         mode &= !GROUPS;
     }
-    // Each of these is a widening, so that one that fails leaves the file tighter.
+    // Each step only widens the rights, so a step that fails leaves them tighter.
     let _ = rustix::fs::fchmod(file, Mode::from_raw_mode(mode));
     if let Some(acl) = acl.filter(|_| is_group) {
         let _ = rustix::fs::fsetxattr(file, ACL, &acl, XattrFlags::empty());

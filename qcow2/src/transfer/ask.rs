@@ -1,4 +1,4 @@
-//! What is asked of a chain: which layer must hold what the others show. From here on nobody knows a direction.
+//! Determines which layer of a chain must hold what the others show. The code behind this knows no direction.
 
 use super::job::Job;
 use super::needs::Question;
@@ -16,7 +16,7 @@ pub(crate) struct Span {
     pub(crate) active: usize,
 }
 
-/// Has base hold what the layers above it show, up to top: data moves down.
+/// The job that lets base hold what the layers above it show, up to top: data moves down.
 ///
 /// # Errors
 /// A snapshot table that cannot be read.
@@ -47,8 +47,8 @@ pub(crate) fn down<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
     })
 }
 
-/// Has the image at `active` hold what the layers between it and `base` show: data moves up. Without a base, all layers
-/// below it.
+/// The job that lets the image at `active` hold what the layers between it and `base` show: data moves up.
+/// Without a base, these are all layers below it.
 ///
 /// # Errors
 /// [`Error::Broken`]: a merge has all its layers.

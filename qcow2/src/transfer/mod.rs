@@ -1,5 +1,5 @@
-//! The road of bytes, for every direction: what is asked, what a target needs, what becomes of each cluster, and the
-//! operations, in batches on all cores.
+//! Moves data between layers, in every direction: the question to the layers, the needs of the target, the
+//! outcome for each cluster, and the operations, in batches on all cores.
 
 pub(crate) mod ask;
 pub(crate) mod changes;

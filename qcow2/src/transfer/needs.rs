@@ -1,4 +1,4 @@
-//! What the base must hold when a merge is done: the needs of a window.
+//! Computes the needs of a window: what the base must hold when a merge is done.
 
 use crate::chain::view::{Supplied, Supply, View};
 use crate::error::Result;
@@ -33,7 +33,8 @@ pub(crate) struct Question<'a> {
     pub(crate) base: &'a Image,
     /// The size of the disk below base when the merge is done; zero if there is none.
     pub(crate) below_size: u64,
-    /// The position of the base in the view, where data moves up: what the base holds itself, it need not take.
+    /// The position of the base in the view, if data moves up: the base need not take data that it holds
+    /// itself.
     pub(crate) own: Option<usize>,
     /// The base's size before the merge, in bytes.
     pub(crate) base_size: u64,

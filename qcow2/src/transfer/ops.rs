@@ -1,4 +1,4 @@
-//! What a merge moves: a list of copies into the base, and running it on all cores.
+//! The list of copies that a merge makes into the base, and how it is run on all cores.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,7 +22,7 @@ const EARLY: u64 = 1 << 20;
 /// Inflated clusters come one by one, and are sent in stretches of this size.
 const STRETCH: u64 = 4 << 20;
 
-/// One operation: bytes that are to lie at `to` in the file that holds the base's data.
+/// One operation: brings bytes to the offset `to` in the file with the base's data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Op {
     /// Where the first byte goes.
@@ -41,7 +41,7 @@ pub(crate) struct Ops {
 }
 
 impl Ops {
-    /// Adds an operation, joined to the last one where it goes on from it.
+    /// Adds an operation, and joins it to the last one if it continues that.
     pub(crate) fn push(&mut self, to: HostOffset, len: u64, origin: Origin) {
         if len == 0 {
             return;
@@ -150,7 +150,7 @@ impl Op {
         })
     }
 
-    /// Has the system begin to write what was done: the device works while the processors go on.
+    /// Lets the system begin to write the copied data, so that the device works while the processors go on.
     fn send_early(&self, target: &Target<'_>) {
         let (start, end) = (self.to.get(), self.to.get() + self.len);
         if self.len >= EARLY {
@@ -186,7 +186,7 @@ impl Op {
     }
 }
 
-/// An operation that its layer cannot supply: nothing may be left out in silence.
+/// The error for an operation that its layer cannot supply: no data may be skipped silently.
 fn not_planned() -> Error {
     Error::Broken { invariant: "an operation fits the layer that it reads" }
 }

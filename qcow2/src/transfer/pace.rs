@@ -1,7 +1,7 @@
 //! How much data a batch of a merge takes.
 //!
-//! What a batch has done is lost when the merge is stopped in the middle of it, so a batch should be short; and
-//! behind each the disk is waited for, so there should be few.
+//! If a merge is stopped in the middle of a batch, the batch is lost; so batches should be short. Behind each
+//! batch the merge waits for the disk; so there should be few.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 /// The bytes of data that a batch takes.
 const BYTES: Range<u64> = 64 << 20..1 << 30;
 
-/// What the first batch takes, of whose speed nothing is known yet: a wait costs fast disks more than a little lost
-/// work costs slow ones.
+/// The size of the first batch, when the speed is unknown: a wait costs fast disks more than a little lost work
+/// costs slow ones.
 const FIRST: u64 = 256 << 20;
 
 /// How long a batch may take, as far as the one before tells.
@@ -52,7 +52,7 @@ fn next(now: u64, bytes: u64, took: Duration) -> u64 {
         return now;
     }
     let next = (bytes as f64 / took.as_secs_f64().max(1e-3) * TIME.as_secs_f64()) as u64;
-    // What the system's cache takes at first says little about the disk.
+    // The first bytes go into the system's cache, and tell little about the disk's speed.
     let most = bytes.saturating_mul(4).min(BYTES.end);
     next.min(most).max(BYTES.start)
 }

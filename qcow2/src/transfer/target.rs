@@ -1,4 +1,4 @@
-//! An image made ready to take data: room in its metadata, feature bits, leaked clusters freed.
+//! Prepares an image to take data: makes room in its metadata, sets feature bits, frees leaked clusters.
 
 use std::sync::atomic::AtomicBool;
 
@@ -11,7 +11,7 @@ use crate::image::{Image, Qcow2, Raw, grow};
 use crate::repair::{self, RepairMode};
 use crate::units::HostOffset;
 
-/// Makes a raw base larger; what is new reads as zeros.
+/// Grows a raw base; the new part reads as zeros.
 pub(crate) fn grow_raw(raw: &mut Raw, size: u64) -> Result<()> {
     raw.file().set_len(size).map_err(|e| Error::io(raw.path(), FileOp::Grow, Some(size), e))?;
     raw.file().sync().map_err(|e| Error::barrier(raw.path(), e))

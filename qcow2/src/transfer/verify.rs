@@ -1,4 +1,4 @@
-//! Reading back what a merge has written, before anything depends on it.
+//! Reads back what a merge has written, before anything depends on it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -28,7 +28,7 @@ impl Job<'_> {
         let fresh = reopen(old)?;
         let mut images: Vec<&Image> = self.layers.get(..self.base).unwrap_or_default().to_vec();
         images.push(&fresh);
-        // What lies in a format that is not read here is not what the merge has moved.
+        // The merge has moved nothing from a layer of a format that is not read here.
         let base = View::new(&images, usize::from(has_foreign_bottom(&images)), self.base);
         let differ = Differ::new(self.question.view, base)?;
         let compared = AtomicU64::new(0);
@@ -95,7 +95,8 @@ impl Job<'_> {
 /// Opens an image again on the same files, with nothing of it in the system's cache.
 pub(crate) fn reopen(image: &Image) -> Result<Image> {
     let drop_cache = |file: &dyn Storage| {
-        // What is not written yet stays in the cache. That it cannot be written is a failed barrier like any other.
+        // Data that is not written yet would stay in the cache, so write it first. An error of that is a failed
+        // barrier.
         file.sync().map_err(|e| Error::barrier(image.path(), e))?;
         file.drop_cache().map_err(|e| Error::io(image.path(), FileOp::DropCache, None, e))
     };

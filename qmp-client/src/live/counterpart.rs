@@ -1,4 +1,4 @@
-//! A merge of a running machine as one of the stopped machine, and the other way round: the same layers, as each names them.
+//! Translates a live merge into an offline one and back: the same layers, with the names of the other side.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::block::merge::Direction;
 use crate::qmp::address::Address;
 use crate::qmp::connection::{Connection, Options};
 
-/// How long somebody is waited for who may hold the monitor.
+/// How long to wait for a monitor that another client may hold.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A commit of layers of the stopped machine, by the names of their files.
@@ -79,8 +79,8 @@ pub struct RunningMerge {
 }
 
 impl RunningMerge {
-    /// The merge of the stopped machine with this active image and these options, in the QEMU that listens there. It is only asked
-    /// for its disks. `None` where it cannot be asked, or does not have the layers.
+    /// The live form of an offline merge with this active image and these options, in the QEMU that listens
+    /// there. QEMU is only asked for its disks. `None` if it does not answer, or does not have the layers.
     pub fn find(address: &Address, active: &Path, options: &CommitOptions) -> Option<Self> {
         let how = Options { allow_tcp: true, greeting_timeout: PATIENCE, ..Options::default() };
         let monitor = Connection::connect(address, &how).ok()?;

@@ -1,4 +1,4 @@
-//! The note of a switch, and what is looked at while QEMU holds the guest's writes.
+//! Notes a switch, and checks the disk while QEMU holds the guest's writes.
 
 use std::path::Path;
 use std::thread;
@@ -24,7 +24,8 @@ pub(super) fn note_switching(state: &mut State, file: &StateFile) -> Result<()> 
     state.enter(Phase::Switching, valid_top);
     let saved = file.save(state);
     if saved.is_err() {
-        // The new text may have reached the file all the same; the guest will go on where it was.
+        // The new content may have reached the file all the same. Write the old one again: the guest stays
+        // where it was.
         let valid_top = state.top_before();
         state.enter(Phase::Copying, valid_top);
         let _ = file.save(state);
@@ -32,8 +33,9 @@ pub(super) fn note_switching(state: &mut State, file: &StateFile) -> Result<()> 
     saved
 }
 
-/// Whether anything was written since QEMU holds the disk's writes, and so is not in base. QEMU 10.0.2 does not hold back
-/// a client that connects to an NBD export only then, and loses at the pivot what it acknowledged to it.
+/// Whether anything was written after QEMU began to hold the disk's writes, and so is not in base. QEMU 10.0.2
+/// does not hold back a client that connects to an NBD export only then: it acknowledges that client's writes,
+/// and loses them at the pivot.
 pub(super) fn is_written_while_held(monitor: &(impl Monitor + ?Sized), state: &State) -> Result<bool> {
     let active = state.active().map(|layer| layer.node.as_str());
     let graph = Graph::ask(monitor)?;
@@ -42,7 +44,7 @@ pub(super) fn is_written_while_held(monitor: &(impl Monitor + ?Sized), state: &S
     let nodes = monitor.query("query-named-block-nodes", json!({"flat": true}))?;
     let is_filter = |node: &&Value| filters.iter().any(|filter| node["node-name"] == filter.as_str());
     let filters = nodes.as_array().into_iter().flatten().filter(is_filter);
-    // The list of what is still to be copied has no name; a bitmap of a user's has one.
+    // The job's own list of data to copy has no name; a user's bitmap has one.
     let mut lists = filters.filter_map(|node| node["dirty-bitmaps"].as_array()).flatten();
     Ok(lists.any(|list| list.get("name").is_none() && list["count"].as_u64() != Some(0)))
 }

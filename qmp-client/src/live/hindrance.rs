@@ -1,4 +1,4 @@
-//! Why a live merge is not begun, as values: whoever calls the library finds words and ways out from them.
+//! Why a live merge is not begun, as values. The caller finds the words and the ways out.
 
 use std::path::PathBuf;
 
@@ -74,7 +74,7 @@ pub enum Hindrance {
         /// That merge.
         merge: Box<Outline>,
     },
-    /// The receiving file system has surely too little room.
+    /// The receiving file system certainly has too little room.
     #[error("{} will grow by {needed} bytes, and {free} are free in {}", shown(.file), shown(.folder))]
     NoSpace {
         /// The image that receives the data.
@@ -126,7 +126,7 @@ pub enum Hindrance {
         /// Its active image when that merge began.
         image: String,
     },
-    /// How far the merge is cannot be noted.
+    /// The progress of the merge cannot be noted.
     #[error("{}", no_place(.folder, .file, .source))]
     NoStateFolder {
         /// The active image.
@@ -136,7 +136,7 @@ pub enum Hindrance {
         /// Why it cannot be written.
         source: Option<std::io::Error>,
     },
-    /// An earlier merge of the disk is to be put right before.
+    /// An earlier merge of the disk must be recovered first.
     #[error(
         "{}: an earlier merge of {} (job {}) was {}; the image that holds the disk is {}",
         shown(.unfinished.state_file()), shown(&.unfinished.disk), shown(&.unfinished.job), .unfinished.how_far(),
@@ -158,7 +158,7 @@ pub enum Hindrance {
         /// The index of the layer below, if that can be merged in its place.
         below: Option<usize>,
     },
-    /// Something was asked for that only a merge of the active layer has.
+    /// An option was given that only a merge of the active layer has.
     #[error("the active layer is [{active}], and [{top}] is a layer below it, so there is no pivot")]
     OnlyForActive {
         /// The index of the active layer.

@@ -1,4 +1,4 @@
-//! A running QEMU as it is now: where every live merge begins.
+//! A running QEMU at present. Every live merge begins here.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ use crate::qmp::address::Address;
 use crate::qmp::connection::Connection;
 use crate::state::{Phase, State};
 
-/// A running QEMU: its disks as they were when it was looked at, and the files that it has open.
+/// A running QEMU: its disks at the time of the query, and the files that it has open.
 #[derive(Debug)]
 pub struct Machine<'m> {
     monitor: &'m Connection,
@@ -25,18 +25,18 @@ pub struct Machine<'m> {
     files: Files,
 }
 
-/// A merge that was found open, and what has become of the files that it left.
+/// A merge that was tidied up after, and what was done with its files.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Settled {
     /// The merge.
     pub merge: super::outline::Outline,
-    /// What became of its files.
+    /// What was done with its files.
     pub tidied: Tidied,
 }
 
 impl<'m> Machine<'m> {
-    /// Asks QEMU for its disks, with names of files as they are from here.
+    /// Asks QEMU for its disks, with file names as they are valid here.
     ///
     /// # Errors
     /// Those of the queries.
@@ -66,8 +66,8 @@ impl<'m> Machine<'m> {
         &self.files
     }
 
-    /// The merges that have not come to their end, and may speak of these disks; `state_dir` is a folder that is looked in,
-    /// beside those of the images.
+    /// The unfinished merges that may concern these disks. `state_dir` is searched besides the folders of the
+    /// images.
     ///
     /// # Errors
     /// [`crate::Error::State`] for a state file that cannot be read or believed.
@@ -75,12 +75,12 @@ impl<'m> Machine<'m> {
         Unfinished::of_disks(self.address, disks, state_dir)
     }
 
-    /// Removes what clients have left that were killed while they wrote a state file.
+    /// Removes the temporary files of clients that were killed while they wrote a state file.
     pub(crate) fn sweep(&self, disks: &[Disk], state_dir: Option<&Path>) {
         sweep_folders(Some(self.address), &folders_of_disks(disks, state_dir));
     }
 
-    /// Finds the merge of this disk whose job QEMU has, or of which only the end is not noted; see [`Merge::attach`].
+    /// Finds the merge of this disk whose job QEMU has, or whose end is not noted; see [`Merge::attach`].
     ///
     /// # Errors
     /// Those of the queries.
@@ -91,7 +91,7 @@ impl<'m> Machine<'m> {
         Ok(merge)
     }
 
-    /// The merge of this disk that has switched, and is not tidied up after.
+    /// The merge of this disk that has switched, but is not tidied up after.
     pub(crate) fn switched<'u>(
         &self,
         disk: &Disk,
@@ -120,8 +120,8 @@ impl<'m> Machine<'m> {
         Ok(self.switched(disk, &known, &fits).cloned())
     }
 
-    /// Tidies up after a merge that has switched: its files are removed if that was wished for then or now, or become empty
-    /// overlays on base. When nothing is left to be done, it is forgotten.
+    /// Tidies up after a merge that has switched: its files are removed if the user asked for that then or now,
+    /// or become empty overlays on base. When nothing remains to be done, the merge is forgotten.
     ///
     /// # Errors
     /// [`Hindrance::RecoverFirst`] if QEMU does not show the chain that it leaves; [`crate::Error::State`].
@@ -138,7 +138,8 @@ impl<'m> Machine<'m> {
         Ok(tidied)
     }
 
-    /// Ends what is left of earlier merges of a disk, so that their states do not speak of a chain that grows now.
+    /// Finishes earlier merges of a disk, because the chain is about to grow, and their states describe the
+    /// chain as it is.
     ///
     /// # Errors
     /// [`Hindrance::UnderWay`] while the job of one runs; [`Hindrance::RecoverFirst`] where one cannot be ended now; those of
@@ -178,8 +179,8 @@ impl<'m> Machine<'m> {
         Ok(settled)
     }
 
-    /// Whether a disk has the chain that a merge leaves, though no switch is noted: another client has switched, or somebody has
-    /// started base. What the state says of the disk is not true then.
+    /// Whether a disk has the chain that a merge leaves, though no switch is noted: another client has
+    /// switched, or somebody has started base. Then the state is wrong about the disk.
     pub fn is_switched_unnoted(&self, merge: &Unfinished, disk: &Disk) -> bool {
         let shows = merge.state.disk_after(&self.graph).is_some_and(|on| on.name() == disk.name());
         shows && merge.state.phase == Phase::Copying
@@ -194,15 +195,15 @@ impl<'m> Machine<'m> {
             .map_err(|error| Hindrance::NotSlowed { source: Box::new(error) }.into())
     }
 
-    /// Cancels a job of a disk, whoever started it, and forgets the merge that it was: it will never be switched. What was
-    /// limited for it is limited no more.
+    /// Cancels a job of a disk, whoever started it, and forgets its merge, which will never switch. Limits that
+    /// were set for it are lifted.
     ///
     /// # Errors
     /// Those of [`crate::cancel`] and of putting the limits back: the merge is not forgotten then; [`crate::Error::State`].
     pub fn cancel(&self, disk: &Disk, job: &Job<'_, Connection>, state_dir: Option<&Path>) -> Result<()> {
         let known = self.unfinished(std::slice::from_ref(disk), state_dir)?;
         let of_job: Vec<_> = known.iter().filter(|merge| merge.state.job == job.id()).collect();
-        // A device that is gone cannot be relaxed; its job ends all the same.
+        // The limits of a removed device cannot be lifted; its job is cancelled all the same.
         let relaxed = of_job.iter().try_for_each(|merge| self.relax(merge));
         cancel(job)?;
         relaxed?;
@@ -214,7 +215,8 @@ impl<'m> Machine<'m> {
         Ok(())
     }
 
-    /// Puts back the limits that a merge has noted, before its note goes: a client that was killed has left them.
+    /// Restores the limits that a merge has noted, before the note is removed: a killed client may have left
+    /// the disk limited.
     ///
     /// # Errors
     /// Those of the command and of the state file.

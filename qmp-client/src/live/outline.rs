@@ -1,4 +1,4 @@
-//! What is known of a merge under way, switched or interrupted, for whoever tells of it.
+//! The public description of an unfinished merge.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use crate::serial;
 use crate::state::{Kind, Phase, State, StateFile, StateLayer};
 
-/// A merge as its state file describes it, as far as it can be of use outside: what is merged into what, and how far it is.
+/// A merge as its state file describes it: what is merged into what, and the progress.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Outline {
@@ -156,8 +156,8 @@ impl Outline {
         self.layers.iter().filter(|layer| layer.index > self.base && layer.index <= self.top)
     }
 
-    /// The layers that are no restore points any more once the job runs, from the bottom: base, and those between it and
-    /// top. A pull changes none.
+    /// The layers that stop being restore points when the job starts, from the bottom: base, and those between
+    /// it and top. A pull changes none.
     pub fn restore_points_lost(&self) -> impl Iterator<Item = &OutlineLayer> {
         let writes = self.kind != Kind::Pull;
         self.layers

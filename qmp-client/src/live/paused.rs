@@ -1,4 +1,5 @@
-//! A guest that is paused for the flush of what was copied: it goes on also if the client was killed in between.
+//! Pauses the guest for the flush of the copied data, and makes sure that it is resumed even if the client is
+//! killed in between.
 
 use serde_json::json;
 
@@ -10,7 +11,7 @@ use crate::qmp::monitor::{Execute, Monitor};
 use crate::state::{State, StateFile};
 
 impl<M: Monitor + ?Sized> Merge<'_, M> {
-    /// Notes that the guest may be paused from now on, where it runs and the flush may need that.
+    /// Notes that the guest may be paused from now on, if it runs and the flush may need that.
     pub(super) fn note_pause(&mut self) -> Result<()> {
         if self.state.paused || !self.procedure.may_pause() || status(self.monitor)? != "running" {
             return Ok(());
@@ -19,7 +20,7 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
         self.file.save_as_it_is(&self.state)
     }
 
-    /// Has a guest go on that was paused for the flush.
+    /// Resumes a guest that was paused for the flush.
     ///
     /// # Errors
     /// Those of the commands and of the state file.
@@ -29,7 +30,7 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
 }
 
 impl Machine<'_> {
-    /// Has guests go on that were paused for a moment, and whose client was killed then: the merges of which that is true.
+    /// Resumes guests that were paused for a moment by a client that was killed then; returns their merges.
     ///
     /// # Errors
     /// Those of the commands; [`crate::Error::File`] if it cannot be noted.
@@ -44,7 +45,8 @@ impl Machine<'_> {
     }
 }
 
-/// Has the guest go on if a client has noted that it pauses it, and it is paused. The QEMU must be the one that has the disk.
+/// Resumes the guest if a client has noted that it pauses it, and it is paused. The QEMU must be the one with
+/// the disk.
 pub(super) fn let_go_on(
     monitor: &(impl Monitor + ?Sized),
     file: &StateFile,
@@ -53,7 +55,7 @@ pub(super) fn let_go_on(
     if !state.paused {
         return Ok(false);
     }
-    // A QEMU that was started anew and waits is in another state.
+    // A QEMU that was started anew and waits for a command is in another state.
     let is_paused = status(monitor)? == "paused";
     if is_paused {
         monitor.query("cont", json!({}))?;

@@ -1,4 +1,4 @@
-//! Slowing a guest down for a while, so that an active commit that cannot keep up with its writes gets ready.
+//! Slows a guest down for a while, so that an active commit can catch up with its writes and get ready.
 
 use std::time::{Duration, Instant};
 
@@ -45,8 +45,8 @@ pub struct Throttle {
 }
 
 impl Throttle {
-    /// No limit is lower than this many written bytes per second, nor than as many writes as can make QEMU copy that
-    /// much again: a guest that is slower than that gives its disk up.
+    /// No limit is lower than this many written bytes per second, nor than the number of writes that can make
+    /// QEMU copy that much again: with a slower disk, a guest would give up.
     pub const FLOOR: u64 = 1 << 20;
 
     /// Asks for the limits that the disk has.
@@ -96,7 +96,8 @@ impl Throttle {
     }
 }
 
-/// Puts back the limits that the disk of a merge had before it was throttled, and notes that; does nothing if it is not.
+/// Restores the limits that the disk of a merge had before it was throttled, and notes that; does nothing if it
+/// is not throttled.
 pub(super) fn relax<M: Monitor + ?Sized>(monitor: &M, state: &mut State, file: &StateFile) -> Result<()> {
     let Some(throttled) = &state.throttled else { return Ok(()) };
     monitor.query(COMMAND, Value::Object(throttled.former.clone()))?;
@@ -146,7 +147,8 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
                 Waited::TimeUp(job) if left.is_none_or(|left| left > STEP) => job,
                 ended => return Ok(ended),
             };
-            // A slow job copies in large pieces, with pauses between them that tell nothing.
+            // A slow job copies in large pieces. A pause between two of them does not mean that it falls
+            // behind.
             let (then, since) = before.get_or_insert_with(|| (job.clone(), Instant::now()));
             if job.done > then.done {
                 if let Some(next) = next_limit(then, &job, since.elapsed(), limit) {
@@ -159,7 +161,7 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
         }
     }
 
-    /// Puts back the limits that the disk had before it was throttled; does nothing if it is not.
+    /// Restores the limits that the disk had before it was throttled; does nothing if it is not throttled.
     ///
     /// # Errors
     /// Those of the command and of the state file.
@@ -181,7 +183,7 @@ impl<M: Monitor + ?Sized> Merge<'_, M> {
 fn next_limit(before: &JobState, now: &JobState, time: Duration, limit: Option<u64>) -> Option<u64> {
     let copied = now.done.saturating_sub(before.done);
     let written = now.total.saturating_sub(before.total);
-    // A job that stands still does not copy, and that is not the guest's doing.
+    // A job that stands still copies nothing, and the guest's writes are not the reason.
     if copied == 0 || now.is_stalled() || written < copied / 10 * 9 {
         return None;
     }

@@ -16,7 +16,7 @@ use crate::serial;
 use crate::storage::{Access, Host};
 use crate::transfer::target::give_leaks_back;
 
-/// What giving a merge up came to.
+/// The result of giving a merge up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -26,7 +26,7 @@ pub struct Aborted {
     pub unfinished: Option<UnfinishedMerge>,
     /// Whether it was a pull, which has changed nothing that the guest sees.
     pub pull: bool,
-    /// Layers that are restore points no more, base among them.
+    /// The layers that have stopped being restore points, base among them.
     #[serde(serialize_with = "serial::names")]
     pub restore_points_lost: Vec<PathBuf>,
     /// Whether somebody has written to base since the merge was stopped, so that only its journal was removed.
@@ -36,10 +36,9 @@ pub struct Aborted {
     pub put_back: bool,
 }
 
-/// Gives up the unfinished merge into the image at `base`: leaked clusters are freed, the dirty bit is cleared, and the
-/// journal is removed. The overlays hold all
-/// that they held. If somebody has written to base since, only the journal is removed. A header that a power cut has torn
-/// must be whole: see [`heal_image`](super::heal::heal_image).
+/// Gives up the unfinished merge into the image at `base`: leaked clusters are freed, the dirty bit is cleared,
+/// and the journal is removed. The overlays keep all their data. If somebody has written to base since, only
+/// the journal is removed. A torn header must be mended before: see [`heal_image`](super::heal::heal_image).
 ///
 /// # Errors
 /// [`Refusal::TornHeader`]; [`Refusal::MergeDone`] if the chain has been changed already; [`Refusal::JournalOfRenamed`]; [`Error::InUse`]; a base that cannot be
@@ -89,7 +88,7 @@ pub fn abort(
     }
     let work = stopped.take_up(host, chain.image_at(at)?, false)?;
     if stopped.is_doubtful() {
-        // In memory it is as it would be written: a base that the journal does not fit stays as it is.
+        // The journal is replayed in memory first, so that a base that it does not fit stays unchanged.
         safety::consistent(chain.layer(at)?, cancel)?;
     }
     let image = chain.image_at(at)?;

@@ -1,5 +1,5 @@
-//! Looks, before a merge is planned, for merges of the same layers that are unfinished or done. They decide what the layers
-//! mean that the caller asks for.
+//! Finds, before a merge is planned, unfinished and completed merges of the same layers. They decide which
+//! layers the caller's names mean.
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -32,14 +32,15 @@ use crate::units::GuestOffset;
 pub(crate) struct UnfinishedInChain {
     pub(crate) base: Option<UnfinishedWork>,
     pub(crate) base_work: Option<Work>,
-    /// Of layers above base that were being emptied, by their positions.
+    /// The unfinished work of layers above base that were being emptied, by their positions.
     pub(crate) above: BTreeMap<usize, (UnfinishedWork, Option<Work>)>,
-    /// Whether layers were emptied: what they held is nowhere but in base.
+    /// Whether layers were emptied: then only base holds their data.
     pub(crate) has_emptied: bool,
 }
 
 impl UnfinishedInChain {
-    /// Whether the unfinished work explains the layer at a position as it is: nobody else has written to it.
+    /// Whether the unfinished work explains the present state of the layer at a position: nobody else has
+    /// written to it.
     pub(crate) fn is_ours(&self, at: usize, span: Span) -> bool {
         let unfinished = if at == span.base {
             self.base.as_ref()
@@ -50,8 +51,8 @@ impl UnfinishedInChain {
     }
 }
 
-/// Finds unfinished work in the images that are to be written. Torn headers read as they should be from then on; nothing
-/// is written.
+/// Finds unfinished work in the images that will be written. From then on torn headers read as they should;
+/// nothing is written.
 pub(crate) fn find_unfinished(
     host: &dyn Host,
     chain: &mut Chain,
@@ -70,9 +71,9 @@ pub(crate) fn find_unfinished(
         if unfinished.is_foreign() && at == span.base && !options.restart && !unfinished.may_have_emptied() {
             return Err(unfinished_work::written_since(&layer.path, &unfinished));
         }
-        // As long as it is not certain that base holds everything, the active image counts for what it holds.
+        // As long as it is not certain that base holds everything, the data of the active image counts.
         let as_it_is = at != span.base && !all.base.as_ref().is_some_and(UnfinishedWork::is_certain);
-        // Layers that are not written are looked at all the same: an earlier merge may have emptied them.
+        // Look also at layers that will not be written: an earlier merge may have emptied them.
         let work = match unfinished.is_ours() && (at == span.base || !is_kept) {
             true => Some(unfinished.take_up(host, chain.image_at(at)?, as_it_is)?),
             false => None,
@@ -85,12 +86,12 @@ pub(crate) fn find_unfinished(
     }
     all.has_emptied = has_emptied(host, chain, span, &all)?;
     if is_kept {
-        // They are not written, so what was left there is neither taken over nor removed.
+        // They will not be written, so their journals are neither taken over nor removed.
         all.above.clear();
     }
     let Some(unfinished) = &all.base else { return Ok(all) };
     let base = chain.layer(span.base)?;
-    // Whatever the options say: nothing else holds the data.
+    // The options do not matter here: nothing else holds the data.
     if all.has_emptied
         && (unfinished.may_lack_merged() || !unfinished.holds_samples(&chain.images(), span.base)?)
     {
@@ -106,7 +107,7 @@ pub(crate) fn find_unfinished(
 /// more. Not every header has room for a mark that says so.
 fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &UnfinishedInChain) -> Result<bool> {
     let Some(base) = all.base.as_ref().filter(|base| base.may_have_emptied()) else { return Ok(false) };
-    // What a merge of other layers has emptied is not seen in this chain.
+    // Layers that another merge has emptied do not belong to this chain.
     if base.journal_has_emptied() || base.is_of_others(&chain.files()) {
         return Ok(true);
     }
@@ -115,7 +116,8 @@ fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &UnfinishedInCha
             return Ok(true);
         }
         let Some(image) = layer.image.as_qcow2() else { continue };
-        // A guest writes to the active image only; and whoever repairs a layer that is being emptied ends that.
+        // A changed layer was emptied: a guest writes to the active image only, and a repair of a layer that is
+        // being emptied ends the emptying.
         let may_be_emptied = at != span.active || image.next_allocated(GuestOffset::ZERO)?.is_none();
         if may_be_emptied && base.has_changed(&stamp(host, layer)?) {
             return Ok(true);
@@ -124,22 +126,22 @@ fn has_emptied(host: &dyn Host, chain: &Chain, span: Span, all: &UnfinishedInCha
     Ok(false)
 }
 
-/// What is there of the merge that is asked for, before any layer of it is locked.
+/// The state of the requested merge, before any of its layers is locked.
 pub(crate) enum Before {
-    /// Nothing that keeps it from being planned; with the options as they are meant, if the layers are others than when the
-    /// same merge was stopped.
+    /// It can be planned. If the chain is shorter than when the same merge was stopped, the options are
+    /// corrected so that they mean the same layers.
     Open(Option<CommitOptions>),
-    /// The chain is switched, and only the end of the merge is unfinished: the reason why nothing is merged, and the
-    /// obsolete files that are still to be removed.
+    /// The chain is switched, and only the end of the merge is unfinished: the reason why nothing is merged,
+    /// and the obsolete files that must still be removed.
     Switched(NothingReason, Vec<PathBuf>),
     /// It is done: the reason why nothing is merged.
     Merged(NothingReason),
 }
 
-/// What is unfinished, or done, of the merge that is asked for. Only looks.
+/// Finds out what of the requested merge is unfinished or done. Nothing is changed.
 ///
 /// # Errors
-/// A layer that is not there; the system's.
+/// A layer that does not exist; the system's.
 pub(crate) fn look(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Before> {
     let journals = Journals { host, chain, dir: options.journal_dir.as_deref(), found: OnceCell::new() };
     let meant = meant(host, chain, options, &journals)?;
@@ -159,7 +161,7 @@ pub(crate) fn look(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> R
     })
 }
 
-/// The journal of the active image, if that was removed by the same merge: there is no chain any more.
+/// The journal of the active image, if the same merge has removed that image: then there is no chain any more.
 ///
 /// # Errors
 /// The system's.
@@ -171,7 +173,7 @@ pub(crate) fn removed(host: &dyn Host, active: &Path, options: &CommitOptions) -
     journal::find_removed(host, active, options.journal_dir.as_deref())
 }
 
-/// The journals of the layers of a chain, looked for once, when something depends on them.
+/// The journals of the layers of a chain, which are searched once, when they are first needed.
 struct Journals<'a> {
     host: &'a dyn Host,
     chain: &'a Chain,
@@ -265,8 +267,8 @@ fn id_of(host: &dyn Host, path: &Path) -> Result<Option<FileId>> {
     Ok(stat.map(|stat| stat.id))
 }
 
-/// Whether a user may mean the layer at `merged`, which may be there no more: by an index, by a path that leads to it, or
-/// by its name as it stood in the layer above.
+/// Whether a user may mean the layer at `merged`, which may be removed by now: by an index, by a path that
+/// leads to it, or by its name in the layer above.
 fn names(host: &dyn Host, top: &OsStr, merged: &Path) -> bool {
     let last = top.as_bytes().rsplit(|b| b"/:".contains(b)).next();
     let same_name = || merged.file_name().map(OsStr::as_bytes) == last;
@@ -277,7 +279,7 @@ fn names(host: &dyn Host, top: &OsStr, merged: &Path) -> bool {
 /// nothing more than that, or is no layer of the chain.
 ///
 /// # Errors
-/// A layer that is not there; the system's.
+/// A layer that does not exist; the system's.
 fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Option<(NothingReason, bool)>> {
     let either = |cluster0: &Cluster0| cluster0.merged_into().or_else(|| cluster0.merging_into());
     let of_layer = |at: usize, mark: &dyn Fn(&Cluster0) -> Option<PathBuf>| {
@@ -290,7 +292,7 @@ fn merged(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> Result<Opt
     };
     let Some(top) = &options.top else { return of_layer(chain.active(), &either) };
     match chain.find(host, top) {
-        // A layer that is still in its chain, and was only about to be merged, must be merged yet.
+        // A layer that is still in its chain and was only about to be merged still has to be merged.
         Ok(at) => of_layer(at, &Cluster0::merged_into),
         Err(e @ Error::Io { .. }) => Err(e),
         Err(not_found) => {

@@ -1,4 +1,5 @@
-//! What a journal says of the layers of a merge: their stamps now, and which of their files are obsolete when it is done.
+//! Describes the layers of a merge for its journal: their present stamps, and which of their files become
+//! obsolete.
 
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, Result};
@@ -9,7 +10,7 @@ use crate::stamp::Stamp;
 use crate::storage::Host;
 use crate::transfer::ask::Span;
 
-/// What a journal for a work on the layer at `at` says of it, but for what the plan knows.
+/// The header of a journal for work on the layer at `at`, without the parts that only the plan knows.
 ///
 /// # Errors
 /// The system's.
@@ -49,7 +50,7 @@ pub(crate) fn describe(host: &dyn Host, chain: &Chain, span: Span, at: usize) ->
     })
 }
 
-/// How many blocks are kept in memory: few where there is little to merge.
+/// How many blocks are kept in memory: few if there is little to merge.
 fn max_blocks(chain: &Chain, span: Span) -> u32 {
     let lens = chain.layers().get(span.base..=span.top).unwrap_or_default();
     let bytes = lens.iter().map(|layer| layer.image.file().size().unwrap_or(u64::MAX)).max();
@@ -91,7 +92,7 @@ pub(crate) fn obsolete(host: &dyn Host, layers: &[(&Layer, bool)]) -> Result<Vec
     Ok(all)
 }
 
-/// The external data file of a layer as it is now, if it has one of its own.
+/// The present stamp of a layer's external data file, if it has one of its own.
 ///
 /// # Errors
 /// The system's.

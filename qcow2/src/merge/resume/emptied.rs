@@ -1,5 +1,5 @@
-//! A layer that a merge has emptied, and that lacks the name of base and the last mark: the merge was stopped behind the
-//! switch of the chain.
+//! Completes a layer that a merge has emptied, but that lacks the name of base and the last mark, because the
+//! merge was stopped behind the switch of the chain.
 
 use std::io;
 use std::path::Path;
@@ -20,9 +20,9 @@ use crate::storage::{
 };
 use crate::units::GuestOffset;
 
-/// Gives the image at `path` base as its backing file, and the last mark. Only an image that bears the first mark of this
-/// merge and holds nothing is written: whatever it names then, it shows the same. And only one that the journal's `owner`
-/// could have written. `chain` has base, if there is one.
+/// Relinks the image at `path` to base, and sets the last mark. The image must have the first mark of this
+/// merge and be empty, so that it shows the same disk whatever it names; and the journal's `owner` must be able
+/// to write it. `chain` has base, if there is a chain.
 ///
 /// # Errors
 /// [`Error::InUse`]; the system's.
@@ -36,7 +36,7 @@ pub(crate) fn finish(
     report: &mut Report,
 ) -> Result<()> {
     let failed = |op| move |e| Error::io(path, op, None, e);
-    // It was noted by a path without links.
+    // The journal noted a path without links.
     let place = match Place::at(host, path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) if leads_nowhere(&e) && host.canonicalize(path).is_ok() => return Ok(()),
@@ -91,7 +91,7 @@ pub(crate) fn finish(
     Ok(())
 }
 
-/// Whether there is a qcow2 image in `file`, at `path`, that holds nothing. What is damaged holds something.
+/// Whether `file`, at `path`, is an empty qcow2 image. A damaged image counts as not empty.
 ///
 /// # Errors
 /// It cannot be read.
@@ -101,7 +101,7 @@ pub(crate) fn is_empty(path: &Path, file: Arc<dyn Storage>) -> Result<bool> {
     if !is_qcow2(&magic) {
         return Ok(false);
     }
-    // Its tables tell: its data file need not be opened.
+    // The tables tell this, so its data file need not be opened.
     let image = Qcow2::open(path, file.clone(), Some(file));
     match image.and_then(|image| image.next_allocated(GuestOffset::ZERO)) {
         Err(e @ Error::Io { .. }) => Err(e),

@@ -1,4 +1,4 @@
-//! The end of a merge that was stopped behind the switch of its chain.
+//! Ends a merge that was stopped behind the switch of its chain.
 
 use super::unfinished_work::UnfinishedWork;
 use crate::chain::Chain;
@@ -10,8 +10,8 @@ use crate::merge::options::CommitOptions;
 use crate::merge::report::Report;
 use crate::storage::{Access, Host, LockMode, Place, lock, may_be_unlocked};
 
-/// Ends what a merge has left behind that changed the chain and was stopped then: nothing of the layer at `at` itself
-/// is needed but its header. Layers that were to be removed are.
+/// Completes the unfinished work on the layer at `at`, of a merge that was stopped after it had changed the
+/// chain. Only the layer's header is needed for that. Layers that should be removed are removed.
 ///
 /// # Errors
 /// [`Error::InUse`]; the system's.
@@ -38,7 +38,7 @@ pub(crate) fn end_left(
     let mut image = Image::open(path, file, layer.image.format(), data)?;
     let unfinished = unfinished.reopened(journal, last);
     let work = if unfinished.is_ours() { Some(unfinished.take_up(host, &mut image, false)?) } else { None };
-    // Read under the journal, which makes whole what a power cut has torn.
+    // Read the image under the journal, which mends what a power cut has torn.
     let images = chain.images().into_iter().enumerate();
     let images: Vec<&Image> = images.map(|(n, layer)| if n == at { &image } else { layer }).collect();
     if unfinished.was_put_back(&images, at)? {

@@ -1,4 +1,4 @@
-//! Headers that a power cut has torn, made whole.
+//! Mends headers that a power cut has torn.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -9,16 +9,16 @@ use crate::journal;
 use crate::merge::options::CommitOptions;
 use crate::storage::{Host, leads_nowhere};
 
-/// Makes headers of a chain whole that a power cut has torn while a merge changed them, from the records that lie beside the
-/// images; each is locked for that. To be called before a merge is prepared, which refuses torn headers. Tells which
-/// images were written.
+/// Mends the headers of a chain that a power cut has torn while a merge changed them, from the records beside
+/// the images. Each image is locked for that. Call this before a merge is prepared, because that refuses torn
+/// headers. Returns which images were written.
 ///
 /// # Errors
 /// What [`Chain::open`] reports; [`Error::InUse`] if there is something to do and somebody holds the image;
 /// [`Refusal::JournalOfAnother`](crate::Refusal::JournalOfAnother); [`Refusal::JournalVersion`](crate::Refusal::JournalVersion).
 pub fn heal(host: &dyn Host, active: &Path, options: &CommitOptions) -> Result<Vec<PathBuf>> {
     if host.stat(active).is_err_and(|e| leads_nowhere(&e)) {
-        // Prepare says so, or knows that it was removed.
+        // `prepare` reports this error, or knows that the merge has removed the image.
         return Ok(Vec::new());
     }
     let healed = RefCell::new(Vec::new());
@@ -39,8 +39,8 @@ pub fn heal(host: &dyn Host, active: &Path, options: &CommitOptions) -> Result<V
     Ok(healed.into_inner())
 }
 
-/// Makes the header of one image whole, as [`heal`] does for those of a chain: to be called before a merge into it is given
-/// up. `dir` is where journals lie that are not beside their images. Tells whether the image was written.
+/// Mends the header of one image, as [`heal`] does for those of a chain. Call this before a merge into it is
+/// given up. `dir` holds journals that are not beside their images. Returns whether the image was written.
 ///
 /// # Errors
 /// As [`heal`], but for those of the chain.

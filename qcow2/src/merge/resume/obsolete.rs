@@ -1,8 +1,8 @@
-//! Files of merged layers that were to be removed when a merge was stopped.
+//! Removes or marks files of merged layers that an unfinished merge has listed as obsolete.
 //!
-//! The merge has noted which, and how it left them, before anything else stopped to need them (see
-//! [`crate::journal::record::Record::obsolete`]). Only what is as it was noted is removed: the same file under the
-//! same name, with the mark of this merge, written by nobody since, held by nobody, used by no image.
+//! The merge has listed the files with their stamps while the chain still needed them (see
+//! [`crate::journal::record::Record::obsolete`]). A file is removed only if it is as listed: the same file
+//! under the same name, with the mark of this merge, not written since, held by nobody, used by no image.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -30,22 +30,22 @@ use crate::storage::{
 pub(crate) struct ObsoleteLayers {
     /// The image that the layers were merged into.
     base: PathBuf,
-    /// To whom the journal belongs that says so.
+    /// The owner of the journal that lists them.
     owner: Owner,
-    /// The uppermost layer first, a data file behind its image.
+    /// The files: the uppermost layer first, a data file behind its image.
     files: Vec<ObsoleteFile>,
-    /// Layers that are not to be removed, and may lack the last mark and the name of base: those that the merge has made
-    /// empty overlays before it changed the chain.
+    /// Layers that stay, but may lack the last mark and the name of base: the merge has made them empty
+    /// overlays before it changed the chain.
     emptied: Vec<PathBuf>,
-    /// Somebody has written to base, which the merge had not released: what was merged may be needed yet.
+    /// Somebody has written to base before the merge had released it, so the merged layers may still be needed.
     is_doubtful: bool,
 }
 
-/// What is to be done with a file.
+/// What can be done with a file.
 enum Fate {
-    /// It is there no more.
+    /// It does not exist any more.
     Gone,
-    /// It is what was noted, lies there, and is held under lock.
+    /// It is as listed, and is held under lock.
     Certain(Place, Arc<dyn Storage>),
     /// It stays, and why.
     Kept(KeptReason),
@@ -58,8 +58,8 @@ fn stat_of(host: &dyn Host, obsolete: &ObsoleteFile) -> Result<Option<FileStat>>
 }
 
 impl ObsoleteLayers {
-    /// The obsolete layers that the merge of a journal lists, if it has switched the chain: none of them is a layer of `chain`,
-    /// if there still is a chain. `is_doubtful` tells that somebody has written to base meanwhile.
+    /// The obsolete layers in a journal, if the merge has switched the chain: none of them is a layer of
+    /// `chain`, if there still is a chain. `is_doubtful` says that somebody has written to base meanwhile.
     ///
     /// # Errors
     /// The system's.
@@ -115,8 +115,8 @@ impl ObsoleteLayers {
         Ok(paths)
     }
 
-    /// Removes what is certain, if this merge is to remove layers too, or else marks it as merged; says what is
-    /// kept, and why.
+    /// Removes the files that are certainly as listed, if this merge removes layers, too; otherwise marks them
+    /// as merged. Reports which are kept, with the reason.
     ///
     /// # Errors
     /// [`Error::InUse`]; the system's.
@@ -169,7 +169,7 @@ impl ObsoleteLayers {
         Ok(())
     }
 
-    /// Those of the files that images use which are not among them.
+    /// The files that images outside the list use.
     fn shared(&self, host: &dyn Host, chain: Option<&Chain>, options: &CommitOptions) -> Result<Vec<FileId>> {
         let mut there: Vec<(&Path, FileId)> = Vec::new();
         for obsolete in &self.files {
@@ -202,7 +202,7 @@ impl ObsoleteLayers {
         // It was noted by a path without links.
         let place = match Place::at(host, path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Fate::Gone),
-            // A link on the way. What merely failed tells nothing about the name.
+            // A link on the way makes it another name. Any other failure tells nothing about the name.
             Err(e) if leads_nowhere(&e) && host.canonicalize(path).is_ok() => return moved(),
             place => place.map_err(failed(FileOp::Resolve))?,
         };

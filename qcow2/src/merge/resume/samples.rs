@@ -1,6 +1,7 @@
-//! Samples of what base holds when a merge is done: taken before anything is written, and read back when a merge goes on that
-//! has emptied layers. Then nothing but base holds what they held, and neither its times nor its dirty bit tell for certain that
-//! it is the same base: a device may have been written over, or a copy put back that was made in the middle of the merge.
+//! Takes samples of what base will hold when a merge is done, before anything is written; reads them back when
+//! a merge that has emptied layers goes on. Then only base holds their data, and neither its times nor its
+//! dirty bit prove that it is the same base: a device may have been overwritten, or a copy restored that was
+//! made in the middle of the merge.
 
 use crate::chain::view::View;
 use crate::error::Result;
@@ -14,14 +15,14 @@ use crate::units::{GuestOffset, GuestRange};
 const PLACES: u64 = 16;
 /// and how many are taken in each.
 const OF_EACH: usize = 3;
-/// How much of a range is searched for a place where base shows something else. What a guest has not written of a cluster is
-/// often a copy of what base holds.
+/// How much of a range is searched for a place where base shows something else. The parts of a cluster that a
+/// guest has not written are often copies of base's data.
 const SEARCHED: u64 = 2 << 20;
 /// Samples begin at sectors.
 const SECTOR: u64 = 512;
 
-/// Takes samples of what `job` is to write of the layers up to `top`, only where base shows something else now. Those of an
-/// earlier run that has emptied layers, `before`, are taken over.
+/// Takes samples of what `job` will write from the layers up to `top`, only at places where base now shows
+/// something else. The samples `before`, of an earlier run that has emptied layers, are taken over.
 ///
 /// # Errors
 /// Whatever reading reports.
@@ -32,7 +33,7 @@ pub(crate) fn take(job: &Job<'_>, top: usize, before: &[Sample]) -> Result<Vec<S
     let mut samples = Vec::new();
     for Sample { offset, len, .. } in before.iter().copied() {
         let crc = crc(then, offset, len, &mut cache)?;
-        // What is written once more may be torn, and lies in a layer still.
+        // This range is written again, and may be torn; but a layer still holds it.
         let was_held = crc == self::crc(now, offset, len, &mut cache)? && !is_written(job, offset, len)?;
         samples.push(Sample { offset, len, crc, was_held });
     }
@@ -45,7 +46,7 @@ pub(crate) fn take(job: &Job<'_>, top: usize, before: &[Sample]) -> Result<Vec<S
         let last = needs.last().map(|need| need.range.end().get());
         let picked = needs.iter().step_by(needs.len().div_ceil(OF_EACH).max(1));
         let starts = picked.map(|need| (need.range.start.get().max(start), need.range.end().get()));
-        // A disk may have been put back in part: the end of what lies here is looked at, too.
+        // A disk may have been restored only in part, so look at the end of this range, too.
         let ends = last.map(|end| (end.saturating_sub(Sample::MOST.into()).max(start), end));
         for (from, to) in starts.chain(ends) {
             let found = differing(then, now, from, to, &mut cache)?;
@@ -84,8 +85,8 @@ fn differing(
     Ok(None)
 }
 
-/// Whether the layer at `base` shows what the samples say, of which those that it held only when the merge was done are left
-/// out if it was not (`is_done`).
+/// Whether the layer at `base` shows what the samples say. Samples that base holds only when the merge is done
+/// are skipped unless `is_done`.
 ///
 /// # Errors
 /// Whatever reading reports.

@@ -1,5 +1,5 @@
-//! What a power cut has torn while a merge was under way, and only the merge's journal tells: who reads the image without it
-//! reads something else than the guest wrote.
+//! Refuses images that a power cut has torn during a merge, and that only the merge's journal can mend. Without
+//! the journal, a reader would see other bytes than the guest wrote.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::error::{Error, Refusal, Result};
 use crate::journal;
 use crate::storage::{Access, Host, Storage};
 
-/// Opens a chain that is to be read without the journals of merges that were stopped.
+/// Opens a chain to read it without the journals of unfinished merges.
 ///
 /// # Errors
 /// [`Refusal::TornHeader`], [`Refusal::TornTables`]: the merge must be finished or given up first; what [`Chain::open`]
@@ -26,8 +26,8 @@ pub fn open_whole(
     Ok(chain)
 }
 
-/// Refuses an image that is to be read, or repaired, without the journal of a merge that was stopped. `data` is its external
-/// data file.
+/// Refuses an image that cannot be read or repaired without the journal of an unfinished merge. `data` is its
+/// external data file.
 ///
 /// # Errors
 /// As [`open_whole`].
@@ -42,15 +42,15 @@ pub(crate) fn refuse_torn(
     refuse(path, UnfinishedWork::of(host, &image, None)?)
 }
 
-/// Whether a record lies beside an image that can make whole what a power cut has torn of it: that of an edit of its header,
-/// or the journal of a merge that was stopped.
+/// Whether a record lies beside an image that can mend it after a power cut: the record of an edit of its
+/// header, or the journal of an unfinished merge.
 pub fn can_be_healed(host: &dyn Host, path: &Path) -> bool {
     let is_written = |merge: UnfinishedMerge| !merge.is_removing;
     journal::has_edit(host, path)
         || unfinished_merge(host, path, None).is_ok_and(|merge| merge.is_some_and(is_written))
 }
 
-/// Refuses an image whose header a power cut has torn: what it says is neither old nor new.
+/// Refuses an image whose header a power cut has torn: it is neither the old header nor the new one.
 ///
 /// # Errors
 /// [`Refusal::TornHeader`]; those of looking.
@@ -61,7 +61,7 @@ pub(crate) fn refuse_torn_header(host: &dyn Host, path: &Path, dir: Option<&Path
     }
 }
 
-/// Refuses layers of which a power cut has torn what the journal of a merge is to write again.
+/// Refuses layers with torn blocks that the journal of a merge must write again.
 ///
 /// # Errors
 /// [`Refusal::TornTables`]; [`Error::InUse`] if the merge is under way; the system's.

@@ -1,4 +1,4 @@
-//! A merge that was stopped, as its journal tells of it.
+//! Describes an unfinished merge from its journal.
 
 use std::path::{Path, PathBuf};
 
@@ -24,7 +24,7 @@ pub struct UnfinishedMerge {
     /// The active image of the chain.
     #[serde(serialize_with = "serial::name")]
     pub active: PathBuf,
-    /// The bytes that were written, and those that will be in all.
+    /// The bytes that were written so far.
     #[serde(rename = "bytes-done")]
     pub done: u64,
     /// All bytes that the merge writes.
@@ -32,13 +32,14 @@ pub struct UnfinishedMerge {
     pub total: u64,
     /// The same in percent, at most 99.
     pub percent: u64,
-    /// Whether base holds everything, and the chain above it is being changed, or was: it can only be finished.
+    /// Whether base holds everything, and the chain above it was or is being changed. Then the merge can only
+    /// be finished, not given up.
     #[serde(rename = "switching")]
     pub is_switching: bool,
     /// Whether layers are removed at the end.
     #[serde(skip)]
     pub removes: bool,
-    /// Whether all is done but that: base is as anybody else's image.
+    /// Whether everything else is done: base is released, and an image like any other.
     #[serde(rename = "removing")]
     pub is_removing: bool,
 }
@@ -64,12 +65,12 @@ pub(crate) fn is_pull_unfinished(host: &dyn Host, path: &Path, dir: Option<&Path
     Ok(found.is_some_and(|found| found.last.is_some() && is_pull(&found.journal)))
 }
 
-/// Whether a journal is about a pull. Its last act is to remove the journal.
+/// Whether a journal belongs to a pull. The last step of a pull is to remove the journal.
 pub(crate) fn is_pull(journal: &journal::Journal) -> bool {
     journal.header().purpose == Purpose::Pull
 }
 
-/// The merge that a journal is about, unless all of it is done.
+/// The merge of a journal, unless everything is done.
 pub(crate) fn of(journal: &journal::Journal) -> Option<UnfinishedMerge> {
     let (header, state) = (journal.header(), journal.state());
     let removes = journal.obsolete().is_some();

@@ -17,7 +17,7 @@ use crate::units::{GuestOffset, GuestRange};
 /// How many references are collected before their clusters are freed: this bounds the memory.
 const PIECE: usize = 1 << 18;
 
-/// Whether the disk of an image may become so large, in bytes.
+/// Whether the disk of an image may grow to `size` bytes.
 pub(crate) fn may_grow(image: &Qcow2, size: u64) -> bool {
     size <= image.virtual_size() || image.header().version >= 3 || image.header().snapshots == 0
 }
@@ -37,8 +37,8 @@ pub(crate) fn empty(image: &mut Qcow2) -> Result<()> {
 pub(crate) enum FreedTable {
     /// The header on disk names it: its entries become zero before their clusters are freed.
     InUse,
-    /// The header on disk names another one by now, and only `image` still has the old header. Its entries need not
-    /// change, since nobody finds them any more.
+    /// The header on disk names another table by now, and only `image` still has the old header. The entries
+    /// need not change, because no reader finds them any more.
     Obsolete,
 }
 
@@ -86,7 +86,7 @@ pub(crate) fn finish(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()>
     trim(image, refcounts)
 }
 
-/// Adds the clusters that an L1 entry leads to: its table, and what that refers to.
+/// Adds the clusters to which an L1 entry leads: its L2 table, and the clusters to which that refers.
 fn references(image: &Qcow2, entry: L1Entry, out: &mut Vec<ClusterIndex>) -> Result<()> {
     let L1Entry::Table { host, .. } = entry else { return Ok(()) };
     let geometry = *image.geometry();
@@ -149,8 +149,9 @@ fn trim(image: &mut Qcow2, refcounts: &mut Refcounts) -> Result<()> {
         }
         refcounts.drop_block(image, index)?;
         dropped = true;
-        // A block that lies outside what it counts is counted by another one, which may not forget it
-        // before the table does. The others depend on nothing, and share one barrier.
+        // A block outside the clusters that it counts is counted by another block. Its refcount may be lowered
+        // only when the table no longer names it, durably. Blocks that count themselves need no such order, and
+        // share one barrier.
         if let Some(own) = own.filter(|own| own / per_block != index) {
             image.barrier()?;
             refcounts.lower(image, &[own])?;

@@ -1,4 +1,4 @@
-//! One merged layer: opened again by its stamp and locked as by its only user, marked, or removed.
+//! Opens one merged layer again by its stamp, locked for writing; marks it, or removes it.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -11,8 +11,8 @@ use crate::stamp::{Difference, Stamp};
 use crate::storage::{Access, Host, LockMode, Place, Storage, lock, may_be_unlocked};
 use crate::units::GuestOffset;
 
-/// Opens the image of a stamp, and locks it in `mode`. It must be the same file. With `no_locks` its file system need not have
-/// locks: then only the caller knows that nobody else uses it.
+/// Opens the image of a stamp, and locks it in `mode`. It must be the same file. With `no_locks` its file
+/// system need not have locks; then only the caller can know that nobody else uses it.
 ///
 /// # Errors
 /// [`Error::InUse`]; [`Refusal::NotAsKnown`] for another file; the system's.
@@ -36,7 +36,7 @@ pub(crate) fn open(
     Ok(file)
 }
 
-/// Refuses a file that is not as it was.
+/// Refuses a file that has changed since its stamp was taken.
 ///
 /// # Errors
 /// [`Refusal::NotAsKnown`] with the first thing that is different; the system's.
@@ -65,10 +65,11 @@ pub(crate) fn mark(path: &Path, file: Arc<dyn Storage>, base: &Path) -> Result<b
     let mut cluster = vec![0; header.geometry().cluster_size() as usize];
     let io = |op, at| move |e| Error::io(path, op, Some(at), e);
     file.read_exact_or_zero(&mut cluster, 0).map_err(io(FileOp::Read, 0))?;
-    // Its tables tell whether it is empty: its data file need not be opened.
+    // The tables tell whether it is empty, so its data file need not be opened.
     let mark = mark_of(&Qcow2::open(path, file.clone(), Some(file.clone()))?)?;
     let Ok(switch) = plan_mark(&cluster, base.as_os_str().as_bytes(), mark) else { return Ok(false) };
-    // The image is obsolete: a mark is not worth a write that a power cut may tear.
+    // Mark it only if one sector holds the change: a power cut could tear more, and the image is obsolete
+    // anyway.
     if !switch.atomic {
         return Ok(false);
     }
@@ -88,7 +89,7 @@ pub(crate) fn mark_of(image: &Qcow2) -> Result<Mark> {
     Ok(if is_empty { Mark::MergedEmpty } else { Mark::Merged })
 }
 
-/// Removes what lies at a place; that is durable afterwards.
+/// Removes the file at a place durably.
 ///
 /// # Errors
 /// The system's.

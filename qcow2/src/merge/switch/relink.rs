@@ -57,7 +57,7 @@ fn plan_switch(overlay: &Layer, name: &OsStr, format: &str) -> Result<Switch> {
     plan_backing_switch(&cluster, name.as_bytes(), format).map_err(|e| rewrite_error(&overlay.path, name, e))
 }
 
-/// Gives an overlay base as its backing file. A record of the edit lies beside it or in `dir` meanwhile.
+/// Relinks an overlay to base. Meanwhile a record of the edit lies beside it or in `dir`.
 pub(crate) fn relink(
     host: &dyn Host,
     base: &Layer,
@@ -78,8 +78,8 @@ pub(crate) fn relink_journaled(image: &Qcow2, name: &OsStr, format: &str) -> Res
     apply(image, &switch)
 }
 
-/// Marks layers as being merged, all in one go, and says for each whether its header had room for the mark. A layer
-/// without room, or one that cannot be written, stays as it is.
+/// Marks layers as being merged, in parallel, and returns for each whether its header had room for the mark. A
+/// layer without room, or one that cannot be written, stays as it is.
 pub(crate) fn mark_merging(
     host: &dyn Host,
     layers: &[&Layer],
@@ -99,8 +99,8 @@ pub(crate) fn mark_merging(
     Ok(marked)
 }
 
-/// Marks layers as merged, side by side, as [`mark_merging`] does. Those that come with a name for base, and its format,
-/// get it as their backing file; where that does not fit, they stay empty overlays on the layer below.
+/// Marks layers as merged, as [`mark_merging`] does. A layer that comes with a name for base and base's format
+/// is relinked to base; if the name does not fit, it stays an empty overlay on the layer below.
 pub(crate) fn mark_merged(
     host: &dyn Host,
     layers: &[(&Layer, Option<(OsString, &str)>)],
@@ -124,8 +124,8 @@ pub(crate) fn mark_merged(
     Ok(marked)
 }
 
-/// An edit that marks an image as merged into base and names that as its backing file; and whether it has room for the
-/// mark. Where it has none for the name, the image gets the mark alone.
+/// The edit that marks an image as merged into base and relinks it to base, and whether there is room for the
+/// mark. If there is no room for the name, the image gets only the mark.
 pub(crate) fn plan_merged(
     cluster: &[u8],
     (mark, base): (Mark, &Path),
@@ -147,8 +147,8 @@ fn is_written(layer: &Layer) -> bool {
     layer.access == Access::ReadWrite
 }
 
-/// The name by which an overlay will call base, and its format; `None` if that stands there already, or no name leads to
-/// base.
+/// The name by which an overlay will name base, and base's format; `None` if the header has them already, or no
+/// name leads to base.
 ///
 /// # Errors
 /// The system's.
@@ -182,7 +182,8 @@ pub(crate) fn mark_emptied(image: &Qcow2, base: &Path, backing: Option<(&OsStr, 
             plan_mark_and_backing(&cluster, (Mark::Emptied, base), name.as_bytes(), format)
                 .map_err(|e| rewrite_error(image.path(), name, e))?
         }
-        // It can do without the mark: the next merge into base then finds one more user of base, and refuses.
+        // The mark may be missing: then the next merge into base counts this image as a user of base, and
+        // refuses.
         None => match plan_mark(&cluster, base, Mark::Emptied) {
             Ok(switch) => switch,
             Err(_) => return Ok(()),

@@ -1,4 +1,4 @@
-//! How much a live merge moves, as far as the images tell before it begins.
+//! Estimates from the images how much a live merge will move.
 
 use std::path::PathBuf;
 
@@ -39,7 +39,7 @@ fn counted(disk: &Disk, files: &Files, from: &[Layer], into: &Layer) -> Option<P
     let highest = disk.layers().iter().find(|layer| layer.index == highest)?;
     let chain = open(files, highest)?;
     let images = chain.images();
-    // A chain that is not QEMU's would be counted for nothing.
+    // If the chain here is not QEMU's, the count would be wrong.
     if images.len() != highest.index {
         return None;
     }

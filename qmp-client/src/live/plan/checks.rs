@@ -1,4 +1,4 @@
-//! What can be seen from this host before a live merge starts, and would make it harmful or futile.
+//! Checks from this host, before a live merge starts, that it will not be harmful or futile.
 
 use super::obstacle::{Leaves, Obstacle};
 use super::{Plan, Room};
@@ -36,7 +36,7 @@ pub(super) fn plaintext(from: &[Layer], into: &Layer, allowed: bool) -> Result<(
 pub(super) fn old_active(leaves: &[Leaves], delete: bool) -> Result<()> {
     let Some(active) = leaves.first() else { return Ok(()) };
     let stays = |obstacle: &&Obstacle| {
-        // What is removed need not be understood.
+        // A layer that will be removed need not be understood.
         !delete || matches!(obstacle, Obstacle::Shared { .. }) || obstacle.hides(&active.layer)
     };
     let Some(obstacle) = active.obstacle.as_ref().filter(stays) else { return Ok(()) };
@@ -62,7 +62,7 @@ pub(super) fn no_other_job(monitor: &(impl Monitor + ?Sized), graph: &Graph, dis
 /// Whether the receiving file system has room; refuses where it surely has too little.
 pub(super) fn room(plan: &Plan) -> Result<Room> {
     let Some((folder, free)) = &plan.room else { return Ok(Room::Unknown) };
-    // What has no place yet in the receiving image needs one; zeros may be found there already.
+    // Count data that has no place in the receiving image yet. Zeros may be there already.
     let needed = if plan.bytes.counted { plan.bytes.new } else { 0 };
     if needed > *free {
         let (file, folder) = (plan.receiver().file.clone(), folder.clone());

@@ -1,5 +1,5 @@
-//! What stands in the way of making a merged layer an empty overlay on base: known before the job starts, from what QEMU says
-//! of its nodes and from what lies here.
+//! Finds out, before the job starts, why a merged layer cannot become an empty overlay on base: from QEMU's
+//! nodes, and from the files on this host.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -160,7 +160,7 @@ pub(crate) fn of_merged(
     });
     let mut shared = None;
     let leaves = merged.iter().map(|layer| {
-        // Who uses a layer reads through those below it.
+        // The users of a layer read through those below it.
         shared = shared.take().or_else(|| users.iter().find(|(index, _)| *index == layer.index));
         let shared = shared.map(|(_, user)| Obstacle::Shared { user: user.clone() });
         let stays = || of_layer(files, layer, no_lock).or_else(|| unemptied(disk, layer, base));
@@ -206,7 +206,7 @@ fn is_filter(driver: &str) -> bool {
 
 fn contradicted(layer: &Layer) -> Option<Obstacle> {
     let path = Path::new(&layer.file);
-    // What cannot be read now is told when it is needed.
+    // If it cannot be read now, the error is reported when it matters.
     let file = OsHost.open(path, Access::Read).ok()?;
     let declared = ImageFormat::from_name(&layer.format)?;
     let found = ImageFormat::detect(path, &*file).ok()?;
@@ -228,7 +228,7 @@ pub(crate) fn how_to_empty(no_locks: bool) -> EmptyOptions {
     options
 }
 
-/// What the header and the tables of a layer say against it, though QEMU has it open.
+/// Why the header or the tables of a layer forbid it; `None` if they do not. QEMU has the layer open.
 fn unemptied(disk: &Disk, layer: &Layer, base: &Layer) -> Option<Obstacle> {
     let format = ImageFormat::from_name(&base.format)?;
     let is_active = layer.index == disk.active().index;

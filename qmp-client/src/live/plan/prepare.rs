@@ -1,4 +1,4 @@
-//! From a request to what is to be done: a merge, the end of one that was begun before, or nothing.
+//! Turns a request into what must be done: a merge, the end of an earlier one, or nothing.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +22,7 @@ pub enum Prepared<'m> {
     Merge(Box<Planned<'m>>),
     /// It was begun before, and its job is there.
     UnderWay(Box<Merge<'m, Connection>>),
-    /// It was begun before, and has switched; what it left is to be tidied: [`Machine::tidy_up`].
+    /// It was begun before, and has switched; it must be tidied up after: [`Machine::tidy_up`].
     Finish(Box<Unfinished>),
     /// Nothing, and why.
     Nothing(Nothing),
@@ -61,8 +61,8 @@ pub struct Planned<'m> {
 }
 
 impl<'m> Machine<'m> {
-    /// Finds out what is to be done for a request, and changes nothing. What an earlier call has begun comes first: the
-    /// chain may be the one that it has left.
+    /// Finds out what must be done for a request, and changes nothing. A merge that an earlier call has begun
+    /// comes first, because the chain may be the one that it has left.
     ///
     /// # Errors
     /// [`crate::Error::Hindered`] where the merge would do harm or be futile; those of planning and of the queries.
@@ -135,8 +135,8 @@ impl<'m> Machine<'m> {
         Ok(Prepared::Merge(Box::new(planned)))
     }
 
-    /// Whether a state speaks of another image, or of a QEMU with another monitor: in a folder that several machines share, images
-    /// of one name are noted in one file.
+    /// Whether a state belongs to another image, or to a QEMU with another monitor. In a folder that several
+    /// machines share, images of the same name have the same state file.
     fn is_of_another(&self, merge: &Unfinished, disk: &Disk) -> bool {
         merge.state.top_before() != disk.active().file || merge.state.address != noted(self.address())
     }
@@ -187,7 +187,7 @@ impl Machine<'_> {
             disk.layers().iter().filter(|layer| layer.index > base.index).cloned().collect();
         let touched: Vec<&Layer> = merged.iter().chain([base]).collect();
         let scan = [&state.scan[..], &options.scan[..]].concat();
-        // Who uses them was asked before the job began; here it only tells which layers stay.
+        // Users were refused before the job began. Here they only decide which layers stay.
         let searched = search(self.files(), self.graph(), disk, &touched, &scan, true)?;
         let leaves = obstacle::of_merged(self.files(), disk, base, &merged, &searched.users, options.no_lock);
         checks::old_active(&leaves, options.delete || state.delete)
@@ -228,7 +228,7 @@ fn place(files: &Files, disk: &Disk, state_dir: Option<&Path>) -> Result<StateFi
 
 fn writable(file: StateFile, active: &str) -> Result<StateFile> {
     let folder = file.path().parent().unwrap_or(Path::new(".")).to_owned();
-    // Nothing else tells what a file system allows than to do it; the file has no name that lasts.
+    // Only a try shows what the file system allows. The file is temporary.
     match tempfile::tempfile_in(&folder) {
         Ok(_) => Ok(file),
         Err(source) => {

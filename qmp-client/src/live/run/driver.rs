@@ -1,4 +1,4 @@
-//! What a run needs of whoever carries a merge out.
+//! What a run needs from the object that carries out a merge.
 
 use std::cell::RefCell;
 use std::time::Duration;
@@ -55,8 +55,8 @@ pub trait Driver {
     /// As [`Merge::cancel`].
     fn cancel(&mut self) -> Result<()>;
 
-    /// Removes the files that the merge left, or makes them empty overlays on base, as far as they are let go of. What is not
-    /// switched is left alone.
+    /// Removes the obsolete files of the merge, or makes them empty overlays on base, as far as QEMU has closed
+    /// them. A merge that has not switched is left alone.
     fn tidy(&self, options: &TidyOptions) -> Tidied;
 
     /// Forgets the merge: nothing is left to be done.

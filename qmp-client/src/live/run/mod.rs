@@ -1,4 +1,4 @@
-//! A merge driven to its end: waiting, standing still, stopping, switching, tidying.
+//! Drives a merge to its end: waiting, standing still, stopping, switching, tidying up.
 
 mod driver;
 #[cfg(test)]
