@@ -19,7 +19,7 @@ use crate::merge::plan::BeginsAnew;
 use crate::stamp::Stamp;
 use crate::storage::{Access, FileId, Host, Storage, if_there};
 
-/// A work that was stopped: its journal, and what that means for the image as it is now.
+/// Work that was stopped: its journal, and what that means for the present image.
 #[derive(Debug)]
 pub(crate) struct UnfinishedWork {
     journal: Arc<Journal>,
@@ -29,7 +29,7 @@ pub(crate) struct UnfinishedWork {
     last: Option<Record>,
 }
 
-/// An image of which a stopped work is looked for.
+/// An image for which unfinished work is searched.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FoundImage<'a> {
     pub(super) path: &'a Path,
@@ -69,7 +69,7 @@ impl UnfinishedWork {
         let FoundImage { path, file, data, access, is_dirty } = *image;
         let found = journal::find(host, path, file, dir, access, journal::JOURNAL)?;
         let Some(FoundJournal { journal, last, .. }) = found else { return Ok(None) };
-        // What it holds is written to the data file, too.
+        // The journal also covers writes to the data file.
         if let Some((data_path, data)) = data {
             let stat = data.stat().map_err(|e| Error::io(data_path, FileOp::Stat, None, e))?;
             if !journal.owner()?.may_speak_for(&stat.owner, host.user()) {
@@ -89,7 +89,7 @@ impl UnfinishedWork {
         Ok(Some(Self { journal: Arc::new(journal), judgement, is_dirty, last }))
     }
 
-    /// Whether the stopped work explains the image, dirty bit and all.
+    /// Whether the stopped work explains the image as it is, including the dirty bit.
     pub(crate) fn is_ours(&self) -> bool {
         match self.judgement.verdict {
             JournalVerdict::Unfinished | JournalVerdict::Unsure | JournalVerdict::Finished => true,
@@ -98,7 +98,8 @@ impl UnfinishedWork {
         }
     }
 
-    /// Whether a power cut has torn what the last record is to write again: until then the image does not show what it should.
+    /// Whether a power cut has torn blocks of the last record. Until they are written again, the image shows
+    /// wrong data.
     pub(crate) fn is_torn(&self) -> bool {
         self.is_ours() && self.judgement.replays && self.judgement.is_torn
     }
@@ -108,8 +109,8 @@ impl UnfinishedWork {
         self.judgement.verdict == JournalVerdict::Unfinished && !self.needs_proof()
     }
 
-    /// Whether the image may be another one than the stopped work wrote. A file that was put back within the second after a
-    /// kill has times that fit. So without a dirty bit only the times count that the last record notes.
+    /// Whether the image may be another one than the stopped work wrote. A file that was restored within a
+    /// second of the kill has times that fit. So without a dirty bit, only the times in the last record count.
     pub(crate) fn is_doubtful(&self) -> bool {
         match self.judgement.verdict {
             JournalVerdict::Unfinished => self.needs_proof() && !self.judgement.is_as_known,
@@ -118,7 +119,7 @@ impl UnfinishedWork {
         }
     }
 
-    /// Why nothing counts as done of what the stopped work did, if so.
+    /// Why nothing that the stopped work did counts as done; `None` if it does count.
     pub(crate) fn begins_anew(&self) -> Option<BeginsAnew> {
         match self.judgement.verdict {
             JournalVerdict::PutBack => Some(BeginsAnew::PutBack),
@@ -127,7 +128,7 @@ impl UnfinishedWork {
         }
     }
 
-    /// Refuses if the journal belongs to another file that lies beside the image at `path` under a new name.
+    /// Refuses if the journal belongs to another file, which was renamed and lies beside the image at `path`.
     ///
     /// # Errors
     /// [`Refusal::JournalOfRenamed`]; the system's.
@@ -138,9 +139,9 @@ impl UnfinishedWork {
         }
     }
 
-    /// Whether what is done must be proved before it counts. Without a dirty bit nothing tells for certain that nobody
-    /// has written to the image. With one, a copy that was made in the middle of the merge may have been put back within
-    /// the second after a kill; and the bit says nothing of a data file.
+    /// Whether the data that is done must be read back before it counts. Without a dirty bit, nothing proves
+    /// that nobody has written to the image. With one, a copy that was made in the middle of the merge may have
+    /// been restored within a second of the kill; and the bit tells nothing about a data file.
     pub(crate) fn needs_proof(&self) -> bool {
         self.judgement.verdict == JournalVerdict::Unsure
             || self.journal.header().guard == Guard::Stamp
@@ -154,7 +155,8 @@ impl UnfinishedWork {
 
     /// Whether somebody has written to the image since.
     pub(crate) fn is_foreign(&self) -> bool {
-        // Whoever writes to an image that was being emptied writes to a disk that shows all it should.
+        // A write to an image that was being emptied is harmless: the disk showed the right bytes at every
+        // moment.
         self.judgement.verdict == JournalVerdict::Foreign && self.journal.header().purpose == Purpose::Merge
     }
 
@@ -163,7 +165,7 @@ impl UnfinishedWork {
         unfinished::is_pull(&self.journal)
     }
 
-    /// What the work is.
+    /// The kind of work.
     pub(crate) fn purpose(&self) -> Purpose {
         self.journal.header().purpose
     }
@@ -173,7 +175,7 @@ impl UnfinishedWork {
         self.journal.state().phase >= Phase::Switching
     }
 
-    /// Whether the work may have emptied layers by then, or an earlier run of it has: a merge that goes on moves what
+    /// Whether the work, or an earlier run of it, may have emptied layers. A merge that goes on moves only what
     /// was written since.
     pub(crate) fn may_have_emptied(&self) -> bool {
         self.purpose() == Purpose::Merge
@@ -191,7 +193,7 @@ impl UnfinishedWork {
         &self.journal.header().samples
     }
 
-    /// Whether the layer at `base` shows what the work's samples say, as far as it was.
+    /// Whether the layer at `base` shows what the work's samples say, as far as the work had come.
     ///
     /// # Errors
     /// Whatever reading reports.
@@ -199,26 +201,27 @@ impl UnfinishedWork {
         samples::are_held(images, base, self.samples(), self.is_switching())
     }
 
-    /// Whether base may lack what was merged into it, as one that was put back does: the layers above it must hold it. The
-    /// times of a device tell nothing, and after a power cut base need not have the time of its last write.
+    /// Whether base may lack merged data, like a base that was restored: then the layers above must still hold
+    /// it. The times of a device tell nothing, and after a power cut base need not have the time of its last
+    /// write.
     pub(crate) fn may_lack_merged(&self) -> bool {
         let targets = &self.journal.header().targets;
-        // The dirty bit is the merge's own, and nothing lies elsewhere.
+        // The dirty bit is the merge's own, and there is no data file.
         let has_bit = self.is_dirty && targets.len() == 1;
         match self.judgement.verdict {
             JournalVerdict::Foreign | JournalVerdict::PutBack => true,
             JournalVerdict::Copied => !has_bit && !self.judgement.is_as_known,
             JournalVerdict::Unfinished | JournalVerdict::Unsure => {
                 let is_device = targets.iter().any(|target| target.is_device);
-                // While data moves, the work itself writes to base after what it noted last.
+                // While data moves, the work itself writes to base after its last note.
                 self.is_switching() && !has_bit && !is_device && self.judgement.may_be_newer
             }
             JournalVerdict::Over | JournalVerdict::Finished => false,
         }
     }
 
-    /// Whether the image at `base` is an older one now, although it held everything when the work was stopped. Its times
-    /// do not tell that of a file that was written over.
+    /// Whether the image at `base` is an older one now, although it held everything when the work was stopped.
+    /// If an older copy was written over the file, its times do not tell this.
     ///
     /// # Errors
     /// Whatever reading reports.
@@ -230,14 +233,14 @@ impl UnfinishedWork {
             JournalVerdict::PutBack => Ok(true),
             JournalVerdict::Copied if !self.judgement.is_as_known => Ok(true),
             JournalVerdict::Over => Ok(false),
-            // Layers are removed when all is done; a guest may have written to base since.
+            // Layers are removed when everything is done, and a guest may have written to base since.
             _ if self.journal.state().phase >= Phase::Removing => Ok(false),
             _ => Ok(!self.holds_samples(images, base)?),
         }
     }
 
-    /// Whether the work merged a file that is none of `files`: another merge than one of these. In a copied folder no file
-    /// is the one that it was.
+    /// Whether the work merged a file that is not among `files`, and so was another merge. In a copied folder
+    /// every file is a new one.
     pub(crate) fn is_of_others(&self, files: &[FileId]) -> bool {
         self.judgement.verdict != JournalVerdict::Copied
             && self.journal.header().layers.iter().any(|layer| !files.contains(&layer.id))
@@ -249,13 +252,13 @@ impl UnfinishedWork {
         self.journal.header().purpose == Purpose::Empty && is_begun && self.is_ours()
     }
 
-    /// Whether a layer that is as in `now` is not as it was when the merge began.
+    /// Whether a layer with the stamp `now` has changed since the merge began.
     pub(crate) fn has_changed(&self, now: &Stamp) -> bool {
         let then = self.journal.header().layers.iter().find(|then| then.is_same_file(now));
         then.is_none_or(|then| !then.is_unchanged(now))
     }
 
-    /// How far the work was, in percent.
+    /// The progress of the work, in percent.
     pub(crate) fn percent(&self) -> u64 {
         unfinished::percent(self.journal.state().done, self.journal.header().total)
     }
@@ -266,8 +269,8 @@ impl UnfinishedWork {
             .filter(|unfinished| unfinished.is_removing || self.judgement.verdict != JournalVerdict::Over)
     }
 
-    /// The files of layers that the work has merged, and that nobody has written to since: not all of them have room for
-    /// a mark that says so.
+    /// The files of layers that the work has merged, and that nobody has written to since. Not all of them have
+    /// room for a mark.
     ///
     /// # Errors
     /// The system's.
@@ -282,7 +285,7 @@ impl UnfinishedWork {
             let opened = opened.map_err(|e| Error::io(&was.path, FileOp::Open, None, e))?;
             let Some(file) = opened else { continue };
             let now = Stamp::of(host, &was.path, &*file)?;
-            // What the merge has emptied has changed since, and holds nothing.
+            // A layer that the merge has emptied has changed by that, and is empty.
             if was.is_unwritten(&now) || (was.is_same_file(&now) && emptied::is_empty(&was.path, file)?) {
                 merged.push(now.id);
             }
@@ -290,17 +293,17 @@ impl UnfinishedWork {
         Ok(merged)
     }
 
-    /// The files that the work was to remove when it was stopped, and that are no part of `chain`.
+    /// The files that the work still had to remove when it was stopped, and that are not part of `chain`.
     ///
     /// # Errors
     /// The system's.
     pub(crate) fn obsolete_layers(&self, host: &dyn Host, chain: &Chain) -> Result<Option<ObsoleteLayers>> {
-        // What was merged into a base that was put back is nowhere else.
+        // If base was restored, only these files hold the merged data.
         let is_doubtful = self.judgement.verdict == JournalVerdict::Foreign || self.judgement.is_older;
         ObsoleteLayers::of(host, &self.journal, Some(chain), is_doubtful)
     }
 
-    /// The layers that are restore points no more.
+    /// The layers that have stopped being restore points.
     pub(crate) fn restore_points_lost(&self) -> Vec<PathBuf> {
         self.journal.header().restore_points_lost.clone()
     }
@@ -310,7 +313,7 @@ impl UnfinishedWork {
         Self { journal: Arc::new(journal), last, ..self }
     }
 
-    /// Removes the journal, which is of no use any more.
+    /// Removes the journal, which is not needed any more.
     ///
     /// # Errors
     /// The system's.
@@ -318,8 +321,8 @@ impl UnfinishedWork {
         self.journal.remove(host)
     }
 
-    /// Where the same work goes on: the guest offset below which all is done, and the bytes that were
-    /// written for that; nowhere if this is another work, or a layer has changed since.
+    /// Where the same work continues: the guest offset below which everything is done, and the bytes that were
+    /// written for that. `None` if this is other work, or a layer has changed since.
     pub(crate) fn resume(&self, wanted: &Header) -> Option<(u64, u64)> {
         let then = self.journal.header();
         let state = self.journal.state();
@@ -332,7 +335,7 @@ impl UnfinishedWork {
         (may && state.watermark > 0).then_some((state.watermark, state.done))
     }
 
-    /// How large the disk of base is to be, if the same merge was stopped: the layers may have grown since.
+    /// The planned size of base's disk, if the same merge was stopped. The layers may have grown since.
     pub(crate) fn size_of_same(&self, wanted: &Header) -> Option<u64> {
         let then = self.journal.header();
         let same = then.purpose == wanted.purpose
@@ -340,9 +343,9 @@ impl UnfinishedWork {
         (same && then.new_size > 0).then_some(then.new_size)
     }
 
-    /// Puts the image under its journal again, which nobody else uses meanwhile; what a power cut may have torn is
-    /// read as it should be, and written by the next barrier. With `as_it_is`, nothing else of the last record is: what
-    /// the image was to become may be less than what it holds.
+    /// Puts the image under its journal again, which is locked. Blocks that a power cut may have torn read as
+    /// they should, and the next barrier writes them. With `as_it_is`, the last record is used only if one of
+    /// its sectors is torn: the state after the record may hold less than the image does now.
     ///
     /// # Errors
     /// [`Error::InUse`]; a header that cannot be read even so.

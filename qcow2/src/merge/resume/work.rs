@@ -73,8 +73,8 @@ impl Work {
         {
             return Err(theirs.in_use(host));
         }
-        // Without a record of its own, a journal does not explain a dirty bit that is set already, nor say of which base the
-        // data of empty layers depends.
+        // The new journal needs a record at once. Without one, it does not explain a dirty bit that is already
+        // set, nor tell that empty layers depend on this base.
         let begun = inherited.is_some() || (header.has_emptied && header.guard == Guard::Stamp);
         let make = if begun { Journal::take_over } else { Journal::create };
         let journal = Arc::new(make(host, &place, header)?);
@@ -85,7 +85,8 @@ impl Work {
         if let (Image::Qcow2(qcow2), Guard::DirtyBit { .. }) = (image, journal.header().guard)
             && inherited.is_none()
         {
-            // In one sector, and so at once: from now on whoever writes to the image is noticed.
+            // This changes one sector, and so takes effect at once: from now on a foreign write to the image is
+            // noticed.
             qcow2.switch_header(parts::FEATURES, |header| {
                 header.incompatible |= features::DIRTY;
                 header.compatible &= !features::LAZY_REFCOUNTS;
@@ -102,25 +103,26 @@ impl Work {
         &self.journal
     }
 
-    /// Writes what a power cut may have torn, and notes that the work goes on from the guest offset `from`, or begins
-    /// anew.
+    /// Writes the blocks that a power cut may have torn, and notes that the work continues from the guest
+    /// offset `from`, or begins anew.
     ///
     /// # Errors
     /// The system's.
     pub(crate) fn replay(&self, image: &Image, from: Option<GuestOffset>) -> Result<()> {
         self.write_back(image)?;
         let state = self.journal.state();
-        // The image has been released, so it has no dirty bit: a record that says that data moves would not explain it.
+        // The image was released, so its dirty bit is clear. A record of the phase "moving" would not fit that.
         let is_released = state.phase == Phase::Done && !is_dirty(image);
         match from {
             None if is_released => self.journal.note(Phase::Done, 0, 0),
             Some(from) => self.journal.note(state.phase.max(Phase::Moving), from.get(), state.done),
-            // Now the image is as the journal knows it, whatever it holds: nothing must count as done.
+            // From here on the journal accepts the present image, whatever it holds. So nothing may count as
+            // done.
             None => self.journal.note(Phase::Moving, 0, 0),
         }
     }
 
-    /// As [`Work::replay`], where layers were emptied: nothing counts as done, and yet base holds everything that they held.
+    /// As [`Work::replay`], if layers were emptied: nothing counts as done, though base holds all their data.
     ///
     /// # Errors
     /// The system's.
@@ -129,7 +131,7 @@ impl Work {
         self.journal.note(self.journal.state().phase, 0, 0)
     }
 
-    /// Writes what a power cut may have torn.
+    /// Writes the blocks that a power cut may have torn.
     fn write_back(&self, image: &Image) -> Result<()> {
         let io = |e| Error::barrier(image.path(), e);
         let files = [self.data.as_ref(), Some(&self.file)].into_iter().flatten();
@@ -147,13 +149,13 @@ impl Work {
 
     /// Notes that the work stops in good order. Nothing depends on that.
     pub(crate) fn stop(&self) {
-        // In the middle of an error, what cannot be noted is not noted. Nothing is synced: that may be what
-        // has failed.
+        // An error of the note does not matter: another error is under way. Nothing is synced, because a sync
+        // may be what has failed.
         let _ = self.journal.stop();
     }
 
-    /// Releases the image: the dirty bit is cleared, and nothing more is written under the journal. That stays, and
-    /// says so if files are to be removed.
+    /// Releases the image: the dirty bit is cleared, and nothing more is written under the journal. The journal
+    /// stays; if files must be removed, it says that the image is released.
     ///
     /// # Errors
     /// The system's.
