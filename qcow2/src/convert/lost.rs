@@ -1,4 +1,4 @@
-//! What was lost when a chain was salvaged, as the guest sees it.
+//! Finds what the guest loses when a chain is salvaged.
 
 use crate::chain::Chain;
 use crate::chain::view::{Supply, View};
@@ -6,8 +6,8 @@ use crate::error::Result;
 use crate::image::{Lost, Mapping, Qcow2};
 use crate::units::GuestRange;
 
-/// Adds to the lost data what the tables of the layers do not tell any more, where no layer above hides it; gives all of it
-/// in order, and whether that is all. `below` layers are not read.
+/// Adds to the lost data the ranges that the layers' damaged tables hid, unless a layer above hides them.
+/// Returns all of it in order, and whether the list is complete. The lowest `below` layers are not read.
 ///
 /// # Errors
 /// A file cannot be asked for its length.

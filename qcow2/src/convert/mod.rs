@@ -182,7 +182,7 @@ impl Flatten {
     }
 }
 
-/// Has the active image show what its internal snapshot holds.
+/// Lets the active image show its internal snapshot.
 fn show_snapshot(chain: &mut Chain, name: &OsStr) -> Result<()> {
     match chain.image_at(chain.active())? {
         Image::Qcow2(image) => image.show_snapshot(name.as_bytes()),

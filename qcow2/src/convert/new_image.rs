@@ -1,4 +1,4 @@
-//! The image that is made, before it holds anything.
+//! Makes the empty image into which a chain is flattened.
 
 use std::path::Path;
 use std::sync::Arc;

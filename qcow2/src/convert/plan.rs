@@ -1,4 +1,4 @@
-//! What may be asked of a flatten, what it will do, and how it came out.
+//! The options, the plan and the report of a flatten.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -18,8 +18,9 @@ use crate::units::GuestRange;
 pub struct FlattenOptions {
     /// How the chain is opened: policy and formats. The flatten sets access and locks itself.
     pub open: OpenOptions,
-    /// An internal snapshot of the active image, by its id or its name, in the place of what the image holds now. Its
-    /// disk is as large as it was when the snapshot was taken; what it does not hold comes from the layers below.
+    /// Write this internal snapshot of the active image, given by its id or name, instead of the present disk.
+    /// Its disk has the size from when the snapshot was taken; ranges that it does not hold come from the
+    /// layers below.
     pub snapshot: Option<OsString>,
     /// The new file. It must not exist.
     pub output: PathBuf,
@@ -30,8 +31,9 @@ pub struct FlattenOptions {
     pub base: Option<OsString>,
     /// Write zeros that lie among the data, instead of leaving holes for runs of 4 KiB or more.
     pub keep_zeros: bool,
-    /// Write whatever can be read: what a damaged table or a bad sector keeps back, and compressed clusters that cannot be
-    /// inflated, become zeros, and are named in the report. All data is read for that before it is copied.
+    /// Write whatever can be read. Data behind a damaged table or on a bad sector, and compressed clusters that
+    /// cannot be inflated, become zeros, and are named in the report. For that, all data is read before it is
+    /// copied.
     pub salvage: bool,
 }
 
@@ -50,7 +52,7 @@ pub struct FlattenPlan {
     /// The chain's active image.
     #[serde(serialize_with = "serial::name")]
     pub active: PathBuf,
-    /// Its internal snapshot that is written, as it was asked for.
+    /// The internal snapshot that is written, as the caller named it.
     #[serde(serialize_with = "serial::some_name")]
     pub snapshot: Option<OsString>,
     /// The new file.
@@ -95,10 +97,10 @@ pub struct FlattenReport {
     /// How long it took.
     #[serde(rename = "seconds", serialize_with = "serial::seconds")]
     pub elapsed: Duration,
-    /// What could not be read and is zeros now, in order, if it was asked to salvage.
+    /// The ranges that could not be read and are zeros now, in order. Empty unless this was a salvage.
     #[serde(serialize_with = "ranges")]
     pub lost: Vec<GuestRange>,
-    /// Whether those are all; else there are more of them than are listed.
+    /// Whether the list is complete; otherwise more ranges were lost than are listed.
     pub lists_all_lost: bool,
 }
 

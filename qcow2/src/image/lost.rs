@@ -1,11 +1,11 @@
-//! Ranges of the guest's disk that cannot be read, noted where everything else is to be had nevertheless.
+//! Notes the ranges of the guest's disk that cannot be read, for a salvage, which goes on in spite of them.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use crate::units::{GuestOffset, GuestRange};
 
-/// How many ranges are kept apart: so many take some megabytes.
+/// How many ranges are kept. This many take some megabytes.
 const MOST: usize = 1 << 17;
 
 /// What was lost, noted by many threads. Ranges that meet become one.
@@ -14,7 +14,7 @@ pub(crate) struct Lost {
     ranges: Mutex<Ranges>,
 }
 
-/// The ranges of a disk that are lost, sorted and apart from each other.
+/// The lost ranges of a disk, sorted and disjoint.
 #[derive(Clone, Debug, Default)]
 struct Ranges {
     /// Their ends, by their starts.

@@ -1,4 +1,4 @@
-//! An image shown as one of its internal snapshots holds it.
+//! Shows an image as one of its internal snapshots holds it.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -10,8 +10,8 @@ use crate::error::{Error, Result, shown};
 use crate::format::{FormatError, Snapshot};
 
 impl Qcow2 {
-    /// Has the image show what its internal snapshot `name` holds: from now on its map is that of the snapshot's L1
-    /// table, and its disk as large as the snapshot's. `name` is an id or a name, looked for in this order, as QEMU does.
+    /// Lets the image show its internal snapshot `name`: from now on its map is that of the snapshot's L1
+    /// table, and its disk has the snapshot's size. `name` is an id or a name, tried in this order, as in QEMU.
     /// The image must not be written any more.
     ///
     /// # Errors

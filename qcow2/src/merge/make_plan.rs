@@ -1,4 +1,4 @@
-//! What a merge comes to, said before it is done.
+//! Makes the plan of a merge.
 
 use super::options::CommitOptions;
 use super::plan::{Afterwards, DataFileFate, Plan, PlannedDataFile};
@@ -33,7 +33,7 @@ pub(super) fn is_nothing(stack: &Stack<'_>, options: &CommitOptions, totals: Tot
     Ok(may_be && stack.active.image.next_allocated(GuestOffset::ZERO)?.is_none())
 }
 
-/// The plan of a merge, but for what is known of earlier ones and of what is emptied.
+/// The plan of a merge, without the parts about earlier merges and about emptied layers.
 ///
 /// # Errors
 /// Bitmaps that cannot be read; the system's.

@@ -58,8 +58,8 @@ pub struct Plan {
     pub removes: bool,
     /// Bytes on disk that emptying merged layers frees, at most, with those that are removed.
     pub bytes_freed: u64,
-    /// Files of layers that an earlier merge was to remove when it was stopped: removed now, or marked as merged if
-    /// this merge removes none.
+    /// Files of layers that an unfinished merge still had to remove. They are removed now, or marked as merged
+    /// if this merge removes none.
     #[serde(rename = "left-over", serialize_with = "serial::names")]
     pub unremoved: Vec<PathBuf>,
     /// Layers that stop being restore points as soon as the first byte is written.
@@ -72,9 +72,9 @@ pub struct Plan {
     /// Directories that were searched for images that share layers.
     #[serde(serialize_with = "serial::names")]
     pub searched: Vec<PathBuf>,
-    /// What tells that somebody may use base whom the search did not find.
+    /// Signs of a user of base whom the search did not find.
     pub signs: Signs,
-    /// Files there that could not be read, so that it is not known what they use.
+    /// Files there that could not be read. They may be users.
     #[serde(serialize_with = "serial::names")]
     pub unreadable: Vec<PathBuf>,
     /// Files that the merge makes larger, on file systems that do not say how much is free: the merge may run out of room.
@@ -84,7 +84,7 @@ pub struct Plan {
     pub strangers: Vec<Stranger>,
     /// Set when an earlier run of the same merge was stopped, and this one goes on where it was.
     pub resumed: Option<Resumed>,
-    /// Set when an earlier run was stopped, and nothing counts of what it has done: base is not as it left it.
+    /// Set when an earlier run was stopped, but nothing that it did counts, because base is not as it left it.
     #[serde(serialize_with = "serial::some_words")]
     pub begins_anew: Option<BeginsAnew>,
 }
@@ -172,7 +172,7 @@ pub struct LostBitmap {
     pub name: String,
 }
 
-/// What tells that somebody may use base whom a search for images did not find.
+/// Signs of a user of base whom a search for images did not find.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -182,7 +182,7 @@ pub struct Signs {
     /// Folders in whose sub-folders was looked, too, as far as that was possible.
     #[serde(rename = "searched-nearby", serialize_with = "serial::names")]
     pub nearby: Vec<PathBuf>,
-    /// Folders that were left out, as there was too much below those to be searched.
+    /// Folders that were skipped because a limit of the search was reached.
     #[serde(rename = "not-searched", serialize_with = "serial::names")]
     pub left_out: Vec<PathBuf>,
     /// How many names base's file has.

@@ -29,16 +29,16 @@ pub struct Report {
     /// Merged layers that are empty overlays on base now.
     #[serde(serialize_with = "serial::names")]
     pub emptied: Vec<PathBuf>,
-    /// Bytes on disk that merged layers gave back, with those that were removed.
+    /// Bytes on disk that were freed, in merged layers and by removing some.
     #[serde(rename = "bytes-freed")]
     pub freed: u64,
     /// Layers that were removed.
     #[serde(serialize_with = "serial::names")]
     pub deleted: Vec<PathBuf>,
-    /// Layers that are no longer needed and are still there, marked as merged.
+    /// Obsolete layers that stay, marked as merged.
     #[serde(serialize_with = "serial::names")]
     pub marked: Vec<PathBuf>,
-    /// Layers that are no longer needed and have no room for a mark in their header.
+    /// Obsolete layers that stay without a mark, because their headers have no room for it.
     #[serde(serialize_with = "serial::names")]
     pub unmarked: Vec<PathBuf>,
     /// Layers that were not removed, and why.

@@ -1,4 +1,4 @@
-//! What a merge comes to that has nothing to merge: what a stopped one has left is completed, or nothing is to be done.
+//! A merge that has nothing to merge: unfinished work is completed, or nothing is done.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ use crate::transfer::workers::on_workers;
 pub enum Prepared {
     /// Layers are merged.
     Merge(Box<Commit>),
-    /// Nothing is merged: what a merge has left that was stopped is completed.
+    /// Nothing is merged; an unfinished merge is completed.
     Finish(Box<Finish>),
     /// There is nothing to do.
     Nothing(Box<Nothing>),
@@ -47,7 +47,7 @@ pub struct Settled {
     pub base_size: u64,
     /// The reason.
     pub reason: NothingReason,
-    /// Files of layers that a merge was to remove when it was stopped.
+    /// Files of layers that an unfinished merge still has to remove.
     pub unremoved: Vec<PathBuf>,
 }
 
@@ -73,14 +73,14 @@ pub(super) struct Done {
     pub(super) settled: Settled,
 }
 
-/// What is unfinished of a merge that was stopped.
+/// What remains of an unfinished merge.
 #[derive(Debug)]
 pub(super) enum Unfinished {
     /// The active image was removed: only its journal is there, and perhaps its data file.
     Removed(Box<Gone>),
     /// The chain was switched: the journals of its layers tell what is left to be done.
     Switched(Chain),
-    /// The images are locked, and as they should be: only their journals are there, and files that were to be removed.
+    /// The images are locked, and complete. Only their journals remain, and files that must be removed.
     Journals(Chain, Box<UnfinishedInChain>),
 }
 
@@ -156,7 +156,7 @@ impl Finish {
             Unfinished::Journals(chain, unfinished) => {
                 done.sweep(&chain)?;
                 if let Some(unremoved) = obsolete_of(host, &chain, &unfinished)? {
-                    // Base's journal, which tells of them, is there until they are gone.
+                    // Only base's journal lists these files, so it is removed last.
                     unremoved.settle(host, Some(&chain), options, &mut report)?;
                 }
                 let above = unfinished.above.values().map(|(unfinished, _)| unfinished);
@@ -208,7 +208,7 @@ impl Done {
     }
 }
 
-/// The files that a stopped merge was to remove, and that are no part of the chain.
+/// The files that an unfinished merge still has to remove, and that are not part of the chain.
 ///
 /// # Errors
 /// The system's.

@@ -1,4 +1,4 @@
-//! Carrying a pull out.
+//! Carries a pull out.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -41,7 +41,7 @@ impl Pull {
         let work = self.begin(cancel)?;
         let mut report = PullReport::default();
         if let Err(e) = self.fill(work.journal(), &mut report, progress, cancel) {
-            // A failed barrier is final: nothing may be written, or called durable, behind it.
+            // After a failed barrier nothing may be written, and nothing may count as durable.
             let of_journal = matches!(&e, Error::Io { path, .. } if path == work.journal().path());
             if !of_journal && !matches!(e, Error::Barrier { .. }) {
                 work.stop();
@@ -90,7 +90,7 @@ impl Pull {
         Ok(work)
     }
 
-    /// Has the image hold everything, durably.
+    /// Lets the image hold everything, durably.
     fn fill(
         &mut self,
         journal: &Arc<Journal>,
@@ -102,7 +102,7 @@ impl Pull {
         if self.options.verify {
             report.digest = Some(self.read_back(cancel)?);
         }
-        // Behind the switch the image reads through what lies at the name of base.
+        // After the switch the image reads through the file that the name of base leads to.
         self.chain.names_are_the_same(&*self.host, self.base.unwrap_or(0))?;
         journal.note(Phase::Switching, u64::MAX, journal.header().total)
     }
@@ -145,7 +145,7 @@ impl Pull {
     }
 }
 
-/// Has an image that is written under a journal name no backing file.
+/// Removes the backing name of an image that is written under a journal.
 fn remove_backing(image: &Qcow2) -> Result<()> {
     let cluster = read_cluster(image)?;
     let switch = plan_backing_removal(&cluster).map_err(|e| header_error(image.path(), e))?;

@@ -1,9 +1,10 @@
 //! Data moves up: an image takes in what the layers below it show, and then reads through a base further down, or through
 //! nothing.
 //!
-//! The guest sees the same bytes at every instant. What the image takes in is what it shows already; when all of it is
-//! durable, its backing name changes by one write, or under the journal. So whatever stops a pull, the same command takes in
-//! what is still missing. No other file is written, and whoever reads through the layers below goes on to do so.
+//! The guest sees the same bytes at every instant: the image takes in only bytes that it shows already. When
+//! all of them are durable, its backing name changes with one write, or under the journal. So whatever stops a
+//! pull, the same command takes in what is still missing. No other file is written, and other users of the
+//! layers below see no change.
 
 mod execute;
 mod plan;

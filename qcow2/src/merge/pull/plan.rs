@@ -1,4 +1,4 @@
-//! What is asked of a pull, what it will do, and how it came out.
+//! The options, the plan and the report of a pull.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -65,7 +65,7 @@ pub struct PullPlan {
     pub is_room_unknown: bool,
 }
 
-/// How a pull came out.
+/// The result of a pull.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]

@@ -111,8 +111,8 @@ fn pulled(chain: &Chain, base: Option<usize>) -> Vec<std::path::PathBuf> {
     layers.iter().rev().map(|layer| layer.path.clone()).collect()
 }
 
-/// What a pull that was stopped has left in the image, which is read under its journal from here on. A merge that was
-/// stopped in the chain must be finished first: its journal tells what its layers hold.
+/// Finds an unfinished pull into the image, which is read under its journal from here on. An unfinished merge
+/// in the chain must be finished first: only with its journal do its layers show the right data.
 fn unfinished(
     host: &dyn Host,
     chain: &mut Chain,

@@ -1,4 +1,4 @@
-//! A work on an image that was stopped: its journal, and what that says of the image as it is now.
+//! Work on an image that was stopped: its journal, and what that means for the present image.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

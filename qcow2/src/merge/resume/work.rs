@@ -1,4 +1,4 @@
-//! An image that is written under a journal: how the work begins, goes on and ends.
+//! An image that is written under a journal: how work on it begins, continues and ends.
 
 use std::path::Path;
 use std::sync::Arc;
