@@ -73,6 +73,17 @@ impl Failure {
         .into()
     }
 
+    /// The same, behind work that is done: whoever reads that nothing could be printed must not think that nothing was done.
+    pub(crate) fn behind(self, done: &str) -> Self {
+        match self {
+            Self::Reported(report) => {
+                let message = format!("{done}; what was to be printed could not be: {}", report.message);
+                Report { message, ..report }.into()
+            }
+            Self::PipeClosed => Self::PipeClosed,
+        }
+    }
+
     /// Standard output could not be written.
     pub(crate) fn stdout(error: io::Error) -> Self {
         if error.kind() == io::ErrorKind::BrokenPipe {

@@ -11,7 +11,7 @@ use signal_hook::iterator::Signals;
 use crate::call::Call;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Hint, HintKind};
+use crate::hint::{Hint, HintKind, limit};
 
 /// Two signals within this time count as one: `timeout` sends one to its child and one to its whole group.
 const TOGETHER: Duration = Duration::from_millis(500);
@@ -31,7 +31,12 @@ impl Stop {
             Report {
                 kind: "io",
                 message: format!("cannot watch for signals: {e}"),
-                hint: Hint::command(HintKind::Again, "nothing was changed; again", call.again()).into(),
+                hint: Hint::command(
+                    HintKind::Again,
+                    limit(&e).unwrap_or_else(|| "nothing was changed; again".to_owned()),
+                    call.again(),
+                )
+                .into(),
                 exit: call.verb.failure_exit().unwrap_or(Exit::FAILED),
             }
             .into()

@@ -22,6 +22,7 @@ use crate::storage::{Access, Host, OsHost, Storage};
 use crate::units::{GuestOffset, GuestRange};
 
 pub use self::after::after;
+pub use self::system::limit;
 pub use self::way::{Act, Allow, Asked, Task, Way, Why};
 
 /// The folder that a file lies in, as one can type it.

@@ -71,6 +71,7 @@ pub use error::{Error, Refusal, Result, StateFault};
 pub use live::counterpart::{RunningMerge, StoppedMerge};
 pub use live::discover::{
     Files, Interrupted, Searched, Unfinished, folders_of_disks, folders_of_image, sweep_folders,
+    unbelieved_states,
 };
 pub use live::machine::{Machine, Settled};
 pub use live::outline::{Outline, OutlineLayer, Relink};

@@ -29,17 +29,19 @@ pub(super) fn run(args: &AbortArgs, call: &Call, console: &Console) -> Result<Ex
         merge::abort(&OsHost, &args.base, &options, dir, stop.flag())
     });
     let done = done.map_err(|e| Failure::engine(&e, call))?;
-    if console.is_json() {
+    let printed = if console.is_json() {
         let unfinished = done.unfinished.as_ref();
         let more = json!({
             "base": path(&args.base),
             "aborted": unfinished.is_some() || done.pull,
             "bytes-done": unfinished.map_or(0, |unfinished| unfinished.done),
         });
-        console.document(&merged(value(&done), more))?;
+        console.document(&merged(value(&done), more))
     } else {
-        console.result(&human(&done, args))?;
-    }
+        console.result(&human(&done, args))
+    };
+    let has_done = done.unfinished.is_some() || done.pull;
+    printed.map_err(|e| if has_done { e.behind("the merge is given up") } else { e })?;
     Ok(Exit::DONE)
 }
 

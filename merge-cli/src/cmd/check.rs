@@ -2,12 +2,14 @@
 
 mod restore;
 
-use std::path::Path;
+use std::fmt;
+use std::path::{Path, PathBuf};
 
 use qcow2::by_name::{CheckRequest, Checked, check_named};
 use qcow2::check::Verdict;
 use qcow2::error::shown;
 use qcow2::image::ImageFormat;
+use qcow2::merge;
 use qcow2::repair::RepairMode;
 use qcow2::storage::OsHost;
 use qcow2::ways::{can_be_flattened, free_name};
@@ -43,12 +45,18 @@ pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Ex
     let outcome =
         check_named(&OsHost, &args.image, &options, &request).map_err(|e| failure(&e, args, call))?;
     let Some(outcome) = outcome else { return Err(nothing_to_check(&args.image)) };
-    if console.is_json() {
-        let file = json!({ "filename": path(&args.image), "format": ImageFormat::Qcow2.name() });
-        console.document(&merged(value(&outcome), file))?;
+    let stopped = Stopped::on(&args.image, outcome.report().dirty);
+    let printed = if console.is_json() {
+        let mut file = json!({ "filename": path(&args.image), "format": ImageFormat::Qcow2.name() });
+        if let Some(Stopped::Emptying { into }) = &stopped {
+            file["emptying-into"] = path(into);
+        }
+        console.document(&merged(value(&outcome), file))
     } else {
-        console.result(&human(&args.image, &outcome))?;
-    }
+        console.result(&human(&args.image, &outcome, stopped.as_ref()))
+    };
+    let has_done = matches!(outcome, Checked::Repaired(_));
+    printed.map_err(|e| if has_done { e.behind("the repair is done") } else { e })?;
     Ok(match outcome.report().verdict() {
         Verdict::Clean => Exit::DONE,
         Verdict::Failed => Exit::CHECK_FAILED,
@@ -77,8 +85,46 @@ fn nothing_to_check(image: &Path) -> Failure {
     .into()
 }
 
+/// The work that has set the dirty bit of an image, and has not come to its end.
+enum Stopped {
+    /// It takes in more, from above or from below.
+    Filling,
+    /// It becomes an empty overlay.
+    Emptying { into: PathBuf },
+}
+
+impl Stopped {
+    /// What the journal beside the image says. Where it cannot be read, nothing explains the bit.
+    fn on(image: &Path, is_dirty: bool) -> Option<Self> {
+        if !is_dirty {
+            return None;
+        }
+        if let Ok(Some(into)) = merge::unfinished_emptying(&OsHost, image, None) {
+            return Some(Self::Emptying { into });
+        }
+        let is_merge = matches!(merge::unfinished_merge(&OsHost, image, None), Ok(Some(_)));
+        let is_filling = is_merge || matches!(merge::is_pull_unfinished(&OsHost, image, None), Ok(true));
+        is_filling.then_some(Self::Filling)
+    }
+}
+
+impl fmt::Display for Stopped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Filling => f.write_str("a merge into it has not ended; the same command goes on"),
+            Self::Emptying { into } => {
+                write!(
+                    f,
+                    "a merge is emptying it, and all of it is in {}; the same commit goes on",
+                    shown(into)
+                )
+            }
+        }
+    }
+}
+
 /// Tells what was done, what was found (the worst first), and what it means.
-fn human(image: &Path, outcome: &Checked) -> String {
+fn human(image: &Path, outcome: &Checked, stopped: Option<&Stopped>) -> String {
     let report = outcome.report();
     let (mut lines, repaired) = match outcome {
         Checked::Planned(plan) => return format!("This would be done:\n{plan}"),
@@ -97,7 +143,8 @@ fn human(image: &Path, outcome: &Checked) -> String {
         lines.push("The image is marked corrupt.".to_owned());
     }
     if report.dirty {
-        lines.push("The image is marked dirty: it was not closed cleanly.".to_owned());
+        let why = stopped.map_or("it was not closed cleanly".to_owned(), ToString::to_string);
+        lines.push(format!("The image is marked dirty: {why}."));
     }
     let file = word(image);
     lines.push(match report.verdict() {

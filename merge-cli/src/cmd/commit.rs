@@ -34,7 +34,9 @@ pub(super) fn run(args: &CommitArgs, call: &Call, console: &Console) -> Result<E
 
 /// As [`run`], where signals are watched already.
 pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &Stop) -> Result<Exit, Failure> {
-    interrupted::refuse(&args.active, |holders| live::in_use(&args.active, holders, args, call))?;
+    interrupted::refuse(&args.active, call, console, |holders| {
+        live::in_use(&args.active, holders, args, call)
+    })?;
     let options = options(args);
     let healed = if args.dry_run { Ok(Vec::new()) } else { merge::heal(&OsHost, &args.active, &options) };
     let prepared = healed.and_then(|healed| {
@@ -61,6 +63,7 @@ pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &St
     if matches!(planned, Planned::Merge(_)) && !console.is_json() {
         console.note(&words);
     }
+    let is_nothing = matches!(prepared, Prepared::Nothing(_));
     let meter = Meter::new(console, "merging");
     let report = prepared
         .execute(&meter, stop.flag())
@@ -70,9 +73,9 @@ pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &St
         Planned::Merge(plan) => human::result(plan, &report),
         Planned::Settled(settled) => human::settled_result(settled, &report),
     };
-    console.event("result", came_out(planned.json(), &report))?;
-    console.result(&words)?;
-    Ok(Exit::DONE)
+    let printed = console.event("result", came_out(planned.json(), &report));
+    let printed = printed.and_then(|()| console.result(&words));
+    printed.map(|()| Exit::DONE).map_err(|e| if is_nothing { e } else { e.behind("the merge is done") })
 }
 
 /// What is shown before anything is done.

@@ -57,8 +57,8 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
     drop(meter);
     let mut fields = merged(value(&plan), value(&report));
     fields["cut-short"] = paths(&cut_short);
-    console.event("result", fields)?;
-    console.result(&human(&plan, &report))?;
+    let printed = console.event("result", fields).and_then(|()| console.result(&human(&plan, &report)));
+    printed.map_err(|e| e.behind("the new image is written"))?;
     if report.lost.is_empty() {
         return Ok(Exit::DONE);
     }

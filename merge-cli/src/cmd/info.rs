@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use qcow2::ErrorKind;
 use qcow2::facts::{ImageFacts, of_chain};
 use qcow2::storage::OsHost;
-use qmp_client::{Outline, Unfinished};
+use qmp_client::{Outline, StateFault, Unfinished};
 use serde_json::{Value, json};
 
 use super::open;
@@ -18,8 +18,8 @@ use crate::failure::Failure;
 use crate::output::Console;
 use crate::output::json::{only, path, value};
 
-/// An unfinished live merge: its state file, and the state if it can be read.
-type LiveMerge = Option<(PathBuf, Option<Outline>)>;
+/// An unfinished live merge: its state file, and the state if it can be read and believed.
+type LiveMerge = Option<(PathBuf, Result<Outline, StateFault>)>;
 
 /// Prints what the image is. Without `--chain` no other file is opened.
 pub(super) fn run(args: &InfoArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
@@ -60,16 +60,16 @@ fn live_merge(image: &Path) -> LiveMerge {
     match Unfinished::beside(image) {
         Ok(merge) => merge.map(|merge| {
             let merge = merge.outline();
-            (merge.state_file().to_owned(), Some(merge))
+            (merge.state_file().to_owned(), Ok(merge))
         }),
-        Err(qmp_client::Error::State { path, .. }) => Some((path, None)),
+        Err(qmp_client::Error::State { path, why }) => Some((path, Err(why))),
         Err(_) => None,
     }
 }
 
 fn with_live(mut fields: Value, live: &LiveMerge) -> Value {
     if let Some((file, state)) = live {
-        let known = state.as_ref().map(|state| only(state, &["disk", "kind", "phase", "valid-top"]));
+        let known = state.as_ref().ok().map(|state| only(state, &["disk", "kind", "phase", "valid-top"]));
         let unknown = json!({ "disk": null, "kind": null, "phase": null, "valid-top": null });
         fields["live-merge"] = known.unwrap_or(unknown);
         fields["live-merge"]["state-file"] = path(file);

@@ -3,17 +3,30 @@
 use std::path::Path;
 
 use qcow2::error::{Holder, shown};
-use qmp_client::Interrupted;
+use qmp_client::{Interrupted, unbelieved_states};
 
 use super::live::recover::{damaged, tell};
+use crate::call::Call;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind};
+use crate::output::Console;
 
-/// Refuses if a live merge of the image is unfinished: first it must be settled which image holds the disk.
-/// `in_use` makes the failure if processes use the image.
-pub(super) fn refuse(active: &Path, in_use: impl Fn(&[Holder]) -> Failure) -> Result<(), Failure> {
-    let merge = match Interrupted::of_image(active).map_err(|e| damaged(&e))? {
+/// Refuses if a live merge of the image is unfinished: first it must be settled which image holds the disk. A
+/// state file of a stranger does not count, and is named. `in_use` makes the failure if processes use the image.
+pub(super) fn refuse(
+    active: &Path,
+    call: &Call,
+    console: &Console,
+    in_use: impl Fn(&[Holder]) -> Failure,
+) -> Result<(), Failure> {
+    for (file, user) in unbelieved_states(active) {
+        console.warn(&format!(
+            "warning: {} is not believed: it belongs to the user {user}, who may not write the image",
+            shown(&file)
+        ));
+    }
+    let merge = match Interrupted::of_image(active).map_err(|e| damaged(&e, call))? {
         Interrupted::No => return Ok(()),
         Interrupted::InUse(holders) => return Err(in_use(&holders)),
         Interrupted::Yes(merge) => merge,

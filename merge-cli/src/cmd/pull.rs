@@ -21,7 +21,7 @@ use crate::signals::Stop;
 
 /// Plans, and carries the plan out unless it is a dry run.
 pub(super) fn run(args: &PullArgs, call: &Call, console: &Console) -> Result<Exit, Failure> {
-    interrupted::refuse(&args.active, |holders| {
+    interrupted::refuse(&args.active, call, console, |holders| {
         let error = Error::InUse { path: args.active.clone(), holders: holders.to_vec() };
         Failure::engine(&error, call)
     })?;
@@ -53,9 +53,10 @@ pub(super) fn run(args: &PullArgs, call: &Call, console: &Console) -> Result<Exi
     let report =
         prepared.execute(&meter, stop.flag()).map_err(|e| stopped::halfway(&e, &stop, &meter, call, kept))?;
     drop(meter);
-    console.event("result", merged(value(&plan), value(&report)))?;
-    console.result(&if is_nothing { words } else { result_words(&plan, &report) })?;
-    Ok(Exit::DONE)
+    let words = if is_nothing { words } else { result_words(&plan, &report) };
+    let printed = console.event("result", merged(value(&plan), value(&report)));
+    let printed = printed.and_then(|()| console.result(&words));
+    printed.map(|()| Exit::DONE).map_err(|e| if is_nothing { e } else { e.behind("the pull is done") })
 }
 
 fn options(args: &PullArgs) -> PullOptions {

@@ -11,11 +11,12 @@ mod ways;
 use std::fmt;
 use std::path::Path;
 
+use qcow2::ways::free_name_behind;
 use serde_json::{Value, json};
 
 pub(crate) use self::command::{Command, file_word, quoted};
 pub(crate) use self::kind::HintKind;
-pub(crate) use self::ways::hints;
+pub(crate) use self::ways::{hints, limit, words as reason};
 
 /// One thing to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,6 +110,11 @@ impl fmt::Display for Hints {
         }
         Ok(())
     }
+}
+
+/// The command that moves what lies at `file` away, a folder too.
+pub(crate) fn moved_away(file: &Path) -> Option<Command> {
+    free_name_behind(file).map(|free| Command::of("mv").word("-T").file(file).file(free))
 }
 
 /// A path as one types it in a shell.

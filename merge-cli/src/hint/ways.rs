@@ -1,10 +1,11 @@
 //! Turns the ways that the engine finds into commands, and its reasons into words.
 
 use std::ffi::OsString;
+use std::io;
 
 use qcow2::Error;
 use qcow2::error::shown;
-use qcow2::ways::{Act, Allow, Way, Why, after};
+use qcow2::ways::{self, Act, Allow, Way, Why, after};
 
 use super::{Command, Hint, HintKind, Hints, in_use, word};
 use crate::call::Call;
@@ -17,6 +18,11 @@ pub(crate) fn hints(error: &Error, call: &Call) -> Hints {
             after(error, &call.asked()).iter().fold(Hints::default(), |hints, way| hints.or(hint(way, call)))
         }
     }
+}
+
+/// What to do where too many files are open, whatever was to be opened.
+pub(crate) fn limit(source: &io::Error) -> Option<String> {
+    ways::limit(source).map(|why| words(&why))
 }
 
 fn hint(way: &Way, call: &Call) -> Hint {
@@ -93,7 +99,7 @@ fn allowed(allow: &Allow, call: &Call) -> (HintKind, Command) {
 }
 
 /// A reason in words.
-fn words(why: &Why) -> String {
+pub(crate) fn words(why: &Why) -> String {
     let text = match why {
         Why::Then => "then",
         Why::NothingLost => "nothing is lost; to go on",

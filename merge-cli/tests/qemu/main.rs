@@ -40,6 +40,7 @@ mod repair;
 mod restore;
 mod resume;
 mod siblings;
+mod told_truly;
 mod traps;
 mod unfinished;
 mod user_errors;

@@ -44,6 +44,8 @@ pub struct ImageFacts {
     pub unfinished: Option<UnfinishedMerge>,
     /// Whether a pull into it was stopped, or is under way.
     pub pull_unfinished: bool,
+    /// The base that holds all that it held, if a merge is emptying it, or was when it was stopped.
+    pub emptying_into: Option<PathBuf>,
     /// Journals and records beside it that are about it, and are not believed: they belong to somebody else.
     pub strangers: Vec<Stranger>,
     /// What makes the image unusable, if anything does.
@@ -84,6 +86,7 @@ impl ImageFacts {
             holders,
             unfinished: merge::unfinished_merge(host, path, journal_dir)?,
             pull_unfinished: merge::is_pull_unfinished(host, path, journal_dir)?,
+            emptying_into: merge::unfinished_emptying(host, path, journal_dir)?,
             strangers: strangers_about(host, path),
             problem: None,
         };
@@ -128,6 +131,7 @@ impl ImageFacts {
         self.cluster0.as_ref().is_some_and(|cluster0| cluster0.header.is_dirty())
             && !is_merged_into
             && !self.pull_unfinished
+            && self.emptying_into.is_none()
     }
 }
 

@@ -2,7 +2,7 @@
 //! our own.
 
 use std::borrow::Cow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -34,6 +34,8 @@ pub(super) struct ImageShape<'f> {
     merge_pending: Option<&'f UnfinishedMerge>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pull_pending: bool,
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "serial::some_name")]
+    emptying_into: Option<&'f Path>,
     #[serde(skip_serializing_if = "<[Stranger]>::is_empty")]
     strangers: &'f [Stranger],
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -136,6 +138,7 @@ impl<'f> ImageShape<'f> {
             holders: used.map(|_| facts.holders.iter().map(process).collect()),
             merge_pending: facts.unfinished.as_ref(),
             pull_pending: facts.pull_unfinished,
+            emptying_into: facts.emptying_into.as_deref(),
             strangers: &facts.strangers,
             problem: facts.problem.as_ref().map(ToString::to_string),
         }

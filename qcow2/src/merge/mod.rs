@@ -39,6 +39,5 @@ pub use resume::abort::{Aborted, abort};
 pub use resume::heal::{heal, heal_image};
 pub(crate) use resume::torn::refuse_torn;
 pub use resume::torn::{can_be_healed, open_whole};
-pub(crate) use resume::unfinished::is_pull_unfinished;
-pub use resume::unfinished::{UnfinishedMerge, unfinished_merge};
+pub use resume::unfinished::{UnfinishedMerge, is_pull_unfinished, unfinished_emptying, unfinished_merge};
 pub use settled::{Finish, Nothing, Prepared, Settled};

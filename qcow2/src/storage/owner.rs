@@ -26,7 +26,7 @@ impl Owner {
     ///
     /// A right that only a group gives does not count for this file's owner, because the members of a group may
     /// change.
-    pub(crate) fn may_speak_for(&self, target: &Self, caller: u32) -> bool {
+    pub fn may_speak_for(&self, target: &Self, caller: u32) -> bool {
         let all_may = target.mode & BY_ALL != 0;
         let group_may = target.mode & BY_GROUP != 0 && target.group == self.group;
         let is_theirs = [ROOT, caller, target.user].contains(&self.user);

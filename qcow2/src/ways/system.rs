@@ -16,8 +16,7 @@ use crate::storage::{Host, OsHost};
 pub(super) fn after_failure(path: &Path, op: FileOp, source: &io::Error, asked: &Asked<'_>) -> Vec<Way> {
     let file = || path.to_owned();
     let way = match source.raw_os_error().map(Errno::from_raw_os_error) {
-        Some(Errno::MFILE) => Way::again(Why::OpenFiles),
-        Some(Errno::NFILE) => Way::again(Why::SystemFiles),
+        Some(Errno::MFILE | Errno::NFILE) => Way::again(limit(source).unwrap_or(Why::SystemsReason)),
         Some(Errno::FBIG) => Way::again(Why::FileSize),
         Some(Errno::DQUOT) => Way::again(Why::Quota),
         Some(Errno::NOMEM) => Way::again(Why::Memory),
@@ -39,6 +38,15 @@ pub(super) fn after_failure(path: &Path, op: FileOp, source: &io::Error, asked: 
         },
     };
     vec![way]
+}
+
+/// Which limit of open files a failure has met, whatever was to be opened; `None` if it is another failure.
+pub fn limit(source: &io::Error) -> Option<Why> {
+    match source.raw_os_error().map(Errno::from_raw_os_error)? {
+        Errno::MFILE => Some(Why::OpenFiles),
+        Errno::NFILE => Some(Why::SystemFiles),
+        _ => None,
+    }
 }
 
 fn not_found(path: &Path, op: FileOp) -> Way {

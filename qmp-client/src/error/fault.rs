@@ -5,7 +5,7 @@
 #[non_exhaustive]
 pub enum StateFault {
     /// Its name is that of a folder, a link, a device or a pipe.
-    #[error("it is no plain file")]
+    #[error("it is no plain file, so it is not believed")]
     NoPlainFile,
     /// It belongs to somebody else than root and the caller.
     #[error(
@@ -35,4 +35,11 @@ pub enum StateFault {
     /// The state cannot be written as JSON: a name in it is not UTF-8.
     #[error("it cannot be written: {0}")]
     Unwritable(serde_json::Error),
+}
+
+impl StateFault {
+    /// Whether the file does not count, whatever it holds: anybody may have put it there.
+    pub fn is_disbelief(&self) -> bool {
+        matches!(self, Self::NoPlainFile | Self::OfStranger { .. } | Self::OthersMayWrite)
+    }
 }

@@ -1,13 +1,14 @@
 //! Reads and writes a state file. It is always written as a whole, and believed only if it can come from nobody
 //! but root and the caller.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use qcow2::storage::Place;
+use qcow2::storage::{Host, OsHost, Place};
 
 use super::stamp::if_there;
 use super::{State, StateTrouble, failed, folder, now_ns, pointer, unreadable};
@@ -124,17 +125,63 @@ fn load_at(place: &Place) -> std::result::Result<Option<State>, StateTrouble> {
 /// [`crate::Error::File`] for the folder or a file that cannot be read; [`crate::Error::State`] for a file
 /// without a state.
 pub fn states_in(path: &Path) -> Result<Vec<(StateFile, State)>> {
-    let opened = folder::open(path).map_err(|e| unreadable(path, e))?;
-    let names = folder::names(&opened, ".", SUFFIX).map_err(|e| unreadable(path, e))?;
     let mut found = Vec::new();
-    for name in names {
-        let file = StateFile::at(path.join(&name));
-        let place = Place::within(Arc::clone(&opened), name);
+    for place in places_in(path)? {
+        let file = StateFile::at(path.join(place.name()));
         if let Some(state) = load_at(&place).map_err(|why| failed(file.path(), why))? {
             found.push((file, state));
         }
     }
     Ok(found)
+}
+
+/// All states in the folder of an image, as [`states_in`] finds them, without those of strangers.
+///
+/// # Errors
+/// As [`states_in`].
+pub(crate) fn states_beside(path: &Path) -> Result<Vec<(StateFile, State)>> {
+    let mut found = Vec::new();
+    for place in places_in(path)? {
+        let file = StateFile::at(path.join(place.name()));
+        if stranger_at(&place).map_err(|e| unreadable(file.path(), e))?.is_some() {
+            continue;
+        }
+        if let Some(state) = load_at(&place).map_err(|why| failed(file.path(), why))? {
+            found.push((file, state));
+        }
+    }
+    Ok(found)
+}
+
+/// The files of strangers in a folder that have names of state files, and the number of each owner. A file that
+/// cannot be looked at is left out.
+pub(crate) fn strangers_in(path: &Path) -> Vec<(PathBuf, u32)> {
+    let places = places_in(path).unwrap_or_default();
+    let of = |place: Place| Some((path.join(place.name()), stranger_at(&place).ok()??));
+    places.into_iter().filter_map(of).collect()
+}
+
+fn places_in(path: &Path) -> Result<Vec<Place>> {
+    let opened = folder::open(path).map_err(|e| unreadable(path, e))?;
+    let names = folder::names(&opened, ".", SUFFIX).map_err(|e| unreadable(path, e))?;
+    Ok(names.into_iter().map(|name| Place::within(Arc::clone(&opened), name)).collect())
+}
+
+/// The owner of the file at a place, if that user may not write the image beside it, or if there is no such image.
+/// Such a file does not count: anybody can put one into a shared folder.
+fn stranger_at(place: &Place) -> io::Result<Option<u32>> {
+    let Some(stat) = if_there(place.stat(&OsHost))? else { return Ok(None) };
+    let name = place.name().as_bytes();
+    let name =
+        name.strip_prefix(b".").and_then(|name| name.strip_suffix(SUFFIX.as_bytes())).unwrap_or_default();
+    let image = match name {
+        b"" => None,
+        name => if_there(place.beside(OsStr::from_bytes(name)).stat(&OsHost))?,
+    };
+    let caller = OsHost.user();
+    let counts = [0, caller].contains(&stat.owner.user)
+        || image.is_some_and(|image| stat.owner.may_speak_for(&image.owner, caller));
+    Ok((!counts).then_some(stat.owner.user))
 }
 
 /// Loads the states of the files that exist.

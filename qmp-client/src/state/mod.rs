@@ -23,6 +23,7 @@ use crate::block::graph::Layer;
 use crate::error::{Error, Result, StateFault};
 
 pub use file::{StateFile, find_states, states_in};
+pub(crate) use file::{states_beside, strangers_in};
 pub use litter::sweep;
 pub(crate) use pointer::Pointer;
 pub use pointer::states_of;

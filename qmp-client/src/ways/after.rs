@@ -37,8 +37,9 @@ pub fn after(error: &Error, wanted: &Wanted<'_>) -> Vec<LiveWay> {
         Error::Job { .. } | Error::TimedOut { .. } | Error::Unreadable { .. } | Error::Command { .. } => {
             one(Act::Jobs, Why::HowItStands)
         }
-        Error::File { file, source } => match source.kind() {
-            ErrorKind::PermissionDenied => one(Act::ListRights(file.clone()), Why::WhoMay),
+        Error::File { file, source } => match (source.kind(), qcow2::ways::limit(source)) {
+            (_, Some(limit)) => one(Act::Again, Why::OpenFiles(limit)),
+            (ErrorKind::PermissionDenied, _) => one(Act::ListRights(file.clone()), Why::WhoMay),
             _ => one(Act::Outside, Why::SystemsReason),
         },
         Error::State { path, .. } => one(Act::ListAll(folder(path)), Why::NotesMerge),

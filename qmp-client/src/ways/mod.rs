@@ -167,6 +167,8 @@ pub enum LiveWhy {
     WhoMay,
     /// The system's reason must be looked for.
     SystemsReason,
+    /// Too many files are open; which limit it is.
+    OpenFiles(qcow2::ways::Why),
     /// What notes how far a merge is.
     NotesMerge,
     /// The socket of QEMU's NBD server makes base durable.

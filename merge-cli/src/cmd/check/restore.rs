@@ -26,10 +26,13 @@ pub(super) fn run(args: &CheckArgs, from: &Path, call: &Call, console: &Console)
     }
     let call = Call { verb: VerbName::Restore, ..call.clone() };
     let done = carry_out(args, from, &call)?;
-    if console.is_json() {
-        console.document(&json(args, from, &done))?;
-    } else {
-        console.result(&human(args, &done))?;
+    let printed = match console.is_json() {
+        true => console.document(&json(args, from, &done)),
+        false => console.result(&human(args, &done)),
+    };
+    match args.dry_run {
+        true => printed?,
+        false => printed.map_err(|e| e.behind("the backup is put back"))?,
     }
     Ok(Exit::DONE)
 }

@@ -1,6 +1,6 @@
 //! Images as text.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use qcow2::ErrorKind;
 use qcow2::error::shown;
@@ -50,6 +50,7 @@ fn remarks(facts: &ImageFacts, live: &LiveMerge) -> impl Iterator<Item = String>
         facts.cluster0.as_ref().and_then(|cluster0| merged(cluster0, facts.holds_data)),
         facts.unfinished.as_ref().map(unfinished),
         facts.pull_unfinished.then(|| PULL_PENDING.to_owned()),
+        facts.emptying_into.as_deref().map(emptying),
         live_merge(facts, live),
         (!facts.strangers.is_empty()).then(|| format!("not believed: {}", strangers(facts).join("; "))),
         (!facts.snapshots.is_empty())
@@ -89,6 +90,11 @@ fn strangers(facts: &ImageFacts) -> Vec<String> {
         .collect()
 }
 
+/// That the image is being emptied, and where all of it is.
+fn emptying(base: &Path) -> String {
+    format!("being emptied: all of it is in {}; the same commit goes on", shown(base))
+}
+
 fn merged(cluster0: &Cluster0, holds_data: bool) -> Option<String> {
     let name = |into: PathBuf| if into.as_os_str().is_empty() { "its base".to_owned() } else { shown(into) };
     if let Some(into) = cluster0.merged_into() {
@@ -107,8 +113,9 @@ fn live_merge(facts: &ImageFacts, live: &LiveMerge) -> Option<String> {
     let (file, state) = live.as_ref()?;
     let recover = format!("qmerge live recover {}", word(&facts.path));
     Some(match state {
-        Some(state) => format!("{} has not ended; how it stands: {recover}", what(state)),
-        None => format!("{} cannot be read: {recover}", shown(file)),
+        Ok(state) => format!("{} has not ended; how it stands: {recover}", what(state)),
+        Err(why) if why.is_disbelief() => format!("{} is not believed: {why}", shown(file)),
+        Err(_) => format!("{} cannot be read: {recover}", shown(file)),
     })
 }
 
@@ -139,6 +146,9 @@ pub(super) fn image(facts: &ImageFacts, live: &LiveMerge) -> String {
     }
     if let Some(merge) = &facts.unfinished {
         fields.add("pending", unfinished(merge));
+    }
+    if let Some(base) = &facts.emptying_into {
+        fields.add("pending", emptying(base));
     }
     for stranger in strangers(facts) {
         fields.add("not believed", stranger);

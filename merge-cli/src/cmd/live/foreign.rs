@@ -44,19 +44,22 @@ pub(super) fn end(
     let now = conclude(monitor, disk, &job).map_err(|e| session.failure(&e))?;
     let (was, is) = (&disk.active().file, &now.active().file);
     let layers = now.layers().len();
-    console.event(
-        "result",
-        json!({
-            "disk": now.name(), "status": if was == is { "switched" } else { "pivoted" }, "job": state.id,
-            "active": is, "layers": layers,
-        }),
-    )?;
+    console
+        .event(
+            "result",
+            json!({
+                "disk": now.name(), "status": if was == is { "switched" } else { "pivoted" }, "job": state.id,
+                "active": is, "layers": layers,
+            }),
+        )
+        .map_err(|e| e.behind(ENDED))?;
     let chain = session.other(&["chain", disk.name()]);
     console.result(&format!(
         "the job {id} is done: {name} writes to {} now, and its chain has {layers} {}\nthe chain: {chain}",
         printable(is),
         if layers == 1 { "layer" } else { "layers" },
-    ))?;
+    ))
+    .map_err(|e| e.behind(ENDED))?;
     if was != is {
         console.note(&format!(
             "what starts the virtual machine must name {} (format {}) in the place of {} from now on; do not start it with \
@@ -69,3 +72,6 @@ pub(super) fn end(
     }
     Ok(Exit::DONE)
 }
+
+/// What is said if the result cannot be printed.
+const ENDED: &str = "the job is done";

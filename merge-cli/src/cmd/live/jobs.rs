@@ -128,9 +128,9 @@ pub(super) fn steer(
             // QEMU's status for a job that it has forgotten.
             out["status"] = "null".into();
         }
-        return console.document(&out);
+        return console.document(&out).map_err(|e| e.behind("QEMU has done what it was told"));
     }
-    console.result(&done)
+    console.result(&done).map_err(|e| e.behind(&done))
 }
 
 /// `running`, or why it stands still.

@@ -141,8 +141,9 @@ impl Outcome {
     /// # Errors
     /// What the merge could not do as it had planned.
     pub(super) fn tell(self, console: &Console) -> Result<(), Failure> {
-        console.event("result", self.fields.clone())?;
-        console.result(&self.lines.join("\n"))?;
+        let printed = console.event("result", self.fields.clone());
+        let printed = printed.and_then(|()| console.result(&self.lines.join("\n")));
+        printed.map_err(|e| e.behind("QEMU has done what it was told"))?;
         if !console.is_json() {
             self.notes.iter().for_each(|note| console.note(note));
         }

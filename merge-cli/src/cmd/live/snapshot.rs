@@ -74,16 +74,19 @@ pub(super) fn run(
         _ => session.failure(&error),
     })?;
     if console.is_json() {
-        return console.document(&value(&disks));
+        return console.document(&value(&disks)).map_err(|e| e.behind(TAKEN));
     }
     let lines = wanted.iter().map(|(disk, file)| {
         let (name, old) = (printable(disk.name()), printable(&disk.active().file));
         format!("{name}: {} is active now, on top of {old}", file.display())
     });
-    console.result(&lines.collect::<Vec<_>>().join("\n"))?;
+    console.result(&lines.collect::<Vec<_>>().join("\n")).map_err(|e| e.behind(TAKEN))?;
     console.note("what starts the virtual machine must name the new files the next time");
     Ok(())
 }
+
+/// What is said if the result cannot be printed.
+const TAKEN: &str = "the snapshot is taken";
 
 /// Whether a snapshot has already made this file the disk's active image. An earlier call may have taken it,
 /// and was killed before it said so.

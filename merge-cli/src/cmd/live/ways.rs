@@ -111,6 +111,7 @@ fn words(why: &LiveWhy, session: &Session<'_>) -> String {
         LiveWhy::HowItStands => "see how it stands",
         LiveWhy::HowThingsStand => "see how things stand",
         LiveWhy::WhoMay => "see who may",
+        LiveWhy::OpenFiles(limit) => return crate::hint::reason(limit),
         LiveWhy::SystemsReason => "look for the system's reason: dmesg",
         LiveWhy::NotesMerge => "that file notes how far a merge is; see what is there and who may write it",
         LiveWhy::NbdServer => "name the socket of its NBD server",

@@ -59,10 +59,27 @@ pub fn unfinished_merge(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Res
 ///
 /// # Errors
 /// As [`unfinished_merge`].
-pub(crate) fn is_pull_unfinished(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<bool> {
+pub fn is_pull_unfinished(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<bool> {
     let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
     Ok(found.is_some_and(|found| found.last.is_some() && is_pull(&found.journal)))
+}
+
+/// The base that holds all data of the layer at `path`, if a merge is emptying the layer, or was stopped meanwhile.
+/// The journal of the layer, beside it or in `dir`, tells that, and explains its dirty bit. Takes no lock, and opens
+/// only the image and the journal.
+///
+/// # Errors
+/// As [`unfinished_merge`].
+pub fn unfinished_emptying(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<PathBuf>> {
+    let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
+    let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
+    let is_emptying = |found: &journal::FoundJournal| {
+        // After this phase the dirty bit is clear.
+        let is_going_on = found.last.is_some() && found.journal.state().phase <= Phase::Done;
+        is_going_on && found.journal.header().purpose == Purpose::Empty && found.is_same_file()
+    };
+    Ok(found.filter(is_emptying).map(|found| found.journal.header().base.clone()))
 }
 
 /// Whether a journal belongs to a pull. The last step of a pull is to remove the journal.

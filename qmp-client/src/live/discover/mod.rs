@@ -8,6 +8,8 @@ mod users;
 pub use files::Files;
 pub(crate) use files::{Place, file_id};
 pub(crate) use unfinished::states;
-pub use unfinished::{Interrupted, Unfinished, folders_of_disks, folders_of_image, sweep_folders};
+pub use unfinished::{
+    Interrupted, Unfinished, folders_of_disks, folders_of_image, sweep_folders, unbelieved_states,
+};
 pub use users::Searched;
 pub(crate) use users::{absolute, search};

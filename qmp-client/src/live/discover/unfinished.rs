@@ -1,16 +1,17 @@
 //! Finds unfinished merges by their state files.
 
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use qcow2::error::Holder;
 use qcow2::storage::{Access, Host, OsHost};
 
 use crate::block::graph::{Disk, Graph};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::live::outline::Outline;
 use crate::qmp::address::Address;
-use crate::state::{State, StateFile, find_states, sweep};
+use crate::state::{State, StateFile, find_states, states_beside, strangers_in, sweep};
 
 /// An unfinished merge: its job runs, or was interrupted, or its obsolete files are not tidied up yet.
 #[derive(Clone, Debug)]
@@ -40,13 +41,29 @@ impl Unfinished {
         Self::find(Some(address), &folders_of_disks(disks, state_dir))
     }
 
-    /// The unfinished merges with a state file beside an image, and with the image as a part.
+    /// The unfinished merges with a state file beside an image, and with the image as a part. A state file of
+    /// somebody who may not write the image does not count; see [`unbelieved_states`].
     ///
     /// # Errors
     /// As [`Unfinished::find`].
     pub fn of_image(image: &Path) -> Result<Vec<Self>> {
-        let all = Self::find(None, &folders_of_image(image))?;
-        Ok(all.into_iter().filter(|merge| merge.is_about(image)).collect())
+        let mut all: Vec<Self> = Vec::new();
+        let mut folders: BTreeSet<PathBuf> = BTreeSet::new();
+        for folder in folders_of_image(image) {
+            // Two names may lead to the same folder.
+            match std::fs::canonicalize(&folder) {
+                Ok(real) => {
+                    folders.insert(real);
+                }
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(source) => return Err(Error::File { file: folder, source }),
+            }
+        }
+        for folder in folders {
+            let found = states_beside(&folder)?.into_iter().map(|(file, state)| Self { file, state });
+            all.extend(found.filter(|merge| merge.is_about(image)));
+        }
+        Ok(all)
     }
 
     /// The unfinished merge with its state file beside an active image; `None` if there is no such file.
@@ -104,6 +121,15 @@ impl Interrupted {
             _ => Self::Yes(Box::new(merge)),
         })
     }
+}
+
+/// The state files beside an image that do not count, as they belong to users who may not write the image; and the
+/// number of each user.
+pub fn unbelieved_states(image: &Path) -> Vec<(PathBuf, u32)> {
+    let own = std::path::absolute(image).ok().and_then(|image| StateFile::beside(&image));
+    let Some(own) = own else { return Vec::new() };
+    let all = own.path().parent().map(strangers_in).unwrap_or_default();
+    all.into_iter().filter(|(file, _)| file == own.path()).collect()
 }
 
 /// Removes the files of clients that were killed while they wrote a state file, in these folders and beside the

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use qmp_client::{Address, Error, Unfinished, folders_of_image, sweep_folders};
 
+use crate::call::Call;
 use crate::cli::RecoverArgs;
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
-use crate::hint::{Command, Hint, HintKind, Hints, word};
+use crate::hint::{Command, Hint, HintKind, Hints, limit, moved_away, word};
 
 /// What the first argument names.
 enum What<'a> {
@@ -35,8 +36,12 @@ impl<'a> What<'a> {
 }
 
 /// The merges that are meant.
-pub(super) fn merges(args: &RecoverArgs, qmp: Option<&Address>) -> Result<Vec<Unfinished>, Failure> {
-    let all = Unfinished::find(qmp, &folders(args)).map_err(|e| damaged(&e))?;
+pub(super) fn merges(
+    args: &RecoverArgs,
+    qmp: Option<&Address>,
+    call: &Call,
+) -> Result<Vec<Unfinished>, Failure> {
+    let all = Unfinished::find(qmp, &folders(args)).map_err(|e| damaged(&e, call))?;
     let what = What::of(args);
     Ok(all.into_iter().filter(|merge| is_meant(&what, merge)).collect())
 }
@@ -82,8 +87,25 @@ fn is_meant(what: &What<'_>, merge: &Unfinished) -> bool {
 
 /// The failure for a state file that holds no state or must not be trusted, and for a file or folder that
 /// cannot be read.
-pub(in crate::cmd) fn damaged(error: &Error) -> Failure {
-    if let Error::File { file: path, .. } = error {
+pub(in crate::cmd) fn damaged(error: &Error, call: &Call) -> Failure {
+    if let Error::State { path, why } = error
+        && why.is_disbelief()
+    {
+        // It may be a folder, which `rm` does not remove.
+        let away = moved_away(path).map(|command| {
+            Hint::command(HintKind::Advice, "if no merge of yours needs it there, move it away", command)
+        });
+        let hint = away.unwrap_or_else(|| Hint::advice("move it away"));
+        let hint = Hints::from(hint).or(Hint::command(HintKind::Again, "then", call.again()));
+        let message = format!("{error}; nothing was changed");
+        return Report { kind: "state", message, hint, exit: Exit::REFUSED }.into();
+    }
+    if let Error::File { file: path, source } = error {
+        if let Some(words) = limit(source) {
+            let hint = Hint::command(HintKind::Again, words, call.again());
+            return Report { kind: "io", message: error.to_string(), hint: hint.into(), exit: Exit::FAILED }
+                .into();
+        }
         let command = Command::of("ls").word("-ld").file(path);
         let hint = Hint::command(
             HintKind::Advice,

@@ -33,7 +33,7 @@ pub(super) fn run(
     let image = args.what.clone().unwrap_or_else(|| ".".to_owned()).into();
     let call = Call { verb: VerbName::Recover, image, words: words.to_vec() };
     let stop = Stop::on_signals(&call)?;
-    let merges = find::merges(args, qmp)?;
+    let merges = find::merges(args, qmp, &call)?;
     if !args.dry_run {
         find::sweep(args, qmp);
         snapshots(qmp, &call, console)?;
