@@ -2,19 +2,21 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use serde::{Serialize, Serializer};
 
 use crate::chain::{OpenOptions, open_data_file};
-use crate::check::{CheckOptions, CheckReport, check, is_zero};
+use crate::check::{CheckOptions, CheckReport, DataReport, check, is_zero};
 use crate::error::{Error, ErrorKind, FileOp, Result};
-use crate::image::{ImageFormat, Qcow2};
+use crate::image::{Image, ImageFormat, Qcow2, read_snapshots};
 use crate::merge::refuse_torn;
 use crate::repair::{
     RepairMode, RepairPlan, RestoreOptions, RestorePlan, plan, plan_restore, repair, repair_with_backup,
     restore,
 };
 use crate::storage::{Access, Host, LockMode, Storage, lock, may_be_unlocked};
+use crate::transfer::unread::unreadable;
 
 /// What is asked of an image.
 #[derive(Clone, Debug, Default)]
@@ -24,6 +26,8 @@ pub struct CheckRequest<'a> {
     pub repair: Option<RepairMode>,
     /// Only what would be repaired is wanted: nothing is written.
     pub dry_run: bool,
+    /// All data that the image holds is read, and inflated where it is compressed. Not with a repair.
+    pub data: bool,
     /// Where the metadata is copied to before a repair.
     pub backup: Option<&'a Path>,
 }
@@ -108,12 +112,19 @@ pub fn check_named(
     }
     let cluster0 = Qcow2::read_cluster0(path, &*file)?;
     let data = open_data_file(host, path, &*file, &cluster0, open)?;
-    let data_file = data.as_ref().map(|(data, storage)| (&*data.path, &**storage as &dyn Storage));
-    refuse_torn(host, path, &*file, data_file, cluster0.header.is_dirty())?;
-    let data = data_file.map(|(_, storage)| storage);
+    let data_file = data.as_ref().map(|(_, storage)| storage);
+    let named = data.as_ref().map(|(data, storage)| (&*data.path, &**storage as &dyn Storage));
+    refuse_torn(host, path, &*file, named, cluster0.header.is_dirty())?;
+    let data = named.map(|(_, storage)| storage);
     let how = CheckOptions::default();
     let done = match (request.repair, request.backup) {
-        (None, _) => Checked::Checked(check(path, &*file, data, &how)?),
+        (None, _) => {
+            let mut report = check(path, &*file, data, &how)?;
+            if request.data {
+                report.data = Some(read_data(path, &file, data_file)?);
+            }
+            Checked::Checked(report)
+        }
         (Some(mode), _) if request.dry_run => Checked::Planned(plan(path, &*file, data, mode, &how)?),
         (Some(mode), Some(to)) => {
             Checked::Repaired(repair_with_backup(path, &*file, data, mode, host, to, &how)?)
@@ -121,6 +132,29 @@ pub fn check_named(
         (Some(mode), None) => Checked::Repaired(repair(path, &*file, data, mode, &how)?),
     };
     Ok(Some(done))
+}
+
+/// Reads all data that an image and its internal snapshots hold.
+fn read_data(path: &Path, file: &Arc<dyn Storage>, data: Option<&Arc<dyn Storage>>) -> Result<DataReport> {
+    let open = || {
+        let mut image = Qcow2::open(path, Arc::clone(file), data.cloned())?;
+        image.salvage();
+        Ok::<_, Error>(image)
+    };
+    let never = AtomicBool::new(false);
+    let image = open()?;
+    // What is broken of the snapshots is a finding of the check.
+    let snapshots = read_snapshots(path, &**file, image.header()).unwrap_or_default();
+    let mut report = DataReport::new();
+    report.add(None, unreadable(&Image::Qcow2(image), &never)?);
+    for snapshot in snapshots {
+        let mut image = open()?;
+        if image.show_snapshot(&snapshot.id).is_ok() {
+            let name = String::from_utf8_lossy(&snapshot.name);
+            report.add(Some(&name), unreadable(&Image::Qcow2(image), &never)?);
+        }
+    }
+    Ok(report)
 }
 
 /// A restore that failed.

@@ -56,6 +56,12 @@ pub(crate) struct CheckArgs {
     #[arg(long, value_name = "WHAT", group = "work", help_heading = "Repair")]
     pub(crate) repair: Option<RepairWhat>,
 
+    /// Read all data, too: every cluster that the image or an internal snapshot holds; name the guest ranges that cannot be read
+    ///
+    /// Compressed clusters are inflated. Data that cannot be read counts as corruption. Layers below are not looked at.
+    #[arg(long, conflicts_with = "work")]
+    pub(crate) data: bool,
+
     /// Show what the repair or the restore would do, and change nothing; a repair exits as the check without it
     #[arg(long, requires = "work", help_heading = "Repair")]
     pub(crate) dry_run: bool,

@@ -147,7 +147,7 @@ pub(crate) struct FlattenArgs {
     /// The chain's top file
     pub(crate) active: PathBuf,
 
-    /// The file to write; it must not exist
+    /// The file to write; it must not exist, but for a block device with --onto-device
     #[arg(short, long, value_name = "NEW")]
     pub(crate) output: PathBuf,
 
@@ -171,6 +171,13 @@ pub(crate) struct FlattenArgs {
     /// Write zeros that lie among the data, too; without it, aligned runs of 4 KiB and more are left out
     #[arg(long)]
     pub(crate) keep_zeros: bool,
+
+    /// Write onto the block device NEW, and over all that it holds
+    ///
+    /// Refused if the device is mounted, in use, or too small. A raw disk that is smaller than the device is followed by
+    /// zeros. When the work is stopped, the device holds no disk: the same command begins again.
+    #[arg(long)]
+    pub(crate) onto_device: bool,
 
     /// Write whatever can be read, with zeros in the place of what cannot, and name those ranges; exits 9 then
     ///

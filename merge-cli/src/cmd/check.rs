@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use qcow2::by_name::{CheckRequest, Checked, check_named};
-use qcow2::check::Verdict;
+use qcow2::check::{DataReport, UnreadableData, Verdict};
 use qcow2::error::shown;
 use qcow2::image::ImageFormat;
 use qcow2::merge;
@@ -41,6 +41,7 @@ pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Ex
     let mut request = CheckRequest::default();
     request.repair = repair;
     request.dry_run = args.dry_run;
+    request.data = args.data;
     request.backup = args.backup.as_deref();
     let outcome =
         check_named(&OsHost, &args.image, &options, &request).map_err(|e| failure(&e, args, call))?;
@@ -134,6 +135,7 @@ fn human(image: &Path, outcome: &Checked, stopped: Option<&Stopped>) -> String {
     for finding in &report.findings {
         lines.push(format!("{}: {finding}", finding.severity));
     }
+    lines.extend(report.data.iter().flat_map(data));
     let counted = report.corruptions + report.check_errors + report.leaks;
     let told: u64 = report.findings.iter().map(|finding| finding.clusters).sum();
     if counted > told {
@@ -158,6 +160,10 @@ fn human(image: &Path, outcome: &Checked, stopped: Option<&Stopped>) -> String {
             plural(report.leaks, "leaked cluster", "leaked clusters"),
             saving(image).map_or(".".to_owned(), |command| format!(", or save what can be read: {command}")),
         ),
+        Verdict::Corrupt if report.corruptions == 0 && report.check_errors == 0 => format!(
+            "The tables are sound, but data is lost.{}",
+            salvage(image).map_or(String::new(), |command| format!(" To save the rest: {command}")),
+        ),
         Verdict::Corrupt => format!(
             "{} and {} were found. Do not write to the image. To repair it: qmerge check --repair all {file}",
             plural(report.corruptions, "corruption", "corruptions"),
@@ -177,6 +183,33 @@ fn human(image: &Path, outcome: &Checked, stopped: Option<&Stopped>) -> String {
         size::exact(report.image_end_offset),
     ));
     lines.join("\n")
+}
+
+/// How many ranges are named to people.
+const NAMED: usize = 20;
+
+/// What of the data cannot be read.
+fn data(report: &DataReport) -> Vec<String> {
+    let line = |lost: &UnreadableData| {
+        let of = lost.snapshot.as_ref().map(|name| format!(" of the snapshot {}", shown(name)));
+        let (bytes, at) = (size::exact(lost.length), lost.start);
+        format!("ERROR: data: {bytes} at guest offset {at:#x}{} cannot be read", of.unwrap_or_default())
+    };
+    let mut lines: Vec<String> = report.unreadable.iter().take(NAMED).map(line).collect();
+    let more = report.unreadable.len().saturating_sub(NAMED);
+    if more > 0 || !report.lists_all {
+        lines.push(format!("... and {} more, which --json lists", plural(more as u64, "range", "ranges")));
+    }
+    if lines.is_empty() {
+        lines.push("All data can be read.".to_owned());
+    }
+    lines
+}
+
+/// The command that saves the data that can be read.
+fn salvage(image: &Path) -> Option<Command> {
+    let output = free_name(image)?;
+    Some(Command::qmerge(["flatten"]).file(image).word("--salvage").word("-o").file(output))
 }
 
 /// The command that writes the readable data of the image into a new file; `None` if a table cannot be read.

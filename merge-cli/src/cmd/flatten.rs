@@ -1,5 +1,6 @@
 //! `qmerge flatten`: a chain, or its upper part, as one new file.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use qcow2::ErrorKind;
@@ -27,12 +28,18 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
     options.base.clone_from(&args.base);
     options.keep_zeros = args.keep_zeros;
     options.salvage = args.salvage;
+    options.onto_device = args.onto_device;
     let stop = Stop::on_signals(call)?;
     let meter = Meter::new(console, "writing");
+    let begun = Cell::new(false);
     let failed = |error: qcow2::Error| {
         meter.clear();
+        let when = match begun.get() && args.onto_device {
+            true => "in the middle, so that the device holds no disk now; of the chain",
+            false => "and left no file behind",
+        };
         match (error.kind(), stop.exit()) {
-            (ErrorKind::Cancelled, Some(exit)) => Failure::interrupted("and left no file behind", exit, call),
+            (ErrorKind::Cancelled, Some(exit)) => Failure::interrupted(when, exit, call),
             _ => Failure::engine(&error, call),
         }
     };
@@ -53,6 +60,7 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
             shown(file)
         ));
     }
+    begun.set(true);
     let report = flatten.execute(&meter, stop.flag()).map_err(&failed)?;
     drop(meter);
     let mut fields = merged(value(&plan), value(&report));

@@ -45,6 +45,8 @@ kinds! {
     Repair = "repair",
     /// The chain as one new file.
     Flatten = "flatten",
+    /// The same command, which writes over a block device.
+    OntoDevice = "onto-device",
     /// The same command, which writes zeros in the place of what cannot be read.
     Salvage = "salvage",
     /// The same command, allowed to break images that use a layer.

@@ -90,6 +90,7 @@ fn allowed(allow: &Allow, call: &Call) -> (HintKind, Command) {
             (HintKind::BackingFormat, call.again().option("--backing-format", value))
         }
         Allow::DataLoss => (HintKind::Salvage, with("--salvage")),
+        Allow::OverDevice => (HintKind::OntoDevice, with("--onto-device")),
         Allow::NoLocks => (HintKind::NoLock, with("--no-lock")),
         Allow::Restart => (HintKind::Restart, with("--restart")),
         Allow::Copy => (HintKind::AllowCopy, with("--allow-copy")),
@@ -143,6 +144,7 @@ pub(crate) fn words(why: &Why) -> String {
         Why::SaveReadable => "or save what can be read",
         Why::NewFile => "or make a new file",
         Why::ShownByChain => "what the chain shows, as a new file",
+        Why::NobodyNeedsDevice => "if nobody needs what the device holds",
         Why::ZerosForTheRest => "to save what can be read, with zeros for the rest",
         Why::GiveMergeUp => "to give the merge up",
         Why::GiveUp => "to give it up",

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use kit::{Lab, are_here, skipped};
+use kit::{Holder, Lab, are_here, skipped};
 
 use crate::support::lab;
 
@@ -92,6 +92,77 @@ fn a_block_device_that_is_too_small_is_refused_with_the_size_that_it_needs() {
     folder.overlay("b.qcow2", &device.0, "qcow2", None, "");
     folder.io("qcow2", "b.qcow2", &["write -P 5 0 9M"]);
     folder.refused(&["commit", "b.qcow2", "--journal-dir", "."], &[8]).says("enlarge the device");
+}
+
+#[test]
+fn a_flatten_onto_a_device_leaves_nothing_of_what_that_held() {
+    if !are_here(&["qemu-img", "qemu-io", "losetup"]) {
+        return;
+    }
+    let folder = lab("flatten-device");
+    let Some(device) = Device::new(&folder, "disk.img", 16 * MIB) else { return };
+    folder.raw("base.raw", 8 * MIB, 2 * MIB, 1);
+    folder.overlay("vm.qcow2", "base.raw", "raw", Some(9 * MIB + 512), "cluster_size=4k");
+    folder.io("qcow2", "vm.qcow2", &["write -P 5 1M 700k", "write -z 64k 128k", "write -P 0 4M 64k"]);
+    folder.io("qcow2", "vm.qcow2", &["write -c -P 7 5M 4k", "write -P 9 9M 512"]);
+    let shown = folder.view("qcow2", "vm.qcow2");
+    let onto = |to: &'static str, more: &[&'static str]| {
+        let args = ["flatten", "vm.qcow2", "-o", &device.0, "--to", to];
+        [&args[..], more].concat().iter().map(|word| (*word).to_owned()).collect::<Vec<_>>()
+    };
+    let words = |args: &[String]| args.iter().map(String::as_str).collect::<Vec<_>>().join(" ");
+    let run = |args: &[String]| folder.qmerge(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    // Without a word on the device, and in use.
+    let plain = onto("raw", &[]);
+    let files = folder.files();
+    // The hint is not typed here, but below: a device is not thrown away with the changes of a typed hint.
+    let refused = folder.call(&plain.iter().map(String::as_str).collect::<Vec<_>>()).expect(6);
+    folder.assert_unchanged(&files, &refused);
+    refused.says(&format!("qmerge {} --onto-device", words(&plain)));
+    let asked = onto("raw", &["--onto-device"]);
+    {
+        let _user = Holder::qemu_io(folder.dir(), &["-f", "raw"], &device.0);
+        folder.refused(&asked.iter().map(String::as_str).collect::<Vec<_>>(), &[5]);
+    }
+    run(&asked).ok();
+    let there = folder.view("raw", &device.0);
+    there.assert_same_range(&shown, 0, 9 * MIB + 512, "the disk");
+    there.assert_all(9 * MIB + 512, 16 * MIB, 0, "behind the disk");
+    // Another image over that one.
+    for more in [&["--onto-device"][..], &["--onto-device", "--keep-zeros"]] {
+        folder.io("raw", &device.0, &["write -P 0xee 0 16M"]);
+        run(&onto("qcow2", more)).ok();
+        folder.view("qcow2", &device.0).assert_same(&shown, "the image");
+        folder.check_clean(&device.0);
+    }
+    folder.refused(&["flatten", "vm.qcow2", "-o", "new", "--onto-device"], &[1]);
+    folder.refused(&["flatten", "vm.qcow2", "-o", "base.raw", "--onto-device"], &[2]).says("no block device");
+    folder.overlay("top.qcow2", &device.0, "qcow2", None, "");
+    folder.refused(&["flatten", "top.qcow2", "-o", &device.0, "--onto-device"], &[2]).says("holds a layer");
+    folder.create("large.qcow2", 17 * MIB, "");
+    let large = ["flatten", "large.qcow2", "-o", &device.0, "--onto-device", "--to", "raw"];
+    folder.refused(&large, &[8]).says("17825792");
+}
+
+#[test]
+fn a_mounted_device_is_not_written() {
+    if !are_here(&["qemu-img", "losetup", "mkfs.ext4"]) {
+        return;
+    }
+    let folder = lab("mounted-device");
+    let Some(device) = Device::new(&folder, "disk.img", 16 * MIB) else { return };
+    folder.create("vm.qcow2", MIB, "");
+    folder.run("mkfs.ext4", &["-q", "-F", &device.0]).ok();
+    let on = folder.arg("on");
+    std::fs::create_dir(&on).unwrap();
+    if folder.run("mount", &["-o", "ro", &device.0, &on]).code != 0 {
+        skipped("nothing can be mounted here");
+        return;
+    }
+    let run = folder.qmerge(&["flatten", "vm.qcow2", "-o", &device.0, "--onto-device"]);
+    folder.run("umount", &[&on]).ok();
+    run.expect(5);
+    folder.run("e2fsck", &["-fn", &device.0]).ok();
 }
 
 /// A small XFS in a file, mounted; unmounted when dropped.

@@ -109,6 +109,13 @@ fn what_is_damaged_becomes_zeros_and_is_named() {
         vm.set_u64(vm.l2_entry(2 * M), vm.u64(vm.l2_entry(2 * M)) & !((1 << 54) - 1) | 1 << 40);
         let lost = [(64 * k, 64 * k), (M, 64 * k), (2 * M, 64 * k)];
         let files = folder.files();
+        // Of the image alone, the hidden one is lost, too.
+        let checked = folder.qmerge(&["check", "--data", "vm.qcow2", "--json"]).expect(2).json();
+        let told: Vec<_> =
+            checked["data"]["unreadable"].as_array().unwrap().iter().map(|range| &range["start"]).collect();
+        assert_eq!(told, [&serde_json::json!(64 * k), &(M.into()), &((2 * M).into())], "{checked}");
+        assert_eq!(checked["data"]["unreadable"][0]["length"], 128 * k);
+        folder.qmerge(&["check", "--data", "top.qcow2"]).ok().says("All data can be read.");
         let plain = ["flatten", "top.qcow2", "-o", "new", "--to", "raw"];
         folder.refused(&plain, &[9]).says("--salvage");
         for extra in [&["--json"][..], &["--json", "--keep-zeros"], &[]] {
@@ -139,4 +146,27 @@ fn what_is_damaged_becomes_zeros_and_is_named() {
         // A sound image is salvaged like any other.
         folder.qmerge(&["flatten", "base.raw", "-f", "raw", "-o", "new", "--salvage"]).ok();
     }
+}
+
+#[test]
+fn a_check_of_the_data_finds_a_damaged_stream_of_a_snapshot() {
+    if !qemu_is_here() {
+        return;
+    }
+    let folder = lab("check-data");
+    folder.create("vm.qcow2", 4 * M, "");
+    folder.io("qcow2", "vm.qcow2", &["write -c -P 3 1M 64k", "write -P 4 2M 64k"]);
+    folder.img(&["snapshot", "-c", "monday", "vm.qcow2"]);
+    folder.qmerge(&["check", "--data", "vm.qcow2"]).ok().says("All data can be read.");
+    let vm = Patch::of(&folder, "vm.qcow2");
+    let stream = vm.u64(vm.l2_entry(M)) & ((1 << 54) - 1);
+    folder.io("qcow2", "vm.qcow2", &["write -P 5 1M 64k"]);
+    folder.qmerge(&["check", "--data", "vm.qcow2"]).ok();
+    vm.write(stream, &[0xff; 64]);
+    // The tables alone do not tell.
+    folder.qmerge(&["check", "vm.qcow2"]).ok();
+    let files = folder.files();
+    let run = folder.qmerge(&["check", "--data", "vm.qcow2"]).expect(2).says("of the snapshot monday");
+    assert!(run.text().contains("64 KiB (65536 bytes) at guest offset 0x100000"), "{run}");
+    folder.assert_unchanged(&files, &run);
 }

@@ -157,6 +157,7 @@ fn provoke(kind: HintKind, chain: &Article) -> Tried {
         | HintKind::LiveCancel => Tried::By("live::hints"),
         HintKind::Offline | HintKind::Forget => Tried::By("recover"),
         HintKind::NoLock => Tried::By("formats"),
+        HintKind::OntoDevice => Tried::By("devices"),
         HintKind::Virsh => Tried::By("libvirt"),
         HintKind::Recover => Tried::By("recover"),
     }

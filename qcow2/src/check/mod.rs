@@ -39,6 +39,7 @@ use serde::Serialize;
 use crate::error::{Error, Refusal, Result};
 use crate::format::FormatError;
 use crate::storage::Storage;
+use crate::units::GuestRange;
 
 use census::{Census, WINDOW_WORDS};
 use counts::Width;
@@ -84,6 +85,9 @@ pub struct CheckReport {
     pub compressed_clusters: u64,
     /// What is wrong, by severity and host offset: the first thousand of each severity.
     pub findings: Vec<Finding>,
+    /// What of the data cannot be read, where it was read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataReport>,
     /// Whether every reference could be followed. If not, clusters that are reported as leaked may belong
     /// to a structure that could not be read, and must not be freed.
     #[serde(skip)]
@@ -94,6 +98,49 @@ pub struct CheckReport {
     /// Whether the image is marked corrupt.
     #[serde(skip)]
     pub marked_corrupt: bool,
+}
+
+/// What reading the data of an image has come to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub struct DataReport {
+    /// What cannot be read, or not be inflated, by the guest's offset: first what the image holds now, then each snapshot.
+    pub unreadable: Vec<UnreadableData>,
+    /// Whether that is all; else there is more of it than is listed.
+    pub lists_all: bool,
+}
+
+/// A range of the guest's disk that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub struct UnreadableData {
+    /// The internal snapshot that holds it, by its name; `None` for what the image holds now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+    /// The guest offset in bytes.
+    pub start: u64,
+    /// How many bytes.
+    pub length: u64,
+}
+
+impl DataReport {
+    /// Nothing so far, which is all there is.
+    pub(crate) fn new() -> Self {
+        Self { unreadable: Vec::new(), lists_all: true }
+    }
+
+    /// Adds ranges, and whether they are all.
+    pub(crate) fn add(&mut self, snapshot: Option<&str>, found: (Vec<GuestRange>, bool)) {
+        let (ranges, lists_all) = found;
+        self.lists_all &= lists_all;
+        self.unreadable.extend(ranges.iter().map(|range| UnreadableData {
+            snapshot: snapshot.map(str::to_owned),
+            start: range.start.get(),
+            length: range.len,
+        }));
+    }
 }
 
 /// QEMU omits these numbers from its JSON where they are zero.
@@ -121,8 +168,11 @@ impl CheckReport {
         self.corruptions == 0 && self.check_errors == 0
     }
 
-    /// The outcome in one word.
+    /// The outcome in one word. Data that cannot be read is corrupt.
     pub fn verdict(&self) -> Verdict {
+        if self.data.as_ref().is_some_and(|data| !data.unreadable.is_empty()) {
+            return Verdict::Corrupt;
+        }
         match (self.corruptions, self.check_errors, self.leaks) {
             (1.., ..) => Verdict::Corrupt,
             (0, 1.., _) => Verdict::Failed,
@@ -216,6 +266,7 @@ fn report(subject: &Subject<'_>, census: Census) -> CheckReport {
         allocated_clusters: totals.allocated.load(Relaxed),
         fragmented_clusters: totals.fragmented.load(Relaxed),
         compressed_clusters: totals.compressed.load(Relaxed),
+        data: None,
         references_complete: !findings.is_incomplete(),
         findings: findings.into_vec(),
         dirty: header.is_dirty(),

@@ -1,9 +1,11 @@
 //! Flattens a chain into one new file.
 //!
 //! A flatten is a merge of all layers into an empty image. The plan is made with an empty image in memory. The
-//! work is done in a file with a temporary name, which gets its final name when everything is durable. No input
+//! work is done in a file with a temporary name, which gets its final name when everything is durable, or on a
+//! block device. No input
 //! is written; all of them are locked for reading.
 
+mod device;
 mod lost;
 mod new_image;
 mod plan;
@@ -26,6 +28,7 @@ use crate::image::{Image, ImageFormat, Lost, Qcow2};
 use crate::merge::open_whole;
 use crate::storage::{Host, MemFile, Storage};
 use crate::transfer::{Job, Progress, Question, Run, Totals, Writer, Zeros};
+use device::Device;
 use new_image::{NewImage, new_image};
 pub use plan::{FlattenOptions, FlattenPlan, FlattenReport};
 use target::Temporary;
@@ -40,6 +43,8 @@ pub struct Flatten {
     new: NewImage,
     keep_zeros: bool,
     salvage: bool,
+    /// The block device that takes the image, if it is one.
+    device: Option<Device>,
     plan: FlattenPlan,
 }
 
@@ -57,7 +62,9 @@ impl Flatten {
         cancel: &AtomicBool,
     ) -> Result<Self> {
         let output = &options.output;
-        target::refuse_existing(&*host, output)?;
+        if !options.onto_device {
+            target::refuse_existing(&*host, output)?;
+        }
         let open = OpenOptions {
             lock: true,
             access: Default::default(),
@@ -69,6 +76,10 @@ impl Flatten {
         if let Some(name) = &options.snapshot {
             show_snapshot(&mut chain, name)?;
         }
+        let device = match options.onto_device {
+            true => Some(Device::open(&*host, output, &chain)?),
+            false => None,
+        };
         let below = match &options.base {
             Some(name) => below(&*host, &chain, name, options.to)?,
             None => 0,
@@ -94,18 +105,19 @@ impl Flatten {
         plan.virtual_size = empty.virtual_size();
         // The plan does not read the data to find zeros in it, so its figures are upper bounds.
         let zeros = if options.keep_zeros { Zeros::Mapped } else { Zeros::Holes };
-        plan.totals = with_job(&chain, below, &empty, (zeros, None), |job| job.plan(cancel))?;
+        plan.totals = with_job(&chain, below, &empty, (zeros, None, true), |job| job.plan(cancel))?;
         plan.file_size_after = new.file_size(output, &plan.totals)?;
-        let dir = dir_of(output);
-        match host.free_space(dir).map_err(|e| Error::io(dir, FileOp::Stat, None, e))? {
-            Some(available) if available < plan.file_size_after => {
-                let needed = plan.file_size_after;
-                return Err(Error::NoSpace { path: output.clone(), needed, available });
+        match &device {
+            Some(device) => {
+                if options.to == ImageFormat::Raw {
+                    plan.file_size_after = plan.virtual_size;
+                }
+                device.judge_size(output, plan.file_size_after)?;
             }
-            available => plan.is_room_unknown = available.is_none(),
+            None => plan.is_room_unknown = is_room_unknown(&*host, &plan)?,
         }
         let (keep_zeros, salvage) = (options.keep_zeros, options.salvage);
-        Ok(Self { host, chain, below, new, keep_zeros, salvage, plan })
+        Ok(Self { host, chain, below, new, keep_zeros, salvage, device, plan })
     }
 
     /// What will be done.
@@ -133,20 +145,67 @@ impl Flatten {
     ///
     /// # Errors
     /// An I/O error; [`Error::Refused`] if the output exists by now; [`Error::Cancelled`]. After an error no
-    /// file stays behind, unless the process is killed.
+    /// file stays behind, unless the process is killed; a device has lost what it held.
     pub fn execute(self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<FlattenReport> {
         let start = Instant::now();
+        let report = match &self.device {
+            Some(device) => self.onto(device, progress, cancel),
+            None => self.beside(progress, cancel),
+        };
+        report.map(|report| FlattenReport { elapsed: start.elapsed(), ..report })
+    }
+
+    fn beside(&self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<FlattenReport> {
         let output = &self.plan.output;
         let temporary = Temporary::create(&*self.host, output)?;
         let file = temporary.file();
-        let planned = self.plan.totals;
-        let image = self.new.write(temporary.path(), Arc::clone(file), planned.clusters_to_allocate)?;
+        let clusters = self.plan.totals.clusters_to_allocate;
+        let image = self.new.write(temporary.path(), Arc::clone(file), clusters)?;
+        let report = self.fill(&image, file, progress, cancel)?;
+        temporary.give_name(output, &self.inputs())?;
+        Ok(report)
+    }
+
+    /// Writes the image onto a block device. Nothing of what that held shows afterwards; a qcow2 image there begins to be one
+    /// when all else is durable.
+    fn onto(&self, device: &Device, progress: &dyn Progress, cancel: &AtomicBool) -> Result<FlattenReport> {
+        let output = &self.plan.output;
+        let clusters = self.plan.totals.clusters_to_allocate;
+        device.clear(output, 0, Some(self.new.empty_size(output, clusters)?))?;
+        let image = self.new.write(output, Arc::clone(device.file()), clusters)?;
+        match self.new {
+            NewImage::Raw { size } => {
+                // The guest sees all of the device.
+                device.clear(output, size, None)?;
+                self.fill(&image, device.file(), progress, cancel)
+            }
+            NewImage::Qcow2(_) => {
+                let magic = device.take_magic(output)?;
+                let report = self.fill(&image, device.file(), progress, cancel)?;
+                device.write_magic(output, &magic)?;
+                Ok(report)
+            }
+        }
+    }
+
+    /// Fills the empty image, which lies in `file`, durably.
+    fn fill(
+        &self,
+        image: &Image,
+        file: &Arc<dyn Storage>,
+        progress: &dyn Progress,
+        cancel: &AtomicBool,
+    ) -> Result<FlattenReport> {
+        let output = &self.plan.output;
+        // What a raw device held shows where nothing is written.
+        let is_blank = self.device.is_none() || image.as_qcow2().is_some();
+        let total = if is_blank { self.plan.totals.bytes_to_write } else { self.plan.virtual_size };
         let done = AtomicU64::new(0);
-        let run = Run { progress, total: planned.bytes_to_write, done, cancel, journal: None };
+        let run = Run { progress, total, done, cancel, journal: None };
         let zeros = if self.keep_zeros { Zeros::Mapped } else { Zeros::Read };
         let lost = self.salvage.then(Lost::default);
-        let how = (zeros, lost.as_ref());
-        let totals = with_job(&self.chain, self.below, &image, how, |job| match &image {
+        let how = (zeros, lost.as_ref(), is_blank);
+        let totals = with_job(&self.chain, self.below, image, how, |job| match image {
             Image::Raw(_) => job.run(None, &run),
             Image::Foreign(foreign) => Err(foreign.refuse()),
             Image::Qcow2(image) => {
@@ -161,14 +220,13 @@ impl Flatten {
             Some(lost) => lost::seen(lost, &self.chain, self.below)?,
             None => (Vec::new(), true),
         };
-        temporary.give_name(output, &self.inputs())?;
         Ok(FlattenReport {
             totals,
             file_size: stat.len,
             allocated: stat.allocated,
-            elapsed: start.elapsed(),
             lost,
             lists_all_lost,
+            ..FlattenReport::default()
         })
     }
 }
@@ -179,6 +237,21 @@ impl Flatten {
         let layers = self.chain.layers().iter().skip(self.below).rev();
         let files = layers.flat_map(|layer| [layer.image.file(), layer.image.data_file()]);
         files.map(|file| &**file).collect()
+    }
+}
+
+/// Whether the file system does not say that there is room for the new file.
+///
+/// # Errors
+/// [`Error::NoSpace`]; the system's.
+fn is_room_unknown(host: &dyn Host, plan: &FlattenPlan) -> Result<bool> {
+    let dir = dir_of(&plan.output);
+    let needed = plan.file_size_after;
+    match host.free_space(dir).map_err(|e| Error::io(dir, FileOp::Stat, None, e))? {
+        Some(available) if available < needed => {
+            Err(Error::NoSpace { path: plan.output.clone(), needed, available })
+        }
+        available => Ok(available.is_none()),
     }
 }
 
@@ -221,7 +294,7 @@ fn with_job<T>(
     chain: &Chain,
     below: usize,
     new: &Image,
-    (zeros, lost): (Zeros, Option<&Lost>),
+    (zeros, lost, is_blank): (Zeros, Option<&Lost>, bool),
     f: impl FnOnce(&Job<'_>) -> Result<T>,
 ) -> Result<T> {
     let mut layers = chain.images();
@@ -235,7 +308,8 @@ fn with_job<T>(
         base: new,
         below_size,
         own: None,
-        base_size: size,
+        // Where the new image is not blank, it needs the zeros, too.
+        base_size: if is_blank { size } else { 0 },
         zero_until: size,
         limit: u64::MAX,
     };

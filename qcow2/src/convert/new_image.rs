@@ -52,6 +52,14 @@ impl NewImage {
         }
     }
 
+    /// How many bytes the empty image takes, with room for `clusters` clusters.
+    pub(super) fn empty_size(&self, path: &Path, clusters: u64) -> Result<u64> {
+        match self {
+            Self::Raw { .. } => Ok(0),
+            Self::Qcow2(options) => Ok(NewImageLayout::of(path, options, clusters)?.file_size()),
+        }
+    }
+
     /// The most bytes that the file takes on the disk.
     pub(super) fn file_size(&self, path: &Path, totals: &Totals) -> Result<u64> {
         match self {

@@ -35,12 +35,23 @@ pub struct FlattenOptions {
     /// cannot be inflated, become zeros, and are named in the report. For that, all data is read before it is
     /// copied.
     pub salvage: bool,
+    /// The output is a block device that is there, and all that it holds is overwritten.
+    pub onto_device: bool,
 }
 
 impl FlattenOptions {
     /// The whole chain, as its active image shows it, becomes `output`.
     pub fn new(open: OpenOptions, output: PathBuf, to: ImageFormat) -> Self {
-        Self { open, snapshot: None, output, to, base: None, keep_zeros: false, salvage: false }
+        Self {
+            open,
+            snapshot: None,
+            output,
+            to,
+            base: None,
+            keep_zeros: false,
+            salvage: false,
+            onto_device: false,
+        }
     }
 }
 

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::exists;
-use crate::error::{Error, FileOp, Result};
+use crate::error::{Error, FileOp, Refusal, Result};
 use crate::image::create::dir_of;
-use crate::storage::{Host, LockMode, Place, Storage, lock};
+use crate::storage::{FileKind, Host, LockMode, Place, Storage, lock};
 
 /// The most bytes of the output's name that the temporary name repeats, so that the whole stays below the limit
 /// of file systems, 255 bytes.
@@ -100,6 +100,7 @@ impl Drop for Temporary<'_> {
 /// [`Error::Refused`]; an I/O error if it cannot be told.
 pub(super) fn refuse_existing(host: &dyn Host, output: &Path) -> Result<()> {
     match host.stat(output) {
+        Ok(stat) if stat.kind == FileKind::Block => Err(Error::refused(output, Refusal::DeviceIsThere)),
         Ok(_) => Err(exists(output)),
         Err(e) if e.kind() == ErrorKind::NotFound => {
             let dir = dir_of(output);

@@ -291,6 +291,9 @@ pub enum Refusal {
     /// A file that is to be made is there already.
     #[error("it exists already, and is never replaced")]
     Exists,
+    /// A block device has the name of a file that is to be made.
+    #[error("it is a block device, and all that it holds would be overwritten")]
+    DeviceIsThere,
     /// A persistent bitmap would have to become larger than a qcow2 image can hold.
     #[error(
         "its persistent bitmap '{name}' cannot grow to a disk of {size} bytes: more than 512 MiB of bits would be needed \

@@ -190,6 +190,7 @@ mod tests {
     #[test]
     fn a_plan_reads_as_steps() {
         let mut report = CheckReport {
+            data: None,
             corruptions: 3,
             leaks: 1,
             check_errors: 0,

@@ -272,6 +272,12 @@ pub trait Host: Send + Sync + fmt::Debug {
     /// regular file or a block device is refused with [`io::ErrorKind::InvalidInput`].
     fn open(&self, path: &Path, access: Access) -> io::Result<Arc<dyn Storage>>;
 
+    /// Opens a block device for reading and writing that nothing of the system uses: a mounted one is
+    /// [`io::ErrorKind::ResourceBusy`], and cannot be mounted meanwhile.
+    fn open_unused(&self, path: &Path) -> io::Result<Arc<dyn Storage>> {
+        self.open(path, Access::ReadWrite)
+    }
+
     /// Creates a new file for reading and writing; an error if the name exists.
     fn create_new(&self, path: &Path) -> io::Result<Arc<dyn Storage>>;
 

@@ -52,6 +52,15 @@ impl Host for OsHost {
         Ok(Arc::new(self.open_file(path, access)?))
     }
 
+    fn open_unused(&self, path: &Path) -> io::Result<Arc<dyn Storage>> {
+        refuse_other(&fs::metadata(path)?)?;
+        // For a block device, O_EXCL asks the system for it alone.
+        let flags = OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::EXCL;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(flags.bits().cast_signed());
+        Ok(Arc::new(OsFile::new(options.open(path)?)?))
+    }
+
     fn create_new(&self, path: &Path) -> io::Result<Arc<dyn Storage>> {
         Ok(Arc::new(self.create_file(path)?))
     }

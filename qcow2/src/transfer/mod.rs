@@ -11,6 +11,7 @@ pub(crate) mod origin;
 mod pace;
 mod put;
 pub(crate) mod target;
+pub(crate) mod unread;
 pub(crate) mod verify;
 pub(crate) mod workers;
 pub(crate) mod zeros;

@@ -252,6 +252,7 @@ fn refused(path: &Path, reason: &Refusal, asked: &Asked<'_>) -> Vec<Way> {
         }
         Refusal::WrittenSinceRepair { .. } => one(check(path, Why::BackupOutdated)),
         Refusal::TooDeep { limit } => one(too_deep(*limit, asked)),
+        Refusal::DeviceIsThere => one(Way::allow(Allow::OverDevice, Why::NobodyNeedsDevice)),
         Refusal::Exists => one(other_output(path)),
         _ => one(layers(asked)),
     }

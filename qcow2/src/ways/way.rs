@@ -141,6 +141,8 @@ pub enum Allow {
     BitmapLoss,
     /// That zeros take the place of what cannot be read.
     DataLoss,
+    /// That a block device is overwritten.
+    OverDevice,
     /// That images name files in these folders.
     Folders(Vec<PathBuf>),
     /// The format of the named image: its bytes are the disk itself.
@@ -252,6 +254,8 @@ pub enum Why {
     ShownByChain,
     /// Whatever can be read is saved, with zeros for the rest.
     ZerosForTheRest,
+    /// Nobody needs what a block device holds.
+    NobodyNeedsDevice,
     /// A stopped merge is not wanted.
     GiveMergeUp,
     /// The same, where only one is in question.
