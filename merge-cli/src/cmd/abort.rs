@@ -12,6 +12,7 @@ use crate::call::Call;
 use crate::cli::AbortArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::output::human::list;
 use crate::output::json::{merged, path, value};
 use crate::output::{Console, size};
 use crate::signals::Stop;
@@ -68,8 +69,8 @@ fn human(done: &Aborted, args: &AbortArgs) -> String {
         lines.push(format!("{base} is consistent, and the overlays hold all that they held"));
     }
     if !done.restore_points_lost.is_empty() {
-        let lost: Vec<_> = done.restore_points_lost.iter().map(shown).collect();
-        lines.push(format!("restore points no more, as the merge had begun to write: {}", lost.join(", ")));
+        let lost = list(&done.restore_points_lost);
+        lines.push(format!("restore points no more, as the merge had begun to write: {lost}"));
     }
     lines.join("\n")
 }

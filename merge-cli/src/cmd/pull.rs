@@ -13,7 +13,7 @@ use crate::call::Call;
 use crate::cli::PullArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::output::human::{Fields, plural};
+use crate::output::human::{Fields, list, plural};
 use crate::output::json::{merged, value};
 use crate::output::progress::Meter;
 use crate::output::{Console, size};
@@ -78,8 +78,8 @@ fn afterwards(plan: &PullPlan) -> String {
 
 fn plan_words(plan: &PullPlan) -> String {
     let mut fields = Fields::default();
-    let pulled: Vec<_> = plan.pulled.iter().map(shown).collect();
-    let from = if pulled.is_empty() { "nothing more".to_owned() } else { pulled.join(", ") };
+    let pulled = list(&plan.pulled);
+    let from = if pulled.is_empty() { "nothing more".to_owned() } else { pulled.clone() };
     fields.add("pull", format!("{from} into {}", shown(&plan.active)));
     if plan.is_resumed {
         fields.add("continues", "where the same pull was stopped");
@@ -95,7 +95,7 @@ fn plan_words(plan: &PullPlan) -> String {
     }
     fields.add("afterwards", afterwards(plan));
     if !pulled.is_empty() {
-        fields.add("not needed by it", format!("{}; other images may use what is there", pulled.join(", ")));
+        fields.add("not needed by it", format!("{pulled}; other images may use what is there"));
     }
     fields.render()
 }

@@ -1,5 +1,6 @@
 //! Aligned text for people.
 
+use std::ffi::OsStr;
 use std::fmt::Write;
 
 /// `name: value` lines with the values in one column; a value's further lines are indented to it.
@@ -76,6 +77,11 @@ pub(crate) fn plural(count: u64, one: &str, many: &str) -> String {
 /// Words that somebody else chose, as they may be shown on a terminal.
 pub(crate) fn printable(text: &str) -> String {
     qcow2::error::shown(text)
+}
+
+/// Names, one behind the other, as they may be shown on a terminal.
+pub(crate) fn list(names: impl IntoIterator<Item = impl AsRef<OsStr>>) -> String {
+    names.into_iter().map(qcow2::error::shown).collect::<Vec<_>>().join(", ")
 }
 
 /// A word for the shell, quoted if it needs to be.

@@ -6,7 +6,7 @@ use qcow2::error::shown;
 use qcow2::merge::{Afterwards, DataFileFate, Kept, Plan, Report, Settled};
 
 use crate::cli::CommitArgs;
-use crate::output::human::{Fields, plural};
+use crate::output::human::{Fields, list, plural};
 use crate::output::size;
 
 /// The plan; `domains` are the fields that tell of libvirt.
@@ -14,8 +14,7 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, Str
     let mut fields = Fields::default();
     // All layers from base up to top stop being restore points, except top itself.
     let below = plan.restore_points_lost.iter().skip(1);
-    let merged: Vec<_> = below.chain([&plan.top]).map(|file| show(file)).collect();
-    fields.add("merge", format!("{} into {}", merged.join(", "), show(&plan.base)));
+    fields.add("merge", format!("{} into {}", list(below.chain([&plan.top])), show(&plan.base)));
     if let Some(resumed) = plan.resumed {
         let done = size::short(resumed.done);
         fields.add("continues", format!("at {} %: {done} are done already", resumed.percent));
@@ -279,10 +278,6 @@ fn room_unknown(files: &[PathBuf]) -> String {
         "the file system of {} does not say how much is free; when it is full, nothing is lost",
         list(files)
     )
-}
-
-fn list(files: &[PathBuf]) -> String {
-    files.iter().map(|file| show(file)).collect::<Vec<_>>().join(", ")
 }
 
 fn show(file: &Path) -> String {

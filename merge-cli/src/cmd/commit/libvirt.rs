@@ -1,11 +1,11 @@
 //! Which domains of libvirt name the images of a merge, and what they boot afterwards, in words.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use qmp_client::libvirt::{After, Definitions, Images, Mention, Recorded, Virsh};
 
 use crate::domains::command;
-use crate::output::human::printable;
+use crate::output::human::{list, printable};
 
 /// The fields of the plan in words: each a title and its text.
 pub(in crate::cmd) fn text(definitions: &Definitions, images: &Images<'_>) -> Vec<(&'static str, String)> {
@@ -33,14 +33,13 @@ fn told(mention: &Mention<'_>, images: &Images<'_>) -> String {
     let mut named = images.of_mention(mention).into_iter().map(|(file, _)| file);
     let show = |file: &Path| printable(&file.display().to_string());
     let first = named.next().map_or(String::new(), show);
-    let rest: Vec<String> = named.map(show).collect();
+    let rest: Vec<&Path> = named.collect();
     let mut text =
         format!("the domain {} names {first} as {}", printable(&domain.name), printable(&disk.target));
     if !rest.is_empty() {
-        text += &format!(", and records {}", rest.join(", "));
+        text += &format!(", and records {}", list(rest));
     }
     text += &format!(" ({})", show(&domain.definition));
-    let list = |files: &[PathBuf]| files.iter().map(|file| show(file)).collect::<Vec<_>>().join(", ");
     let edit = command(&Virsh::of(domain).command("edit", &[]));
     let warning = match images.after(mention) {
         After::Right if disk.recorded == Recorded::ActiveOnly => return text,

@@ -15,7 +15,7 @@ use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Hint, HintKind};
 use crate::output::Console;
-use crate::output::human::printable;
+use crate::output::human::{list, printable};
 use crate::output::progress::Meter;
 use crate::output::size;
 use crate::signals::Stop;
@@ -104,10 +104,10 @@ impl Follow<'_> {
             let message = format!("stopped waiting{when}; the job goes on, at {share:.0} %");
             return Report { kind, message, hint: again("to wait again").into(), exit }.into();
         }
-        let lost: Vec<_> = merge.restore_points_lost().map(|layer| printable(&layer.file)).collect();
+        let lost = list(merge.restore_points_lost().map(|layer| &layer.file));
         let changed = match lost.is_empty() {
             true => String::new(),
-            false => format!("; no restore points any more: {}", lost.join(", ")),
+            false => format!("; no restore points any more: {lost}"),
         };
         let message = format!(
             "stopped{when} at {share:.0} %, and the job is cancelled: the chain of {disk} is as it was, with the same \

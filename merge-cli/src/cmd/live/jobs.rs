@@ -8,7 +8,7 @@ use super::trouble::{self, Session};
 use crate::cli::LiveVerb;
 use crate::failure::Failure;
 use crate::output::Console;
-use crate::output::human::{Table, printable};
+use crate::output::human::{Table, list as listed, printable};
 use crate::output::json::{only, value};
 use crate::output::size;
 
@@ -76,7 +76,7 @@ pub(super) fn list(session: &Session<'_>, machine: &Machine<'_>, console: &Conso
 
 /// `vda: b.qcow2, a.qcow2 into base.raw, not switched yet; the image that holds the disk is c.qcow2`
 fn in_words(state: &Outline) -> String {
-    let merged: Vec<_> = state.merged().map(|layer| printable(&layer.file)).collect();
+    let merged = listed(state.merged().map(|layer| &layer.file));
     let target = state.target().map_or(String::new(), |layer| printable(&layer.file));
     let phase = match state.phase {
         Phase::Copying => "not switched yet",
@@ -84,7 +84,7 @@ fn in_words(state: &Outline) -> String {
         Phase::Switched => "switched",
     };
     let (disk, top) = (printable(&state.disk), printable(&state.valid_top));
-    format!("{disk}: {} into {target}, {phase}; the image that holds the disk is {top}", merged.join(", "))
+    format!("{disk}: {merged} into {target}, {phase}; the image that holds the disk is {top}")
 }
 
 /// Pauses, resumes, cancels or slows the job of a disk.

@@ -1,6 +1,6 @@
 //! The outcome of a merge, for people and for programs.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use qmp_client::{
@@ -13,7 +13,7 @@ use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind, Hints};
 use crate::output::Console;
-use crate::output::human::{printable, shell_word};
+use crate::output::human::{list, printable, shell_word};
 use crate::output::json::{merged, only, value};
 use crate::output::size;
 
@@ -185,9 +185,6 @@ fn target(state: &Outline) -> String {
 }
 
 fn add_files(session: &Session<'_>, state: &Outline, tidied: &Tidied, lines: &mut Vec<String>) {
-    let list = |files: &[PathBuf]| {
-        files.iter().map(|f| printable(&f.to_string_lossy())).collect::<Vec<_>>().join(", ")
-    };
     for (files, what) in
         [(&tidied.deleted, "removed"), (&tidied.obsolete, "not needed any more by this disk")]
     {

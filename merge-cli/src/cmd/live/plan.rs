@@ -1,6 +1,6 @@
 //! Plan and result of a live merge in words.
 
-use crate::output::human::{Fields, printable};
+use crate::output::human::{self, Fields, printable};
 use crate::output::size;
 use qmp_client::{DataFate, Direction, End, Layer, Plan};
 
@@ -58,8 +58,7 @@ pub(super) fn text(plan: &Plan) -> String {
         fields.add("breaks", format!("{}, which uses base or a merged layer", file.display()));
     }
     if !plan.searched.unreadable.is_empty() {
-        let files: Vec<_> = plan.searched.unreadable.iter().map(|f| f.display().to_string()).collect();
-        let files = files.join(", ");
+        let files = human::list(&plan.searched.unreadable);
         fields.add("not known", format!("whether these use base, as they could not be read: {files}"));
     }
     fields.render()
@@ -139,5 +138,5 @@ pub(super) fn show(layer: &Layer) -> String {
 }
 
 fn list<'a>(layers: impl Iterator<Item = &'a Layer>) -> String {
-    layers.map(show).collect::<Vec<_>>().join(", ")
+    human::list(layers.map(|layer| &layer.file))
 }
