@@ -35,7 +35,7 @@ pub(super) fn run(args: &FlattenArgs, call: &Call, console: &Console) -> Result<
     let failed = |error: qcow2::Error| {
         meter.clear();
         let when = match begun.get() && args.onto_device {
-            true => "in the middle, so that the device holds no disk now; of the chain",
+            true => "in the middle of the device, which holds no disk now",
             false => "and left no file behind",
         };
         match (error.kind(), stop.exit()) {
