@@ -10,7 +10,7 @@ use crate::chain::{OpenOptions, open_data_file};
 use crate::check::{CheckOptions, CheckReport, DataReport, check, is_zero};
 use crate::error::{Error, ErrorKind, FileOp, Result};
 use crate::image::{Image, ImageFormat, Qcow2, read_snapshots};
-use crate::merge::refuse_torn;
+use crate::merge::{refuse_repair, refuse_torn};
 use crate::repair::{
     RepairMode, RepairPlan, RestoreOptions, RestorePlan, plan, plan_restore, repair, repair_with_backup,
     restore,
@@ -115,6 +115,9 @@ pub fn check_named(
     let data_file = data.as_ref().map(|(_, storage)| storage);
     let named = data.as_ref().map(|(data, storage)| (&*data.path, &**storage as &dyn Storage));
     refuse_torn(host, path, &*file, named, cluster0.header.is_dirty())?;
+    if writes {
+        refuse_repair(host, path, &*file, named, cluster0.header.is_dirty())?;
+    }
     let data = named.map(|(_, storage)| storage);
     let how = CheckOptions::default();
     let done = match (request.repair, request.backup) {

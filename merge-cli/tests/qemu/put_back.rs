@@ -91,3 +91,74 @@ fn a_merge_that_is_stopped_again_behind_its_emptying_is_finished() {
         }
     }
 }
+
+/// A repair clears the dirty bit by which the merge knows base. Ours waits for the merge. Behind QEMU's the merge goes on when
+/// it is told to, since base still holds everything.
+#[test]
+fn a_merge_whose_base_was_repaired_while_layers_were_emptied_can_be_finished() {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
+        return;
+    }
+    let folder = chain("qcow2");
+    let want = folder.view("qcow2", "c");
+    for call in 1..=3 {
+        kill_at_removal(&folder, call, &["commit", "c", "-q"]);
+        let repair = folder.qmerge(&["check", "--repair", "all", "base"]);
+        assert!(repair.code == 1 && repair.stderr.contains("finish"), "killed at removal {call}: {repair}");
+        folder.img(&["check", "-q", "-r", "all", "base"]);
+        let run = folder.qmerge(&["commit", "c", "-q"]);
+        if run.code != 0 {
+            assert!(run.code == 6 && run.stderr.contains("--restart"), "killed at removal {call}: {run}");
+            folder.qmerge(&["commit", "c", "-q", "--restart"]).ok();
+        }
+        folder.view("qcow2", "c").assert_same(&want, &format!("killed at removal {call}, then repaired"));
+        folder.view("qcow2", "base").assert_same(&want, &format!("base, killed at removal {call}"));
+        folder.img(&["check", "-q", "base"]);
+        assert!(!folder.join(JOURNAL).exists(), "a journal is left");
+    }
+}
+
+/// A guest that booted base has written more than what the merge left there: nobody but the user knows which is right.
+#[test]
+fn a_base_that_a_guest_has_written_while_layers_were_emptied_is_left_alone() {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
+        return;
+    }
+    let folder = chain("qcow2");
+    kill_at_removal(&folder, 2, &["commit", "c", "-q"]);
+    folder.img(&["check", "-q", "-r", "all", "base"]);
+    let writes: Vec<_> = (0..6).map(|n| format!("write -q -P 9 {} 4k", n * MIB + MIB / 2 + 32768)).collect();
+    folder.io("qcow2", "base", &writes.iter().map(String::as_str).collect::<Vec<_>>());
+    let before = folder.view("qcow2", "base");
+    let run = folder.qmerge(&["commit", "c", "-q"]);
+    assert_eq!(run.code, 6, "{run}");
+    folder.view("qcow2", "base").assert_same(&before, "base after the refusal");
+}
+
+/// A merge that was killed before it wrote anything to base is named as unfinished. What QEMU writes to base then, at once, is
+/// not merged over.
+#[test]
+fn what_is_written_to_base_before_the_dirty_bit_is_set_is_not_merged_over() {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
+        return;
+    }
+    let folder = lab("before-arming");
+    let mut refused = 0;
+    for sync in 1..=4 {
+        folder.sh("rm -f base c .base.* .c.*");
+        folder.img(&["create", "-q", "-f", "qcow2", "base", "32M"]);
+        folder.overlay("c", "base", "qcow2", None, "");
+        folder.io("qcow2", "c", &["write -q -P 5 2M 8M"]);
+        folder.killed_at_sync(sync, &["commit", "c", "-q"]);
+        if !folder.join(JOURNAL).exists() {
+            continue;
+        }
+        folder.io("qcow2", "base", &["write -q -P 77 3M 64k"]);
+        let before = folder.view("qcow2", "base");
+        let run = folder.qmerge(&["commit", "c", "-q"]);
+        assert_eq!(run.code, 6, "killed at sync {sync}: {run}");
+        folder.view("qcow2", "base").assert_same(&before, &format!("killed at sync {sync}"));
+        refused += 1;
+    }
+    assert!(refused > 1, "{refused} merges were stopped with a journal");
+}

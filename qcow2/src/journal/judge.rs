@@ -99,9 +99,23 @@ pub(crate) fn judge(
         is_as_known,
     };
     let is_newer = seen == FileFate::Newer;
+    // Before the dirty bit is set, the work writes nothing to the image. So a later time comes from somebody else, unless
+    // the system has restarted and a power cut has taken the bit.
+    let has_later_time = |(at, stamp): (usize, &Stamp)| {
+        let then = known(at).or_else(|| header.targets.get(at).map(|target| &target.times));
+        !stamp.is_device && then.is_some_and(|then| stamp.times.modified_ns > then.modified_ns)
+    };
+    let begun_at = last.map_or(header.boot, |last| last.boot);
+    let is_written = begun_at.zip(boot).is_some_and(|(then, now)| then.id == now.id)
+        && now.dirty == Some(false)
+        && now.stamps.iter().enumerate().any(has_later_time);
     let Some(last) = last else {
         return Ok(as_judged(
-            if is_newer { JournalVerdict::Foreign } else { JournalVerdict::Over },
+            if is_newer || (is_written && header.guard != Guard::Stamp) {
+                JournalVerdict::Foreign
+            } else {
+                JournalVerdict::Over
+            },
             false,
             false,
         ));
@@ -124,7 +138,7 @@ pub(crate) fn judge(
         // An image that was restored from a copy at once, or whose header was mended, may have the same bit. So
         // the data must be checked.
         (false, _, Phase::Done) => JournalVerdict::Finished,
-        (false, Some(false), Phase::Arming) if is_newer => JournalVerdict::Foreign,
+        (false, Some(false), Phase::Arming) if is_newer || is_written => JournalVerdict::Foreign,
         (false, Some(false), Phase::Arming) => JournalVerdict::Over,
         (false, Some(false), _) => match seen {
             FileFate::Older => JournalVerdict::PutBack,

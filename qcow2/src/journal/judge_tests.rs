@@ -213,3 +213,16 @@ fn a_merge_that_had_not_begun_is_no_reason_to_write_over_newer_bytes() {
     assert_eq!(case.judge(None, false).verdict, JournalVerdict::Foreign);
     assert_eq!(case.verdict(&case.record(Phase::Arming), false), JournalVerdict::Over);
 }
+
+#[test]
+fn what_is_written_at_once_before_the_dirty_bit_is_set_is_somebody_elses() {
+    let case = JudgeCase::new(DIRTY_BIT);
+    let record = case.record(Phase::Arming);
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Over);
+    case.host.set_modified("/i", record.known[0].modified_ns + 1).unwrap();
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Foreign);
+    assert_ne!(case.verdict(&record, true), JournalVerdict::Foreign, "the work itself has set the bit");
+    // A power cut may have taken the bit.
+    let case = case.restarted();
+    assert_eq!(case.verdict(&record, false), JournalVerdict::Over);
+}

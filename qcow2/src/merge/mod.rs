@@ -37,7 +37,7 @@ pub use reason::{KeptReason, NothingReason};
 pub use report::Report;
 pub use resume::abort::{Aborted, abort};
 pub use resume::heal::{heal, heal_image};
-pub(crate) use resume::torn::refuse_torn;
 pub use resume::torn::{can_be_healed, open_whole};
+pub(crate) use resume::torn::{refuse_repair, refuse_torn};
 pub use resume::unfinished::{UnfinishedMerge, is_pull_unfinished, unfinished_emptying, unfinished_merge};
 pub use settled::{Finish, Nothing, Prepared, Settled};

@@ -103,7 +103,7 @@ impl Commit {
         asked: Option<usize>,
         cancel: &AtomicBool,
     ) -> Result<Prepared> {
-        let unfinished = before::find_unfinished(&*host, &mut chain, span, options)?;
+        let unfinished = before::find_unfinished(&*host, &mut chain, span, options, cancel)?;
         // They are read where layers above them hold a part of a cluster.
         let below = chain.layers().get(..span.base).unwrap_or_default();
         refuse_torn_tables(&*host, below, options.journal_dir.as_deref())?;

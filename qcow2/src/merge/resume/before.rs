@@ -7,6 +7,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use super::describe::stamp;
 use super::obsolete::ObsoleteLayers;
@@ -24,7 +25,7 @@ use crate::journal::record::{Phase, Purpose};
 use crate::merge::options::CommitOptions;
 use crate::merge::reason::NothingReason;
 use crate::storage::{Access, FileId, Host, if_there};
-use crate::transfer::ask::Span;
+use crate::transfer::ask::{Span, down};
 use crate::units::GuestOffset;
 
 /// The unfinished work in the images of a chain.
@@ -58,6 +59,7 @@ pub(crate) fn find_unfinished(
     chain: &mut Chain,
     span: Span,
     options: &CommitOptions,
+    cancel: &AtomicBool,
 ) -> Result<UnfinishedInChain> {
     let mut all = UnfinishedInChain::default();
     let dir = options.journal_dir.as_deref();
@@ -94,6 +96,7 @@ pub(crate) fn find_unfinished(
     // The options do not matter here: nothing else holds the data.
     if all.has_emptied
         && (unfinished.may_lack_merged() || !unfinished.holds_samples(&chain.images(), span.base)?)
+        && !(unfinished.is_foreign() && holds_all(unfinished, chain, span, cancel)?)
     {
         return Err(Error::refused(&base.path, Refusal::MergedDataLost));
     }
@@ -101,6 +104,20 @@ pub(crate) fn find_unfinished(
         return Err(unfinished_work::written_since(&base.path, unfinished));
     }
     Ok(all)
+}
+
+/// Whether base shows all that was merged into it, although somebody has written to it since: a repair that cleared the
+/// dirty bit, say. The samples tell of what the layers no longer hold, and what they still hold is compared. So the merge
+/// that goes on writes nothing that base does not hold already.
+fn holds_all(unfinished: &UnfinishedWork, chain: &Chain, span: Span, cancel: &AtomicBool) -> Result<bool> {
+    let images = chain.images();
+    let is_told = unfinished.is_switching() && !unfinished.samples().is_empty();
+    if !is_told || !unfinished.holds_samples(&images, span.base)? {
+        return Ok(false);
+    }
+    let job = down(&images, span)?;
+    let end = job.question.end();
+    Ok(end <= job.image()?.virtual_size() && job.holds(GuestOffset::new(end), cancel)?)
 }
 
 /// Whether a merge that was stopped has emptied a layer, or has begun to: then the overlays do not hold everything any

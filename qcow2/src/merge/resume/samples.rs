@@ -101,6 +101,26 @@ pub(crate) fn are_held(images: &[&Image], base: usize, samples: &[Sample], is_do
     Ok(true)
 }
 
+/// Whether the layer at `base` shows nothing of what it held only when the merge was done: a base that is older than the
+/// merge.
+///
+/// # Errors
+/// Whatever reading reports.
+pub(crate) fn are_all_lost(images: &[&Image], base: usize, samples: &[Sample]) -> Result<bool> {
+    let now = View::new(images, usize::from(has_foreign_bottom(images)), base);
+    let mut cache = ClusterCache::new();
+    let mut merged = samples.iter().filter(|sample| !sample.was_held).peekable();
+    if merged.peek().is_none() {
+        return Ok(false);
+    }
+    for sample in merged {
+        if crc(now, sample.offset, sample.len, &mut cache)? == sample.crc {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 fn crc(view: View<'_>, offset: u64, len: u32, cache: &mut ClusterCache) -> Result<u32> {
     let mut bytes = vec![0; len as usize];
     view.read(GuestOffset::new(offset), &mut bytes, cache)?;

@@ -42,6 +42,29 @@ pub(crate) fn refuse_torn(
     refuse(path, UnfinishedWork::of(host, &image, None)?)
 }
 
+/// Refuses to repair an image into which a merge was stopped that has emptied layers by then. A repair clears the dirty bit
+/// by which that merge knows the image, and nothing but the image holds what the layers held.
+///
+/// # Errors
+/// [`Refusal::MergeDone`]; those of looking.
+pub(crate) fn refuse_repair(
+    host: &dyn Host,
+    path: &Path,
+    file: &dyn Storage,
+    data: Option<(&Path, &dyn Storage)>,
+    is_dirty: bool,
+) -> Result<()> {
+    let image = FoundImage { path, file, data, access: Access::Read, is_dirty };
+    let work =
+        UnfinishedWork::of(host, &image, None)?.filter(|work| work.is_ours() && work.may_have_emptied());
+    match work.and_then(|work| work.merge()) {
+        Some(UnfinishedMerge { top, active, removes, .. }) => {
+            Err(Error::refused(path, Refusal::MergeDone { top, active, removes }))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Whether a record lies beside an image that can mend it after a power cut: the record of an edit of its
 /// header, or the journal of an unfinished merge.
 pub fn can_be_healed(host: &dyn Host, path: &Path) -> bool {

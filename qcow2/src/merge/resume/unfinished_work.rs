@@ -232,6 +232,10 @@ impl UnfinishedWork {
         match self.judgement.verdict {
             JournalVerdict::PutBack => Ok(true),
             JournalVerdict::Copied if !self.judgement.is_as_known => Ok(true),
+            // A guest that has used the finished base may have written over some of the samples, but hardly over all.
+            JournalVerdict::Over if self.journal.state().phase == Phase::Done => {
+                samples::are_all_lost(images, base, self.samples())
+            }
             JournalVerdict::Over => Ok(false),
             // Layers are removed when everything is done, and a guest may have written to base since.
             _ if self.journal.state().phase >= Phase::Removing => Ok(false),
