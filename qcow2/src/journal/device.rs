@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::file::Journal;
 use super::record::{self, BLOCK, Block, SECTORS, sector_crcs};
 use crate::storage::{
-    CopyError, FileStat, FileView, LockError, LockMode, PAGE, Page, Pages, SECTOR, Storage, end_of, pieces,
+    CopyError, FileStat, FileView, PAGE, Page, Pages, SECTOR, Storage, end_of, locks_of_its_file, pieces,
 };
 
 // A block of a record is a page in memory, and a record's checksums are those of the sectors in which pages are
@@ -303,21 +303,7 @@ impl Storage for Journaled {
         Ok(stat)
     }
 
-    fn file_system(&self) -> Option<u64> {
-        self.file.file_system()
-    }
-
-    fn lock(&self, mode: LockMode) -> Result<(), LockError> {
-        self.file.lock(mode)
-    }
-
-    fn has_locks(&self) -> bool {
-        self.file.has_locks()
-    }
-
-    fn used_by_others(&self) -> io::Result<Option<LockMode>> {
-        self.file.used_by_others()
-    }
+    locks_of_its_file!();
 
     fn drop_cache(&self) -> io::Result<()> {
         self.sync()?;

@@ -40,7 +40,7 @@ pub use folder::{Folder, Place};
 pub(crate) use mem::MemFile;
 pub use mem::MemHost;
 pub use os::OsHost;
-pub(crate) use overlay::{Flush, PageOverlay};
+pub(crate) use overlay::{Flush, PageOverlay, locks_of_its_file};
 pub use owner::Owner;
 pub(crate) use pages::{PAGE, Page, Pages, SECTOR, end_of, pieces};
 pub(crate) use unlocked::{lock, may_be_unlocked};

@@ -6,7 +6,29 @@ use std::ops::Range;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::pages::{Pages, end_of, pieces};
-use super::{CopyError, FileStat, LockError, LockMode, Storage};
+use super::{CopyError, FileStat, Storage};
+
+/// What every [`Storage`] around another one in its field `file` passes on: the locks and the file system are the file's.
+macro_rules! locks_of_its_file {
+    () => {
+        fn file_system(&self) -> Option<u64> {
+            self.file.file_system()
+        }
+
+        fn lock(&self, mode: $crate::storage::LockMode) -> Result<(), $crate::storage::LockError> {
+            self.file.lock(mode)
+        }
+
+        fn has_locks(&self) -> bool {
+            self.file.has_locks()
+        }
+
+        fn used_by_others(&self) -> std::io::Result<Option<$crate::storage::LockMode>> {
+            self.file.used_by_others()
+        }
+    };
+}
+pub(crate) use locks_of_its_file;
 
 /// Decides what happens to the changes.
 pub(crate) trait Flush: Send + Sync + fmt::Debug {
@@ -119,21 +141,7 @@ impl<F: Flush> Storage for PageOverlay<'_, F> {
         Ok(FileStat { len: self.size()?, ..self.file.stat()? })
     }
 
-    fn file_system(&self) -> Option<u64> {
-        self.file.file_system()
-    }
-
-    fn lock(&self, mode: LockMode) -> Result<(), LockError> {
-        self.file.lock(mode)
-    }
-
-    fn has_locks(&self) -> bool {
-        self.file.has_locks()
-    }
-
-    fn used_by_others(&self) -> io::Result<Option<LockMode>> {
-        self.file.used_by_others()
-    }
+    locks_of_its_file!();
 
     fn drop_cache(&self) -> io::Result<()> {
         self.file.drop_cache()
