@@ -9,14 +9,10 @@ use crate::call::Call;
 use crate::exit::Exit;
 use crate::hint::{self, Hint, HintKind, Hints};
 
-/// Why a command ends early.
+/// Why a command ends early. That the reader of standard output went away is no reason: see
+/// [`Console`](crate::output::Console).
 #[derive(Debug)]
-pub(crate) enum Failure {
-    /// Something failed, and the user is told.
-    Reported(Report),
-    /// The reader of standard output went away (`qmerge map x | head`): there is nobody left to tell.
-    PipeClosed,
-}
+pub(crate) struct Failure(pub(crate) Report);
 
 /// What is told about a failure.
 #[derive(Debug)]
@@ -43,7 +39,7 @@ impl fmt::Display for Report {
 
 impl From<Report> for Failure {
     fn from(report: Report) -> Self {
-        Self::Reported(report)
+        Self(report)
     }
 }
 
@@ -75,20 +71,18 @@ impl Failure {
 
     /// The same, behind work that is done: whoever reads that nothing could be printed must not think that nothing was done.
     pub(crate) fn behind(self, done: &str) -> Self {
-        match self {
-            Self::Reported(report) => {
-                let message = format!("{done}; what was to be printed could not be: {}", report.message);
-                Report { message, ..report }.into()
-            }
-            Self::PipeClosed => Self::PipeClosed,
-        }
+        let Self(report) = self;
+        let message = format!("{done}; what was to be printed could not be: {}", report.message);
+        Report { message, ..report }.into()
+    }
+
+    /// The same with another exit code.
+    pub(crate) fn with_exit(self, exit: Exit) -> Self {
+        Report { exit, ..self.0 }.into()
     }
 
     /// Standard output could not be written.
-    pub(crate) fn stdout(error: io::Error) -> Self {
-        if error.kind() == io::ErrorKind::BrokenPipe {
-            return Self::PipeClosed;
-        }
+    pub(crate) fn stdout(error: &io::Error) -> Self {
         Report {
             kind: "io",
             message: format!("cannot write to standard output: {error}"),
@@ -116,10 +110,7 @@ mod tests {
 
     fn report(error: &Error, verb: VerbName) -> Report {
         let words = ["commit", "c.qcow2"].map(Into::into).to_vec();
-        match Failure::engine(error, &Call { verb, image: PathBuf::from("c.qcow2"), words }) {
-            Failure::Reported(report) => report,
-            Failure::PipeClosed => panic!("not an engine error"),
-        }
+        Failure::engine(error, &Call { verb, image: PathBuf::from("c.qcow2"), words }).0
     }
 
     #[test]

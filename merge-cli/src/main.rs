@@ -25,7 +25,6 @@ use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::cli::Cli;
-use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Console;
 
@@ -40,8 +39,7 @@ fn main() -> ExitCode {
     let words = args.get(1..).unwrap_or_default();
     match cmd::run(&cli.verb, words, &console) {
         Ok(exit) => exit,
-        Err(Failure::PipeClosed) => Exit::DONE,
-        Err(Failure::Reported(report)) => {
+        Err(Failure(report)) => {
             console.failure(&report);
             report.exit
         }

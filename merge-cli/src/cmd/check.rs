@@ -2,14 +2,13 @@
 
 mod restore;
 
-use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use qcow2::by_name::{CheckRequest, Checked, check_named};
 use qcow2::check::{DataReport, UnreadableData, Verdict};
 use qcow2::error::shown;
 use qcow2::image::ImageFormat;
-use qcow2::merge;
+use qcow2::merge::{self, DirtyReason};
 use qcow2::repair::RepairMode;
 use qcow2::storage::OsHost;
 use qcow2::ways::{can_be_flattened, free_name};
@@ -46,15 +45,19 @@ pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Ex
     let outcome =
         check_named(&OsHost, &args.image, &options, &request).map_err(|e| failure(&e, args, call))?;
     let Some(outcome) = outcome else { return Err(nothing_to_check(&args.image)) };
-    let stopped = Stopped::on(&args.image, outcome.report().dirty);
+    // Where the journal cannot be read, nothing explains the dirty bit.
+    let reason = match outcome.report().dirty {
+        true => merge::dirty_reason(&OsHost, &args.image, None).ok().flatten(),
+        false => None,
+    };
     let printed = if console.is_json() {
         let mut file = json!({ "filename": path(&args.image), "format": ImageFormat::Qcow2.name() });
-        if let Some(Stopped::Emptying { into }) = &stopped {
+        if let Some(DirtyReason::Emptying { into }) = &reason {
             file["emptying-into"] = path(into);
         }
         console.document(&merged(value(&outcome), file))
     } else {
-        console.result(&human(&args.image, &outcome, stopped.as_ref()))
+        console.result(&human(&args.image, &outcome, reason.as_ref()))
     };
     let has_done = matches!(outcome, Checked::Repaired(_));
     printed.map_err(|e| if has_done { e.behind("the repair is done") } else { e })?;
@@ -68,11 +71,10 @@ pub(super) fn run(args: &CheckArgs, call: &Call, console: &Console) -> Result<Ex
 
 /// If a repair was asked for, an image in use has its own exit code: it is not a failed check.
 fn failure(error: &Error, args: &CheckArgs, call: &Call) -> Failure {
-    match Failure::engine(error, call) {
-        Failure::Reported(report) if args.repair.is_some() && error.kind() == ErrorKind::InUse => {
-            Report { exit: Exit::IN_USE, ..report }.into()
-        }
-        other => other,
+    let failure = Failure::engine(error, call);
+    match error.kind() {
+        ErrorKind::InUse if args.repair.is_some() => failure.with_exit(Exit::IN_USE),
+        _ => failure,
     }
 }
 
@@ -86,46 +88,19 @@ fn nothing_to_check(image: &Path) -> Failure {
     .into()
 }
 
-/// The work that has set the dirty bit of an image, and has not come to its end.
-enum Stopped {
-    /// It takes in more, from above or from below.
-    Filling,
-    /// It becomes an empty overlay.
-    Emptying { into: PathBuf },
-}
-
-impl Stopped {
-    /// What the journal beside the image says. Where it cannot be read, nothing explains the bit.
-    fn on(image: &Path, is_dirty: bool) -> Option<Self> {
-        if !is_dirty {
-            return None;
+/// Why the image is marked dirty, in words.
+fn why_dirty(reason: Option<&DirtyReason>) -> String {
+    match reason {
+        Some(DirtyReason::Filling) => "a merge into it has not ended; the same command goes on".to_owned(),
+        Some(DirtyReason::Emptying { into }) => {
+            format!("a merge is emptying it, and all of it is in {}; the same commit goes on", shown(into))
         }
-        if let Ok(Some(into)) = merge::unfinished_emptying(&OsHost, image, None) {
-            return Some(Self::Emptying { into });
-        }
-        let is_merge = matches!(merge::unfinished_merge(&OsHost, image, None), Ok(Some(_)));
-        let is_filling = is_merge || matches!(merge::is_pull_unfinished(&OsHost, image, None), Ok(true));
-        is_filling.then_some(Self::Filling)
-    }
-}
-
-impl fmt::Display for Stopped {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Filling => f.write_str("a merge into it has not ended; the same command goes on"),
-            Self::Emptying { into } => {
-                write!(
-                    f,
-                    "a merge is emptying it, and all of it is in {}; the same commit goes on",
-                    shown(into)
-                )
-            }
-        }
+        _ => "it was not closed cleanly".to_owned(),
     }
 }
 
 /// Tells what was done, what was found (the worst first), and what it means.
-fn human(image: &Path, outcome: &Checked, stopped: Option<&Stopped>) -> String {
+fn human(image: &Path, outcome: &Checked, reason: Option<&DirtyReason>) -> String {
     let report = outcome.report();
     let (mut lines, repaired) = match outcome {
         Checked::Planned(plan) => return format!("This would be done:\n{plan}"),
@@ -145,8 +120,7 @@ fn human(image: &Path, outcome: &Checked, stopped: Option<&Stopped>) -> String {
         lines.push("The image is marked corrupt.".to_owned());
     }
     if report.dirty {
-        let why = stopped.map_or("it was not closed cleanly".to_owned(), ToString::to_string);
-        lines.push(format!("The image is marked dirty: {why}."));
+        lines.push(format!("The image is marked dirty: {}.", why_dirty(reason)));
     }
     let file = word(image);
     lines.push(match report.verdict() {

@@ -41,11 +41,13 @@ pub(super) fn run(args: &CompareArgs, call: &Call, console: &Console) -> Result<
         }
     })?;
     drop(meter);
-    if console.is_json() {
-        console.document(&json(args, &found))?;
+    let printed = if console.is_json() {
+        console.document(&json(args, &found))
     } else {
-        console.result(&human(args, &found))?;
-    }
+        console.result(&human(args, &found))
+    };
+    // The usual code of this failure says here that the images differ.
+    printed.map_err(|e| e.with_exit(Exit::COMPARE_FAILED))?;
     Ok(if found.same { Exit::DONE } else { Exit::COMPARE_DIFFERENT })
 }
 

@@ -29,11 +29,13 @@ pub(super) fn run(args: &MapArgs, call: &Call, console: &Console) -> Result<Exit
     } else {
         text(&chain, view, &mut console.stream())
     };
-    done.map_err(|stopped| match stopped {
-        Stopped::Engine(error) => Failure::engine(&error, call),
-        Stopped::Output(error) => Failure::stdout(error),
-    })?;
-    Ok(Exit::DONE)
+    match done {
+        Ok(()) => Ok(Exit::DONE),
+        // The reader has what it wanted (`| head`), and nothing else was to be done.
+        Err(Stopped::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::DONE),
+        Err(Stopped::Output(error)) => Err(Failure::stdout(&error)),
+        Err(Stopped::Engine(error)) => Err(Failure::engine(&error, call)),
+    }
 }
 
 /// Warns that the map may be out of date soon, if a program writes to the chain meanwhile.

@@ -23,16 +23,12 @@ pub(super) fn halfway(error: &Error, stop: &Stop, meter: &Meter<'_>, call: &Call
     if let (ErrorKind::Cancelled, Some(exit)) = (error.kind(), stop.exit()) {
         return Failure::interrupted(kept, exit, call);
     }
-    match Failure::engine(error, call) {
-        Failure::Reported(report) => {
-            let exit = if error.kind() == ErrorKind::Io { Exit::HALFWAY } else { report.exit };
-            let message = match error {
-                // This base is not the one that held the progress, so nothing is kept.
-                Error::Refused { reason: Refusal::MergedDataLost, .. } => report.message,
-                _ => format!("{}\nstopped {kept}; nothing is lost", report.message),
-            };
-            Report { exit, message, ..report }.into()
-        }
-        failure => failure,
-    }
+    let Failure(report) = Failure::engine(error, call);
+    let exit = if error.kind() == ErrorKind::Io { Exit::HALFWAY } else { report.exit };
+    let message = match error {
+        // This base is not the one that held the progress, so nothing is kept.
+        Error::Refused { reason: Refusal::MergedDataLost, .. } => report.message,
+        _ => format!("{}\nstopped {kept}; nothing is lost", report.message),
+    };
+    Report { exit, message, ..report }.into()
 }

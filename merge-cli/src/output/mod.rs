@@ -15,6 +15,10 @@ use serde_json::Value;
 use crate::failure::{Failure, Report};
 
 /// Where output goes and how it looks, as the options ask.
+///
+/// A reader of standard output that goes away is no failure: the command goes on without it, and its exit code tells what
+/// was done. Otherwise work that was not done could end as if it were. Output that cannot be written for another reason
+/// (a full disk) is a failure.
 #[derive(Debug)]
 pub(crate) struct Console {
     json: bool,
@@ -66,7 +70,8 @@ impl Console {
         write_stdout(&json::escaped(&json::event(name, fields).to_string()))
     }
 
-    /// Standard output for a document that is written piece by piece.
+    /// Standard output for a document that is written piece by piece. Here a reader that went away is an error, so that
+    /// what only looks can end.
     pub(crate) fn stream(&self) -> BufWriter<StdoutLock<'static>> {
         self.document_begun.store(true, Ordering::Relaxed);
         BufWriter::with_capacity(1 << 16, io::stdout().lock())
@@ -94,10 +99,13 @@ impl Console {
     }
 }
 
-/// Writes a text and the end of its last line, and flushes.
+/// Writes a text and the end of its last line, and flushes. Where nobody reads any more, that is all.
 fn write_stdout(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()).map_err(Failure::stdout)
+    match writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::stdout(&error)),
+        _ => Ok(()),
+    }
 }
 
 /// Writes to standard error; there is nobody left to tell if that fails.

@@ -1,6 +1,7 @@
 //! What the command says where something is in its way, or was done: the truth, and a hint that works.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::chown;
 
 use kit::{Lab, Run, are_here};
@@ -81,6 +82,14 @@ fn where_too_many_files_are_open_the_limit_is_named() {
     assert!(named > 3, "{named}");
 }
 
+/// Damages `c`: its first L1 entry has no copied bit any more.
+fn clear_copied(folder: &Lab) {
+    let mut bytes = fs::read(folder.join("c")).unwrap();
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap());
+    bytes[l1 as usize] &= !(1 << 7);
+    fs::write(folder.join("c"), bytes).unwrap();
+}
+
 /// A full disk behind standard output: what was done is done.
 #[test]
 fn what_is_done_is_told_where_it_cannot_be_printed() {
@@ -99,14 +108,60 @@ fn what_is_done_is_told_where_it_cannot_be_printed() {
     let folder = chain("full-pull");
     shell(&folder, "qmerge pull c >/dev/full").expect(1).says("the pull is done");
     folder.check_clean("c");
-    let (l1, copied) =
-        (u64::from_be_bytes(fs::read(folder.join("c")).unwrap()[40..48].try_into().unwrap()), 1u8 << 7);
-    let mut bytes = fs::read(folder.join("c")).unwrap();
-    bytes[l1 as usize] &= !copied;
-    fs::write(folder.join("c"), bytes).unwrap();
+    clear_copied(&folder);
     let run = shell(&folder, "qmerge check c >/dev/full").expect(1);
     assert!(!run.text().contains("is done"), "nothing was: {run}");
     shell(&folder, "qmerge check --repair all c >/dev/full").expect(1).says("the repair is done");
+    folder.check_clean("c");
+}
+
+/// The reader of standard output has gone: the work is done all the same, and a verdict stays what it is.
+#[test]
+fn work_is_done_and_judged_also_where_nobody_reads() {
+    if !are_here(&["qemu-img", "qemu-io", "strace"]) {
+        return;
+    }
+    let unread = |folder: &Lab, args: &[&str], code: i32| {
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let ended = folder.to_run(args).stdout(writer).output().unwrap();
+        let told = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(code), "{args:?}: {told}");
+    };
+    for more in [&[][..], &["--json"], &["--delete", "--json"]] {
+        let folder = chain("unread");
+        let before = folder.view("qcow2", "c");
+        unread(&folder, &[&["commit", "c"], more].concat(), 0);
+        assert_eq!(folder.join("c").exists(), !more.contains(&"--delete"));
+        folder.view("qcow2", "base").assert_same(&before, "the merge");
+    }
+    for args in [&["pull", "c", "--json"][..], &["flatten", "c", "-o", "new", "--json"]] {
+        let folder = chain("unread-pull");
+        unread(&folder, args, 0);
+        let image = if args[0] == "pull" { "c" } else { "new" };
+        assert_eq!(folder.backing_of(image), None);
+        folder.check_clean(image);
+    }
+
+    let folder = chain("unread-abort");
+    folder.io("qcow2", "c", &["write -P 6 2M 1M"]);
+    assert!(folder.killed_at_sync(6, &["commit", "c"]));
+    unread(&folder, &["abort", "base"], 0);
+    folder.qmerge(&["abort", "base"]).ok().says("no merge");
+
+    let folder = chain("unread-verdict");
+    folder.sh("cp c same; cp c odd");
+    folder.io("qcow2", "odd", &["write -P 7 2M 64k"]);
+    for json in [&[][..], &["--json"]] {
+        unread(&folder, &[&["compare", "c", "same"], json].concat(), 0);
+        unread(&folder, &[&["compare", "c", "odd"], json].concat(), 1);
+    }
+    shell(&folder, "qmerge compare c same >/dev/full").expect(2).says("standard output");
+    shell(&folder, "qmerge compare c odd --json >/dev/full").expect(2).says("standard output");
+    clear_copied(&folder);
+    unread(&folder, &["check", "c"], 2);
+    unread(&folder, &["check", "c", "--json"], 2);
+    unread(&folder, &["check", "--repair", "all", "c"], 0);
     folder.check_clean("c");
 }
 

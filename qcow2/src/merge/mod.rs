@@ -39,5 +39,6 @@ pub use resume::abort::{Aborted, abort};
 pub use resume::heal::{heal, heal_image};
 pub use resume::torn::{can_be_healed, open_whole};
 pub(crate) use resume::torn::{refuse_repair, refuse_torn};
-pub use resume::unfinished::{UnfinishedMerge, is_pull_unfinished, unfinished_emptying, unfinished_merge};
+pub use resume::unfinished::{DirtyReason, UnfinishedMerge, dirty_reason, unfinished_merge};
+pub(crate) use resume::unfinished::{is_pull_unfinished, unfinished_emptying};
 pub use settled::{Finish, Nothing, Prepared, Settled};

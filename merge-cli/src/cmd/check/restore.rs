@@ -41,13 +41,12 @@ fn carry_out(args: &CheckArgs, from: &Path, call: &Call) -> Result<RestorePlan, 
     let mut options = RestoreOptions::default();
     options.allow_copy = args.allow_copy;
     restore_named(&OsHost, &args.image, from, &options, args.dry_run, args.open.no_lock).map_err(|failed| {
-        match Failure::engine(&failed.error, call) {
-            Failure::Reported(report) if failed.has_begun => {
-                let message = format!("{}\nstopped half-way; the same command goes on", report.message);
-                Report { exit: Exit::HALFWAY, message, ..report }.into()
-            }
-            failure => failure,
+        let Failure(report) = Failure::engine(&failed.error, call);
+        if !failed.has_begun {
+            return report.into();
         }
+        let message = format!("{}\nstopped half-way; the same command goes on", report.message);
+        Report { exit: Exit::HALFWAY, message, ..report }.into()
     })
 }
 

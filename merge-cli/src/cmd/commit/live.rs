@@ -19,7 +19,7 @@ use crate::output::human::{printable, shell_word};
 /// has the command that does the same merge live.
 pub(super) fn in_use(path: &Path, holders: &[Holder], args: &CommitArgs, call: &Call) -> Failure {
     let error = Error::InUse { path: path.to_owned(), holders: holders.to_vec() };
-    let Failure::Reported(report) = Failure::engine(&error, call) else { return Failure::PipeClosed };
+    let Failure(report) = Failure::engine(&error, call);
     let options = super::options(args);
     if let Some(domain) = running_domain(&domains::read(), path, holders, &args.active, &options) {
         let name = shell_word(&printable(&domain.name));

@@ -143,11 +143,12 @@ impl Outcome {
     pub(super) fn tell(self, console: &Console) -> Result<(), Failure> {
         let printed = console.event("result", self.fields.clone());
         let printed = printed.and_then(|()| console.result(&self.lines.join("\n")));
-        printed.map_err(|e| e.behind("QEMU has done what it was told"))?;
         if !console.is_json() {
             self.notes.iter().for_each(|note| console.note(note));
         }
-        self.stuck.map_or(Ok(()), Err)
+        // This needs an action, also where the rest could not be printed.
+        self.stuck.map_or(Ok(()), Err)?;
+        printed.map_err(|e| e.behind("QEMU has done what it was told"))
     }
 }
 

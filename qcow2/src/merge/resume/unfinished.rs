@@ -59,7 +59,7 @@ pub fn unfinished_merge(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Res
 ///
 /// # Errors
 /// As [`unfinished_merge`].
-pub fn is_pull_unfinished(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<bool> {
+pub(crate) fn is_pull_unfinished(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<bool> {
     let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
     Ok(found.is_some_and(|found| found.last.is_some() && is_pull(&found.journal)))
@@ -71,15 +71,51 @@ pub fn is_pull_unfinished(host: &dyn Host, path: &Path, dir: Option<&Path>) -> R
 ///
 /// # Errors
 /// As [`unfinished_merge`].
-pub fn unfinished_emptying(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<PathBuf>> {
+pub(crate) fn unfinished_emptying(
+    host: &dyn Host,
+    path: &Path,
+    dir: Option<&Path>,
+) -> Result<Option<PathBuf>> {
     let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
-    let is_emptying = |found: &journal::FoundJournal| {
-        // After this phase the dirty bit is clear.
-        let is_going_on = found.last.is_some() && found.journal.state().phase <= Phase::Done;
-        is_going_on && found.journal.header().purpose == Purpose::Empty && found.is_same_file()
-    };
     Ok(found.filter(is_emptying).map(|found| found.journal.header().base.clone()))
+}
+
+/// Unfinished work that keeps the dirty bit of an image set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DirtyReason {
+    /// A merge or a pull writes into the image.
+    Filling,
+    /// A merge is emptying the image.
+    Emptying {
+        /// The base that holds all data of the image.
+        into: PathBuf,
+    },
+}
+
+/// Why the image at `path` may be marked dirty, by the journal beside it or in `dir`; `None` if no unfinished work
+/// explains that. Takes no lock, and opens only the image and the journal.
+///
+/// # Errors
+/// As [`unfinished_merge`].
+pub fn dirty_reason(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<DirtyReason>> {
+    let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
+    let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
+    Ok(found.filter(|found| found.last.is_some()).and_then(|found| {
+        if is_emptying(&found) {
+            return Some(DirtyReason::Emptying { into: found.journal.header().base.clone() });
+        }
+        // Once layers are being removed, base is released, and its dirty bit is clear.
+        let is_merge = of(&found.journal).is_some_and(|merge| !merge.is_removing);
+        (is_merge || is_pull(&found.journal)).then_some(DirtyReason::Filling)
+    }))
+}
+
+/// Whether a journal tells of a layer that is not empty yet. After the last of these phases the dirty bit is clear.
+fn is_emptying(found: &journal::FoundJournal) -> bool {
+    let is_going_on = found.last.is_some() && found.journal.state().phase <= Phase::Done;
+    is_going_on && found.journal.header().purpose == Purpose::Empty && found.is_same_file()
 }
 
 /// Whether a journal belongs to a pull. The last step of a pull is to remove the journal.

@@ -217,10 +217,7 @@ fn trouble(merge: &Outline, trouble: &Trouble, call: &Call, stop: &Stop) -> Opti
                 (Error::Cancelled, Some(exit)) => Failure::interrupted("while it compared", exit, call),
                 _ => Failure::engine(error, call),
             };
-            match failure {
-                Failure::Reported(report) => report,
-                Failure::PipeClosed => return None,
-            }
+            failure.0
         }
         Trouble::NotForgotten(error) => {
             let remove = Command::of("rm").file(merge.state_file());
