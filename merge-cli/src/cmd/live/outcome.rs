@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
+use qcow2::Refusal;
 use qmp_client::{
     Disk, Kind, Machine, Named, Outline, OutlineLayer, Tidied, TidyOptions, Unfinished, words_naming,
 };
@@ -169,9 +170,16 @@ fn stuck(session: &Session<'_>, state: &Outline, tidied: &Tidied) -> Failure {
         "{} still shows the disk as it was before the merge, and cannot be emptied: start nothing from it: {why}",
         printable(old)
     );
-    let hint = Hint::command(HintKind::Delete, "remove it", Command::of("rm").file(old));
-    let recover = Hint::command(HintKind::Recover, "then", session.other(&["recover", &state.disk]));
-    Report { kind: "stale-image", message, hint: Hints::from(hint).or(recover), exit: Exit::REFUSED }.into()
+    let recover = session.other(&["recover", &state.disk]);
+    let hint = match &tidied.error {
+        // It may hold what a guest wrote since, so it is not removed unseen.
+        Some(qcow2::Error::Refused { reason: Refusal::NotAsKnown { .. }, .. }) => {
+            Hints::from(Hint::command(HintKind::Recover, "look what it holds", recover))
+        }
+        _ => Hints::from(Hint::command(HintKind::Delete, "remove it", Command::of("rm").file(old)))
+            .or(Hint::command(HintKind::Recover, "then", recover)),
+    };
+    Report { kind: "stale-image", message, hint, exit: Exit::REFUSED }.into()
 }
 
 /// What a program is told of every merge.

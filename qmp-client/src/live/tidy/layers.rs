@@ -90,6 +90,17 @@ impl Tidy<'_> {
         } else {
             self.empty(obsolete, &ids, &scan, tidied);
         }
+        tidied.is_stuck |= self.is_doubtful(tidied);
+    }
+
+    /// Whether the old active image is kept because it changed since it was noted: QEMU may have written its tables when
+    /// it closed the image, or a guest was started from it. It shows the old disk, so the merge is not done.
+    fn is_doubtful(&self, tidied: &Tidied) -> bool {
+        let state = self.state();
+        let active = state.active().filter(|_| state.kind == Kind::ActiveCommit && !state.allow_stale);
+        let changed =
+            matches!(&tidied.error, Some(Error::Refused { reason: Refusal::NotAsKnown { .. }, .. }));
+        changed && active.is_some_and(|a| tidied.kept.iter().any(|(kept, _)| kept == Path::new(&a.file)))
     }
 
     /// Removes the layers, the uppermost first, down to the first one that another image uses.
