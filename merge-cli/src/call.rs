@@ -26,6 +26,8 @@ pub(crate) enum VerbName {
     Commit,
     /// `qmerge pull`
     Pull,
+    /// `qmerge relink`
+    Relink,
     /// `qmerge abort`
     Abort,
     /// `qmerge flatten`
@@ -46,6 +48,7 @@ impl VerbName {
             "compare" => Self::Compare,
             "commit" => Self::Commit,
             "pull" => Self::Pull,
+            "relink" => Self::Relink,
             "abort" => Self::Abort,
             "flatten" => Self::Flatten,
             "demo" => Self::Demo,
@@ -62,6 +65,7 @@ impl VerbName {
             Self::Compare => "compare",
             Self::Commit => "commit",
             Self::Pull => "pull",
+            Self::Relink => "relink",
             Self::Abort => "abort",
             Self::Flatten => "flatten",
             Self::Demo => "demo",
@@ -105,6 +109,7 @@ impl Call {
             VerbName::Check | VerbName::Restore => Task::Check,
             VerbName::Commit => Task::Commit,
             VerbName::Pull => Task::Pull,
+            VerbName::Relink => Task::Relink,
             VerbName::Flatten if self.words.iter().any(|word| word == "--salvage") => Task::Salvage,
             VerbName::Flatten => Task::Flatten,
             _ => Task::Other,
@@ -112,6 +117,11 @@ impl Call {
         let given = |option: &[u8]| self.words.iter().any(|word| word.as_bytes().starts_with(option));
         let states_format = given(b"--format") || self.words.iter().any(|word| word == "-f");
         Asked { task, image: &self.image, states_format, states_backing_format: given(b"--backing-format") }
+    }
+
+    /// The call of the same verb for one image of several; `words` is its command line.
+    pub(crate) fn of_image(&self, image: &Path, words: &[OsString]) -> Self {
+        Self { verb: self.verb, image: image.to_owned(), words: words.to_vec() }
     }
 
     /// The same command, to be typed again.

@@ -4,6 +4,7 @@ mod demo;
 mod live;
 mod look;
 mod merge;
+mod relink;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -19,6 +20,8 @@ pub(crate) use self::live::{
 pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, RepairWhat};
 use self::merge::COMMIT_EXAMPLES;
 pub(crate) use self::merge::{AbortArgs, CommitArgs, FlattenArgs, PullArgs, SafetyArgs};
+use self::relink::EXAMPLES as RELINK_EXAMPLES;
+pub(crate) use self::relink::{GivenFormat, MovedPair, RelinkArgs};
 use crate::exit;
 
 /// Merges QEMU disk image chains: safely, fast, and without QEMU.
@@ -54,7 +57,7 @@ pub(crate) struct Cli {
 pub(crate) struct OutputArgs {
     /// Print JSON on standard output
     ///
-    /// info, map, check, compare and most verbs of live print one document; commit, flatten, demo, and live commit,
+    /// info, map, check, compare and most verbs of live print one document; commit, pull, relink, flatten, demo, and live commit,
     /// pull, finish and pivot print lines of events: plan, progress, result or error. Keys are kebab-case.
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -110,6 +113,14 @@ pub(crate) enum Verb {
         after_long_help = "Examples, for the chain base.raw <- a.qcow2 <- b.qcow2 <- c.qcow2:\n  qmerge pull c.qcow2 --base base.raw    base.raw <- c.qcow2 is left\n  qmerge pull c.qcow2                    c.qcow2 needs no other file then"
     )]
     Pull(PullArgs),
+
+    /// Correct names in headers after files were moved
+    ///
+    /// Changes the name of IMAGE's backing file, or of its external data file, and nothing else. Before that it proves that
+    /// the new name leads to the file that IMAGE was made with: the same file, or one that shows the same bytes as the old
+    /// one. What cannot be proved needs --trust.
+    #[command(after_long_help = RELINK_EXAMPLES)]
+    Relink(RelinkArgs),
 
     /// Give up a merge that was stopped
     ///

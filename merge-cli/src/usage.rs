@@ -61,7 +61,7 @@ fn message(error: &clap::Error, live: bool) -> String {
             .to_owned();
     }
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "what shall be done? Verbs: info, map, check, compare, commit, flatten, abort, demo, live"
+        return "what shall be done? Verbs: info, map, check, compare, commit, pull, relink, flatten, abort, demo, live"
             .to_owned();
     }
     let text = error.render().to_string();

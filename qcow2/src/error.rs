@@ -1,5 +1,6 @@
 //! What can go wrong, with the file, the offset, what was found and what was expected.
 
+mod doubt;
 mod op;
 mod refusal;
 mod shown;
@@ -8,6 +9,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub use self::doubt::Doubt;
 pub use self::op::FileOp;
 pub use self::refusal::{Contradiction, Refusal};
 pub use self::shown::{is_harmful, shown};

@@ -11,6 +11,7 @@
 //! | read the disk of a chain | [`chain::Chain::open`], [`chain::Chain::reader`] |
 //! | merge layers into a base | [`merge::heal`], then [`merge::Commit::prepare`], which plans; [`merge::Prepared::execute`] |
 //! | give a stopped merge up | [`merge::heal_image`], then [`merge::abort`] |
+//! | correct names in headers after a move | [`relink::Relink::prepare`], [`relink::find_renamed`] |
 //! | write a chain into one new file | [`convert::Flatten::prepare`] |
 //! | compare two chains | [`compare::compare`] |
 //! | check an image, or repair it | [`by_name`], or [`check::check`] and [`repair::plan`] on an opened file |
@@ -63,6 +64,7 @@ pub mod fuzzing;
 pub mod image;
 mod journal;
 pub mod merge;
+pub mod relink;
 pub mod repair;
 pub mod retire;
 mod serial;

@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// The floors, the ground floor first.
-const FLOORS: [&str; 20] = [
+const FLOORS: [&str; 21] = [
     "serial", "units", "format", "error", "storage", "stamp", "journal", "image", "chain", "check", "repair",
-    "transfer", "merge", "retire", "compare", "convert", "facts", "by_name", "ways", "fuzzing",
+    "transfer", "merge", "retire", "compare", "relink", "convert", "facts", "by_name", "ways", "fuzzing",
 ];
 
 /// A path of names, beginning behind `crate`.

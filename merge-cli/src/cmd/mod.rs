@@ -12,6 +12,7 @@ mod live;
 mod map;
 mod open;
 mod pull;
+mod relink;
 mod stopped;
 
 use std::ffi::OsString;
@@ -32,6 +33,10 @@ pub(crate) fn run(verb: &Verb, words: &[OsString], console: &Console) -> Result<
         Verb::Check(args) => check::run(args, &call(VerbName::Check, &args.image), console),
         Verb::Commit(args) => commit::run(args, &call(VerbName::Commit, &args.active), console),
         Verb::Pull(args) => pull::run(args, &call(VerbName::Pull, &args.active), console),
+        Verb::Relink(args) => {
+            let first = args.paths.first().map_or(Path::new("."), |path| path);
+            relink::run(args, &call(VerbName::Relink, first), console)
+        }
         Verb::Compare(args) => compare::run(args, &call(VerbName::Compare, &args.first), console),
         Verb::Flatten(args) => flatten::run(args, &call(VerbName::Flatten, &args.active), console),
         Verb::Demo(args) => demo::run(args, &call(VerbName::Demo, Path::new("c.qcow2")), console),

@@ -69,13 +69,15 @@ kinds! {
     AllowCopy = "allow-copy",
     /// A stopped merge given up.
     Abort = "abort",
+    /// The same relink, on the word of the user.
+    Trust = "trust",
     /// A merge that can only be finished.
     Finish = "finish",
     /// The lower part of a long chain merged first.
     MergeLower = "merge-lower",
     /// Another name for the file to write.
     OtherOutput = "other-output",
-    /// The name of a backing file that has moved, corrected by `qemu-img`.
+    /// The name of a backing file that has moved, corrected.
     NewName = "new-name",
     /// The demonstration again, in another way.
     Demo = "demo",

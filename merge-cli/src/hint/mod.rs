@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 pub(crate) use self::command::{Command, file_word, quoted};
 pub(crate) use self::kind::HintKind;
-pub(crate) use self::ways::{hints, limit, words as reason};
+pub(crate) use self::ways::{hints, limit, relink, words as reason};
 
 /// One thing to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]

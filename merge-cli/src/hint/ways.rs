@@ -1,7 +1,9 @@
 //! Turns the ways that the engine finds into commands, and its reasons into words.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use qcow2::Error;
 use qcow2::error::shown;
@@ -57,9 +59,8 @@ fn command(act: &Act, call: &Call) -> Option<(HintKind, Command)> {
             (HintKind::Finish, if *removes { commit.word("--delete") } else { commit })
         }
         Act::MergeLower(layer) => (HintKind::MergeLower, qmerge(&["commit"]).file(layer)),
-        Act::Relink { image, name, format } => {
-            let rebase = ["rebase", "-u", "-f", "qcow2", "-F", format.name(), "-b"];
-            (HintKind::NewName, Command::of("qemu-img").options(rebase).word(name).file(image))
+        Act::Relink { image, name, format, trust } => {
+            (HintKind::NewName, relink(image, name, format.name(), *trust))
         }
         Act::ListFolder(folder) => (HintKind::Advice, Command::of("ls").word("-l").file(folder)),
         Act::Unmark(file) => (HintKind::Advice, Command::of("chattr").word("-i").file(file)),
@@ -70,6 +71,18 @@ fn command(act: &Act, call: &Call) -> Option<(HintKind, Command)> {
         }
         _ => return None,
     })
+}
+
+/// Another backing name in the header of an image.
+pub(crate) fn relink(image: &Path, name: &OsStr, format: &str, trust: bool) -> Command {
+    let command = Command::qmerge(["relink"]).file(image);
+    let command = match name.as_bytes().starts_with(b"-") {
+        // It would be taken for an option.
+        true => command.word([OsStr::new("--backing="), name].into_iter().collect::<OsString>()),
+        false => command.word("--backing").word(name),
+    };
+    let command = command.word("--backing-format").word(format);
+    if trust { command.word("--trust") } else { command }
 }
 
 /// The same call with an option more.
@@ -94,6 +107,7 @@ fn allowed(allow: &Allow, call: &Call) -> (HintKind, Command) {
         Allow::NoLocks => (HintKind::NoLock, with("--no-lock")),
         Allow::Restart => (HintKind::Restart, with("--restart")),
         Allow::Copy => (HintKind::AllowCopy, with("--allow-copy")),
+        Allow::Unproved => (HintKind::Trust, with("--trust")),
         // The tests type all that there are.
         _ => (HintKind::Help, call.help()),
     }
@@ -129,6 +143,12 @@ pub(crate) fn words(why: &Why) -> String {
         Why::WhatItIs => "what it is",
         Why::WhatWasStopped => "what was stopped",
         Why::WrongName => "the name that is wrong",
+        Why::NewNameReadsThrough => "name another file: this one is the image itself, or reads through it",
+        Why::IsRightFile => "if you know that it is the right file",
+        Why::OtherFormatOfNewName => {
+            "name a file of the format that the header says; or, if the file is right and the header is not, say its format with --backing-format, and --trust"
+        }
+        Why::SameMakesWhole => "the same command makes it whole",
         Why::SnapshotNames => "their names",
         Why::LayerBelow => "merge the lower part first, from a layer that lies deeper; the one below",
         Why::TooDeep => "merge the lower part first",
@@ -200,6 +220,10 @@ fn words_about(why: &Why) -> String {
             shown(file)
         ),
         Why::FolderFull(folder) => format!("free some space (df -h {}), then again", word(folder)),
+        Why::NoFileOfNewName(file) => format!(
+            "there is no file {}; a relative name of a backing file begins at the folder of the image",
+            shown(file)
+        ),
         Why::NameTooLong(file) => format!("give {} a shorter name", shown(file)),
         Why::CircleOfLinks(file) => format!("its name leads in a circle of links: {}", shown(file)),
         Why::NoFolderInName(file) => format!("a part of the name is no folder: {}", shown(file)),

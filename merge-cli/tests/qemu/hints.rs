@@ -117,6 +117,10 @@ fn provoke(kind: HintKind, chain: &Article) -> Tried {
             fs::rename(folder.join("base.qcow2"), folder.join("sub/base.qcow2")).unwrap();
             Tried::Here(json(folder, &["commit", "sub/top.qcow2"]), Succeeds)
         }
+        HintKind::Trust => {
+            fs::rename(folder.join("base.qcow2"), folder.join("moved.qcow2")).unwrap();
+            Tried::Here(json(folder, &["relink", "a.qcow2", "--backing", "moved.qcow2"]), Succeeds)
+        }
         HintKind::Demo => Tried::Here(json(folder, &["demo", "--size", "1"]), Succeeds),
         HintKind::LiveMerge | HintKind::LiveLook => {
             let mut daemon = Command::new("qemu-storage-daemon");

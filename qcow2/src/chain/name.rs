@@ -235,7 +235,7 @@ impl BackingName {
     ///
     /// # Errors
     /// What it is instead, in words.
-    pub(super) fn check_kind(&self, kind: FileKind) -> Result<(), String> {
+    pub(crate) fn check_kind(&self, kind: FileKind) -> Result<(), String> {
         let what = match (self.driver, kind) {
             (_, FileKind::Other(what)) => what.to_owned(),
             (FileDriver::File, FileKind::Block) => "a block device opened by the driver 'file'".to_owned(),

@@ -10,7 +10,9 @@ use super::{Chain, DataFile, Layer, data_file};
 use crate::error::{Contradiction, Error, FileOp, Refusal, Result, Role, shown};
 use crate::format::{Cluster0, EXT_BACKING_FORMAT, FormatError};
 use crate::image::{Image, ImageFormat, Qcow2};
-use crate::storage::{Access, FileId, FileKind, Host, LockMode, Storage, if_there, lock, may_be_unlocked};
+use crate::storage::{
+    Access, FileId, FileKind, Host, LockMode, Storage, if_there, leads_nowhere, lock, may_be_unlocked,
+};
 
 /// How a chain is opened. The default names no formats, opens everything for reading, takes no locks,
 /// and lets no image name other files.
@@ -88,13 +90,55 @@ impl Chain {
         options: &OpenOptions,
         before: &dyn Fn(&Path) -> Result<()>,
     ) -> Result<Self> {
-        let mut opener = Opener { host, options, before, layers: Vec::new() };
+        let mut opener = Opener { host, options, before, rename: None, layers: Vec::new() };
         let mut next = Some(opener.open_active(active)?);
         while let Some(file) = next {
             next = opener.add(file)?;
         }
         opener.finish()
     }
+
+    /// As [`Chain::open`], as if the header of `active`, which must be qcow2, had the names that `rename` gives it. The chain
+    /// ends above the first file that is not there and that `rename` has not named, which is returned as an error.
+    ///
+    /// # Errors
+    /// Those of [`Chain::open`], and of `rename`.
+    pub(crate) fn open_renamed(
+        host: &dyn Host,
+        active: &Path,
+        options: &OpenOptions,
+        rename: &Rename<'_>,
+    ) -> Result<(Self, Option<Error>)> {
+        let mut opener =
+            Opener { host, options, before: &|_| Ok(()), rename: Some(rename), layers: Vec::new() };
+        let mut next = Some(opener.open_active(active)?);
+        let mut missing = None;
+        while let Some(file) = next {
+            next = match opener.add(file) {
+                Err(e) if is_nothing_there(&e) && opener.layers.len() >= rename.below => {
+                    missing = Some(e);
+                    None
+                }
+                added => added?,
+            };
+        }
+        Ok((opener.finish()?, missing))
+    }
+}
+
+/// Other names for the files of an image, in the place of those in its header.
+#[derive(Clone, Copy)]
+pub(crate) struct Rename<'a> {
+    /// Changes the names.
+    pub(crate) names: &'a dyn Fn(&mut Cluster0) -> Result<()>,
+    /// How many layers there must be, the image included.
+    pub(crate) below: usize,
+}
+
+/// Whether a backing file does not exist.
+fn is_nothing_there(error: &Error) -> bool {
+    let Error::MissingLayer { role: Role::BackingFile, source, .. } = error else { return false };
+    leads_nowhere(source)
 }
 
 /// Opens the external data file of a single image, if it has one, under the policy and the locks of `options`.
@@ -110,7 +154,8 @@ pub fn open_data_file(
     cluster0: &Cluster0,
     options: &OpenOptions,
 ) -> Result<Option<(DataFile, Arc<dyn Storage>)>> {
-    Opener { host, options, before: &|_| Ok(()), layers: Vec::new() }.open_data_file(image, file, cluster0)
+    let opener = Opener { host, options, before: &|_| Ok(()), rename: None, layers: Vec::new() };
+    opener.open_data_file(image, file, cluster0)
 }
 
 /// A file that is about to become a layer.
@@ -131,6 +176,8 @@ struct Opener<'a> {
     options: &'a OpenOptions,
     /// Called with the name of each image before anything is read from it.
     before: &'a dyn Fn(&Path) -> Result<()>,
+    /// Other names for the files of the first image.
+    rename: Option<&'a Rename<'a>>,
     /// Top first.
     layers: Vec<Layer>,
 }
@@ -182,8 +229,11 @@ impl Opener<'_> {
         let mut data_storage = None;
         let mut below = None;
         if format == ImageFormat::Qcow2 {
-            let cluster0 = Qcow2::read_cluster0(&path, &*storage)?;
+            let mut cluster0 = Qcow2::read_cluster0(&path, &*storage)?;
             cluster0.validate().map_err(|e| Error::format(&path, e))?;
+            if let Some(rename) = self.rename.take() {
+                (rename.names)(&mut cluster0)?;
+            }
             if let Some((found, opened)) = self.open_data_file(&path, &*storage, &cluster0)? {
                 data_file = Some(found);
                 data_storage = Some(opened);

@@ -76,7 +76,7 @@ fn between(from: &Path, to: &Path) -> Option<PathBuf> {
 }
 
 /// `path` from the root, without `.`; symbolic links and `..` stay.
-fn absolute(host: &dyn Host, path: &Path) -> Result<PathBuf> {
+pub(super) fn absolute(host: &dyn Host, path: &Path) -> Result<PathBuf> {
     let mut start = PathBuf::new();
     if path.is_relative() {
         let here = Path::new(".");
@@ -87,7 +87,7 @@ fn absolute(host: &dyn Host, path: &Path) -> Result<PathBuf> {
 }
 
 /// `path` with every `x/..` left out, as if there were no symbolic links.
-fn normalised(path: &Path) -> PathBuf {
+pub(super) fn normalised(path: &Path) -> PathBuf {
     let mut out = PathBuf::new();
     for component in path.components() {
         match component {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 
-use super::{Role, shown};
+use super::{Doubt, Role, shown};
 use crate::format::RewriteError;
 
 /// Why a safety rule refuses; each says what the rule protects.
@@ -357,6 +357,23 @@ pub enum Refusal {
     /// An image that should be an overlay has no backing file.
     #[error("it has no backing file")]
     NoBackingFile,
+    /// An image that is to name another data file has none.
+    #[error("it has no external data file")]
+    NoDataFile,
+    /// Nothing proves that the file of a new name is the one that the image was made with.
+    #[error(
+        "nothing proves that {} is its {role}: {doubt}; with a wrong one the guest would see wrong data, and spoil it by \
+         writing",
+        shown(file)
+    )]
+    NotProved {
+        /// As what it would be named.
+        role: Role,
+        /// The file of the new name.
+        file: PathBuf,
+        /// Why not.
+        doubt: Doubt,
+    },
     /// A data file has one place for each cluster, and internal snapshots share it.
     #[error("its internal snapshots share its data file")]
     SnapshotsInDataFile,
@@ -450,6 +467,7 @@ impl Refusal {
             Self::BackupOwner { .. } => "backup-owner",
             Self::JournalVersion { .. } => "journal-version",
             Self::JournalOfAnother { .. } | Self::JournalOfRenamed { .. } => "journal-of-another",
+            Self::NotProved { .. } => "not-proved",
             Self::WrittenSince { .. } => "written-since",
             Self::MergeDone { .. } => "merge-done",
             Self::BackupDamaged { .. } => "backup-damaged",

@@ -34,7 +34,9 @@ pub use cluster0::Cluster0;
 pub use container::Container;
 pub(crate) use container::{CONTAINER_HEAD, CONTAINER_TAIL};
 pub use error::FormatError;
-pub(crate) use extensions::{BitmapsExtension, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO};
+pub(crate) use extensions::{
+    BitmapsExtension, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, Extension,
+};
 pub use geometry::Geometry;
 pub use header::{Compression, Header};
 pub(crate) use header::{FULL_HEADER_LENGTH, V2_HEADER_LENGTH, is_qcow2};
@@ -43,8 +45,8 @@ pub(crate) use l2::{L2Entry, SubclusterState, Subclusters};
 pub(crate) use limits::{MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 pub(crate) use refcount::{RefcountTableEntry, RefcountWidth};
 pub(crate) use rewrite::{
-    EmptyDisk, Mark, Switch, plan_backing_removal, plan_backing_switch, plan_drop_bitmaps, plan_empty_switch,
-    plan_feature_bits, plan_mark, plan_mark_and_backing,
+    EmptyDisk, Mark, NewNames, Switch, plan_backing_removal, plan_backing_switch, plan_drop_bitmaps,
+    plan_empty_switch, plan_feature_bits, plan_mark, plan_mark_and_backing, plan_names,
 };
 pub use snapshot::Snapshot;
 pub(crate) use snapshot::{MAX_SNAPSHOT_TABLE, SnapshotLengths, decode_snapshots, snapshot_table_bound};

@@ -13,8 +13,8 @@ use std::ops::Range;
 use super::build::check_backing;
 use super::cluster0::{Cluster0, extension_space_end, pad};
 use super::extensions::{
-    EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_EMPTIED_ONTO, EXT_END, EXT_FEATURE_NAMES, EXT_MERGED_INTO,
-    EXT_MERGING_INTO, EXTENSION_HEAD, Extension,
+    EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_DATA_FILE, EXT_EMPTIED_ONTO, EXT_END, EXT_FEATURE_NAMES,
+    EXT_MERGED_INTO, EXT_MERGING_INTO, EXTENSION_HEAD, Extension,
 };
 use super::header::at;
 use super::words::{PutWords, u64_at};
@@ -65,6 +65,36 @@ pub(crate) fn plan_backing_switch(
     check_backing(name.as_ref(), format)?;
     let old = OldCluster0::read(cluster0)?;
     old.choose(&[old.with_backing_format(format)], name.as_ref())
+}
+
+/// Names that an image gets for its other files; what is `None` stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct NewNames<'a> {
+    /// The backing file, and its format.
+    pub(crate) backing: Option<(&'a [u8], &'a str)>,
+    /// The external data file.
+    pub(crate) data_file: Option<&'a [u8]>,
+}
+
+/// Plans to change the names of the backing file and of the external data file together.
+///
+/// # Errors
+/// As [`plan_backing_switch`].
+pub(crate) fn plan_names(cluster0: &[u8], names: &NewNames<'_>) -> Result<Switch, RewriteError> {
+    let old = OldCluster0::read(cluster0)?;
+    let mut list = old.cluster0.extensions.clone();
+    let mut name = old.name();
+    if let Some((backing, format)) = names.backing {
+        check_backing(backing, format)?;
+        list = old.with_backing_format(format);
+        name = backing;
+    }
+    if let Some(data_file) = names.data_file
+        && let Some(extension) = list.iter_mut().find(|e| e.magic == EXT_DATA_FILE)
+    {
+        extension.data = data_file.to_vec();
+    }
+    old.choose(&[list], name)
 }
 
 /// Plans to remove the name of the backing file, and its format.

@@ -213,19 +213,29 @@ pub(super) fn has_other_names(host: &dyn Host, layer: &Layer) -> Result<bool> {
 /// # Errors
 /// [`Refusal::TwoChains`]; the system's.
 pub(super) fn one_chain(host: &dyn Host, chain: &Chain) -> Result<()> {
-    let looked = |path: &Path| if_there(host.stat(path)).map_err(|e| Error::io(path, FileOp::Stat, None, e));
     for layer in chain.layers() {
-        let real =
-            host.canonicalize(&layer.path).map_err(|e| Error::io(&layer.path, FileOp::Resolve, None, e))?;
         let name = layer.image.as_qcow2().and_then(|image| image.cluster0().backing_name.as_deref());
-        let Some(Ok(name)) = name.map(BackingName::parse) else { continue };
-        if !name.is_relative() || name.depends_on_working_dir() {
-            continue;
+        if let Some(Ok(name)) = name.map(BackingName::parse) {
+            one_meaning(host, &layer.path, &name)?;
         }
-        let (by_name, beside) = (looked(&name.resolve(&layer.path))?, name.resolve_beside(&real));
-        if by_name.zip(looked(&beside)?).is_some_and(|(by_name, beside)| by_name.id != beside.id) {
-            return Err(Error::refused(&layer.path, Refusal::TwoChains { real, beside }));
-        }
+    }
+    Ok(())
+}
+
+/// Refuses a backing name that leads from an image, by the name that the caller has for that, to another file than from
+/// where the image really lies.
+///
+/// # Errors
+/// [`Refusal::TwoChains`]; the system's.
+pub(crate) fn one_meaning(host: &dyn Host, image: &Path, name: &BackingName) -> Result<()> {
+    let looked = |path: &Path| if_there(host.stat(path)).map_err(|e| Error::io(path, FileOp::Stat, None, e));
+    if !name.is_relative() || name.depends_on_working_dir() {
+        return Ok(());
+    }
+    let real = host.canonicalize(image).map_err(|e| Error::io(image, FileOp::Resolve, None, e))?;
+    let (by_name, beside) = (looked(&name.resolve(image))?, name.resolve_beside(&real));
+    if by_name.zip(looked(&beside)?).is_some_and(|(by_name, beside)| by_name.id != beside.id) {
+        return Err(Error::refused(image, Refusal::TwoChains { real, beside }));
     }
     Ok(())
 }

@@ -40,7 +40,7 @@ pub fn after(error: &Error, asked: &Asked<'_>) -> Vec<Way> {
         Error::Foreign { path, container } => foreign(path, *container, asked),
         Error::MissingLayer { image, role, resolved, source, .. } => {
             if source.kind() == io::ErrorKind::NotFound {
-                missing(image, *role, resolved)
+                missing(image, *role, resolved, asked)
             } else {
                 after_failure(resolved, FileOp::Open, source, asked)
             }
@@ -92,16 +92,19 @@ fn salvage(asked: &Asked<'_>) -> Option<Way> {
 
 fn torn(path: &Path, asked: &Asked<'_>) -> Vec<Way> {
     let whole = match asked.task {
-        Task::Commit | Task::Pull => Act::InEarnest,
+        Task::Commit | Task::Pull | Task::Relink => Act::InEarnest,
         _ => Act::Outside,
     };
-    vec![Way::to(whole, Why::MadeWhole), Way::to(Act::Abort(path.to_owned()), Why::GiveMergeUp)]
+    let why = if asked.task == Task::Relink { Why::SameMakesWhole } else { Why::MadeWhole };
+    vec![Way::to(whole, why), Way::to(Act::Abort(path.to_owned()), Why::GiveMergeUp)]
 }
 
 /// A merge that was stopped keeps another task from its images.
 fn unfinished(path: &Path) -> Vec<Way> {
     let mut ways = vec![info(path, Why::WhatWasStopped)];
-    if let Some(merge) = merge::unfinished_merge(&OsHost, path, None).ok().flatten() {
+    let merge = merge::unfinished_merge(&OsHost, path, None).ok().flatten();
+    // It names its images by where they lay.
+    if let Some(merge) = merge.filter(|merge| fs::metadata(&merge.active).is_ok()) {
         ways.push(Way::to(finish(&merge.active, &merge.base, &merge.top, merge.removes), Why::Unfinished));
     }
     ways.push(Way::to(Act::Abort(path.to_owned()), Why::GiveUp));
@@ -161,15 +164,22 @@ fn foreign(path: &Path, container: Container, asked: &Asked<'_>) -> Vec<Way> {
 }
 
 /// A file that an image names is not there.
-fn missing(image: &Path, role: Role, resolved: &Path) -> Vec<Way> {
+fn missing(image: &Path, role: Role, resolved: &Path, asked: &Asked<'_>) -> Vec<Way> {
     let resolved = resolved.to_owned();
+    if asked.task == Task::Relink && image == asked.image {
+        return vec![
+            Way::outside(Why::NoFileOfNewName(resolved)),
+            Way::to(Act::ListFolder(folder(image)), Why::FilesThere),
+        ];
+    }
     if role == Role::DataFile {
         return vec![Way::outside(Why::DataMissing(resolved))];
     }
     let Some(backing) = NamedBacking::of(image) else { return vec![Way::outside(Why::Missing(resolved))] };
     match backing.moved(image) {
         Some(found) => {
-            let act = Act::Relink { image: image.to_owned(), name: found.name, format: found.format };
+            let (image, name, format) = (image.to_owned(), found.name, found.format);
+            let act = Act::Relink { image, name, format, trust: true };
             vec![Way::outside(Why::Missing(resolved)), Way::to(act, Why::Moved(found.path))]
         }
         None => vec![Way::outside(Why::MissingOrMoved(resolved)), Way::again(Why::ThereAgain)],
@@ -181,6 +191,12 @@ fn refused(path: &Path, reason: &Refusal, asked: &Asked<'_>) -> Vec<Way> {
     let one = |way: Way| vec![way];
     match reason {
         Refusal::SharedBase { users } | Refusal::PossiblyShared { users } => shared(users, asked),
+        Refusal::NotProved { .. } => one(Way::allow(Allow::Unproved, Why::IsRightFile)),
+        Refusal::MissingFormat { .. } if is_new_name(path, asked) => one(Way::outside(Why::SayFormat)),
+        Refusal::FormatMismatch { .. } if is_new_name(path, asked) => {
+            vec![Way::outside(Why::OtherFormatOfNewName), info(path, Why::WhatItIs)]
+        }
+        Refusal::Loop { .. } if asked.task == Task::Relink => one(Way::outside(Why::NewNameReadsThrough)),
         Refusal::MissingFormat { .. } => one(missing_format(path)),
         Refusal::FormatMismatch { .. } => mismatch(path, asked),
         Refusal::NotLocal { role, .. } | Refusal::NotAFile { role, .. } => {
@@ -258,6 +274,11 @@ fn refused(path: &Path, reason: &Refusal, asked: &Asked<'_>) -> Vec<Way> {
     }
 }
 
+/// Whether what is wrong with the names of an image is wrong with the new ones that were asked for, and not with its header.
+fn is_new_name(path: &Path, asked: &Asked<'_>) -> bool {
+    asked.task == Task::Relink && path == asked.image
+}
+
 /// Others use base. An empty overlay may be a new disk of another machine, or what a merge of QEMU's has left: only the user can
 /// tell.
 fn shared(users: &[PathBuf], asked: &Asked<'_>) -> Vec<Way> {
@@ -272,7 +293,8 @@ fn plain_name(asked: &Asked<'_>) -> Option<Way> {
     let backing = NamedBacking::of(asked.image).filter(NamedBacking::states_more)?;
     let format = backing.detected().filter(|found| *found == ImageFormat::Qcow2)?;
     let name = fs::canonicalize(&backing.path).ok()?.into();
-    Some(Way::to(Act::Relink { image: asked.image.to_owned(), name, format }, Why::NameSaysMore))
+    let act = Act::Relink { image: asked.image.to_owned(), name, format, trust: false };
+    Some(Way::to(act, Why::NameSaysMore))
 }
 
 /// A backing name without a format: what the file's first bytes say can only be offered.
@@ -295,7 +317,8 @@ fn mismatch(image: &Path, asked: &Asked<'_>) -> Vec<Way> {
     let is_named = |found: &ImageFormat| ImageFormat::from_name(found.name()).is_some();
     let found = backing.detected().filter(|found| *found != ImageFormat::Raw && is_named(found));
     let Some(format) = found else { return vec![Way::outside(Why::LostHeader(backing.path))] };
-    let relink = Act::Relink { image: image.to_owned(), name: backing.written.clone(), format };
+    let (image, name) = (image.to_owned(), backing.written.clone());
+    let relink = Act::Relink { image, name, format, trust: true };
     let relink = Way::to(relink, Why::FindOutWhoWrote(backing.path, format));
     // A word that was given already has not helped: the image itself must say it.
     if backing.declared.as_deref() != Some("raw") || asked.states_backing_format {

@@ -32,6 +32,8 @@ pub enum Task {
     Commit,
     /// To merge up.
     Pull,
+    /// To write other names into a header.
+    Relink,
     /// To write a new file.
     Flatten,
     /// To write a new file with whatever can be read.
@@ -106,6 +108,8 @@ pub enum Act {
         name: OsString,
         /// The format of the backing file.
         format: ImageFormat,
+        /// Whether nothing proves that the name leads to the right file.
+        trust: bool,
     },
     /// Looking at the files of a folder.
     ListFolder(PathBuf),
@@ -160,6 +164,8 @@ pub enum Allow {
     Restart,
     /// Restoring to a copy.
     Copy,
+    /// Names that nothing proves.
+    Unproved,
 }
 
 /// Why something is to be done, or what must be put right first.
@@ -226,6 +232,16 @@ pub enum Why {
     WhatWasStopped,
     /// A name that is wrong.
     WrongName,
+    /// A new name leads to no file.
+    NoFileOfNewName(PathBuf),
+    /// The file of a new name reads through the image itself.
+    NewNameReadsThrough,
+    /// The user knows that a file is the right one.
+    IsRightFile,
+    /// The format of the file of a new name is another one.
+    OtherFormatOfNewName,
+    /// The same makes a header whole.
+    SameMakesWhole,
     /// The names of the snapshots.
     SnapshotNames,
     /// A layer that lies deeper is to be merged first; this shows the one below.

@@ -7,7 +7,7 @@ use qmp_client::{Doubt, Kind, Outline, Phase};
 use crate::call::Call;
 use crate::exit::Exit;
 use crate::failure::Report;
-use crate::hint::{Command, Hint, HintKind, Hints, word};
+use crate::hint::{Command, Hint, HintKind, Hints, relink, word};
 use crate::output::human::printable;
 
 /// The report of a doubt about a merge.
@@ -93,15 +93,12 @@ impl Case<'_> {
             self.base()
         );
         let right = self.forget("if base is right");
-        let Some(relink) = &self.merge.relink else { return (why, right.into()) };
+        let Some(relinked) = &self.merge.relink else { return (why, right.into()) };
         let format = self.merge.layer(self.merge.top).map_or("qcow2", |layer| layer.format.as_str());
-        let rebase = Command::of("qemu-img")
-            .word("rebase")
-            .word("-u")
-            .option("-F", format)
-            .option("-b", &relink.old)
-            .file(&relink.overlay);
-        let back = Hint::command(HintKind::NewName, "or, if the merged layers are", rebase);
+        let command = relink(Path::new(&relinked.overlay), relinked.old.as_ref(), format, true);
+        let state = word(self.merge.state_file());
+        let before = format!("or, if the merged layers are, remove {state} first; then");
+        let back = Hint::command(HintKind::NewName, before, command);
         (why, Hints::from(right).or(back))
     }
 
