@@ -416,7 +416,17 @@ fn is_between(
     }
     let atomic = matches!(found.journal.header().purpose, Purpose::Header { atomic: true });
     let between = !atomic && sectors.foreign == 0 && sectors.old > 0 && sectors.new > 0;
-    Ok(between || is_torn(host, path, file, found, last)?)
+    Ok(between
+        || (!atomic && sectors.foreign > 0 && is_as_left(host, found, last)?)
+        || is_torn(host, path, file, found, last)?)
+}
+
+/// Whether the file is the one of the record, and its times tell of nobody who has written since. Then a sector that the
+/// record changes, and that is neither old nor new, is torn, whatever the header says: garbage in the extensions may
+/// decode, and end their list too early.
+fn is_as_left(host: &dyn Host, found: &FoundJournal, last: &Record) -> Result<bool> {
+    let seen = seen(&found.journal, Some(last), 0, &found.now, host.boot())?;
+    Ok(found.is_same_file() && matches!(seen, FileFate::Untouched | FileFate::Moved | FileFate::Unsure))
 }
 
 /// Whether a power cut tore the header while this record was written into it. A header that decodes, but has
