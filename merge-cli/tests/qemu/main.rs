@@ -36,6 +36,7 @@ mod obsolete;
 mod pull;
 mod put_back;
 mod recorded;
+mod relink;
 mod repair;
 mod restore;
 mod resume;

@@ -145,7 +145,7 @@ fn summary(done: u64, left: u64, dry_run: bool) -> String {
     let what = match (done, left) {
         (0, 0) => return "nothing to do: no image names the old place".to_owned(),
         (done, 0) => images(done),
-        (done, left) => format!("{}; {} left as they were", images(done), images(left)),
+        (done, left) => format!("{}; {} left as before", images(done), images(left)),
     };
     format!("{}: {what}", if dry_run { "to relink" } else { "relinked" })
 }
