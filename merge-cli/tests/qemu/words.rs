@@ -128,7 +128,7 @@ fn limits_of_the_shell_are_answers_and_no_signals() {
         .expect(1)
         .says("Too many open files")
         .says("ulimit -n");
-    assert!(!run.text().contains("rebase"), "{run}");
+    assert!(!run.text().contains("relink"), "{run}");
     folder.io("qcow2", "l39", &["write -P 1 0 1M"]);
     let before = folder.files();
     let run = shell("ulimit -f 512; \"$Q\" flatten l39 -o new.raw --to raw").expect(8).says("ulimit -f");
