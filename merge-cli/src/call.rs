@@ -28,6 +28,8 @@ pub(crate) enum VerbName {
     Pull,
     /// `qmerge relink`
     Relink,
+    /// `qmerge rebase`
+    Rebase,
     /// `qmerge abort`
     Abort,
     /// `qmerge flatten`
@@ -49,6 +51,7 @@ impl VerbName {
             "commit" => Self::Commit,
             "pull" => Self::Pull,
             "relink" => Self::Relink,
+            "rebase" => Self::Rebase,
             "abort" => Self::Abort,
             "flatten" => Self::Flatten,
             "demo" => Self::Demo,
@@ -66,6 +69,7 @@ impl VerbName {
             Self::Commit => "commit",
             Self::Pull => "pull",
             Self::Relink => "relink",
+            Self::Rebase => "rebase",
             Self::Abort => "abort",
             Self::Flatten => "flatten",
             Self::Demo => "demo",
@@ -111,12 +115,19 @@ impl Call {
             VerbName::Pull => Task::Pull,
             VerbName::Relink => Task::Relink,
             VerbName::Flatten if self.words.iter().any(|word| word == "--salvage") => Task::Salvage,
+            VerbName::Rebase => Task::Rebase,
             VerbName::Flatten => Task::Flatten,
             _ => Task::Other,
         };
         let given = |option: &[u8]| self.words.iter().any(|word| word.as_bytes().starts_with(option));
         let states_format = given(b"--format") || self.words.iter().any(|word| word == "-f");
-        Asked { task, image: &self.image, states_format, states_backing_format: given(b"--backing-format") }
+        Asked {
+            task,
+            image: &self.image,
+            states_format,
+            states_backing_format: given(b"--backing-format"),
+            states_new_format: given(b"--onto-format") || given(b"-F"),
+        }
     }
 
     /// The call of the same verb for one image of several; `words` is its command line.

@@ -19,7 +19,7 @@ pub(crate) use self::live::{
 };
 pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, RepairWhat};
 use self::merge::COMMIT_EXAMPLES;
-pub(crate) use self::merge::{AbortArgs, CommitArgs, FlattenArgs, PullArgs, SafetyArgs};
+pub(crate) use self::merge::{AbortArgs, CommitArgs, FlattenArgs, PullArgs, RebaseArgs, SafetyArgs};
 use self::relink::EXAMPLES as RELINK_EXAMPLES;
 pub(crate) use self::relink::{GivenFormat, MovedPair, RelinkArgs};
 use crate::exit;
@@ -57,8 +57,8 @@ pub(crate) struct Cli {
 pub(crate) struct OutputArgs {
     /// Print JSON on standard output
     ///
-    /// info, map, check, compare and most verbs of live print one document; commit, pull, relink, flatten, demo, and live commit,
-    /// pull, finish and pivot print lines of events: plan, progress, result or error. Keys are kebab-case.
+    /// info, map, check, compare and most verbs of live print one document; commit, pull, rebase, relink, flatten, demo, and live
+    /// commit, pull, finish and pivot print lines of events: plan, progress, result or error. Keys are kebab-case.
     #[arg(long, global = true)]
     pub(crate) json: bool,
 
@@ -121,6 +121,15 @@ pub(crate) enum Verb {
     /// one. What cannot be proved needs --trust.
     #[command(after_long_help = RELINK_EXAMPLES)]
     Relink(RelinkArgs),
+    /// Give an image another backing file, whatever that holds, or none
+    ///
+    /// Where the guest would see something else, IMAGE takes in what it shows now; nothing else is copied, and no other file
+    /// is written. Safe at every instant: killed or without power in the middle, IMAGE shows the same, and the same command
+    /// goes on. The virtual machine must be shut down.
+    #[command(
+        after_long_help = "Examples, for the chain old.qcow2 <- vm.qcow2:\n  qmerge rebase vm.qcow2 --onto new.qcow2 --dry-run    what would be copied\n  qmerge rebase vm.qcow2 --onto new.qcow2              new.qcow2 <- vm.qcow2 is left\n  qmerge rebase vm.qcow2 --onto new.img -F raw         onto a plain disk\n  qmerge rebase vm.qcow2 --onto-nothing                vm.qcow2 needs no other file then"
+    )]
+    Rebase(RebaseArgs),
 
     /// Give up a merge that was stopped
     ///

@@ -19,9 +19,14 @@ pub(crate) fn local() -> OpenOptions {
 /// Makes `/0` to `/layers - 1`, each on the one before, with random writes; returns the bytes that the
 /// guest sees through the last one.
 pub(crate) fn random_chain(host: &MemHost, dice: &mut Random, layers: u64) -> Vec<u8> {
+    random_chain_at(host, "/", dice, layers)
+}
+
+/// The same, with names that begin with `start`.
+pub(crate) fn random_chain_at(host: &MemHost, start: &str, dice: &mut Random, layers: u64) -> Vec<u8> {
     let mut model: Vec<u8> = Vec::new();
     for n in 0..layers {
-        let path = format!("/{n}");
+        let path = format!("{start}{n}");
         let path = Path::new(&path);
         let size = (256 + dice.below(2048)) * 512;
         let raw = n == 0 && dice.below(2) == 0;
@@ -32,7 +37,7 @@ pub(crate) fn random_chain(host: &MemHost, dice: &mut Random, layers: u64) -> Ve
             let extended_l2 = cluster_bits >= 14 && dice.below(2) == 0;
             let version = if extended_l2 || dice.below(3) > 0 { 3 } else { 2 };
             let refcount_order = if version == 3 { dice.below(7) as u32 } else { 4 };
-            let below = format!("/{}", n.wrapping_sub(1));
+            let below = format!("{start}{}", n.wrapping_sub(1));
             let of_below =
                 if host.content(&below).is_ok_and(|b| b.starts_with(b"QFI\xfb")) { "qcow2" } else { "raw" };
             let backing = (n > 0).then(|| (below.into_bytes(), of_below.to_owned()));

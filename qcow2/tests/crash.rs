@@ -17,6 +17,8 @@ mod judge;
 mod orders;
 #[path = "crash/power.rs"]
 mod power;
+#[path = "crash/rebase.rs"]
+mod rebase;
 #[path = "crash/run.rs"]
 mod run;
 #[path = "crash/scenarios.rs"]

@@ -127,6 +127,52 @@ pub(crate) struct PullArgs {
     pub(crate) open: ChainArgs,
 }
 
+/// `qmerge rebase`
+#[derive(Debug, Args)]
+pub(crate) struct RebaseArgs {
+    /// The image that gets another backing file
+    pub(crate) image: PathBuf,
+
+    /// The new backing file
+    ///
+    /// It may be of any size and cluster size, related to IMAGE or not, and have a chain of its own. From then on nobody may
+    /// write to it.
+    #[arg(
+        long,
+        value_name = "NEW",
+        required_unless_present = "onto_nothing",
+        conflicts_with = "onto_nothing"
+    )]
+    pub(crate) onto: Option<PathBuf>,
+
+    /// No backing file: IMAGE needs no other image then
+    #[arg(long)]
+    pub(crate) onto_nothing: bool,
+
+    /// Format of NEW [default: what IMAGE's chain says of it, or else its first bytes]
+    #[arg(short = 'F', long, value_name = "FMT", requires = "onto")]
+    pub(crate) onto_format: Option<ImageFormat>,
+
+    /// Compare, print the plan and change nothing
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+
+    /// Compare what the guest will see with what it sees, before the backing file changes
+    #[arg(long)]
+    pub(crate) verify: bool,
+
+    /// Rebase although internal snapshots of the image will show something else
+    #[arg(long)]
+    pub(crate) allow_snapshot_change: bool,
+
+    /// Keep the journal in DIR, for block devices and folders that cannot be written
+    #[arg(long, value_name = "DIR", hide_short_help = true)]
+    pub(crate) journal_dir: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) open: ChainArgs,
+}
+
 /// `qmerge abort`
 #[derive(Debug, Args)]
 pub(crate) struct AbortArgs {

@@ -3,7 +3,7 @@
 use std::slice;
 
 use qcow2::error::shown;
-use qcow2::merge::{self, Aborted};
+use qcow2::merge::{self, Aborted, UnfinishedUp};
 use qcow2::storage::OsHost;
 use serde_json::json;
 
@@ -34,22 +34,29 @@ pub(super) fn run(args: &AbortArgs, call: &Call, console: &Console) -> Result<Ex
         let unfinished = done.unfinished.as_ref();
         let more = json!({
             "base": path(&args.base),
-            "aborted": unfinished.is_some() || done.pull,
+            "aborted": unfinished.is_some() || done.up.is_some(),
+            "pull": matches!(done.up, Some(UnfinishedUp::Pull)),
+            "rebase": matches!(done.up, Some(UnfinishedUp::Rebase(_))),
             "bytes-done": unfinished.map_or(0, |unfinished| unfinished.done),
         });
         console.document(&merged(value(&done), more))
     } else {
         console.result(&human(&done, args))
     };
-    let has_done = done.unfinished.is_some() || done.pull;
+    let has_done = done.unfinished.is_some() || done.up.is_some();
     printed.map_err(|e| if has_done { e.behind("the merge is given up") } else { e })?;
     Ok(Exit::DONE)
 }
 
 fn human(done: &Aborted, args: &AbortArgs) -> String {
     let base = shown(&args.base);
-    if done.pull {
-        return format!("gave up the pull into {base}: it is consistent, and shows what it showed");
+    let verb = match &done.up {
+        Some(UnfinishedUp::Pull) => Some("pull into"),
+        Some(_) => Some("rebase of"),
+        None => None,
+    };
+    if let Some(verb) = verb {
+        return format!("gave up the {verb} {base}: it is consistent, and shows what it showed");
     }
     let Some(unfinished) = &done.unfinished else { return format!("no merge into {base} is pending") };
     let mut lines = vec![format!(

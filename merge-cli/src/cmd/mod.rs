@@ -12,8 +12,10 @@ mod live;
 mod map;
 mod open;
 mod pull;
+mod rebase;
 mod relink;
 mod stopped;
+mod up;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -37,6 +39,7 @@ pub(crate) fn run(verb: &Verb, words: &[OsString], console: &Console) -> Result<
             let first = args.paths.first().map_or(Path::new("."), |path| path);
             relink::run(args, &call(VerbName::Relink, first), console)
         }
+        Verb::Rebase(args) => rebase::run(args, &call(VerbName::Rebase, &args.image), console),
         Verb::Compare(args) => compare::run(args, &call(VerbName::Compare, &args.first), console),
         Verb::Flatten(args) => flatten::run(args, &call(VerbName::Flatten, &args.active), console),
         Verb::Demo(args) => demo::run(args, &call(VerbName::Demo, Path::new("c.qcow2")), console),

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use qcow2::Error;
 use qcow2::chain::Chain;
 use qcow2::error::shown;
-use qcow2::merge::{self, CommitOptions, PreparedPull, Pull, PullOptions, PullPlan, PullReport};
+use qcow2::merge::{PreparedPull, Pull, PullOptions, PullPlan};
 use qcow2::storage::OsHost;
 
-use super::{interrupted, open, stopped};
+use super::{interrupted, open, stopped, up};
 use crate::call::Call;
 use crate::cli::PullArgs;
 use crate::exit::Exit;
@@ -28,10 +28,7 @@ pub(super) fn run(args: &PullArgs, call: &Call, console: &Console) -> Result<Exi
     let stop = Stop::on_signals(call)?;
     let options = options(args);
     if !args.dry_run {
-        let mut heals = CommitOptions::new(options.open.clone());
-        heals.journal_dir.clone_from(&options.journal_dir);
-        let healed = merge::heal(&OsHost, &args.active, &heals).map_err(|e| Failure::engine(&e, call))?;
-        open::tell_healed(&healed, console);
+        up::heal(&args.active, &options.open, options.journal_dir.as_deref(), call, console)?;
     }
     let prepared = Pull::prepare(Arc::new(OsHost), &args.active, &options, stop.flag())
         .map_err(|e| stopped::unchanged(&e, &stop, call))?;
@@ -53,7 +50,7 @@ pub(super) fn run(args: &PullArgs, call: &Call, console: &Console) -> Result<Exi
     let report =
         prepared.execute(&meter, stop.flag()).map_err(|e| stopped::halfway(&e, &stop, &meter, call, kept))?;
     drop(meter);
-    let words = if is_nothing { words } else { result_words(&plan, &report) };
+    let words = if is_nothing { words } else { up::result(&afterwards(&plan), &report) };
     let printed = console.event("result", merged(value(&plan), value(&report)));
     let printed = printed.and_then(|()| console.result(&words));
     printed.map(|()| Exit::DONE).map_err(|e| if is_nothing { e } else { e.behind("the pull is done") })
@@ -102,17 +99,4 @@ fn plan_words(plan: &PullPlan) -> String {
 
 fn nothing(plan: &PullPlan) -> String {
     format!("nothing to do: {}", afterwards(plan))
-}
-
-fn result_words(plan: &PullPlan, report: &PullReport) -> String {
-    let mut lines = vec![format!(
-        "{}: {} copied in {}",
-        afterwards(plan),
-        size::short(report.totals.bytes_to_copy),
-        size::duration(report.elapsed.as_secs_f64())
-    )];
-    if let Some(digest) = report.digest {
-        lines.push(format!("verified: the guest sees the same bytes, digest {digest:08x}"));
-    }
-    lines.join("\n")
 }

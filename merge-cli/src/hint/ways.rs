@@ -97,6 +97,7 @@ fn allowed(allow: &Allow, call: &Call) -> (HintKind, Command) {
             (HintKind::AllowDir, folders.iter().fold(again, |again, dir| again.option("--allow-dir", dir)))
         }
         Allow::Raw => (HintKind::Format, call.again_with(&["-f", "raw"])),
+        Allow::NewRaw => (HintKind::Format, call.again_with(&["-F", "raw"])),
         Allow::BackingFormat { name, format } => {
             let value: OsString =
                 [name.as_os_str(), "=".as_ref(), format.name().as_ref()].into_iter().collect();
@@ -149,6 +150,7 @@ pub(crate) fn words(why: &Why) -> String {
             "name a file of the format that the header says; or, if the file is right and the header is not, say its format with --backing-format, and --trust"
         }
         Why::SameMakesWhole => "the same command makes it whole",
+        Why::ReadsThrough => "what it reads through",
         Why::SnapshotNames => "their names",
         Why::LayerBelow => "merge the lower part first, from a layer that lies deeper; the one below",
         Why::TooDeep => "merge the lower part first",
@@ -171,6 +173,8 @@ pub(crate) fn words(why: &Why) -> String {
         Why::OrGiveUp => "or give the merge up",
         Why::Unfinished => "finish it",
         Why::MadeWhole => "the same qmerge commit makes it whole",
+        Why::MadeWholeByPull => "the same qmerge pull makes it whole",
+        Why::MadeWholeByRebase => "the same qmerge rebase makes it whole",
         Why::Packed(None) => "unpack it first",
         Why::MachineState => "it holds a machine's memory and no disk: name the disk's image",
         Why::OtherFormat => "convert it with qemu-img, which reads it",

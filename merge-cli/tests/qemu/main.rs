@@ -35,6 +35,7 @@ mod neighbours;
 mod obsolete;
 mod pull;
 mod put_back;
+mod rebase;
 mod recorded;
 mod relink;
 mod repair;

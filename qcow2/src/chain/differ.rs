@@ -25,16 +25,19 @@ pub(crate) struct Differ<'a> {
 
 /// A range that both lists cover, and what supplies it on each side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Pair {
-    range: GuestRange,
-    a: Supply,
-    b: Supply,
+pub(super) struct Pair {
+    pub(super) range: GuestRange,
+    pub(super) a: Supply,
+    pub(super) b: Supply,
 }
+
+/// The bytes of one side of a pair; `None` where it is zeros.
+pub(super) type SideBytes<'w> = Option<&'w [u8]>;
 
 /// What a worker keeps between pairs. Each side numbers its own layers, and a cache is keyed by the number; so
 /// each side has its own cache.
 #[derive(Debug, Default)]
-struct DifferWorker {
+pub(super) struct DifferWorker {
     a: Vec<u8>,
     b: Vec<u8>,
     a_cache: ClusterCache,
@@ -95,7 +98,7 @@ impl<'a> Differ<'a> {
     }
 
     /// Whether no byte needs to be read: both sides are zeros, or the same bytes of the same file.
-    fn known_same(&self, pair: &Pair) -> bool {
+    pub(super) fn known_same(&self, pair: &Pair) -> bool {
         let place = |supply: &Supply, files: &[FileId]| match supply {
             Supply::Layer { layer, mapping: mapping @ (Mapping::Data { .. } | Mapping::Compressed(_)) } => {
                 files.get(*layer).map(|file| (*file, *mapping))
@@ -110,24 +113,36 @@ impl<'a> Differ<'a> {
     }
 
     fn compare(&self, pair: &Pair, worker: &mut DifferWorker) -> Result<Option<GuestOffset>> {
+        let at = match self.read(pair, worker)? {
+            (None, None) => None,
+            (Some(bytes), None) | (None, Some(bytes)) => first_nonzero(bytes),
+            (Some(a), Some(b)) => first_difference(a, b),
+        };
+        Ok(at.map(|at| pair.range.start + at as u64))
+    }
+
+    /// The bytes of both sides; `None` for a side that is zeros.
+    ///
+    /// # Errors
+    /// Data that cannot be read or inflated.
+    pub(super) fn read<'w>(
+        &self,
+        pair: &Pair,
+        worker: &'w mut DifferWorker,
+    ) -> Result<(SideBytes<'w>, SideBytes<'w>)> {
         let DifferWorker { a, b, a_cache, b_cache } = worker;
         let len = pair.range.len as usize;
         let read = |view: &View<'_>, supply: Supply, buf: &mut Vec<u8>, cache: &mut ClusterCache| {
+            if supply.is_zero() {
+                return Ok(());
+            }
             buf.resize(len, 0);
             view.read_supplied(&Supplied { range: pair.range, supply }, buf, cache)
         };
-        if !pair.a.is_zero() {
-            read(&self.a, pair.a, a, a_cache)?;
-        }
-        if !pair.b.is_zero() {
-            read(&self.b, pair.b, b, b_cache)?;
-        }
-        let at = match (pair.a.is_zero(), pair.b.is_zero()) {
-            (true, _) => first_nonzero(b),
-            (_, true) => first_nonzero(a),
-            _ => first_difference(a, b),
-        };
-        Ok(at.map(|at| pair.range.start + at as u64))
+        read(&self.a, pair.a, a, a_cache)?;
+        read(&self.b, pair.b, b, b_cache)?;
+        let (a, b): (&[u8], &[u8]) = (a, b);
+        Ok(((!pair.a.is_zero()).then_some(a), (!pair.b.is_zero()).then_some(b)))
     }
 }
 
@@ -141,7 +156,7 @@ fn files(view: &View<'_>) -> Result<Vec<FileId>> {
 }
 
 /// Calls `f` with each range that both lists cover.
-fn for_each_pair(a: &[Supplied], b: &[Supplied], mut f: impl FnMut(Pair)) {
+pub(super) fn for_each_pair(a: &[Supplied], b: &[Supplied], mut f: impl FnMut(Pair)) {
     let (mut a, mut b) = (a.iter().peekable(), b.iter().peekable());
     while let (Some(left), Some(right)) = (a.peek(), b.peek()) {
         if let (Some(l), Some(r)) = (left.clip(&right.range), right.clip(&left.range)) {
@@ -156,6 +171,13 @@ fn for_each_pair(a: &[Supplied], b: &[Supplied], mut f: impl FnMut(Pair)) {
 }
 
 impl Pair {
+    /// The part inside `range`, or `None` if they do not meet.
+    pub(super) fn clip(&self, range: &GuestRange) -> Option<Self> {
+        let both = self.range.intersect(range)?;
+        let skip = both.start - self.range.start;
+        Some(Self { range: both, a: self.a.advance(skip), b: self.b.advance(skip) })
+    }
+
     fn pieces(self) -> impl Iterator<Item = Pair> {
         (0..self.range.len.div_ceil(PIECE)).map(move |n| Pair {
             range: GuestRange {
@@ -173,12 +195,12 @@ impl Pair {
 const STRIDE: usize = 4096;
 static ZEROS: [u8; STRIDE] = [0; STRIDE];
 
-fn first_nonzero(bytes: &[u8]) -> Option<usize> {
+pub(super) fn first_nonzero(bytes: &[u8]) -> Option<usize> {
     let (n, chunk) = bytes.chunks(STRIDE).enumerate().find(|(_, c)| ZEROS.get(..c.len()) != Some(*c))?;
     Some(n * STRIDE + chunk.iter().position(|&b| b != 0)?)
 }
 
-fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
+pub(super) fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
     let (n, (a, b)) = a.chunks(STRIDE).zip(b.chunks(STRIDE)).enumerate().find(|(_, (a, b))| a != b)?;
     Some(n * STRIDE + a.iter().zip(b).position(|(a, b)| a != b)?)
 }

@@ -6,6 +6,7 @@
 
 mod data_file;
 pub(crate) mod differ;
+pub(crate) mod differences;
 mod digest;
 mod find;
 mod json;

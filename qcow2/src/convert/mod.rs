@@ -308,6 +308,7 @@ fn with_job<T>(
         base: new,
         below_size,
         own: None,
+        only: None,
         // Where the new image is not blank, it needs the zeros, too.
         base_size: if is_blank { size } else { 0 },
         zero_until: size,

@@ -10,7 +10,7 @@ use crate::error::{Error, FileOp, Holder, Result};
 use crate::format::{Bitmap, Cluster0, Snapshot};
 use crate::image::{Image, ImageFormat, Mapping, Qcow2, read_bitmaps, read_snapshots};
 use crate::journal::{Stranger, strangers_about};
-use crate::merge::{self, UnfinishedMerge};
+use crate::merge::{self, UnfinishedMerge, UnfinishedUp};
 use crate::storage::{Access, FileStat, Host, LockMode};
 use crate::units::GuestOffset;
 
@@ -42,8 +42,8 @@ pub struct ImageFacts {
     pub holders: Vec<Holder>,
     /// The merge into it that was stopped, or is under way.
     pub unfinished: Option<UnfinishedMerge>,
-    /// Whether a pull into it was stopped, or is under way.
-    pub pull_unfinished: bool,
+    /// The pull or the rebase of it that was stopped, or is under way.
+    pub unfinished_up: Option<UnfinishedUp>,
     /// The base that holds all that it held, if a merge is emptying it, or was when it was stopped.
     pub emptying_into: Option<PathBuf>,
     /// Journals and records beside it that are about it, and are not believed: they belong to somebody else.
@@ -85,7 +85,7 @@ impl ImageFacts {
             has_locks: file.has_locks(),
             holders,
             unfinished: merge::unfinished_merge(host, path, journal_dir)?,
-            pull_unfinished: merge::is_pull_unfinished(host, path, journal_dir)?,
+            unfinished_up: merge::unfinished_up(host, path, journal_dir)?,
             emptying_into: merge::unfinished_emptying(host, path, journal_dir)?,
             strangers: strangers_about(host, path),
             problem: None,
@@ -130,7 +130,7 @@ impl ImageFacts {
         let is_merged_into = self.unfinished.as_ref().is_some_and(|unfinished| !unfinished.is_removing);
         self.cluster0.as_ref().is_some_and(|cluster0| cluster0.header.is_dirty())
             && !is_merged_into
-            && !self.pull_unfinished
+            && self.unfinished_up.is_none()
             && self.emptying_into.is_none()
     }
 }

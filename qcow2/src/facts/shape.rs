@@ -10,7 +10,7 @@ use super::ImageFacts;
 use crate::error::Holder;
 use crate::format::{Bitmap, Cluster0, Snapshot};
 use crate::journal::Stranger;
-use crate::merge::UnfinishedMerge;
+use crate::merge::{UnfinishedMerge, UnfinishedUp};
 use crate::serial;
 use crate::storage::LockMode;
 
@@ -36,10 +36,30 @@ pub(super) struct ImageShape<'f> {
     pull_pending: bool,
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "serial::some_name")]
     emptying_into: Option<&'f Path>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rebase_pending: Option<RebaseShape<'f>>,
     #[serde(skip_serializing_if = "<[Stranger]>::is_empty")]
     strangers: &'f [Stranger],
     #[serde(skip_serializing_if = "Option::is_none")]
     problem: Option<String>,
+}
+
+/// A rebase that was stopped.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct RebaseShape<'f> {
+    /// What is to lie below.
+    #[serde(serialize_with = "serial::some_name")]
+    onto: Option<&'f Path>,
+}
+
+impl<'f> RebaseShape<'f> {
+    fn of(facts: &'f ImageFacts) -> Option<Self> {
+        match &facts.unfinished_up {
+            Some(UnfinishedUp::Rebase(onto)) => Some(Self { onto: onto.as_deref() }),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -137,8 +157,9 @@ impl<'f> ImageShape<'f> {
             in_use_for: used.map(|mode| if mode == LockMode::Write { "writing" } else { "reading" }),
             holders: used.map(|_| facts.holders.iter().map(process).collect()),
             merge_pending: facts.unfinished.as_ref(),
-            pull_pending: facts.pull_unfinished,
+            pull_pending: facts.unfinished_up == Some(UnfinishedUp::Pull),
             emptying_into: facts.emptying_into.as_deref(),
+            rebase_pending: RebaseShape::of(facts),
             strangers: &facts.strangers,
             problem: facts.problem.as_ref().map(ToString::to_string),
         }

@@ -42,6 +42,9 @@ pub fn journal(bytes: &[u8]) {
 }
 
 /// What a commit leaves when the N-th operation fails, once or for ever after.
+/// What a work may be that moves data.
+const PURPOSES: [Purpose; 4] = [Purpose::Merge, Purpose::Empty, Purpose::Pull, Purpose::Rebase];
+
 fn stopped(merge: &Merge, input: &mut Input<'_>) -> State {
     let disk = merge.disk();
     let kind =
@@ -109,7 +112,7 @@ fn change_header(bytes: &mut [u8], input: &mut Input<'_>) {
     let Some(mut header) = Header::parse(bytes) else { return };
     match input.below(14) {
         0 => header.nonce = value(input, header.nonce),
-        1 => header.purpose = [Purpose::Merge, Purpose::Empty, Purpose::Pull][input.below(3) as usize],
+        1 => header.purpose = PURPOSES[input.below(PURPOSES.len() as u64) as usize],
         2 => header.purpose = Purpose::Header { atomic: input.one_in(2) },
         3 => {
             header.guard = [Guard::Stamp, Guard::DirtyBit { lazy: false }, Guard::DirtyBit { lazy: true }]

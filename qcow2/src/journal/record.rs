@@ -52,11 +52,20 @@ pub(crate) enum Purpose {
     Empty,
     /// Data of the layers below moves up into the image.
     Pull,
+    /// The image gets other layers below it, and takes in what it would not show any more.
+    Rebase,
     /// Cluster 0 of the image is edited.
     Header {
         /// Whether the header is either the old or the new one even if only some sectors were written.
         atomic: bool,
     },
+}
+
+impl Purpose {
+    /// Whether data moves up: the image shows the same at every instant, whatever lies below it by then.
+    pub(crate) fn is_up(self) -> bool {
+        matches!(self, Self::Pull | Self::Rebase)
+    }
 }
 
 /// How a write by somebody else is noticed.
@@ -245,6 +254,7 @@ impl Header {
             Purpose::Header { atomic: false } => 2,
             Purpose::Header { atomic: true } => 3,
             Purpose::Pull => 4,
+            Purpose::Rebase => 5,
         });
         out.u8(match self.guard {
             Guard::Stamp => 0,
@@ -283,6 +293,7 @@ impl Header {
             2 => Purpose::Header { atomic: false },
             3 => Purpose::Header { atomic: true },
             4 => Purpose::Pull,
+            5 => Purpose::Rebase,
             _ => return None,
         };
         let guard = match from.u8()? {

@@ -17,6 +17,7 @@ mod prepare;
 mod pull;
 mod read_back;
 mod reason;
+mod rebase;
 mod removal;
 mod report;
 pub(crate) mod resume;
@@ -24,6 +25,7 @@ pub(crate) mod safety;
 mod settled;
 mod stack;
 pub(crate) mod switch;
+mod up;
 
 pub use crate::journal::{Stranger, strangers_about};
 pub use crate::transfer::{Progress, Silent, Totals, put};
@@ -32,13 +34,17 @@ pub use options::{BaseChoice, CommitOptions};
 pub use plan::{
     Afterwards, BeginsAnew, DataFileFate, Kept, LostBitmap, Plan, PlannedDataFile, Resumed, Signs,
 };
-pub use pull::{PreparedPull, Pull, PullOptions, PullPlan, PullReport};
+pub use pull::{PreparedPull, Pull, PullOptions, PullPlan};
 pub use reason::{KeptReason, NothingReason};
+pub use rebase::{PreparedRebase, Rebase, RebaseOptions, RebasePlan};
 pub use report::Report;
 pub use resume::abort::{Aborted, abort};
 pub use resume::heal::{heal, heal_image};
 pub use resume::torn::{can_be_healed, open_whole};
 pub(crate) use resume::torn::{refuse_repair, refuse_torn};
-pub use resume::unfinished::{DirtyReason, UnfinishedMerge, dirty_reason, unfinished_merge};
-pub(crate) use resume::unfinished::{is_pull_unfinished, unfinished_emptying};
+pub(crate) use resume::unfinished::unfinished_emptying;
+pub use resume::unfinished::{
+    DirtyReason, UnfinishedMerge, UnfinishedUp, dirty_reason, unfinished_merge, unfinished_up,
+};
 pub use settled::{Finish, Nothing, Prepared, Settled};
+pub use up::UpReport;

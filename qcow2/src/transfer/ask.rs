@@ -1,7 +1,7 @@
 //! Determines which layer of a chain must hold what the others show. The code behind this knows no direction.
 
 use super::job::Job;
-use super::needs::Question;
+use super::needs::{Only, Question};
 use super::zeros::Zeros;
 use crate::chain::view::View;
 use crate::error::{Error, Result};
@@ -31,6 +31,7 @@ pub(crate) fn down<'a>(images: &'a [&'a Image], span: Span) -> Result<Job<'a>> {
         base: image,
         below_size: span.base.checked_sub(1).map_or(0, size),
         own: None,
+        only: None,
         base_size: base,
         zero_until: base.min(seen_above).max(top),
         limit: u64::MAX,
@@ -60,7 +61,30 @@ pub(crate) fn up<'a>(images: &'a [&'a Image], base: Option<usize>, active: usize
         base: image,
         below_size: base.and_then(|base| images.get(base)).map_or(0, |image| image.virtual_size()),
         own: Some(active),
+        only: None,
         // Its disk stays as large as it is.
+        base_size: u64::MAX,
+        zero_until: size,
+        limit: size,
+    };
+    let from = GuestOffset::ZERO;
+    Ok(Job { layers: images, base: active, question, new_size: size, from, zeros: Zeros::Mapped, lost: None })
+}
+
+/// Has the image at `active` hold what it would not show any more if other layers lay below it, those of `only`: data moves
+/// up.
+///
+/// # Errors
+/// [`Error::Broken`]: a merge has all its layers.
+pub(crate) fn under_others<'a>(images: &'a [&'a Image], active: usize, only: Only<'a>) -> Result<Job<'a>> {
+    let image = images.get(active).ok_or(Error::Broken { invariant: "a merge has all its layers" })?;
+    let size = image.virtual_size();
+    let question = Question {
+        view: View::new(images, 0, active),
+        base: image,
+        below_size: only.sides.size_then(),
+        own: Some(active),
+        only: Some(only),
         base_size: u64::MAX,
         zero_until: size,
         limit: size,

@@ -1,5 +1,6 @@
 //! Computes the needs of a window: what the base must hold when a merge is done.
 
+use crate::chain::differences::{Differences, Sides};
 use crate::chain::view::{Supplied, Supply, View};
 use crate::error::Result;
 use crate::image::{Image, Mapping};
@@ -24,6 +25,15 @@ impl Need {
     }
 }
 
+/// What an image takes that gets other layers below it: only what would show something else.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Only<'a> {
+    /// Both sides.
+    pub(crate) sides: &'a Sides<'a>,
+    /// Where they differ.
+    pub(crate) differences: &'a Differences,
+}
+
 /// The question that a merge asks of its layers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Question<'a> {
@@ -36,6 +46,8 @@ pub(crate) struct Question<'a> {
     /// The position of the base in the view, if data moves up: the base need not take data that it holds
     /// itself.
     pub(crate) own: Option<usize>,
+    /// Where data moves up under other layers: nothing else is needed.
+    pub(crate) only: Option<Only<'a>>,
     /// The base's size before the merge, in bytes.
     pub(crate) base_size: u64,
     /// Behind the end of a short top: up to where the layer above it would see base's old data. Equal
@@ -74,6 +86,9 @@ impl Question<'_> {
         if from.get() >= self.end() {
             return Ok(None);
         }
+        if let Some(Only { sides, differences }) = self.only {
+            return differences.next(sides, from);
+        }
         // From there on, zeros may have to hide what base shows: it grows, or a layer above it is short.
         let hiding = from.max(GuestOffset::new(self.view.shortest().min(self.base_size)));
         let shown = match hiding.get() < self.below_size {
@@ -91,6 +106,9 @@ impl Question<'_> {
     pub(crate) fn needs(&self, window: GuestRange) -> Result<Vec<Need>> {
         let mut supplied: Vec<Supplied> = Vec::new();
         self.view.resolve(window, &mut supplied)?;
+        if let Some(only) = self.only {
+            return self.different(only, &supplied, window);
+        }
         let mut needs: Vec<Need> = Vec::with_capacity(supplied.len());
         // Where data moves up, zeros are needed only where they hide what will lie below.
         let zeros_end = GuestOffset::new(if self.own.is_some() { self.below_size } else { u64::MAX });
@@ -110,21 +128,12 @@ impl Question<'_> {
         for part in supplied {
             match part.supply {
                 Supply::Layer { layer, .. } if Some(layer) == self.own => {}
-                Supply::Layer { layer, mapping: Mapping::Data { host } } => {
-                    push(part.range, Origin::Plain { layer, host });
-                }
-                Supply::Layer { layer, mapping: Mapping::Compressed(compressed) } => {
-                    let guest = part.range.start;
-                    push(part.range, Origin::Compressed { layer, part: compressed, guest });
-                }
-                Supply::Layer { mapping: Mapping::Zero { .. }, .. } | Supply::PastEnd { .. } => {
-                    push(part.range, Origin::Zeros);
-                }
                 // Behind the base's old end the guest saw zeros.
                 Supply::Nothing | Supply::Layer { mapping: Mapping::Unallocated, .. } => {
                     let start = part.range.start.max(GuestOffset::new(self.base_size));
                     push(GuestRange::between(start, part.range.end()), Origin::Zeros);
                 }
+                Supply::Layer { .. } | Supply::PastEnd { .. } => push(part.range, origin(&part)),
             }
         }
         let hidden =
@@ -133,5 +142,40 @@ impl Question<'_> {
             push(hidden, Origin::Zeros);
         }
         Ok(needs)
+    }
+
+    /// The needs of an image that gets other layers below it.
+    fn different(&self, only: Only<'_>, supplied: &[Supplied], window: GuestRange) -> Result<Vec<Need>> {
+        let different = only.differences.within(only.sides, window)?;
+        let mut needs: Vec<Need> = Vec::new();
+        let mut first = 0;
+        for part in supplied {
+            if matches!(part.supply, Supply::Layer { layer, .. } if Some(layer) == self.own) {
+                continue;
+            }
+            let ended = |n: usize| different.get(n).is_some_and(|d| d.range.end() <= part.range.start);
+            while ended(first) {
+                first += 1;
+            }
+            for range in different.iter().skip(first) {
+                let Some(part) = part.clip(&range.range) else { break };
+                let origin = if range.is_zero { Origin::Zeros } else { origin(&part) };
+                needs.push(Need { range: part.range, origin });
+            }
+        }
+        Ok(needs)
+    }
+}
+
+/// Where the bytes of a part come from.
+fn origin(part: &Supplied) -> Origin {
+    match part.supply {
+        Supply::Layer { layer, mapping: Mapping::Data { host } } => Origin::Plain { layer, host },
+        Supply::Layer { layer, mapping: Mapping::Compressed(compressed) } => {
+            Origin::Compressed { layer, part: compressed, guest: part.range.start }
+        }
+        Supply::Layer { mapping: Mapping::Zero { .. } | Mapping::Unallocated, .. }
+        | Supply::PastEnd { .. }
+        | Supply::Nothing => Origin::Zeros,
     }
 }

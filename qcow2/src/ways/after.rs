@@ -13,7 +13,7 @@ use super::{
 use crate::error::{Error, FileOp, Refusal, Role};
 use crate::format::Container;
 use crate::image::ImageFormat;
-use crate::merge;
+use crate::merge::{self, UnfinishedUp};
 use crate::storage::OsHost;
 
 /// What can be done after an error, the best first. What is named would succeed as things are, or its reason says what must be
@@ -92,10 +92,15 @@ fn salvage(asked: &Asked<'_>) -> Option<Way> {
 
 fn torn(path: &Path, asked: &Asked<'_>) -> Vec<Way> {
     let whole = match asked.task {
-        Task::Commit | Task::Pull | Task::Relink => Act::InEarnest,
+        Task::Commit | Task::Pull | Task::Rebase | Task::Relink => Act::InEarnest,
         _ => Act::Outside,
     };
-    let why = if asked.task == Task::Relink { Why::SameMakesWhole } else { Why::MadeWhole };
+    let why = match merge::unfinished_up(&OsHost, path, None).ok().flatten() {
+        _ if asked.task == Task::Relink => Why::SameMakesWhole,
+        Some(UnfinishedUp::Pull) => Why::MadeWholeByPull,
+        Some(UnfinishedUp::Rebase(_)) => Why::MadeWholeByRebase,
+        None => Why::MadeWhole,
+    };
     vec![Way::to(whole, why), Way::to(Act::Abort(path.to_owned()), Why::GiveMergeUp)]
 }
 
@@ -157,6 +162,8 @@ fn foreign(path: &Path, container: Container, asked: &Asked<'_>) -> Vec<Way> {
     let mut ways = vec![Way::outside(elsewhere)];
     if path == asked.image && !asked.states_format {
         ways.push(Way::allow(Allow::Raw, Why::PerhapsRaw));
+    } else if asked.task == Task::Rebase && path != asked.image && !asked.states_new_format {
+        ways.push(Way::allow(Allow::NewRaw, Why::PerhapsRaw));
     } else if asked.task == Task::Commit {
         ways.push(Way::to(Act::InfoChain(asked.image.to_owned()), Why::LayersAbove));
     }
@@ -203,6 +210,9 @@ fn refused(path: &Path, reason: &Refusal, asked: &Asked<'_>) -> Vec<Way> {
             one(Way::outside(Why::CopyHere(*role)))
         }
         Refusal::OutsideAllowed { file } => one(Way::allow(Allow::Folders(vec![folder(file)]), Why::Trusted)),
+        Refusal::Loop { .. } if asked.task == Task::Rebase => {
+            one(Way::to(Act::InfoChain(here()), Why::ReadsThrough))
+        }
         Refusal::Loop { .. } => one(info(path, Why::WrongName)),
         Refusal::Snapshots { .. } => vec![
             Way::outside(Why::DeleteSnapshots),
@@ -342,8 +352,11 @@ mod tests {
 
     fn after_commit(error: &Error) -> Vec<Way> {
         let image = Path::new("no such disk.qcow2");
-        let (states_format, states_backing_format) = (false, false);
-        after(error, &Asked { task: Task::Commit, image, states_format, states_backing_format })
+        let (states_format, states_backing_format, states_new_format) = (false, false, false);
+        after(
+            error,
+            &Asked { task: Task::Commit, image, states_format, states_backing_format, states_new_format },
+        )
     }
 
     #[test]

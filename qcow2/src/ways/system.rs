@@ -100,7 +100,8 @@ mod tests {
     #[test]
     fn each_limit_has_a_reason_of_its_own() {
         let (image, task) = (Path::new("c.qcow2"), Task::Commit);
-        let asked = Asked { task, image, states_format: false, states_backing_format: false };
+        let (states_format, states_backing_format, states_new_format) = (false, false, false);
+        let asked = Asked { task, image, states_format, states_backing_format, states_new_format };
         for (errno, why) in [
             (Errno::MFILE, Why::OpenFiles),
             (Errno::FBIG, Why::FileSize),

@@ -17,6 +17,8 @@ pub struct Asked<'a> {
     pub states_format: bool,
     /// Whether the format of a backing file was stated.
     pub states_backing_format: bool,
+    /// Whether the format of a new backing file was stated.
+    pub states_new_format: bool,
 }
 
 /// A kind of work.
@@ -34,6 +36,8 @@ pub enum Task {
     Pull,
     /// To write other names into a header.
     Relink,
+    /// To give an image another backing file.
+    Rebase,
     /// To write a new file.
     Flatten,
     /// To write a new file with whatever can be read.
@@ -151,6 +155,8 @@ pub enum Allow {
     Folders(Vec<PathBuf>),
     /// The format of the named image: its bytes are the disk itself.
     Raw,
+    /// The format of the new backing file: its bytes are the disk itself.
+    NewRaw,
     /// The format of a backing file.
     BackingFormat {
         /// Its name, as it is written.
@@ -242,6 +248,8 @@ pub enum Why {
     OtherFormatOfNewName,
     /// The same makes a header whole.
     SameMakesWhole,
+    /// What the new backing file reads through.
+    ReadsThrough,
     /// The names of the snapshots.
     SnapshotNames,
     /// A layer that lies deeper is to be merged first; this shows the one below.
@@ -282,6 +290,10 @@ pub enum Why {
     Unfinished,
     /// What a power cut has torn is made whole by the merge.
     MadeWhole,
+    /// The same, by a pull.
+    MadeWholeByPull,
+    /// The same, by a rebase.
+    MadeWholeByRebase,
     /// QEMU may still read the image.
     QemuReads(PathBuf),
     /// The image must come from a backup.

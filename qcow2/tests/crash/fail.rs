@@ -37,7 +37,7 @@ pub(crate) fn is_sane(error: &Error, kind: FaultKind) -> bool {
 }
 
 /// A failed barrier is final: nothing may be written to its file afterwards, and no second one may be tried.
-fn goes_on_after_a_failed_barrier(log: &[DiskOp]) -> bool {
+pub(crate) fn goes_on_after_a_failed_barrier(log: &[DiskOp]) -> bool {
     let mut failed = Vec::new();
     for op in log {
         match op {

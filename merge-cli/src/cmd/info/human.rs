@@ -6,12 +6,12 @@ use qcow2::ErrorKind;
 use qcow2::error::shown;
 use qcow2::facts::{ImageFacts, LayerFacts};
 use qcow2::image::{Bitmap, Cluster0, Snapshot};
-use qcow2::merge::UnfinishedMerge;
+use qcow2::merge::{UnfinishedMerge, UnfinishedUp};
 use qcow2::storage::LockMode;
 
 use super::LiveMerge;
 use crate::cmd::live::recover::tell::what;
-use crate::hint::word;
+use crate::hint::{Command, word};
 use crate::output::human::{Fields, Table, plural};
 use crate::output::size;
 
@@ -49,7 +49,7 @@ fn remarks(facts: &ImageFacts, live: &LiveMerge) -> impl Iterator<Item = String>
         header.filter(|h| h.is_corrupt()).map(|_| "marked corrupt".to_owned()),
         facts.cluster0.as_ref().and_then(|cluster0| merged(cluster0, facts.holds_data)),
         facts.unfinished.as_ref().map(unfinished),
-        facts.pull_unfinished.then(|| PULL_PENDING.to_owned()),
+        facts.unfinished_up.as_ref().map(|up| up_pending(up, facts)),
         facts.emptying_into.as_deref().map(emptying),
         live_merge(facts, live),
         (!facts.strangers.is_empty()).then(|| format!("not believed: {}", strangers(facts).join("; "))),
@@ -61,8 +61,16 @@ fn remarks(facts: &ImageFacts, live: &LiveMerge) -> impl Iterator<Item = String>
     all.into_iter().flatten()
 }
 
-/// What to say about an image with an unfinished pull.
-const PULL_PENDING: &str = "pull pending: the guest sees the same; the same pull goes on";
+/// What there is to say of an image that was to take in more.
+fn up_pending(up: &UnfinishedUp, facts: &ImageFacts) -> String {
+    let command = Command::qmerge(["rebase"]).file(&facts.path);
+    let command = match up {
+        UnfinishedUp::Rebase(Some(onto)) => command.word("--onto").file(onto),
+        UnfinishedUp::Rebase(None) => command.word("--onto-nothing"),
+        _ => return "pull pending: the guest sees the same; the same pull goes on".to_owned(),
+    };
+    format!("rebase pending: the guest sees the same; to go on: {command}")
+}
 
 /// `merge pending: 42 % of b.qcow2 into base.qcow2`, and what to do.
 fn unfinished(unfinished: &UnfinishedMerge) -> String {
@@ -141,8 +149,8 @@ pub(super) fn image(facts: &ImageFacts, live: &LiveMerge) -> String {
         fields.add("bitmaps", list(facts.bitmaps.iter().map(bitmap)));
         fields.add("state", state(facts, cluster0));
     }
-    if facts.pull_unfinished {
-        fields.add("pending", PULL_PENDING);
+    if let Some(up) = &facts.unfinished_up {
+        fields.add("pending", up_pending(up, facts));
     }
     if let Some(merge) = &facts.unfinished {
         fields.add("pending", unfinished(merge));

@@ -1,26 +1,22 @@
-//! Data moves up: an image takes in what the layers below it show, and then reads through a base further down, or through
-//! nothing.
+//! A pull: an image takes in what the layers below it show, and then reads through a base further down, or through nothing.
 //!
-//! The guest sees the same bytes at every instant: the image takes in only bytes that it shows already. When
-//! all of them are durable, its backing name changes with one write, or under the journal. So whatever stops a
-//! pull, the same command takes in what is still missing. No other file is written, and other users of the
-//! layers below see no change.
+//! What lies between is taken in as it is, without a comparison: see [`super::rebase`] for what copies only what would show
+//! something else.
 
-mod execute;
 mod plan;
 mod prepare;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-pub use plan::{PullOptions, PullPlan, PullReport};
+pub use plan::{PullOptions, PullPlan};
 
-use super::resume::unfinished_work::UnfinishedWork;
-use super::resume::work::Work;
+use super::up::{Up, UpReport};
 use crate::chain::Chain;
-use crate::journal::record::Header;
-use crate::storage::Host;
+use crate::error::Result;
+use crate::transfer::Progress;
+use crate::transfer::workers::on_workers;
 
 /// What a pull comes to.
 #[derive(Debug)]
@@ -35,18 +31,8 @@ pub enum PreparedPull {
 /// A pull that is ready to be carried out: its chain is open and locked.
 #[derive(Debug)]
 pub struct Pull {
-    host: Arc<dyn Host>,
-    options: PullOptions,
-    chain: Chain,
-    /// The position of the base; `None` if nothing is to lie below.
-    base: Option<usize>,
     plan: PullPlan,
-    /// What a journal says of this pull.
-    header: Header,
-    /// What a pull that was stopped has left, and the image under its journal.
-    unfinished: Option<(UnfinishedWork, Option<Work>)>,
-    /// Clusters of the image that nothing refers to.
-    leaks: u64,
+    up: Up,
 }
 
 impl PreparedPull {
@@ -61,8 +47,20 @@ impl PreparedPull {
     /// The chain, open and locked, if there is something to do.
     pub fn chain(&self) -> Option<&Chain> {
         match self {
-            Self::Ready(pull) => Some(&pull.chain),
+            Self::Ready(pull) => Some(&pull.up.chain),
             Self::Nothing(_) => None,
+        }
+    }
+
+    /// Carries the pull out.
+    ///
+    /// # Errors
+    /// The system's; [`Error::Verify`](crate::Error::Verify); [`Error::Cancelled`](crate::Error::Cancelled). The guest's view
+    /// is what it was, and the same pull goes on.
+    pub fn execute(self, progress: &dyn Progress, cancel: &AtomicBool) -> Result<UpReport> {
+        match self {
+            Self::Ready(pull) => on_workers(|| pull.up.execute(progress, cancel)),
+            Self::Nothing(_) => Ok(UpReport::default()),
         }
     }
 }

@@ -1,8 +1,7 @@
-//! The options, the plan and the report of a pull.
+//! The options and the plan of a pull.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde::Serialize;
 
@@ -63,23 +62,4 @@ pub struct PullPlan {
     /// Whether the file system does not say how much is free.
     #[serde(rename = "room-unknown")]
     pub is_room_unknown: bool,
-}
-
-/// The result of a pull.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub struct PullReport {
-    /// What was moved and taken.
-    #[serde(flatten)]
-    pub totals: Totals,
-    /// How long it took.
-    #[serde(rename = "seconds", serialize_with = "serial::seconds")]
-    pub elapsed: Duration,
-    /// The digest (CRC-32) of the guest's view, if everything was verified.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "serial::checksum")]
-    pub digest: Option<u32>,
-    /// The length of the image's file, in bytes.
-    #[serde(rename = "file-size-after")]
-    pub file_size: u64,
 }

@@ -7,12 +7,12 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use kit::Random;
 
-use super::{PreparedPull, Pull, PullOptions, PullReport};
+use super::{PreparedPull, Pull, PullOptions};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Refusal, Result};
 use crate::image::{CreateOptions, create};
 use crate::merge::crash_tests::{assert_sound, cuts, see};
-use crate::merge::{Commit, CommitOptions, heal};
+use crate::merge::{Commit, CommitOptions, UpReport, heal};
 use crate::storage::sim::{Cuts, Fault, FaultKind, Garbage, SimHost, power_cuts};
 use crate::storage::{Host, MemHost};
 use crate::testing::{Silent, local, random_chain};
@@ -23,7 +23,7 @@ fn options(base: Option<u64>) -> PullOptions {
     PullOptions { base: base.map(|n| format!("/{n}").into()), open: local(), ..PullOptions::default() }
 }
 
-fn pull(host: Arc<dyn Host>, active: &Path, options: &PullOptions) -> Result<PullReport> {
+fn pull(host: Arc<dyn Host>, active: &Path, options: &PullOptions) -> Result<UpReport> {
     let never = AtomicBool::new(false);
     heal(&*host, active, &CommitOptions { open: options.open.clone(), ..CommitOptions::default() })?;
     Pull::prepare(host, active, options, &never)?.execute(&Silent, &never)

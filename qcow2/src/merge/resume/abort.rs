@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use serde::Serialize;
 
 use super::torn::refuse_torn_header;
-use super::unfinished::UnfinishedMerge;
+use super::unfinished::{UnfinishedMerge, UnfinishedUp};
 use super::unfinished_work::UnfinishedWork;
 use crate::chain::{Chain, OpenOptions};
 use crate::error::{Error, FileOp, Refusal, Result};
@@ -24,8 +24,9 @@ pub struct Aborted {
     /// The merge; `None` if none was unfinished.
     #[serde(skip)]
     pub unfinished: Option<UnfinishedMerge>,
-    /// Whether it was a pull, which has changed nothing that the guest sees.
-    pub pull: bool,
+    /// The pull or the rebase, which has changed nothing that the guest sees; `None` if none was unfinished.
+    #[serde(skip)]
+    pub up: Option<UnfinishedUp>,
     /// The layers that have stopped being restore points, base among them.
     #[serde(serialize_with = "serial::names")]
     pub restore_points_lost: Vec<PathBuf>,
@@ -57,7 +58,7 @@ pub fn abort(
     let at = chain.active();
     let nothing = Aborted {
         unfinished: None,
-        pull: false,
+        up: None,
         restore_points_lost: Vec::new(),
         written_since: false,
         put_back: false,
@@ -77,7 +78,7 @@ pub fn abort(
     let put_back = stopped.begins_anew().is_some();
     let result = Aborted {
         unfinished,
-        pull: stopped.is_pull(),
+        up: stopped.up(),
         restore_points_lost: lost,
         written_since: stopped.is_foreign(),
         put_back,

@@ -167,9 +167,10 @@ pub(crate) fn look(host: &dyn Host, chain: &Chain, options: &CommitOptions) -> R
         return Ok(Before::Switched(reason, obsolete));
     }
     let Some((reason, holds_nothing)) = merged(host, chain, options)? else { return Ok(Before::Open(meant)) };
-    let is_switching = journals.all()?.iter().any(|(_, journal)| {
-        journal.state().phase >= Phase::Switching && journal.header().purpose != Purpose::Pull
-    });
+    let is_switching = journals
+        .all()?
+        .iter()
+        .any(|(_, journal)| journal.state().phase >= Phase::Switching && !journal.header().purpose.is_up());
     Ok(match is_switching {
         true => Before::Switched(reason, Vec::new()),
         false if holds_nothing => Before::Merged(reason),

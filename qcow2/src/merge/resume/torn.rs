@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::unfinished::{UnfinishedMerge, unfinished_merge};
+use super::unfinished::{UnfinishedMerge, unfinished_merge, unfinished_up};
 use super::unfinished_work::{FoundImage, UnfinishedWork};
 use crate::chain::{Chain, Layer, OpenOptions};
 use crate::error::{Error, Refusal, Result};
@@ -71,6 +71,7 @@ pub fn can_be_healed(host: &dyn Host, path: &Path) -> bool {
     let is_written = |merge: UnfinishedMerge| !merge.is_removing;
     journal::has_edit(host, path)
         || unfinished_merge(host, path, None).is_ok_and(|merge| merge.is_some_and(is_written))
+        || unfinished_up(host, path, None).is_ok_and(|up| up.is_some())
 }
 
 /// Refuses an image whose header a power cut has torn: it is neither the old header nor the new one.

@@ -55,14 +55,24 @@ pub fn unfinished_merge(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Res
     Ok(found.filter(|found| found.last.is_some()).and_then(|found| of(&found.journal)))
 }
 
-/// Whether a pull into the image at `path` is unfinished, by the journal beside it or in `dir`.
+/// A pull or a rebase that was stopped, or is under way: the image takes in data, and shows the same all the while.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum UnfinishedUp {
+    /// A pull.
+    Pull,
+    /// A rebase: the image that is to lie below; nothing if there is none.
+    Rebase(Option<PathBuf>),
+}
+
+/// The unfinished pull or rebase of the image at `path`, by the journal beside it or in `dir`; `None` if there is none.
 ///
 /// # Errors
 /// As [`unfinished_merge`].
-pub(crate) fn is_pull_unfinished(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<bool> {
+pub fn unfinished_up(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<Option<UnfinishedUp>> {
     let file = host.open(path, Access::Read).map_err(|e| Error::io(path, FileOp::Open, None, e))?;
     let found = journal::find(host, path, &*file, dir, Access::Read, journal::JOURNAL)?;
-    Ok(found.is_some_and(|found| found.last.is_some() && is_pull(&found.journal)))
+    Ok(found.filter(|found| found.last.is_some()).and_then(|found| up_of(&found.journal)))
 }
 
 /// The base that holds all data of the layer at `path`, if a merge is emptying the layer, or was stopped meanwhile.
@@ -85,7 +95,7 @@ pub(crate) fn unfinished_emptying(
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DirtyReason {
-    /// A merge or a pull writes into the image.
+    /// A merge, a pull or a rebase writes into the image.
     Filling,
     /// A merge is emptying the image.
     Emptying {
@@ -108,7 +118,7 @@ pub fn dirty_reason(host: &dyn Host, path: &Path, dir: Option<&Path>) -> Result<
         }
         // Once layers are being removed, base is released, and its dirty bit is clear.
         let is_merge = of(&found.journal).is_some_and(|merge| !merge.is_removing);
-        (is_merge || is_pull(&found.journal)).then_some(DirtyReason::Filling)
+        (is_merge || up_of(&found.journal).is_some()).then_some(DirtyReason::Filling)
     }))
 }
 
@@ -118,9 +128,17 @@ fn is_emptying(found: &journal::FoundJournal) -> bool {
     is_going_on && found.journal.header().purpose == Purpose::Empty && found.is_same_file()
 }
 
-/// Whether a journal belongs to a pull. The last step of a pull is to remove the journal.
-pub(crate) fn is_pull(journal: &journal::Journal) -> bool {
-    journal.header().purpose == Purpose::Pull
+/// The pull or rebase that a journal is about. Its last act is to remove the journal.
+pub(crate) fn up_of(journal: &journal::Journal) -> Option<UnfinishedUp> {
+    let header = journal.header();
+    match header.purpose {
+        Purpose::Pull => Some(UnfinishedUp::Pull),
+        // Nothing is to lie below where the journal names the image itself.
+        Purpose::Rebase => {
+            Some(UnfinishedUp::Rebase((header.base != header.active).then(|| header.base.clone())))
+        }
+        Purpose::Merge | Purpose::Empty | Purpose::Header { .. } => None,
+    }
 }
 
 /// The merge of a journal, unless everything is done.

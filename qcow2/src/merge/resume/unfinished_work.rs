@@ -7,7 +7,7 @@ use super::emptied;
 use super::obsolete::ObsoleteLayers;
 use super::samples;
 use super::unfinished;
-use super::unfinished::UnfinishedMerge;
+use super::unfinished::{UnfinishedMerge, UnfinishedUp};
 use super::work::{Inherited, Work, is_dirty};
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, FileOp, Refusal, Result};
@@ -160,9 +160,9 @@ impl UnfinishedWork {
         self.judgement.verdict == JournalVerdict::Foreign && self.journal.header().purpose == Purpose::Merge
     }
 
-    /// Whether it is a pull.
-    pub(crate) fn is_pull(&self) -> bool {
-        unfinished::is_pull(&self.journal)
+    /// The pull or the rebase, if it is one.
+    pub(crate) fn up(&self) -> Option<UnfinishedUp> {
+        unfinished::up_of(&self.journal)
     }
 
     /// The kind of work.

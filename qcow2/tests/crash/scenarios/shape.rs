@@ -29,7 +29,7 @@ impl Shape {
     }
 
     /// Whether an image of this shape can have this content.
-    pub(super) fn can(self, content: &Content) -> bool {
+    pub(crate) fn can(self, content: &Content) -> bool {
         match content {
             Content::Zero | Content::ZeroAllocated(_) => self.version >= 3,
             Content::Compressed(_) => self.refcount_order >= 3,
