@@ -181,7 +181,7 @@ pub(crate) fn words(why: &Why) -> String {
         Why::PerhapsRaw => "or, if these bytes are the disk itself",
         Why::ThereAgain => "when it is there again",
         Why::NameSaysMore => {
-            "besides, its json: name says what lies below its backing file, too, and is wrong once that changes; a plain one"
+            "besides, its json: name says what lies below its backing file, too, and is wrong once that changes; a plain one, as qemu-img rebase -u would write it"
         }
         Why::NobodyNeedsUsers { hold_nothing: true } => {
             "or, if nobody needs those images any more (they hold nothing: new disks, or left by a merge of QEMU's)"
