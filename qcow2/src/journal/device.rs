@@ -55,7 +55,8 @@ impl Journaled {
     }
 
     /// As [`Journaled::new`], with blocks of a record that a power cut may have torn in the file. Readers see
-    /// these blocks instead, and the next barrier writes them. The file has at least `len` bytes then.
+    /// these blocks instead, and the next barrier writes the sectors in which the file differs. The others are left
+    /// alone: another power cut could tear them, and no record would explain that. The file has at least `len` bytes then.
     pub(crate) fn replaying(
         file: Arc<dyn Storage>,
         journal: Arc<Journal>,
@@ -66,7 +67,11 @@ impl Journaled {
         let this = Self::new(file, journal, target);
         let mut kept = this.lock();
         for Block { number, before, bytes } in blocks {
-            kept.blocks.insert(number, Page::whole(bytes, before), len);
+            let mut page = Page::whole(bytes, before);
+            if let Ok(sectors) = differing(&*this.file, number, &page.bytes) {
+                page.sectors = sectors;
+            }
+            kept.blocks.insert(number, page, len);
         }
         this.count.store(kept.blocks.len(), Relaxed);
         drop(kept);
@@ -187,6 +192,14 @@ impl HeldBlocks {
             }
         }
     }
+}
+
+/// In which sectors of a block the file differs: a bit for each, the first one lowest.
+fn differing(file: &dyn Storage, number: u64, bytes: &[u8]) -> io::Result<u8> {
+    let mut now = vec![0; BLOCK as usize];
+    file.read_exact_or_zero(&mut now, number * BLOCK)?;
+    let sectors = now.chunks(SECTOR).zip(bytes.chunks(SECTOR)).zip(0..);
+    Ok(sectors.filter(|((now, new), _)| now != new).fold(0, |all, (_, n)| all | 1 << n))
 }
 
 /// The bounds of the whole blocks in a range. There are none unless the first offset is below the second.

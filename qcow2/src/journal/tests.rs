@@ -10,6 +10,7 @@ use super::record::tests::header;
 use super::record::{BLOCK, Phase};
 use super::{Edit, Journal, Journaled, edit_headers, heal};
 use crate::error::{Error, ErrorKind, Holder, Refusal};
+use crate::storage::sim::{DiskOp, SimHost};
 use crate::storage::{
     Access, CopyError, FileId, FileStat, Host, LockError, LockMode, MemFile, MemHost, OsHost, Owner, Storage,
 };
@@ -285,6 +286,27 @@ fn a_record_heals_what_a_power_cut_has_torn() {
     again.sync().unwrap();
     inner.read_at(&mut bytes, 0).unwrap();
     assert_eq!(bytes, [vec![0; 100], vec![1; 9000]].concat());
+}
+
+/// A second power cut may tear what is written again, and no record explains a torn sector that it does not change.
+#[test]
+fn only_the_torn_sectors_of_a_record_are_written_again() {
+    let disk = SimHost::over(&MemHost::new());
+    let journal = journal(&disk);
+    let inner = disk.create_new(Path::new("/image")).unwrap();
+    inner.write_all_at(&[7; 8192], 0).unwrap();
+    let file = Journaled::new(inner.clone(), journal.clone(), 0);
+    file.write_live(&[1; 1024], 1024).unwrap();
+    file.sync().unwrap();
+    inner.write_all_at(&[0xa5; 512], 1536).unwrap();
+    let record = last(&disk);
+    let again = Journaled::replaying(inner, journal, 0, record.blocks, record.len);
+    let (before, image) = (disk.log().len(), disk.now().inode(Path::new("/image")));
+    again.sync().unwrap();
+    let is_image = |op: &DiskOp| op.changed_file().is_some() && op.changed_file() == image;
+    let written: Vec<_> = disk.log().into_iter().skip(before).filter(is_image).collect();
+    let DiskOp::Write { offset, bytes, .. } = &written[0] else { panic!("{written:?}") };
+    assert_eq!((written.len(), *offset, bytes.as_slice()), (1, 1536, &[1; 512][..]));
 }
 
 /// A header of two sectors that is switched from one name to another.
