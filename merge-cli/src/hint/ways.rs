@@ -228,6 +228,9 @@ fn words_about(why: &Why) -> String {
             "there is no file {}; a relative name of a backing file begins at the folder of the image",
             shown(file)
         ),
+        Why::NoDataFileThere(file) => {
+            format!("there is no file {}: name the place of its data file with --data-file", shown(file))
+        }
         Why::NameTooLong(file) => format!("give {} a shorter name", shown(file)),
         Why::CircleOfLinks(file) => format!("its name leads in a circle of links: {}", shown(file)),
         Why::NoFolderInName(file) => format!("a part of the name is no folder: {}", shown(file)),

@@ -181,8 +181,13 @@ fn a_merge_that_was_stopped_keeps_its_names() {
     folder.overlay("c.qcow2", "a.qcow2", "qcow2", None, "");
     assert!(folder.killed_at_sync(5, &["commit", "c.qcow2", "--top", "a.qcow2"]));
     let name = folder.arg("a.qcow2");
-    let refused = folder.refused(&["relink", "c.qcow2", "--backing", &name], &[6]);
-    assert!(refused.stderr.contains("base.qcow2: a merge was stopped"), "{refused}");
+    // A copy of the layer reads through the same base; one of the whole chain does not.
+    folder.sh("mkdir copy; cp base.qcow2 a.qcow2 copy; cp a.qcow2 a2.qcow2");
+    for name in [&name, "a2.qcow2", "copy/a.qcow2"] {
+        let refused = folder.refused(&["relink", "c.qcow2", "--backing", name], &[6]);
+        assert!(refused.stderr.contains("base.qcow2: a merge was stopped"), "{refused}");
+    }
+    folder.sh("rm -r copy a2.qcow2");
     folder.qmerge(&["commit", "c.qcow2", "--top", "a.qcow2"]).ok();
     folder.qmerge(&["relink", "c.qcow2", "--backing", &folder.arg("base.qcow2")]).ok().says("the same file");
 }

@@ -12,6 +12,7 @@ mod prepare;
 mod prove;
 #[cfg(test)]
 mod tests;
+mod unfinished;
 
 pub use crate::chain::{MovedFolder, RenamedImage, RenamedImages, find_renamed};
 pub use plan::{NameChange, PreparedRelink, Proof, Relink, RelinkOptions, RelinkPlan, Vouched};

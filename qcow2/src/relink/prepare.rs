@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::plan::{NameChange, PreparedRelink, Relink, RelinkOptions, RelinkPlan, Vouched};
 use super::prove::{self, Evidence};
+use super::unfinished::refuse_unfinished;
 use crate::chain::{BackingName, Chain, Layer, OpenOptions, Rename};
 use crate::error::{Error, FileOp, Refusal, Result};
 use crate::format::{Cluster0, EXT_BACKING_FORMAT, EXT_DATA_FILE, Extension, NewNames, Switch, plan_names};
@@ -16,7 +17,6 @@ use crate::image::Qcow2;
 use crate::image::rewrite::{read_cluster, rewrite_error};
 use crate::journal::{Edit, edit_headers};
 use crate::merge::resume::torn::refuse_torn_header;
-use crate::merge::resume::unfinished_work::UnfinishedWork;
 use crate::merge::safety::one_meaning;
 use crate::storage::{Access, Host};
 use crate::transfer::Progress;
@@ -145,19 +145,6 @@ fn open(
     };
     let old = old.into_inner().ok_or_else(|| Error::refused(image, Refusal::Raw))?;
     Ok((chain, old, missing))
-}
-
-/// A merge or a pull that was stopped goes on by the names as they are.
-fn refuse_unfinished(host: &dyn Host, chain: &Chain, dir: Option<&Path>) -> Result<()> {
-    for layer in chain.layers() {
-        let Some(work) = UnfinishedWork::find(host, layer, dir)? else { continue };
-        let is_pending = work.merge().is_some_and(|merge| !merge.is_removing);
-        if is_pending || (work.merge().is_none() && work.is_ours()) {
-            let percent = work.percent();
-            return Err(Error::refused(&layer.path, Refusal::UnfinishedMerge { percent }));
-        }
-    }
-    Ok(())
 }
 
 fn backing_change(

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use super::plan::{Proof, RelinkOptions, Vouched};
+use super::unfinished::refuse_unfinished;
 use crate::chain::view::View;
 use crate::chain::{BackingName, Chain, DataFile, Layer, OpenOptions};
 use crate::compare::compare;
@@ -66,10 +67,12 @@ pub(super) fn backing(evidence: &Evidence<'_>, image: &Path, below: &Layer) -> R
         active_format: ImageFormat::from_name(&declared).or(Some(ImageFormat::Raw)),
         ..options.open.clone()
     };
-    let same = allowed(evidence, &path)
-        .and_then(|()| Chain::open(host, &path, &open))
-        .and_then(|chain| same_bytes(evidence, (&path, stat.id, &chain), below));
-    or_doubt(same)
+    let chain = match allowed(evidence, &path).and_then(|()| Chain::open(host, &path, &open)) {
+        Ok(chain) => chain,
+        Err(e) => return Ok(Err(unreadable(&e))),
+    };
+    refuse_unfinished(host, &chain, options.journal_dir.as_deref())?;
+    or_doubt(same_bytes(evidence, (&path, stat.id, &chain), below))
 }
 
 /// Whether a header's word for a format means `format`.

@@ -173,6 +173,9 @@ fn foreign(path: &Path, container: Container, asked: &Asked<'_>) -> Vec<Way> {
 /// A file that an image names is not there.
 fn missing(image: &Path, role: Role, resolved: &Path, asked: &Asked<'_>) -> Vec<Way> {
     let resolved = resolved.to_owned();
+    if asked.task == Task::Relink && image == asked.image && role == Role::DataFile {
+        return vec![Way::outside(Why::NoDataFileThere(resolved))];
+    }
     if asked.task == Task::Relink && image == asked.image {
         return vec![
             Way::outside(Why::NoFileOfNewName(resolved)),

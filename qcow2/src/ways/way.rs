@@ -240,6 +240,8 @@ pub enum Why {
     WrongName,
     /// A new name leads to no file.
     NoFileOfNewName(PathBuf),
+    /// The data file is not where its name leads.
+    NoDataFileThere(PathBuf),
     /// The file of a new name reads through the image itself.
     NewNameReadsThrough,
     /// The user knows that a file is the right one.
