@@ -19,7 +19,7 @@ pub(crate) use self::live::{
 };
 pub(crate) use self::look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, RepairWhat};
 use self::merge::COMMIT_EXAMPLES;
-pub(crate) use self::merge::{AbortArgs, CommitArgs, FlattenArgs, PullArgs, RebaseArgs, SafetyArgs};
+pub(crate) use self::merge::{AbortArgs, CommitArgs, FlattenArgs, PullArgs, RebaseArgs, SafetyArgs, UpArgs};
 use self::relink::EXAMPLES as RELINK_EXAMPLES;
 pub(crate) use self::relink::{GivenFormat, MovedPair, RelinkArgs};
 use crate::exit;

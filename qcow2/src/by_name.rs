@@ -10,7 +10,7 @@ use crate::chain::{OpenOptions, open_data_file};
 use crate::check::{CheckOptions, CheckReport, DataReport, check, is_zero};
 use crate::error::{Error, ErrorKind, FileOp, Result};
 use crate::image::{Image, ImageFormat, Qcow2, read_snapshots};
-use crate::merge::{refuse_repair, refuse_torn};
+use crate::merge::refuse_to_check;
 use crate::repair::{
     RepairMode, RepairPlan, RestoreOptions, RestorePlan, plan, plan_restore, repair, repair_with_backup,
     restore,
@@ -94,7 +94,7 @@ impl Serialize for Checked {
 /// other files are not opened. `None` for a raw image, which has nothing to check.
 ///
 /// # Errors
-/// [`Error::InUse`]; [`Refusal::TornHeader`](crate::Refusal::TornHeader); those of [`check`] and of [`repair`].
+/// [`Error::InUse`]; [`Refusal::TornHeader`](crate::Refusal::TornHeader); [`Refusal::MergeDone`](crate::Refusal::MergeDone) for a repair; those of [`check`] and of [`repair`].
 pub fn check_named(
     host: &dyn Host,
     path: &Path,
@@ -114,10 +114,7 @@ pub fn check_named(
     let data = open_data_file(host, path, &*file, &cluster0, open)?;
     let data_file = data.as_ref().map(|(_, storage)| storage);
     let named = data.as_ref().map(|(data, storage)| (&*data.path, &**storage as &dyn Storage));
-    refuse_torn(host, path, &*file, named, cluster0.header.is_dirty())?;
-    if writes {
-        refuse_repair(host, path, &*file, named, cluster0.header.is_dirty())?;
-    }
+    refuse_to_check(host, path, &*file, named, cluster0.header.is_dirty(), writes)?;
     let data = named.map(|(_, storage)| storage);
     let how = CheckOptions::default();
     let done = match (request.repair, request.backup) {

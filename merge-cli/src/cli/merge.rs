@@ -95,6 +95,29 @@ pub(crate) struct SafetyArgs {
     pub(crate) drop_bitmaps: bool,
 }
 
+/// What a pull and a rebase have in common
+#[derive(Debug, Args)]
+pub(crate) struct UpArgs {
+    /// Print the plan and change nothing
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+
+    /// Compare what the guest will see with what it sees, before the backing file changes
+    #[arg(long)]
+    pub(crate) verify: bool,
+
+    /// Go on although internal snapshots of the image will show something else
+    #[arg(long)]
+    pub(crate) allow_snapshot_change: bool,
+
+    /// Keep the journal in DIR, for block devices and folders that cannot be written
+    #[arg(long, value_name = "DIR", hide_short_help = true)]
+    pub(crate) journal_dir: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) open: ChainArgs,
+}
+
 /// `qmerge pull`
 #[derive(Debug, Args)]
 pub(crate) struct PullArgs {
@@ -107,24 +130,8 @@ pub(crate) struct PullArgs {
     #[arg(long, value_name = "LAYER")]
     pub(crate) base: Option<OsString>,
 
-    /// Print the plan and change nothing
-    #[arg(short = 'n', long)]
-    pub(crate) dry_run: bool,
-
-    /// Compare what the guest will see with what it sees, before the backing file changes
-    #[arg(long)]
-    pub(crate) verify: bool,
-
-    /// Pull although internal snapshots of the image change: they read through the layers that it leaves
-    #[arg(long)]
-    pub(crate) allow_snapshot_change: bool,
-
-    /// Keep the journal in DIR, for block devices and folders that cannot be written
-    #[arg(long, value_name = "DIR", hide_short_help = true)]
-    pub(crate) journal_dir: Option<PathBuf>,
-
     #[command(flatten)]
-    pub(crate) open: ChainArgs,
+    pub(crate) up: UpArgs,
 }
 
 /// `qmerge rebase`
@@ -153,24 +160,8 @@ pub(crate) struct RebaseArgs {
     #[arg(short = 'F', long, value_name = "FMT", requires = "onto")]
     pub(crate) onto_format: Option<ImageFormat>,
 
-    /// Compare, print the plan and change nothing
-    #[arg(short = 'n', long)]
-    pub(crate) dry_run: bool,
-
-    /// Compare what the guest will see with what it sees, before the backing file changes
-    #[arg(long)]
-    pub(crate) verify: bool,
-
-    /// Rebase although internal snapshots of the image will show something else
-    #[arg(long)]
-    pub(crate) allow_snapshot_change: bool,
-
-    /// Keep the journal in DIR, for block devices and folders that cannot be written
-    #[arg(long, value_name = "DIR", hide_short_help = true)]
-    pub(crate) journal_dir: Option<PathBuf>,
-
     #[command(flatten)]
-    pub(crate) open: ChainArgs,
+    pub(crate) up: UpArgs,
 }
 
 /// `qmerge abort`

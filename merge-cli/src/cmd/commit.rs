@@ -34,7 +34,7 @@ pub(super) fn run(args: &CommitArgs, call: &Call, console: &Console) -> Result<E
 
 /// As [`run`], where signals are watched already.
 pub(super) fn merge(args: &CommitArgs, call: &Call, console: &Console, stop: &Stop) -> Result<Exit, Failure> {
-    interrupted::refuse(&args.active, call, console, |holders| {
+    interrupted::refuse_with(&args.active, call, console, |holders| {
         live::in_use(&args.active, holders, args, call)
     })?;
     let options = options(args);

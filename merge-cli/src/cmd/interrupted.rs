@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use qcow2::Error;
 use qcow2::error::{Holder, shown};
 use qmp_client::{Interrupted, unbelieved_states};
 
@@ -13,8 +14,16 @@ use crate::hint::{Command, Hint, HintKind};
 use crate::output::Console;
 
 /// Refuses if a live merge of the image is unfinished: first it must be settled which image holds the disk. A
-/// state file of a stranger does not count, and is named. `in_use` makes the failure if processes use the image.
-pub(super) fn refuse(
+/// state file of a stranger does not count, and is named.
+pub(super) fn refuse(image: &Path, call: &Call, console: &Console) -> Result<(), Failure> {
+    refuse_with(image, call, console, |holders| {
+        let error = Error::InUse { path: image.to_owned(), holders: holders.to_vec() };
+        Failure::engine(&error, call)
+    })
+}
+
+/// As [`refuse`]; `in_use` makes the failure if processes use the image.
+pub(super) fn refuse_with(
     active: &Path,
     call: &Call,
     console: &Console,

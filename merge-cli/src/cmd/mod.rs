@@ -14,6 +14,7 @@ mod open;
 mod pull;
 mod rebase;
 mod relink;
+mod shown_plan;
 mod stopped;
 mod up;
 

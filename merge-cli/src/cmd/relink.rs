@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qcow2::chain::Chain;
-use qcow2::error::{Role, shown};
+use qcow2::error::shown;
 use qcow2::merge;
 use qcow2::relink::{NameChange, PreparedRelink, Relink, RelinkOptions, RelinkPlan, Vouched};
 use qcow2::storage::OsHost;
@@ -12,6 +12,7 @@ use qcow2::{Error, ErrorKind};
 use serde_json::json;
 
 use self::moved::run as run_moved;
+use super::shown_plan::ShownPlan;
 use super::{interrupted, open, stopped};
 use crate::call::Call;
 use crate::cli::{GivenFormat, RelinkArgs};
@@ -19,7 +20,7 @@ use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::output::Console;
 use crate::output::human::Fields;
-use crate::output::json::{merged, value};
+use crate::output::json::value;
 use crate::output::progress::Meter;
 use crate::signals::Stop;
 
@@ -45,21 +46,14 @@ pub(super) fn run(args: &RelinkArgs, call: &Call, console: &Console) -> Result<E
     open::warn_unlocked(&prepared.chain().map(Chain::unlocked).unwrap_or_default(), console);
     let plan = prepared.plan().clone();
     let is_nothing = matches!(prepared, PreparedRelink::Nothing(_));
-    console.event("plan", value(&plan))?;
     let words = if is_nothing { nothing(image) } else { plan_words(&plan) };
-    if args.dry_run {
-        console.result(&words)?;
-        console.note("dry run: nothing was changed");
+    let planned = ShownPlan { plan: value(&plan), words, is_nothing };
+    if !planned.tell(args.dry_run, console)? {
         return Ok(Exit::DONE);
     }
-    if !is_nothing && !console.is_json() {
-        console.note(&words);
-    }
     prepared.execute().map_err(|e| halfway(&e, call))?;
-    let printed = console.event("result", merged(value(&plan), json!({ "relinked": !is_nothing })));
-    let words = if is_nothing { words } else { result_words(&plan) };
-    let printed = printed.and_then(|()| console.result(&words));
-    printed.map(|()| Exit::DONE).map_err(|e| if is_nothing { e } else { e.behind("the names are changed") })
+    let report = json!({ "relinked": !is_nothing });
+    planned.tell_result(report, result_words(&plan), "the names are changed", console)
 }
 
 fn options(args: &RelinkArgs) -> RelinkOptions {
@@ -91,10 +85,7 @@ fn prepare(
     call: &Call,
     console: &Console,
 ) -> Result<PreparedRelink, Failure> {
-    interrupted::refuse(image, call, console, |holders| {
-        let error = Error::InUse { path: image.to_owned(), holders: holders.to_vec() };
-        Failure::engine(&error, call)
-    })?;
+    interrupted::refuse(image, call, console)?;
     if !dry_run {
         let healed = merge::heal_image(&OsHost, image, &options.open, options.journal_dir.as_deref());
         if healed.map_err(|e| Failure::engine(&e, call))? {
@@ -127,11 +118,10 @@ fn plan_words(plan: &RelinkPlan) -> String {
     let mut fields = Fields::default();
     fields.add("relink", shown(&plan.image));
     for (role, change) in plan.changes() {
-        let name = match role {
-            Role::DataFile => "data file",
-            _ => "backing file",
-        };
-        fields.add(name, format!("'{}' instead of '{}'", shown(&change.after), shown(&change.before)));
+        fields.add(
+            &role.to_string(),
+            format!("'{}' instead of '{}'", shown(&change.after), shown(&change.before)),
+        );
         let format = change.format.map_or(String::new(), |format| format!(", {}", format.name()));
         fields.add("leads to", format!("{}{format}", shown(&change.file)));
         fields.add("proof", proof(change));

@@ -23,18 +23,20 @@ mod place;
 pub(crate) mod record;
 mod sample;
 mod strangers;
+mod sweep;
 mod unnamed;
 
 pub(crate) use device::Journaled;
 pub(crate) use file::Journal;
 pub(crate) use heal::has_edit;
-pub(crate) use heal::{Edit, edit_headers, heal, is_torn_header, nonce, sweep};
+pub(crate) use heal::{Edit, edit_headers, heal, is_torn_header, nonce};
 pub(crate) use judge::{JournalVerdict, Judgement, Now, are_names_clean, judge};
 pub(crate) use place::JOURNAL;
 pub(crate) use place::SWITCH;
 pub(crate) use place::{FoundJournal, find, find_removed, place, refuse_renamed, refuse_strangers};
 pub(crate) use strangers::strangers;
 pub use strangers::{Stranger, strangers_about};
+pub(crate) use sweep::sweep;
 
 #[cfg(test)]
 mod tests;

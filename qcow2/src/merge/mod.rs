@@ -40,11 +40,11 @@ pub use rebase::{PreparedRebase, Rebase, RebaseOptions, RebasePlan};
 pub use report::Report;
 pub use resume::abort::{Aborted, abort};
 pub use resume::heal::{heal, heal_image};
+pub(crate) use resume::torn::refuse_to_check;
 pub use resume::torn::{can_be_healed, open_whole};
-pub(crate) use resume::torn::{refuse_repair, refuse_torn};
 pub(crate) use resume::unfinished::unfinished_emptying;
 pub use resume::unfinished::{
     DirtyReason, UnfinishedMerge, UnfinishedUp, dirty_reason, unfinished_merge, unfinished_up,
 };
 pub use settled::{Finish, Nothing, Prepared, Settled};
-pub use up::UpReport;
+pub use up::{UpOptions, UpReport};

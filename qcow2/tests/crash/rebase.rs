@@ -125,7 +125,7 @@ fn rebase(scenario: &Scenario, host: Arc<dyn Host>) -> Result<UpReport> {
     heal(&*host, image, &heals)?;
     let mut options = RebaseOptions::new(options());
     options.onto = onto(scenario).map(Path::to_owned);
-    options.journal_dir = journal_dir;
+    options.up.journal_dir = journal_dir;
     let never = AtomicBool::new(false);
     Rebase::prepare(host, image, &options, &Silent, &never)?.execute(&Silent, &never)
 }

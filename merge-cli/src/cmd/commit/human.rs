@@ -1,6 +1,6 @@
 //! The plan and the result of a commit in words.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use qcow2::error::shown;
 use qcow2::merge::{Afterwards, DataFileFate, Kept, Plan, Report, Settled};
@@ -14,7 +14,7 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, Str
     let mut fields = Fields::default();
     // All layers from base up to top stop being restore points, except top itself.
     let below = plan.restore_points_lost.iter().skip(1);
-    fields.add("merge", format!("{} into {}", list(below.chain([&plan.top])), show(&plan.base)));
+    fields.add("merge", format!("{} into {}", list(below.chain([&plan.top])), shown(&plan.base)));
     if let Some(resumed) = plan.resumed {
         let done = size::short(resumed.done);
         fields.add("continues", format!("at {} %: {done} are done already", resumed.percent));
@@ -53,7 +53,7 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, Str
         format!("{lost} will be {what} no more, as soon as the first byte is written"),
     );
     for stranger in &plan.strangers {
-        let (file, user) = (show(&stranger.file), stranger.user);
+        let (file, user) = (shown(&stranger.file), stranger.user);
         fields.add(
             "not believed",
             format!("{file}: it belongs to the user {user}, who may not write the image beside it, and is left alone"),
@@ -67,10 +67,10 @@ pub(super) fn plan(plan: &Plan, args: &CommitArgs, domains: &[(&'static str, Str
             DataFileFate::Kept(why) => format!("it stays as it is: {why}"),
             _ => continue,
         };
-        fields.add("data file", format!("{} of {}: {what}", show(&data.file), show(&data.image)));
+        fields.add("data file", format!("{} of {}: {what}", shown(&data.file), shown(&data.image)));
     }
     for lost in &plan.bitmaps_lost {
-        fields.add("lost", format!("the persistent bitmap {} of {}", lost.name, show(&lost.file)));
+        fields.add("lost", format!("the persistent bitmap {} of {}", lost.name, shown(&lost.file)));
     }
     if plan.old_tail > 0 {
         fields.add("old tail", old_tail(plan));
@@ -90,7 +90,7 @@ fn others(plan: &Plan, fields: &mut Fields) {
         let mut text =
             format!("{}: {files}, for images that use base or a merged layer", list(&plan.searched));
         for folder in &signs.nearby {
-            text += &format!("\nand the folders in {}, as far as they can be read", show(folder));
+            text += &format!("\nand the folders in {}, as far as they can be read", shown(folder));
         }
         fields.add("searched", text);
     }
@@ -153,16 +153,16 @@ pub(super) fn result(plan: &Plan, report: &Report) -> String {
     }
     match &plan.afterwards {
         Afterwards::Relink { overlay, name, .. } => {
-            lines.push(format!("{} now has {} as its backing file", show(overlay), shown(name)));
+            lines.push(format!("{} now has {} as its backing file", shown(overlay), shown(name)));
         }
         Afterwards::Empty { .. } => {
-            lines.push(format!("{} is now an empty overlay on {}", show(&plan.active), show(&plan.base)));
+            lines.push(format!("{} is now an empty overlay on {}", shown(&plan.active), shown(&plan.base)));
         }
         Afterwards::Keep => {
-            lines.push(format!("{} was left as it is; its data stands in base too", show(&plan.active)));
+            lines.push(format!("{} was left as it is; its data stands in base too", shown(&plan.active)));
         }
         Afterwards::Delete { .. } if report.kept.iter().any(|kept| kept.path == plan.active) => {
-            lines.push(format!("{} is now an empty overlay on {}", show(&plan.active), show(&plan.base)));
+            lines.push(format!("{} is now an empty overlay on {}", shown(&plan.active), shown(&plan.base)));
         }
         Afterwards::Delete { .. } => {}
     }
@@ -179,7 +179,7 @@ pub(super) fn result(plan: &Plan, report: &Report) -> String {
 
 /// What was merged; with `--delete`, an overlay that holds nothing was merged before.
 fn merged(plan: &Plan, report: &Report) -> String {
-    let base = show(&plan.base);
+    let base = shown(&plan.base);
     if report.totals.is_empty() && matches!(plan.afterwards, Afterwards::Delete { .. }) {
         return format!("nothing was left to merge into {base}");
     }
@@ -198,7 +198,7 @@ fn layers(report: &Report) -> Vec<String> {
         lines.push(format!("removed: {}", list(&report.deleted)));
     }
     for kept in &report.kept {
-        lines.push(format!("not removed: {}: {}", show(&kept.path), kept.why));
+        lines.push(format!("not removed: {}: {}", shown(&kept.path), kept.why));
     }
     let (emptied, full): (Vec<_>, Vec<_>) =
         report.marked.iter().cloned().partition(|file| report.emptied.contains(file));
@@ -221,16 +221,16 @@ fn layers(report: &Report) -> Vec<String> {
 fn afterwards(plan: &Plan) -> String {
     match &plan.afterwards {
         Afterwards::Relink { overlay, name, atomic } => {
-            format!("{} gets {} as its backing file{}", show(overlay), shown(name), torn(*atomic))
+            format!("{} gets {} as its backing file{}", shown(overlay), shown(name), torn(*atomic))
         }
         Afterwards::Empty { atomic, .. } => {
-            let active = show(&plan.active);
-            format!("{active} becomes an empty overlay on {}{}", show(&plan.base), torn(*atomic))
+            let active = shown(&plan.active);
+            format!("{active} becomes an empty overlay on {}{}", shown(&plan.base), torn(*atomic))
         }
-        Afterwards::Keep => format!("{} stays as it is", show(&plan.active)),
+        Afterwards::Keep => format!("{} stays as it is", shown(&plan.active)),
         Afterwards::Delete { atomic, .. } => {
-            let active = show(&plan.active);
-            format!("{active} is removed; boot from {}{}", show(&plan.base), torn(*atomic))
+            let active = shown(&plan.active);
+            format!("{active} is removed; boot from {}{}", shown(&plan.base), torn(*atomic))
         }
     }
 }
@@ -254,7 +254,7 @@ fn obsolete(plan: &Plan, args: &CommitArgs) -> String {
 fn keeps(kept: &Kept) -> String {
     format!(
         "{}: {}; a configuration that recorded the chain layer by layer shows old data where it names this one",
-        show(&kept.path),
+        shown(&kept.path),
         kept.why
     )
 }
@@ -268,7 +268,7 @@ fn unremoved(files: &[PathBuf], args: &CommitArgs) -> Option<String> {
 fn old_tail(plan: &Plan) -> String {
     format!(
         "base is larger: behind the end of {} the machine will see {} of base's old content",
-        show(&plan.active),
+        shown(&plan.active),
         size::exact(plan.old_tail)
     )
 }
@@ -278,8 +278,4 @@ fn room_unknown(files: &[PathBuf]) -> String {
         "the file system of {} does not say how much is free; when it is full, nothing is lost",
         list(files)
     )
-}
-
-fn show(file: &Path) -> String {
-    shown(file)
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use qcow2::error::shown;
 use qmp_client::libvirt::{After, Definitions, Images, Mention, Recorded, Virsh};
 
 use crate::domains::command;
@@ -20,7 +21,7 @@ pub(in crate::cmd) fn text(definitions: &Definitions, images: &Images<'_>) -> Ve
             "not known",
             format!(
                 "whether a domain of libvirt names these images, as this could not be read: {} ({}){more}",
-                printable(&file.display().to_string()),
+                shown(file),
                 printable(why)
             ),
         ));
@@ -31,20 +32,19 @@ pub(in crate::cmd) fn text(definitions: &Definitions, images: &Images<'_>) -> Ve
 fn told(mention: &Mention<'_>, images: &Images<'_>) -> String {
     let (domain, disk) = (mention.domain, mention.disk);
     let mut named = images.of_mention(mention).into_iter().map(|(file, _)| file);
-    let show = |file: &Path| printable(&file.display().to_string());
-    let first = named.next().map_or(String::new(), show);
+    let first = named.next().map_or(String::new(), shown);
     let rest: Vec<&Path> = named.collect();
     let mut text =
         format!("the domain {} names {first} as {}", printable(&domain.name), printable(&disk.target));
     if !rest.is_empty() {
         text += &format!(", and records {}", list(rest));
     }
-    text += &format!(" ({})", show(&domain.definition));
+    text += &format!(" ({})", shown(&domain.definition));
     let edit = command(&Virsh::of(domain).command("edit", &[]));
     let warning = match images.after(mention) {
         After::Right if disk.recorded == Recorded::ActiveOnly => return text,
         After::Right => "it boots the right disk afterwards, with the chain that it records".to_owned(),
-        After::OtherDisk(file) => format!("afterwards {} shows it what the merged chain shows", show(&file)),
+        After::OtherDisk(file) => format!("afterwards {} shows it what the merged chain shows", shown(&file)),
         After::Stale(files) => format!(
             "STALE: afterwards it would boot old data, as it records {}; take them out of its definition first: {edit}",
             list(&files)

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::chain::OpenOptions;
+use crate::merge::up::UpOptions;
 use crate::serial;
 use crate::transfer::Totals;
 
@@ -15,20 +16,14 @@ use crate::transfer::Totals;
 pub struct PullOptions {
     /// The layer that becomes the backing file, by path or index; without it, nothing is to lie below the image.
     pub base: Option<OsString>,
-    /// How the chain is opened: policy and formats. Access and locks are the pull's own matter.
-    pub open: OpenOptions,
-    /// Read everything back before the backing name changes.
-    pub verify: bool,
-    /// Pull although internal snapshots of the image will show something else.
-    pub allow_snapshot_change: bool,
-    /// Where the journal is kept if it cannot lie beside the image.
-    pub journal_dir: Option<PathBuf>,
+    /// The rest, as a rebase has it, too.
+    pub up: UpOptions,
 }
 
 impl PullOptions {
     /// Has the active image of a chain that is opened like this take in all layers below it.
     pub fn new(open: OpenOptions) -> Self {
-        Self { open, ..Self::default() }
+        Self { up: UpOptions::new(open), ..Self::default() }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::journal;
 use crate::journal::record::{Header, Purpose};
 use crate::merge::resume::describe::describe;
 use crate::merge::safety;
-use crate::merge::up::{self, Lower, Up, UpOptions};
+use crate::merge::up::{self, Lower, Up};
 use crate::storage::Host;
 use crate::transfer::ask::Span;
 
@@ -28,19 +28,14 @@ impl Pull {
         options: &PullOptions,
         cancel: &AtomicBool,
     ) -> Result<PreparedPull> {
-        let dir = options.journal_dir.as_deref();
+        let dir = options.up.journal_dir.as_deref();
         let id = host.stat(active).map_err(|e| Error::io(active, FileOp::Open, None, e))?.id;
-        let mut chain = up::open(&*host, active, &options.open, Some(id), dir, |_| Ok(()))?;
+        let mut chain = up::open(&*host, active, &options.up.open, Some(id), dir, |_| Ok(()))?;
         let (at, base) = (chain.active(), base_of(&*host, &chain, options)?);
         let unfinished = up::unfinished(&*host, &mut chain, dir)?;
         let is_ours = unfinished.as_ref().is_some_and(|(work, _)| work.is_ours());
-        let asked = UpOptions {
-            verify: options.verify,
-            allow_snapshot_change: options.allow_snapshot_change,
-            journal_dir: options.journal_dir.clone(),
-        };
         let layer = chain.layer(at)?;
-        let image = up::judge(layer, &asked, is_ours)?;
+        let image = up::judge(layer, &options.up, is_ours)?;
         let lower = Lower::Layer(base);
         let backing_name = base.map(|base| up::name_of(&*host, layer, chain.layer(base)?)).transpose()?;
         let mut plan = PullPlan {
@@ -69,7 +64,17 @@ impl Pull {
             total: totals.bytes_to_write,
             ..describe(&*host, &chain, span, at)?
         };
-        let up = Up { host, options: asked, chain, lower, totals, backing_name, header, unfinished, leaks };
+        let up = Up {
+            host,
+            options: options.up.clone(),
+            chain,
+            lower,
+            totals,
+            backing_name,
+            header,
+            unfinished,
+            leaks,
+        };
         Ok(PreparedPull::Ready(Box::new(Self { plan, up })))
     }
 }

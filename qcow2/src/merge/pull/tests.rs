@@ -20,12 +20,12 @@ use crate::transfer::{Progress, put};
 use crate::units::GuestOffset;
 
 fn options(base: Option<u64>) -> PullOptions {
-    PullOptions { base: base.map(|n| format!("/{n}").into()), open: local(), ..PullOptions::default() }
+    PullOptions { base: base.map(|n| format!("/{n}").into()), ..PullOptions::new(local()) }
 }
 
 fn pull(host: Arc<dyn Host>, active: &Path, options: &PullOptions) -> Result<UpReport> {
     let never = AtomicBool::new(false);
-    heal(&*host, active, &CommitOptions { open: options.open.clone(), ..CommitOptions::default() })?;
+    heal(&*host, active, &CommitOptions::new(options.up.open.clone()))?;
     Pull::prepare(host, active, options, &never)?.execute(&Silent, &never)
 }
 
@@ -49,7 +49,8 @@ fn the_guest_sees_the_same_and_the_layers_below_stay_as_they_are() {
         let active = PathBuf::from(format!("/{}", layers - 1));
         let below: Vec<_> = (0..layers - 1).map(|n| host.content(format!("/{n}")).unwrap()).collect();
         let what = format!("seed {seed}: {layers} layers onto {base:?}");
-        let options = PullOptions { verify: true, ..options(base) };
+        let mut options = options(base);
+        options.up.verify = true;
         let report =
             pull(Arc::new(host.clone()), &active, &options).unwrap_or_else(|e| panic!("{what}: {e}"));
         assert!(see(&host, &active) == model, "{what}");
@@ -147,7 +148,7 @@ fn chain() -> MemHost {
 fn what_cannot_be_pulled_is_refused() {
     let host = chain();
     let prepare = |active: &str, base: Option<&str>| {
-        let options = PullOptions { base: base.map(Into::into), open: local(), ..PullOptions::default() };
+        let options = PullOptions { base: base.map(Into::into), ..PullOptions::new(local()) };
         Pull::prepare(Arc::new(host.clone()), Path::new(active), &options, &AtomicBool::new(false))
     };
     assert_eq!(prepare("/2", Some("/2")).unwrap_err().kind(), ErrorKind::Usage);

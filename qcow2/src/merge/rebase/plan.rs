@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::chain::OpenOptions;
 use crate::image::ImageFormat;
+use crate::merge::up::UpOptions;
 use crate::serial;
 use crate::transfer::Totals;
 
@@ -19,20 +20,14 @@ pub struct RebaseOptions {
     /// The format of the new backing file. Without it, that is what the image's chain says, if the file is a layer of it, and
     /// else what the file's magic says, since the caller has named it.
     pub onto_format: Option<ImageFormat>,
-    /// How both chains are opened: policy and formats. Access and locks are the rebase's own matter.
-    pub open: OpenOptions,
-    /// Read everything back before the backing name changes.
-    pub verify: bool,
-    /// Rebase although internal snapshots of the image will show something else.
-    pub allow_snapshot_change: bool,
-    /// Where the journal is kept if it cannot lie beside the image.
-    pub journal_dir: Option<PathBuf>,
+    /// The rest, as a pull has it, too.
+    pub up: UpOptions,
 }
 
 impl RebaseOptions {
     /// Has nothing lie below an image whose chain is opened like this.
     pub fn new(open: OpenOptions) -> Self {
-        Self { open, ..Self::default() }
+        Self { up: UpOptions::new(open), ..Self::default() }
     }
 }
 

@@ -14,7 +14,7 @@ use crate::journal::record::{Header, Purpose};
 use crate::merge::resume::describe::{describe, stamp};
 use crate::merge::resume::torn::refuse_torn_tables;
 use crate::merge::safety;
-use crate::merge::up::{self, Lower, Up, UpOptions};
+use crate::merge::up::{self, Lower, Up};
 use crate::storage::{FileId, Host, if_there};
 use crate::transfer::Progress;
 use crate::transfer::ask::Span;
@@ -35,22 +35,17 @@ impl Rebase {
         progress: &dyn Progress,
         cancel: &AtomicBool,
     ) -> Result<PreparedRebase> {
-        let dir = options.journal_dir.as_deref();
+        let dir = options.up.journal_dir.as_deref();
         let id = host.stat(image).map_err(|e| Error::io(image, FileOp::Open, None, e))?.id;
-        let mut chain = up::open(&*host, image, &options.open, Some(id), dir, |_| Ok(()))?;
+        let mut chain = up::open(&*host, image, &options.up.open, Some(id), dir, |_| Ok(()))?;
         refuse_foreign(&chain)?;
         let onto =
             options.onto.as_deref().map(|onto| open_onto(&*host, &chain, onto, options)).transpose()?;
         let at = chain.active();
         let unfinished = up::unfinished(&*host, &mut chain, dir)?;
         let is_ours = unfinished.as_ref().is_some_and(|(work, _)| work.is_ours());
-        let asked = UpOptions {
-            verify: options.verify,
-            allow_snapshot_change: options.allow_snapshot_change,
-            journal_dir: options.journal_dir.clone(),
-        };
         let layer = chain.layer(at)?;
-        let qcow2 = up::judge(layer, &asked, is_ours)?;
+        let qcow2 = up::judge(layer, &options.up, is_ours)?;
         let new = onto.as_ref().map(|onto| onto.layer(onto.active())).transpose()?;
         let mut plan = RebasePlan {
             image: layer.path.clone(),
@@ -83,7 +78,17 @@ impl Rebase {
         plan.totals = totals;
         (plan.file_size_after, plan.is_room_unknown) = up::room(&*host, layer, qcow2, totals)?;
         let backing_name = plan.backing_name.clone();
-        let up = Up { host, options: asked, chain, lower, totals, backing_name, header, unfinished, leaks };
+        let up = Up {
+            host,
+            options: options.up.clone(),
+            chain,
+            lower,
+            totals,
+            backing_name,
+            header,
+            unfinished,
+            leaks,
+        };
         Ok(PreparedRebase::Ready(Box::new(Self { plan, up })))
     }
 }
@@ -93,10 +98,10 @@ fn open_onto(host: &dyn Host, chain: &Chain, onto: &Path, options: &RebaseOption
     let id = host.stat(onto).map_err(|e| Error::io(onto, FileOp::Open, None, e))?.id;
     let format = match options.onto_format {
         Some(format) => Some(format),
-        None => given_format(host, chain, onto, id, &options.open)?,
+        None => given_format(host, chain, onto, id, &options.up.open)?,
     };
-    let open = OpenOptions { active_format: format, ..options.open.clone() };
-    let dir = options.journal_dir.as_deref();
+    let open = OpenOptions { active_format: format, ..options.up.open.clone() };
+    let dir = options.up.journal_dir.as_deref();
     let image = chain.layer(chain.active())?;
     let own = [Some(image.id), image.data_file.as_ref().map(|data| data.id)];
     let is_own = |chain: &Chain| match chain.files().iter().any(|file| own.contains(&Some(*file))) {

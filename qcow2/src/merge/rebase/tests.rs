@@ -21,7 +21,7 @@ use crate::transfer::put;
 use crate::units::{GuestOffset, GuestRange};
 
 fn options(onto: Option<&str>) -> RebaseOptions {
-    RebaseOptions { onto: onto.map(Into::into), open: local(), ..RebaseOptions::default() }
+    RebaseOptions { onto: onto.map(Into::into), ..RebaseOptions::new(local()) }
 }
 
 fn prepare(host: Arc<dyn Host>, image: &Path, options: &RebaseOptions) -> Result<PreparedRebase> {
@@ -29,7 +29,7 @@ fn prepare(host: Arc<dyn Host>, image: &Path, options: &RebaseOptions) -> Result
 }
 
 fn rebase(host: Arc<dyn Host>, image: &Path, options: &RebaseOptions) -> Result<UpReport> {
-    heal(&*host, image, &CommitOptions { open: options.open.clone(), ..CommitOptions::default() })?;
+    heal(&*host, image, &CommitOptions::new(options.up.open.clone()))?;
     prepare(host, image, options)?.execute(&Silent, &AtomicBool::new(false))
 }
 
@@ -140,7 +140,8 @@ fn the_guest_sees_the_same_and_only_what_differs_is_taken_in() {
     let (mut taken, mut kept, mut nothing) = (0, 0, 0);
     for seed in 0..240 {
         let Case { host, image, model, onto, what } = case(seed);
-        let options = RebaseOptions { verify: true, ..options(onto.as_deref()) };
+        let mut options = options(onto.as_deref());
+        options.up.verify = true;
         let new = onto.as_ref().map_or(Vec::new(), |onto| see(&host, Path::new(onto)));
         let (unit, before) = held(&host, &image);
         let names: Vec<PathBuf> =

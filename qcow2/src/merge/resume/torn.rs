@@ -26,38 +26,24 @@ pub fn open_whole(
     Ok(chain)
 }
 
-/// Refuses an image that cannot be read or repaired without the journal of an unfinished merge. `data` is its
-/// external data file.
+/// Refuses an image that cannot be read, or if it `is_repaired` cannot be written, without the journal of an unfinished merge.
+/// `data` is its external data file. A repair clears the dirty bit by which a merge knows its base; where layers have been
+/// emptied, nothing but base holds what they held.
 ///
 /// # Errors
-/// As [`open_whole`].
-pub(crate) fn refuse_torn(
+/// As [`open_whole`]; [`Refusal::MergeDone`] for a repair.
+pub(crate) fn refuse_to_check(
     host: &dyn Host,
     path: &Path,
     file: &dyn Storage,
     data: Option<(&Path, &dyn Storage)>,
     is_dirty: bool,
+    is_repaired: bool,
 ) -> Result<()> {
     let image = FoundImage { path, file, data, access: Access::Read, is_dirty };
-    refuse(path, UnfinishedWork::of(host, &image, None)?)
-}
-
-/// Refuses to repair an image into which a merge was stopped that has emptied layers by then. A repair clears the dirty bit
-/// by which that merge knows the image, and nothing but the image holds what the layers held.
-///
-/// # Errors
-/// [`Refusal::MergeDone`]; those of looking.
-pub(crate) fn refuse_repair(
-    host: &dyn Host,
-    path: &Path,
-    file: &dyn Storage,
-    data: Option<(&Path, &dyn Storage)>,
-    is_dirty: bool,
-) -> Result<()> {
-    let image = FoundImage { path, file, data, access: Access::Read, is_dirty };
-    let work =
-        UnfinishedWork::of(host, &image, None)?.filter(|work| work.is_ours() && work.may_have_emptied());
-    match work.and_then(|work| work.merge()) {
+    let Some(work) = UnfinishedWork::of(host, &image, None)? else { return Ok(()) };
+    refuse_torn(path, &work)?;
+    match work.merge().filter(|_| is_repaired && work.is_ours() && work.may_have_emptied()) {
         Some(UnfinishedMerge { top, active, removes, .. }) => {
             Err(Error::refused(path, Refusal::MergeDone { top, active, removes }))
         }
@@ -91,13 +77,15 @@ pub(crate) fn refuse_torn_header(host: &dyn Host, path: &Path, dir: Option<&Path
 /// [`Refusal::TornTables`]; [`Error::InUse`] if the merge is under way; the system's.
 pub(crate) fn refuse_torn_tables(host: &dyn Host, layers: &[Layer], dir: Option<&Path>) -> Result<()> {
     for layer in layers {
-        refuse(&layer.path, UnfinishedWork::find(host, layer, dir)?)?;
+        if let Some(work) = UnfinishedWork::find(host, layer, dir)? {
+            refuse_torn(&layer.path, &work)?;
+        }
     }
     Ok(())
 }
 
-fn refuse(path: &Path, work: Option<UnfinishedWork>) -> Result<()> {
-    match work.is_some_and(|work| work.is_torn()) {
+fn refuse_torn(path: &Path, work: &UnfinishedWork) -> Result<()> {
+    match work.is_torn() {
         true => Err(Error::refused(path, Refusal::TornTables)),
         false => Ok(()),
     }

@@ -22,7 +22,7 @@ pub(super) use lower::Lower;
 
 use super::resume::unfinished_work::UnfinishedWork;
 use super::resume::work::Work;
-use crate::chain::Chain;
+use crate::chain::{Chain, OpenOptions};
 use crate::journal::record::Header;
 use crate::serial;
 use crate::storage::Host;
@@ -30,13 +30,23 @@ use crate::transfer::Totals;
 
 /// What a caller may ask of a pull and of a rebase alike.
 #[derive(Clone, Debug, Default)]
-pub(super) struct UpOptions {
+#[non_exhaustive]
+pub struct UpOptions {
+    /// How the chains are opened: policy and formats. Access and locks are the work's own matter.
+    pub open: OpenOptions,
     /// Read everything back before the backing name changes.
-    pub(super) verify: bool,
+    pub verify: bool,
     /// Go on although internal snapshots of the image will show something else.
-    pub(super) allow_snapshot_change: bool,
+    pub allow_snapshot_change: bool,
     /// Where the journal is kept if it cannot lie beside the image.
-    pub(super) journal_dir: Option<PathBuf>,
+    pub journal_dir: Option<PathBuf>,
+}
+
+impl UpOptions {
+    /// Chains are opened like this.
+    pub fn new(open: OpenOptions) -> Self {
+        Self { open, ..Self::default() }
+    }
 }
 
 /// An image that is ready to take data: its chain is open and locked.

@@ -13,7 +13,7 @@ use crate::cmd::live::trouble::{live_in, offline};
 use crate::exit::Exit;
 use crate::failure::{Failure, Report};
 use crate::hint::{Command, Hint, HintKind, Hints};
-use crate::output::human::printable;
+use crate::output::human::{list, printable};
 use crate::output::json::{merged, only};
 use crate::signals::Stop;
 
@@ -126,7 +126,7 @@ fn fact(merge: &Outline, fact: &Fact) -> String {
         Fact::Fork { image, users } => fork(image, users),
         Fact::Searched(folders) => format!(
             "images above it were looked for only in {}: a snapshot in another folder would be the disk",
-            folders.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(", ")
+            list(folders)
         ),
         Fact::ShouldBeNamed { top, certain: true } => {
             format!("what starts the virtual machine should name {top}")
@@ -139,9 +139,6 @@ fn fact(merge: &Outline, fact: &Fact) -> String {
 }
 
 fn deed(deed: &Deed) -> String {
-    let list = |files: &[PathBuf]| {
-        files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ")
-    };
     match deed {
         Deed::Remove(files) => format!("remove {}", list(files)),
         Deed::Empty { files, base } => {
